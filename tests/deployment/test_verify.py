@@ -1,0 +1,270 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from torch import nn
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel, SegmentationModel
+from ultralytics.utils import YAML
+
+from yolo_ext.deployment.export import export_onnx
+from yolo_ext.deployment.runtime import load_image
+from yolo_ext.deployment.verify import (
+    LIMITS,
+    map_onnx,
+    map_torch,
+    verify,
+    verify_detections,
+    verify_int8,
+    verify_tensors,
+)
+from yolo_ext.errors import UsageError
+
+SIZE = 96
+SHARED = Path(__file__).parents[2].parent / "shared"
+BCCD, BCCD_WEIGHTS = SHARED / "data" / "bccd", SHARED / "weights" / "bccd_yolov8n_192.pt"
+KINDS = {"": DetectionModel, "-seg": SegmentationModel, "-cls": ClassificationModel}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Return an untrained model whose signal reaches the head and whose scores lie on both sides of 0.25."""
+    torch.manual_seed(seed)
+    kind = KINDS["-" + name.split("-")[1] if "-" in name else ""]
+    net = kind(f"{name}.yaml", nc=3, verbose=False)
+    head = net.model[-1]
+    for branch in (getattr(head, n, None) for n in ("cv3", "one2one_cv3")):
+        for level in branch or []:
+            nn.init.constant_(level[-1].bias, -2.0)
+            nn.init.normal_(level[-1].weight, std=0.6)
+    for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.momentum = 1.0
+        nn.init.constant_(bn.weight, 0.5)  # keeps the random net from amplifying rounding, as training does
+    flat = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, SIZE, SIZE)
+    smooth = nn.functional.interpolate(torch.rand(12, 3, 12, 12), SIZE, mode="bilinear")
+    with torch.no_grad():  # statistics of real activations: with fresh ones the signal dies out before the head
+        net.train()(torch.cat([flat, smooth, torch.rand(2, 3, SIZE, SIZE)]))
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(6)]
+    for path in paths:
+        cv2.imwrite(str(path), cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (120, 90)))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Return a function that builds and exports a model once."""
+    folder, cache = tmp_path_factory.mktemp("onnx"), {}
+
+    def get(name: str, end2end: bool = False) -> tuple[nn.Module, Path]:
+        if (name, end2end) not in cache:
+            model = build(name)
+            cache[name, end2end] = model, export_onnx(model, folder / f"{name}{end2end}.onnx", SIZE, end2end=end2end)
+        return cache[name, end2end]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(exported, images, tmp_path_factory) -> Path:
+    """Return a U8S8 per-channel 7-bit Q/DQ file of YOLOv8n with the head's last convs in float."""
+    fp32, out = exported("yolov8n")[1], tmp_path_factory.mktemp("int8") / "int8.onnx"
+    feeds = iter([{"images": load_image(path, SIZE)} for path in images])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self):
+            return next(feeds, None)
+
+    nodes = onnx.load(fp32).graph.node
+    keep = [n.name for n in nodes if n.op_type != "Conv" or ".2/Conv" in n.name or "dfl" in n.name]
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(fp32, out, Reader(), nodes_to_exclude=keep, per_channel=True, reduce_range=True, **kinds)
+    return out
+
+
+def spoil(source: Path, out: Path, weight: str, factor: float) -> Path:
+    """Write a copy of an ONNX file in which one channel of one weight is scaled."""
+    proto = onnx.load(source)
+    tensor = next(t for t in proto.graph.initializer if t.name.endswith(weight))
+    values = numpy_helper.to_array(tensor).copy()
+    values[0] *= factor
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "end2end"),
+    [
+        pytest.param("yolov5n", False, id="v5"),
+        pytest.param("yolov8n", False, id="v8"),
+        pytest.param("yolo11n", False, id="v11"),
+        pytest.param("yolo26n", False, id="v26-one-to-many"),
+        pytest.param("yolo26n", True, id="v26-nms-free"),
+        pytest.param("yolov8n-seg", False, id="segment"),
+    ],
+)
+def test_a_sound_export_passes(name, end2end, exported, images):
+    model, path = exported(name, end2end)
+    found = verify(model, path, images, SIZE)
+    assert found["passed"], found["checks"]
+    assert found["tensors"]["inputs"] == len(images) + 3
+    assert found["detections"]["detections"] > 10  # the comparison is not empty
+    assert {c["name"] for c in found["checks"]} == {"score_max", "box_max", "extra_max", "matched"}
+
+
+def test_classification(exported, images):
+    found = verify(*exported("yolov8n-cls"), images, SIZE)
+    assert found["passed"] and "detections" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "end2end", "weight"),
+    [
+        pytest.param("yolov8n", False, "model.0.conv.weight", id="stem"),
+        pytest.param("yolov8n", False, "model.22.cv2.0.2.weight", id="box-output"),
+        pytest.param("yolov8n", False, "model.22.cv3.0.2.weight", id="class-output"),
+        pytest.param("yolo26n", True, "model.0.conv.weight", id="nms-free-stem"),
+        pytest.param("yolov8n-seg", False, "model.22.cv4.0.2.weight", id="mask-output"),
+    ],
+)
+def test_one_channel_off_by_a_percent_is_caught(name, end2end, weight, exported, images, tmp_path):
+    model, path = exported(name, end2end)
+    found = verify(model, spoil(path, tmp_path / "bad.onnx", weight, 1.01), images, SIZE)
+    assert not found["passed"]
+    assert [c["name"] for c in found["checks"] if not c["passed"]]
+
+
+def test_nan_fails(exported, images, tmp_path):
+    model, path = exported("yolov8n")
+    bad = spoil(path, tmp_path / "bad.onnx", "model.0.conv.weight", float("nan"))
+    checks = {c["name"]: c["passed"] for c in verify(model, bad, images, SIZE)["checks"]}
+    assert not checks["score_max"] and not checks["matched"]
+
+
+def test_another_model_is_caught_by_its_detections(exported, images, tmp_path):
+    other = export_onnx(build("yolov8n", seed=1), tmp_path / "m.onnx", SIZE)
+    assert verify_detections(exported("yolov8n")[0], other, images, SIZE)["matched"] < 0.5
+
+
+def test_no_detections_on_either_side_is_agreement(exported, images):
+    model, path = exported("yolov8n")
+    found = verify_detections(model, path, images, SIZE, conf=0.999)
+    assert found["matched"] == 1.0 and found["detections"] == 0 and found["mean_iou"] is None
+
+
+def test_the_source_model_is_untouched(exported, images):
+    model, path = exported("yolo26n", True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    verify_tensors(model, path, images[:1], SIZE)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.model[-1].export and not model.end2end
+
+
+def test_static_batch_of_two(images, tmp_path):
+    model = build("yolov8n")
+    path = export_onnx(model, tmp_path / "m.onnx", SIZE, batch=2)
+    assert verify_tensors(model, path, images[:2], SIZE)["score_max"] < LIMITS["score_max"]
+
+
+def test_int8_runs_as_its_graph_says(exported, quantized, images):
+    model, fp32 = exported("yolov8n")
+    found = verify_int8(fp32, quantized, images, SIZE)
+    assert found["convs"] == 64 and found["int8_convs"] == 57
+    assert found["anchors"] >= 100
+    assert found["simulation"]["box_mean"] < LIMITS["int8_box_mean"]
+    assert found["float"]["box_mean"] > found["simulation"]["box_mean"] > 0
+
+
+def test_int8_limits_decide(exported, quantized, images):
+    model, fp32 = exported("yolov8n")
+    found = verify(model, fp32, images, SIZE, int8_onnx=quantized, limits={"int8_box_mean": 1e-9})
+    checks = {c["name"]: c for c in found["checks"]}
+    assert not found["passed"] and not checks["int8_box_mean"]["passed"] and checks["box_max"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param({"images": []}, "No images", id="no-images"),
+        pytest.param({"images": ["absent.png"]}, "absent.png", id="missing-image"),
+        pytest.param({"onnx_path": "absent.onnx"}, "absent.onnx", id="missing-onnx"),
+        pytest.param({"weights": "absent.pt"}, "absent.pt", id="missing-weights"),
+        pytest.param({"limits": {"boxmax": 1.0}}, "boxmax.*box_max", id="unknown-limit"),
+        pytest.param({"data": "absent.yaml"}, "absent.yaml", id="missing-data"),
+    ],
+)
+def test_wrong_input(change, text, exported, images):
+    model, path = exported("yolov8n")
+    with pytest.raises(UsageError, match=text):
+        verify(**{"weights": model, "onnx_path": path, "images": images[:1], "imgsz": SIZE, **change})
+
+
+def test_different_class_counts_are_refused(exported, images):
+    other = DetectionModel("yolov8n.yaml", nc=2, verbose=False)
+    with pytest.raises(UsageError, match="2 and 3 classes"):
+        verify_detections(other, exported("yolov8n")[1], images, SIZE)
+    with pytest.raises(UsageError, match="shapes"):
+        verify_tensors(other, exported("yolov8n")[1], images, SIZE)
+
+
+def write_dataset(folder: Path, pictures: list[Path], labels: list[list[str]], names: list[str]) -> Path:
+    for sub in ("images", "labels"):
+        (folder / sub).mkdir(parents=True)
+    for picture, lines in zip(pictures, labels):
+        (folder / "images" / picture.name).write_bytes(picture.read_bytes())
+        (folder / "labels" / f"{picture.stem}.txt").write_text("\n".join(lines))
+    YAML.save(folder / "data.yaml", {"path": str(folder), "train": "images", "val": "images", "names": names})
+    return folder / "data.yaml"
+
+
+@pytest.mark.parametrize("end2end", [False, True], ids=["one-to-many", "nms-free"])
+def test_map_agrees_and_leaves_nothing(end2end, exported, images, tmp_path, monkeypatch):
+    model, path = exported("yolo26n", end2end)
+    labels = [[f"{i % 3} 0.5 0.5 0.4 0.4", "1 0.25 0.25 0.3 0.3"] for i in range(len(images))]
+    data = write_dataset(tmp_path / "set", images, labels, ["a", "b", "c"])
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    a, b = map_torch(model, data, SIZE, end2end=end2end), map_onnx(path, data, SIZE)
+    assert a == pytest.approx(b, abs=1e-3)
+    assert set(a) == {"map50", "map"}
+    assert not list(Path().iterdir())
+
+
+def test_map_needs_boxes(exported, tmp_path):
+    with pytest.raises(UsageError, match="no box mAP"):
+        map_torch(exported("yolov8n-cls")[0], tmp_path / "data.yaml", SIZE)
+
+
+@pytest.mark.bccd
+@pytest.mark.skipif(not BCCD_WEIGHTS.is_file(), reason="BCCD data and weights are not beside the checkout")
+def test_bccd_base_model(tmp_path):
+    names, labels, pictures = ["Platelets", "RBC", "WBC"], [], []
+    for stem in (BCCD / "ImageSets/Main/test.txt").read_text().split():
+        root = ET.parse(BCCD / "Annotations" / f"{stem}.xml").getroot()
+        lines = []
+        for item in root.iter("object"):
+            x1, y1, x2, y2 = (float(item.find("bndbox").find(k).text) for k in ("xmin", "ymin", "xmax", "ymax"))
+            x, y, w, h = (x1 + x2) / 1280, (y1 + y2) / 960, (x2 - x1) / 640, (y2 - y1) / 480
+            lines.append(f"{names.index(item.find('name').text)} {x} {y} {w} {h}")
+        labels.append(lines)
+        pictures.append(BCCD / "JPEGImages" / f"{stem}.jpg")
+    data = write_dataset(tmp_path / "bccd", pictures, labels, names)
+    path = export_onnx(BCCD_WEIGHTS, tmp_path / "m.onnx", 192)
+    found = verify(BCCD_WEIGHTS, path, pictures[:16], 192, data=data)
+    assert found["passed"], found["checks"]
+    assert found["map"]["onnx"]["map"] == pytest.approx(0.557, abs=0.003)
+    assert found["detections"]["detections"] > 400

@@ -1,0 +1,63 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+
+SIZE = 96
+
+
+def random_net(yaml: str, nc: int = 3) -> DetectionModel:
+    """Return a model whose BN statistics and class scores are not trivial."""
+    torch.manual_seed(0)
+    net = DetectionModel(yaml, nc=nc, verbose=False)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.8, 2.0)
+            nn.init.normal_(m.bias, 0, 0.3)
+    head = net.model[-1]
+    for name in ("cv3", "one2one_cv3"):
+        for branch in getattr(head, name, None) or []:
+            nn.init.normal_(branch[-1].weight, 0, 0.5)
+            nn.init.zeros_(branch[-1].bias)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[[str], DetectionModel]:
+    return random_net
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """Return noisy and smooth images, values k / 255."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.rand(2, 3, SIZE, SIZE, generator=generator)
+    smooth = F.interpolate(torch.rand(2, 3, 6, 6, generator=generator), (SIZE, SIZE), mode="bicubic").clamp(0, 1)
+    return (torch.cat([noise, smooth]) * 255).round() / 255
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return a function that gives checkpoint and FP32 ONNX file of a model, each made once."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    def export(yaml: str) -> tuple[Path, Path]:
+        pt = folder / yaml.replace(".yaml", ".pt")
+        if not pt.exists():
+            model = YOLO(yaml)
+            model.model = random_net(yaml)
+            model.save(pt)
+            YOLO(pt).export(format="onnx", imgsz=SIZE, simplify=False, opset=18)
+        return pt, pt.with_suffix(".onnx")
+
+    return export

@@ -1,0 +1,61 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from yolo_ext.errors import UsageError
+from yolo_ext.quantization import profiles
+from yolo_ext.quantization.profiles import PROFILES, float_modules, has_vnni, quantizable_blocks, resolve_profile
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2 avx512f", False), ("avx2 avx512_vnni", True), ("avx2 avx_vnni", True), ("xavx_vnnix", False)],
+    ids=["avx512", "avx512_vnni", "avx_vnni", "other"],
+)
+def test_has_vnni(tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"flags\t: fpu sse {flags} aes\n")
+    assert has_vnni(tmp_path / "cpuinfo") is expected
+
+
+def test_has_vnni_is_conservative_without_cpuinfo(tmp_path):
+    assert has_vnni(tmp_path / "absent") is False
+
+
+@pytest.mark.parametrize(("vnni", "name", "qmax"), [(False, "ort-x86", 63), (True, "ort-x86-vnni", 127)])
+def test_auto_picks_by_cpu(monkeypatch, vnni, name, qmax):
+    monkeypatch.setattr(profiles, "has_vnni", lambda: vnni)
+    profile = resolve_profile("auto")
+    assert (profile.name, profile.weight_qmax, profile.activation_qmax) == (name, qmax, 255)
+
+
+def test_names_match_keys():
+    assert {p.name: p for p in PROFILES.values()} == PROFILES
+
+
+def test_unknown_profile_names_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'ort-x86-vnni'"):
+        resolve_profile("ort-x86-vnn")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "quantized", "head", "dfl"),
+    [("yolov8n.yaml", 57, 6, 1), ("yolo11n.yaml", 81, 6, 1), ("yolo26n.yaml", 96, 6, 0), ("yolov5n.yaml", 69, 6, 1)],
+    ids=["v8", "11", "26", "v5"],
+)
+def test_float_modules_of_fused_models(build, yaml, quantized, head, dfl):
+    net = build(yaml).fuse(verbose=False)
+    reasons = float_modules(net)
+    convs = {p for p, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+    assert len(convs - set(reasons)) == len(quantizable_blocks(net)) == quantized
+    assert sum("head output" in r for r in reasons.values()) == head
+    assert sum("DFL" in r for r in reasons.values()) == dfl
+    assert len(reasons) == head + dfl
+
+
+def test_merged_branches_are_float_until_fused(build):
+    net = build("yolov9t.yaml")
+    merged = [p for p, r in float_modules(net).items() if "merged on fuse" in r]
+    assert merged and all(".conv1." in p or ".conv2." in p for p in merged)
+    assert not any("merged" in r for r in float_modules(net.fuse(verbose=False)).values())

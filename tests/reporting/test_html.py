@@ -1,0 +1,235 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The report: complete, honest about what is missing or worse, escaped, and self-contained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yolo_ext.reporting.html import SECTIONS, render, write_report
+from yolo_ext.reporting.plots import imwrite
+
+BEFORE = {
+    **{"params": 3_000_000, "gflops": 8.2, "size_mb": 6.2, "map50": 0.9, "map": 0.6, "convs": 64, "int8_convs": 0},
+    **{"latency_ms": {"torch": 20.0, "ort": 10.0, "ort_int8": None}, "map_onnx": {"fp32": 0.6, "int8": None}},
+}
+AFTER = {
+    **{"params": 1_500_000, "gflops": 4.1, "size_mb": 3.1, "map50": 0.9, "map": 0.5912, "convs": 64, "int8_convs": 61},
+    **{"latency_ms": {"torch": 25.0, "ort": 8.0, "ort_int8": 4.0}, "map_onnx": {"fp32": 0.59, "int8": 0.58}},
+}
+VOID = {"meta", "img", "circle", "line", "polyline"}
+HOSTILE = "<script>alert(1)</script>\"'&"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data", "xlink:href")]
+        assert not [k for k, _ in attrs if k.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self.open and self.open[-1] != "style" else ""
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> dict:
+    imwrite(tmp_path / "side.jpg", np.zeros((8, 8, 3), np.uint8))
+    return {
+        "title": "YOLOv8n, twice as fast",
+        "command": "yolo-ext compress model=base.pt prune.speedup=2",
+        "summary": {
+            "before": BEFORE,
+            "after": AFTER,
+            "stages": {
+                "prune": {"map": 0.2, "gflops": 4.1},
+                "finetune": {"map": 0.5912, "gflops": 4.1},
+                "quantize": {},
+            },
+            "env": {"device": "CPU", "threads": 1},
+        },
+        "layers": [
+            {"name": "model.0.conv", "before": 16, "after": 8, "reason": None},
+            {"name": "model.22.cv3", "before": 64, "after": 64, "reason": "Detect output"},
+        ],
+        "checks": [
+            {"name": "max abs difference", "value": 2e-6, "limit": 1e-5, "passed": True},
+            {"name": "mAP drop", "value": 0.02, "limit": 0.01, "passed": False},
+        ],
+        "pictures": [{"path": "side.jpg", "caption": "1 missed"}, {"path": "gone.jpg", "caption": "lost"}],
+        "plots": [{"path": str(tmp_path / "side.jpg"), "caption": "channels"}],
+        "latency": {
+            "rows": [{"name": "base", "median": 10.0, "p10": 9.0, "p90": 12.0}, {"name": "int8", "median": None}],
+            "note": "1 thread, 200 runs",
+        },
+        "quantization": {"convs": 64, "int8_convs": 61, "float": {"model.22.dfl.conv": "constant weights"}},
+        "plan": {"model.0.conv": [1, 5]},
+        "notes": ["PTQ missed the budget, so QAT ran."],
+    }
+
+
+def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
+    assert page.tags.count("section") == len(SECTIONS)
+    for text in (
+        *SECTIONS,
+        *("YOLOv8n, twice as fast", "-50.0%", "-0.0088", "2.50x faster", "Latency ORT INT8 (ms), before: ORT FP32"),
+        *("model.22.cv3", "Detect output", "1 of 2 layers pruned, 80 → 72 output channels", "model.0.conv: [1, 5]"),
+        *("run in INT8: 61 of 64", "constant weights", "1 thread, 200 runs", "PTQ missed the budget"),
+        *("yolo-ext compress model=base.pt", "lost: picture gone.jpg not found"),
+    ):
+        assert text in page.text, text
+    assert page.tags.count("svg") == 2  # GFLOPs and mAP: latency was measured at one stage only
+
+
+def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path) -> None:
+    page = Page(render(report, tmp_path))
+    assert "✗ 1 of 2 checks did not pass: mAP drop" in page.text
+    strip = re.search(r"▼ Worse than the base model: ([^▼]*)", page.text)
+    assert strip and "mAP50-95 -0.0088" in strip[1] and "Latency PyTorch (ms) 1.25x slower" in strip[1]
+    assert "▼\xa0-0.0088 worse" in page.text and "✓ pass" in page.text and "✗ fail" in page.text
+
+
+def test_a_better_model_is_not_called_worse(report: dict, tmp_path: Path) -> None:
+    report["summary"]["after"] = report["summary"]["before"] | {"map": 0.7}
+    report["checks"].pop()
+    text = Page(render(report, tmp_path)).text
+    assert "worse" not in text.lower() and "✓ 1 of 1 checks passed" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({}, id="empty"),
+        pytest.param({"summary": None, "layers": None, "latency": None, "plan": None, "notes": None}, id="nulls"),
+        pytest.param({"summary": {"before": None, "after": {}, "stages": {}, "env": None}, "layers": []}, id="hollow"),
+        pytest.param({"summary": {"before": BEFORE}}, id="only before"),
+        pytest.param({"summary": {"stages": {"prune": {"map": 0.5}}}, "quantization": {"convs": 3}}, id="one stage"),
+        pytest.param({"latency": {"rows": [{"name": "a", "median": 0.0}]}, "checks": [{"name": "a"}]}, id="zeros"),
+    ],
+)
+def test_what_was_not_measured_is_said_and_not_made_up(content: dict, tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path / "new" / "run", content).read_text(encoding="utf-8"))
+    assert page.text.count("not measured") >= 5  # the five cards
+    assert "nan" not in page.text.lower() and "None" not in page.text
+
+
+def test_a_check_that_was_not_run_is_no_pass(tmp_path: Path) -> None:
+    text = Page(render({"checks": [{"name": "mAP", "passed": None}]}, tmp_path)).text
+    assert "not run" in text and "1 of 1 checks did not pass: mAP" in text and "✓" not in text
+
+
+@pytest.mark.parametrize(
+    ("latency", "int8", "expected"),
+    [
+        pytest.param({"ort": 8.0, "ort_int8": 4.0}, 0.58, "; INT8 -0.0200", id="measured"),
+        pytest.param({"ort": 8.0, "ort_int8": 4.0}, None, "; INT8 not measured", id="speed without accuracy"),
+        pytest.param({"ort": 8.0}, None, None, id="no INT8"),
+    ],
+)
+def test_int8_speed_is_never_shown_without_int8_accuracy(latency, int8, expected, tmp_path: Path) -> None:
+    after = AFTER | {"latency_ms": latency, "map_onnx": {"fp32": 0.59, "int8": int8}}
+    html = render({"summary": {"before": BEFORE, "after": after}}, tmp_path)
+    cards = Page(html[html.index('<div class="cards">') : html.index("<section")]).text
+    assert expected in cards if expected else "INT8" not in cards
+
+
+def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
+    def spoil(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: spoil(v) for k, v in value.items()}
+        return [spoil(v) for v in value] if isinstance(value, list) else HOSTILE if isinstance(value, str) else value
+
+    hostile = spoil(
+        {
+            "title": "t",
+            "command": "c",
+            "summary": {"before": BEFORE, "after": AFTER, "env": {"device": "d"}},
+            "layers": [{"name": "n", "before": 2, "after": 1, "reason": "r"}],
+            "checks": [{"name": "n", "value": "v", "limit": "l", "passed": False}],
+            "pictures": [{"path": "p", "caption": "c"}],
+            "plots": [{"path": "p"}],
+            "latency": {"rows": [{"name": "n", "median": 1.0}], "note": "n"},
+            "quantization": {"convs": "1", "int8_convs": "1", "float": {"a": "r"}},
+            "notes": ["n"],
+        }
+    )
+    assert isinstance(hostile, dict)
+    hostile["plan"] = hostile["summary"]["env"] = hostile["quantization"]["float"] = {HOSTILE: HOSTILE}
+    hostile["summary"]["stages"] = {HOSTILE: BEFORE, "b": AFTER}
+    page = Page(render(hostile, tmp_path))
+    assert "script" not in page.tags
+    assert page.text.count("alert(1)") > 15
+
+
+def test_page_refers_to_nothing_outside_itself(report: dict, tmp_path: Path) -> None:
+    report["command"] += " # see https://example.com"
+    html = render(report, tmp_path)
+    page = Page(html)
+    assert page.references
+    assert all(ref.startswith(("#", "data:image/jpeg;base64,")) for ref in page.references)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
+
+
+def test_same_report_gives_the_same_bytes(report: dict, tmp_path: Path) -> None:
+    first = write_report(tmp_path, report).read_bytes()
+    assert write_report(tmp_path, report).read_bytes() == first
+
+
+def test_json_is_strict_and_round_trips(report: dict, tmp_path: Path) -> None:
+    report["summary"]["after"] = {"map": float("nan"), "params": np.int64(7), "gflops": np.float32(0.5)}
+    report["plan"] = {"model.0.conv": np.array([1, 5]), "file": Path("a")}
+    page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert data["summary"]["after"] == {"map": None, "params": 7, "gflops": 0.5}
+    assert data["plan"] == {"model.0.conv": [1, 5], "file": "a"}
+    assert data["layers"] == report["layers"] and "model.0.conv: [1, 5]" in page.text
+
+
+@pytest.mark.parametrize(("count", "folded"), [(16, False), (17, True)])
+def test_long_lists_are_folded(count: int, folded: bool, tmp_path: Path) -> None:
+    layers = [{"name": f"model.{i}", "before": 8, "after": 4} for i in range(count)]
+    assert ("details" in Page(render({"layers": layers}, tmp_path)).tags) is folded
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium or Chrome is not installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_report_opens_in_a_browser(report: dict, tmp_path: Path, width: int) -> None:
+    path = write_report(tmp_path, report)
+    assert BROWSER is not None
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    sizes = [f"--window-size={width},1600", f"--screenshot={tmp_path / 'page.png'}", "--hide-scrollbars"]
+    command = [BROWSER, *flags, "--enable-logging=stderr", *sizes, "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    page = Page(done.stdout)
+    assert page.tags.count("section") == len(SECTIONS) and page.tags.count("img") == 2
+    assert not re.search("CONSOLE.*(Refused|violates|ERR_)", done.stderr)

@@ -1,0 +1,153 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Figures: they are written, sized for their content, and mark the boxes that differ."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolo_ext.errors import UsageError
+from yolo_ext.reporting import plots
+
+NAMES = {0: "cell", 1: "Zelle ü"}
+GREY = 127
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture ü.png"
+    plots.imwrite(path, np.full((240, 320, 3), GREY, np.uint8))
+    return path
+
+
+def layer(i: int, before: int, after: int) -> dict:
+    return {"name": f"model.{i}.$conv_{i}", "before": before, "after": after, "reason": "Detect output"}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param([layer(0, 16, 8)], id="one"),
+        pytest.param([layer(0, 16, 16)], id="none pruned"),
+        pytest.param([{"name": "a", "before": 4, "after": 2}], id="no reason"),
+        pytest.param([layer(i, 64, 32 if i % 3 else 64) for i in range(100)], id="hundred"),
+    ],
+)
+def test_channels_height_follows_the_number_of_layers(layers: list[dict], tmp_path: Path) -> None:
+    image = cv2.imread(str(plots.plot_channels(layers, tmp_path / "new" / "channels.png")))
+    assert image.shape[0] == pytest.approx(150 * (1.1 + 0.19 * len(layers)), abs=2)
+    assert image.std() > 5
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param({"base": {"map": 0.6, "latency_ms": {"ort": 9.0}}, "prune": {"map": 0.2}}, id="some"),
+        pytest.param({"prune": {}, "export": None}, id="nothing measured"),
+    ],
+)
+def test_stages_are_drawn(stages: dict, tmp_path: Path) -> None:
+    assert cv2.imread(str(plots.plot_stages(stages, tmp_path / "stages.png"))).std() > 5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda d: plots.plot_channels([], d / "x.png"), id="channels"),
+        pytest.param(lambda d: plots.plot_stages({}, d / "x.png"), id="stages"),
+        pytest.param(lambda d: plots.draw_detections(d / "none.jpg", [], NAMES, d / "x.png"), id="no picture"),
+        pytest.param(lambda d: plots.draw_detections(d, [], NAMES, d / "x.png"), id="folder"),
+    ],
+)
+def test_wrong_input_is_a_usage_error(call, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        call(tmp_path)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_draw_detections_draws_on_a_copy(picture: Path, tmp_path: Path) -> None:
+    original = picture.read_bytes()
+    boxes = [(20, 40, 120, 140, 0.9, 0), (150, 60, 300, 200, 0.8, 1), (10, 150, 60, 200, 0.5, 7)]
+    image = cv2.imread(str(plots.draw_detections(picture, boxes, NAMES, tmp_path / "drawn.png")))
+    assert image.shape == (480, 640, 3)  # enlarged to the smallest width labels fit in
+    assert (image[80, 60:220] != GREY).any() and (image[460, 400] == GREY).all()
+    assert picture.read_bytes() == original
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "expected"),
+    [
+        pytest.param(NAMES, 0, "cell", id="known"),
+        pytest.param(NAMES, 1, "class 1", id="not ASCII"),
+        pytest.param(NAMES, 5, "class 5", id="unknown"),
+        pytest.param(["a", "b"], 1, "b", id="list"),
+        pytest.param(["a", "b"], 2, "class 2", id="past the list"),
+    ],
+)
+def test_class_names(name, cls: int, expected: str) -> None:
+    assert plots._name(name, cls) == expected
+
+
+def test_side_by_side_marks_missed_and_added(picture: Path, tmp_path: Path) -> None:
+    same, missed, added = (10, 20, 60, 70, 0.9, 0), (100, 40, 180, 120, 0.8, 0), (220, 140, 300, 220, 0.7, 0)
+    path = tmp_path / "side.png"
+    assert plots.side_by_side(picture, [same, missed], [added, same], NAMES, path) == (1, 1)
+    image = cv2.imread(str(path))
+    assert image.shape == (480 + 34, 640 * 2 + 8, 3)
+    left, right = image[34:, :640], image[34:, 648:]
+
+    def has(half: np.ndarray, color: tuple[int, int, int], box: tuple) -> bool:
+        x, y = round(2 * box[2]), round(box[1] + box[3])  # middle of the right edge, enlarged twice
+        return bool((half[y, x - 2 : x + 3] == color).all(-1).any())
+
+    assert has(right, plots.MISSED, missed) and not has(left, plots.MISSED, missed)
+    assert has(right, plots.ADDED, added) and not has(left, plots.ADDED, added)
+    assert not has(right, plots.MISSED, same) and not has(right, plots.ADDED, same)
+
+
+def test_side_by_side_takes_an_array_and_leaves_it_alone(tmp_path: Path) -> None:
+    array = np.full((700, 700, 3), GREY, np.uint8)
+    assert plots.side_by_side(array, [], [], NAMES, tmp_path / "side.jpg") == (0, 0)
+    assert (array == GREY).all()
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "expected"),
+    [
+        pytest.param([], [], ([], []), id="empty"),
+        pytest.param([(0, 0, 10, 10, 0.9, 0)], [], ([0], []), id="missed"),
+        pytest.param([], [(0, 0, 10, 10, 0.9, 0)], ([], [0]), id="added"),
+        pytest.param([(0, 0, 10, 10, 0.9, 0)], [(0, 0, 10, 10, 0.9, 1)], ([0], [0]), id="other class"),
+        pytest.param([(0, 0, 10, 10, 0.9, 0)], [(0, 0, 10, 5.1, 0.9, 0)], ([], []), id="IoU 0.51"),
+        pytest.param([(0, 0, 10, 10, 0.9, 0)], [(0, 0, 10, 4.9, 0.9, 0)], ([0], [0]), id="IoU 0.49"),
+        pytest.param(
+            [(0, 0, 10, 10, 0.9, 0)], [(0, 0, 10, 8, 0.9, 0), (0, 0, 10, 9, 0.1, 0)], ([], [0]), id="best overlap wins"
+        ),
+    ],
+)
+def test_match_boxes(base: list, new: list, expected: tuple) -> None:
+    assert plots.match_boxes(base, new) == expected
+
+
+box = st.tuples(*[st.integers(0, 50)] * 2, *[st.integers(51, 99)] * 2, st.floats(0, 1), st.integers(0, 2))
+boxes = st.lists(box, max_size=8)
+
+
+@given(boxes, boxes)
+def test_matching_is_one_to_one(base: list, new: list) -> None:
+    missed, added = plots.match_boxes(base, new)
+    assert len(base) - len(missed) == len(new) - len(added)
+    assert plots.match_boxes(base, base) == ([], [])
+
+
+def test_importing_plots_does_not_import_matplotlib() -> None:
+    modules = "yolo_ext.reporting.plots, yolo_ext.reporting.html"
+    code = f"import sys, {modules}; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

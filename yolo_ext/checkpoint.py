@@ -1,0 +1,152 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Stock-class checkpoints with a plain-dict manifest, atomic writes, and the tripwire against silent un-pruning.
+
+The manifest is a plain dict, kept as the attribute `yolo_ext` of the model (so that it follows the module through EMA,
+`deepcopy` and every stock save) and repeated under the key `yolo_ext` of the checkpoints that we write.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from copy import deepcopy
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_ext.errors import UsageError
+
+MANIFEST = "yolo_ext"
+TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a whole file or none: temporary file in the same folder, fsync, rename.
+
+    Args:
+        path: Target file; its folder is made when missing.
+        data: Bytes, or text that is written as UTF-8.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)  # mkstemp makes private files; a result is an ordinary file
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def manifest(model: nn.Module) -> dict[str, Any]:
+    """Return the model's manifest, an empty dict for a stock model. The dict is live: changes stay with the model."""
+    found = getattr(model, MANIFEST, None)
+    if found is None:
+        found = {}
+        setattr(model, MANIFEST, found)
+    return found
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Tell whether this model was pruned by us, so that it must not be rebuilt from its YAML."""
+    return bool((getattr(model, MANIFEST, None) or {}).get("prune"))
+
+
+def set_tripwire(model: nn.Module) -> None:
+    """Make a stock rebuild from `model.yaml` fail with a name that says what to do, instead of un-pruning silently."""
+    manifest(model).setdefault("yaml", deepcopy(model.yaml))
+    model.yaml = deepcopy(model.yaml)
+    model.yaml["backbone"][0][2] = TRIPWIRE
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a YOLO from a ``.pt`` or build one from a ``.yaml``.
+
+    Args:
+        path: Checkpoint or model YAML. Nothing is downloaded and nothing is installed.
+
+    Returns:
+        The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
+
+    Raises:
+        UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
+    """
+    from ultralytics import YOLO
+    from ultralytics.nn.tasks import BaseModel, load_checkpoint
+    from ultralytics.utils.checks import check_yaml
+
+    p = Path(path)
+    if p.suffix in {".yaml", ".yml"}:
+        try:
+            model = YOLO(check_yaml(str(p)), verbose=False).model
+        except Exception as e:
+            raise UsageError(f"Cannot build a model from '{path}': {e}. Give a YOLO model YAML or a .pt.") from e
+        return model.float().eval(), {}
+    if p.suffix != ".pt":
+        raise UsageError(f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'.")
+    if not p.is_file():
+        raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
+    try:
+        model, ckpt = load_checkpoint(str(p))
+    except Exception as e:
+        raise UsageError(
+            f"'{path}' is not a YOLO checkpoint that this installation can load ({type(e).__name__}: {str(e)[:200]}). "
+            "Give a .pt written by Ultralytics or yolo-ext."
+        ) from e
+    if not isinstance(model, BaseModel):
+        raise UsageError(f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics.")
+    return model.float().eval().requires_grad_(True), ckpt
+
+
+def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
+    """Write a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO(path)``.
+
+    Args:
+        model: Float model of stock classes only; it is not changed.
+        path: Where to write the ``.pt``.
+        extra: More plain entries for the checkpoint dict, such as ``train_metrics``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If a module of ours is still inside, which plain Ultralytics could not load.
+    """
+    from ultralytics import __version__
+
+    foreign = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")}
+    if foreign:
+        raise ValueError(f"Checkpoint would hold classes of yolo_ext: {sorted(foreign)}.")
+    m = deepcopy(model).cpu()
+    m.criterion = None
+    args = getattr(m, "args", None)
+    m.args = dict(args) if isinstance(args, dict) else dict(vars(args)) if args is not None else {}
+    m = m.half().eval().requires_grad_(False)
+    ckpt = {
+        "epoch": -1,
+        "best_fitness": None,
+        "model": m,
+        "ema": None,
+        "updates": None,
+        "optimizer": None,
+        "train_args": m.args,
+        "date": datetime.now().isoformat(),
+        "version": __version__,
+        "license": "AGPL-3.0 (https://ultralytics.com/license)",
+        MANIFEST: getattr(m, MANIFEST, {}),
+        **extra,
+    }
+    buffer = io.BytesIO()
+    torch.save(ckpt, buffer)
+    atomic_write(path, buffer.getvalue())
+    return Path(path)

@@ -1,0 +1,134 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The only file that leans on Ultralytics internals: one guarded function for each seam."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.modules import block, head, transformer
+
+from yolo_ext.errors import UsageError
+
+SUPPORTED = ("8.4.140", "8.5")  # tested lower bound, excluded upper bound
+
+
+def _classes(module: Any, *names: str) -> tuple[type, ...]:
+    """Return those of the named classes that this Ultralytics has."""
+    return tuple(getattr(module, n) for n in names if hasattr(module, n))
+
+
+ATTENTION = _classes(block, "Attention")
+OPAQUE = _classes(transformer, "AIFI", "TransformerLayer", "TransformerBlock") + _classes(head, "RTDETRDecoder")
+ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Mish, nn.ELU)
+# Blocks that keep the width of one part of their first conv as an attribute.
+WIDTH_ATTRIBUTES = _classes(block, "C2f", "C2PSA", "PSA", "RepNCSPELAN4", "C2")
+
+
+def check_version() -> None:
+    """Refuse an Ultralytics outside the tested range.
+
+    Raises:
+        UsageError: With the command that installs a supported version.
+    """
+    from ultralytics import __version__
+    from ultralytics.utils.checks import check_version as within
+
+    low, high = SUPPORTED
+    if not within(__version__, f">={low},<{high}"):
+        raise UsageError(
+            f"Ultralytics {__version__} is not supported. Legal: >={low},<{high}. "
+            f"Run: pip install 'ultralytics>={low},<{high}'"
+        )
+
+
+def natural_key(path: str) -> list[Any]:
+    """Return a sort key that puts ``model.2`` before ``model.10``."""
+    return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"\.", path)]
+
+
+def detection_head(model: nn.Module) -> nn.Module:
+    """Return the last module of a YOLO, its head."""
+    return model.model[-1]
+
+
+def max_stride(model: nn.Module) -> int:
+    """Return the largest stride in pixels."""
+    stride = getattr(model, "stride", None)
+    return max(int(stride.max()) if stride is not None else 32, 32)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return the number of image channels that the model takes."""
+    yaml = getattr(model, "yaml", None) or {}
+    return int(yaml.get("channels") or yaml.get("ch") or 3)
+
+
+def returned_tensors(out: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a YOLO returns, without the neck maps that the head passes along as ``feats``."""
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for k, v in out.items():
+            if k != "feats":
+                yield from returned_tensors(v)
+    elif isinstance(out, (list, tuple)):
+        for v in out:
+            yield from returned_tensors(v)
+
+
+def refresh_widths(model: nn.Module) -> None:
+    """Bring the width attributes of stock blocks in line with their layers after surgery."""
+    for m in model.modules():
+        if isinstance(m, WIDTH_ATTRIBUTES) and hasattr(m, "c") and hasattr(m, "cv1"):
+            m.c = m.cv1.conv.out_channels // 2
+        if isinstance(m, ATTENTION):
+            m.head_dim = m.proj.conv.in_channels // m.num_heads
+        if hasattr(m, "c1") and hasattr(m, "c2") and type(m).__name__ == "RepConv":
+            m.c1, m.c2 = m.conv1.conv.in_channels, m.conv1.conv.out_channels
+    detection_head(model).shape = None  # cached anchors
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """Return a fused copy, which is what runs after export: BatchNorm folded, train-only branches gone."""
+    from copy import deepcopy
+
+    return deepcopy(model).eval().fuse(verbose=False)
+
+
+def deployed_layers(model: nn.Module) -> set[str]:
+    """Return the paths of the layers whose work remains after fusing, in the names of the unfused model.
+
+    Fusing drops one branch of end-to-end heads, and merges the branches of RepConv into its 3x3 one.
+    """
+    fused = dict(deployed(model).named_modules())
+    names = set()
+    for path, m in model.named_modules():
+        if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            continue
+        block_path = path.rpartition(".")[0]  # of the Conv block around the layer
+        owner = block_path.rpartition(".")[0]
+        merged = isinstance(fused.get(f"{owner}.conv"), nn.Conv2d) and block_path in (f"{owner}.conv1", f"{owner}.conv")
+        if path in fused or (merged and not (block_path == f"{owner}.conv1" and f"{owner}.conv" in dict(model.named_modules()))):
+            names.add(path)
+    return names
+
+
+def gflops(model: nn.Module, imgsz: int = 640) -> float:
+    """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs).
+
+    Raises:
+        UsageError: If Ultralytics reports 0.0, which PyPI's `thop` in place of `ultralytics-thop` makes it do.
+    """
+    from ultralytics.utils.torch_utils import get_flops
+
+    value = float(get_flops(deployed(model), imgsz))
+    if value == 0.0:
+        raise UsageError(
+            "Ultralytics reports 0.0 GFLOPs. PyPI's 'thop' has probably overwritten 'ultralytics-thop'. "
+            "Run: pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
+        )
+    return value

@@ -1,0 +1,191 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Options of yolo_ext: frozen dataclasses that are the one source of names, types, ranges and help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any
+
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import suggest
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """Declare one option: its default, its help line, and `choices`, `low`/`high` (inclusive) or `above` (exclusive)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Structured pruning."""
+
+    method: str = option("lamp", "Criterion: see `yolo-ext help prune`, or your own as package.module:function")
+    speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
+    ratio: float | None = option(None, "Target: share of channels to remove, instead of speedup", low=0.0, high=0.95)
+    scope: str = option("global", "Rank channels over the whole model or layer by layer", choices=("global", "local"))
+    round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1)
+    min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1)
+    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, high=0.99)
+    exclude: list[str] = option([], "Regular expressions of module names that keep all their channels")
+    recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0)
+    seed: int = option(0, "Seed of the random criterion", low=0)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Knowledge distillation."""
+
+    teacher: str = option("self", "Teacher .pt, or 'self' for the model as it was before pruning or quantization")
+    features: str | None = option("cwd", "Feature loss on the inputs of the head; None switches it off")
+    logits: str | None = option("bckd", "Loss on the outputs of the head; None switches it off")
+    feature_weight: float = option(1.0, "Weight of the feature loss", low=0.0)
+    logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
+    temperature: float = option(1.0, "Temperature of the softmax in cwd", above=0.0)
+    schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
+    final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """INT8 quantization."""
+
+    mode: str = option("auto", "auto: PTQ, then QAT if PTQ misses the budget", choices=("auto", "ptq", "qat"))
+    profile: str = option("auto", "What runs the model; auto looks at this CPU. See `yolo-ext help quantize`")
+    calib: int = option(300, "Calibration images, taken from the train split", low=1)
+    source: str | None = option(None, "Calibration images from a folder, list or glob instead of the train split")
+    observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
+    exclude: list[str] = option([], "Regular expressions of module names that stay float")
+    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0)
+    epochs: int = option(10, "QAT epochs", low=1)
+    lr0: float = option(1e-4, "QAT learning rate (AdamW)", above=0.0)
+    observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)
+
+
+CONFIGS: dict[str, type] = {"prune": PruneConfig, "distill": DistillConfig, "quant": QuantConfig}
+EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
+COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
+
+
+def _problem(key: str, f: Field, value: Any) -> str | None:
+    """Return what is wrong with this value of an option, or None."""
+    kind, m = str(f.type), f.metadata
+    if value is None:
+        return None if "None" in kind else f"'{key}=None' is illegal: a value is needed ({m['help']})."
+    if kind.startswith("list"):
+        legal = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        return None if legal else f"'{key}={value}' is illegal: give a list of strings."
+    if kind.startswith("str"):
+        if not isinstance(value, str):
+            return f"'{key}={value}' is illegal: give a string ({m['help']})."
+        if "choices" in m and value not in m["choices"]:
+            near = suggest(value, list(m["choices"]))
+            return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
+        return None
+    whole = kind.startswith("int")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and value != int(value)):
+        return f"'{key}={value}' is illegal: give {'a whole number' if whole else 'a number'} ({m['help']})."
+    low, high, above = m.get("low"), m.get("high"), m.get("above")
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if inside and value == value:
+        return None
+    bounds = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
+    return f"'{key}={value}' is out of range. Legal: {' and '.join(bounds + [f'at most {high}'] * (high is not None))}."
+
+
+def parse(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"prune": {...}, "distill": {...}, "quant": {...}}`` into config dataclasses, None where a key is off.
+
+    Args:
+        options: Dicts or dataclasses by technique. None and False mean off, True means defaults.
+
+    Returns:
+        One entry for each technique.
+
+    Raises:
+        UsageError: One message that lists every unknown name and every illegal value.
+    """
+    parsed: dict[str, Any] = {}
+    problems: list[str] = []
+    for technique, given in options.items():
+        if technique not in CONFIGS:
+            problems.append(f"Unknown technique '{technique}'.{suggest(technique, list(CONFIGS))}")
+            continue
+        cls = CONFIGS[technique]
+        if given is None or given is False:
+            parsed[technique] = None
+            continue
+        if isinstance(given, cls):
+            given = asdict(given)
+        elif given is True:
+            given = {}
+        if not isinstance(given, Mapping):
+            problems.append(f"'{technique}={given}' is illegal: give options such as '{technique}.{_first(cls)}=...'.")
+            continue
+        known = {f.name: f for f in fields(cls)}
+        for name, value in given.items():
+            key = f"{technique}.{name}"
+            if name not in known:
+                problems.append(f"Unknown option '{key}'.{suggest(key, [f'{technique}.{n}' for n in known])}")
+            elif problem := _problem(key, known[name], value):
+                problems.append(problem)
+        if not problems:
+            parsed[technique] = cls(**{k: _cast(known[k], v) for k, v in given.items()})
+    if not problems:
+        problems += _conflicts(parsed)
+    if problems:
+        more = "" if len(problems) == 1 else f"{len(problems)} problems with the options:\n  "
+        raise UsageError(more + "\n  ".join(problems) + " See `yolo-ext help` for all options.")
+    return {**EXT_DEFAULTS, **parsed}
+
+
+def _cast(f: Field, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    kind = str(f.type)
+    if value is None or not isinstance(value, (int, float)):
+        return value
+    return int(value) if kind.startswith("int") else float(value) if kind.startswith("float") else value
+
+
+def _first(cls: type) -> str:
+    return fields(cls)[0].name
+
+
+def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
+    """Return the problems between options that are legal one by one."""
+    prune, distill, problems = parsed.get("prune"), parsed.get("distill"), []
+    if prune and prune.speedup is not None and prune.ratio is not None:
+        problems.append("'prune.speedup' and 'prune.ratio' are both given: give one target.")
+    if distill and not distill.features and not distill.logits:
+        problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
+    return problems
+
+
+def as_plain(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn parsed configs back into plain dicts that YAML, JSON and pickle carry; the inverse of `parse`."""
+    return {k: None if v is None else asdict(v) for k, v in configs.items()}
+
+
+def help_lines(technique: str) -> list[tuple[str, str, str]]:
+    """Return (dotted key, default, help with the legal values) for every option of a technique."""
+    rows = []
+    for f in fields(CONFIGS[technique]):
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        choices = f.metadata.get("choices")
+        rows.append((f"{technique}.{f.name}", str(default), f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")))
+    return rows
+
+
+def default_yaml() -> str:
+    """Return the text of `cfg/default.yaml`: every option with its default and help."""
+    lines = ["# Options of yolo_ext with their defaults. Generated by `yolo-ext cfg`; edit yolo_ext/config.py instead.", ""]
+    for technique, cls in CONFIGS.items():
+        lines.append(f"{technique}:  # {cls.__doc__}")
+        for key, default, help in help_lines(technique):
+            value = {"None": "null"}.get(default, default)
+            lines.append(f"  {key.split('.')[1]}: {value}  # {help}")
+        lines.append("")
+    return "\n".join(lines)

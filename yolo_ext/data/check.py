@@ -1,0 +1,295 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Validate a data.yaml, its images and its labels before anything expensive starts; nothing is written or fetched."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from ultralytics.data.utils import (
+    IMG_FORMATS,
+    check_cls_dataset,
+    check_det_dataset,
+    exif_size,
+    find_dataset_yaml,
+    img2label_paths,
+)
+from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML, patches
+from ultralytics.utils.checks import check_file
+
+from yolo_ext.errors import UsageError
+
+T = TypeVar("T")
+# Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
+_open = getattr(patches, "_image_open", Image.open)
+SHOWN = 5  # problems quoted in one message
+
+
+def check_data(
+    data: str | Path, *, need: Sequence[str] = ("train", "val"), task: str = "detect", labels: bool = True
+) -> dict[str, Any]:
+    """Check a dataset and list its images, downloading and changing nothing.
+
+    Args:
+        data: Path or bundled name of a data.yaml; for `task="classify"` a folder with one sub-folder per split.
+        need: Splits that must hold readable images.
+        task: Ultralytics task, which decides the label format.
+        labels: Whether label files are checked too; calibration, for one, needs images only.
+
+    Returns:
+        What Ultralytics' own check returns, plus `images`: {split: readable image paths} of the needed splits.
+
+    Raises:
+        UsageError: The file, a key, a path, a whole split or a label is unusable.
+    """
+    info = _check_folder(Path(data)) if task == "classify" else _check_yaml(str(data))
+    info["images"] = {split: _check_images(split, info, str(data)) for split in need}
+    total = [image for images in info["images"].values() for image in images]
+    if shared := len(total) - len(set(total)):
+        LOGGER.warning(f"{data}: {' and '.join(need)} share {shared} images, so accuracy is overstated.")
+    if labels and task in {"detect", "segment", "pose", "obb"}:
+        columns = 5 + int(np.prod(_keypoints(info, str(data)))) if task == "pose" else 0
+        for split, images in info["images"].items():
+            info["images"][split] = _check_labels(split, images, info["nc"], columns)
+    return info
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return the (width, height) in pixels that training will see, after EXIF rotation.
+
+    Unlike Ultralytics' `check_image` this never rewrites a damaged JPEG.
+
+    Args:
+        file: Image to read.
+
+    Raises:
+        ValueError: Ultralytics would skip this image as corrupt.
+    """
+    try:
+        with _open(file) as im:
+            im.verify()
+            size = exif_size(im)
+        if not jpeg_is_whole(file):
+            with _open(file) as im:
+                im.load()  # verify() does not see a truncated JPEG
+    except Exception as e:  # PIL raises many kinds
+        raise ValueError("cannot be read as an image" if "cannot identify" in str(e) else str(e)) from e
+    if min(size) < 10:
+        raise ValueError(f"size {size[0]}x{size[1]} is below 10 pixels")
+    return size
+
+
+def jpeg_is_whole(file: Path) -> bool:
+    """Return False for a JPEG that does not end with its end marker: Ultralytics would rewrite it, or skip it."""
+    with file.open("rb") as f:
+        if f.read(2) != b"\xff\xd8":
+            return True
+        f.seek(-2, os.SEEK_END)
+        return f.read() == b"\xff\xd9"
+
+
+def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
+    """Return what `read(file)` returns and an empty text, or None and what is wrong with the file."""
+    try:
+        return read(file), ""
+    except (ValueError, OSError) as e:
+        return None, str(e)
+
+
+def quote(items: Sequence[object], shown: int = SHOWN) -> str:
+    """Return the first items as text, followed by how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(map(str, items[:shown])) + more
+
+
+def _check_yaml(data: str) -> dict[str, Any]:
+    """Resolve and parse a data.yaml with Ultralytics, every failure as one UsageError."""
+    file = _find_yaml(data)
+    try:
+        content = YAML.load(file)
+    except Exception as e:
+        raise UsageError(f"Data file '{file}' is not valid YAML: {' '.join(str(e).split())}. Mend the file.") from e
+    if not content:
+        raise UsageError(f"Data file '{file}' holds no keys. It needs path, train, val and names.")
+    absent = [k for k in ("train", "val") if not content.get(k) and not (k == "val" and content.get("validation"))]
+    if content.get("names") is None and content.get("nc") is None:
+        absent.append("names")
+    if absent:
+        raise UsageError(
+            f"Data file '{file}' lacks {quote(absent)}; it holds {quote(list(content), 20)}. "
+            "Add train and val (image folders relative to path) and names (one name per class)."
+        )
+    try:
+        return check_det_dataset(str(file), autodownload=False)
+    except FileNotFoundError as e:
+        raise UsageError(_missing_path(file, content, e)) from e
+    except Exception as e:
+        reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__
+        raise UsageError(f"Data file '{file}' is not usable: {reason.rstrip('.')}. Mend that key.") from e
+
+
+def _find_yaml(data: str) -> Path:
+    """Return the data.yaml meant by a path, a folder or a bundled name."""
+    if "://" in data or data.endswith((".zip", ".tar", ".gz")):
+        raise UsageError(f"Data '{data}' would have to be fetched or unpacked. Do that first, then give its data.yaml.")
+    if Path(data).is_dir():
+        try:
+            return find_dataset_yaml(Path(data))
+        except Exception as e:
+            raise UsageError(f"Folder '{data}' holds no single data.yaml. Give the path of the file.") from e
+    names = [data] if Path(data).suffix else [f"{data}.yaml", f"{data}.yml", data]
+    if found := [f for f in (check_file(n, download=False, hard=False) for n in names if n.strip()) if f]:
+        return Path(found[0])
+    folder = Path(data).parent
+    known = [p for d in (folder, ROOT / "cfg/datasets") if d.is_dir() for p in (*d.glob("*.yaml"), *d.glob("*.yml"))]
+    by_name = {p.name: str(p if p.parent == folder else p.name) for p in reversed(known)}
+    near = [by_name[n] for n in difflib.get_close_matches(Path(names[0]).name, by_name, cutoff=0.6)]
+    hint = f"Did you mean {quote(near)}?" if near else "Give the path of an existing data.yaml."
+    raise UsageError(f"Data file '{data}' does not exist. {hint}")
+
+
+def _missing_path(file: Path, content: dict[str, Any], error: Exception) -> str:
+    """Return the message for images that are not where the data.yaml says."""
+    if content.get("download"):
+        how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
+        return f"The images of '{file}' are not here and nothing is fetched unasked. Fetch them: python -c \"{how}\""
+    reason = str(error).split("\n")[0].replace("❌", "").strip()
+    return f"{reason}. Set path, train and val in '{file}' to existing folders (relative paths start at path)."
+
+
+def _check_folder(folder: Path) -> dict[str, Any]:
+    """Check a classification folder; Ultralytics alone would download it, or split it into a new one."""
+    root = next((d for d in (folder, DATASETS_DIR / folder) if d.is_dir()), None)
+    if root is None:
+        raise UsageError(f"Data folder '{folder}' does not exist. Give a folder with train/<class>/ and val/<class>/.")
+    if not (root / "train").is_dir():
+        raise UsageError(f"Data folder '{root}' has no 'train' folder. Legal: train/<class>/, val/<class>/.")
+    try:
+        return check_cls_dataset(root)
+    except Exception as e:
+        raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
+
+
+def _keypoints(info: dict[str, Any], data: str) -> list[int]:
+    """Return kpt_shape, (count, dimensions)."""
+    shape = info.get("kpt_shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(x, int) for x in shape)):
+        raise UsageError(f"Data file '{data}' has kpt_shape {shape}. A pose set needs two integers, e.g. [17, 3].")
+    return shape
+
+
+def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the sorted images of folders, and of text files with one path per line, as Ultralytics finds them.
+
+    Args:
+        source: A folder, a text file, or a list of these.
+
+    Raises:
+        FileNotFoundError: A source does not exist.
+    """
+    files: list[str] = []
+    for p in map(Path, [source] if isinstance(source, str | Path) else source):
+        if p.is_dir():  # glob, not rglob: it follows linked folders and leaves out hidden ones, as Ultralytics does
+            files += glob.glob(f"{glob.escape(str(p))}/**/*.*", recursive=True)  # noqa: PTH207
+        elif p.is_file():
+            lines = p.read_text(encoding="utf-8-sig").splitlines()
+            files += [str(p.parent / x[2:]) if x.startswith("./") else x for x in map(str.strip, lines)]
+        else:
+            raise FileNotFoundError(str(p))
+    return sorted(Path(f) for f in files if f.rpartition(".")[-1].lower() in IMG_FORMATS)
+
+
+def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
+    """Return the readable images of a split; warn about the others."""
+    if not info.get(split):
+        raise UsageError(f"Data '{data}' has no '{split}' split. Add the key '{split}' with its image folder.")
+    try:
+        images = list_images(info[split])
+    except FileNotFoundError as e:
+        raise UsageError(f"Split '{split}' of '{data}' points to '{e}', which does not exist. Mend the path.") from e
+    if not images:
+        formats = ", ".join(sorted(IMG_FORMATS))
+        raise UsageError(f"Split '{split}' of '{data}' holds no images: {info[split]}. Legal formats: {formats}.")
+
+    with ThreadPool(NUM_THREADS) as pool:
+        results = pool.imap(lambda file: attempt(image_size, file)[1], images)
+        found = list(TQDM(results, f"Checking {split}", len(images), disable=len(images) < 2000))
+    bad = [f"{f} ({why})" for f, why in zip(images, found) if why]
+    if len(bad) == len(images):
+        raise UsageError(f"No image of split '{split}' of '{data}' can be read: {quote(bad)}. Restore the images.")
+    if bad:
+        LOGGER.warning(f"{split}: {len(bad)} of {len(images)} images cannot be read and are left out: {quote(bad)}")
+    return [f for f, why in zip(images, found) if not why]
+
+
+def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
+    """Return the images of a split whose labels Ultralytics will accept.
+
+    Args:
+        split: Name of the split.
+        images: Readable images.
+        nc: Number of classes.
+        columns: Exact columns per row; 0 for boxes (5) or polygons (odd, from 7).
+    """
+    files = [Path(p) for p in img2label_paths([*map(str, images)])]
+    rows, wrong, outside = 0, [], []
+    kept = []
+    for image, file in zip(images, files):
+        try:
+            count = check_label(file, nc, columns) if file.is_file() else 0
+        except ArithmeticError as e:
+            outside.append(f"{file}: {e}")
+            continue
+        except ValueError as e:
+            wrong.append(f"{file}: {e}")
+            continue
+        rows += count
+        kept.append(image)
+    if wrong:
+        raise UsageError(f"Split '{split}' has {len(wrong)} malformed label files: {quote(wrong)}. Mend these files.")
+    if outside:
+        LOGGER.warning(f"{split}: {len(outside)} images are left out, labels outside 0..1: {quote(outside)}")
+    if not rows:
+        raise UsageError(f"Split '{split}' has no labels in {len(images)} images. Expected files like '{files[0]}'.")
+    return kept
+
+
+def check_label(file: Path, nc: int, columns: int = 0) -> int:
+    """Return the number of objects in a YOLO label file after checking every row.
+
+    Args:
+        file: Text file with rows `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised.
+        nc: Number of classes.
+        columns: Exact number of columns; 0 for 5 (box) or an odd number from 7 (polygon).
+
+    Raises:
+        ValueError: A row is malformed or its class is not one of the dataset.
+        ArithmeticError: A coordinate lies outside the image by more than Ultralytics' tolerance of 1 %.
+    """
+    try:
+        rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        values = [[float(x) for x in row] for row in rows]
+    except ValueError as e:  # a word where a number belongs, or bytes that are not text
+        raise ValueError(f"not numbers ({e})") from e
+    for i, row in enumerate(values, 1):
+        n = len(row)
+        if n != columns if columns else n != 5 and (n < 7 or n % 2 == 0):
+            raise ValueError(f"row {i} has {n} columns, legal: {columns or '5, or 7, 9, ... for polygons'}")
+        if not (row[0].is_integer() and 0 <= row[0] < nc):
+            raise ValueError(f"row {i} has class {rows[i - 1][0]}, legal: 0 to {nc - 1}")
+        if not np.isfinite(row).all():
+            raise ValueError(f"row {i} has a value that is not finite")
+    if len({len(row) == 5 for row in values}) > 1:
+        raise ValueError("box and polygon rows are mixed")
+    for row in values:
+        coords = row[1:5] if columns else row[1:]  # keypoints out of sight may lie anywhere
+        if max(coords) > 1.01 or min(coords) < -0.01:
+            raise ArithmeticError(f"class {row[0]:g} at {quote([f'{x:g}' for x in coords])}")
+    return len(values)

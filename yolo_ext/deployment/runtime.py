@@ -1,0 +1,325 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Models as functions on the CPU, in torch and in ONNX Runtime, and what ONNX Runtime really runs in INT8."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import nn
+from ultralytics.data.augment import LetterBox
+from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils import LOGGER
+from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.patches import imread
+
+from yolo_ext.checkpoint import load_model
+from yolo_ext.errors import UsageError
+
+Source = str | Path | nn.Module
+Predict = Callable[[np.ndarray], list[np.ndarray]]
+
+FLOAT_CONVS = {"Conv", "ConvTranspose"}
+INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Ultralytics' info lines and progress bars and torch's trace warnings; restore the logger afterwards."""
+    level = LOGGER.level
+    LOGGER.setLevel(max(logging.WARNING, level))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        LOGGER.setLevel(level)
+
+
+def float_model(weights: str | Path | nn.Module) -> Any:
+    """Return an FP32 CPU copy in eval mode; the module or file it comes from is not touched.
+
+    Args:
+        weights: A ``.pt`` file, a model YAML, or an Ultralytics model.
+
+    Returns:
+        The copy, unfused if the source is.
+
+    Raises:
+        UsageError: The file is missing or holds no Ultralytics model.
+    """
+    with quiet():
+        model: Any = deepcopy(weights) if isinstance(weights, nn.Module) else load_model(weights)[0]
+    model = model.cpu().float().eval().requires_grad_(False)
+    model.criterion = None
+    model.task = getattr(model, "task", None) or guess_model_task(model)  # absent on a module built from YAML
+    return model
+
+
+def session(model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False) -> ort.InferenceSession:
+    """Open an ONNX model on ONNX Runtime's CPU provider.
+
+    Args:
+        model: An ``.onnx`` file, or the serialised model.
+        threads: Threads within an operator; None leaves the choice to ONNX Runtime.
+        simulate: Run Q/DQ nodes as written, in float, instead of fusing them into integer operators.
+
+    Returns:
+        The session.
+
+    Raises:
+        UsageError: The file is missing, or ONNX Runtime cannot load it.
+    """
+    return _open(model, _options(threads, simulate))
+
+
+def _options(threads: int | None, simulate: bool = False) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Idle workers would otherwise spin on and steal cores from the model that is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if simulate:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def _open(model: str | Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise UsageError(f"ONNX model '{model}' does not exist. Export one first.")
+    try:
+        return ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        name = "the model" if isinstance(model, bytes) else f"'{model}'"
+        raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error
+
+
+def run(model: ort.InferenceSession, x: np.ndarray) -> list[np.ndarray]:
+    """Run one batch.
+
+    Args:
+        model: A session with one input.
+        x: Images (B, C, H, W), float32 in 0..1.
+
+    Returns:
+        The outputs in graph order.
+    """
+    return model.run(None, {model.get_inputs()[0].name: x})
+
+
+def metadata(model: ort.InferenceSession) -> dict[str, Any]:
+    """Return Ultralytics' metadata of a session's model with values parsed where they are Python literals.
+
+    Args:
+        model: A session.
+
+    Returns:
+        Keys such as ``task``, ``names``, ``imgsz``, ``batch``, ``end2end``; empty for a foreign model.
+    """
+    parsed: dict[str, Any] = {}
+    for key, value in model.get_modelmeta().custom_metadata_map.items():
+        parsed[key] = value
+        with contextlib.suppress(ValueError, SyntaxError):
+            parsed[key] = ast.literal_eval(value)
+    return parsed
+
+
+def load_image(path: str | Path, imgsz: int) -> np.ndarray:
+    """Read one image as the predictor does: letterbox, RGB, 0..1.
+
+    Args:
+        path: Image file.
+        imgsz: Square size in pixels.
+
+    Returns:
+        Array (1, 3, imgsz, imgsz), float32.
+
+    Raises:
+        UsageError: The file is not a readable image.
+    """
+    image = imread(str(path))
+    if image is None:
+        raise UsageError(f"Image '{path}' does not exist or cannot be read. Give readable image files.")
+    boxed: Any = LetterBox((imgsz, imgsz), auto=False)(image=image)
+    return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Return what is needed to read a model's outputs.
+
+    Args:
+        source: Ultralytics model, ``.pt`` file or ``.onnx`` file.
+
+    Returns:
+        ``task``, ``nc`` (number of classes), ``end2end`` (NMS-free output) and ``dual`` (torch: both heads are there).
+
+    Raises:
+        UsageError: The file is unusable or carries no Ultralytics metadata.
+    """
+    if isinstance(source, nn.Module) or str(source).endswith(".pt"):
+        model = float_model(source)
+        found = {"task": model.task, "nc": len(model.names), "end2end": bool(getattr(model, "end2end", False))}
+        head = model.model[-1]
+        return {**found, "dual": None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None))}
+    meta = metadata(session(source))
+    if not meta.get("names"):
+        raise UsageError(
+            f"ONNX model '{source}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
+        )
+    return {"task": meta["task"], "nc": len(meta["names"]), "end2end": bool(meta.get("end2end")), "dual": False}
+
+
+def predictor(source: Source, *, end2end: bool = False, simulate: bool = False) -> Predict:
+    """Turn a model into a function from one image to raw head outputs.
+
+    Args:
+        source: Ultralytics model, ``.pt`` file or ``.onnx`` file.
+        end2end: Head of a dual-head torch model to run; an ONNX file has only one.
+        simulate: ONNX only: run Q/DQ in float instead of in integer operators.
+
+    Returns:
+        Function of an image (1, C, H, W) that gives the exported outputs: boxes and scores first, then mask prototypes.
+    """
+    if not isinstance(source, nn.Module) and not str(source).endswith(".pt"):
+        opened = session(source, simulate=simulate)
+        size = opened.get_inputs()[0].shape[0]
+        batch = size if isinstance(size, int) else 1
+        return lambda x: [y[:1] for y in run(opened, np.repeat(x, batch, 0))]
+    model = float_model(source)
+    if getattr(model, "end2end", False) != end2end:
+        model.end2end = end2end
+    model.model[-1].export = True  # outputs as exported: no training tensors beside them
+
+    def forward(x: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            y = model(torch.from_numpy(x))
+        return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
+
+    return forward
+
+
+def detect(predict: Predict, x: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
+    """Run one image and Ultralytics' NMS, which only thresholds the output of an NMS-free head.
+
+    Args:
+        predict: From `predictor`.
+        x: Image (1, C, H, W), float32 in 0..1.
+        meta: From `describe`.
+        conf: Confidence threshold.
+        iou: NMS IoU threshold.
+
+    Returns:
+        Detections (N, 6+): x1, y1, x2, y2 in pixels of ``x``, score, class, and what the task adds.
+    """
+    y = torch.from_numpy(predict(x)[0])
+    return non_max_suppression(y, conf, iou, nc=meta["nc"], end2end=meta["end2end"], max_det=300)[0]
+
+
+def conv_report(path: str | Path) -> dict[str, Any]:
+    """Tell which convolutions ONNX Runtime runs in integers on this CPU, and why the others stay float.
+
+    The evidence is the graph after ONNX Runtime's extended optimisations, where Q/DQ fusion has happened. The layout
+    passes that follow only rename and reorder nodes.
+
+    Args:
+        path: An ``.onnx`` file.
+
+    Returns:
+        ``{"convs": n, "int8_convs": n, "float_convs": {node name: reason}}``.
+
+    Raises:
+        UsageError: The file is missing or cannot be loaded.
+    """
+    import onnx
+
+    if not Path(path).is_file():
+        raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
+    model = onnx.load(path)
+    convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]
+    for node in convs:
+        node.name = node.name or node.output[0]
+    options = _options(1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        _open(model.SerializeToString(), options)
+        optimized = onnx.load(options.optimized_model_filepath).graph
+    integer = {n.name for n in optimized.node if n.op_type in INTEGER_CONVS}
+    reason = _reasons(model.graph)
+    floats = {n.name: reason(n) for n in convs if n.name not in integer}
+    return {"convs": len(convs), "int8_convs": len(convs) - len(floats), "float_convs": floats}
+
+
+def _reasons(graph: Any) -> Callable[[Any], str]:
+    """Return a function that explains a float convolution from the Q/DQ nodes around it."""
+    producer = {name: n for n in graph.node for name in n.output}
+    consumers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    outputs = {o.name for o in graph.output}
+    dtype = {t.name: t.data_type for t in graph.initializer}
+
+    def dequantized(name: str) -> bool:
+        return name in producer and producer[name].op_type == "DequantizeLinear"
+
+    def reason(conv: Any) -> str:
+        x, w = (dequantized(name) for name in conv.input[:2])
+        if not x and not w:
+            return "no Q/DQ (kept float by the profile)"
+        if not x or not w:
+            return "weight not dequantized" if x else "input not dequantized"
+        out = conv.output[0]
+        users = consumers.get(out, [])
+        if len(users) == 1 and users[0].op_type in {"Relu", "Clip"}:  # folded where the zero point already clips
+            out = users[0].output[0]
+            users = consumers.get(out, [])
+        if not any(u.op_type == "QuantizeLinear" for u in users):
+            return "no Q on the output"
+        if len(users) > 1 or out in outputs:
+            return "more than one consumer of the output"
+        if dtype.get(producer[conv.input[0]].input[2]) != dtype.get(users[0].input[2]):
+            return "input and output have different integer types"
+        if len(conv.input) > 2 and conv.input[2] and not dequantized(conv.input[2]):
+            return "bias not dequantized"
+        return "not fused by ONNX Runtime on this CPU (x86 needs unsigned activations)"
+
+    return reason
+
+
+def cpu_info() -> dict[str, Any]:
+    """Describe the processor and the versions that a measurement depends on.
+
+    Returns:
+        ``cpu`` (name), ``threads`` (logical processors), ``avx2`` and ``vnni`` (None where the system does not tell),
+        and the versions of ``python``, ``torch``, ``onnx``, ``onnxruntime`` and ``ultralytics``.
+    """
+    from ultralytics.utils.torch_utils import get_cpu_info
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="ignore").splitlines() if info.is_file() else []
+    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), None)
+    return {
+        "cpu": get_cpu_info(),
+        "threads": os.cpu_count(),
+        "avx2": None if flags is None else "avx2" in flags,
+        "vnni": None if flags is None else bool(flags & {"avx512_vnni", "avx_vnni"}),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "ultralytics")},
+    }

@@ -1,0 +1,24 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The two things that can go wrong from a user's point of view."""
+
+from __future__ import annotations
+
+
+class YoloExtError(Exception):
+    """Base of both errors. The CLI prints its message without a traceback.
+
+    Attributes:
+        exit_status: Exit status of the command line that hits this error.
+    """
+
+    exit_status = 1
+
+
+class UsageError(YoloExtError):
+    """Wrong input: an unknown option, an illegal value, a missing or broken file. Exit status 2."""
+
+    exit_status = 2
+
+
+class CheckFailed(YoloExtError):
+    """The input was legal, but a check or a budget was not met. Exit status 1."""

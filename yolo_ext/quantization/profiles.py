@@ -1,0 +1,145 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What each runtime executes in INT8, as data, and which convolutions of a model can run that way."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from ultralytics.nn.modules import DFL, Conv, RepConv
+from ultralytics.nn.modules.block import RepVGGDW
+from ultralytics.nn.modules.conv import Conv2
+
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import suggest
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one runtime needs of a quantized graph.
+
+    Attributes:
+        name: Name of the row.
+        summary: One line for help and reports.
+        weight_bits: Bits of the symmetric per-channel weights, stored as INT8 in narrow range.
+        activation_bits: Bits of the asymmetric per-tensor activations, stored as UINT8.
+        output_quantizers: Quantize convolution outputs too (before the activation).
+        fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
+    """
+
+    name: str
+    summary: str
+    weight_bits: int
+    activation_bits: int = 8
+    output_quantizers: bool = True
+    fuse_silu: bool = True
+
+    @property
+    def weight_qmax(self) -> int:
+        """Return the largest weight code; the smallest is its negative, so that a negative BN gain flips exactly."""
+        return 2 ** (self.weight_bits - 1) - 1
+
+    @property
+    def activation_qmax(self) -> int:
+        """Return the largest activation code; the smallest is 0."""
+        return 2**self.activation_bits - 1
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        # Without VNNI, VPMADDUBSW sums two u8*s8 products in int16 and saturates unless weights stay within 7 bits.
+        Profile("ort-x86", "ONNX Runtime on any x86-64 CPU: 7-bit weights cannot saturate", weight_bits=7),
+        Profile("ort-x86-vnni", "ONNX Runtime on x86-64 with VNNI: 8-bit weights", weight_bits=8),
+    )
+}
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU reports VNNI; False where that cannot be read, which is the safe side."""
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni)\b", cpuinfo.read_text()) is not None
+    except OSError:
+        return False
+
+
+def resolve_profile(name: str) -> Profile:
+    """Return the profile called `name`; `auto` picks one by the flags of this CPU.
+
+    Args:
+        name: `auto` or a key of `PROFILES`.
+
+    Returns:
+        The profile.
+
+    Raises:
+        UsageError: If there is no such profile.
+    """
+    if name == "auto":
+        name = "ort-x86-vnni" if has_vnni() else "ort-x86"
+    if name not in PROFILES:
+        legal = ["auto", *PROFILES]
+        raise UsageError(f"Unknown quantization profile '{name}'.{suggest(name, legal)} Legal: {', '.join(legal)}.")
+    return PROFILES[name]
+
+
+def quantizable_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> block for every Ultralytics block that runs as `act(conv(x))` once deployed.
+
+    Blocks that merge several branches (Conv2, RepConv, RepVGGDW) are of that form only after `model.fuse()`.
+    """
+    return {path: m for path, m in model.named_modules() if _is_single_conv(m)}
+
+
+def _is_single_conv(m: nn.Module) -> bool:
+    if not isinstance(m, (Conv, RepConv, RepVGGDW)) or not isinstance(getattr(m, "conv", None), nn.Conv2d):
+        return False
+    return not any(hasattr(m, branch) for branch in ("conv1", "conv2", "cv2"))
+
+
+def _merged_paths(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.{child}"
+        for path, m in model.named_modules()
+        if isinstance(m, (Conv2, RepConv, RepVGGDW)) and not _is_single_conv(m)
+        for child, _ in m.named_modules()
+    }
+
+
+def float_modules(model: nn.Module) -> dict[str, str]:
+    """Return module path -> reason for every convolution and linear layer that stays float.
+
+    Quantized are the convolutions of Ultralytics `Conv` blocks (`DWConv`, attention projections and head stems among
+    them). The box decode has no such layer and is never touched: one scale for boxes and scores would zero the scores.
+
+    Args:
+        model: A detection, segmentation, pose, OBB or classification model, fused or not.
+
+    Returns:
+        Path -> reason, in the order of the modules.
+    """
+    quantized = {f"{path}.conv" for path in quantizable_blocks(model)}
+    merged = _merged_paths(model)
+    quantized -= merged
+    dfl = {f"{path}.conv" for path, m in model.named_modules() if isinstance(m, DFL)}
+    layers = getattr(model, "model", None)
+    head = f"model.{len(layers) - 1}." if isinstance(layers, nn.Sequential) else "\0"
+    reasons = {}
+    for path, m in model.named_modules():
+        if path in quantized or not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            continue
+        if path in dfl:
+            reasons[path] = "DFL: the fixed integral over box distances is the most sensitive layer"
+        elif path in merged:
+            reasons[path] = "branch that is merged on fuse: quantized only in a fused model"
+        elif isinstance(m, nn.ConvTranspose2d):
+            reasons[path] = "transposed convolution: ONNX Runtime has no INT8 kernel for it"
+        elif isinstance(m, nn.Linear):
+            reasons[path] = "linear layer: small share of the time, kept exact"
+        elif path.startswith(head):
+            reasons[path] = "head output: large error for a small share of the time"
+        else:
+            reasons[path] = "bare convolution outside a Conv block"
+    return reasons

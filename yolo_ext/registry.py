@@ -1,0 +1,87 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Method tables: a method is one function plus one row."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from yolo_ext.errors import UsageError
+
+
+def suggest(name: str, legal: list[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest legal name, or an empty string."""
+    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its function and what help, docs and validation need to know about it."""
+
+    name: str
+    fn: Callable[..., Any]
+    summary: str
+    paper: str = ""
+    needs: str = ""
+
+
+class Table:
+    """A named table of methods, filled by the `row` decorator.
+
+    Example:
+        >>> criteria = Table("pruning criterion")
+        >>> @criteria.row("l1", "Sum of absolute weights", paper="Li et al., 2017")
+        ... def l1(group): ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        """Make an empty table of methods of this kind, such as ``pruning criterion``."""
+        self.kind = kind
+        self._rows: dict[str, Row] = {}
+
+    def row(self, name: str, summary: str, *, paper: str = "", needs: str = "") -> Callable:
+        """Register the decorated function under `name`."""
+
+        def add(fn: Callable) -> Callable:
+            self._rows[name] = Row(name, fn, summary, paper, needs)
+            return fn
+
+        return add
+
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows in the order of registration."""
+        return iter(self._rows.values())
+
+    def names(self) -> list[str]:
+        """Return the registered names."""
+        return list(self._rows)
+
+    def __getitem__(self, name: str) -> Row:
+        """Return the row called `name`, or the user's own function for a dotted path ``package.module:function``.
+
+        Raises:
+            UsageError: If there is no such method.
+        """
+        if name in self._rows:
+            return self._rows[name]
+        if ":" in str(name):
+            return Row(name, _user_function(name, self.kind), "user method")
+        raise UsageError(
+            f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} "
+            f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
+        )
+
+
+def _user_function(path: str, kind: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    try:
+        fn = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise UsageError(f"Cannot import {kind} '{path}': {e}. Write it as 'package.module:function'.") from e
+    if not callable(fn):
+        raise UsageError(f"The {kind} '{path}' is not callable.")
+    return fn

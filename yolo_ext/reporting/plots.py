@@ -1,0 +1,254 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Figures of a run: channels per layer, stages, and detections of two models side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from ultralytics.utils import plt_settings
+from ultralytics.utils.checks import is_ascii
+from ultralytics.utils.metrics import bbox_ioa
+from ultralytics.utils.patches import imread, imwrite
+from ultralytics.utils.plotting import Annotator, colors
+
+from yolo_ext.errors import UsageError
+from yolo_ext.reporting.tables import FIELDS, figure
+
+Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
+Names = Mapping[int, str] | Sequence[str]
+
+BEFORE, AFTER, KEPT = "#d5dbe3", "#2563eb", "#94a3b8"
+MISSED, ADDED = (40, 40, 230), (0, 140, 255)  # BGR
+MIN_WIDTH = 640  # px; narrower pictures are enlarged so that captions and labels fit
+MAX_LABELS = 15  # more boxes than this are drawn without class labels, which would hide the objects
+
+
+@plt_settings({"font.size": 9})
+def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Plot the channels of every layer before and after pruning.
+
+    Args:
+        layers: Dicts with `name`, `before`, `after` (channels) and, where a layer was kept, `reason`.
+        path: Picture to write.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UsageError: There are no layers.
+    """
+    import matplotlib.pyplot as plt
+
+    if not layers:
+        raise UsageError("No layers to plot: the list of layers is empty. Pass at least one layer.")
+    rows = np.arange(len(layers))
+    before = np.array([layer["before"] for layer in layers])
+    after = np.array([layer["after"] for layer in layers])
+    figure_, ax = plt.subplots(figsize=(9, 1.1 + 0.19 * len(layers)), layout="constrained")
+    pruned = after < before
+    ax.barh(rows, before, 0.72, color=BEFORE, label=f"before ({before.sum():,} channels)")
+    ax.barh(rows[pruned], after[pruned], 0.72, color=AFTER, label=f"after ({after.sum():,} channels)")
+    ax.barh(rows[~pruned], after[~pruned], 0.72, color=KEPT, label=f"not pruned ({(~pruned).sum()} layers)")
+    for row, layer in enumerate(layers):
+        same = layer["after"] == layer["before"]
+        note = str(layer.get("reason") or "") if same else ""
+        text = f"{layer['before']}" if same else f"{layer['before']} → {layer['after']}"
+        ax.text(layer["before"], row, f" {text}  {note}", va="center", fontsize=6.5, color="#475569", parse_math=False)
+    ax.set_yticks(rows, [str(layer["name"]) for layer in layers], fontsize=7, parse_math=False)
+    ax.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, before.max() * 1.3), xlabel="output channels")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    figure_.legend(loc="outside upper center", ncols=3, frameon=False)
+    return _save(figure_, path)
+
+
+@plt_settings({"font.size": 10})
+def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -> Path:
+    """Plot accuracy and latency after each stage.
+
+    Args:
+        stages: Measurement of each stage (the keys of `summary.json`) by stage name, in order.
+        path: Picture to write.
+
+    Returns:
+        The path written; a panel for which nothing was measured says so.
+
+    Raises:
+        UsageError: There are no stages.
+    """
+    import matplotlib.pyplot as plt
+
+    if not stages:
+        raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
+    figure_, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for ax, title, kind in zip(axes, ("mAP", "latency (ms)"), ("score", "latency")):
+        for field in (f for f in FIELDS if f.kind == kind):
+            # NaN leaves a gap: a line across a stage would show a value that was never measured there.
+            values = [math.nan if (v := figure(m, field.key)) is None else v for m in stages.values()]
+            if not np.isnan(values).all():
+                ax.plot(values, marker="o", label=field.column.removesuffix(" (ms)"))
+        ax.set_title(title)
+        ax.set_xticks(range(len(stages)), list(stages), rotation=20, parse_math=False)
+        ax.set_xlim(-0.4, len(stages) - 0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.3)
+        if ax.lines:
+            ax.legend(frameon=False)
+        else:
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#64748b")
+    axes[1].set_ylim(bottom=0)
+    return _save(figure_, path)
+
+
+def draw_detections(image_path: str | Path, boxes: Sequence[Box], names: Names, path: str | Path) -> Path:
+    """Draw detections on a copy of a picture.
+
+    Args:
+        image_path: Picture the boxes belong to.
+        boxes: Detections (x1, y1, x2, y2 in pixels, confidence, class).
+        names: Class names by class index.
+        path: Picture to write.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UsageError: The picture cannot be read.
+    """
+    image, boxes = _enlarge(_read(image_path), boxes)
+    return _write(path, _draw(image, boxes, names, {}, len(boxes) <= MAX_LABELS))
+
+
+def side_by_side(
+    image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
+) -> tuple[int, int]:
+    """Draw the detections of the base and of the compressed model on one picture, differences marked.
+
+    Args:
+        image: Picture, as a file or an array (height, width, 3) in BGR.
+        base_boxes: Detections of the base model (x1, y1, x2, y2 in pixels, confidence, class).
+        new_boxes: Detections of the compressed model.
+        names: Class names by class index.
+        path: Picture to write.
+
+    Returns:
+        How many boxes of the base the compressed model missed, and how many it added.
+
+    Raises:
+        UsageError: The picture cannot be read.
+    """
+    picture = image if isinstance(image, np.ndarray) else _read(image)
+    missed, added = match_boxes(base_boxes, new_boxes)
+    scaled, left = _enlarge(picture, base_boxes)
+    _, right = _enlarge(picture, new_boxes)
+    labels = max(len(left), len(right)) <= MAX_LABELS
+    marks: dict[int, tuple[str, tuple[int, int, int]]] = {i: ("added", ADDED) for i in added}
+    marks |= {len(right) + n: ("missed", MISSED) for n in range(len(missed))}
+    base = _draw(scaled.copy(), left, names, {}, labels)
+    new = _draw(scaled.copy(), [*right, *(left[i] for i in missed)], names, marks, labels)
+    captions = (f"base: {len(left)} objects", f"compressed: {len(right)} objects")
+    note = f"{len(missed)} missed, {len(added)} added"
+    halves = [_caption(base, captions[0], ""), _caption(new, captions[1], note)]
+    gap = np.full((halves[0].shape[0], 8, 3), 255, np.uint8)
+    _write(path, np.hstack([halves[0], gap, halves[1]]))
+    return len(missed), len(added)
+
+
+def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tuple[list[int], list[int]]:
+    """Pair the boxes of two models one to one, the best overlap of the same class first.
+
+    Args:
+        base: Boxes of the base model (x1, y1, x2, y2 in pixels, confidence, class).
+        new: Boxes of the compressed model.
+        iou: Smallest overlap of a pair.
+
+    Returns:
+        Indices of the base boxes that were missed, and of the new boxes that were added.
+    """
+    missed, added = list(range(len(base))), list(range(len(new)))
+    if base and new:
+        a, b = np.asarray(base, dtype=np.float64), np.asarray(new, dtype=np.float64)
+        overlap = np.where(a[:, None, 5] == b[None, :, 5], bbox_ioa(a[:, :4], b[:, :4], iou=True), 0.0)
+        for flat in np.argsort(-overlap, axis=None, kind="stable"):
+            i, j = (int(n) for n in np.unravel_index(flat, overlap.shape))
+            if overlap[i, j] < iou:
+                break
+            if i in missed and j in added:
+                missed.remove(i)
+                added.remove(j)
+    return missed, added
+
+
+def _draw(
+    image: np.ndarray,
+    boxes: Sequence[Box],
+    names: Names,
+    marks: Mapping[int, tuple[str, tuple[int, int, int]]],
+    labels: bool,
+) -> np.ndarray:
+    """Draw boxes, the marked ones last and with a thicker outline."""
+    annotator = Annotator(image, line_width=2)
+    for index in sorted(range(len(boxes)), key=lambda i: i in marks):
+        *xyxy, confidence, cls = boxes[index]
+        word, color = marks.get(index, ("", colors(int(cls), bgr=True)))
+        label = f"{word} {_name(names, int(cls))}" + ("" if word == "missed" else f" {confidence:.2f}")
+        if word:
+            x1, y1, x2, y2 = (round(v) for v in xyxy)
+            cv2.rectangle(image, (x1, y1), (x2, y2), color, 5, cv2.LINE_AA)
+        annotator.box_label(xyxy, label.strip() if labels or word else "", color=color)
+    return annotator.result()
+
+
+def _name(names: Names, cls: int) -> str:
+    """Give the class name; OpenCV cannot write non-ASCII text, and Ultralytics would fetch a font for it."""
+    known = names.get(cls) if isinstance(names, Mapping) else names[cls] if 0 <= cls < len(names) else None
+    return known if known and is_ascii(known) else f"class {cls}"
+
+
+def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
+    """Put a white strip with a caption, and a warning at its right end, above a picture."""
+    strip = np.full((34, image.shape[1], 3), 255, np.uint8)
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.6
+    cv2.putText(strip, left, (6, 23), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
+    width = cv2.getTextSize(right, font, scale, 1)[0][0]
+    color = (40, 40, 40) if right.startswith("0 missed, 0") else MISSED
+    cv2.putText(strip, right, (image.shape[1] - width - 6, 23), font, scale, color, 1, cv2.LINE_AA)
+    return np.vstack([strip, image])
+
+
+def _enlarge(image: np.ndarray, boxes: Sequence[Box]) -> tuple[np.ndarray, list[Box]]:
+    scale = max(MIN_WIDTH / image.shape[1], 1.0)
+    if scale > 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    return image, [[*(float(v) * scale for v in box[:4]), *box[4:]] for box in boxes]
+
+
+def _read(path: str | Path) -> np.ndarray:
+    image = imread(str(path)) if Path(path).is_file() else None
+    if image is None:
+        raise UsageError(
+            f"Cannot read the picture {str(path)!r}. Pass an image file that exists, such as a .jpg or .png."
+        )
+    return image
+
+
+def _write(path: str | Path, image: np.ndarray) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imwrite(str(path), image)
+    return path
+
+
+def _save(figure_: Any, path: str | Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_.savefig(path, dpi=150)
+    plt.close(figure_)
+    return path

@@ -1,0 +1,218 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Before | After | Delta: the figures of `summary.json` as aligned text and as rows other outputs can use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+ABSENT = "-"
+Verdict = Literal["better", "worse", "same", ""]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One figure of a measurement.
+
+    Args:
+        key: Dotted path inside a measurement of `summary.json`.
+        label: Row label.
+        column: Short label, used where the figure is a column.
+        kind: How two values compare: relative change, score difference, speed ratio or plain count.
+        spec: Format specification of one value.
+        fallback: Other figures of the base model to compare with when it has none of this one: (key, short name).
+    """
+
+    key: str
+    label: str
+    column: str
+    kind: Literal["share", "score", "latency", "count"]
+    spec: str
+    fallback: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared figure, formatted; `verdict` says how the compressed model does against the base."""
+
+    key: str
+    label: str
+    before: str
+    after: str
+    delta: str
+    verdict: Verdict
+
+
+FIELDS = (
+    Field("params", "Parameters", "Params", "share", ",.0f"),
+    Field("gflops", "GFLOPs", "GFLOPs", "share", ",.2f"),
+    Field("size_mb", "File size (MB)", "Size (MB)", "share", ",.2f"),
+    Field("map50", "mAP50", "mAP50", "score", ".4f"),
+    Field("map", "mAP50-95", "mAP50-95", "score", ".4f"),
+    Field("map_onnx.fp32", "mAP50-95 ONNX FP32", "mAP ONNX FP32", "score", ".4f", (("map", "PyTorch"),)),
+    Field(
+        "map_onnx.int8",
+        "mAP50-95 ONNX INT8",
+        "mAP ONNX INT8",
+        "score",
+        ".4f",
+        (("map_onnx.fp32", "ONNX FP32"), ("map", "PyTorch")),
+    ),
+    Field("latency_ms.torch", "Latency PyTorch (ms)", "PyTorch (ms)", "latency", ",.2f"),
+    Field("latency_ms.ort", "Latency ORT FP32 (ms)", "ORT FP32 (ms)", "latency", ",.2f"),
+    Field(
+        "latency_ms.ort_int8",
+        "Latency ORT INT8 (ms)",
+        "ORT INT8 (ms)",
+        "latency",
+        ",.2f",
+        (("latency_ms.ort", "ORT FP32"),),
+    ),
+    Field("convs", "Convolutions", "Convs", "count", ",.0f"),
+    Field("int8_convs", "INT8 convolutions", "INT8 convs", "count", ",.0f"),
+)
+
+
+def figure(measurement: dict[str, Any] | None, key: str) -> float | None:
+    """Read one figure of a measurement.
+
+    Args:
+        measurement: A measurement of `summary.json`, or None.
+        key: Dotted path, such as `latency_ms.ort`.
+
+    Returns:
+        The figure, or None where it is absent or not a finite number.
+    """
+    value: Any = measurement
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Row]:
+    """Compare two measurements figure by figure.
+
+    Args:
+        before: Measurement of the base model.
+        after: Measurement of the compressed model.
+
+    Returns:
+        One row per figure that at least one side has. A figure the base lacks is compared with the base figure its
+        label then names: INT8 in ONNX Runtime with FP32 in ONNX Runtime.
+    """
+    rows = []
+    for field in FIELDS:
+        old, new, label = figure(before, field.key), figure(after, field.key), field.label
+        if old is None and new is not None:
+            for key, name in field.fallback:
+                if (old := figure(before, key)) is not None:
+                    label = f"{label}, before: {name}"
+                    break
+        if old is not None or new is not None:
+            delta, verdict = compare(old, new, field.kind)
+            rows.append(Row(field.key, label, _text(old, field.spec), _text(new, field.spec), delta, verdict))
+    return rows
+
+
+def compare(before: float | None, after: float | None, kind: str) -> tuple[str, Verdict]:
+    """Say how far, and which way, a figure moved.
+
+    Args:
+        before: Value of the base model.
+        after: Value of the compressed model.
+        kind: `share` (lower is better, percent), `score` (higher is better, absolute), `latency` (lower is better,
+            ratio) or `count` (neither is better).
+
+    Returns:
+        The delta as text and the verdict; a move that rounds to nothing is `same`.
+    """
+    if before is None or after is None or (kind in ("share", "latency") and min(before, after) <= 0):
+        return ABSENT, ""
+    if kind == "latency":
+        faster = before >= after
+        ratio = round(before / after if faster else after / before, 2)
+        if ratio == 1:
+            return "1.00x", "same"
+        return f"{ratio:.2f}x {'faster' if faster else 'slower'}", "better" if faster else "worse"
+    digits = {"share": 1, "score": 4, "count": 0}[kind]
+    change = round(100 * (after - before) / before if kind == "share" else after - before, digits)
+    unit = "%" if kind == "share" else ""
+    if change == 0:
+        return f"{0:.{digits}f}{unit}", "" if kind == "count" else "same"
+    text = f"{change:+,.{digits}f}{unit}"
+    if kind == "count":
+        return text, ""
+    return text, "better" if (change > 0) == (kind == "score") else "worse"
+
+
+def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    """Write the table Before | After | Delta of two measurements.
+
+    Args:
+        before: Measurement of the base model, with the keys of `summary.json`.
+        after: Measurement of the compressed model.
+
+    Returns:
+        Aligned text. Absent figures are `-`; rows absent on both sides are left out; a result worse than the base
+        is marked `worse`.
+    """
+    rows = []
+    for row in comparison_rows(before, after):
+        mark = " (worse)" if row.verdict == "worse" and "slower" not in row.delta else ""
+        rows.append((row.label, row.before, row.after, row.delta + mark))
+    return align(rows, ("", "Before", "After", "Delta"))
+
+
+def stage_rows(stages: dict[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
+    """Lay out the figures of each stage.
+
+    Args:
+        stages: Measurement of each stage by stage name, in order.
+
+    Returns:
+        Header and rows; figures that no stage has get no column.
+    """
+    fields = [f for f in FIELDS if any(figure(m, f.key) is not None for m in stages.values())]
+    rows = [[name, *(_text(figure(m, f.key), f.spec) for f in fields)] for name, m in stages.items()]
+    return ["Stage", *(f.column for f in fields)], rows
+
+
+def stage_table(stages: dict[str, dict[str, Any] | None]) -> str:
+    """Write the figures of each stage as aligned text.
+
+    Args:
+        stages: Measurement of each stage by stage name, in order.
+
+    Returns:
+        Aligned text with one line per stage.
+    """
+    header, rows = stage_rows(stages)
+    return align(rows, header)
+
+
+def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
+    """Align cells in columns, the first to the left and the others to the right.
+
+    Args:
+        rows: Cells, row by row; every row is as long as the header.
+        header: Column titles.
+
+    Returns:
+        The table as text, a rule below the header, no spaces at the end of a line.
+    """
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(c) for c in column) for column in zip(*cells)]
+
+    def line(row: Sequence[str]) -> str:
+        return " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+
+    return "\n".join([line(cells[0]), "-+-".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+def _text(value: float | None, spec: str) -> str:
+    return ABSENT if value is None else format(value, spec)
