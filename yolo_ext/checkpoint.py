@@ -7,6 +7,7 @@ The manifest is a plain dict, kept as the attribute `yolo_ext` of the model (so 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
@@ -62,6 +63,15 @@ def is_pruned(model: nn.Module) -> bool:
     return bool((getattr(model, MANIFEST, None) or {}).get("prune"))
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the weights in fp16, which survives saving and loading."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def set_tripwire(model: nn.Module) -> None:
     """Make a stock rebuild from `model.yaml` fail with a name that says what to do, instead of un-pruning silently."""
     manifest(model).setdefault("yaml", deepcopy(model.yaml))
@@ -104,7 +114,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             "Give a .pt written by Ultralytics or yolo-ext."
         ) from e
     if not isinstance(model, BaseModel):
-        raise UsageError(f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics.")
+        raise UsageError(
+            f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
+        )
     return model.float().eval().requires_grad_(True), ckpt
 
 
@@ -150,3 +162,12 @@ def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
     torch.save(ckpt, buffer)
     atomic_write(path, buffer.getvalue())
     return Path(path)
+
+
+def finalize(path: Path) -> None:
+    """Repeat the manifest of a finished checkpoint under its own key, where tools find it without the module."""
+    ckpt = torch.load(path, map_location="cpu", weights_only=False)
+    ckpt[MANIFEST] = getattr(ckpt.get("ema") or ckpt["model"], MANIFEST, {})
+    buffer = io.BytesIO()
+    torch.save(ckpt, buffer)
+    atomic_write(path, buffer.getvalue())

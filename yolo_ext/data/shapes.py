@@ -89,7 +89,7 @@ def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[t
         Image (imgsz, imgsz, 3), uint8, BGR, and rows (class, x, y, w, h) normalised to 0..1.
     """
     image = _background(rng, imgsz)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _distractor(rng, image)
     boxes: list[np.ndarray] = []
     rows: list[tuple[float, ...]] = []
@@ -104,22 +104,22 @@ def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[t
         rows.append((cls, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
-    noise = rng.normal(0, rng.uniform(2, 10), image.shape)
+    noise = rng.normal(0, rng.uniform(2, 8), image.shape)
     return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8), rows
 
 
 def _background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
     """Return smooth colour noise over a gradient, in half of the pictures with stripes, float32."""
     cells = int(rng.integers(2, 9))
-    noise = (rng.uniform(60, 195, 3) + rng.uniform(-36, 36, (cells, cells, 3))).astype(np.float32)
+    noise = (rng.uniform(60, 195, 3) + rng.uniform(-30, 30, (cells, cells, 3))).astype(np.float32)
     image = cv2.resize(noise, (imgsz, imgsz), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[:imgsz, :imgsz].astype(np.float32) / imgsz
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
-    image += along[..., None] * rng.uniform(-30, 30, 3)
+    image += along[..., None] * rng.uniform(-15, 15, 3)
     if rng.random() < 0.5:
         waves = np.sin(along * rng.uniform(20, 90) + rng.uniform(0, 6))
-        image += waves[..., None] * rng.uniform(-20, 20, 3)
+        image += waves[..., None] * rng.uniform(-15, 15, 3)
     return np.clip(image, 0, 255).astype(np.float32)
 
 
@@ -141,7 +141,7 @@ def _place(
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Return the outline (N, 2) and box (4,) of a shape with room for it, in pixels; None when 30 tries found none."""
     for _ in range(30):
-        outline = _outline(rng, cls) * imgsz * np.exp(rng.uniform(np.log(0.18), np.log(0.42)))
+        outline = _outline(rng, cls) * imgsz * np.exp(rng.uniform(np.log(0.2), np.log(0.42)))
         extent = np.ptp(outline, axis=0)
         outline += rng.uniform(1, imgsz - 1 - extent) - outline.min(0)
         box = np.concatenate([outline.min(0), outline.max(0)])
@@ -176,19 +176,19 @@ def _paint(rng: np.random.Generator, image: np.ndarray, outline: np.ndarray) -> 
     cv2.fillPoly(mask, points, 255, cv2.LINE_AA, 4)
     under = image[mask > 127].mean(0)
     colour = rng.uniform(0, 255, 3)
-    while np.abs(colour - under).mean() < 60:
+    while np.abs(colour - under).mean() < 70:
         colour = rng.uniform(0, 255, 3)
     edge = np.zeros_like(mask)
     width = max(2, round(0.05 * np.ptp(outline, axis=0).min()))
     cv2.polylines(edge, points, True, 255, 2 * width, cv2.LINE_AA, 4)
     edge = np.minimum(edge, mask)  # the inner half only, so that the box stays tight
-    style = rng.choice(["filled", "striped", "hollow"], p=[0.6, 0.2, 0.2])
+    style = rng.choice(["filled", "striped", "hollow"], p=[0.65, 0.2, 0.15])
     fill, rim = colour, colour if style == "hollow" else rng.uniform(0, 255, 3)
     if style == "striped":
         y, x = np.mgrid[:size, :size]
         waves = np.sin((x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) * rng.uniform(0.5, 1.2))
         fill = colour + waves[..., None] * rng.uniform(15, 40)
-    opacity = rng.uniform(0.0, 0.3) if style == "hollow" else rng.uniform(0.7, 1.0)
+    opacity = rng.uniform(0.0, 0.3) if style == "hollow" else rng.uniform(0.75, 1.0)
     image += mask[..., None] / np.float32(255) * opacity * (fill - image)
     if style == "hollow" or rng.random() < 0.3:
         image += edge[..., None] / np.float32(255) * rng.uniform(0.8, 1.0) * (rim - image)

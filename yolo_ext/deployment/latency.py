@@ -23,7 +23,7 @@ def measure(
     """Time functions interleaved, in a fresh random order each round.
 
     A rotating order is not enough: it lets each model always follow the same other one, whose leftovers in the cache
-    alone made one file look 3 % faster than itself.
+    alone made one file look 2.6 % faster than itself.
 
     Args:
         runners: Name to a function that runs the model once.

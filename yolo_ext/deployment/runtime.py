@@ -248,8 +248,7 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     """
     import onnx
 
-    if not Path(path).is_file():
-        raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
+    session(path)  # reports a missing or broken file
     model = onnx.load(path)
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]
     for node in convs:

@@ -128,8 +128,7 @@ def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | 
 
 def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float) -> list[tuple[int, int, float]]:
     """Pair detections of one class greedily from the highest IoU down; return (row of a, row of b, IoU)."""
-    overlap = box_iou(a[:, :4], b[:, :4]) * (a[:, None, 5] == b[None, :, 5])
-    pairs = []
+    overlap, pairs = box_iou(a[:, :4], b[:, :4]) * (a[:, None, 5] == b[None, :, 5]), []
     while overlap.numel() and overlap.max() >= match_iou:
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
         pairs.append((i, j, float(overlap[i, j])))
@@ -228,8 +227,8 @@ def verify_int8(
         rows, _, _ = _compare(reference, int8, (load_image(path, imgsz) for path in images), meta)
         confident = rows[:, 2] >= np.append(np.sort(rows[:, 2])[-100:], CONFIDENT).min()
         result |= {name: _summary(rows[confident]), "anchors": int(confident.sum())}
-    result["detections"] = verify_detections(fp32_onnx, int8_onnx, images, imgsz, match_iou=0.5, margin=0.05)
-    return {**result, **conv_report(int8_onnx)}
+    detections = verify_detections(fp32_onnx, int8_onnx, images, imgsz, match_iou=0.5, margin=0.05)
+    return {**result, "detections": detections, **conv_report(int8_onnx)}
 
 
 def _listed(images: Iterable[str | Path]) -> list[str | Path]:

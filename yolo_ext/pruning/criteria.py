@@ -36,21 +36,27 @@ def _magnitude(group: GroupWeights, p: int) -> torch.Tensor:
     return torch.stack([w.abs().pow(p).sum(1) for w in group.out]).mean(0)
 
 
-@criteria.row("l1", "Sum of absolute weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710")
+@criteria.row(
+    "l1", "Sum of absolute weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710"
+)
 def l1(group: GroupWeights) -> torch.Tensor:
     """Return (n,) L1 magnitudes divided by their mean, so that groups can be ranked together."""
     score = _magnitude(group, 1)
     return score / score.mean().clamp(min=1e-12)
 
 
-@criteria.row("l2", "Sum of squared weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710")
+@criteria.row(
+    "l2", "Sum of squared weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710"
+)
 def l2(group: GroupWeights) -> torch.Tensor:
     """Return (n,) squared L2 magnitudes divided by their mean."""
     score = _magnitude(group, 2)
     return score / score.mean().clamp(min=1e-12)
 
 
-@criteria.row("lamp", "Magnitude over the sum of all larger ones in the group", paper="Lee et al., 2021, arXiv:2010.07611")
+@criteria.row(
+    "lamp", "Magnitude over the sum of all larger ones in the group", paper="Lee et al., 2021, arXiv:2010.07611"
+)
 def lamp(group: GroupWeights) -> torch.Tensor:
     """Return (n,) LAMP scores: m_k / sum of m_j over all j with m_j >= m_k; the largest channel scores 1."""
     score = _magnitude(group, 2)

@@ -23,11 +23,47 @@ from yolo_ext import compat
 
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
 POINTWISE = frozenset(
-    "add sub mul div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__ add_ mul_ relu relu_ "
-    "silu silu_ sigmoid sigmoid_ tanh gelu hardswish leaky_relu leaky_relu_ clamp clip detach clone contiguous to float "
-    "half type dropout __getitem__batch".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__imul__",
+        "__truediv__",
+        "add_",
+        "mul_",
+        "relu",
+        "relu_",
+        "silu",
+        "silu_",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "gelu",
+        "hardswish",
+        "leaky_relu",
+        "leaky_relu_",
+        "clamp",
+        "clip",
+        "detach",
+        "clone",
+        "contiguous",
+        "to",
+        "float",
+        "half",
+        "type",
+        "dropout",
+        "__getitem__batch",
+    ]
 )
-SPATIAL = frozenset("max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d".split())
+SPATIAL = frozenset(["max_pool2d", "avg_pool2d", "interpolate", "adaptive_avg_pool2d", "adaptive_max_pool2d"])
 PASS_MODULES = (nn.BatchNorm2d, nn.Upsample, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -358,7 +394,9 @@ def _tie_reason(lab: _Labels, parts: list[list[int]]) -> str:
     for part in parts:
         for c in part:
             if c != FIXED and (reason := lab.frozen.get(lab.find(c))):
-                return reason if reason.startswith("must stay as wide") else f"must stay as wide as a part that {reason}"
+                return (
+                    reason if reason.startswith("must stay as wide") else f"must stay as wide as a part that {reason}"
+                )
     return "must stay as wide as a fixed part"
 
 

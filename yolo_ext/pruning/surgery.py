@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict
@@ -13,13 +12,13 @@ import torch
 from torch import nn
 
 from yolo_ext import compat
-from yolo_ext.checkpoint import manifest, set_tripwire
+from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.targets import Kept, plan
 
-TOLERANCE = 1e-5  # of the masked-equivalence gate, relative to the largest output
+TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
 
 
 def _take(tensor: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
@@ -103,7 +102,9 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
     """
     reference = masked(dense, kept).double().cpu().eval()
     other = deepcopy(pruned).double().cpu().eval()
-    x = torch.rand(1, compat.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(
+        1, compat.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         a, b = (list(compat.returned_tensors(_raw(m(x)))) for m in (reference, other))
     if [t.shape for t in a] != [t.shape for t in b]:
@@ -133,15 +134,6 @@ def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
         raise CheckFailed("The pruned model has gradients that are not finite.")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the weights in fp16, which survives saving and loading."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64) -> nn.Module:
     """Prune a copy of a model to a target and prove that the surgery is exact.
 
@@ -158,7 +150,9 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64) -> nn.Modul
         CheckFailed: If the pruned model differs from the masked dense one.
     """
     if cfg.speedup is None and cfg.ratio is None:
-        raise UsageError("No pruning target. Give prune.speedup=2 (FLOPs ratio) or prune.ratio=0.3 (share of channels).")
+        raise UsageError(
+            "No pruning target. Give prune.speedup=2 (FLOPs ratio) or prune.ratio=0.3 (share of channels)."
+        )
     if getattr(model, "is_fused", lambda: False)():
         raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
     graph = build_graph(model, imgsz)

@@ -99,11 +99,17 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
 def _exclude(graph: Graph, cfg: PruneConfig) -> None:
     for pattern in cfg.exclude:
         try:
-            hits = [b for b in graph.bundles if any(re.search(pattern, m.module) for g in b for m in graph.groups[g].members if m.dim == "out")]
+            hits = [
+                b
+                for b in graph.bundles
+                if any(re.search(pattern, m.module) for g in b for m in graph.groups[g].members if m.dim == "out")
+            ]
         except re.error as e:
             raise UsageError(f"'prune.exclude={pattern}' is not a regular expression: {e}.") from e
         if not hits:
-            raise UsageError(f"'prune.exclude={pattern}' matches no layer. Layers have names such as 'model.2.cv1.conv'.")
+            raise UsageError(
+                f"'prune.exclude={pattern}' matches no layer. Layers have names such as 'model.2.cv1.conv'."
+            )
         for bundle in hits:
             for g in bundle:
                 graph.groups[g].frozen = graph.groups[g].frozen or f"excluded by '{pattern}'"
@@ -165,7 +171,9 @@ def plan(model: nn.Module, graph: Graph, cfg: PruneConfig) -> Kept:
     """
     made = bundles(model, graph, cfg)
     if not made:
-        raise UsageError("Nothing can be pruned: every group is frozen, excluded or at its floor. See `yolo-ext help prune`.")
+        raise UsageError(
+            "Nothing can be pruned: every group is frozen, excluded or at its floor. See `yolo-ext help prune`."
+        )
     steps = _steps(made, cfg)
     units = steps(cfg.ratio or 0.0) if cfg.speedup is None else _solve(_Flops(model, graph), graph, made, steps, cfg)
     kept: Kept = {}

@@ -155,26 +155,33 @@ def insert_fake_quant(model: nn.Module, profile: Profile, exclude: tuple[str, ..
     if any(isinstance(m, QuantConv2d) for m in model.modules()):
         raise UsageError("This model carries fake quantizers already. Strip them first.")
     reasons = float_modules(model)
-    blocks = {f"{path}.conv": block for path, block in quantizable_blocks(model).items() if f"{path}.conv" not in reasons}
+    blocks = {
+        f"{path}.conv": block for path, block in quantizable_blocks(model).items() if f"{path}.conv" not in reasons
+    }
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    stem = [path for path, block in blocks.items() if block.conv is first]
+    reasons.update({path: "image input: faster and more accurate in float" for path in stem if profile.float_stem})
     for pattern in exclude:
         matches = _search(pattern, [*blocks, *reasons])
         reasons.update({path: f"excluded by '{pattern}'" for path in matches if path in blocks})
     for path, block in blocks.items():
-        if path in reasons:
-            continue
-        conv = block.conv
-        conv.__class__ = QuantConv2d
-        conv.weight_qmax = profile.weight_qmax
-        conv.input_quantizer = RangeQuantizer(profile.activation_qmax).to(conv.weight.device).train(conv.training)
-        if conv is first:  # images are k / 255, which this range represents without any error
-            conv.input_quantizer.set_range(0.0, 1.0)
-            conv.input_quantizer.fixed = True
-        if profile.output_quantizers:
-            lower = SILU_LOWER if isinstance(block.act, nn.SiLU) else -math.inf
-            quantizer = RangeQuantizer(profile.activation_qmax, lower).to(conv.weight.device)
-            block.act = QuantAct(block.act, quantizer).train(block.training)
+        if path not in reasons:
+            _swap(block, profile, reads_image=block.conv is first)
     return reasons
+
+
+def _swap(block: Any, profile: Profile, reads_image: bool) -> None:
+    conv = block.conv
+    conv.__class__ = QuantConv2d
+    conv.weight_qmax = profile.weight_qmax
+    conv.input_quantizer = RangeQuantizer(profile.activation_qmax).to(conv.weight.device).train(conv.training)
+    if reads_image:  # images are k / 255, which this range represents without any error
+        conv.input_quantizer.set_range(0.0, 1.0)
+        conv.input_quantizer.fixed = True
+    if profile.output_quantizers:
+        lower = SILU_LOWER if isinstance(block.act, nn.SiLU) else -math.inf
+        quantizer = RangeQuantizer(profile.activation_qmax, lower).to(conv.weight.device)
+        block.act = QuantAct(block.act, quantizer).train(block.training)
 
 
 def _search(pattern: str, paths: list[str]) -> list[str]:
@@ -183,22 +190,25 @@ def _search(pattern: str, paths: list[str]) -> list[str]:
     except re.error as e:
         raise UsageError(f"The exclude pattern '{pattern}' is not a regular expression: {e}.") from e
     if not matches:
-        raise UsageError(f"The exclude pattern '{pattern}' matches no layer. Layers look like '{paths[0]}'.")
+        raise UsageError(
+            f"The exclude pattern '{pattern}' matches none of the {len(paths)} layers, such as {paths[:2]}."
+        )
     return matches
 
 
 def strip_fake_quant(model: nn.Module) -> nn.Module:
     """Remove all fake quantizers in place and return the model, which then holds the stock classes it had before."""
     for module in list(model.modules()):
-        if isinstance(getattr(module, "act", None), QuantAct):
-            module.act = module.act.act
+        act = getattr(module, "act", None)
+        if isinstance(act, QuantAct):
+            module.act = act.act
         if isinstance(module, QuantConv2d):
             del module.input_quantizer, module.weight_qmax
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return model
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, nn.Module]]:
+def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, Any]]:
     """Yield convolution path, `input` or `output`, quantizer and the block's activation for every quantizer."""
     for path, block in model.named_modules():
         conv, act = getattr(block, "conv", None), getattr(block, "act", None)
@@ -234,7 +244,7 @@ def freeze_ranges(model: nn.Module) -> None:
 
 
 def get_ranges(model: nn.Module) -> Ranges:
-    """Return `{convolution path: {"input": [lo, hi], "output": [lo, hi]}}` of every calibrated quantizer, plain floats."""
+    """Return `{convolution path: {"input": [lo, hi], "output": [lo, hi]}}` of all calibrated quantizers, as floats."""
     ranges: Ranges = {}
     for path, site, q, _ in quantizers(model):
         if q.ready:

@@ -83,7 +83,9 @@ def minmax(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple
     return h.lo, h.hi
 
 
-@observers.row("moving_average", "Mean over the batches of their smallest and largest values", paper="Jacob et al., 2018")
+@observers.row(
+    "moving_average", "Mean over the batches of their smallest and largest values", paper="Jacob et al., 2018"
+)
 def moving_average(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[float, float]:
     """Return the average range of a batch, which forgives single outliers."""
     return h.mean_lo, h.mean_hi

@@ -26,6 +26,8 @@ class Profile:
         weight_bits: Bits of the symmetric per-channel weights, stored as INT8 in narrow range.
         activation_bits: Bits of the asymmetric per-tensor activations, stored as UINT8.
         output_quantizers: Quantize convolution outputs too (before the activation).
+        float_stem: Keep the convolution that reads the image float: with 3 input channels its float kernel is the
+            faster one, and its error is one of the largest.
         fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
     """
 
@@ -34,6 +36,7 @@ class Profile:
     weight_bits: int
     activation_bits: int = 8
     output_quantizers: bool = True
+    float_stem: bool = True
     fuse_silu: bool = True
 
     @property

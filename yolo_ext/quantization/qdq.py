@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def _conv_path(node: NodeProto, known: dict[str, Any]) -> str:
     return path if path in known or not by_weight or by_weight not in known else by_weight
 
 
-def quant_params(lo: float, hi: float, qmax: int) -> tuple[np.float32, np.uint8]:
+def quant_params(ends: Sequence[float], qmax: int) -> tuple[np.float32, np.uint8]:
     """Return scale and zero point of an asymmetric range, in the float32 arithmetic of the fake quantizers."""
+    lo, hi = ends
     scale = (np.float32(hi) - np.float32(lo)) / np.float32(qmax)
     return scale, np.uint8(np.rint(-np.float32(lo) / scale))
 
@@ -160,14 +162,16 @@ class _Editor:
             zero = self.constant(f"{base}_zero_point", np.zeros(len(w), code.dtype))
             inputs = [self.constant(f"{base}_quantized", code), self.constant(f"{base}_scale", s), zero]
             nodes.append(
-                helper.make_node("DequantizeLinear", inputs, [f"{base}_dequantized"], f"{base}_DequantizeLinear", axis=0)
+                helper.make_node(
+                    "DequantizeLinear", inputs, [f"{base}_dequantized"], f"{base}_DequantizeLinear", axis=0
+                )
             )
             names.append(f"{base}_dequantized")
         return names, nodes
 
     def quantize_conv(self, node: NodeProto, path: str, ranges: dict[str, list[float]]) -> list[NodeProto]:
         """Return the nodes that replace the Conv `node`; its output keeps its name behind the new Q/DQ pair."""
-        params = quant_params(*ranges["input"], self.profile.activation_qmax)
+        params = quant_params(ranges["input"], self.profile.activation_qmax)
         x, nodes = self.input(node.input[0], params, path)
         names, dequantize = self.weights(node, path, params[0])
         conv = NodeProto()
@@ -176,7 +180,7 @@ class _Editor:
         nodes += [*dequantize, conv]
         if "output" in ranges:
             conv.output[0] = f"{path}.output_float"
-            output = quant_params(*ranges["output"], self.profile.activation_qmax)
+            output = quant_params(ranges["output"], self.profile.activation_qmax)
             nodes += self.qdq(conv.output[0], node.output[0], output, f"{path}.output")
         return nodes
 
@@ -212,7 +216,9 @@ def _transpose_dfl(nodes: list[NodeProto], editor: _Editor) -> list[NodeProto]:
     makers = {n.output[0]: n for n in nodes}
     for conv in nodes:
         softmax = makers.get(conv.input[0]) if conv.op_type == "Conv" and "dfl" in conv.name else None
-        transpose = makers.get(softmax.input[0]) if softmax is not None and softmax.op_type == "Softmax" else None
+        if softmax is None or softmax.op_type != "Softmax":
+            continue
+        transpose = makers.get(softmax.input[0])
         if transpose is None or [list(a.ints) for a in transpose.attribute] != [[0, 2, 1, 3]]:
             continue
         weight = editor.constants[conv.input[1]].reshape(1, 1, -1, 1)

@@ -1,0 +1,316 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Trainers: one thin mixin in front of each stock Ultralytics trainer."""
+
+from __future__ import annotations
+
+import io
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.cfg import cfg2dict
+from ultralytics.models.yolo import classify, detect, obb, pose, segment
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_ext import compat
+from yolo_ext.checkpoint import MANIFEST, atomic_write, finalize, is_pruned
+from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
+from yolo_ext.errors import UsageError
+
+ADAPTERS = "distill_last.pt"  # adapters of an unfinished run, beside last.pt
+
+
+class _AtomicPath(type(Path())):  # type: ignore[misc]
+    """A path whose `write_bytes` leaves a whole file or the old one."""
+
+    def write_bytes(self, data: Any) -> int:
+        atomic_write(Path(str(self)), bytes(data))
+        return len(data)
+
+
+class CompressionMixin:
+    """Pruning, distillation and quantization-aware training for any Ultralytics trainer.
+
+    Options come as three more keys, each a dict or a config dataclass: `prune`, `distill`, `quant`.
+
+    Example:
+        >>> from ultralytics import YOLO
+        >>> import yolo_ext
+        >>> YOLO("best.pt").train(trainer=yolo_ext.DetectionTrainer, data="data.yaml", prune={"speedup": 2})
+    """
+
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None) -> None:
+        """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume.
+
+        Raises:
+            UsageError: If an option is unknown or illegal.
+        """
+        compat.check_version()
+        overrides = dict(overrides or {})
+        overrides.update(
+            as_plain(parse({k: overrides[k] for k in EXT_DEFAULTS if k in overrides}))
+            if set(overrides) & set(EXT_DEFAULTS)
+            else {}
+        )
+        for key in [k for k in EXT_DEFAULTS if k in overrides and overrides[k] is None]:
+            del overrides[key]
+        super().__init__({**EXT_DEFAULTS, **cfg2dict(cfg)}, overrides, _callbacks)  # type: ignore[call-arg]
+        self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
+
+    def setup_compression(self, options: dict[str, Any]) -> None:
+        """Take the options of a run; called once, by the constructor or by `attach`.
+
+        Args:
+            options: `prune`, `distill` and `quant`, dicts, dataclasses or None.
+        """
+        configs = parse(options)
+        if configs["distill"] and getattr(self.args, "distill_model", None):
+            raise UsageError(
+                f"'distill_model={self.args.distill_model}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
+                "Keep one of them; only distill.* works with a pruned student."
+            )
+        if configs["distill"] and configs["distill"].teacher == "self":
+            configs["distill"] = replace(configs["distill"], teacher=_self_teacher(str(self.args.model)))
+        vars(self.args).update(as_plain(configs))
+        self.compression = configs
+        self.distiller: Any = None
+        self.pruned_now = False
+        if RANK in {-1, 0}:
+            YAML.save(self.save_dir / "args.yaml", vars(self.args))
+        self.wdir = _AtomicPath(self.wdir)
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+
+    # Model -----------------------------------------------------------------------------------------------------------
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
+        """Return the student: a pruned model keeps its widths; pruning and fake-quant are put in as asked."""
+        if weights is not None and is_pruned(weights):
+            model = self._keep(weights)
+        else:
+            model = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+            if weights is not None and getattr(weights, MANIFEST, None):
+                setattr(model, MANIFEST, deepcopy(getattr(weights, MANIFEST)))
+        if self.compression["prune"] and not self.resume:
+            model = self._prune(model, weights)
+        if self.compression["quant"]:
+            self._insert_fake_quant(model)
+        return model
+
+    def _keep(self, weights: nn.Module) -> nn.Module:
+        head, classes = compat.detection_head(weights), self.data["nc"]
+        have = getattr(head, "nc", None) or head.linear.out_features
+        if have != classes:
+            raise UsageError(
+                f"The pruned model knows {have} classes, '{self.args.data}' has {classes}. "
+                "Train the dense model on these data first, then prune it."
+            )
+        model = deepcopy(weights).float().requires_grad_(True)
+        model.criterion = None
+        if RANK in {-1, 0}:
+            n = sum(p.numel() for p in model.parameters())
+            LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
+        return model.train()
+
+    def _prune(self, model: nn.Module, weights: nn.Module | None) -> nn.Module:
+        from yolo_ext.pruning.surgery import prune_model
+
+        if weights is None:
+            LOGGER.warning(f"{colorstr('prune: ')}the model has no trained weights, so magnitudes say nothing")
+        before = sum(p.numel() for p in model.parameters())
+        head = compat.detection_head(model)
+        if hasattr(self, "data") and not getattr(model, "names", None):
+            model.names = self.data["names"]
+        pruned = prune_model(model.eval(), self.compression["prune"]).train()
+        self.pruned_now = True
+        after = sum(p.numel() for p in pruned.parameters())
+        LOGGER.info(
+            f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({type(head).__name__} outputs unchanged)"
+        )
+        return pruned
+
+    # Quantization ------------------------------------------------------------------------------------------------------
+    def _insert_fake_quant(self, model: nn.Module) -> None:
+        from yolo_ext.quantization.qat import prepare
+
+        prepare(model, self.compression["quant"], self.data, self.args.imgsz)
+
+    def _stripped(self, model: nn.Module) -> nn.Module:
+        """Return a copy of stock classes that carries the quantizer ranges in its manifest."""
+        from yolo_ext.quantization.qat import strip
+
+        return strip(deepcopy(model), self.compression["quant"])
+
+    # Life cycle --------------------------------------------------------------------------------------------------------
+    def run_callbacks(self, event: str) -> None:
+        """Hook our work into the life cycle, then run the user's callbacks."""
+        if hasattr(self, "compression"):
+            if event == "on_pretrain_routine_end":
+                self._before_training()
+            elif event == "on_train_epoch_start":
+                self._before_epoch()
+        super().run_callbacks(event)  # type: ignore[misc]
+
+    def _before_training(self) -> None:
+        if self.pruned_now and self.compression["prune"].recalibrate:
+            self._recalibrate(self.compression["prune"].recalibrate)
+        if self.distiller is not None:
+            from yolo_ext.distillation.criterion import DistillationLoss
+
+            model = unwrap_model(self.model)
+            base = getattr(model, "criterion", None) or model.init_criterion()
+            model.criterion = DistillationLoss(base, self.distiller)
+
+    def _recalibrate(self, count: int) -> None:
+        from yolo_ext.data.calibration import calibration_images, letterbox_batches
+        from yolo_ext.pruning.surgery import recalibrate
+
+        model, ema = unwrap_model(self.model), self.ema.ema
+        images = calibration_images(self.data, count, self.args.seed)
+        seen = recalibrate(model, letterbox_batches(images, self.args.imgsz))
+        for mine, theirs in zip(model.buffers(), ema.buffers()):
+            theirs.copy_(mine)
+        LOGGER.info(f"{colorstr('prune: ')}BatchNorm re-estimated on {seen} train images")
+
+    def _before_epoch(self) -> None:
+        if self.distiller is not None:
+            self.distiller.set_epoch(self.epoch, self.epochs)
+        if self.compression["quant"]:
+            from yolo_ext.quantization.qat import set_epoch
+
+            for model in (unwrap_model(self.model), self.ema.ema):
+                set_epoch(model, self.epoch, self.compression["quant"])
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build the stock optimizer, plus one group for distillation adapters (the scheduler needs it this early)."""
+        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        if self.compression["distill"]:
+            self._load_teacher(unwrap_model(model))
+            if adapters := list(self.distiller.adapters.parameters()):
+                like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+                like.update(
+                    weight_decay=0.0, param_group="distill", **({"use_muon": False} if "use_muon" in like else {})
+                )
+                optimizer.add_param_group({"params": adapters, **like})
+        return optimizer
+
+    def _load_teacher(self, student: nn.Module) -> None:
+        from yolo_ext.distillation.criterion import Distiller
+
+        cfg = self.compression["distill"]
+        self.distiller = Distiller(student, cfg, self.device)
+        saved = Path(str(self.wdir)) / ADAPTERS
+        if self.resume and saved.exists():
+            self.distiller.adapters.load_state_dict(torch.load(saved, map_location=self.device, weights_only=True))
+        how = "kept channels compared directly" if self.distiller.direct else "1x1 adapters where widths differ"
+        losses = " + ".join(filter(None, (cfg.logits, cfg.features)))
+        LOGGER.info(f"{colorstr('distill: ')}teacher {cfg.teacher}, {losses}, {cfg.schedule} schedule, {how}")
+
+    def optimizer_step(self) -> None:
+        """Clip the adapters apart from the student and keep them equal across ranks, then step as usual."""
+        if self.distiller is not None:
+            grads = [p.grad for p in self.distiller.adapters.parameters() if p.grad is not None]
+            if RANK != -1:
+                for g in grads:
+                    torch.distributed.all_reduce(g, op=torch.distributed.ReduceOp.AVG)
+            if grads:
+                limit = 10.0 * self.scaler.get_scale()
+                torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
+        super().optimizer_step()  # type: ignore[misc]
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------------
+    def get_validator(self) -> Any:
+        """Build the validator from arguments without our keys, which its own check would refuse."""
+        own = self.args
+        self.args = type(own)(**{k: v for k, v in vars(own).items() if k not in EXT_DEFAULTS})
+        try:
+            return super().get_validator()  # type: ignore[misc]
+        finally:
+            self.args = own
+
+    def save_model(self) -> bool:
+        """Save checkpoints of stock classes only, and the adapters beside them."""
+        live = self.ema.ema
+        if self.compression["quant"]:
+            self.ema.ema = self._stripped(live)
+        try:
+            saved = super().save_model()  # type: ignore[misc]
+        finally:
+            self.ema.ema = live
+        if self.distiller is not None and list(self.distiller.adapters.parameters()):
+            buffer = io.BytesIO()
+            torch.save(self.distiller.adapters.state_dict(), buffer)
+            (self.wdir / ADAPTERS).write_bytes(buffer.getvalue())
+        return saved
+
+    def progress_string(self) -> str:
+        """Return the header of the progress bar, in whose 11 columns our loss names need their short form."""
+        full = self.loss_names
+        self.loss_names = tuple(n.removesuffix("_loss") if n.startswith("kd_") else n for n in full)
+        try:
+            return super().progress_string()  # type: ignore[misc]
+        finally:
+            self.loss_names = full
+
+    def final_eval(self) -> None:
+        """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
+        super().final_eval()  # type: ignore[misc]
+        if RANK in {-1, 0}:
+            (self.wdir / ADAPTERS).unlink(missing_ok=True)
+            for path in (self.last, self.best):
+                if path.exists():
+                    finalize(Path(str(path)))
+
+
+def _self_teacher(model: str) -> str:
+    if not model.endswith(".pt"):
+        raise UsageError(
+            f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
+            "Give model=best.pt, or distill.teacher=bigger.pt."
+        )
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+class DetectionTrainer(CompressionMixin, detect.DetectionTrainer):
+    """Detection with compression."""
+
+
+class SegmentationTrainer(CompressionMixin, segment.SegmentationTrainer):
+    """Instance segmentation with compression."""
+
+
+class PoseTrainer(CompressionMixin, pose.PoseTrainer):
+    """Pose estimation with compression."""
+
+
+class OBBTrainer(CompressionMixin, obb.OBBTrainer):
+    """Oriented boxes with compression."""
+
+
+class ClassificationTrainer(CompressionMixin, classify.ClassificationTrainer):
+    """Classification with compression."""
+
+
+TRAINERS: dict[str, type] = {
+    "detect": DetectionTrainer,
+    "segment": SegmentationTrainer,
+    "pose": PoseTrainer,
+    "obb": OBBTrainer,
+    "classify": ClassificationTrainer,
+}
+
+
+def trainer_for(task: str) -> type:
+    """Return the trainer of a task.
+
+    Args:
+        task: An Ultralytics task name.
+
+    Raises:
+        UsageError: If there is none for it.
+    """
+    if task not in TRAINERS:
+        raise UsageError(f"There is no compression trainer for task '{task}'. Legal: {', '.join(TRAINERS)}.")
+    return TRAINERS[task]
