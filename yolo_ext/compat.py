@@ -185,3 +185,16 @@ def level_widths(model: nn.Module) -> list[int]:
     """Return the channels of the neck map of each level."""
     modules = dict(model.named_modules())
     return [modules[p].in_channels for p in level_inputs(model)]
+
+
+def yolo_entrypoint(argv: list[str]) -> None:
+    """Run Ultralytics' own command line with these words, as if `yolo` had been called."""
+    import sys
+
+    from ultralytics import cfg
+
+    words = ["yolo", *argv]
+    if hasattr(cfg, "ARGV"):
+        cfg.ARGV[:] = words
+    sys.argv = words  # predict tells the command line from Python by the program name
+    cfg.entrypoint()

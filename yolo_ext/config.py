@@ -5,10 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from yolo_ext.errors import UsageError
 from yolo_ext.registry import suggest
+
+
+def cfg_dir() -> Path:
+    """Return the folder with recipes, model and dataset YAMLs: inside the wheel, or beside the package in a clone."""
+    here = Path(__file__).parent
+    return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:

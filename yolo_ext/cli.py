@@ -1,0 +1,321 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""`yolo-ext COMMAND key=value ...`: the `yolo` command line with dotted keys for compression."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_ext.config import COMPRESS_DEFAULTS, CONFIGS, cfg_dir, default_yaml, help_lines
+from yolo_ext.errors import UsageError, YoloExtError
+from yolo_ext.registry import suggest
+
+FORWARDED = {
+    "val": "Validate a model (Ultralytics)",
+    "predict": "Run a model on images (Ultralytics)",
+    "track": "Track objects (Ultralytics)",
+    "benchmark": "Benchmark export formats (Ultralytics)",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what runs it, its help line, the keys it takes besides, and whether native keys are legal."""
+
+    run: Callable[[dict[str, Any]], int]
+    help: str
+    keys: tuple[str, ...] = ()
+    native: bool = False
+
+
+# Parsing -------------------------------------------------------------------------------------------------------------
+def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """Split a command line into the command and its options, dotted keys nested.
+
+    Args:
+        argv: Words after the program name, in any order.
+
+    Returns:
+        Command and options; options of a `recipe=file.yaml` come first and are overridden by the words.
+
+    Raises:
+        UsageError: One message that lists all unknown words and keys.
+    """
+    from ultralytics.cfg import TASKS, merge_equals_args, parse_key_value_pair
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
+    command, flat, problems = "", {}, []
+    names = [*COMMANDS, *FORWARDED]
+    for word in (w.rstrip(",") for w in words):
+        if "=" in word:
+            try:
+                key, value = parse_key_value_pair(word)
+            except (AssertionError, ValueError, SyntaxError) as e:
+                problems.append(f"Cannot read '{word}': {e}")
+                continue
+            flat[key] = value
+        elif not command and word in names:
+            command = word
+        elif command == "help" and (word in CONFIGS or word in names):
+            flat["topic"] = word
+        elif word in TASKS:
+            flat["task"] = word
+        elif isinstance(DEFAULT_CFG_DICT.get(word), bool):
+            flat[word] = True
+        else:
+            problems.append(f"'{word}' is no command, task or key=value pair.{suggest(word, [*names, *DEFAULT_CFG_DICT])}")
+    if not command and not problems:
+        problems.append(f"The command is missing. Legal: {', '.join(names)}.")
+    if problems:
+        raise UsageError("\n".join(problems) + "\nSee `yolo-ext help`.")
+    recipe = flat.pop("recipe", None)
+    options = _nest({**(_recipe(recipe) if recipe else {}), **flat})
+    _check_keys(command, options)
+    return command, options
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``prune.speedup`` into ``{"prune": {"speedup": ...}}``; a whole technique may also be None, True or a dict."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        technique, dot, name = key.partition(".")
+        if not dot:
+            nested[key] = value
+        elif isinstance(nested.setdefault(technique, {}), dict):
+            nested[technique] = {**nested[technique], name: value}
+        else:
+            nested[technique] = {name: value}
+    return nested
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """Load a recipe by path or by the name of a bundled one, flat with dotted keys."""
+    from ultralytics.utils import YAML
+
+    bundled = cfg_dir() / "recipes"
+    file = next((p for p in (Path(str(name)), bundled / str(name), bundled / f"{name}.yaml") if p.is_file()), None)
+    if file is None:
+        known = sorted(p.stem for p in bundled.glob("*.yaml"))
+        raise UsageError(f"Recipe '{name}' does not exist.{suggest(str(name), known)} Bundled: {', '.join(known)}.")
+    try:
+        content = YAML.load(file)
+    except Exception as e:
+        raise UsageError(f"Recipe '{file}' is not a YAML file: {str(e).splitlines()[0]}.") from e
+    if not isinstance(content, dict):
+        raise UsageError(f"Recipe '{file}' holds no options. Write it as 'prune: {{speedup: 2}}' and so on.")
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def _check_keys(command: str, options: Mapping[str, Any]) -> None:
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    if command in FORWARDED:
+        return
+    entry = COMMANDS[command]
+    legal = [*entry.keys, *(DEFAULT_CFG_DICT if entry.native else ())]
+    unknown = [k for k in options if k not in legal]
+    if unknown:
+        dotted = [f"{t}.{k.split('.')[1]}" for t in CONFIGS for k, _, _ in help_lines(t)]
+        lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, legal + dotted)}" for k in unknown]
+        own = f" Legal: {', '.join(entry.keys)}" + (" and all Ultralytics keys." if entry.native else ".")
+        raise UsageError("\n".join(lines) + (own if entry.keys else "") + f"\nSee `yolo-ext help {command}`.")
+
+
+def _need(options: Mapping[str, Any], *keys: str) -> None:
+    missing = [k for k in keys if options.get(k) in (None, "")]
+    if missing:
+        raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
+
+
+def _check_native(options: Mapping[str, Any]) -> None:
+    """Let Ultralytics check the values of its own keys, before anything else happens."""
+    from ultralytics.cfg import get_cfg
+
+    native = {k: v for k, v in options.items() if k not in (*CONFIGS, "task", "resume")}
+    try:
+        get_cfg(overrides=native)
+    except (SyntaxError, TypeError, ValueError) as e:
+        raise UsageError(str(e).strip().splitlines()[0]) from e
+    for key in ("epochs", "imgsz"):
+        value = native.get(key)
+        if value is not None and (not isinstance(value, int) or value < (key == "imgsz")):
+            raise UsageError(f"'{key}={value}' is illegal: give a whole number{' above 0' if key == 'imgsz' else ''}.")
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+def _compress(options: dict[str, Any], techniques: tuple[str, ...]) -> int:
+    """Run the pipeline with the named techniques on by default; the user's keys switch others on or any off."""
+    from yolo_ext.pipeline import compress
+
+    _need(options, "model")
+    for name in techniques:
+        given = options.get(name, {})
+        if given not in (None, False):
+            target = {} if isinstance(given, dict) and given.get("ratio") is not None else COMPRESS_DEFAULTS[name]
+            options[name] = {**target, **(given if isinstance(given, dict) else {})}
+    _check_native(options)
+    _check_task(options)
+    summary = compress(**options)
+    failed = [c for c in summary["checks"] if not c["passed"]]
+    for c in failed:
+        _say(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
+    return 1 if failed else 0
+
+
+def _check_task(options: dict[str, Any]) -> None:
+    from yolo_ext.checkpoint import load_model
+    from yolo_ext.compat import task_of
+
+    task = options.pop("task", None)
+    if task and (found := task_of(load_model(options["model"])[0])) != task:
+        raise UsageError(f"'{options['model']}' is a '{found}' model, not '{task}'. Leave the task word out.")
+
+
+def _train(options: dict[str, Any]) -> int:
+    from yolo_ext.training import train
+
+    _need(options, "model", *(() if options.get("resume") else ("data",)))
+    _check_native(options)
+    _check_task(options)
+    train(**options)
+    return 0
+
+
+def _export(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import export
+
+    _need(options, "model")
+    export(**options)
+    return 0
+
+
+def _verify(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import verify
+
+    _need(options, "model", "onnx")
+    return 0 if verify(**options)["passed"] else 1
+
+
+def _bench(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import bench
+
+    _need(options, "models")
+    bench(**options)
+    return 0
+
+
+def _convert(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import convert
+
+    _need(options, "source", "out")
+    convert(**options)
+    return 0
+
+
+def _demo(options: dict[str, Any]) -> int:
+    from yolo_ext.demo import demo
+
+    failed = [c for c in demo(**options)["checks"] if not c["passed"]]
+    for c in failed:
+        _say(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
+    return 1 if failed else 0
+
+
+def _checks(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import checks
+
+    return 0 if checks() else 1
+
+
+def _cfg(options: dict[str, Any]) -> int:
+    _say(default_yaml())
+    return 0
+
+
+def _version(options: dict[str, Any]) -> int:
+    from yolo_ext import __version__
+
+    _say(__version__)
+    return 0
+
+
+def _help(options: dict[str, Any]) -> int:
+    from yolo_ext.helptext import help_text
+
+    _say(help_text(options.get("topic"), {**{n: c.help for n, c in COMMANDS.items()}, **FORWARDED}))
+    return 0
+
+
+def _forward(command: str, argv: list[str]) -> int:
+    from yolo_ext.compat import yolo_entrypoint
+
+    try:
+        yolo_entrypoint(argv)
+    except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
+        raise UsageError(f"yolo {command}: {str(e).strip().splitlines()[0]}") from e
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "compress": Command(
+        lambda o: _compress(o, ("prune", "distill", "quant")),
+        "Prune, fine-tune with distillation, quantize, export, verify, measure and report",
+        ("model", "data", *CONFIGS, "resume"), native=True,
+    ),
+    "train": Command(_train, "Train with any technique in the loop", ("model", "data", *CONFIGS), native=True),
+    "prune": Command(
+        lambda o: _compress(o, ("prune",)), "Prune and fine-tune; epochs=0 prunes without data or training",
+        ("model", "data", *CONFIGS), native=True,
+    ),
+    "distill": Command(
+        lambda o: _compress(o, ("distill",)), "Train a student with a teacher", ("model", "data", *CONFIGS), native=True
+    ),
+    "quantize": Command(
+        lambda o: _compress({"epochs": 0, **o}, ("quant",)), "INT8 by PTQ or QAT, as ONNX", ("model", "data", *CONFIGS),
+        native=True,
+    ),
+    "export": Command(_export, "Write ONNX (FP32, and INT8 for a QAT model) or any Ultralytics format",
+                      ("model", "format", "out"), native=True),
+    "verify": Command(_verify, "Compare an ONNX file with its .pt; exit status 1 when they differ",
+                      ("model", "onnx", "int8", "data", "source", "imgsz", "project", "name", "exist_ok", "save_dir")),
+    "bench": Command(_bench, "Measure latency of .pt and .onnx files side by side",
+                     ("models", "imgsz", "threads", "batch", "rounds", "project", "name", "exist_ok", "save_dir")),
+    "convert": Command(_convert, "Turn a Pascal VOC dataset into YOLO format",
+                       ("format", "source", "out", "train", "val", "test", "classes", "ratio", "seed")),
+    "demo": Command(_demo, "Generate data, train a small YOLO and compress it; needs no network",
+                    ("project", "name", "exist_ok", "seed")),
+    "checks": Command(_checks, "Check the installation"),
+    "cfg": Command(_cfg, "Print all options with their defaults"),
+    "version": Command(_version, "Print the version"),
+    "help": Command(_help, "Print help: yolo-ext help [compress | prune | distill | quantize | ...]", ("topic",)),
+}  # fmt: skip
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 a check or budget failed, 2 wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [{"-h": "help", "--help": "help", "--version": "version", "-v": "version"}.get(w, w) for w in words] or ["help"]
+    try:
+        command, options = parse_args(words)
+        return _forward(command, words) if command in FORWARDED else COMMANDS[command].run(options)
+    except YoloExtError as e:
+        sys.stderr.write(f"yolo-ext: {e}\n")
+        return e.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("yolo-ext: stopped. Finished stages are kept; go on with resume=True.\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Help, generated from the dataclasses and the method tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yolo_ext.config import CONFIGS, help_lines
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import Table
+
+TOPICS = {"prune": ("prune",), "distill": ("distill",), "quantize": ("quant",), "quant": ("quant",)}
+USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
+
+Usage: yolo-ext [TASK] COMMAND key=value ...
+
+  yolo-ext demo
+  yolo-ext compress model=best.pt data=data.yaml imgsz=640 prune.speedup=2 epochs=30
+  yolo-ext train model=yolov8n.pt data=data.yaml epochs=50 prune.speedup=2 distill.teacher=yolov8s.pt
+  yolo-ext prune model=best.pt epochs=0 prune.method=l2 prune.ratio=0.3
+  yolo-ext quantize model=best.pt data=data.yaml quant.calib=300
+  yolo-ext convert format=voc source=VOC2012 out=voc_yolo
+
+All Ultralytics keys are accepted. recipe=FILE.yaml reads options from a file.
+"""
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  " + "  ".join([c.ljust(w) for c, w in zip(r, widths)] + [r[-1]]) for r in rows)
+
+
+def method_tables(technique: str) -> list[Table]:
+    """Return the method tables of a technique."""
+    if technique == "prune":
+        from yolo_ext.pruning.criteria import criteria
+
+        return [criteria]
+    if technique == "distill":
+        from yolo_ext.distillation.features import feature_losses
+        from yolo_ext.distillation.logits import logit_losses
+        from yolo_ext.distillation.schedules import schedules
+
+        return [logit_losses, feature_losses, schedules]
+    from yolo_ext.quantization.observers import observers
+
+    return [observers]
+
+
+def technique_help(technique: str) -> str:
+    """Return options and method tables of a technique as aligned text."""
+    parts = [f"{CONFIGS[technique].__doc__}\n{_aligned(help_lines(technique))}"]  # type: ignore[arg-type]
+    for table in method_tables(technique):
+        rows = [(r.name, r.summary, r.paper) for r in table]
+        parts.append(f"{table.kind}:\n{_aligned(rows)}")  # type: ignore[arg-type]
+    if technique == "quant":
+        from yolo_ext.quantization.profiles import PROFILES
+
+        parts.append("quantization profile:\n" + _aligned([(p.name, p.summary) for p in PROFILES.values()]))
+    return "\n\n".join(parts)
+
+
+def help_text(topic: str | None, commands: Mapping[str, Any]) -> str:
+    """Return the help for a command or technique, or the overview.
+
+    Raises:
+        UsageError: If there is no such topic.
+    """
+    from yolo_ext import __version__
+
+    if topic is None:
+        rows: list[tuple[str, ...]] = [(n, h) for n, h in commands.items()]
+        tail = "Options: yolo-ext help prune | distill | quantize | compress, or yolo-ext cfg"
+        return f"{USAGE.format(version=__version__)}\nCommands:\n{_aligned(rows)}\n\n{tail}"
+    if topic in TOPICS:
+        techniques: tuple[str, ...] = TOPICS[topic]
+    elif topic in ("compress", "train"):
+        techniques = tuple(CONFIGS)
+    elif topic in commands:
+        return f"yolo-ext {topic}: {commands[topic]}"
+    else:
+        raise UsageError(f"There is no help on '{topic}'. Legal: {', '.join([*commands, *TOPICS])}.")
+    head = f"yolo-ext {topic}: {commands[topic]}\n\n" if topic in commands else ""
+    return head + "\n\n".join(technique_help(t) for t in techniques)

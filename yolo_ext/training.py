@@ -1,0 +1,51 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""`yolo-ext train`: one training run with any technique in the loop, and its summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from yolo_ext import runs
+from yolo_ext.checkpoint import load_model
+from yolo_ext.config import EXT_DEFAULTS, parse
+from yolo_ext.errors import UsageError
+
+
+def train(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a YOLO with our trainer of its task.
+
+    Args:
+        model: ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
+        options: `prune`, `distill`, `quant` and any Ultralytics training argument.
+
+    Returns:
+        The contents of ``summary.json``.
+
+    Raises:
+        UsageError: If the input is wrong.
+    """
+    from ultralytics import YOLO
+
+    from yolo_ext.compat import task_of
+    from yolo_ext.data.check import check_data
+    from yolo_ext.trainers import trainer_for
+
+    parse({k: options[k] for k in EXT_DEFAULTS if k in options})
+    base, ckpt = load_model(model)
+    task = task_of(base)
+    if options.get("resume"):
+        if ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None:
+            raise UsageError(f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run.")
+    elif options.get("data"):
+        options["data"] = str(check_data(str(options["data"]), task=task).get("yaml_file") or options["data"])
+    imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
+    before = runs.model_figures(base, Path(model), imgsz)
+    yolo = YOLO(str(model), task=task)
+    yolo.train(trainer=trainer_for(task), **options)
+    trainer: Any = yolo.trainer
+    best = Path(str(trainer.best if trainer.best.exists() else trainer.last))
+    after = runs.model_figures(load_model(best)[0], best, imgsz)
+    found = getattr(trainer, "metrics", None) or {}
+    after.update(map50=found.get("metrics/mAP50(B)"), map=found.get("metrics/mAP50-95(B)"))
+    return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
