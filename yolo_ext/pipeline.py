@@ -20,6 +20,15 @@ from yolo_ext.errors import UsageError
 FINETUNE = {"epochs": 30, "batch": 16, "optimizer": "AdamW", "lr0": 0.001, "cos_lr": True, "warmup_epochs": 1.0}
 QAT = {"optimizer": "AdamW", "cos_lr": True, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0, "batch": 16}
 PICTURES = 4
+CHECKS = {  # the checks of `deployment.verify` in words
+    "score_max": "FP32 ONNX against PyTorch: largest score difference",
+    "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
+    "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
+    "matched": "FP32 ONNX against PyTorch: share of matched detections",
+    "map": "FP32 ONNX against PyTorch: mAP50-95 difference",
+    "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
+    "int8_score_max": "INT8 against its simulation: largest score difference",
+}
 
 
 @dataclass
@@ -133,7 +142,7 @@ def _stages(run: Run) -> list[tuple[str, Callable[[Run], dict[str, Any]]]]:
     prune, distill, quant = (run.configs[k] for k in ("prune", "distill", "quant"))
     train = run.epochs > 0 and (prune or distill)
     table: list[tuple[str, Callable[[Run], dict[str, Any]], Any]] = [
-        ("baseline", _baseline, True),
+        ("base", _base, True),
         ("prune", _prune, prune),
         ("finetune", _finetune, train),
         ("ptq", _ptq, quant),
@@ -156,13 +165,13 @@ def _measure(run: Run, weights: Path, with_map: bool = True) -> dict[str, Any]:
     return found
 
 
-def _baseline(run: Run) -> dict[str, Any]:
+def _base(run: Run) -> dict[str, Any]:
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.verify import map_onnx
 
     m = _measure(run, run.base)
     if run.configs["quant"]:
-        file = export_onnx(run.base, run.folder / "baseline" / "fp32.onnx", run.imgsz)
+        file = export_onnx(run.base, run.folder / "base" / "fp32.onnx", run.imgsz)
         m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": map_onnx(file, run.data, run.imgsz)["map"]})
     return {"metrics": m}
 
@@ -253,7 +262,7 @@ def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> dict[s
         f"{colorstr('quantize: ')}{convs['int8_convs']} of {convs['convs']} convs run as INT8 in ONNX Runtime, "
         f"mAP50-95 {maps['fp32']['map']:.4f} FP32 -> {maps['int8']['map']:.4f} INT8"
     )
-    return {"metrics": m, "float": kept, "planned": len(ranges), "float_convs": convs["float_convs"]}
+    return {"metrics": m, "float": kept, "planned": len(ranges)}
 
 
 def _ptq(run: Run) -> dict[str, Any]:
@@ -324,6 +333,8 @@ def _verify(run: Run) -> dict[str, Any]:
          "passed": m["int8_convs"] >= done["planned"]},
         {"name": "INT8 mAP50-95 loss (quant.max_drop)", "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop},
     ]  # fmt: skip
+    for c in found["checks"]:
+        c["name"] = CHECKS.get(c["name"], c["name"])
     runs.write_json(run.folder / "verify" / "verify.json", found)
     return {"checks": found["checks"]}
 
@@ -332,7 +343,7 @@ def _latency(run: Run) -> dict[str, Any]:
     from yolo_ext.deployment.latency import bench, speedup
 
     files = {
-        "base FP32": run.folder / "baseline" / "fp32.onnx",
+        "base FP32": run.folder / "base" / "fp32.onnx",
         "compressed FP32": run.folder / "onnx" / "fp32.onnx",
         "compressed INT8": run.folder / "onnx" / "int8.onnx",
     }
@@ -354,8 +365,8 @@ def _latency(run: Run) -> dict[str, Any]:
 # Summary and report ----------------------------------------------------------------------------------------------------
 def _finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
-    before = dict(run.done["baseline"]["metrics"])
-    stage, after = "baseline", dict(before)
+    before = dict(run.done["base"]["metrics"])
+    stage, after = "base", dict(before)
     for name in ("prune", "finetune"):
         if name in run.done:
             stage, after = name, dict(run.done[name]["metrics"])
@@ -397,10 +408,11 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
     )
     if (curve := run.folder / "finetune" / "results.png").exists():
         plots.append({"path": str(curve), "caption": "Fine-tuning"})
+    stages = {k: v for k, v in summary["stages"].items() if k != "base"}  # the report puts the base in front itself
     report: dict[str, Any] = {
         "title": f"Compression report: {run.base.name}",
         "command": summary["command"],
-        "summary": summary,
+        "summary": {**summary, "stages": stages},
         "layers": layers,
         "checks": checks,
         "plots": plots,
@@ -417,7 +429,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         _, done = _quantized(run)
         report["quantization"] = {
             "convs": done["metrics"]["convs"], "int8_convs": done["metrics"]["int8_convs"],
-            "float": {**done["float_convs"], **run.done["ptq"]["reasons"]},
+            "float": {k: run.done["ptq"]["reasons"].get(k, v) for k, v in done["float"].items()},
         }  # fmt: skip
     page = write_report(run.folder, report)
     LOGGER.info(f"Report: {page}")

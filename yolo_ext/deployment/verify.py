@@ -27,7 +27,7 @@ from yolo_ext.deployment.runtime import (
 from yolo_ext.errors import UsageError
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
-# saturating AVX2 kernel (5 px, 0.39) and a sound one (0.23 px, 0.027).
+# saturating AVX2 kernel (5 px, 0.39) and a sound one (0.23 px, 0.02 to 0.04: single codes that round differently).
 LIMITS = {
     "score_max": 1e-4,
     "box_max": 1e-2,
@@ -35,7 +35,7 @@ LIMITS = {
     "matched": 0.995,
     "map": 1e-3,
     "int8_box_mean": 0.3,
-    "int8_score_max": 0.03,
+    "int8_score_max": 0.1,
 }
 CONFIDENT = 0.1  # anchors below this score never become detections, and their boxes are noise
 

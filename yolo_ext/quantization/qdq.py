@@ -239,5 +239,6 @@ def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: list[
     used = {name for n in nodes for name in n.input} | {o.name for o in graph.output}
     kept = [i for i in graph.initializer if i.name in used]
     del graph.node[:], graph.initializer[:]
+    del graph.value_info[:]  # shapes of intermediate tensors that the edits made stale; runtimes infer them
     graph.node.extend(nodes)
     graph.initializer.extend([*kept, *initializers])
