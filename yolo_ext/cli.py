@@ -150,7 +150,7 @@ def _check_native(options: Mapping[str, Any]) -> None:
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
-def _compress(options: dict[str, Any], techniques: tuple[str, ...]) -> int:
+def _compress(options: dict[str, Any], mode: str, techniques: tuple[str, ...]) -> int:
     """Run the pipeline with the named techniques on by default; the user's keys switch others on or any off."""
     from yolo_ext.pipeline import compress
 
@@ -162,7 +162,7 @@ def _compress(options: dict[str, Any], techniques: tuple[str, ...]) -> int:
             options[name] = {**target, **(given if isinstance(given, dict) else {})}
     _check_native(options)
     _check_task(options)
-    summary = compress(**options)
+    summary = compress(**options, mode=mode)
     failed = [c for c in summary["checks"] if not c["passed"]]
     for c in failed:
         _say(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
@@ -265,20 +265,21 @@ def _forward(command: str, argv: list[str]) -> int:
 
 COMMANDS: dict[str, Command] = {
     "compress": Command(
-        lambda o: _compress(o, ("prune", "distill", "quant")),
+        lambda o: _compress(o, "compress", tuple(CONFIGS)),
         "Prune, fine-tune with distillation, quantize, export, verify, measure and report",
         ("model", "data", *CONFIGS, "resume"), native=True,
     ),
     "train": Command(_train, "Train with any technique in the loop", ("model", "data", *CONFIGS), native=True),
     "prune": Command(
-        lambda o: _compress(o, ("prune",)), "Prune and fine-tune; epochs=0 prunes without data or training",
+        lambda o: _compress(o, "prune", ("prune",)), "Prune and fine-tune; epochs=0 prunes without data or training",
         ("model", "data", *CONFIGS), native=True,
     ),
     "distill": Command(
-        lambda o: _compress(o, ("distill",)), "Train a student with a teacher", ("model", "data", *CONFIGS), native=True
+        lambda o: _train({"distill": {}, "name": "distill", **o}), "Train a student with a teacher", ("model", "data", *CONFIGS),
+        native=True,
     ),
     "quantize": Command(
-        lambda o: _compress({"epochs": 0, **o}, ("quant",)), "INT8 by PTQ or QAT, as ONNX", ("model", "data", *CONFIGS),
+        lambda o: _compress({"epochs": 0, **o}, "quantize", ("quant",)), "INT8 by PTQ or QAT, as ONNX", ("model", "data", *CONFIGS),
         native=True,
     ),
     "export": Command(_export, "Write ONNX (FP32, and INT8 for a QAT model) or any Ultralytics format",

@@ -166,6 +166,8 @@ def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
     prune, distill, problems = parsed.get("prune"), parsed.get("distill"), []
     if prune and prune.speedup is not None and prune.ratio is not None:
         problems.append("'prune.speedup' and 'prune.ratio' are both given: give one target.")
+    if prune and prune.speedup is None and prune.ratio is None:
+        problems.append("Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio) or 'prune.ratio=0.3' (channels).")
     if distill and not distill.features and not distill.logits:
         problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
     return problems

@@ -134,6 +134,7 @@ def _open(model: str, data: Any, resume: bool, options: dict[str, Any]) -> Run:
             f"Cannot resume '{folder}' with other options: {', '.join(changed)} changed. Start a new run instead."
         )
     YAML.save(folder / "compress.yaml", plain)
+    YAML.save(folder / "args.yaml", {"model": model, "data": str(data) if data else None, "imgsz": imgsz, **options})
     return Run(folder, Path(model), str(data) if data else None, info, imgsz, configs, options)
 
 
@@ -248,7 +249,7 @@ def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> dict[s
 
     fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
     int8 = run.folder / stage / "int8.onnx"
-    kept = write_qdq(fp32, int8, ranges, resolve_profile(run.configs["quant"].profile))["float"]
+    written = write_qdq(fp32, int8, ranges, resolve_profile(run.configs["quant"].profile))
     convs = conv_report(int8)
     maps = {name: map_onnx(file, run.data, run.imgsz) for name, file in (("fp32", fp32), ("int8", int8))}
     m = _measure(run, weights)
@@ -262,7 +263,7 @@ def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> dict[s
         f"{colorstr('quantize: ')}{convs['int8_convs']} of {convs['convs']} convs run as INT8 in ONNX Runtime, "
         f"mAP50-95 {maps['fp32']['map']:.4f} FP32 -> {maps['int8']['map']:.4f} INT8"
     )
-    return {"metrics": m, "float": kept, "planned": len(ranges)}
+    return {"metrics": m, "float": written["float"], "planned": len(written["quantized"])}
 
 
 def _ptq(run: Run) -> dict[str, Any]:

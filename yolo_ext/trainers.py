@@ -14,10 +14,11 @@ from torch import nn
 from ultralytics.cfg import cfg2dict
 from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
+from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext import compat
-from yolo_ext.checkpoint import MANIFEST, atomic_write, finalize, is_pruned
+from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, finalize, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
 
@@ -78,7 +79,6 @@ class CompressionMixin:
         vars(self.args).update(as_plain(configs))
         self.compression = configs
         self.distiller: Any = None
-        self.pruned_now = False
         if RANK in {-1, 0}:
             YAML.save(self.save_dir / "args.yaml", vars(self.args))
         self.wdir = _AtomicPath(self.wdir)
@@ -89,6 +89,11 @@ class CompressionMixin:
         """Return the student: a pruned model keeps its widths; pruning and fake-quant are put in as asked."""
         if weights is not None and is_pruned(weights):
             model = self._keep(weights)
+        elif isinstance(cfg, dict) and cfg["backbone"][0][2] == TRIPWIRE:
+            raise UsageError(
+                f"'pretrained=False' would build '{self.args.model}' anew and without its pruned widths. "
+                "Leave it out, or train the YAML of the dense model."
+            )
         else:
             model = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
             if weights is not None and getattr(weights, MANIFEST, None):
@@ -115,27 +120,33 @@ class CompressionMixin:
         return model.train()
 
     def _prune(self, model: nn.Module, weights: nn.Module | None) -> nn.Module:
-        from yolo_ext.pruning.surgery import prune_model
+        from yolo_ext.data.calibration import calibration_images, letterbox_batches
+        from yolo_ext.pruning.surgery import prune_model, recalibrate
 
         if weights is None:
             LOGGER.warning(f"{colorstr('prune: ')}the model has no trained weights, so magnitudes say nothing")
-        before = sum(p.numel() for p in model.parameters())
-        head = compat.detection_head(model)
-        if hasattr(self, "data") and not getattr(model, "names", None):
-            model.names = self.data["names"]
-        pruned = prune_model(model.eval(), self.compression["prune"]).train()
-        self.pruned_now = True
-        after = sum(p.numel() for p in pruned.parameters())
-        LOGGER.info(
-            f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({type(head).__name__} outputs unchanged)"
-        )
-        return pruned
+        cfg = self.compression["prune"]
+        pruned = prune_model(model.eval(), cfg).train()
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
+        head = type(compat.detection_head(model)).__name__
+        LOGGER.info(f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({head} outputs unchanged)")
+        if cfg.recalibrate:
+            images = calibration_images(self.data, cfg.recalibrate, self.args.seed)
+            seen = recalibrate(pruned.to(self.device), letterbox_batches(images, self._imgsz(pruned)))
+            LOGGER.info(f"{colorstr('prune: ')}BatchNorm re-estimated on {seen} train images")
+        return pruned.cpu()  # processes on other GPUs receive it by pickle
+
+    def _imgsz(self, model: nn.Module) -> int:
+        """Return the image size as `_setup_train` is going to round it."""
+        stride = compat.max_stride(model)
+        return check_imgsz(self.args.imgsz, stride=stride, floor=stride, max_dim=1)
 
     # Quantization ------------------------------------------------------------------------------------------------------
     def _insert_fake_quant(self, model: nn.Module) -> None:
         from yolo_ext.quantization.qat import prepare
 
-        prepare(model, self.compression["quant"], self.data, self.args.imgsz)
+        prepare(model.to(self.device), self.compression["quant"], self.data, self._imgsz(model))
+        model.cpu()
 
     def _stripped(self, model: nn.Module) -> nn.Module:
         """Return a copy of stock classes that carries the quantizer ranges in its manifest."""
@@ -154,25 +165,12 @@ class CompressionMixin:
         super().run_callbacks(event)  # type: ignore[misc]
 
     def _before_training(self) -> None:
-        if self.pruned_now and self.compression["prune"].recalibrate:
-            self._recalibrate(self.compression["prune"].recalibrate)
         if self.distiller is not None:
             from yolo_ext.distillation.criterion import DistillationLoss
 
             model = unwrap_model(self.model)
             base = getattr(model, "criterion", None) or model.init_criterion()
             model.criterion = DistillationLoss(base, self.distiller)
-
-    def _recalibrate(self, count: int) -> None:
-        from yolo_ext.data.calibration import calibration_images, letterbox_batches
-        from yolo_ext.pruning.surgery import recalibrate
-
-        model, ema = unwrap_model(self.model), self.ema.ema
-        images = calibration_images(self.data, count, self.args.seed)
-        seen = recalibrate(model, letterbox_batches(images, self.args.imgsz))
-        for mine, theirs in zip(model.buffers(), ema.buffers()):
-            theirs.copy_(mine)
-        LOGGER.info(f"{colorstr('prune: ')}BatchNorm re-estimated on {seen} train images")
 
     def _before_epoch(self) -> None:
         if self.distiller is not None:

@@ -40,12 +40,27 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     elif options.get("data"):
         options["data"] = str(check_data(str(options["data"]), task=task).get("yaml_file") or options["data"])
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
-    before = runs.model_figures(base, Path(model), imgsz)
+    before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not options.get("resume"))
     yolo = YOLO(str(model), task=task)
     yolo.train(trainer=trainer_for(task), **options)
     trainer: Any = yolo.trainer
     best = Path(str(trainer.best if trainer.best.exists() else trainer.last))
-    after = runs.model_figures(load_model(best)[0], best, imgsz)
-    found = getattr(trainer, "metrics", None) or {}
-    after.update(map50=found.get("metrics/mAP50(B)"), map=found.get("metrics/mAP50-95(B)"))
+    after = _figures(load_model(best)[0], best, trainer.args.data, imgsz, trained=True)
     return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
+
+
+def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:
+    """Return size figures, and mAP where the model is trained and its task has boxes."""
+    from yolo_ext.compat import task_of
+    from yolo_ext.deployment.verify import map_torch
+
+    found = runs.model_figures(model, path, imgsz)
+    if trained and data and task_of(model) != "classify" and len(model.names) == _classes(data):
+        found.update(map_torch(path, data, imgsz))
+    return found
+
+
+def _classes(data: Any) -> int:
+    from yolo_ext.data.check import check_data
+
+    return int(check_data(str(data), labels=False)["nc"])

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import Conv
 
+from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
 from yolo_ext.errors import UsageError
-from yolo_ext.quantization.calibration import calibrate, calibration_images, letterbox_batches, list_hash
+from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import get_ranges, insert_fake_quant, set_mode
 from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.profiles import PROFILES

@@ -144,7 +144,8 @@ def test_ranges_of_an_unfused_end_to_end_model_find_their_branch(exported, image
     report = write_qdq(fp32, tmp_path / "int8.onnx", calibrate(net, [images]), PROFILES["ort-x86"])
     assert len(report["quantized"]) == 95
     r = {"model.23.cv2.0.0.conv": {"input": [0, 1]}, "model.23.one2one_cv2.0.0.conv": {"input": [0, 2]}}
-    assert deployed_ranges(r) == {"model.23.cv2.0.0.conv": {"input": [0, 2]}}
+    assert deployed_ranges(r, end2end=True) == {"model.23.cv2.0.0.conv": {"input": [0, 2]}}
+    assert deployed_ranges(r, end2end=False) == {"model.23.cv2.0.0.conv": {"input": [0, 1]}}
 
 
 def test_without_output_quantizers_nothing_follows_the_convolution(exported, images, tmp_path):

@@ -40,7 +40,8 @@ def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], 
     """
     model = _load(Path(fp32))
     graph = model.graph
-    todo = deployed_ranges(ranges)
+    end2end = {p.key: p.value for p in model.metadata_props}.get("end2end") == "True"
+    todo = deployed_ranges(ranges, end2end=end2end)
     editor = _Editor(profile, _constants(graph))
     quantized, kept = [], {}
     nodes: list[NodeProto] = []
@@ -67,10 +68,15 @@ def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], 
     return {"quantized": quantized, "float": kept}
 
 
-def deployed_ranges(ranges: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Return the ranges under the names of the fused model, whose one-to-one branches replace the one-to-many ones."""
-    one2one = {path.replace("one2one_", ""): r for path, r in ranges.items() if "one2one_" in path}
-    return {**{path: r for path, r in ranges.items() if "one2one_" not in path}, **one2one}
+def deployed_ranges(ranges: dict[str, dict[str, list[float]]], *, end2end: bool) -> dict[str, dict[str, list[float]]]:
+    """Return the ranges of the head that was exported, under its names in the fused model.
+
+    Args:
+        ranges: Ranges of a model that may have a one-to-many and a one-to-one head.
+        end2end: Whether the one-to-one head was exported; fusing gives it the names of the other one.
+    """
+    dense = {path: r for path, r in ranges.items() if "one2one_" not in path}
+    return {**dense, **{p.replace("one2one_", ""): r for p, r in ranges.items() if "one2one_" in p}} if end2end else dense
 
 
 def _load(path: Path) -> onnx.ModelProto:

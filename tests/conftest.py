@@ -1,0 +1,17 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Settings of the whole test session, in place before Ultralytics is imported: offline, no installs, no user folders."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+_CONFIG = tempfile.mkdtemp(prefix="yolo_ext_tests_")
+atexit.register(shutil.rmtree, _CONFIG, ignore_errors=True)
+os.environ.update(YOLO_CONFIG_DIR=_CONFIG, YOLO_AUTOINSTALL="false", YOLO_OFFLINE="1", MPLBACKEND="Agg")
+
+import torch  # noqa: E402  the variables above count when Ultralytics is imported
+
+torch.set_num_threads(2)
