@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from yolo_ext import compat
-from yolo_ext.config import parse
+from yolo_ext.config import EXT_DEFAULTS, parse
 from yolo_ext.errors import UsageError
 from yolo_ext.trainers import TRAINERS, CompressionMixin
 
@@ -16,7 +16,8 @@ def attach(model: Any, **options: Any) -> Any:
 
     Args:
         model: An `ultralytics.YOLO`.
-        options: `prune`, `distill` and `quant`, each a dict or a config dataclass.
+        options: `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed goes on with
+            the options that it was started with.
 
     Returns:
         The same model.
@@ -43,7 +44,8 @@ def attach(model: Any, **options: Any) -> Any:
         ours = next((t for t in TRAINERS.values() if t.__mro__[2] is stock), None)
         # This event fires while the stock trainer is being made, before it has a model: the right moment to extend it.
         trainer.__class__ = ours or type(f"Compression{stock.__name__}", (CompressionMixin, stock), {})
-        trainer.setup_compression({**dict.fromkeys(parse({})), **options})
+        saved = {k: getattr(trainer.args, k, None) for k in EXT_DEFAULTS} if trainer.resume else options
+        trainer.setup_compression({**EXT_DEFAULTS, **saved})
 
     model.add_callback("on_pretrain_routine_start", on_pretrain_routine_start)
     return model

@@ -95,22 +95,27 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     from ultralytics.nn.tasks import BaseModel, load_checkpoint
     from ultralytics.utils.checks import check_yaml
 
+    from yolo_ext.compat import no_autoinstall
+
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
         try:
             model = YOLO(check_yaml(str(p)), verbose=False).model
         except Exception as e:
-            raise UsageError(f"Cannot build a model from '{path}': {e}. Give a YOLO model YAML or a .pt.") from e
+            raise UsageError(
+                f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
+            ) from e
         return model.float().eval(), {}
     if p.suffix != ".pt":
         raise UsageError(f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'.")
     if not p.is_file():
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
     try:
-        model, ckpt = load_checkpoint(str(p))
+        with no_autoinstall():
+            model, ckpt = load_checkpoint(str(p))
     except Exception as e:
         raise UsageError(
-            f"'{path}' is not a YOLO checkpoint that this installation can load ({type(e).__name__}: {str(e)[:200]}). "
+            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
             "Give a .pt written by Ultralytics or yolo-ext."
         ) from e
     if not isinstance(model, BaseModel):
@@ -118,6 +123,11 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
         )
     return model.float().eval().requires_grad_(True), ckpt
+
+
+def _brief(e: Exception) -> str:
+    """Return an exception as one short line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
 def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from yolo_ext.errors import UsageError
 SUPPORTED = ("8.4.140", "8.5")  # tested lower bound, excluded upper bound
 
 
-def _classes(module: Any, *names: str) -> tuple[type, ...]:
+def _classes(module: Any, *names: str) -> tuple[type[nn.Module], ...]:
     """Return those of the named classes that this Ultralytics has."""
     return tuple(getattr(module, n) for n in names if hasattr(module, n))
 
@@ -26,6 +27,9 @@ OPAQUE = _classes(transformer, "AIFI", "TransformerLayer", "TransformerBlock") +
 ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Mish, nn.ELU)
 # Blocks that keep the width of one part of their first conv as an attribute.
 WIDTH_ATTRIBUTES = _classes(block, "C2f", "C2PSA", "PSA", "RepNCSPELAN4", "C2")
+
+# Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
+WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
 
 
 def check_version() -> None:
@@ -45,6 +49,19 @@ def check_version() -> None:
         )
 
 
+@contextmanager
+def no_autoinstall() -> Iterator[None]:
+    """Keep Ultralytics from running pip for a module that a checkpoint names."""
+    from ultralytics.utils import checks
+
+    before = checks.AUTOINSTALL
+    checks.AUTOINSTALL = False
+    try:
+        yield
+    finally:
+        checks.AUTOINSTALL = before
+
+
 def natural_key(path: str) -> list[Any]:
     """Return a sort key that puts ``model.2`` before ``model.10``."""
     return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"\.", path)]
@@ -62,6 +79,11 @@ def task_of(model: nn.Module) -> str:
 def detection_head(model: nn.Module) -> nn.Module:
     """Return the last module of a YOLO, its head."""
     return model.model[-1]
+
+
+def head_prefix(model: nn.Module) -> str:
+    """Return the start of the path of every layer in the head, such as ``model.22.``."""
+    return f"model.{len(model.model) - 1}."
 
 
 def max_stride(model: nn.Module) -> int:
@@ -111,20 +133,17 @@ def deployed(model: nn.Module) -> nn.Module:
 def deployed_layers(model: nn.Module) -> set[str]:
     """Return the paths of the layers whose work remains after fusing, in the names of the unfused model.
 
-    Fusing drops one branch of end-to-end heads, and merges the branches of RepConv into its 3x3 one.
+    Fusing drops one branch of end-to-end heads, and merges the branches of a reparameterised block into its widest.
     """
     fused = dict(deployed(model).named_modules())
     names = set()
     for path, m in model.named_modules():
-        if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if path not in fused:
             continue
-        block_path = path.rpartition(".")[0]  # of the Conv block around the layer
-        owner = block_path.rpartition(".")[0]
-        merged = isinstance(fused.get(f"{owner}.conv"), nn.Conv2d) and block_path in (f"{owner}.conv1", f"{owner}.conv")
-        if path in fused or (
-            merged and not (block_path == f"{owner}.conv1" and f"{owner}.conv" in dict(model.named_modules()))
-        ):
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             names.add(path)
+        elif type(m).__name__ in WIDEST_BRANCH:
+            names.add(f"{path}.{WIDEST_BRANCH[type(m).__name__]}")
     return names
 
 

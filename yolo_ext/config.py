@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ def cfg_dir() -> Path:
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare one option: its default, its help line, and `choices`, `low`/`high` (inclusive) or `above` (exclusive)."""
+    """Declare one option: default, help line, and `choices`, `low`/`high` (inclusive) or `above` (exclusive)."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help, **limits})
     return field(default=default, metadata={"help": help, **limits})
@@ -71,7 +72,7 @@ class QuantConfig:
     observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)
 
 
-CONFIGS: dict[str, type] = {"prune": PruneConfig, "distill": DistillConfig, "quant": QuantConfig}
+CONFIGS: dict[str, Any] = {"prune": PruneConfig, "distill": DistillConfig, "quant": QuantConfig}
 EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
 COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
 
@@ -92,11 +93,12 @@ def _problem(key: str, f: Field, value: Any) -> str | None:
             return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
         return None
     whole = kind.startswith("int")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and value != int(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (whole and value != int(value)):
         return f"'{key}={value}' is illegal: give {'a whole number' if whole else 'a number'} ({m['help']})."
     low, high, above = m.get("low"), m.get("high"), m.get("above")
     inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if inside and value == value:
+    if inside:
         return None
     bounds = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
     return f"'{key}={value}' is out of range. Legal: {' and '.join(bounds + [f'at most {high}'] * (high is not None))}."
@@ -182,7 +184,7 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
     """Return (dotted key, default, help with the legal values) for every option of a technique."""
     rows = []
     for f in fields(CONFIGS[technique]):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
         choices = f.metadata.get("choices")
         rows.append(
             (

@@ -232,9 +232,16 @@ def _distill_options(run: Run) -> dict[str, Any]:
     return as_plain({"distill": cfg}) if cfg else {}
 
 
+def _step_every_batch(native: dict[str, Any]) -> None:
+    """Set the nominal batch to the real one: with Ultralytics' 64, a small dataset gives a handful of steps per epoch."""
+    if isinstance(native.get("batch"), int) and native["batch"] > 0:
+        native.setdefault("nbs", native["batch"])
+
+
 def _finetune(run: Run) -> dict[str, Any]:
     native = {**FINETUNE, **run.native}
     native.setdefault("close_mosaic", min(10, run.epochs // 3))
+    _step_every_batch(native)
     best = _train(run, "finetune", _distill_options(run), native)
     return {"metrics": _measure(run, best), "weights": str(best.relative_to(run.folder))}
 
@@ -295,6 +302,7 @@ def _qat(run: Run) -> dict[str, Any]:
         "epochs": cfg.epochs,
         "lr0": cfg.lr0,
     }
+    _step_every_batch(native)
     best = _train(run, "qat", {"quant": as_plain({"quant": cfg})["quant"], **_distill_options(run)}, native)
     model, _ = load_model(best)
     done = _emit(run, "qat", best, manifest(model)["quant"]["ranges"])

@@ -80,8 +80,9 @@ def _user_function(path: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = path.partition(":")
     try:
         fn = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise UsageError(f"Cannot import {kind} '{path}': {e}. Write it as 'package.module:function'.") from e
+    except Exception as e:  # whatever the user's module does while it is imported
+        problem = f"{type(e).__name__}: {e}"
+        raise UsageError(f"Cannot import {kind} '{path}' ({problem}). Write it as 'package.module:function'.") from e
     if not callable(fn):
         raise UsageError(f"The {kind} '{path}' is not callable.")
     return fn

@@ -1,8 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Pruning criteria: what a channel is worth. Each is one function of a group's weights and one row.
 
-Weights are read as deployed, with BatchNorm folded in: the scale of a conv filter that a BatchNorm follows means nothing
-by itself.
+Weights are read as deployed, with BatchNorm folded in: the scale of a conv filter that a BatchNorm follows means
+nothing by itself.
 """
 
 from __future__ import annotations

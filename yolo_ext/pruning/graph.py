@@ -18,6 +18,7 @@ from torch import nn
 from yolo_ext import compat
 from yolo_ext.pruning.labels import FIXED, Labels, layer_channels, trace
 
+
 @dataclass
 class Member:
     """Where the channels of a group sit in one tensor dimension.
@@ -38,7 +39,7 @@ class Group:
     """Channels that are removed together in all members, one channel at a time.
 
     Attributes:
-        name: Module path of the first producer.
+        name: Path of the first layer that produces the channels.
         members: All coupled tensor dimensions.
         frozen: Why the group keeps all its channels, empty when it can be pruned.
     """
@@ -60,7 +61,7 @@ class Graph:
     Attributes:
         groups: All groups, prunable and frozen.
         bundles: Lists of indices into `groups`; the groups of one bundle keep the same share of channels.
-        convs: FLOPs-relevant layers, path to (output positions, kernel area, grouped like depthwise).
+        convs: Layers with weights, path to (output positions, kernel area).
         shapes: Path to (out, in) channel counts before pruning.
     """
 
@@ -80,16 +81,18 @@ def build_graph(model: nn.Module, imgsz: int = 64) -> Graph:
     Returns:
         The couplings, with a reason for every group that cannot be pruned.
     """
-    tracer = _trace(model, max(imgsz, 2 * compat.max_stride(model)))
+    tracer = trace(model, max(imgsz, 2 * compat.max_stride(model)))
     lab = tracer.labels
     for parts in lab.ties:
-        if any(FIXED in part for part in parts) or any(lab.find(c) in lab.frozen for part in parts for c in part):
+        if reason := next((r for part in parts for c in part if (r := lab.reason(c))), ""):
             for part in parts:
-                lab.freeze(part, _tie_reason(lab, parts))
+                lab.freeze(part, _tied(reason))
     modules = dict(model.named_modules())
-    shapes = {p: s for p, m in modules.items() if (s := _channels(m)) and p in lab.inp}
-    places = _places(lab)
-    groups = _groups(lab, places)
+    shapes = {p: s for p, m in modules.items() if (s := layer_channels(m)) and p in lab.inp}
+    groups = _groups(lab, _places(lab))
+    for g in groups:
+        if g.frozen.startswith("is reshaped") and g.name.startswith(compat.head_prefix(model)):
+            g.frozen += " (head output)"
     graph = Graph(groups, _bundles(lab, groups), shapes=shapes)
     for path, positions in tracer.positions.items():
         kernel = getattr(modules[path], "kernel_size", (1, 1))
@@ -97,17 +100,13 @@ def build_graph(model: nn.Module, imgsz: int = 64) -> Graph:
     return graph
 
 
-def _tie_reason(lab: _Labels, parts: list[list[int]]) -> str:
-    for part in parts:
-        for c in part:
-            if c != FIXED and (reason := lab.frozen.get(lab.find(c))):
-                return (
-                    reason if reason.startswith("must stay as wide") else f"must stay as wide as a part that {reason}"
-                )
-    return "must stay as wide as a fixed part"
+def _tied(reason: str) -> str:
+    """Return the reason of a channel that stays because one that it is tied to stays."""
+    start = "must stay as wide as a part that "
+    return reason if reason.startswith(start) else start + reason
 
 
-def _places(lab: _Labels) -> dict[int, list[tuple[str, str, int]]]:
+def _places(lab: Labels) -> dict[int, list[tuple[str, str, int]]]:
     """Return, for each coupled set of channels, the (module, dim, position) places where it sits."""
     places: dict[int, list[tuple[str, str, int]]] = defaultdict(list)
     for dim, table in (("out", lab.out), ("in", lab.inp)):
@@ -118,7 +117,7 @@ def _places(lab: _Labels) -> dict[int, list[tuple[str, str, int]]]:
     return places
 
 
-def _groups(lab: _Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[Group]:
+def _groups(lab: Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[Group]:
     """Collect coupled sets with the same members into groups; the parts of a cut tensor stay apart."""
     part_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for t, parts in enumerate(lab.ties):
@@ -139,12 +138,12 @@ def _groups(lab: _Labels, places: dict[int, list[tuple[str, str, int]]]) -> list
         for (path, dim), _repeat in signature:
             rows = [[i for p, d, i in places[r] if (p, d) == (path, dim)] for r in roots]
             members.append(Member(path, dim, torch.tensor(rows)))
-        members.sort(key=lambda m: (m.dim != "out", compat.natural_key(m.module)))
+        members.sort(key=lambda m: (m.dim != "out", m.module not in lab.inp, compat.natural_key(m.module)))
         groups.append(Group(members[0].module, members, reason))
     return sorted(groups, key=lambda g: compat.natural_key(g.name))
 
 
-def _bundles(lab: _Labels, groups: list[Group]) -> list[list[int]]:
+def _bundles(lab: Labels, groups: list[Group]) -> list[list[int]]:
     """Join groups that must keep the same share of channels, and freeze bundles that cannot."""
     home: dict[tuple[str, str, int], int] = {}
     for g, group in enumerate(groups):
@@ -174,5 +173,5 @@ def _bundles(lab: _Labels, groups: list[Group]) -> list[list[int]]:
     for bundle in bundles.values():
         reason = next((groups[g].frozen for g in bundle if groups[g].frozen), "")
         for g in bundle:
-            groups[g].frozen = groups[g].frozen or (f"must stay as wide as a part that {reason}" if reason else "")
+            groups[g].frozen = groups[g].frozen or (_tied(reason) if reason else "")
     return list(bundles.values())

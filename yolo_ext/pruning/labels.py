@@ -1,8 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Labelled channels: which output channels reach which inputs, followed through a forward pass.
 
-Every output channel of a Conv or Linear gets a label. `cat` joins label lists, `chunk` cuts them, `+` makes two channels
-one (union-find), a depthwise conv or BatchNorm passes them on. What is not understood freezes its labels with the reason.
+Every output channel of a Conv or Linear gets a label. `cat` joins label lists, `chunk` cuts them, `+` makes two
+channels one (union-find), a depthwise conv or BatchNorm passes them on. What is not understood freezes its labels with
+the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch.overrides import TorchFunctionMode
 from yolo_ext import compat
 
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
-ARITHMETIC = "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__"
+ARITHMETIC = (
+    "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__"
+)
 ELEMENTWISE = "relu relu_ silu silu_ sigmoid sigmoid_ tanh gelu hardswish leaky_relu leaky_relu_ clamp clip dropout"
 COPIES = "detach clone contiguous to float half type"
 POOLS = "max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d"
 POINTWISE = frozenset(f"{ARITHMETIC} {ELEMENTWISE} {COPIES}".split())
 SPATIAL = frozenset(POOLS.split())
-RESHAPES = frozenset("flatten view reshape permute transpose unflatten squeeze unsqueeze".split())
+RESHAPES = frozenset(["flatten", "view", "reshape", "permute", "transpose", "unflatten", "squeeze", "unsqueeze"])
 PASS_MODULES = (nn.Upsample, nn.ZeroPad2d, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -268,7 +271,7 @@ def _attention_rule(t: Tracer, m: nn.Module, path: str, labels: list[int], out: 
     return projected
 
 
-RULES: list[tuple[tuple[type, ...], Callable[..., list[int]]]] = [
+RULES: list[tuple[tuple[type[nn.Module], ...], Callable[..., list[int]]]] = [
     ((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), _weights_rule),
     ((nn.BatchNorm2d,), _norm_rule),
     (compat.ATTENTION, _attention_rule),

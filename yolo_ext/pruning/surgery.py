@@ -19,6 +19,7 @@ from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.targets import Kept, plan
 
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
+ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
 
 
 def _take(tensor: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
@@ -98,7 +99,11 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
         imgsz: Side of the random square image in pixels.
 
     Returns:
-        Largest absolute difference of any raw output, relative to the largest output (at least 1).
+        Largest absolute difference of any raw output, relative to the largest output (at least 1); infinite or NaN
+        when the outputs differ in shape or are not numbers.
+
+    Raises:
+        CheckFailed: If the pruned model does not run.
     """
     reference = masked(dense, kept).double().cpu().eval()
     other = deepcopy(pruned).double().cpu().eval()
@@ -106,10 +111,15 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
         1, compat.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        a, b = (list(compat.returned_tensors(_raw(m(x)))) for m in (reference, other))
+        a = list(compat.returned_tensors(_raw(reference(x))))
+        try:
+            b = list(compat.returned_tensors(_raw(other(x))))
+        except RuntimeError as e:
+            raise CheckFailed(f"The pruned model does not run: {e} {ADVICE}") from e
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    return max(float((s - t).abs().max() / s.abs().max().clamp(min=1.0)) for s, t in zip(a, b))
+    # max() of tensors, because that of Python drops a NaN
+    return float(torch.stack([(s - t).abs().max() / s.abs().max().clamp(min=1.0) for s, t in zip(a, b)]).max())
 
 
 def _raw(out: Any) -> Any:
@@ -162,8 +172,8 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64) -> nn.Modul
     gap = equivalence_gap(model, pruned, kept, size)
     if not gap <= TOLERANCE:
         raise CheckFailed(
-            f"Pruning is not exact on this model: pruned and masked outputs differ by {gap:.1e} (limit {TOLERANCE:.0e}). "
-            "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
+            f"Pruning is not exact on this model: pruned and masked outputs differ by {gap:.1e} "
+            f"(limit {TOLERANCE:.0e}). {ADVICE}"
         )
     check_trainable(pruned, size)
     _record(model, pruned, graph, kept, cfg, gap)
@@ -184,7 +194,7 @@ def _record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: 
         "kept": total,
         "shapes": shapes,
         "parent": previous["parent"] if previous else fingerprint(dense),
-        "frozen": {g.name: g.frozen for g in graph.groups if g.frozen},
+        "frozen": {m.module: g.frozen for g in graph.groups if g.frozen for m in g.members if m.dim == "out"},
         "gap": gap,
     }
     set_tripwire(pruned)
@@ -219,20 +229,19 @@ def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
         Number of images used.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    momenta, training = [m.momentum for m in norms], model.training
-    device, seen = next(model.parameters()).device, 0
-    saved = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative average over all batches
+    momenta, training, seen = [m.momentum for m in norms], model.training, 0
+    device = next(model.parameters()).device
     model.train()
-    for x in batches:
-        model(x.to(device))
-        seen += len(x)
-    for m, momentum, (mean, var) in zip(norms, momenta, saved):
-        m.momentum = momentum
-        if not seen:
-            m.running_mean.copy_(mean)
-            m.running_var.copy_(var)
-    model.train(training)
+    try:
+        for x in batches:
+            if not seen:  # not before: without any image the old statistics stay
+                for m in norms:
+                    m.reset_running_stats()
+                    m.momentum = None  # cumulative average over all batches
+            model(x.to(device))
+            seen += len(x)
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
+        model.train(training)
     return seen

@@ -13,7 +13,7 @@ from torch import nn
 from yolo_ext import compat
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import criteria, group_weights
+from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights
 from yolo_ext.pruning.graph import Graph, Group
 
 Steps = Callable[[float], list[int]]  # share of units to remove, 0..1 -> kept units of each bundle
@@ -59,16 +59,15 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
 
     Args:
         model: The model that the graph was built from.
-        graph: Its couplings; groups that `cfg.exclude` names become frozen.
+        graph: Its couplings; groups that `cfg` keeps whole become frozen, with the reason.
         cfg: Pruning options.
 
     Returns:
         The prunable bundles.
 
     Raises:
-        UsageError: If the criterion is unknown or an exclude pattern is broken or matches nothing.
+        UsageError: If the criterion is unknown or fails, or an exclude pattern is broken or matches nothing.
     """
-    score = criteria[cfg.method].fn
     _exclude(graph, cfg)
     generator = torch.Generator().manual_seed(cfg.seed)
     made = []
@@ -79,11 +78,11 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
         units = min(g.size for g in groups)
         if any(g.size % units for g in groups):
             for g in groups:
-                g.frozen = "its coupled parts have widths that do not divide each other"
+                g.frozen = "is coupled with a part whose width does not divide its own"
             continue
         order, rows = [], []
         for g in groups:
-            values = score(group_weights(model, g, generator))
+            values = _scores(cfg.method, group_weights(model, g, generator), g)
             by_worth = values.argsort(stable=True)
             order.append(by_worth)
             rows.append(values[by_worth].view(units, -1).mean(1))
@@ -92,27 +91,37 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
             made.append(Bundle(groups, order, torch.stack(rows).mean(0), allowed))
         else:
             for g in groups:
-                g.frozen = f"{g.size} channels are at the floor already"
+                g.frozen = f"has only {g.size} channels, which is at the floor already"
     return made
 
 
+def _scores(method: str, weights: GroupWeights, group: Group) -> torch.Tensor:
+    """Return (n,) finite scores of a group by a criterion, which may be the user's own."""
+    values = criteria[method].fn(weights)
+    if not isinstance(values, torch.Tensor) or values.shape != (group.size,) or not values.isfinite().all():
+        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise UsageError(
+            f"The pruning criterion '{method}' returned {got} with values that cannot be ranked for '{group.name}'. "
+            f"Legal: a tensor of {group.size} finite scores, one for each channel; are the weights of the model finite?"
+        )
+    return values.detach().float().cpu()
+
+
 def _exclude(graph: Graph, cfg: PruneConfig) -> None:
+    """Freeze the bundles in which a layer that `cfg.exclude` names produces channels."""
     for pattern in cfg.exclude:
         try:
-            hits = [
-                b
-                for b in graph.bundles
-                if any(re.search(pattern, m.module) for g in b for m in graph.groups[g].members if m.dim == "out")
-            ]
+            matches = re.compile(pattern).search
         except re.error as e:
             raise UsageError(f"'prune.exclude={pattern}' is not a regular expression: {e}.") from e
+        bundles = [[graph.groups[g] for g in bundle] for bundle in graph.bundles]
+        hits = [b for b in bundles if any(matches(m.module) for g in b for m in g.members if m.dim == "out")]
         if not hits:
             raise UsageError(
                 f"'prune.exclude={pattern}' matches no layer. Layers have names such as 'model.2.cv1.conv'."
             )
-        for bundle in hits:
-            for g in bundle:
-                graph.groups[g].frozen = graph.groups[g].frozen or f"excluded by '{pattern}'"
+        for g in (g for b in hits for g in b):
+            g.frozen = g.frozen or f"is excluded by '{pattern}'"
 
 
 def _masks(graph: Graph, made: list[Bundle], units: list[int]) -> dict[tuple[str, str], torch.Tensor]:
@@ -160,7 +169,7 @@ def plan(model: nn.Module, graph: Graph, cfg: PruneConfig) -> Kept:
 
     Args:
         model: The model; it is not changed.
-        graph: Its couplings from `build_graph`.
+        graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
         cfg: Pruning options with `speedup` or `ratio`.
 
     Returns:

@@ -92,15 +92,18 @@ class RangeQuantizer(nn.Module):
         self.ready = True
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RangeQuantizer:
-        kept = {k: v.clone() for k, v in self._buffers.items() if v is not None}
+        kept = {k: v for k, v in self._buffers.items() if v is not None}
         super()._apply(fn, recurse)
-        for k, v in kept.items():  # .half() must not round the ranges, only .to(device) may move them
+        # .half() must not round the ranges, only .to(device) may move them. The EMA holds on to the tensors themselves.
+        for k, v in kept.items():
             self._buffers[k] = v.to(self._buffers[k].device)  # type: ignore[union-attr]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.ready = bool(self.hi > self.lo)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A stripped checkpoint has no ranges in its state dict (they came from its manifest): they stay as they are.
+        if f"{prefix}lo" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self.ready = bool(self.hi > self.lo)
 
 
 class QuantConv2d(nn.Conv2d):

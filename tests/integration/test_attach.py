@@ -1,0 +1,76 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Compression by callbacks on a workflow that stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer as StockTrainer
+from ultralytics.utils import YAML
+
+import yolo_ext
+from yolo_ext.errors import UsageError
+from yolo_ext.trainers import CompressionMixin, DetectionTrainer
+
+PRUNE = {"speedup": 1.5}
+
+
+class OwnTrainer(StockTrainer):
+    """A trainer of the user, with state and behaviour of its own."""
+
+    steps = 0
+
+    def optimizer_step(self) -> None:
+        self.steps += 1
+        super().optimizer_step()
+
+
+def test_attach_returns_the_same_model_and_does_nothing_until_training(tiny):
+    yolo = YOLO(str(tiny))
+    before = {k: v.clone() for k, v in yolo.model.state_dict().items()}
+    assert yolo_ext.attach(yolo, prune=PRUNE) is yolo
+    assert all((yolo.model.state_dict()[k] == v).all() for k, v in before.items())
+
+
+def test_stock_trainer_becomes_ours(fit, tiny, tmp_path):
+    trainer = fit(yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE), epochs=1)
+    assert type(trainer) is DetectionTrainer
+    assert YAML.load(tmp_path / "run/args.yaml")["prune"]["speedup"] == 1.5
+
+
+def test_own_trainer_of_the_user_is_extended_not_replaced(fit, tiny, tmp_path):
+    trainer = fit(yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE, distill={}), OwnTrainer, epochs=1)
+    assert isinstance(trainer, OwnTrainer) and isinstance(trainer, CompressionMixin)
+    assert trainer.steps == 2
+    assert "yolo_ext" in (tmp_path / "run/weights/best.pt").read_bytes().decode("latin1")
+
+
+def test_our_trainer_keeps_its_own_options(fit, tiny):
+    yolo = yolo_ext.attach(YOLO(str(tiny)), prune={"speedup": 1.2})
+    trainer = fit(yolo, DetectionTrainer, epochs=1, prune={"speedup": 1.5})
+    assert trainer.compression["prune"].speedup == 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prun": PRUNE}, "Did you mean 'prune'"),
+        ({"prune": {"speedup": 0.5}}, "out of range"),
+        ({"distill": {"schedule": "cosin"}}, "cosine"),
+    ],
+    ids=["technique", "range", "choice"],
+)
+def test_wrong_options_are_refused_at_once(tiny, options, words):
+    with pytest.raises(UsageError, match=words):
+        yolo_ext.attach(YOLO(str(tiny)), **options)
+
+
+def test_several_gpus_are_refused(tiny):
+    yolo = yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE)
+    hook = yolo.callbacks["on_pretrain_routine_start"][-1]
+
+    class Trainer:
+        world_size = 2
+
+    with pytest.raises(UsageError, match="trainer_for"):
+        hook(Trainer())
