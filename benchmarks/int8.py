@@ -43,7 +43,9 @@ def ours(model: Path, info: dict, imgsz: int, fp32: Path, profile: str, out: Pat
 def built_in(model: Path, data: str, imgsz: int, folder: Path) -> Path:
     copy = folder / "model.pt"
     shutil.copyfile(model, copy)
-    file = YOLO(copy).export(format="onnx", quantize=8, data=data, split="train", fraction=1.0, imgsz=imgsz, simplify=False)
+    file = YOLO(copy).export(
+        format="onnx", quantize=8, data=data, split="train", fraction=1.0, imgsz=imgsz, simplify=False
+    )
     return Path(file)
 
 

@@ -28,7 +28,8 @@ def main() -> None:
         for seed in seeds:
             with tempfile.TemporaryDirectory() as tmp:
                 summary = compress(
-                    args["model"], args["data"], imgsz=int(args["imgsz"]), epochs=int(args.get("epochs", 30)), seed=seed,
+                    args["model"], args["data"], imgsz=int(args["imgsz"]), epochs=int(args.get("epochs", 30)),
+                    seed=seed,
                     save_dir=str(Path(tmp) / "run"), plots=False,
                     prune={"method": method, "speedup": float(args.get("speedup", 2)), "seed": seed},
                     distill={} if kd else None,

@@ -67,7 +67,9 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         elif isinstance(DEFAULT_CFG_DICT.get(word), bool):
             flat[word] = True
         else:
-            problems.append(f"'{word}' is no command, task or key=value pair.{suggest(word, [*names, *DEFAULT_CFG_DICT])}")
+            problems.append(
+                f"'{word}' is no command, task or key=value pair.{suggest(word, [*names, *DEFAULT_CFG_DICT])}"
+            )
     if not command and not problems:
         problems.append(f"The command is missing. Legal: {', '.join(names)}.")
     if problems:
@@ -79,7 +81,7 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``prune.speedup`` into ``{"prune": {"speedup": ...}}``; a whole technique may also be None, True or a dict."""
+    """Turn ``prune.speedup`` into ``{"prune": {"speedup": ...}}``; a technique may also be None, True or a dict."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         technique, dot, name = key.partition(".")
@@ -263,23 +265,24 @@ def _forward(command: str, argv: list[str]) -> int:
     return 0
 
 
+_TECHNIQUE_KEYS = ("model", "data", *CONFIGS, "resume")
 COMMANDS: dict[str, Command] = {
     "compress": Command(
         lambda o: _compress(o, "compress", tuple(CONFIGS)),
         "Prune, fine-tune with distillation, quantize, export, verify, measure and report",
-        ("model", "data", *CONFIGS, "resume"), native=True,
+        _TECHNIQUE_KEYS, native=True,
     ),
-    "train": Command(_train, "Train with any technique in the loop", ("model", "data", *CONFIGS), native=True),
+    "train": Command(_train, "Train with any technique in the loop", _TECHNIQUE_KEYS, native=True),
     "prune": Command(
         lambda o: _compress(o, "prune", ("prune",)), "Prune and fine-tune; epochs=0 prunes without data or training",
-        ("model", "data", *CONFIGS), native=True,
+        _TECHNIQUE_KEYS, native=True,
     ),
     "distill": Command(
-        lambda o: _train({"distill": {}, "name": "distill", **o}), "Train a student with a teacher", ("model", "data", *CONFIGS),
+        lambda o: _train({"distill": {}, "name": "distill", **o}), "Train a student with a teacher", _TECHNIQUE_KEYS,
         native=True,
     ),
     "quantize": Command(
-        lambda o: _compress({"epochs": 0, **o}, "quantize", ("quant",)), "INT8 by PTQ or QAT, as ONNX", ("model", "data", *CONFIGS),
+        lambda o: _compress({"epochs": 0, **o}, "quantize", ("quant",)), "INT8 by PTQ or QAT, as ONNX", _TECHNIQUE_KEYS,
         native=True,
     ),
     "export": Command(_export, "Write ONNX (FP32, and INT8 for a QAT model) or any Ultralytics format",
@@ -306,7 +309,9 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 a check or budget failed, 2 wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words = [{"-h": "help", "--help": "help", "--version": "version", "-v": "version"}.get(w, w) for w in words] or ["help"]
+    words = [{"-h": "help", "--help": "help", "--version": "version", "-v": "version"}.get(w, w) for w in words] or [
+        "help"
+    ]
     try:
         command, options = parse_args(words)
         return _forward(command, words) if command in FORWARDED else COMMANDS[command].run(options)

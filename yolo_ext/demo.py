@@ -12,9 +12,10 @@ from yolo_ext import runs
 from yolo_ext.config import cfg_dir
 
 IMGSZ = 128
-BASE = {"epochs": 50, "batch": 8, "nbs": 8, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
-        "close_mosaic": 15, "plots": False, "device": "cpu"}  # fmt: skip
-FINETUNE = {"epochs": 20, "batch": 8, "nbs": 8, "device": "cpu"}
+COMMON: dict[str, Any] = {"batch": 8, "nbs": 8, "device": "cpu"}
+BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0}
+BASE |= {**COMMON, "close_mosaic": 15, "plots": False}
+FINETUNE: dict[str, Any] = {**COMMON, "epochs": 20}
 
 
 def demo(seed: int = 0, **place: Any) -> dict[str, Any]:

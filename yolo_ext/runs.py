@@ -84,6 +84,11 @@ def size_mb(path: Path) -> float:
     return Path(path).stat().st_size / 1e6
 
 
+def has_boxes(model: nn.Module) -> bool:
+    """Tell whether mAP can be measured: classification has none."""
+    return compat.task_of(model) != "classify"
+
+
 def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, Any]:
     """Return `params` and `gflops` of the deployed model, and `size_mb` of its file.
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER, YAML
+from ultralytics.utils import LOGGER
 
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest
@@ -52,7 +52,9 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     ours = {k: options.pop(k) for k in ("opset", "simplify", "dynamic", "batch") if k in options}
     imgsz = _imgsz(model, options.pop("imgsz", None))
     if unused := sorted(set(options) - {*PLACE, "device", "mode"}):
-        raise UsageError(f"Our ONNX export does not know {', '.join(unused)}. Legal: imgsz, opset, simplify, dynamic, batch, out.")
+        raise UsageError(
+            f"Our ONNX export does not know {', '.join(unused)}. Legal: imgsz, opset, simplify, dynamic, batch, out."
+        )
     target = Path(out or Path(model).with_suffix(".onnx"))
     files = [export_onnx(model, target, imgsz, **ours)]
     if quant := manifest(net).get("quant"):
@@ -98,18 +100,27 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
         raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
     images = check_data(data, task=compat.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], _imgsz(model, imgsz), int8_onnx=int8, data=data)
-    rows = [[c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"] for c in found["checks"]]
+    rows = [
+        [c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"]
+        for c in found["checks"]
+    ]
     LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
     folder = runs.folder(place, task=compat.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
     figures = runs.model_figures(net, Path(model), _imgsz(model, imgsz))
     maps = found.get("map") or {}
-    after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": (maps.get("onnx") or {}).get("map")}}
+    after = {
+        **figures,
+        "size_mb": runs.size_mb(Path(int8 or onnx)),
+        "map_onnx": {"fp32": (maps.get("onnx") or {}).get("map")},
+    }
     runs.write_summary(folder, {**figures, **(maps.get("torch") or {})}, {**after, **(maps.get("onnx") or {})})
     return found
 
 
-def bench(models: str | list[str], imgsz: int = 640, threads: int = 1, batch: int = 1, rounds: int = 100, **place: Any) -> dict[str, Any]:
+def bench(
+    models: str | list[str], imgsz: int = 640, threads: int = 1, batch: int = 1, rounds: int = 100, **place: Any
+) -> dict[str, Any]:
     """Measure files side by side, print the table and write it.
 
     Args:
@@ -160,7 +171,9 @@ def _latency_figures(file: str, found: dict[str, Any]) -> dict[str, Any]:
     return {"size_mb": runs.size_mb(Path(file)), "latency_ms": {key: found["median"]}, **more}
 
 
-def convert(source: str, out: str, format: str = "voc", classes: Any = None, ratio: Any = None, seed: int = 0, **splits: Any) -> Any:
+def convert(
+    source: str, out: str, format: str = "voc", classes: Any = None, ratio: Any = None, seed: int = 0, **splits: Any
+) -> Any:
     """Convert a dataset to YOLO format without touching the source.
 
     Args:
@@ -190,8 +203,9 @@ def convert(source: str, out: str, format: str = "voc", classes: Any = None, rat
         raise UsageError(f"'ratio={ratio}' is illegal. Give shares such as ratio=0.8,0.2.") from e
     if ratio is not None and not ratios:
         raise UsageError(f"'ratio={ratio}' is illegal. Give one share for each split, such as ratio=0.8,0.2.")
-    return convert_voc(Path(source), Path(out), classes=[n.strip() for n in names] if names else None,
-                       splits={k: str(v) for k, v in splits.items()} or None, ratios=ratios, seed=int(seed))  # fmt: skip
+    lists = {k: str(v) for k, v in splits.items()} or None
+    names = [n.strip() for n in names] if names else None
+    return convert_voc(Path(source), Path(out), classes=names, splits=lists, ratios=ratios, seed=int(seed))
 
 
 def checks() -> bool:

@@ -36,7 +36,9 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     task = task_of(base)
     if options.get("resume"):
         if ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None:
-            raise UsageError(f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run.")
+            raise UsageError(
+                f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
+            )
     elif options.get("data"):
         options["data"] = str(check_data(str(options["data"]), task=task).get("yaml_file") or options["data"])
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
@@ -51,11 +53,10 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
 
 def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:
     """Return size figures, and mAP where the model is trained and its task has boxes."""
-    from yolo_ext.compat import task_of
     from yolo_ext.deployment.verify import map_torch
 
     found = runs.model_figures(model, path, imgsz)
-    if trained and data and task_of(model) != "classify" and len(model.names) == _classes(data):
+    if trained and data and runs.has_boxes(model) and len(model.names) == _classes(data):
         found.update(map_torch(path, data, imgsz))
     return found
 

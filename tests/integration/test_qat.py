@@ -63,7 +63,7 @@ def test_ranges_follow_the_data_then_stay_and_the_ema_goes_after_them(fit, watch
     assert live[2] == live[3] == live[4] == live[5]
     gaps = [sum(abs(a - b) for k in e for s in e[k] for a, b in zip(e[k][s], m[k][s])) for m, e in seen]
     assert gaps[1] > 0
-    assert gaps[5] < gaps[4] < gaps[3] < gaps[2], "validation must not cut the EMA off from its ranges"
+    assert gaps[5] < 1e-6, "validation has cut the EMA off from its ranges"
 
 
 def test_observe_epochs_0_keeps_the_calibrated_ranges(fit, watch, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _torch_runner(path: Path, imgsz: int, batch: int) -> Callable[[], Any]:
 
 
 def bench(
-    models: dict[str, str | Path],
+    models: Mapping[str, str | Path],
     imgsz: int,
     *,
     threads: int = 1,

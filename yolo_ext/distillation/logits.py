@@ -29,7 +29,8 @@ class HeadOutput:
 
     def boxes(self) -> torch.Tensor:
         """Return (B, A, 4) corner boxes x1, y1, x2, y2 in units of the stride."""
-        left_top, right_bottom = self.ltrb.chunk(2, -1)
+        # A head without bins may give negative distances, with which GIoU is unbounded.
+        left_top, right_bottom = self.ltrb.float().clamp(min=0).chunk(2, -1)
         return torch.cat((self.anchors - left_top, self.anchors + right_bottom), -1)
 
 
@@ -66,5 +67,5 @@ def bckd(student: HeadOutput, teacher: HeadOutput) -> tuple[torch.Tensor, torch.
     count = foreground(teacher).sum().clamp(min=1.0)
     cls = (F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap).sum() / count
     weight = gap.amax(1).detach()
-    box = (weight * (1.0 - _giou(student.boxes().float(), teacher.boxes().float()))).sum() / count
+    box = (weight * (1.0 - _giou(student.boxes(), teacher.boxes()))).sum() / count
     return cls, 4.0 * box

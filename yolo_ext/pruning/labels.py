@@ -173,6 +173,8 @@ class Tracer(TorchFunctionMode):
             parts.append(labels[start : start + o.shape[1]])
             self.put(o, parts[-1])
             start += o.shape[1]
+        if len({len(part) for part in parts}) > 1:  # such sizes are written in the code, so they cannot change
+            self.labels.freeze(labels, "is cut into unequal parts")
         self.labels.ties.append(parts)
 
     # Modules ---------------------------------------------------------------------------------------------------------

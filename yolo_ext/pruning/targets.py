@@ -91,7 +91,7 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
             made.append(Bundle(groups, order, torch.stack(rows).mean(0), allowed))
         else:
             for g in groups:
-                g.frozen = f"has only {g.size} channels, which is at the floor already"
+                g.frozen = f"has {g.size} channels, which the floors do not let shrink"
     return made
 
 

@@ -16,6 +16,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.quantization.profiles import Profile
 
+Ranges = dict[str, dict[str, list[float]]]
 BIAS_LIMIT = 2**29  # leaves the INT32 accumulator room for the products
 
 
@@ -68,7 +69,7 @@ def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], 
     return {"quantized": quantized, "float": kept}
 
 
-def deployed_ranges(ranges: dict[str, dict[str, list[float]]], *, end2end: bool) -> dict[str, dict[str, list[float]]]:
+def deployed_ranges(ranges: Ranges, *, end2end: bool) -> Ranges:
     """Return the ranges of the head that was exported, under its names in the fused model.
 
     Args:
@@ -76,7 +77,8 @@ def deployed_ranges(ranges: dict[str, dict[str, list[float]]], *, end2end: bool)
         end2end: Whether the one-to-one head was exported; fusing gives it the names of the other one.
     """
     dense = {path: r for path, r in ranges.items() if "one2one_" not in path}
-    return {**dense, **{p.replace("one2one_", ""): r for p, r in ranges.items() if "one2one_" in p}} if end2end else dense
+    sparse = {path.replace("one2one_", ""): r for path, r in ranges.items() if "one2one_" in path}
+    return {**dense, **sparse} if end2end else dense
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -1,0 +1,58 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn import tasks
+
+from yolo_ext.checkpoint import save_model
+
+CLASSES = {"-seg": tasks.SegmentationModel, "-pose": tasks.PoseModel, "-obb": tasks.OBBModel}
+
+
+def random_model(yaml: str, seed: int = 0) -> nn.Module:
+    """Return a model with three classes a, b, c whose BatchNorm and class scores are not trivial."""
+    torch.manual_seed(seed)
+    cls = next((c for suffix, c in CLASSES.items() if suffix in yaml), tasks.DetectionModel)
+    net = cls(yaml, nc=3, verbose=False)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+    head = net.model[-1]
+    for name in ("cv3", "one2one_cv3"):
+        for branch in getattr(head, name, None) or []:
+            nn.init.normal_(branch[-1].weight, 0, 0.3)
+            nn.init.zeros_(branch[-1].bias)
+    net.names = {0: "a", 1: "b", 2: "c"}
+    return net.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., nn.Module]:
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that gives a checkpoint of a model, made once."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def save(yaml: str, seed: int = 0) -> Path:
+        file = folder / f"{yaml.removesuffix('.yaml')}-{seed}.pt"
+        return file if file.exists() else save_model(random_model(yaml, seed), file)
+
+    return save

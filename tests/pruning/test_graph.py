@@ -1,0 +1,353 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from ultralytics.nn.modules.block import AAttn, Attention
+from ultralytics.nn.modules.transformer import AIFI
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_ext.config import PruneConfig
+from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap
+from yolo_ext.pruning.targets import plan
+
+OUTPUT = "is an output of the model"
+
+
+class Toy(nn.Module):
+    """A few named layers and a function that wires them."""
+
+    def __init__(self, wire: Callable, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.model = nn.ModuleList(layers.values())  # where a YOLO keeps its layers
+        self.wire = wire
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wire(self, x)
+
+
+def conv(n_in: int, n_out: int, k: int = 1, **options) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, k, padding=k // 2, **options)
+
+
+def set_to_zero(x: torch.Tensor) -> torch.Tensor:
+    x[:, :2] = 0
+    return x
+
+
+def halves(m: Toy, x: torch.Tensor) -> torch.Tensor:
+    """Wire as C2f does: the second half feeds a layer, everything is concatenated."""
+    y, z = m.a(x).chunk(2, 1)
+    return m.c(torch.cat((y, z, m.b(z) + z), 1))
+
+
+# id: (wiring, layers, {group name: (size, reason, {(layer, dim)})}); the output group is the same everywhere
+A, B = conv(3, 8), conv(8, 4)
+TOYS = {
+    "chain": (
+        lambda m, x: m.b(m.act(m.bn(m.a(x)))),
+        {"a": A, "bn": nn.BatchNorm2d(8), "act": nn.SiLU(), "b": B},
+        {"a": (8, "", {("a", "out"), ("bn", "out"), ("b", "in")})},
+    ),
+    "residual": (
+        lambda m, x: m.b((y := m.a(x)) + m.r(y)),
+        {"a": A, "r": conv(8, 8, 3), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("r", "in"), ("b", "in")})},
+    ),
+    "residual-in-place": (
+        lambda m, x: m.b((y := m.a(x)).add_(m.r(y))),
+        {"a": A, "r": conv(8, 8, 3), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("r", "in"), ("b", "in")})},
+    ),
+    "gate": (
+        lambda m, x: m.b((y := m.a(x)) * m.r(y).sigmoid()),
+        {"a": A, "r": conv(8, 8), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("r", "in"), ("b", "in")})},
+    ),
+    "concat": (
+        lambda m, x: m.b(torch.cat((m.a(x), m.r(x)), 1)),
+        {"a": A, "r": conv(3, 5), "b": conv(13, 4)},
+        {"a": (8, "", {("a", "out"), ("b", "in")}), "r": (5, "", {("r", "out"), ("b", "in")})},
+    ),
+    "concat-with-the-image": (
+        lambda m, x: m.b(torch.cat((x, m.a(x)), dim=1)),
+        {"a": A, "b": conv(11, 4)},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "depthwise": (
+        lambda m, x: m.b(m.dw(m.a(x))),
+        {"a": A, "dw": conv(8, 8, 3, groups=8), "b": B},
+        {"a": (8, "", {("a", "out"), ("dw", "out"), ("dw", "in"), ("b", "in")})},
+    ),
+    "grouped": (
+        lambda m, x: m.b(m.g(m.a(x))),
+        {"a": A, "g": conv(8, 8, 3, groups=2), "b": B},
+        {
+            "a": (8, "grouped convolution g", {("a", "out"), ("g", "in")}),
+            "g": (8, "grouped convolution g", {("g", "out"), ("b", "in")}),
+        },
+    ),
+    "spatial": (
+        lambda m, x: m.b(m.up(m.pool(m.pad(nn.functional.max_pool2d(m.a(x), 2))))),
+        {"a": A, "pad": nn.ZeroPad2d((0, 1, 0, 1)), "pool": nn.MaxPool2d(2, 1), "up": nn.Upsample(scale_factor=2), "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "shared-layer": (
+        lambda m, x: m.b(m.s(m.a(x)) + m.s(m.r(x))),
+        {"a": A, "r": conv(3, 8), "s": conv(8, 8), "b": B},
+        {
+            "a": (8, "", {("a", "out"), ("r", "out"), ("s", "in")}),
+            "s": (8, "", {("s", "out"), ("b", "in")}),
+        },
+    ),
+    "transposed": (
+        lambda m, x: m.b(m.t(m.a(x))),
+        {"a": A, "t": nn.ConvTranspose2d(8, 6, 2, 2), "b": conv(6, 4)},
+        {"a": (8, "", {("a", "out"), ("t", "in")}), "t": (6, "", {("t", "out"), ("b", "in")})},
+    ),
+    "linear-after-pooling": (
+        lambda m, x: m.b(m.pool(m.a(x)).flatten(1)),
+        {"a": A, "pool": nn.AdaptiveAvgPool2d(1), "b": nn.Linear(8, 4)},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "linear-after-flatten": (
+        lambda m, x: m.b(m.pool(m.a(x)).flatten(1)),
+        {"a": A, "pool": nn.AdaptiveAvgPool2d(2), "b": nn.Linear(32, 4)},
+        {"a": (8, "is reshaped by 'flatten'", {("a", "out")})},
+    ),
+    "keyword-call": (
+        lambda m, x: m.b(input=m.a(x)),
+        {"a": A, "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "only-its-type": (
+        lambda m, x: m.b((y := m.a(x)) + torch.zeros(1).type_as(y)) + torch.zeros_like(y).sum(),
+        {"a": A, "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "unknown-function": (
+        lambda m, x: m.b(m.a(x).flip(1)),
+        {"a": A, "b": B},
+        {"a": (8, "goes through 'flip'", {("a", "out")})},
+    ),
+    "written-into": (
+        lambda m, x: m.b(set_to_zero(m.a(x))),
+        {"a": A, "b": B},
+        {"a": (8, "goes through '__setitem__'", {("a", "out"), ("b", "in")})},
+    ),
+    "unknown-module": (
+        lambda m, x: m.b(m.ln(m.a(x))),
+        {"a": A, "ln": nn.GroupNorm(2, 8), "b": B},
+        {"a": (8, "goes through 'group_norm'", {("a", "out")})},
+    ),
+    "opaque-module": (
+        lambda m, x: m.b(m.t(m.a(x))),
+        {"a": A, "t": AIFI(8, 16, num_heads=2), "b": B},
+        {"a": (8, "enters AIFI t", {("a", "out")})},
+    ),
+    "bare-norm": (
+        lambda m, x: m.b(m.bn(m.a(x))),
+        {"a": A, "bn": nn.BatchNorm2d(8, affine=False), "b": B},
+        {"a": (8, "without weights", {("a", "out"), ("b", "in")})},
+    ),
+    "constant": (
+        lambda m, x: m.b(m.a(x) * torch.ones(1, 8, 1, 1)),
+        {"a": A, "b": B},
+        {"a": (8, "with a parameter or constant", {("a", "out"), ("b", "in")})},
+    ),
+    "broadcast": (
+        lambda m, x: m.b(m.a(x) * m.r(x)),
+        {"a": A, "r": conv(3, 1), "b": B},
+        {"a": (8, "broadcasting", {("a", "out")}), "r": (1, "broadcasting", {("r", "out")})},
+    ),
+    "unequal-parts": (
+        lambda m, x: m.b(m.a(x).split([3, 5], 1)[1]),
+        {"a": A, "b": conv(5, 4)},
+        {"a": (8, "unequal parts", {("a", "out"), ("b", "in")})},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_groups_of_toys(name):
+    wire, layers, expected = TOYS[name]
+    found: dict[str, tuple[int, list[str], set]] = {}
+    for g in build_graph(Toy(wire, **layers)).groups:  # parts of one layer are added up
+        size, reasons, members = found.setdefault(g.name, (0, [], set()))
+        found[g.name] = (size + g.size, [*reasons, g.frozen], members | {(m.module, m.dim) for m in g.members})
+    assert found.pop("b")[1] == [OUTPUT]
+    assert set(found) == set(expected)
+    for group, (size, reason, members) in expected.items():
+        got_size, reasons, got_members = found[group]
+        assert (got_size, got_members) == (size, members)
+        assert all(reason in r if reason else r == "" for r in reasons), reasons
+
+
+def test_positions_after_concat():
+    graph = build_graph(Toy(*TOYS["concat"][:1], **TOYS["concat"][1]))
+    positions = {(g.name, m.module): m.index.flatten().tolist() for g in graph.groups for m in g.members}
+    assert positions["a", "b"] == list(range(8))
+    assert positions["r", "b"] == list(range(8, 13))
+
+
+def test_halves_are_tied_and_keep_their_order():
+    graph = build_graph(Toy(halves, a=A, b=conv(4, 4), c=conv(12, 4)))
+    first, second = [g for g in graph.groups if g.name == "a"]
+    assert any({graph.groups[i].name for i in bundle} == {"a"} and len(bundle) == 2 for bundle in graph.bundles)
+    where = {(m.module, m.dim): m.index for m in first.members}
+    assert where["a", "out"].flatten().tolist() == [0, 1, 2, 3] == where["c", "in"].flatten().tolist()
+    where = {(m.module, m.dim): m.index for m in second.members}
+    assert where["a", "out"].flatten().tolist() == [4, 5, 6, 7]
+    assert where["b", "out"].flatten().tolist() == where["b", "in"].flatten().tolist() == [0, 1, 2, 3]
+    assert where["c", "in"].tolist() == [[4, 8], [5, 9], [6, 10], [7, 11]]  # the sum arrives beside its summand
+
+
+def test_a_fixed_half_keeps_the_other_one():
+    toy = Toy(lambda m, x: m.b((p := m.a(x).chunk(2, 1))[0]) + p[1].flip(1), a=A, b=conv(4, 4))
+    reasons = {g.members[0].index[0, 0].item(): g.frozen for g in build_graph(toy).groups if g.name == "a"}
+    assert "goes through 'flip'" in reasons[4]
+    assert reasons[0] == f"must stay as wide as a part that {reasons[4]}" or reasons[0] == reasons[4]
+
+
+def test_attention_prunes_values_at_the_rate_of_the_stream():
+    toy = Toy(lambda m, x: m.b(m.t(m.a(x))), a=conv(3, 32), t=Attention(32, num_heads=2), b=conv(32, 4))
+    graph = build_graph(toy)
+    bundle = next(b for b in graph.bundles if any(graph.groups[g].name == "a" for g in b))
+    groups = [graph.groups[g] for g in bundle]
+    assert sorted(g.size for g in groups) == [16, 16, 32] and not any(g.frozen for g in groups)
+    qkv = {int(i) for g in groups for m in g.members if (m.module, m.dim) == ("t.qkv.conv", "out") for i in m.index}
+    assert qkv == {*range(16, 32), *range(48, 64)}  # each head: 8 rows of q, 8 of k, which stay, 16 of v
+
+
+def test_area_attention_is_kept_and_said_so():
+    toy = Toy(lambda m, x: m.b(m.t(m.a(x))), a=conv(3, 32), t=AAttn(32, num_heads=2), b=conv(32, 4))
+    frozen = {g.name: g.frozen for g in build_graph(toy).groups}
+    assert frozen["t.qkv.conv"].startswith("is reshaped by")
+    assert frozen["a"] == "" and frozen["t.proj.conv"] == ""
+
+
+def test_the_model_is_left_alone(yolo):
+    model = yolo("yolov8n")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    build_graph(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_reasons_of_a_yolo_read_well(yolo):
+    frozen = {g.name: g.frozen for g in build_graph(yolo("yolov8n")).groups if g.frozen}
+    finals = {f"model.22.cv{b}.{level}.2" for b in (2, 3) for level in range(3)}
+    assert set(frozen) == {*finals, "model.22.dfl.conv"}  # everything else can be pruned
+    assert set(frozen.values()) == {"is reshaped by 'view' (head output)"}
+
+
+# Property: surgery is exact on any net -----------------------------------------------------------------------------
+class Net(nn.Module):
+    """A random net: each step takes the stream and returns a new one."""
+
+    def __init__(self, steps: list[tuple[str, int]]) -> None:
+        super().__init__()
+        self.kinds, blocks, width = [k for k, _ in steps], [], 3
+        for kind, w in steps:
+            out = width if kind in ("residual", "depthwise", "pool", "gate") else w
+            first = nn.Sequential(conv(width, out, 3, bias=False), nn.BatchNorm2d(out), nn.SiLU())
+            if kind == "depthwise":
+                first = nn.Sequential(conv(width, width, 3, groups=width), nn.BatchNorm2d(width), nn.SiLU())
+            extra = conv(out // 2, out // 2, 3) if kind == "halves" else conv(width, out)
+            last = conv(3 * (out // 2), out) if kind == "halves" else nn.ConvTranspose2d(out, out, 2, 2)
+            blocks.append(nn.ModuleList([first, extra, last]))
+            width = 2 * out if kind == "concat" else out
+        self.model = nn.ModuleList([*blocks, conv(width, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for kind, (first, extra, last) in zip(self.kinds, self.model):
+            if kind == "conv" or kind == "depthwise":
+                x = first(x)
+            elif kind == "residual":
+                x = first(x) + extra(x)
+            elif kind == "gate":
+                x = first(x) * extra(x).sigmoid()
+            elif kind == "concat":
+                x = torch.cat((first(x), extra(x)), 1)
+            elif kind == "halves":
+                y, z = first(x).chunk(2, 1)
+                x = last(torch.cat((extra(z) + z, y, z), 1))
+            elif kind == "up":
+                x = last(nn.functional.max_pool2d(first(x), 4))
+            else:
+                x = nn.functional.avg_pool2d(x, 3, 1, 1)
+        return self.model[-1](x)
+
+
+KINDS = ("conv", "residual", "concat", "halves", "depthwise", "pool", "up", "gate")
+EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@EXAMPLES
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([4, 6, 8])), min_size=1, max_size=5),
+    ratio=st.floats(0.1, 0.8),
+    scope=st.sampled_from(["local", "global"]),
+    seed=st.integers(0, 99),
+)
+def test_any_legal_plan_is_exact_and_a_wrong_index_shows(calibrate, steps, ratio, scope, seed):
+    torch.manual_seed(seed)
+    net = calibrate(Net([("conv", 8), *steps]))
+    cfg = PruneConfig(method="random", ratio=ratio, scope=scope, seed=seed, round_to=1, min_channels=1, max_ratio=0.9)
+    kept = plan(net, build_graph(net), cfg)
+    assert equivalence_gap(net, apply_plan(deepcopy(net), kept), kept) <= TOLERANCE
+    wrong = spoil(net, kept, seed)
+    if wrong is not None:
+        assert not equivalence_gap(net, apply_plan(deepcopy(net), wrong), kept) <= TOLERANCE
+
+
+def spoil(net: nn.Module, kept: dict, seed: int) -> dict | None:
+    """Return the plan with one kept input swapped for a removed one in some layer, None where there is none."""
+    modules, wrong = dict(net.named_modules()), deepcopy(kept)
+    paths = [p for p, dims in kept.items() if "in" in dims and getattr(modules[p], "groups", 1) == 1]
+    if not paths:
+        return None
+    path = sorted(paths)[seed % len(paths)]
+    index = wrong[path]["in"]
+    width = getattr(modules[path], "in_channels", None) or modules[path].in_features
+    index[seed % len(index)] = next(i for i in range(width) if i not in index)
+    return wrong
+
+
+def test_a_layer_that_no_rule_can_save_fails_the_gate_with_advice():
+    toy = Toy(lambda m, x: m.b(m.a(x).view(2 if len(x) == 2 else 1, 8, -1, 64)[:, :, :64]), a=A, b=B)
+    kept = {"a": {"out": [0, 1]}, "b": {"in": [0, 1]}}
+    with pytest.raises(CheckFailed, match=r"does not run: .* prune\.exclude"):
+        equivalence_gap(toy, apply_plan(deepcopy(toy), kept), kept)
+
+
+def test_nothing_to_prune_is_an_error():
+    toy = Toy(lambda m, x: m.b(m.a(x).flip(1)), a=A, b=B)
+    with pytest.raises(UsageError, match="Nothing can be pruned"):
+        plan(toy, build_graph(toy), PruneConfig(ratio=0.5, round_to=1, min_channels=1))
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        *[pytest.param(f"{f}n", 10, id=f"{f}n") for f in ("yolov8", "yolo11", "yolo26")],
+        *[pytest.param(f"{f}x", 60, id=f"{f}x", marks=pytest.mark.slow) for f in ("yolov8", "yolo11", "yolo26")],
+    ],
+)
+def test_graph_building_is_quick(name, limit):
+    model = DetectionModel(f"{name}.yaml", nc=3, verbose=False)
+    start = time.perf_counter()
+    build_graph(model)
+    assert time.perf_counter() - start < limit

@@ -1,0 +1,263 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The stages of `compress`: each reads the files of earlier ones, writes its own folder and returns a plain record.
+
+A record may hold `metrics` (figures of `summary.json`), `weights` (newest float model, relative to the run folder) and
+`checks`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_ext import runs
+from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.config import as_plain
+
+# Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
+COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
+FINETUNE: dict[str, Any] = {**COMMON, "epochs": 30, "lr0": 0.001, "warmup_epochs": 1.0}
+QAT: dict[str, Any] = {**COMMON, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0}
+CHECKS = {  # the checks of `deployment.verify` in words
+    "score_max": "FP32 ONNX against PyTorch: largest score difference",
+    "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
+    "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
+    "matched": "FP32 ONNX against PyTorch: share of matched detections",
+    "map": "FP32 ONNX against PyTorch: mAP50-95 difference",
+    "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
+    "int8_score_max": "INT8 against its simulation: largest score difference",
+}
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One compression run.
+
+    Attributes:
+        folder: Run folder.
+        base: Base model file.
+        data: Path of the data.yaml, empty when no stage needs data.
+        info: Checked dataset dict.
+        imgsz: Side of the square input in pixels.
+        configs: Parsed technique options.
+        native: Ultralytics training arguments given by the user.
+        done: Records of finished stages.
+    """
+
+    folder: Path
+    base: Path
+    data: str
+    info: dict[str, Any]
+    imgsz: int
+    configs: dict[str, Any]
+    native: dict[str, Any]
+    done: dict[str, Record] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> int:
+        """Fine-tune epochs."""
+        return int(self.native.get("epochs", FINETUNE["epochs"]))
+
+    def weights(self) -> Path:
+        """Return the newest float weights."""
+        found = [d["weights"] for d in self.done.values() if d.get("weights")]
+        return self.folder / found[-1] if found else self.base
+
+    def quantized(self) -> tuple[str, Record]:
+        """Return the stage whose INT8 file is delivered, and its record."""
+        name = "qat" if self.done.get("qat", {}).get("better") else "ptq"
+        return name, self.done[name]
+
+
+def _measure(run: Run, weights: Path) -> dict[str, Any]:
+    """Return params, GFLOPs, size and, where there are data, mAP of float weights."""
+    model, _ = load_model(weights)
+    found = runs.model_figures(model, weights, run.imgsz)
+    if run.data and runs.has_boxes(model):
+        from yolo_ext.deployment.verify import map_torch
+
+        found.update(map_torch(weights, run.data, run.imgsz))
+    return found
+
+
+def base(run: Run) -> Record:
+    """Measure the base model, as ONNX too when the result will be ONNX."""
+    m = _measure(run, run.base)
+    if run.configs["quant"]:
+        from yolo_ext.deployment.export import export_onnx
+        from yolo_ext.deployment.verify import map_onnx
+
+        file = export_onnx(run.base, run.folder / "base" / "fp32.onnx", run.imgsz)
+        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": map_onnx(file, run.data, run.imgsz)["map"]})
+    return {"metrics": m}
+
+
+def prune(run: Run) -> Record:
+    """Prune the base model to the target and re-estimate BatchNorm."""
+    from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.pruning.surgery import TOLERANCE, layer_report, prune_model, recalibrate
+
+    cfg = run.configs["prune"]
+    model, ckpt = load_model(run.base)
+    pruned = prune_model(model, cfg)
+    if run.data and cfg.recalibrate:
+        images = calibration_images(run.info, cfg.recalibrate, cfg.seed)
+        recalibrate(pruned, letterbox_batches(images, run.imgsz))
+    pruned.args = dict(ckpt.get("train_args") or {})
+    file = save_model(pruned, run.folder / "prune" / "weights" / "pruned.pt")
+    record = manifest(pruned)["prune"]
+    runs.write_json(run.folder / "prune" / "plan.json", record)
+    gate = {
+        "name": "Pruned model equals the masked dense one",
+        "value": record["gap"],
+        "limit": TOLERANCE,
+        "passed": True,
+    }
+    return {
+        "metrics": _measure(run, file),
+        "weights": str(file.relative_to(run.folder)),
+        "layers": layer_report(pruned),
+        "checks": [gate],
+    }
+
+
+def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any]) -> Path:
+    """Train the newest weights in the stage's folder, going on where a killed run stopped."""
+    from ultralytics import YOLO
+
+    from yolo_ext.trainers import trainer_for
+
+    folder = run.folder / stage
+    last = folder / "weights" / "last.pt"
+    place = {"save_dir": str(folder), "exist_ok": True}
+    if last.exists() and runs.is_unfinished(last):
+        model, args = YOLO(str(last)), {"resume": True, **place}
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)
+        model, args = YOLO(str(run.weights())), {"data": run.data, "imgsz": run.imgsz, **native, **options, **place}
+        if isinstance(args.get("batch"), int) and args["batch"] > 0:
+            # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
+            args.setdefault("nbs", args["batch"])
+    model.train(trainer=trainer_for(model.task), **args)
+    best = folder / "weights" / "best.pt"
+    return best if best.exists() else last
+
+
+def _distill_options(run: Run) -> dict[str, Any]:
+    cfg = run.configs["distill"]
+    if cfg and cfg.teacher == "self":
+        cfg = replace(cfg, teacher=str(run.base.resolve()))
+    return as_plain({"distill": cfg}) if cfg else {}
+
+
+def finetune(run: Run) -> Record:
+    """Fine-tune, with distillation if asked."""
+    native = {**FINETUNE, "close_mosaic": min(10, run.epochs // 3), **run.native}
+    best = _train(run, "finetune", _distill_options(run), native)
+    return {"metrics": _measure(run, best), "weights": str(best.relative_to(run.folder))}
+
+
+def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record:
+    """Write FP32 and INT8 ONNX of float weights and their ranges, and measure both."""
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.deployment.verify import map_onnx
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.qdq import write_qdq
+
+    fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
+    int8 = run.folder / stage / "int8.onnx"
+    written = write_qdq(fp32, int8, ranges, resolve_profile(run.configs["quant"].profile))
+    convs = conv_report(int8)
+    maps = {name: map_onnx(file, run.data, run.imgsz)["map"] for name, file in (("fp32", fp32), ("int8", int8))}
+    m = _measure(run, weights)
+    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs["convs"], int8_convs=convs["int8_convs"])
+    LOGGER.info(
+        f"{colorstr('quantize: ')}{convs['int8_convs']} of {convs['convs']} convs run as INT8 in ONNX Runtime, "
+        f"mAP50-95 {maps['fp32']:.4f} FP32 -> {maps['int8']:.4f} INT8"
+    )
+    return {"metrics": m, "float": written["float"], "planned": len(written["quantized"]), "chosen": str(weights)}
+
+
+def ptq(run: Run) -> Record:
+    """Calibrate the newest float model and write it as INT8."""
+    from yolo_ext.quantization.fake_quant import get_ranges
+    from yolo_ext.quantization.qat import prepare
+
+    model, _ = load_model(run.weights())
+    reasons = prepare(model, run.configs["quant"], run.info, run.imgsz)
+    return {**_emit(run, "ptq", run.weights(), get_ranges(model)), "reasons": reasons}
+
+
+def _loss(record: Record, reference: float) -> float:
+    """Return how much mAP50-95 the INT8 file of a stage lost."""
+    return reference - record["metrics"]["map_onnx"]["int8"]
+
+
+def qat(run: Run) -> Record:
+    """Train with fake-quant if PTQ misses the budget or QAT was asked for, and keep the better of both."""
+    cfg, after_ptq = run.configs["quant"], run.done["ptq"]
+    reference = after_ptq["metrics"]["map_onnx"]["fp32"]
+    lost = _loss(after_ptq, reference)
+    if cfg.mode == "auto" and lost <= cfg.max_drop:
+        reason = f"PTQ loses {lost:.4f} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
+        LOGGER.info(f"{colorstr('quantize: ')}{reason}")
+        return {"skipped": reason}
+    native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
+    best = _train(run, "qat", {**as_plain({"quant": cfg}), **_distill_options(run)}, native)
+    record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"]["ranges"])
+    record["better"] = _loss(record, reference) < lost
+    if record["better"]:
+        record["weights"] = str(best.relative_to(run.folder))
+    verdict = "better than PTQ: keeping QAT" if record["better"] else "no better than PTQ: keeping PTQ"
+    LOGGER.info(f"{colorstr('quantize: ')}QAT is {verdict}")
+    return record
+
+
+def verify(run: Run) -> Record:
+    """Put the delivered ONNX files into onnx/ and check them."""
+    from yolo_ext.deployment import verify as deployed
+
+    stage, record = run.quantized()
+    files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
+    (run.folder / "onnx").mkdir(exist_ok=True)
+    for kind, file in files.items():
+        shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
+    images = run.info["images"]["val"][:32]
+    found = deployed.verify(record["chosen"], files["fp32"], images, run.imgsz, int8_onnx=files["int8"], data=run.data)
+    lost = _loss(record, run.done["ptq"]["metrics"]["map_onnx"]["fp32"])
+    limit, convs = run.configs["quant"].max_drop, record["metrics"]["int8_convs"]
+    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]] + [
+        {"name": "INT8 convolutions as planned", "value": convs, "limit": record["planned"],
+         "passed": convs >= record["planned"]},
+        {"name": "INT8 mAP50-95 loss (quant.max_drop)", "value": lost, "limit": limit, "passed": lost <= limit},
+    ]  # fmt: skip
+    runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
+    return {"checks": checks}
+
+
+def latency(run: Run) -> Record:
+    """Measure base and compressed files interleaved, on one thread."""
+    from yolo_ext.deployment.latency import bench, speedup
+
+    onnx = {
+        "base FP32": run.folder / "base" / "fp32.onnx",
+        "compressed FP32": run.folder / "onnx" / "fp32.onnx",
+        "compressed INT8": run.folder / "onnx" / "int8.onnx",
+    }
+    torch = {"base torch": run.base, "compressed torch": run.weights()}
+    times = bench(onnx, run.imgsz, threads=1, rounds=200, seconds=20)
+    ratios = {name: speedup(times["base FP32"], times[name]) for name in list(onnx)[1:]}
+    for name, r in ratios.items():
+        verdict = "" if r["significant"] else ", within the spread: no claim"
+        spread = f"{r['ratio']:.2f}x ({r['p10']:.2f} to {r['p90']:.2f})"
+        LOGGER.info(f"{colorstr('latency: ')}{name} is {spread} as fast as base FP32 in ONNX Runtime{verdict}")
+    times.update(bench(torch, run.imgsz, threads=1, rounds=100, seconds=15))
+    rows = [{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()]
+    return {"rows": rows, "ratios": ratios}
