@@ -135,7 +135,7 @@ def write_summary(
     from yolo_ext.deployment.runtime import cpu_info
     from yolo_ext.reporting.tables import comparison_table
 
-    summary = {
+    summary: dict[str, Any] = {
         "before": metrics(before),
         "after": metrics(after),
         "stages": {k: metrics(v) for k, v in (stages or {}).items()},

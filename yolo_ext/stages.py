@@ -134,7 +134,7 @@ def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any]
 
     folder = run.folder / stage
     last = folder / "weights" / "last.pt"
-    place = {"save_dir": str(folder), "exist_ok": True}
+    place: dict[str, Any] = {"save_dir": str(folder), "exist_ok": True}
     if last.exists() and runs.is_unfinished(last):
         model, args = YOLO(str(last)), {"resume": True, **place}
     else:

@@ -155,8 +155,8 @@ def bench(
     folder = runs.folder(place, task="detect", mode="bench")
     plain = {f: {k: v for k, v in r.items() if k != "samples"} for f, r in found.items()}
     runs.write_json(folder / "bench.json", plain)
-    m = [_latency_figures(f, found[f]) for f in (files[0], files[-1])]
-    runs.write_summary(folder, *m, {Path(f).name: _latency_figures(f, found[f]) for f in files})
+    first, last = (_latency_figures(f, found[f]) for f in (files[0], files[-1]))
+    runs.write_summary(folder, first, last, {Path(f).name: _latency_figures(f, found[f]) for f in files})
     return plain
 
 

@@ -73,7 +73,7 @@ def test_half_precision_and_memory_format_do_not_matter(loss):
     assert torch.allclose(loss(s.bfloat16(), t.bfloat16()), value, rtol=5e-2)
     nhwc = (x.contiguous(memory_format=torch.channels_last) for x in (s, t))
     assert torch.allclose(loss(*nhwc), value, rtol=1e-6)
-    assert loss(1e4 * s.half(), -1e4 * t.half()).isfinite()
+    assert loss(5e3 * s.half(), -5e3 * t.half()).isfinite()
 
 
 def test_kept_channels_are_gathered_and_left_as_they_are():

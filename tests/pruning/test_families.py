@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,19 +86,17 @@ def test_export_path_of_cut_blocks(name, pruned):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_wrong_index_anywhere_fails_the_gate(name, yolo):
-    """Negative control: whatever single kept input is wrong, the gate must see it."""
-    dense = yolo(name)
-    kept = manifest(prune_model(dense, PruneConfig(speedup=2.0)))["prune"]["kept"]
+def test_a_wrong_index_fails_the_gate(name, yolo, pruned):
+    """Negative control: a single wrong input channel of a single layer must show, far above the tolerance."""
+    dense, kept = yolo(name), manifest(pruned(name))["prune"]["kept"]
     modules = dict(dense.named_modules())
     paths = [p for p, dims in kept.items() if "in" in dims and modules[p].groups == 1]
-    used = [p for p in paths if p in compat.deployed_layers(dense) or "cv2.conv" not in p]
-    assert len(used) > 20
-    for path in used[:: len(used) // 8]:
+    assert len(paths) > 20
+    for path in paths[:: len(paths) // 4]:
         wrong = deepcopy(kept)
         index = wrong[path]["in"]
         index[0] = next(i for i in range(modules[path].in_channels) if i not in index)
-        assert equivalence_gap(dense, apply_plan(deepcopy(dense), wrong), kept) > TOLERANCE, path
+        assert equivalence_gap(dense, apply_plan(deepcopy(dense), wrong), kept) > 1e4 * TOLERANCE, path
 
 
 @pytest.mark.parametrize("name", [OTHER_TASKS[0], *(pytest.param(t, marks=pytest.mark.matrix) for t in OTHER_TASKS[1:])])
@@ -181,8 +178,9 @@ def test_tripwire_against_silent_un_pruning(name, pruned):
     model = pruned(name)
     with pytest.raises(KeyError, match=TRIPWIRE):
         DetectionModel(deepcopy(model.yaml), nc=3, verbose=False)
-    trainer = SimpleNamespace(data={"nc": 3, "channels": 3})
+    trainer = DetectionTrainer.__new__(DetectionTrainer)
+    trainer.data = {"nc": 3, "channels": 3, "names": {0: "a", 1: "b", 2: "c"}}
     with pytest.raises(KeyError, match=TRIPWIRE):  # what stock YOLO(pruned).train() does
-        DetectionTrainer.get_model(trainer, cfg=model.yaml, weights=model, verbose=False)
+        trainer.get_model(cfg=deepcopy(model.yaml), weights=model, verbose=False)
     rebuilt = DetectionModel(deepcopy(manifest(model)["yaml"]), nc=3, verbose=False)  # the dense YAML is still there
     assert sum(p.numel() for p in rebuilt.parameters()) > sum(p.numel() for p in model.parameters())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -29,7 +29,7 @@ from ultralytics.utils.patches import imread
 from yolo_ext.checkpoint import load_model
 from yolo_ext.errors import UsageError
 
-Source = str | Path | nn.Module
+Source: TypeAlias = str | Path | nn.Module
 Predict = Callable[[np.ndarray], list[np.ndarray]]
 
 FLOAT_CONVS = {"Conv", "ConvTranspose"}
