@@ -83,7 +83,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load a YOLO from a ``.pt`` or build one from a ``.yaml``.
 
     Args:
-        path: Checkpoint or model YAML. Nothing is downloaded and nothing is installed.
+        path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
 
     Returns:
         The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
@@ -93,14 +93,14 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     from ultralytics import YOLO
     from ultralytics.nn.tasks import BaseModel, load_checkpoint
-    from ultralytics.utils.checks import check_yaml
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
     from yolo_ext.compat import no_autoinstall
 
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
         try:
-            model = YOLO(check_yaml(str(p)), verbose=False).model
+            model = YOLO(str(p), verbose=False).model
         except Exception as e:
             raise UsageError(
                 f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
@@ -108,7 +108,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         return model.float().eval(), {}
     if p.suffix != ".pt":
         raise UsageError(f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'.")
-    if not p.is_file():
+    if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
     try:
         with no_autoinstall():

@@ -174,12 +174,13 @@ def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record
     fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
     int8 = run.folder / stage / "int8.onnx"
     written = write_qdq(fp32, int8, ranges, resolve_profile(run.configs["quant"].profile))
-    convs = conv_report(int8)
+    integer = conv_report(int8)["int8_convs"]
+    convs = len(written["quantized"]) + len(written["float"])
     maps = {name: map_onnx(file, run.data, run.imgsz)["map"] for name, file in (("fp32", fp32), ("int8", int8))}
     m = _measure(run, weights)
-    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs["convs"], int8_convs=convs["int8_convs"])
+    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
     LOGGER.info(
-        f"{colorstr('quantize: ')}{convs['int8_convs']} of {convs['convs']} convs run as INT8 in ONNX Runtime, "
+        f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime, "
         f"mAP50-95 {maps['fp32']:.4f} FP32 -> {maps['int8']:.4f} INT8"
     )
     return {"metrics": m, "float": written["float"], "planned": len(written["quantized"]), "chosen": str(weights)}

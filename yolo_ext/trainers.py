@@ -75,7 +75,7 @@ class CompressionMixin:
                 "Keep one of them; only distill.* works with a pruned student."
             )
         if configs["distill"] and configs["distill"].teacher == "self":
-            configs["distill"] = replace(configs["distill"], teacher=_self_teacher(str(self.args.model)))
+            configs["distill"] = replace(configs["distill"], teacher=self_teacher(str(self.args.model)))
         vars(self.args).update(as_plain(configs))
         self.compression = configs
         self.distiller: Any = None
@@ -262,7 +262,15 @@ class CompressionMixin:
                     finalize(Path(str(path)))
 
 
-def _self_teacher(model: str) -> str:
+def self_teacher(model: str) -> str:
+    """Return the teacher that `distill.teacher=self` means: the model as it is before this run.
+
+    Args:
+        model: What is going to be trained.
+
+    Raises:
+        UsageError: If it has no trained weights.
+    """
     if not model.endswith(".pt"):
         raise UsageError(
             f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from yolo_ext import runs
 from yolo_ext.checkpoint import load_model
@@ -31,7 +36,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     from yolo_ext.data.check import check_data
     from yolo_ext.trainers import trainer_for
 
-    parse({k: options[k] for k in EXT_DEFAULTS if k in options})
+    configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
     base, ckpt = load_model(model)
     task = task_of(base)
     if options.get("resume"):
@@ -40,7 +45,9 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
                 f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
             )
     elif options.get("data"):
-        options["data"] = str(check_data(str(options["data"]), task=task).get("yaml_file") or options["data"])
+        info = check_data(str(options["data"]), task=task)
+        check_techniques(str(model), base, info["names"], configs)
+        options["data"] = str(info.get("yaml_file") or options["data"])
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
     before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not options.get("resume"))
     yolo = YOLO(str(model), task=task)
@@ -49,6 +56,38 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     best = Path(str(trainer.best if trainer.best.exists() else trainer.last))
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz, trained=True)
     return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
+
+
+def check_techniques(model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any]) -> None:
+    """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
+
+    Args:
+        model: File of the model.
+        base: The model, which is not changed.
+        names: Class names of the data.
+        configs: Parsed technique options.
+
+    Raises:
+        UsageError: If the pruning target is out of reach, the teacher does not fit or a method does not exist.
+    """
+    from yolo_ext.distillation.criterion import Distiller
+    from yolo_ext.pruning.graph import build_graph
+    from yolo_ext.pruning.targets import plan
+    from yolo_ext.quantization.fake_quant import insert_fake_quant
+    from yolo_ext.quantization.observers import observers
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.trainers import self_teacher
+
+    student = deepcopy(base)
+    if prune := configs["prune"]:
+        plan(student, build_graph(student), prune)
+    if distill := configs["distill"]:
+        student.names = names
+        teacher = self_teacher(model) if distill.teacher == "self" else distill.teacher
+        Distiller(student, replace(distill, teacher=teacher), torch.device("cpu"))
+    if quant := configs["quant"]:
+        observers[quant.observer]
+        insert_fake_quant(student, resolve_profile(quant.profile), tuple(quant.exclude))
 
 
 def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:

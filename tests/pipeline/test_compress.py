@@ -1,0 +1,156 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The whole path through the house: files, figures, checks, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import YAML
+
+from yolo_ext import stages
+from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.errors import UsageError
+from yolo_ext.pipeline import compress
+
+CONTRACT = (
+    "compress.yaml", "args.yaml", "summary.json", "report.html", "report.json", "weights/best.pt", "onnx/fp32.onnx",
+    "onnx/int8.onnx", "prune/plan.json", "prune/weights/pruned.pt", "finetune/results.csv", "ptq/int8.onnx",
+    "qat/int8.onnx", "verify/verify.json", "plots/channels.png", "plots/detections_0.png",
+)  # fmt: skip
+FIGURES = {"params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs"}
+
+
+@pytest.fixture
+def folder(compressed: dict[str, Any]) -> Path:
+    return Path(compressed["run_dir"])
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_run_folder_holds_what_is_promised(folder, name):
+    assert (folder / name).stat().st_size > 0
+
+
+def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, compressed):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {"before", "after", "stages", "env", "command"}
+    for m in (summary["before"], summary["after"], *summary["stages"].values()):
+        assert set(m) == FIGURES
+    assert list(summary["stages"]) == ["base", "prune", "finetune", "ptq", "qat"]
+    assert summary["stages"]["prune"]["int8_convs"] is None
+    assert summary["before"]["latency_ms"]["ort_int8"] is None
+    assert summary["after"]["latency_ms"]["ort_int8"] > 0
+
+
+def test_result_is_smaller_and_integer(compressed):
+    before, after = compressed["before"], compressed["after"]
+    assert after["gflops"] / before["gflops"] == pytest.approx(0.5, rel=0.03)
+    assert after["params"] < 0.6 * before["params"]
+    assert after["size_mb"] < 0.2 * before["size_mb"]
+    planned = next(c for c in compressed["checks"] if c["name"] == "INT8 convolutions as planned")
+    assert planned["passed"] and planned["value"] == after["int8_convs"] > 40
+
+
+def test_fp32_onnx_is_the_float_model(compressed):
+    checks = {c["name"]: c for c in compressed["checks"]}
+    fp32 = [c for name, c in checks.items() if name.startswith("FP32 ONNX")]
+    assert len(fp32) == 5 and all(c["passed"] for c in fp32)
+
+
+def test_delivered_files_work_with_plain_ultralytics(folder, data):
+    image = next((data.parent / "images" / "val").iterdir())
+    for file in ("weights/best.pt", "onnx/fp32.onnx", "onnx/int8.onnx"):
+        result = YOLO(str(folder / file), task="detect").predict(str(image), imgsz=64, device="cpu", verbose=False)
+        assert result[0].boxes is not None
+    model, ckpt = load_model(folder / "weights" / "best.pt")
+    assert not [m for m in model.modules() if type(m).__module__.startswith("yolo_ext")]
+    assert ckpt["yolo_ext"]["prune"]["kept"] == manifest(model)["prune"]["kept"]
+
+
+def test_losses_of_the_teacher_are_logged(folder):
+    header = (folder / "finetune" / "results.csv").read_text().splitlines()[0]
+    assert {"train/kd_cls_loss", "train/kd_box_loss", "train/kd_feat_loss"} <= {h.strip() for h in header.split(",")}
+
+
+def test_report_names_the_float_convolutions_with_reasons(folder):
+    report = json.loads((folder / "report.json").read_text())
+    kept = report["quantization"]["float"]
+    assert len(kept) == report["quantization"]["convs"] - report["quantization"]["int8_convs"]
+    assert all(kept.values())
+
+
+def test_finished_run_is_not_repeated_on_resume(folder, base, data, monkeypatch, compressed):
+    for name in ("base", "prune", "finetune", "ptq", "qat", "verify", "latency"):
+
+        def refuse(run, name=name):
+            raise AssertionError(f"stage {name} was repeated")
+
+        refuse.__name__ = name
+        monkeypatch.setattr(stages, name, refuse)
+    options = YAML.load(folder / "compress.yaml")
+    model, yaml = options.pop("model"), options.pop("data")
+    again = compress(model, yaml, resume=True, save_dir=str(folder), **options)
+    assert again["after"] == compressed["after"]
+
+
+def test_stage_that_failed_is_the_only_one_done_again(base, data, tmp_path, monkeypatch):
+    def fail(run):
+        raise RuntimeError("power cut")
+
+    fail.__name__ = "finetune"
+    options = {"epochs": 1, "prune": {"speedup": 1.5}, "save_dir": str(tmp_path / "run"), "imgsz": 64, "plots": False}
+    options |= {"batch": 8, "device": "cpu"}
+    with monkeypatch.context() as m:
+        m.setattr(stages, "finetune", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            compress(base, data, **options)
+    stamp = (tmp_path / "run" / "prune" / "stage.json").stat().st_mtime_ns
+    summary = compress(base, data, resume=True, **options)
+    assert (tmp_path / "run" / "prune" / "stage.json").stat().st_mtime_ns == stamp
+    assert summary["stages"]["finetune"]["map"] is not None
+
+
+def test_other_options_in_the_same_folder_are_refused(folder, base, data):
+    with pytest.raises(UsageError, match=r"prune.* changed"):
+        compress(base, data, resume=True, save_dir=str(folder), epochs=2, prune={"speedup": 3.0}, imgsz=64)
+
+
+def test_pruning_alone_needs_no_data(base, tmp_path):
+    summary = compress(base, epochs=0, imgsz=64, prune={"ratio": 0.3}, save_dir=str(tmp_path / "run"))
+    assert summary["after"]["params"] < summary["before"]["params"]
+    assert summary["after"]["map"] is None
+    assert YOLO(str(tmp_path / "run" / "weights" / "best.pt")).model is not None
+
+
+def test_random_weights_are_pruned_from_yaml(tmp_path):
+    summary = compress("yolov8n.yaml", epochs=0, imgsz=64, prune={"speedup": 2.0}, save_dir=str(tmp_path / "run"))
+    assert summary["after"]["gflops"] / summary["before"]["gflops"] == pytest.approx(0.5, rel=0.03)
+    assert summary["before"]["size_mb"] is None
+
+
+def test_quantization_alone_keeps_the_weights(base, data, tmp_path):
+    summary = compress(base, data, epochs=0, quant={"mode": "ptq", "calib": 32, "max_drop": 1.0}, imgsz=64,
+                       save_dir=str(tmp_path / "run"))  # fmt: skip
+    assert summary["after"]["params"] == summary["before"]["params"]
+    assert summary["after"]["map"] == pytest.approx(summary["before"]["map"], abs=1e-6)
+    assert not (tmp_path / "run" / "weights").exists()  # nothing new to deliver but the ONNX files
+
+
+def test_input_is_checked_before_anything_is_written(base, data, tmp_path):
+    place = {"save_dir": str(tmp_path / "run")}
+    with pytest.raises(UsageError, match="cannot be reached"):
+        compress(base, data, prune={"speedup": 500.0}, **place)
+    with pytest.raises(UsageError, match="multiple of 32"):
+        compress(base, data, prune={"speedup": 2.0}, imgsz=100, **place)
+    with pytest.raises(UsageError, match="data"):
+        compress(base, quant={}, **place)
+    assert not (tmp_path / "run").exists()
+
+
+def test_source_model_and_data_are_untouched(base, data, compressed):
+    assert torch.load(base, weights_only=False).get("yolo_ext") is None
+    assert not [p for p in data.parent.rglob("*") if p.suffix in {".onnx", ".pt"}]

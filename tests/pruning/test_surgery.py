@@ -1,0 +1,188 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_ext.checkpoint import fingerprint, manifest
+from yolo_ext.config import PruneConfig
+from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.pruning import surgery
+from yolo_ext.pruning.surgery import apply_plan, check_trainable, layer_report, prune_model, recalibrate
+
+CFG = PruneConfig(ratio=0.4)
+
+
+@pytest.fixture(scope="module")
+def dense(yolo):
+    return yolo("yolov8n")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    return prune_model(dense, CFG)
+
+
+def gather(dense: nn.Module, kept: dict, name: str) -> torch.Tensor:
+    """Return a conv weight of the dense model cut directly at the kept positions."""
+    weight = dense.get_submodule(name).weight.detach()
+    for axis, dim in enumerate(("out", "in")):
+        if dim in kept.get(name, {}) and not (dim == "in" and weight.shape[1] == 1):
+            weight = weight.index_select(axis, torch.tensor(kept[name][dim]))
+    return weight
+
+
+# Apply ---------------------------------------------------------------------------------------------------------------
+def test_replay_of_the_stored_plan_is_bit_equal(dense, pruned):
+    kept = json.loads(json.dumps(manifest(pruned)["prune"]["kept"]))
+    again = apply_plan(deepcopy(dense), kept).state_dict()
+    assert again.keys() == pruned.state_dict().keys()
+    assert all(torch.equal(v, again[k]) for k, v in pruned.state_dict().items())
+
+
+def test_the_dense_model_is_left_alone(dense):
+    before, yaml = {k: v.clone() for k, v in dense.state_dict().items()}, deepcopy(dense.yaml)
+    prune_model(dense, CFG)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert dense.yaml == yaml and not getattr(dense, "yolo_ext", {}).get("prune")
+
+
+def test_what_is_frozen_stays_frozen(dense):
+    model = deepcopy(dense)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith("model.1."))
+    small = prune_model(model, CFG)
+    assert all(p.requires_grad != n.startswith("model.1.") for n, p in small.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
+def test_pruned_twice_counts_in_the_numbering_of_the_first_dense_model(yolo, name):
+    dense = yolo(name)
+    once = prune_model(dense, PruneConfig(method="l2", ratio=0.25, round_to=4))
+    twice = prune_model(once, PruneConfig(method="random", ratio=0.4, seed=5, round_to=2))
+    record = manifest(twice)["prune"]
+    assert record["parent"] == manifest(once)["prune"]["parent"] == fingerprint(dense)
+    assert record["shapes"] == manifest(once)["prune"]["shapes"]
+    convs = [n for n, m in twice.named_modules() if isinstance(m, nn.Conv2d)]
+    assert sum(twice.get_submodule(n).out_channels < once.get_submodule(n).out_channels for n in convs) > 20
+    for n in convs:
+        assert torch.equal(twice.get_submodule(n).weight.detach(), gather(dense, record["kept"], n)), n
+    replayed = apply_plan(deepcopy(dense), record["kept"]).state_dict()
+    assert all(torch.equal(v, replayed[k]) for k, v in twice.state_dict().items())
+
+
+# Gate ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        pytest.param(lambda m: m.model[22].cv2[0][2].bias.data.add_(1e-6), "Pruning is not exact", id="bias"),
+        pytest.param(lambda m: m.model[22].cv3[2][2].bias.data.fill_(float("nan")), "Pruning is not exact", id="nan"),
+        pytest.param(lambda m: setattr(m.model[2], "c", m.model[2].c - 1), "does not run|not exact", id="width"),
+    ],
+)
+def test_a_fault_in_the_surgery_is_never_returned(dense, monkeypatch, break_it, message):
+    def faulty(model, kept):
+        model = apply_plan(model, kept)
+        for m in model.modules():
+            if hasattr(m, "forward_split"):
+                m.forward = m.forward_split  # the one that reads the attribute
+        break_it(model)
+        return model
+
+    monkeypatch.setattr(surgery, "apply_plan", faulty)
+    with pytest.raises(CheckFailed, match=f"(?s){message}.*prune.exclude"):
+        prune_model(dense, CFG)
+
+
+def test_gradients_that_are_not_finite_fail(dense):
+    model = deepcopy(dense)
+    model.model[0].conv.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckFailed, match="gradients"):
+        check_trainable(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "cfg", "message"),
+    [
+        pytest.param(deepcopy, PruneConfig(), "No pruning target", id="no-target"),
+        pytest.param(lambda m: deepcopy(m).fuse(verbose=False), CFG, "fused", id="fused"),
+    ],
+)
+def test_wrong_input(dense, make, cfg, message):
+    with pytest.raises(UsageError, match=message):
+        prune_model(make(dense), cfg)
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+def test_layer_report_explains_every_layer_that_stays(dense):
+    model = prune_model(dense, replace(CFG, exclude=[r"model\.4\.cv2"]))
+    rows = {r["name"]: r for r in layer_report(model)}
+    convs = {n: m.out_channels for n, m in dense.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {n: r["before"] for n, r in rows.items()} == convs
+    assert {n: r["after"] for n, r in rows.items()} == {n: model.get_submodule(n).out_channels for n in convs}
+    assert rows["model.4.cv2.conv"]["reason"] == r"is excluded by 'model\.4\.cv2'"
+    assert rows["model.22.cv3.1.2"]["reason"] == "is reshaped by 'view' (head output)"
+    assert all(not r["reason"] for r in rows.values() if r["after"] < r["before"])
+
+
+def test_layer_report_gives_the_reason_to_all_layers_of_a_group(dense):
+    """The layers of a residual stream share their fate: an excluded one keeps the others, which must say so too."""
+    model = prune_model(dense, replace(CFG, exclude=[r"model\.4\.cv1\.conv"]))
+    reasons = {r["name"]: r["reason"] for r in layer_report(model)}
+    assert reasons["model.4.m.0.cv2.conv"] == r"is excluded by 'model\.4\.cv1\.conv'"
+
+
+def test_layer_report_of_a_stock_model_is_empty(dense):
+    assert layer_report(deepcopy(dense)) == []
+
+
+# Recalibration -------------------------------------------------------------------------------------------------------
+def batches(n: int) -> list[torch.Tensor]:
+    return [torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_statistics_are_those_of_the_data(dense, n, training):
+    model = deepcopy(dense).train(training)
+    assert recalibrate(model, iter(batches(n))) == 4 * n
+    first = model.model[0]
+    maps = [first.conv(x).detach() for x in batches(n)]
+    mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
+    var = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
+    torch.testing.assert_close(first.bn.running_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.bn.running_var, var, rtol=1e-4, atol=1e-5)
+    assert model.training is training
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.03}
+
+
+def test_without_images_nothing_changes(dense):
+    model = deepcopy(dense)
+    assert recalibrate(model, []) == 0
+    assert all(torch.equal(v, dense.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_broken_batch_leaves_mode_and_momentum(dense):
+    model = deepcopy(dense)
+    with pytest.raises(RuntimeError):
+        recalibrate(model, [*batches(1), torch.rand(1, 5, 64, 64)])
+    assert not model.training
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.03}
+
+
+def test_weights_and_gradients_are_not_touched(dense):
+    model = deepcopy(dense)
+    recalibrate(model, batches(1))
+    assert fingerprint(model) == fingerprint(dense)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_half_precision_models_stay_half():
+    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False).half().eval()
+    assert {p.dtype for p in prune_model(model, CFG).parameters()} == {torch.float16}
