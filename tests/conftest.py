@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Settings of the whole test session, in place before Ultralytics is imported: offline, no installs, no user folders."""
+"""Settings of the whole test session, in place before Ultralytics is imported: offline, no user folders."""
 
 from __future__ import annotations
 

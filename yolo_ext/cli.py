@@ -19,6 +19,7 @@ FORWARDED = {
     "track": "Track objects (Ultralytics)",
     "benchmark": "Benchmark export formats (Ultralytics)",
 }
+OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     from ultralytics.cfg import TASKS, merge_equals_args, parse_key_value_pair
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
+    try:
+        words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
+    except SyntaxError as e:
+        raise UsageError(f"Cannot read the command line: {e}") from e
     command, flat, problems = "", {}, []
     names = [*COMMANDS, *FORWARDED]
     for word in (w.rstrip(",") for w in words):
@@ -136,19 +140,31 @@ def _need(options: Mapping[str, Any], *keys: str) -> None:
         raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
 
 
-def _check_native(options: Mapping[str, Any]) -> None:
-    """Let Ultralytics check the values of its own keys, before anything else happens."""
+def _check_native(options: Mapping[str, Any], epochs: int) -> None:
+    """Let Ultralytics check the values of its own keys, before anything else happens; `epochs` is the least legal."""
     from ultralytics.cfg import get_cfg
+    from ultralytics.utils.torch_utils import select_device
 
-    native = {k: v for k, v in options.items() if k not in (*CONFIGS, "task", "resume")}
+    native = {k: v for k, v in options.items() if k not in (*CONFIGS, "task", "resume", "epochs")}
     try:
         get_cfg(overrides=native)
+        select_device(native.get("device"), verbose=False)
     except (SyntaxError, TypeError, ValueError) as e:
         raise UsageError(str(e).strip().splitlines()[0]) from e
-    for key in ("epochs", "imgsz"):
-        value = native.get(key)
-        if value is not None and (not isinstance(value, int) or value < (key == "imgsz")):
-            raise UsageError(f"'{key}={value}' is illegal: give a whole number{' above 0' if key == 'imgsz' else ''}.")
+    _check_whole(options, epochs=epochs, imgsz=1)
+    if native.get("cfg") and not Path(str(native["cfg"])).is_file():
+        raise UsageError(f"'cfg={native['cfg']}' does not exist. Give the path of a YAML file with training arguments.")
+    name = str(native.get("optimizer", "auto"))
+    if name.lower() not in map(str.lower, OPTIMIZERS):
+        raise UsageError(f"Unknown optimizer '{name}'.{suggest(name, [*OPTIMIZERS])} Legal: {', '.join(OPTIMIZERS)}.")
+
+
+def _check_whole(options: Mapping[str, Any], **least: int) -> None:
+    """Check options that are whole numbers, each given with its least legal value."""
+    for key, low in least.items():
+        value = options.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            raise UsageError(f"'{key}={value}' is illegal: give a whole number of at least {low}.")
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -162,7 +178,7 @@ def _compress(options: dict[str, Any], mode: str, techniques: tuple[str, ...]) -
         if given not in (None, False):
             target = {} if isinstance(given, dict) and given.get("ratio") is not None else COMPRESS_DEFAULTS[name]
             options[name] = {**target, **(given if isinstance(given, dict) else {})}
-    _check_native(options)
+    _check_native(options, epochs=0)
     _check_task(options)
     summary = compress(**options, mode=mode)
     failed = [c for c in summary["checks"] if not c["passed"]]
@@ -184,7 +200,7 @@ def _train(options: dict[str, Any]) -> int:
     from yolo_ext.training import train
 
     _need(options, "model", *(() if options.get("resume") else ("data",)))
-    _check_native(options)
+    _check_native(options, epochs=1)
     _check_task(options)
     train(**options)
     return 0
@@ -194,6 +210,8 @@ def _export(options: dict[str, Any]) -> int:
     from yolo_ext.tools import export
 
     _need(options, "model")
+    if options.get("format", "onnx") == "onnx":
+        _check_whole(options, imgsz=1, batch=1, opset=1)
     export(**options)
     return 0
 
@@ -202,6 +220,7 @@ def _verify(options: dict[str, Any]) -> int:
     from yolo_ext.tools import verify
 
     _need(options, "model", "onnx")
+    _check_whole(options, imgsz=1)
     return 0 if verify(**options)["passed"] else 1
 
 
@@ -209,6 +228,7 @@ def _bench(options: dict[str, Any]) -> int:
     from yolo_ext.tools import bench
 
     _need(options, "models")
+    _check_whole(options, imgsz=1, threads=1, batch=1, rounds=1)
     bench(**options)
     return 0
 
@@ -217,6 +237,7 @@ def _convert(options: dict[str, Any]) -> int:
     from yolo_ext.tools import convert
 
     _need(options, "source", "out")
+    _check_whole(options, seed=0)
     convert(**options)
     return 0
 
@@ -318,6 +339,9 @@ def main(argv: list[str] | None = None) -> int:
     except YoloExtError as e:
         sys.stderr.write(f"yolo-ext: {e}\n")
         return e.exit_status
+    except OSError as e:  # a folder that cannot be written, a file that is gone
+        sys.stderr.write(f"yolo-ext: {str(e).strip().splitlines()[0]}\n")
+        return UsageError.exit_status
     except KeyboardInterrupt:
         sys.stderr.write("yolo-ext: stopped. Finished stages are kept; go on with resume=True.\n")
         return 130

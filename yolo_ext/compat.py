@@ -212,8 +212,12 @@ def yolo_entrypoint(argv: list[str]) -> None:
 
     from ultralytics import cfg
 
-    words = ["yolo", *argv]
-    if hasattr(cfg, "ARGV"):
-        cfg.ARGV[:] = words
-    sys.argv = words  # predict tells the command line from Python by the program name
-    cfg.entrypoint()
+    words, before = ["yolo", *argv], list(sys.argv)
+    seen = [sys.argv, getattr(cfg, "ARGV", [])]
+    try:
+        for argv_ in seen:
+            argv_[:] = words  # predict tells the command line from Python by the program name
+        cfg.entrypoint()
+    finally:  # or every later predict() of this process would take itself for the command line
+        for argv_ in seen:
+            argv_[:] = before

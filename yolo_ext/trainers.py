@@ -44,6 +44,20 @@ class CompressionMixin:
         >>> YOLO("best.pt").train(trainer=yolo_ext.DetectionTrainer, data="data.yaml", prune={"speedup": 2})
     """
 
+    # Set by the Ultralytics trainer behind this mixin.
+    args: Any
+    data: dict[str, Any]
+    device: torch.device
+    ema: Any
+    epoch: int
+    epochs: int
+    loss_names: tuple[str, ...]
+    model: Any
+    resume: bool
+    save_dir: Path
+    scaler: Any
+    wdir: Path
+
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None) -> None:
         """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume.
 
@@ -52,13 +66,8 @@ class CompressionMixin:
         """
         compat.check_version()
         overrides = dict(overrides or {})
-        overrides.update(
-            as_plain(parse({k: overrides[k] for k in EXT_DEFAULTS if k in overrides}))
-            if set(overrides) & set(EXT_DEFAULTS)
-            else {}
-        )
-        for key in [k for k in EXT_DEFAULTS if k in overrides and overrides[k] is None]:
-            del overrides[key]
+        given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
+        overrides.update({k: v for k, v in given.items() if v is not None})
         super().__init__({**EXT_DEFAULTS, **cfg2dict(cfg)}, overrides, _callbacks)  # type: ignore[call-arg]
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
@@ -69,11 +78,7 @@ class CompressionMixin:
             options: `prune`, `distill` and `quant`, dicts, dataclasses or None.
         """
         configs = parse(options)
-        if configs["distill"] and getattr(self.args, "distill_model", None):
-            raise UsageError(
-                f"'distill_model={self.args.distill_model}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
-                "Keep one of them; only distill.* works with a pruned student."
-            )
+        refuse_two_distillations(configs["distill"], getattr(self.args, "distill_model", None))
         if configs["distill"] and configs["distill"].teacher == "self":
             configs["distill"] = replace(configs["distill"], teacher=self_teacher(str(self.args.model)))
         vars(self.args).update(as_plain(configs))
@@ -84,7 +89,7 @@ class CompressionMixin:
         self.wdir = _AtomicPath(self.wdir)
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
 
-    # Model -----------------------------------------------------------------------------------------------------------
+    # Model ----------------------------------------------------------------------------------------------------------
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
         """Return the student: a pruned model keeps its widths; pruning and fake-quant are put in as asked."""
         if weights is not None and is_pruned(weights):
@@ -141,7 +146,7 @@ class CompressionMixin:
         stride = compat.max_stride(model)
         return check_imgsz(self.args.imgsz, stride=stride, floor=stride, max_dim=1)
 
-    # Quantization ------------------------------------------------------------------------------------------------------
+    # Quantization ---------------------------------------------------------------------------------------------------
     def _insert_fake_quant(self, model: nn.Module) -> None:
         from yolo_ext.quantization.qat import prepare
 
@@ -154,7 +159,7 @@ class CompressionMixin:
 
         return strip(deepcopy(model), self.compression["quant"])
 
-    # Life cycle --------------------------------------------------------------------------------------------------------
+    # Life cycle -----------------------------------------------------------------------------------------------------
     def run_callbacks(self, event: str) -> None:
         """Hook our work into the life cycle, then run the user's callbacks."""
         if hasattr(self, "compression"):
@@ -188,9 +193,8 @@ class CompressionMixin:
             self._load_teacher(unwrap_model(model))
             if adapters := list(self.distiller.adapters.parameters()):
                 like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-                like.update(
-                    weight_decay=0.0, param_group="distill", **({"use_muon": False} if "use_muon" in like else {})
-                )
+                like.update(weight_decay=0.0, param_group="distill")
+                like["lr"] = min(g["lr"] for g in optimizer.param_groups)  # MuSGD triples it for parts of the head
                 optimizer.add_param_group({"params": adapters, **like})
         return optimizer
 
@@ -218,7 +222,7 @@ class CompressionMixin:
                 torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
         super().optimizer_step()  # type: ignore[misc]
 
-    # Checkpoints ---------------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------------------------
     def get_validator(self) -> Any:
         """Build the validator from arguments without our keys, which its own check would refuse."""
         own = self.args
@@ -260,6 +264,19 @@ class CompressionMixin:
             for path in (self.last, self.best):
                 if path.exists():
                     finalize(Path(str(path)))
+
+
+def refuse_two_distillations(ours: Any, theirs: Any) -> None:
+    """Refuse `distill` beside `distill_model` of Ultralytics.
+
+    Raises:
+        UsageError: If both are given.
+    """
+    if ours and theirs:
+        raise UsageError(
+            f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
+            "Keep one of them; only distill.* works with a pruned student."
+        )
 
 
 def self_teacher(model: str) -> str:

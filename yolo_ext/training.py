@@ -34,7 +34,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
 
     from yolo_ext.compat import task_of
     from yolo_ext.data.check import check_data
-    from yolo_ext.trainers import trainer_for
+    from yolo_ext.trainers import refuse_two_distillations, trainer_for
 
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
     base, ckpt = load_model(model)
@@ -46,6 +46,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
             )
     elif options.get("data"):
         info = check_data(str(options["data"]), task=task)
+        refuse_two_distillations(configs["distill"], options.get("distill_model"))
         check_techniques(str(model), base, info["names"], configs)
         options["data"] = str(info.get("yaml_file") or options["data"])
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)

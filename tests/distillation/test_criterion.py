@@ -45,7 +45,7 @@ def setup(build, saved):
     return make
 
 
-# What is built -----------------------------------------------------------------------------------------------------------
+# What is built -----------------------------------------------------------------------------------------------------
 def test_pruned_self_is_compared_on_kept_channels(build, saved):
     from yolo_ext.checkpoint import load_model
 
@@ -113,15 +113,14 @@ def test_classes_in_another_order_are_mapped(setup, saved, build, batch, tmp_pat
     turned.names = {i: "abc"[j] for i, j in enumerate(order)}
     file = save_model(turned, tmp_path / "turned.pt")
     x, student = batch["img"], build("yolov8n.yaml", 3)
-    found = []
     with torch.no_grad():
         raw = student(x)[1]
-        for path in (saved("yolov8n.yaml"), file):
-            found.append(Distiller(student, DistillConfig(teacher=str(path)), CPU).losses(raw, x, {"": 1.0}))
+        both = [Distiller(student, DistillConfig(teacher=str(p)), CPU) for p in (saved("yolov8n.yaml"), file)]
+        found = [d.losses(raw, x, {"": 1.0}) for d in both]
     assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-4) for k in KEYS)
 
 
-# End-to-end heads ----------------------------------------------------------------------------------------------------------
+# End-to-end heads --------------------------------------------------------------------------------------------------
 def test_dense_teacher_does_not_teach_the_one_to_one_branch(setup, batch):
     model, distiller = setup("yolo26n.yaml", "yolov8n.yaml")
     raw = model(batch["img"])
@@ -139,7 +138,7 @@ def test_branches_are_weighted_as_the_task_loss_weights_them(setup, batch):
     assert items["kd_cls_loss"].item() == pytest.approx((base.o2m * parts[0] + base.o2o * parts[1]).item(), rel=1e-5)
 
 
-# Weights -------------------------------------------------------------------------------------------------------------------
+# Weights -----------------------------------------------------------------------------------------------------------
 def test_weights_and_schedule_scale_each_loss(setup, batch):
     model, distiller = setup("yolov8n.yaml", "yolov8n.yaml", 1)
     raw = model(batch["img"])
@@ -186,7 +185,7 @@ def test_bfloat16_autocast_stays_close(setup, batch):
     assert all(torch.allclose(got[k], expected[k], rtol=0.1) for k in KEYS)
 
 
-# The criterion --------------------------------------------------------------------------------------------------------------
+# The criterion -----------------------------------------------------------------------------------------------------
 class Base:
     """A criterion of the task."""
 

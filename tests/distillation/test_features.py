@@ -12,7 +12,9 @@ from yolo_ext.distillation.features import Align, cwd, feature_losses
 LOSSES = [pytest.param(row.fn, id=row.name) for row in feature_losses]
 
 
-def maps(seed: int = 0, shape: tuple[int, ...] = (2, 4, 5, 6), spread: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+def maps(
+    seed: int = 0, shape: tuple[int, ...] = (2, 4, 5, 6), spread: float = 2.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return spread * torch.randn(shape, generator=g), spread * torch.randn(shape, generator=g)
 
@@ -56,7 +58,9 @@ def test_any_other_student_has_a_loss_and_a_gradient(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@given(seed=st.integers(0, 10_000), spread=st.floats(0, 50), b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4))
+@given(
+    seed=st.integers(0, 10_000), spread=st.floats(0, 50), b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4)
+)
 @settings(max_examples=40, deadline=None)
 def test_is_never_negative_and_the_same_for_a_batch_repeated(loss, seed, spread, b, c, h):
     s, t = maps(seed, (b, c, h, 3), spread)

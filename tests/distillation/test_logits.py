@@ -48,7 +48,9 @@ def test_boxes_are_anchor_plus_distances():
 
 def test_foreground_is_the_largest_class_probability():
     scores = torch.tensor([[[0.0, -100.0], [np.log(3.0), -100.0]]]).float()
-    assert torch.allclose(foreground(HeadOutput(scores, torch.zeros(1, 2, 4), torch.zeros(2, 2))), torch.tensor([[0.75, 0.0]]))
+    assert torch.allclose(
+        foreground(HeadOutput(scores, torch.zeros(1, 2, 4), torch.zeros(2, 2))), torch.tensor([[0.75, 0.0]])
+    )
 
 
 def test_bckd_is_the_formula_of_the_paper():
@@ -58,7 +60,10 @@ def test_bckd_is_the_formula_of_the_paper():
     gap = np.abs(p - q)
     cls = (-(p * np.log(q) + (1 - p) * np.log(1 - q)) * gap).sum() / count
     xy = s.anchors.double().numpy()
-    boxes = [np.concatenate([xy - x.ltrb.double().numpy()[..., :2], xy + x.ltrb.double().numpy()[..., 2:]], -1) for x in (s, t)]
+    boxes = [
+        np.concatenate([xy - x.ltrb.double().numpy()[..., :2], xy + x.ltrb.double().numpy()[..., 2:]], -1)
+        for x in (s, t)
+    ]
     box = 4 * (gap.max(1) * (1 - giou(*boxes))).sum() / count
     got = bckd(s, t)
     assert [float(g) for g in got] == pytest.approx([cls, box], rel=1e-4)
@@ -96,7 +101,13 @@ def test_any_other_student_learns_scores_and_boxes(loss, nc):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@given(seed=st.integers(0, 10_000), spread=st.floats(0, 40), b=st.integers(1, 3), nc=st.integers(1, 4), low=st.floats(-5, 1))
+@given(
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0, 40),
+    b=st.integers(1, 3),
+    nc=st.integers(1, 4),
+    low=st.floats(-5, 1),
+)
 @settings(max_examples=60, deadline=None)
 def test_parts_are_bounded_and_the_same_for_a_batch_repeated(loss, seed, spread, b, nc, low):
     s, t = head(seed, b, nc, spread=spread, low=low), head(seed + 1, b, nc, spread=spread, low=low)

@@ -80,5 +80,9 @@ def test_kept_channels_tell_which_neck_channels_are_left(build):
     for level, (branch, index) in enumerate(zip(pruned.model[-1].cv2, kept)):
         conv, before = branch[0].conv, dense.model[-1].cv2[level][0].conv
         assert len(index) == conv.in_channels < before.in_channels
-        rows = pruned.yolo_ext["prune"]["kept"].get(f"model.22.cv2.{level}.0.conv", {}).get("out", range(before.out_channels))
+        rows = (
+            pruned.yolo_ext["prune"]["kept"]
+            .get(f"model.22.cv2.{level}.0.conv", {})
+            .get("out", range(before.out_channels))
+        )
         assert torch.equal(conv.weight, before.weight[list(rows)][:, index])

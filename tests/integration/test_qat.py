@@ -48,7 +48,10 @@ def test_run_ends_with_ranges_and_stock_classes(fit, tiny, tmp_path):
 def test_training_moves_float_weights_on_the_quantized_loss(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, "float")
     fit(tiny, yolo_ext.DetectionTrainer, "quant", quant=QUANT)
-    base, a, b = (load_model(p)[0].state_dict() for p in (tiny, tmp_path / "float/weights/last.pt", tmp_path / "quant/weights/last.pt"))
+    base, a, b = (
+        load_model(p)[0].state_dict()
+        for p in (tiny, tmp_path / "float/weights/last.pt", tmp_path / "quant/weights/last.pt")
+    )
     assert base.keys() == b.keys()
     conv = next(k for k in base if k.endswith("cv1.conv.weight"))
     assert not torch.equal(base[conv], b[conv]) and not torch.equal(a[conv], b[conv])
@@ -104,7 +107,9 @@ def test_pruning_comes_before_calibration(fit, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(qat, "calibrate", spy)
     yolo = YOLO(str(tiny))
-    yolo.add_callback("on_train_start", lambda t: seen.update(start=[b.clone() for n, b in t.model.named_buffers() if "running" in n]))
+    yolo.add_callback(
+        "on_train_start", lambda t: seen.update(start=[b.clone() for n, b in t.model.named_buffers() if "running" in n])
+    )
     fit(yolo, yolo_ext.DetectionTrainer, epochs=1, prune={"speedup": 1.5}, distill={}, quant=QUANT)
     assert all(torch.equal(a, b) for a, b in zip(seen["at calibration"], seen["start"], strict=True))
     assert set(load_model(tmp_path / "run/weights/best.pt")[1][MANIFEST]) >= {"prune", "quant"}

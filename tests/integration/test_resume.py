@@ -74,8 +74,15 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("way", ["trainer", "attach", "cli"])
-@pytest.mark.parametrize("what", COMBINATIONS)
+FAST = {("trainer", what) for what in COMBINATIONS} | {("attach", "self"), ("cli", "all")}
+CASES = [
+    pytest.param(way, what, id=f"{way}-{what}", marks=() if (way, what) in FAST else pytest.mark.slow)
+    for way in ("trainer", "attach", "cli")
+    for what in COMBINATIONS
+]
+
+
+@pytest.mark.parametrize(("way", "what"), CASES)
 def test_resume_finishes_with_the_same_widths(stopped, wide, tiny, what, way):
     options = {**COMBINATIONS[what]}
     if what == "wide":

@@ -59,7 +59,7 @@ def pruned(tiny, shapes, settings, tmp_path_factory) -> Path:
     return folder / "weights" / "best.pt"
 
 
-# Ways in -------------------------------------------------------------------------------------------------------------
+# Ways in -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("teacher", ["self", "wide"])
 def test_three_ways_in_give_the_same_weights_and_losses(fit, tiny, wide, shapes, settings, tmp_path, teacher):
     distill = {"teacher": str(wide) if teacher == "wide" else "self"}
@@ -81,7 +81,9 @@ def test_three_ways_in_give_the_same_weights_and_losses(fit, tiny, wide, shapes,
     assert (tmp_path / "cli" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("options", [{"prune": PruneConfig(speedup=1.5), "distill": DistillConfig()}, {"distill": True}])
+@pytest.mark.parametrize(
+    "options", [{"prune": PruneConfig(speedup=1.5), "distill": DistillConfig()}, {"distill": True}]
+)
 def test_options_may_be_dataclasses_and_end_as_plain_dicts_in_args_yaml(fit, tiny, options, tmp_path):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=1, **options)
     saved = YAML.load(tmp_path / "run" / "args.yaml")
@@ -99,7 +101,7 @@ def test_without_options_the_trainer_equals_the_stock_one(fit, tiny, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Pruned models ---------------------------------------------------------------------------------------------------------
+# Pruned models -----------------------------------------------------------------------------------------------------
 def test_pruned_checkpoint_keeps_its_widths_without_options(fit, pruned, tiny, tmp_path):
     assert widths(pruned) != widths(tiny)
     fit(pruned, yolo_ext.DetectionTrainer, epochs=1)
@@ -130,7 +132,9 @@ def test_recalibration_happens_before_training_and_can_be_switched_off(fit, tiny
         yolo = YOLO(str(tiny))
         yolo.add_callback(
             "on_train_start",
-            lambda t, count=count: seen.update({count: [b.clone() for b in (*t.model.buffers(), *t.ema.ema.buffers())]}),
+            lambda t, count=count: seen.update(
+                {count: [b.clone() for b in (*t.model.buffers(), *t.ema.ema.buffers())]}
+            ),
         )
         fit(yolo, yolo_ext.DetectionTrainer, f"run{count}", epochs=1, prune={**PRUNE, "recalibrate": count})
     assert any(not torch.equal(a, b) for a, b in zip(seen[0], seen[8]))
@@ -144,7 +148,7 @@ def test_imgsz_off_the_stride_grid_is_rounded_as_ultralytics_does(fit, tiny, tmp
     assert (tmp_path / "run/weights/best.pt").is_file()
 
 
-# What a run writes -----------------------------------------------------------------------------------------------------
+# What a run writes -------------------------------------------------------------------------------------------------
 def test_kd_losses_are_logged_and_plotted(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, prune=PRUNE, distill=DISTILL, plots=True)
     table = polars.read_csv(tmp_path / "run/results.csv")
@@ -153,6 +157,21 @@ def test_kd_losses_are_logged_and_plotted(fit, tiny, tmp_path):
         assert (column > 0).all()
         assert (table[f"val/{name}"] == 0).all()  # the EMA has the task's criterion only
     assert (tmp_path / "run/results.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "MuSGD", "auto"])
+def test_adapters_learn_with_every_optimizer(fit, tiny, wide, optimizer):
+    seen = []
+    yolo = YOLO(str(tiny))
+    for event in ("on_train_start", "on_train_end"):
+        yolo.add_callback(event, lambda t: seen.append([p.detach().clone() for p in t.distiller.adapters.parameters()]))
+    trainer = fit(yolo, yolo_ext.DetectionTrainer, optimizer=optimizer, distill={"teacher": str(wide)})
+    assert all(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    group = trainer.optimizer.param_groups[-1]
+    assert group["param_group"] == "distill" and group["weight_decay"] == 0
+    assert group["initial_lr"] == min(g["initial_lr"] for g in trainer.optimizer.param_groups)
+    own = {id(p) for p in group["params"]}
+    assert not own & {id(p) for p in (*trainer.model.parameters(), *trainer.ema.ema.parameters())}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +240,7 @@ def test_all_checkpoints_of_a_run_are_written_atomically(fit, tiny, tmp_path, mo
     assert set(names) == {"last.pt", "best.pt", "epoch0.pt"}
 
 
-# The user's own code ---------------------------------------------------------------------------------------------------
+# The user's own code -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", ["trainer", "attach"])
 def test_user_callbacks_fire(fit, tiny, way):
     fired = []
@@ -241,13 +260,15 @@ def test_user_callbacks_fire(fit, tiny, way):
 def test_user_callback_sees_the_task_criterion_through_ours(fit, tiny):
     seen = []
     yolo = YOLO(str(tiny))
-    yolo.add_callback("on_train_start", lambda t: seen.append((t.model.criterion, getattr(t.ema.ema, 'criterion', None))))
+    yolo.add_callback(
+        "on_train_start", lambda t: seen.append((t.model.criterion, getattr(t.ema.ema, "criterion", None)))
+    )
     fit(yolo, yolo_ext.DetectionTrainer, epochs=1, distill=DISTILL)
     assert isinstance(seen[0][0], DistillationLoss) and seen[0][0].nc == 3
     assert not isinstance(seen[0][1], DistillationLoss)
 
 
-# Refusals --------------------------------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -280,7 +301,7 @@ def test_self_teacher_needs_weights(fit, tiny_yaml):
 def test_other_classes_are_refused_for_a_pruned_model(fit, pruned, shapes, tmp_path):
     data = YAML.load(shapes)
     YAML.save(tmp_path / "four.yaml", {**data, "names": {**data["names"], 3: "star"}})
-    with pytest.raises(UsageError, match="knows 3 classes.*has 4"):
+    with pytest.raises(UsageError, match=r"knows 3 classes.*has 4"):
         fit(pruned, yolo_ext.DetectionTrainer, data=str(tmp_path / "four.yaml"))
 
 
@@ -295,13 +316,13 @@ def test_no_trainer_for_an_unknown_task(task):
         yolo_ext.trainer_for(task)
 
 
-# Other tasks -----------------------------------------------------------------------------------------------------------
+# Other tasks -------------------------------------------------------------------------------------------------------
 def corners(line: str) -> list[str]:
     """Return the box of a label line as eight corner coordinates."""
     c, x, y, w, h = (float(v) for v in line.split())
     sides = np.clip([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 0, 1)
-    l, t, r, b = sides
-    return [f"{c:.0f}", *(f"{v:.6f}" for v in (l, t, r, t, r, b, l, b))]
+    left, top, right, bottom = sides
+    return [f"{c:.0f}", *(f"{v:.6f}" for v in (left, top, right, top, right, bottom, left, bottom))]
 
 
 def keypoints(line: str) -> list[str]:

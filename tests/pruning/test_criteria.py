@@ -80,7 +80,7 @@ def test_weights_are_those_of_the_deployed_layer():
     net.a.conv, net.a.bn, net.t = nn.Conv2d(2, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ConvTranspose2d(3, 4, 2)
     with torch.no_grad():
         net.a.bn.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        net.a.bn.running_var.copy_(torch.tensor([1.0, 4.0, 9.0, 16.0]))
+        net.a.bn.running_var.copy_(torch.tensor([4.0, 1.0, 0.25, 1.0]))
     index = torch.tensor([[2], [0]])
     members = [Member(p, "out", index) for p in ("a.conv", "a.bn", "t")] + [Member("t", "in", index)]
     found = group_weights(net, Group("a.conv", members), torch.Generator()).out

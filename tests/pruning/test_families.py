@@ -27,13 +27,20 @@ from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, pru
 FAST = ("yolov5n", "yolov8n", "yolo11n", "yolo26n")
 MATRIX = ("yolov3-tiny", "yolov6n", "yolov9t", "yolov10n", "yolo12n")
 FAMILIES = [*FAST, *(pytest.param(f, marks=pytest.mark.matrix) for f in MATRIX)]
-OTHER_TASKS = ["yolov8n-seg", "yolov8n-pose", "yolov8n-obb", "yolov8n-cls", "yolo26n-seg", "yolo26n-pose", "yolo26n-obb"]
+OTHER_TASKS = [
+    "yolov8n-seg",
+    "yolov8n-pose",
+    "yolov8n-obb",
+    "yolov8n-cls",
+    "yolo26n-seg",
+    "yolo26n-pose",
+    "yolo26n-obb",
+]
 
 
 @pytest.fixture(scope="module")
 def pruned(yolo):
     """Return a function that gives a pruned model, each made once; do not change them."""
-
 
     @cache
     def make(name: str, method: str = "lamp") -> nn.Module:
@@ -104,7 +111,9 @@ def test_a_wrong_index_fails_the_gate(name, yolo, pruned):
         assert equivalence_gap(dense, apply_plan(deepcopy(dense), wrong), kept) > 1e4 * TOLERANCE, path
 
 
-@pytest.mark.parametrize("name", [OTHER_TASKS[0], *(pytest.param(t, marks=pytest.mark.matrix) for t in OTHER_TASKS[1:])])
+@pytest.mark.parametrize(
+    "name", [OTHER_TASKS[0], *(pytest.param(t, marks=pytest.mark.matrix) for t in OTHER_TASKS[1:])]
+)
 def test_other_tasks(name, calibrate):
     torch.manual_seed(0)
     model = calibrate(YOLO(f"{name}.yaml").model)
@@ -146,7 +155,9 @@ def files(request, pruned, tmp_path_factory):
     """Pruned checkpoints of all families that this run covers."""
     matrix = "not matrix" not in (request.config.getoption("-m") or "")
     folder = tmp_path_factory.mktemp("pruned")
-    return {name: save_model(pruned(name), folder / f"pruned_{name}.pt") for name in (*FAST, *(MATRIX if matrix else ()))}
+    return {
+        name: save_model(pruned(name), folder / f"pruned_{name}.pt") for name in (*FAST, *(MATRIX if matrix else ()))
+    }
 
 
 @pytest.mark.parametrize("safe", ["0", "1"], ids=["default", "safe-load"])

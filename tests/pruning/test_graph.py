@@ -100,7 +100,13 @@ TOYS = {
     ),
     "spatial": (
         lambda m, x: m.b(m.up(m.pool(m.pad(nn.functional.max_pool2d(m.a(x), 2))))),
-        {"a": A, "pad": nn.ZeroPad2d((0, 1, 0, 1)), "pool": nn.MaxPool2d(2, 1), "up": nn.Upsample(scale_factor=2), "b": B},
+        {
+            "a": A,
+            "pad": nn.ZeroPad2d((0, 1, 0, 1)),
+            "pool": nn.MaxPool2d(2, 1),
+            "up": nn.Upsample(scale_factor=2),
+            "b": B,
+        },
         {"a": (8, "", {("a", "out"), ("b", "in")})},
     ),
     "shared-layer": (

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_flops_fall_with_the_ratio(traced, method, scope):
         cfg = PruneConfig(method=method, ratio=ratio, scope=scope, round_to=1)
         found.append(flops(apply_plan(deepcopy(model), plan(model, graph(), cfg))))
     assert found[0] == flops(model)
-    assert all(a > b for a, b in zip(found, found[1:]))
+    assert all(a > b for a, b in pairwise(found))
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
@@ -104,10 +105,14 @@ def test_speedup_is_met(traced, scope, speedup):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"speedup": 500.0}, r"'prune\.speedup=500' cannot be reached: .* at most \d+\.\d\d", id="unreachable"),
+        pytest.param(
+            {"speedup": 500.0}, r"'prune\.speedup=500' cannot be reached: .* at most \d+\.\d\d", id="unreachable"
+        ),
         pytest.param({"speedup": 1.5, "max_ratio": 0.0}, "Nothing can be pruned", id="no-room"),
         pytest.param({"ratio": 0.5, "min_channels": 4096}, "Nothing can be pruned", id="floor-too-high"),
-        pytest.param({"ratio": 0.5, "method": "lmap"}, "Unknown pruning criterion 'lmap'. Did you mean 'lamp'", id="method"),
+        pytest.param(
+            {"ratio": 0.5, "method": "lmap"}, "Unknown pruning criterion 'lmap'. Did you mean 'lamp'", id="method"
+        ),
         pytest.param({"ratio": 0.5, "method": "nowhere.mod:fn"}, "Cannot import pruning criterion", id="user-method"),
         pytest.param({"ratio": 0.5, "exclude": ["model.(2"]}, "is not a regular expression", id="bad-regex"),
         pytest.param({"ratio": 0.5, "exclude": ["modle"]}, "matches no layer", id="no-match"),
@@ -173,9 +178,7 @@ def test_the_worst_channels_go():
 
 
 @EXAMPLES
-@given(
-    allowed=st.sets(st.integers(1, 64), min_size=1).map(lambda s: sorted(s, reverse=True)), units=st.floats(0, 64)
-)
+@given(allowed=st.sets(st.integers(1, 64), min_size=1).map(lambda s: sorted(s, reverse=True)), units=st.floats(0, 64))
 def test_rounding_is_to_the_nearest_allowed_number(allowed, units):
     bundle = Bundle([], [], torch.zeros(max(allowed)), allowed)
     assert bundle.round(units) in allowed

@@ -132,3 +132,8 @@ def test_align_keeps_every_row_and_its_separators_in_line(rows: list) -> None:
     widths = [len(part) for part in lines[1].split("-+-")]
     assert all(line[widths[0] : widths[0] + 3] == " | " for line in [lines[0], *lines[2:]])
     assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("after", [97.0, 100.0, 104.0])
+def test_latency_within_the_noise_is_no_difference(after):
+    assert compare(100.0, after, "latency") == ("about equal", "same")

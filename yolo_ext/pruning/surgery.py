@@ -115,7 +115,7 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
         try:
             b = list(compat.returned_tensors(_raw(other(x))))
         except RuntimeError as e:
-            raise CheckFailed(f"The pruned model does not run: {e} {ADVICE}") from e
+            raise CheckFailed(f"The pruned model does not run: {str(e).splitlines()[0]} {ADVICE}") from e
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     # max() of tensors, because that of Python drops a NaN

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+NOISE = 0.05  # latency ratios below this are not called a difference
 ABSENT = "-"
 Verdict = Literal["better", "worse", "same", ""]
 
@@ -136,8 +137,8 @@ def compare(before: float | None, after: float | None, kind: str) -> tuple[str, 
     if kind == "latency":
         faster = before >= after
         ratio = round(before / after if faster else after / before, 2)
-        if ratio == 1:
-            return "1.00x", "same"
+        if ratio < 1 + NOISE:  # medians of one run move this much without a cause
+            return "about equal", "same"
         return f"{ratio:.2f}x {'faster' if faster else 'slower'}", "better" if faster else "worse"
     digits = {"share": 1, "score": 4, "count": 0}[kind]
     change = round(100 * (after - before) / before if kind == "share" else after - before, digits)

@@ -1,0 +1,214 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_ext.checkpoint import (
+    MANIFEST,
+    TRIPWIRE,
+    atomic_write,
+    finalize,
+    fingerprint,
+    is_pruned,
+    load_model,
+    manifest,
+    save_model,
+    set_tripwire,
+)
+from yolo_ext.errors import UsageError
+
+PLAIN = {"prune": {"kept": {"model.0.conv": {"out": [0, 2]}}, "gap": 1e-16}, "note": "text", "none": None}
+
+
+@pytest.fixture(scope="module")
+def model() -> DetectionModel:
+    torch.manual_seed(0)
+    return DetectionModel("yolov8n.yaml", nc=3, verbose=False).eval()
+
+
+# Atomic writes -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("data", "expected"), [(b"\x00\xff", b"\x00\xff"), ("größe", "größe".encode()), ("", b"")])
+def test_writes_all_of_it(tmp_path, data, expected):
+    file = tmp_path / "new" / "folder" / "a.bin"
+    atomic_write(file, data)
+    assert file.read_bytes() == expected
+    assert [p.name for p in file.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt], ids=["disk-full", "killed"])
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, fails, error):
+    file = tmp_path / "a.pt"
+    file.write_bytes(b"old")
+
+    def stop(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "replace")), stop)
+    with pytest.raises(error):
+        atomic_write(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_reader_sees_the_old_file_until_the_end(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    seen = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(file.read_text()), fsync(fd)))
+    atomic_write(file, "new")
+    assert seen == ["old"] and file.read_text() == "new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permission bits")
+def test_the_file_is_an_ordinary_one(tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    plain.write_text("")
+    atomic_write(ours, "")
+    assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+# Manifest ------------------------------------------------------------------------------------------------------------
+def test_manifest_is_live_and_copied_with_the_model(model):
+    net = deepcopy(model)
+    assert manifest(net) == {} and not is_pruned(net)
+    manifest(net)["prune"] = {"kept": {}}
+    assert is_pruned(net) and is_pruned(deepcopy(net)) and not is_pruned(model)
+
+
+def test_is_pruned_does_not_write(model):
+    net = deepcopy(model)
+    is_pruned(net)
+    assert not hasattr(net, MANIFEST)
+
+
+def test_fingerprint_survives_half_precision_but_not_a_change(model):
+    net = deepcopy(model)
+    assert fingerprint(net) == fingerprint(deepcopy(net).half()) == fingerprint(deepcopy(net).half().float())
+    with torch.no_grad():
+        net.model[0].conv.weight[0, 0, 0, 0] += 1
+    assert fingerprint(net) != fingerprint(model)
+
+
+def test_tripwire_keeps_the_dense_yaml(model):
+    net = deepcopy(model)
+    set_tripwire(net)
+    set_tripwire(net)  # of a model that was pruned twice
+    assert net.yaml["backbone"][0][2] == TRIPWIRE
+    assert manifest(net)["yaml"] == model.yaml and model.yaml["backbone"][0][2] == "Conv"
+    with pytest.raises(KeyError, match=TRIPWIRE):
+        DetectionModel(net.yaml, verbose=False)
+
+
+# Save and load -------------------------------------------------------------------------------------------------------
+def test_manifest_survives(model, tmp_path):
+    net = deepcopy(model)
+    manifest(net).update(deepcopy(PLAIN))
+    loaded, ckpt = load_model(save_model(net, tmp_path / "a.pt", train_metrics={"map": 0.5}))
+    assert manifest(loaded) == PLAIN == ckpt[MANIFEST]
+    assert ckpt["train_metrics"] == {"map": 0.5} and ckpt["optimizer"] is None
+    assert not loaded.training and all(p.requires_grad and p.dtype is torch.float32 for p in loaded.parameters())
+    assert fingerprint(loaded) == fingerprint(net)
+
+
+def test_saving_does_not_change_the_model(model, tmp_path):
+    net = deepcopy(model).train()
+    net.criterion = lambda: None  # not even picklable
+    save_model(net, tmp_path / "a.pt")
+    assert net.training and net.criterion is not None
+    assert all(
+        p.requires_grad == q.requires_grad and p.dtype is q.dtype for p, q in zip(net.parameters(), model.parameters())
+    )
+
+
+@pytest.mark.parametrize("key", ["model", "ema"])
+def test_finalize_repeats_the_manifest(model, tmp_path, key):
+    net = deepcopy(model)
+    manifest(net).update(deepcopy(PLAIN))
+    other = {"model": "ema", "ema": "model"}[key]
+    torch.save({key: net, other: None, "epoch": 3}, tmp_path / "last.pt")
+    finalize(tmp_path / "last.pt")
+    ckpt = torch.load(tmp_path / "last.pt", weights_only=False)
+    assert ckpt[MANIFEST] == PLAIN and ckpt["epoch"] == 3
+
+
+def test_foreign_classes_are_refused_and_nothing_is_written(model, tmp_path):
+    net = deepcopy(model)
+    net.model[0].act = type("Ours", (nn.Module,), {"__module__": "yolo_ext.somewhere"})()
+    with pytest.raises(ValueError, match=r"classes of yolo_ext: \['Ours'\]"):
+        save_model(net, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_yaml_gives_an_untrained_model():
+    net, ckpt = load_model("yolov8n.yaml")
+    assert isinstance(net, DetectionModel) and ckpt == {} and not net.training
+
+
+def write(folder: Path, name: str, content) -> Path:
+    if isinstance(content, (bytes, str)):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    elif content is not None:
+        torch.save(content, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("a.pt", None, id="missing"),
+        pytest.param("a.onnx", b"x", id="other-suffix"),
+        pytest.param("a", b"x", id="no-suffix"),
+        pytest.param("a.pt", b"", id="empty"),
+        pytest.param("a.pt", b"no pickle at all", id="corrupt"),
+        pytest.param("a.pt", b"PK\x03\x04 half a zip", id="truncated"),
+        pytest.param("a.pt", {"some": "dict"}, id="random-dict"),
+        pytest.param("a.pt", {"model": None}, id="no-model"),
+        pytest.param("a.pt", {"model": nn.Conv2d(3, 3, 1)}, id="no-yolo"),
+        pytest.param("a.pt", {"w": torch.zeros(3)}, id="state-dict"),
+        pytest.param("a.pt", torch.zeros(3), id="tensor"),
+        pytest.param("a.yaml", None, id="missing-yaml"),
+        pytest.param("a.yaml", "", id="empty-yaml"),
+        pytest.param("a.yaml", "just text", id="text-yaml"),
+        pytest.param("a.yaml", "nc: 3\nbackbone: 7\nhead: []\n", id="nonsense-yaml"),
+        pytest.param("a.yaml", "nc: 3\nbackbone:\n  - [-1, 1, NoSuchLayer, [8]]\nhead: []\n", id="unknown-layer"),
+        pytest.param("a.yaml", "a: [1\nb: }", id="broken-yaml"),
+    ],
+)
+def test_wrong_files(tmp_path, name, content):
+    file = write(tmp_path, name, content)
+    with pytest.raises(UsageError) as e:
+        load_model(file)
+    assert str(file) in str(e.value) and "\n" not in str(e.value)
+    assert "Give" in str(e.value) or "Legal" in str(e.value)
+
+
+def test_a_class_that_is_not_installed_is_an_error_and_installs_nothing(model, tmp_path, monkeypatch):
+    """Ultralytics would run pip for the name of any module that a checkpoint asks for."""
+    from ultralytics.utils import checks
+
+    (tmp_path / "my_layers_not_on_pypi.py").write_text("from torch import nn\nclass Mine(nn.Module):\n    pass\n")
+    with monkeypatch.context() as m:
+        m.syspath_prepend(tmp_path)
+        import my_layers_not_on_pypi
+
+        net = deepcopy(model)
+        net.extra = my_layers_not_on_pypi.Mine()
+        torch.save({"model": net}, tmp_path / "a.pt")
+    del sys.modules["my_layers_not_on_pypi"]
+    ran = []
+    monkeypatch.setattr(checks, "AUTOINSTALL", True)
+    monkeypatch.setattr(checks.subprocess, "check_output", lambda *a, **k: ran.append(a) or b"")
+    with pytest.raises(UsageError, match="my_layers_not_on_pypi"):
+        load_model(tmp_path / "a.pt")
+    assert not ran and checks.AUTOINSTALL is True

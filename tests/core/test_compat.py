@@ -1,0 +1,179 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+import ultralytics
+from torch import nn
+from ultralytics.nn import tasks
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import torch_utils
+
+from yolo_ext import compat
+from yolo_ext.errors import UsageError
+
+NAMES = ["yolov5n", "yolov8n", "yolo11n", "yolo26n"]
+MORE = [pytest.param(n, marks=pytest.mark.matrix) for n in ("yolov3-tiny", "yolov6n", "yolov9t", "yolov10n", "yolo12n")]
+
+
+def make(name: str) -> DetectionModel:
+    torch.manual_seed(0)
+    return DetectionModel(f"{name}.yaml", nc=3, verbose=False).eval()
+
+
+@pytest.mark.parametrize(
+    ("version", "legal"),
+    [("8.4.140", True), ("8.4.999", True), ("8.4.139", False), ("8.5.0", False), ("8.3.200", False), ("9.0.0", False)],
+)
+def test_supported_versions(monkeypatch, version, legal):
+    monkeypatch.setattr(ultralytics, "__version__", version)
+    if legal:
+        compat.check_version()
+    else:
+        with pytest.raises(UsageError, match=rf"{version} is not supported.*pip install"):
+            compat.check_version()
+
+
+def test_the_installed_version_is_supported():
+    compat.check_version()
+
+
+def test_natural_order():
+    paths = ["model.10.cv1", "model.2.cv2", "model.2.cv1.conv", "model.2.cv1", "model"]
+    assert sorted(paths, key=compat.natural_key) == [
+        *("model", "model.2.cv1", "model.2.cv1.conv", "model.2.cv2", "model.10.cv1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cls", "yaml", "task"),
+    [
+        pytest.param("DetectionModel", "yolov8n", "detect", id="detect"),
+        pytest.param("SegmentationModel", "yolov8n-seg", "segment", id="segment"),
+        pytest.param("PoseModel", "yolov8n-pose", "pose", id="pose"),
+        pytest.param("OBBModel", "yolov8n-obb", "obb", id="obb"),
+        pytest.param("ClassificationModel", "yolov8n-cls", "classify", id="classify"),
+    ],
+)
+def test_task_by_class(cls, yaml, task):
+    model = getattr(tasks, cls)(f"{yaml}.yaml", verbose=False)
+    assert compat.task_of(model) == task
+    assert compat.detection_head(model) is model.get_submodule(compat.head_prefix(model).rstrip("."))
+    assert compat.max_stride(model) == 32 and compat.input_channels(model) == 3
+
+
+@pytest.mark.parametrize("name", [*NAMES, *MORE])
+def test_deployed_layers_are_those_of_the_fused_model(name):
+    """Same number of layers with the same kernels and widths as after fusing, named as before it."""
+    model = make(name)
+    shape = lambda m: tuple(m.weight.shape)  # noqa: E731
+    fused = [m for m in compat.deployed(model).modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    named = [model.get_submodule(p) for p in compat.deployed_layers(model)]
+    assert sorted(map(shape, named)) == sorted(map(shape, fused))
+
+
+@pytest.mark.parametrize("name", ["yolov9t", "yolov10n"])
+def test_deployed_layers_of_reparameterised_blocks(name):
+    """Of several branches that fusing makes one, only the widest counts."""
+    model = make(name)
+    found = compat.deployed_layers(model)
+    kinds = {"RepConv": ("conv1.conv", "conv2.conv"), "RepVGGDW": ("conv.conv", "conv1.conv")}
+    blocks = [(p, *kinds[type(m).__name__]) for p, m in model.named_modules() if type(m).__name__ in kinds]
+    for path, stays, merged in blocks:
+        assert f"{path}.{stays}" in found and f"{path}.{merged}" not in found
+    assert blocks
+
+
+@pytest.mark.parametrize("end2end", [True, False])
+def test_deployed_layers_have_one_branch_of_a_dual_head(end2end):
+    model = make("yolo26n")
+    model.end2end = end2end
+    found = compat.deployed_layers(model)
+    counts = [sum(p.startswith(f"model.23.{branch}.") for p in found) for branch in ("one2one_cv2", "cv2")]
+    assert counts == ([9, 0] if end2end else [0, 9])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deployed_is_a_copy(name):
+    model = make(name)
+    before = deepcopy(model.state_dict())
+    fused = compat.deployed(model.train())
+    assert model.training and not fused.training and fused.is_fused() and not model.is_fused()
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_gflops_are_those_ultralytics_prints():
+    model = make("yolov8n")
+    assert compat.gflops(model, 640) == pytest.approx(torch_utils.get_flops(compat.deployed(model), 640))
+    assert compat.gflops(model, 320) == pytest.approx(compat.gflops(model, 640) / 4, rel=0.01)
+
+
+def test_zero_gflops_are_an_error(monkeypatch):
+    monkeypatch.setattr(torch_utils, "get_flops", lambda *a: 0.0)
+    with pytest.raises(UsageError, match="pip uninstall -y thop"):
+        compat.gflops(make("yolov8n"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_blocks_give_the_same_raw_outputs(name):
+    model = make(name)
+    fused = compat.fuse_blocks(deepcopy(model))
+    assert not any(hasattr(m, "bn") and hasattr(m, "forward_fuse") and "Rep" not in type(m).__name__
+                   for m in fused.modules())  # fmt: skip
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        a, b = (list(compat.returned_tensors(compat.raw_outputs(m)(x))) for m in (model, fused))
+    assert len(a) == len(b) > 0
+    for s, t in zip(a, b):
+        torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_raw_outputs_by_branch(name):
+    model = compat.raw_outputs(make(name).train())
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    with torch.no_grad():
+        branches = compat.branches(model(torch.rand(1, 3, 64, 64)))
+    assert set(branches) == ({"one2many", "one2one"} if name == "yolo26n" else {""})
+    assert all(b["boxes"].shape[2] == b["scores"].shape[2] == 84 for b in branches.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_level_inputs_are_what_the_neck_hands_over(name):
+    model = make(name)
+    seen = []
+    compat.detection_head(model).register_forward_pre_hook(lambda m, args: seen.append([x.shape[1] for x in args[0]]))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    assert compat.level_widths(model) == seen[0]
+
+
+def test_returned_tensors_skip_the_neck_maps():
+    t = [torch.zeros(i + 1) for i in range(4)]
+    out = ({"boxes": t[0], "feats": [t[1]], "one2one": {"scores": t[2], "feats": t[1]}}, [t[3]], None, 3)
+    assert [len(x) for x in compat.returned_tensors(out)] == [1, 3, 4]
+
+
+def test_refresh_widths_after_a_cut():
+    model = make("yolo11n")
+    block, attention = model.model[2], model.model[10].m[0].attn
+    block.cv1.conv.out_channels, attention.proj.conv.in_channels = 10, 2 * attention.num_heads
+    compat.refresh_widths(model)
+    assert block.c == 5 and attention.head_dim == 2 and compat.detection_head(model).shape is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_autoinstall_is_put_back(monkeypatch, fails):
+    from ultralytics.utils import checks
+
+    monkeypatch.setattr(checks, "AUTOINSTALL", True)
+    try:
+        with compat.no_autoinstall():
+            assert checks.AUTOINSTALL is False
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    assert checks.AUTOINSTALL is True

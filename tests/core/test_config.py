@@ -1,0 +1,199 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolo_ext.config import (
+    CONFIGS,
+    EXT_DEFAULTS,
+    PruneConfig,
+    QuantConfig,
+    as_plain,
+    cfg_dir,
+    default_yaml,
+    help_lines,
+    parse,
+)
+from yolo_ext.errors import UsageError
+
+EVERY = [(t, f) for t, cls in CONFIGS.items() for f in fields(cls)]
+IDS = [f"{t}.{f.name}" for t, f in EVERY]
+TARGET = {"ratio": 0.5}  # pruning needs one of its two targets
+
+
+def legal(technique: str, name: str, value) -> dict:
+    """Return a legal set of options in which one has this value."""
+    return {technique: {**(TARGET if technique == "prune" and name != "speedup" else {}), name: value}}
+
+
+def kind(f) -> str:
+    return str(f.type).split(" |")[0].split("[")[0]
+
+
+def inside(f) -> list:
+    """Return legal values: both ends of the range and the choices."""
+    m, whole = f.metadata, kind(f) == "int"
+    if "choices" in m:
+        return list(m["choices"])
+    if kind(f) == "list":
+        return [[], ["a"], ("a", "b")]
+    if kind(f) == "str":
+        return ["anything"]
+    values = [m[k] for k in ("low", "high") if k in m]
+    if "above" in m:
+        values.append(m["above"] + 1e-6)
+    if "high" not in m:
+        values += [10**6, 1e6]
+    return [int(v) if whole else v for v in values]
+
+
+def outside(f) -> list:
+    """Return illegal values: just outside the range, and of other types."""
+    m = f.metadata
+    if kind(f) == "list":
+        return ["a", 3, [1], {"a": 1}]
+    if kind(f) == "str":
+        return [3, 1.5, True, ["a"], *(["nonsense"] if "choices" in m else [])]
+    values: list = ["8", "two", True, [1], math.nan, math.inf, -math.inf]
+    values += [m["low"] - 1] if "low" in m else []
+    values += [m["high"] + 1e-6] if "high" in m and kind(f) == "float" else []
+    values += [m["above"]] if "above" in m else []
+    values += [1.5] if kind(f) == "int" else []
+    return values
+
+
+@pytest.mark.parametrize(("technique", "option"), EVERY, ids=IDS)
+def test_legal_values(technique, option):
+    for value in inside(option):
+        got = getattr(parse(legal(technique, option.name, value))[technique], option.name)
+        assert got == (list(value) if isinstance(value, tuple) else value)
+        assert type(got).__name__ == kind(option)
+
+
+@pytest.mark.parametrize(("technique", "option"), EVERY, ids=IDS)
+def test_illegal_values(technique, option):
+    for value in outside(option) + ([] if "None" in str(option.type) else [None]):
+        with pytest.raises(UsageError) as e:
+            parse({technique: {option.name: value}})
+        assert f"'{technique}.{option.name}={value}'" in str(e.value)
+        assert "egal" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("technique", "option"), EVERY, ids=IDS)
+def test_every_option_has_help_and_a_legal_default(technique, option):
+    assert option.metadata["help"] and not option.metadata["help"].endswith(".")
+    defaults = asdict(CONFIGS[technique]())
+    target = {} if technique != "prune" else {"speedup": 2.0} if option.name == "ratio" else TARGET
+    assert parse({technique: {**defaults, **target}})[technique] == CONFIGS[technique](**target)
+
+
+@pytest.mark.parametrize(
+    ("given_", "near"),
+    [
+        ({"prune": {"spedup": 2}}, "Unknown option 'prune.spedup'. Did you mean 'prune.speedup'?"),
+        ({"prune": {}}, "Pruning needs a target: give 'prune.speedup=2'"),
+        ({"distill": {"teecher": "a"}}, "Unknown option 'distill.teecher'. Did you mean 'distill.teacher'?"),
+        ({"quant": {"observr": "a"}}, "Unknown option 'quant.observr'. Did you mean 'quant.observer'?"),
+        ({"prun": {}}, "Unknown technique 'prun'. Did you mean 'prune'?"),
+        ({"prune": {"scope": "globl"}}, "'prune.scope=globl' is illegal. Did you mean 'global'? Legal: global, local."),
+        ({"prune": {1: 2}}, "Unknown option 'prune.1'."),
+        ({"prune": 2}, "'prune=2' is illegal: give options such as 'prune.method=...'."),
+        ({"quant": {"mode": "PTQ"}}, "'quant.mode=PTQ' is illegal."),
+        ({"prune": {"max_ratio": 1}}, "'prune.max_ratio=1' is out of range. Legal: at least 0.0 and at most 0.99."),
+        ({"prune": {"speedup": 1}}, "'prune.speedup=1' is out of range. Legal: above 1.0."),
+        ({"prune": {"speedup": 2, "ratio": 0.5}}, "'prune.speedup' and 'prune.ratio' are both given"),
+        ({"distill": {"features": None, "logits": None}}, "both off"),
+    ],
+)
+def test_messages(given_, near):
+    with pytest.raises(UsageError) as e:
+        parse(given_)
+    assert str(e.value).startswith(near) or near in str(e.value)
+
+
+def test_all_problems_in_one_message():
+    with pytest.raises(UsageError) as e:
+        parse({"prune": {"speedup": 0.5, "metod": "l1"}, "quant": {"calib": 0}, "distil": True})
+    message = str(e.value)
+    assert message.startswith("4 problems with the options:\n")
+    for part in ("prune.speedup=0.5", "'prune.method'?", "quant.calib=0", "'distill'?"):
+        assert part in message
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_off(off):
+    assert parse({"prune": off}) == {"prune": None, "distill": None, "quant": None}
+
+
+@pytest.mark.parametrize("on", [True, {}, QuantConfig()])
+def test_on_with_defaults(on):
+    assert parse({"quant": on})["quant"] == QuantConfig()
+
+
+@pytest.mark.parametrize("on", [{"speedup": 2}, PruneConfig(speedup=2.0)])
+def test_dicts_and_dataclasses_are_alike(on):
+    assert parse({"prune": on})["prune"] == PruneConfig(speedup=2.0)
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        PruneConfig().method = "l1"
+    assert PruneConfig().exclude is not PruneConfig().exclude
+
+
+NUMBERS = {
+    "round_to": st.integers(1, 64),
+    "min_channels": st.integers(1, 512),
+    "max_ratio": st.floats(0, 0.99),
+    "exclude": st.lists(st.text(max_size=5)),
+    "seed": st.integers(0, 2**31),
+    "scope": st.sampled_from(["global", "local"]),
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    prune=st.none()
+    | st.fixed_dictionaries({"speedup": st.floats(1.01, 50)}, optional=NUMBERS)
+    | st.fixed_dictionaries({"ratio": st.floats(0, 0.95), "speedup": st.none()}, optional=NUMBERS),
+    distill=st.none() | st.fixed_dictionaries({}, optional={"final": st.floats(0, 1), "features": st.none()}),
+    quant=st.none()
+    | st.fixed_dictionaries({}, optional={"epochs": st.integers(1, 99), "source": st.none() | st.text()}),
+)
+def test_plain_and_back(prune, distill, quant):
+    parsed = parse({"prune": prune, "distill": distill, "quant": quant})
+    plain = as_plain(parsed)
+    assert parse(plain) == parsed
+    assert parse(json.loads(json.dumps(plain))) == parsed
+    assert parse(yaml.safe_load(yaml.safe_dump(plain))) == parsed
+
+
+def test_default_yaml_is_the_defaults():
+    assert yaml.safe_load(default_yaml()) == {t: asdict(cls()) for t, cls in CONFIGS.items()}
+    assert set(EXT_DEFAULTS) == set(CONFIGS)
+
+
+def test_default_yaml_in_the_repository_is_fresh():
+    assert (cfg_dir() / "default.yaml").read_text().rstrip() == default_yaml().rstrip(), "run: yolo-ext cfg"
+
+
+@pytest.mark.parametrize("technique", CONFIGS)
+def test_help_lines_name_every_option(technique):
+    rows = help_lines(technique)
+    assert [key for key, _, _ in rows] == [f"{technique}.{f.name}" for f in fields(CONFIGS[technique])]
+    for (_, _, text), f in zip(rows, fields(CONFIGS[technique])):
+        assert all(c in text for c in f.metadata.get("choices", ()))
+
+
+@pytest.mark.parametrize("name", ["prune", "distill", "quant"])
+def test_our_keys_shadow_none_of_ultralytics(name):
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    assert name not in DEFAULT_CFG_DICT

@@ -1,0 +1,80 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import pytest
+
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import Row, Table, suggest
+
+
+@pytest.fixture
+def table() -> Table:
+    made = Table("pruning criterion")
+
+    @made.row("lamp", "Relative magnitude", paper="Lee et al., 2021", needs="weights")
+    def lamp(x):
+        return x
+
+    made.row("random", "Noise")(lambda x: 0)
+    return made
+
+
+def test_rows_in_order_with_their_facts(table):
+    assert table.names() == ["lamp", "random"] == [row.name for row in table]
+    row = table["lamp"]
+    assert isinstance(row, Row) and row.fn(3) == 3
+    assert (row.summary, row.paper, row.needs) == ("Relative magnitude", "Lee et al., 2021", "weights")
+
+
+def test_the_decorator_returns_the_function(table):
+    def fn():
+        """Nothing."""
+
+    assert table.row("mine", "Mine")(fn) is fn and table["mine"].fn is fn
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("lmap", " Did you mean 'lamp'?"), ("LAMP", ""), ("zzz", ""), ("ran", " Did you mean 'random'?"), (None, "")],
+)
+def test_unknown_name_gets_the_nearest_and_all_legal_ones(table, name, near):
+    with pytest.raises(UsageError) as e:
+        table[name]
+    assert str(e.value) == (
+        f"Unknown pruning criterion '{name}'.{near} Legal: lamp, random, or your own as 'package.module:function'."
+    )
+
+
+def test_user_function(table, tmp_path, monkeypatch):
+    (tmp_path / "my_methods.py").write_text("def score(x):\n    return x + 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = table["my_methods:score"]
+    assert row.fn(1) == 2 and row.name == "my_methods:score"
+    assert "my_methods:score" not in table.names()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        pytest.param("no_such_module:fn", "ModuleNotFoundError", id="module"),
+        pytest.param("math:no_such_function", "AttributeError", id="function"),
+        pytest.param("math:pi", "is not callable", id="not-callable"),
+        pytest.param(":fn", "ValueError", id="no-module"),
+        pytest.param("math:", "AttributeError", id="no-function"),
+        pytest.param(".relative:fn", "TypeError", id="relative"),
+        pytest.param("broken_methods:fn", "ZeroDivisionError", id="broken-module"),
+    ],
+)
+def test_user_function_that_cannot_be_had(table, path, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_methods.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=message) as e:
+        table[path]
+    assert f"pruning criterion '{path}'" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("alpha", " Did you mean 'alphas'?"), ("", ""), (3, ""), ("nothing like it", "")]
+)
+def test_suggest(name, expected):
+    assert suggest(name, ["alphas", "beta"]) == expected

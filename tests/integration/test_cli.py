@@ -1,0 +1,202 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The command line: words, recipes, help, and what is handed on to Ultralytics."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ultralytics import YOLO
+from ultralytics.utils import SETTINGS, YAML
+
+import yolo_ext
+from yolo_ext import cli
+from yolo_ext.checkpoint import load_model
+from yolo_ext.config import CONFIGS, cfg_dir, help_lines
+from yolo_ext.helptext import TOPICS, method_tables
+
+B = ["model=m.pt", "data=d.yaml"]
+
+
+def parsed(*words: str) -> dict:
+    return cli.parse_args(["train", *B, *words])[1]
+
+
+# Words -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("order", itertools.permutations(["train", "model=m.pt", "prune.speedup=2"]))
+def test_the_order_of_words_does_not_matter(order):
+    assert cli.parse_args(list(order)) == ("train", {"model": "m.pt", "prune": {"speedup": 2}})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune.speedup=2", "prune.method=l1"],
+        ["prune={'speedup': 2, 'method': 'l1'}"],
+        ["prune={'speedup': 2}", "prune.method=l1"],
+        ["prune.speedup", "=", "2", "prune.method=", "l1"],
+        ["--prune.speedup=2,", "--prune.method=l1"],
+        ["prune.speedup=3", "prune.speedup=2", "prune.method=l1"],
+        ["prune=None", "prune.speedup=2", "prune.method=l1"],
+    ],
+    ids=["dotted", "nested", "mixed", "spaces", "dashes and commas", "last one counts", "off, then on"],
+)
+def test_equal_ways_to_write_options(words):
+    assert parsed(*words)["prune"] == {"speedup": 2, "method": "l1"}
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [("save", "save", True), ("segment", "task", "segment"), ("epochs=3", "epochs", 3), ("lr0=1e-3", "lr0", 1e-3),
+     ("cos_lr=True", "cos_lr", True), ("prune=False", "prune", False), ("name=007", "name", "007"),
+     ("prune.exclude=['a','b']", "prune", {"exclude": ["a", "b"]})],
+)  # fmt: skip
+def test_values_are_read_as_ultralytics_reads_them(word, key, value):
+    assert parsed(word)[key] == value
+
+
+def test_words_override_the_recipe_key_by_key(tmp_path):
+    YAML.save(
+        tmp_path / "r.yaml", {"prune": {"speedup": 2.0, "method": "lamp"}, "epochs": 5, "distill": {"teacher": "t.pt"}}
+    )
+    for words in (
+        ["prune.method=l1", f"recipe={tmp_path / 'r.yaml'}"],
+        [f"recipe={tmp_path / 'r.yaml'}", "prune.method=l1"],
+    ):
+        options = parsed(*words)
+        assert options["prune"] == {"speedup": 2.0, "method": "l1"}
+        assert options["epochs"] == 5 and options["distill"] == {"teacher": "t.pt"}
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (cfg_dir() / "recipes").glob("*.yaml")))
+def test_bundled_recipes_are_legal(recipe):
+    from yolo_ext.config import parse
+
+    options = parsed(f"recipe={recipe}")
+    assert options == parsed(f"recipe={recipe}.yaml")
+    assert any(parse({k: options.get(k) for k in CONFIGS}).values())
+
+
+# Commands ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["pt", "yaml"])
+def test_prune_without_data_or_training(place, tiny, tiny_yaml, kind):
+    model = tiny if kind == "pt" else tiny_yaml
+    words = ["prune", f"model={model}", "epochs=0", "prune.speedup=1.5", "imgsz=64", f"project={place}", "name=run"]
+    assert cli.main(words) == 0
+    before, after = (
+        sum(p.numel() for p in load_model(m)[0].parameters()) for m in (model, place / "run/weights/best.pt")
+    )
+    assert after < before
+    assert (place / "run/summary.json").is_file() and (place / "run/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "techniques"),
+    [
+        (["compress"], {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}),
+        (["compress", "quant=None"], {"prune": {"speedup": 2.0}, "distill": {}, "quant": None}),
+        (["prune"], {"prune": {"speedup": 2.0}}),
+        (["prune", "prune.ratio=0.3", "epochs=0"], {"prune": {"ratio": 0.3}}),
+        (["prune", "distill=True"], {"prune": {"speedup": 2.0}, "distill": True}),
+        (["quantize"], {"quant": {}}),
+        (["quantize", "quant.mode=qat"], {"quant": {"mode": "qat"}}),
+    ],
+    ids=" ".join,
+)
+def test_commands_switch_their_techniques_on(monkeypatch, words, techniques):
+    seen = {}
+    monkeypatch.setattr("yolo_ext.pipeline.compress", lambda **o: seen.update(o) or {"checks": []})
+    assert cli.main([*words, *B]) == 0
+    assert {k: seen[k] for k in CONFIGS if k in seen} == techniques
+    assert seen.get("epochs") == (0 if words[0] == "quantize" or "epochs=0" in words else None)
+    assert seen["mode"] == words[0]
+
+
+@pytest.mark.parametrize(("words", "distill"), [([], {}), (["distill.teacher=t.pt"], {"teacher": "t.pt"})], ids=str)
+def test_distill_is_a_training_with_a_teacher(monkeypatch, words, distill):
+    seen = {}
+    monkeypatch.setattr("yolo_ext.training.train", lambda **o: seen.update(o))
+    assert cli.main(["distill", *B, *words]) == 0
+    assert seen == {"distill": distill, "name": "distill", "model": "m.pt", "data": "d.yaml"}
+
+
+def test_a_missed_budget_is_exit_status_1(monkeypatch, capsys):
+    checks = [
+        {"name": "good", "value": 0, "limit": 1, "passed": True},
+        {"name": "bad", "value": 2, "limit": 1, "passed": False},
+    ]
+    monkeypatch.setattr("yolo_ext.pipeline.compress", lambda **o: {"checks": checks})
+    assert cli.main(["compress", *B]) == 1
+    out = capsys.readouterr().out
+    assert "bad: 2 (limit 1)" in out and "good" not in out
+
+
+@pytest.mark.parametrize("command", cli.FORWARDED)
+def test_stock_commands_are_handed_on_word_by_word(monkeypatch, command):
+    seen = []
+    monkeypatch.setattr("yolo_ext.compat.yolo_entrypoint", lambda argv: seen.extend(argv))
+    words = ["segment", command, "model=m.pt", "source=x", "conf=0.3"]
+    assert cli.main(words) == 0
+    assert seen == words
+
+
+def test_stock_predict_runs_on_a_checkpoint_of_ours(place, tiny, shapes):
+    argv = list(sys.argv)
+    words = [
+        "predict",
+        f"model={tiny}",
+        f"source={shapes.parent / 'images/val'}",
+        "imgsz=64",
+        f"project={place}",
+        "name=p",
+    ]
+    assert cli.main([*words, "device=cpu"]) == 0
+    assert len(list((place / "p").glob("*.jpg"))) == 4
+    assert sys.argv == argv, "a later predict() in Python would take itself for the command line"
+    assert len(YOLO(str(tiny)).predict(str(shapes.parent / "images/val"), imgsz=64, device="cpu", verbose=False)) == 4
+
+
+# Help --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words", [[], ["help"], ["-h"], ["--help"]], ids=str)
+def test_overview_names_every_command(capsys, words):
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in [*cli.COMMANDS, *cli.FORWARDED])
+
+
+@pytest.mark.parametrize("topic", [*cli.COMMANDS, *cli.FORWARDED, *TOPICS])
+def test_help_on_every_topic(capsys, topic):
+    assert cli.main(["help", topic]) == 0
+    out = capsys.readouterr().out
+    assert topic in out or topic in TOPICS
+    for technique in TOPICS.get(topic, ()):
+        assert all(key in out for key, _, _ in help_lines(technique))
+        assert all(row.name in out and row.summary in out for table in method_tables(technique) for row in table)
+    assert max(map(len, out.splitlines())) < 200
+
+
+def test_version_cfg(capsys):
+    assert cli.main(["version"]) == 0 == cli.main(["--version"])
+    assert capsys.readouterr().out.split() == [yolo_ext.__version__] * 2
+    assert cli.main(["cfg"]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() == (cfg_dir() / "default.yaml").read_text(encoding="utf-8").strip()
+    assert list(YAML.load(cfg_dir() / "default.yaml")) == list(CONFIGS)
+
+
+def test_importing_the_package_is_light(tmp_path):
+    heavy = {"onnx", "onnxruntime", "matplotlib", "torch"}
+    code = f"import sys, yolo_ext, yolo_ext.cli; print(sorted({heavy} & set(sys.modules)))"
+    root = Path(yolo_ext.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
