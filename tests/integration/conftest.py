@@ -120,5 +120,5 @@ def fit(shapes: Path, tmp_path: Path) -> Callable[..., Any]:
 def settings_(data: Path, folder: Path) -> dict[str, Any]:
     """Return the arguments of a short training on the CPU."""
     return {"data": str(data), "imgsz": 64, "epochs": 2, "batch": 4, "nbs": 4, "device": "cpu", "workers": 0,
-            "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0.0, "seed": 3, "save_dir": str(folder),
-            "exist_ok": True}  # fmt: skip
+            "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0.0, "seed": 3,
+            "save_dir": str(folder), "exist_ok": True}  # fmt: skip
