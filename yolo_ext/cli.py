@@ -330,6 +330,8 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 a check or budget failed, 2 wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's own methods lie in the working folder
     words = [{"-h": "help", "--help": "help", "--version": "version", "-v": "version"}.get(w, w) for w in words] or [
         "help"
     ]

@@ -15,6 +15,7 @@ from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
 from yolo_ext.stages import FINETUNE, Record, Run
+from yolo_ext.training import check_techniques
 
 PICTURES = 4
 
@@ -60,15 +61,10 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
         )
     if needs_data and not data:
         raise UsageError("'data' is missing. Give data=path/to/data.yaml, or epochs=0 to prune without data.")
-    if configs["distill"] and configs["distill"].teacher != "self":
-        load_model(configs["distill"].teacher)
     info = _check_data(data, model, base) if data else {}
     size = _check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
-    if configs["prune"]:  # a target that cannot be reached must be known before hours of training
-        from yolo_ext.pruning.graph import build_graph
-        from yolo_ext.pruning.targets import plan
-
-        plan(base, build_graph(base), configs["prune"])
+    # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
+    check_techniques(model, base, info.get("names") or base.names, configs)
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
     _check_resume(folder, plain)
