@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,10 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat
-from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, finalize, is_pruned
+from yolo_ext import compat, resume
+from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
-
-ADAPTERS = "distill_last.pt"  # adapters of an unfinished run, beside last.pt
 
 
 class _AtomicPath(type(Path())):  # type: ignore[misc]
@@ -45,6 +42,7 @@ class CompressionMixin:
     """
 
     # Set by the Ultralytics trainer behind this mixin.
+    accumulate: int
     args: Any
     data: dict[str, Any]
     device: torch.device
@@ -84,6 +82,8 @@ class CompressionMixin:
         vars(self.args).update(as_plain(configs))
         self.compression = configs
         self.distiller: Any = None
+        self.cadence = resume.Cadence()
+        self._resumed: dict[str, Any] | None = None
         if RANK in {-1, 0}:
             YAML.save(self.save_dir / "args.yaml", vars(self.args))
         self.wdir = _AtomicPath(self.wdir)
@@ -167,6 +167,10 @@ class CompressionMixin:
                 self._before_training()
             elif event == "on_train_epoch_start":
                 self._before_epoch()
+            elif event == "on_train_batch_start":
+                self.cadence.waiting += 1
+            elif event == "on_train_batch_end":
+                self.accumulate -= self.cadence.shift
         super().run_callbacks(event)  # type: ignore[misc]
 
     def _before_training(self) -> None:
@@ -176,8 +180,12 @@ class CompressionMixin:
             model = unwrap_model(self.model)
             base = getattr(model, "criterion", None) or model.init_criterion()
             model.criterion = DistillationLoss(base, self.distiller)
+        self._resumed = resume.restore(self)
 
     def _before_epoch(self) -> None:
+        if self._resumed:
+            resume.begin(self, self._resumed)
+            self._resumed = None
         if self.distiller is not None:
             self.distiller.set_epoch(self.epoch, self.epochs)
         if self.compression["quant"]:
@@ -203,12 +211,14 @@ class CompressionMixin:
 
         cfg = self.compression["distill"]
         self.distiller = Distiller(student, cfg, self.device)
-        saved = Path(str(self.wdir)) / ADAPTERS
-        if self.resume and saved.exists():
-            self.distiller.adapters.load_state_dict(torch.load(saved, map_location=self.device, weights_only=True))
         how = "kept channels compared directly" if self.distiller.direct else "1x1 adapters where widths differ"
         losses = " + ".join(filter(None, (cfg.logits, cfg.features)))
         LOGGER.info(f"{colorstr('distill: ')}teacher {cfg.teacher}, {losses}, {cfg.schedule} schedule, {how}")
+
+    def preprocess_batch(self, batch: dict) -> dict:
+        """Correct, after warmup may have set it, how many batches a resumed run accumulates until its first step."""
+        self.accumulate += self.cadence.shift
+        return super().preprocess_batch(batch)  # type: ignore[misc]
 
     def optimizer_step(self) -> None:
         """Clip the adapters apart from the student and keep them equal across ranks, then step as usual."""
@@ -221,6 +231,7 @@ class CompressionMixin:
                 limit = 10.0 * self.scaler.get_scale()
                 torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
         super().optimizer_step()  # type: ignore[misc]
+        resume.stepped(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
     def get_validator(self) -> Any:
@@ -233,7 +244,8 @@ class CompressionMixin:
             self.args = own
 
     def save_model(self) -> bool:
-        """Save checkpoints of stock classes only, and the adapters beside them."""
+        """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
+        resume.save(self)
         live = self.ema.ema
         if self.compression["quant"]:
             self.ema.ema = self._stripped(live)
@@ -241,10 +253,7 @@ class CompressionMixin:
             saved = super().save_model()  # type: ignore[misc]
         finally:
             self.ema.ema = live
-        if self.distiller is not None and list(self.distiller.adapters.parameters()):
-            buffer = io.BytesIO()
-            torch.save(self.distiller.adapters.state_dict(), buffer)
-            (self.wdir / ADAPTERS).write_bytes(buffer.getvalue())
+        resume.clear(self, keep=self.epoch)
         return saved
 
     def progress_string(self) -> str:
@@ -258,12 +267,10 @@ class CompressionMixin:
 
     def final_eval(self) -> None:
         """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
-        super().final_eval()  # type: ignore[misc]
+        with resume.whole_final_files():
+            super().final_eval()  # type: ignore[misc]
         if RANK in {-1, 0}:
-            (self.wdir / ADAPTERS).unlink(missing_ok=True)
-            for path in (self.last, self.best):
-                if path.exists():
-                    finalize(Path(str(path)))
+            resume.clear(self)
 
 
 def refuse_two_distillations(ours: Any, theirs: Any) -> None:

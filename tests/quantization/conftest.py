@@ -11,6 +11,8 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_ext.deployment.export import head_args
+
 SIZE = 96
 
 
@@ -68,7 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
             model = YOLO(yaml)
             model.model = random_net(yaml)
             model.save(pt)
-            YOLO(pt).export(format="onnx", imgsz=SIZE, simplify=False, opset=18)
+            YOLO(pt).export(format="onnx", imgsz=SIZE, simplify=False, opset=18, **head_args(end2end=False))
         return pt, pt.with_suffix(".onnx")
 
     return export

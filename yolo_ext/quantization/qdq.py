@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,7 @@ def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], 
     """
     model = _load(Path(fp32))
     graph = model.graph
-    end2end = {p.key: p.value for p in model.metadata_props}.get("end2end") == "True"
-    todo = deployed_ranges(ranges, end2end=end2end)
+    todo = deployed_ranges(ranges, {_conv_path(n, ranges) for n in graph.node if n.op_type == "Conv"})
     editor = _Editor(profile, _constants(graph))
     quantized, kept = [], {}
     nodes: list[NodeProto] = []
@@ -69,16 +68,15 @@ def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], 
     return {"quantized": quantized, "float": kept}
 
 
-def deployed_ranges(ranges: Ranges, *, end2end: bool) -> Ranges:
-    """Return the ranges of the head that was exported, under its names in the fused model.
+def deployed_ranges(ranges: Ranges, present: Collection[str]) -> Ranges:
+    """Return the ranges of a model without those of a head branch that was not exported.
 
     Args:
         ranges: Ranges of a model that may have a one-to-many and a one-to-one head.
-        end2end: Whether the one-to-one head was exported; fusing gives it the names of the other one.
+        present: Convolution paths of the exported file, which holds one of the two.
     """
-    dense = {path: r for path, r in ranges.items() if "one2one_" not in path}
-    sparse = {path.replace("one2one_", ""): r for path, r in ranges.items() if "one2one_" in path}
-    return {**dense, **sparse} if end2end else dense
+    dual = {p for path in ranges if "one2one_" in path for p in (path, path.replace("one2one_", ""))}
+    return {path: r for path, r in ranges.items() if path in present or path not in dual}
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -1,0 +1,197 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""A run that was killed (SIGKILL) and resumed gives the numbers of one that was never stopped, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+
+import yolo_ext
+from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.resume import SIDECAR, _forget_later_rows, whole_final_files
+
+PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86", "observe_epochs": 3}
+EPOCHS, DONE = 4, 2  # of all, and before the kill
+
+KILLED = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from ultralytics import YOLO
+import yolo_ext, yolo_ext.trainers
+model, moment, options = json.loads(sys.argv[1])
+epoch = lambda t: t.epoch
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+yolo = YOLO(model)
+if moment == "write":  # the next state and row are there, the next checkpoint is not
+    def write(trainer):
+        if trainer.epoch == DONE:
+            yolo_ext.trainers.atomic_write = die
+    yolo.add_callback("on_train_epoch_end", write)
+else:
+    last = DONE - 1 if moment == "on_model_save" else DONE
+    yolo.add_callback(moment, lambda t: t.epoch == last and die())
+yolo.train(trainer=yolo_ext.DetectionTrainer, **options)
+""".replace("DONE", str(DONE))
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Compare nested containers of tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{where}: {(a.double() - b.double()).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}.{i}")
+    else:
+        assert a == b, f"{where}: {a} {b}"
+
+
+@pytest.fixture
+def keep_state():
+    """Return a function that makes a model copy its state of the last epoch before that is removed."""
+
+    def keep(yolo: YOLO, to: Path) -> YOLO:
+        def copy(trainer):
+            if trainer.epoch == EPOCHS - 1:
+                shutil.copy(Path(str(trainer.wdir)) / SIDECAR.format(trainer.epoch), to)
+
+        yolo.add_callback("on_model_save", copy)
+        return yolo
+
+    return keep
+
+
+@pytest.fixture
+def check(settings, shapes, tmp_path, keep_state):
+    """Return a function that trains without a stop, and with a kill and a resume, and compares all there is."""
+
+    def run(model: Path, moment: str = "on_model_save", **options: Any) -> None:
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        options = {"epochs": EPOCHS, "close_mosaic": 1, **options}
+        yolo = keep_state(YOLO(str(model)), tmp_path / "whole.pt")
+        yolo.train(trainer=yolo_ext.DetectionTrainer, **{**settings(shapes, whole), **options})
+        job = json.dumps([str(model), moment, {**settings(shapes, cut), **options}])
+        done = subprocess.run([sys.executable, "-c", KILLED, job], capture_output=True, text=True, timeout=300)
+        assert done.returncode == -9, done.stderr[-2000:]
+        yolo = keep_state(YOLO(str(cut / "weights/last.pt")), tmp_path / "cut.pt")
+        yolo.train(trainer=yolo_ext.DetectionTrainer, resume=True)
+
+        same(*(torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "cut")))
+        for name in ("last.pt", "best.pt"):
+            same(*(load_model(d / "weights" / name)[0].state_dict() for d in (whole, cut)), name)
+        tables = [polars.read_csv(d / "results.csv").drop("time") for d in (whole, cut)]
+        assert tables[0].equals(tables[1]) and tables[0].height == EPOCHS
+        assert sorted(p.name for p in (cut / "weights").iterdir()) == ["best.pt", "last.pt"]
+
+    return run
+
+
+def options_of(name: str, wide: Path) -> dict[str, Any]:
+    return {
+        "plain": {},
+        "self": {"prune": PRUNE, "distill": {"teacher": "self"}},
+        "wide": {"prune": PRUNE, "distill": {"teacher": str(wide)}},
+        "all": {"prune": PRUNE, "distill": {"teacher": "self"}, "quant": QUANT},
+    }[name]
+
+
+def test_killed_pruning_with_distillation_resumes_exactly(check, tiny, wide):
+    check(tiny, **options_of("self", wide))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "wide", "all"])
+def test_killed_run_resumes_exactly(check, tiny, wide, name):
+    check(tiny, **options_of(name, wide))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["on_train_batch_end", "on_train_epoch_end", "write"])
+def test_the_moment_of_the_kill_does_not_matter(check, tiny, wide, moment):
+    check(tiny, moment, **options_of("wide", wide))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nbs": 12},
+        {"nbs": 12, "warmup_epochs": 2.6},
+        {"warmup_epochs": 3.0, "optimizer": "MuSGD"},
+        {"batch": 3, "optimizer": "SGD", "momentum": 0.9},
+        {"close_mosaic": 2},
+        {"close_mosaic": 3},
+        {"multi_scale": 0.5, "mixup": 0.5, "copy_paste": 0.5},
+    ],
+    ids=["accumulate", "accumulate in warmup", "MuSGD in warmup", "odd batch", "mosaic closes at resume",
+         "mosaic closed before", "more augmentation"],
+)  # fmt: skip
+def test_kinds_of_training_resume_exactly(check, tiny, options):
+    check(tiny, **options)
+
+
+@pytest.mark.slow
+def test_end_to_end_head_resumes_exactly(check, tmp_path, randomise):
+    torch.manual_seed(0)
+    check(save_model(randomise(DetectionModel("yolo26n.yaml", nc=3, verbose=False)), tmp_path / "yolo26n.pt"))
+
+
+def test_a_state_of_other_weights_is_ignored_with_a_warning(fit, tiny, tmp_path, caplog, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(trainer):
+        raise Stopped
+
+    monkeypatch.setattr("yolo_ext.resume.LOGGER.propagate", True)
+    yolo = YOLO(str(tiny))
+    yolo.add_callback("on_model_save", stop)
+    with pytest.raises(Stopped):
+        fit(yolo, yolo_ext.DetectionTrainer)
+    weights = tmp_path / "run/weights"
+    path = weights / SIDECAR.format(0)
+    state = torch.load(path, weights_only=True)
+    state["ema"] = {k: v + 1 for k, v in state["ema"].items()}
+    state["model"] = {k: torch.full_like(v, torch.nan) for k, v in state["model"].items() if v.is_floating_point()}
+    torch.save(state, path)
+    YOLO(str(weights / "last.pt")).train(trainer=yolo_ext.DetectionTrainer, resume=True)
+    assert "not of this checkpoint" in caplog.text
+    assert all(torch.isfinite(v).all() for v in load_model(weights / "last.pt")[0].state_dict().values())
+
+
+def test_rows_of_epochs_to_repeat_are_dropped(tmp_path):
+    csv = tmp_path / "results.csv"
+    csv.write_text("epoch,time,x\n1,0.5,3\n2,1,4\n3,1.5,5\n4,2")
+    _forget_later_rows(csv, 2)
+    assert csv.read_text() == "epoch,time,x\n1,0.5,3\n2,1,4\n"
+
+
+def test_a_kill_while_final_files_are_written_leaves_the_old_ones(tiny, tmp_path, monkeypatch):
+    from ultralytics.engine import trainer as engine
+
+    last = Path(shutil.copy(tiny, tmp_path / "last.pt"))
+    before = last.read_bytes()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("yolo_ext.resume.finalize", killed)
+    stock = engine.strip_optimizer
+    with pytest.raises(KeyboardInterrupt), whole_final_files():
+        engine.strip_optimizer(last)
+    assert last.read_bytes() == before and engine.strip_optimizer is stock
