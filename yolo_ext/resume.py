@@ -107,7 +107,8 @@ def restore(trainer: Any) -> dict[str, Any] | None:
     unwrap_model(trainer.model).load_state_dict(state["model"])
     trainer.ema.ema.load_state_dict(state["ema"])
     for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups):
-        saved["fused"] = group.get("fused")  # the device of today picks the kernel
+        if "fused" in saved:
+            saved["fused"] = group["fused"]  # the device of today picks the kernel
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.distiller:
         trainer.distiller.adapters.load_state_dict(state["adapters"])

@@ -14,7 +14,7 @@ import polars
 import pytest
 import torch
 from ultralytics import YOLO
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 import yolo_ext
 from yolo_ext.checkpoint import load_model, save_model
@@ -29,20 +29,25 @@ import torch
 torch.set_num_threads(1)
 from ultralytics import YOLO
 import yolo_ext, yolo_ext.trainers
-model, moment, options = json.loads(sys.argv[1])
-epoch = lambda t: t.epoch
+model, moment, epoch, options = json.loads(sys.argv[1])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 yolo = YOLO(model)
-if moment == "write":  # the next state and row are there, the next checkpoint is not
+if moment == "write":  # the state and the row of this epoch are there, its checkpoint is not
     def write(trainer):
-        if trainer.epoch == DONE:
+        if trainer.epoch == epoch:
             yolo_ext.trainers.atomic_write = die
     yolo.add_callback("on_train_epoch_end", write)
 else:
-    last = DONE - 1 if moment == "on_model_save" else DONE
-    yolo.add_callback(moment, lambda t: t.epoch == last and die())
-yolo.train(trainer=yolo_ext.DetectionTrainer, **options)
-""".replace("DONE", str(DONE))
+    yolo.add_callback(moment, lambda t: t.epoch == epoch and die())
+yolo.train(trainer=yolo_ext.trainer_for(yolo.task), **options)
+"""
+
+
+def kill(model: Path, moment: str, epoch: int, **options: Any) -> None:
+    """Train in a process that kills itself in this epoch, counted from 0."""
+    job = json.dumps([str(model), moment, epoch, options])
+    done = subprocess.run([sys.executable, "-c", KILLED, job], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -9, done.stderr[-2000:]
 
 
 def same(a: Any, b: Any, where: str = "") -> None:
@@ -80,16 +85,18 @@ def keep_state():
 def check(settings, shapes, tmp_path, keep_state):
     """Return a function that trains without a stop, and with a kill and a resume, and compares all there is."""
 
-    def run(model: Path, moment: str = "on_model_save", **options: Any) -> None:
+    def run(model: Path, moment: str = "on_model_save", kills: int = 1, **options: Any) -> None:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = {"epochs": EPOCHS, "close_mosaic": 1, **options}
         yolo = keep_state(YOLO(str(model)), tmp_path / "whole.pt")
-        yolo.train(trainer=yolo_ext.DetectionTrainer, **{**settings(shapes, whole), **options})
-        job = json.dumps([str(model), moment, {**settings(shapes, cut), **options}])
-        done = subprocess.run([sys.executable, "-c", KILLED, job], capture_output=True, text=True, timeout=300)
-        assert done.returncode == -9, done.stderr[-2000:]
-        yolo = keep_state(YOLO(str(cut / "weights/last.pt")), tmp_path / "cut.pt")
-        yolo.train(trainer=yolo_ext.DetectionTrainer, resume=True)
+        trainer = yolo_ext.trainer_for(yolo.task)
+        yolo.train(trainer=trainer, **{**settings(shapes, whole), **options})
+        first = DONE - 1 if moment == "on_model_save" else DONE
+        kill(model, moment, first, **{**settings(shapes, cut), **options})
+        last = cut / "weights/last.pt"
+        for i in range(1, kills):
+            kill(last, moment, first + i, resume=True)
+        keep_state(YOLO(str(last)), tmp_path / "cut.pt").train(trainer=trainer, resume=True)
 
         same(*(torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "cut")))
         for name in ("last.pt", "best.pt"):
@@ -127,6 +134,11 @@ def test_the_moment_of_the_kill_does_not_matter(check, tiny, wide, moment):
 
 
 @pytest.mark.slow
+def test_killed_twice_resumes_exactly(check, tiny, wide):
+    check(tiny, kills=2, nbs=20, **options_of("wide", wide))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -143,6 +155,18 @@ def test_the_moment_of_the_kill_does_not_matter(check, tiny, wide, moment):
 )  # fmt: skip
 def test_kinds_of_training_resume_exactly(check, tiny, options):
     check(tiny, **options)
+
+
+@pytest.mark.slow
+def test_classification_resumes_exactly(check, shapes, tmp_path, randomise):
+    for i, image in enumerate(sorted(shapes.parent.rglob("*.jpg"))):
+        for split in ("train", "val"):
+            folder = tmp_path / "classes" / split / f"c{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, folder)
+    torch.manual_seed(0)
+    model = randomise(ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False))
+    check(save_model(model, tmp_path / "yolov8n-cls.pt"), data=str(tmp_path / "classes"), nbs=8, erasing=0.4)
 
 
 @pytest.mark.slow
