@@ -68,7 +68,7 @@ class QuantConfig:
     exclude: list[str] = option([], "Regular expressions of module names that stay float")
     max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0)
     epochs: int = option(10, "QAT epochs", low=1)
-    lr0: float = option(1e-4, "QAT learning rate (AdamW)", above=0.0)
+    lr0: float = option(2e-5, "QAT learning rate (AdamW)", above=0.0)
     observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)
 
 

@@ -50,7 +50,7 @@ def capture(trainer: Any) -> dict[str, Any]:
         A dict that `torch.load(weights_only=True)` reads. It refers to live tensors.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
-    cuda = trainer.device.type == "cuda"
+    cuda, stopper = trainer.device.type == "cuda", trainer.stopper
     return {
         "model": unwrap_model(trainer.model).state_dict(),
         "ema": trainer.ema.ema.state_dict(),
@@ -58,12 +58,13 @@ def capture(trainer: Any) -> dict[str, Any]:
         "adapters": trainer.distiller.adapters.state_dict() if trainer.distiller else {},
         "gradients": [p.grad for p in _parameters(trainer)],
         "waiting": trainer.cadence.waiting,
+        "stopper": {"best_fitness": float(stopper.best_fitness), "best_epoch": stopper.best_epoch},
         "random": {
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(trainer.device) if cuda else None,
-            "loader": trainer.train_loader.generator.get_state(),
+            "orders": [(x.generator.get_state(), x.iterator is not None) for x in _loaders(trainer)],
             "buffer": list(getattr(trainer.train_loader.dataset, "buffer", ())),
         },
     }
@@ -110,6 +111,7 @@ def restore(trainer: Any) -> dict[str, Any] | None:
         if "fused" in saved:
             saved["fused"] = group["fused"]  # the device of today picks the kernel
     trainer.optimizer.load_state_dict(state["optimizer"])
+    vars(trainer.stopper).update(state["stopper"])
     if trainer.distiller:
         trainer.distiller.adapters.load_state_dict(state["adapters"])
     return state
@@ -128,12 +130,15 @@ def begin(trainer: Any, state: dict[str, Any]) -> None:
     trainer.cadence = Cadence(waiting, len(trainer.train_loader) * trainer.start_epoch - waiting)
     if trainer.world_size > 1:
         return
-    saved, loader = state["random"], trainer.train_loader
-    if not loader.num_workers:
-        for i in saved["buffer"]:
-            loader.dataset.load_image(i)
-        closing = trainer.args.close_mosaic and trainer.start_epoch == trainer.epochs - trainer.args.close_mosaic
-        _continue_order(loader, saved["loader"], mid_run=not closing)
+    saved, train = state["random"], trainer.train_loader
+    for i in saved["buffer"]:
+        train.dataset.load_image(i)
+    # From this epoch on mosaic is closed, for which Ultralytics resets the loader: first, or again after a resume.
+    closing = trainer.epochs - trainer.args.close_mosaic if trainer.args.close_mosaic else trainer.epochs
+    for loader, (order, begun) in zip(_loaders(trainer), saved["orders"]):  # stock classification shuffles both
+        resets = loader is train and trainer.start_epoch >= closing
+        if not loader.num_workers:
+            _continue_order(loader, order, begun and not (resets and trainer.start_epoch == closing), resets)
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(saved["python"])
@@ -180,6 +185,10 @@ def _parameters(trainer: Any) -> list[torch.nn.Parameter]:
     return [p for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
+def _loaders(trainer: Any) -> tuple[Any, Any]:
+    return trainer.train_loader, trainer.test_loader
+
+
 def _belongs(state: dict[str, Any], ema: dict[str, torch.Tensor]) -> bool:
     """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
     saved = state["ema"]
@@ -195,24 +204,27 @@ def _forget_later_rows(csv: Path, epochs: int) -> None:
             atomic_write(csv, "".join([head, *kept]))
 
 
-def _continue_order(loader: Any, state: torch.Tensor, mid_run: bool) -> None:
+def _continue_order(loader: Any, order: torch.Tensor, mid_run: bool, resets: bool) -> None:
     """Make the loader's next iterator go on with the order of images.
 
     Args:
-        loader: Training dataloader without workers.
-        state: State of its generator.
+        loader: Dataloader without workers.
+        order: State of its generator.
         mid_run: Whether the uninterrupted run keeps its iterator, which has then ended an epoch, or makes a new one.
+        resets: Whether the training loop may reset the loader before it is used; that depends on the version.
     """
     make = loader._get_iterator
 
     def once() -> Any:
         loader._get_iterator = make
-        loader.generator.set_state(state)
+        loader.generator.set_state(order)
         iterator = make()
         if mid_run:
             for _ in range(len(loader)):  # the sampler draws its next order only behind the end of the last one
                 next(iterator._sampler_iter)
-            loader.generator.set_state(state)
+            loader.generator.set_state(order)
         return iterator
 
-    loader._get_iterator = once
+    loader.iterator = once()
+    if resets:
+        loader._get_iterator = once

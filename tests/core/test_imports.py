@@ -21,6 +21,7 @@ ORDER = [
     {"data", "reporting"},
     {"pruning", "distillation", "quantization", "deployment"},
     {"runs"},
+    {"resume"},
     {"trainers"},
     {"callbacks", "training", "tools", "helptext"},
     {"stages"},

@@ -26,7 +26,8 @@ from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, load_model, save_model
 from yolo_ext.config import DistillConfig, PruneConfig
 from yolo_ext.distillation.criterion import DistillationLoss
 from yolo_ext.errors import UsageError
-from yolo_ext.trainers import ADAPTERS, TRAINERS, _AtomicPath
+from yolo_ext.resume import SIDECAR
+from yolo_ext.trainers import TRAINERS, _AtomicPath
 
 PRUNE, DISTILL = {"speedup": 1.5}, {"teacher": "self"}
 KD = ["kd_cls_loss", "kd_box_loss", "kd_feat_loss"]
@@ -186,25 +187,25 @@ def test_columns_follow_the_losses_in_use(fit, tiny, tmp_path, options, columns)
 
 
 def test_checkpoints_hold_stock_classes_only_during_and_after_training(fit, tiny, wide, tmp_path):
-    during, adapters = [], []
+    during, states = [], []
     weights = tmp_path / "run" / "weights"
     yolo = YOLO(str(tiny))
 
     def check(trainer):
         during.extend(is_stock(weights / n) for n in ("last.pt", "best.pt", "epoch0.pt"))
-        adapters.append((weights / ADAPTERS).is_file())
+        states.append([p.name for p in weights.glob(SIDECAR.format("*"))])
 
     yolo.add_callback("on_model_save", check)
     fit(yolo, yolo_ext.DetectionTrainer, prune=PRUNE, distill={"teacher": str(wide)}, quant={"mode": "qat", "calib": 4},
         save_period=1)  # fmt: skip
-    assert during == [True] * 6 and adapters == [True] * 2
+    assert during == [True] * 6 and states == [[SIDECAR.format(0)], [SIDECAR.format(1)]]
     for name in ("last.pt", "best.pt"):
         assert is_stock(weights / name)
         model, ckpt = load_model(weights / name)
         assert set(ckpt[MANIFEST]) >= {"prune", "quant"} and ckpt[MANIFEST] == getattr(model, MANIFEST)
         torch_safe_load(weights / name, safe_only=True)  # what ULTRALYTICS_SAFE_LOAD does
         assert ckpt["optimizer"] is None and ckpt["epoch"] == -1
-    assert not (weights / ADAPTERS).exists()
+    assert not list(weights.glob(SIDECAR.format("*")))
 
 
 @pytest.mark.slow
