@@ -189,11 +189,16 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
         rows.append(
             (
                 f"{technique}.{f.name}",
-                str(default),
+                _plain(default),
                 f.metadata["help"] + (f" ({', '.join(choices)})" if choices else ""),
             )
         )
     return rows
+
+
+def _plain(value: Any) -> str:
+    """Write a default without an exponent, which YAML would read as a string."""
+    return f"{value:.8f}".rstrip("0") if isinstance(value, float) and "e" in str(value) else str(value)
 
 
 def default_yaml() -> str:
