@@ -17,6 +17,7 @@ from yolo_ext.errors import UsageError
 from yolo_ext.stages import FINETUNE, Record, Run
 from yolo_ext.training import check_techniques
 
+STAGES = ("base", "prune", "finetune", "ptq", "qat", "verify", "latency")  # functions of `stages`, in order
 PICTURES = 4
 
 
@@ -67,7 +68,7 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     check_techniques(model, base, info.get("names") or base.names, configs)
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
-    _check_resume(folder, plain)
+    _check_resume(folder, plain) if resume else _start_over(folder)
     YAML.save(folder / "compress.yaml", plain)
     YAML.save(folder / "args.yaml", {k: v for k, v in plain.items() if k not in EXT_DEFAULTS})
     return Run(folder, Path(model), data, info, size, configs, options)
@@ -92,11 +93,18 @@ def _check_imgsz(imgsz: Any, base: Any) -> int:
     return imgsz
 
 
+def _start_over(folder: Path) -> None:
+    """Remove the stages of an earlier run from a folder that the user lets us write again (`exist_ok=True`)."""
+    if (folder / "compress.yaml").exists():
+        for stage in STAGES:
+            shutil.rmtree(folder / stage, ignore_errors=True)
+
+
 def _check_resume(folder: Path, options: dict[str, Any]) -> None:
     """Refuse to mix stages of different options in one folder."""
     before = runs.read(folder / "compress.yaml")
-    changed = sorted(k for k in {*before, *options} if before.get(k) != options.get(k)) if before else []
-    if changed and any(folder.glob("*/stage.json")):
+    changed = sorted(k for k in {*before, *options} if before.get(k) != options.get(k))
+    if changed:
         raise UsageError(
             f"'{folder}' holds a run with other options ({', '.join(changed)} changed). "
             "Give another name=, or the options of that run to go on with it."
@@ -106,16 +114,13 @@ def _check_resume(folder: Path, options: dict[str, Any]) -> None:
 def _wanted(run: Run) -> list[tuple[str, Callable[[Run], Record]]]:
     """Return the stages that this run needs, in order."""
     prune, distill, quant = (run.configs[k] for k in ("prune", "distill", "quant"))
-    table: list[tuple[Callable[[Run], Record], Any]] = [
-        (stages.base, True),
-        (stages.prune, prune),
-        (stages.finetune, run.epochs > 0 and (prune or distill)),
-        (stages.ptq, quant),
-        (stages.qat, quant and quant.mode != "ptq"),
-        (stages.verify, quant),
-        (stages.latency, quant),
-    ]
-    return [(stage.__name__, stage) for stage, wanted in table if wanted]
+    wanted = {
+        "prune": prune,
+        "finetune": run.epochs > 0 and (prune or distill),
+        "qat": quant and quant.mode != "ptq",
+        **dict.fromkeys(("ptq", "verify", "latency"), quant),
+    }
+    return [(name, getattr(stages, name)) for name in STAGES if wanted.get(name, True)]
 
 
 def _finish(run: Run) -> dict[str, Any]:

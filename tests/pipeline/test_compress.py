@@ -154,3 +154,10 @@ def test_input_is_checked_before_anything_is_written(base, data, tmp_path):
 def test_source_model_and_data_are_untouched(base, data, compressed):
     assert torch.load(base, weights_only=False).get("yolo_ext") is None
     assert not [p for p in data.parent.rglob("*") if p.suffix in {".onnx", ".pt"}]
+
+
+def test_a_folder_that_may_be_written_again_starts_over(base, tmp_path):
+    place = {"save_dir": str(tmp_path / "run"), "exist_ok": True, "epochs": 0, "imgsz": 64}
+    first = compress(base, prune={"ratio": 0.1}, **place)
+    second = compress(base, prune={"ratio": 0.4}, **place)
+    assert second["after"]["params"] < first["after"]["params"]
