@@ -90,10 +90,12 @@ def base(run: Run) -> Record:
     m = _measure(run, run.base)
     if run.configs["quant"]:
         from yolo_ext.deployment.export import export_onnx
+        from yolo_ext.deployment.runtime import conv_report
         from yolo_ext.deployment.verify import map_onnx
 
         file = export_onnx(run.base, run.folder / "base" / "fp32.onnx", run.imgsz)
         m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": map_onnx(file, run.data, run.imgsz)["map"]})
+        m.update({k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")})
     return {"metrics": m}
 
 
