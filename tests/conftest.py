@@ -14,4 +14,4 @@ os.environ.update(YOLO_CONFIG_DIR=_CONFIG, YOLO_AUTOINSTALL="false", YOLO_OFFLIN
 
 import torch  # noqa: E402  the variables above count when Ultralytics is imported
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # many small convolutions: more threads spin on shared cores

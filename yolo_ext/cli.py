@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.config import COMPRESS_DEFAULTS, CONFIGS, cfg_dir, default_yaml, help_lines
+from yolo_ext.config import COMPRESS_DEFAULTS, CONFIGS, default_yaml, help_lines, load_recipe
 from yolo_ext.errors import UsageError, YoloExtError
 from yolo_ext.registry import suggest
 
@@ -79,7 +79,7 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     if problems:
         raise UsageError("\n".join(problems) + "\nSee `yolo-ext help`.")
     recipe = flat.pop("recipe", None)
-    options = _nest({**(_recipe(recipe) if recipe else {}), **flat})
+    options = _nest({**(load_recipe(recipe) if recipe else {}), **flat})
     _check_keys(command, options)
     return command, options
 
@@ -96,27 +96,6 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         else:
             nested[technique] = {name: value}
     return nested
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    """Load a recipe by path or by the name of a bundled one, flat with dotted keys."""
-    from ultralytics.utils import YAML
-
-    bundled = cfg_dir() / "recipes"
-    file = next((p for p in (Path(str(name)), bundled / str(name), bundled / f"{name}.yaml") if p.is_file()), None)
-    if file is None:
-        known = sorted(p.stem for p in bundled.glob("*.yaml"))
-        raise UsageError(f"Recipe '{name}' does not exist.{suggest(str(name), known)} Bundled: {', '.join(known)}.")
-    try:
-        content = YAML.load(file)
-    except Exception as e:
-        raise UsageError(f"Recipe '{file}' is not a YAML file: {str(e).splitlines()[0]}.") from e
-    if not isinstance(content, dict):
-        raise UsageError(f"Recipe '{file}' holds no options. Write it as 'prune: {{speedup: 2}}' and so on.")
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
 
 
 def _check_keys(command: str, options: Mapping[str, Any]) -> None:

@@ -214,3 +214,28 @@ def default_yaml() -> str:
             lines.append(f"  {key.split('.')[1]}: {value}  # {help}")
         lines.append("")
     return "\n".join(lines)
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Load a recipe by path or by the name of a bundled one, flat with dotted keys.
+
+    Raises:
+        UsageError: If there is no such recipe, or it is not a YAML of options.
+    """
+    from ultralytics.utils import YAML
+
+    bundled = cfg_dir() / "recipes"
+    file = next((p for p in (Path(str(name)), bundled / str(name), bundled / f"{name}.yaml") if p.is_file()), None)
+    if file is None:
+        known = sorted(p.stem for p in bundled.glob("*.yaml"))
+        raise UsageError(f"Recipe '{name}' does not exist.{suggest(str(name), known)} Bundled: {', '.join(known)}.")
+    try:
+        content = YAML.load(file)
+    except Exception as e:
+        raise UsageError(f"Recipe '{file}' is not a YAML file: {str(e).splitlines()[0]}.") from e
+    if not isinstance(content, dict):
+        raise UsageError(f"Recipe '{file}' holds no options. Write it as 'prune: {{speedup: 2}}' and so on.")
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat

@@ -67,7 +67,8 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
         LOGGER.info(f"Export saved as {file} ({runs.size_mb(file):.1f} MB)")
     figures = runs.model_figures(net, Path(model), imgsz)
     folder = runs.folder({k: options.get(k) for k in PLACE}, task=compat.task_of(net), mode="export")
-    runs.write_summary(folder, figures, {**figures, "size_mb": runs.size_mb(files[-1])})
+    before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
+    runs.write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
     return files
 
 

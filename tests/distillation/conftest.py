@@ -33,14 +33,6 @@ def random_model(yaml: str, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def build() -> Callable[..., nn.Module]:
     return random_model

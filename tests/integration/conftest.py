@@ -53,14 +53,6 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the data.yaml of a small generated set."""

@@ -34,15 +34,6 @@ def random_net(yaml: str, nc: int = 3) -> DetectionModel:
     return net.eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Keep the many small convolutions here from spinning on shared cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def build() -> Callable[[str], DetectionModel]:
     return random_net
