@@ -50,8 +50,8 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
     try:
         words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
-    except SyntaxError as e:
-        raise UsageError(f"Cannot read the command line: {e}") from e
+    except (SyntaxError, IndexError) as e:  # unmatched brackets
+        raise UsageError(f"Cannot read the command line '{' '.join(argv)}': check its brackets and '=' signs.") from e
     command, flat, problems = "", {}, []
     names = [*COMMANDS, *FORWARDED]
     for word in (w.rstrip(",") for w in words):

@@ -208,6 +208,7 @@ WORDS = st.one_of(
 @example(words=["compress", "recipe=\x00"])
 @example(words=["train", "task=", "epochs=["])
 @example(words=["--", "-"])
+@example(words=["[", "="])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_words_are_never_a_traceback(words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
