@@ -17,6 +17,7 @@ from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import imread
 
+from yolo_ext.data import check
 from yolo_ext.errors import UsageError
 
 
@@ -64,15 +65,11 @@ def list_images(source: Any) -> list[Path]:
     if isinstance(source, (list, tuple)):
         return [p for s in source for p in list_images(s)]
     path = Path(str(source))
-    if path.is_dir():
-        found = list(path.rglob("*"))
-    elif path.is_file() and path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        found = [path.parent / line.strip() if line.startswith("./") else Path(line.strip()) for line in lines]
-    else:
-        found = [path] if path.is_file() else [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-        if not found:
-            raise UsageError(f"Cannot find calibration images '{source}'. Give a file, a folder, a glob or a list.")
+    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
+        return check.list_images(path)
+    found = [path] if path.is_file() else [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    if not found:
+        raise UsageError(f"Cannot find calibration images '{source}'. Give a file, a folder, a glob or a list.")
     return [p for p in found if p.suffix[1:].lower() in IMG_FORMATS]
 
 
