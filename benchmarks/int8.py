@@ -57,7 +57,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         fp32 = export_onnx(model, folder / "fp32.onnx", imgsz)
-        files = {"FP32": fp32}
+        files = {"FP32": fp32, "FP32, our node order": folder / "reordered.onnx"}
+        write_qdq(fp32, files["FP32, our node order"], {}, resolve_profile("ort-x86"))  # no INT8, only the DFL rewrite
         files["Ultralytics quantize=8"] = built_in(model, data, imgsz, folder)
         for name in ("ort-x86", "ort-x86-vnni"):
             files[f"yolo_ext {name}"] = ours(model, info, imgsz, fp32, name, folder / f"{name}.onnx")

@@ -208,7 +208,7 @@ def test_ranges_follow_training_data_until_frozen(quantized, images):
     assert moved["model.1.conv"] != before["model.1.conv"]
     assert moved["model.0.conv"]["input"] == before["model.0.conv"]["input"]  # images are 0 to 1 whatever comes
     assert all(lo >= fq.SILU_LOWER and lo <= 0 <= hi for r in moved.values() for lo, hi in r.values())
-    fq.freeze_ranges(quantized)
+    fq.set_mode(quantized, "on", momentum=0.0)
     quantized(images)
     assert fq.get_ranges(quantized) == moved
 

@@ -240,12 +240,6 @@ def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None
         q.momentum = q.momentum if momentum is None else momentum
 
 
-def freeze_ranges(model: nn.Module) -> None:
-    """Stop the ranges from following the training data."""
-    for *_, q, _ in quantizers(model):
-        q.momentum = 0.0
-
-
 def get_ranges(model: nn.Module) -> Ranges:
     """Return `{convolution path: {"input": [lo, hi], "output": [lo, hi]}}` of all calibrated quantizers, as floats."""
     ranges: Ranges = {}
