@@ -80,7 +80,7 @@ def set_tripwire(model: nn.Module) -> None:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a YOLO from a ``.pt`` or build one from a ``.yaml``.
+    """Load a YOLO or RT-DETR from a ``.pt`` or build one from a ``.yaml``.
 
     Args:
         path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
@@ -91,8 +91,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
     """
-    from ultralytics import YOLO
-    from ultralytics.nn.tasks import BaseModel, load_checkpoint
+    from ultralytics import RTDETR, YOLO
+    from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
     from yolo_ext.compat import no_autoinstall
@@ -100,7 +100,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
         try:
-            model = YOLO(str(p), verbose=False).model
+            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
+            model = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
         except Exception as e:
             raise UsageError(
                 f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
@@ -130,16 +131,12 @@ def _brief(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
-def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
-    """Write a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO(path)``.
+def serialised(model: nn.Module, **extra: Any) -> bytes:
+    """Return the bytes of a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO``.
 
     Args:
         model: Float model of stock classes only; it is not changed.
-        path: Where to write the ``.pt``.
         extra: More plain entries for the checkpoint dict, such as ``train_metrics``.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: If a module of ours is still inside, which plain Ultralytics could not load.
@@ -170,7 +167,26 @@ def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
     }
     buffer = io.BytesIO()
     torch.save(ckpt, buffer)
-    atomic_write(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def size_mb(model: nn.Module) -> float:
+    """Return the size in MB (10^6 bytes) of the ``.pt`` that `save_model` would write."""
+    return len(serialised(model)) / 1e6
+
+
+def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
+    """Write what `serialised` returns, whole or not at all.
+
+    Args:
+        model: Float model of stock classes only; it is not changed.
+        path: Where to write the ``.pt``.
+        extra: More plain entries for the checkpoint dict.
+
+    Returns:
+        The path.
+    """
+    atomic_write(path, serialised(model, **extra))
     return Path(path)
 
 

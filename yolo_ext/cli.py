@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from yolo_ext.arguments import check_native, check_whole, has_target, need
 from yolo_ext.config import COMPRESS_DEFAULTS, CONFIGS, default_yaml, help_lines, load_recipe
 from yolo_ext.errors import UsageError, YoloExtError
 from yolo_ext.registry import suggest
@@ -19,7 +19,6 @@ FORWARDED = {
     "track": "Track objects (Ultralytics)",
     "benchmark": "Benchmark export formats (Ultralytics)",
 }
-OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 
 
 @dataclass(frozen=True)
@@ -113,51 +112,18 @@ def _check_keys(command: str, options: Mapping[str, Any]) -> None:
         raise UsageError("\n".join(lines) + (own if entry.keys else "") + f"\nSee `yolo-ext help {command}`.")
 
 
-def _need(options: Mapping[str, Any], *keys: str) -> None:
-    missing = [k for k in keys if options.get(k) in (None, "")]
-    if missing:
-        raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
-
-
-def _check_native(options: Mapping[str, Any], epochs: int) -> None:
-    """Let Ultralytics check the values of its own keys, before anything else happens; `epochs` is the least legal."""
-    from ultralytics.cfg import get_cfg
-    from ultralytics.utils.torch_utils import select_device
-
-    native = {k: v for k, v in options.items() if k not in (*CONFIGS, "task", "resume", "epochs")}
-    try:
-        get_cfg(overrides=native)
-        select_device(native.get("device"), verbose=False)
-    except (SyntaxError, TypeError, ValueError) as e:
-        raise UsageError(str(e).strip().splitlines()[0]) from e
-    _check_whole(options, epochs=epochs, imgsz=1)
-    if native.get("cfg") and not Path(str(native["cfg"])).is_file():
-        raise UsageError(f"'cfg={native['cfg']}' does not exist. Give the path of a YAML file with training arguments.")
-    name = str(native.get("optimizer", "auto"))
-    if name.lower() not in map(str.lower, OPTIMIZERS):
-        raise UsageError(f"Unknown optimizer '{name}'.{suggest(name, [*OPTIMIZERS])} Legal: {', '.join(OPTIMIZERS)}.")
-
-
-def _check_whole(options: Mapping[str, Any], **least: int) -> None:
-    """Check options that are whole numbers, each given with its least legal value."""
-    for key, low in least.items():
-        value = options.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise UsageError(f"'{key}={value}' is illegal: give a whole number of at least {low}.")
-
-
 # Commands ------------------------------------------------------------------------------------------------------------
 def _compress(options: dict[str, Any], mode: str, techniques: tuple[str, ...]) -> int:
     """Run the pipeline with the named techniques on by default; the user's keys switch others on or any off."""
     from yolo_ext.pipeline import compress
 
-    _need(options, "model")
+    need(options, "model")
     for name in techniques:
         given = options.get(name, {})
         if given not in (None, False):
-            target = {} if isinstance(given, dict) and given.get("ratio") is not None else COMPRESS_DEFAULTS[name]
-            options[name] = {**target, **(given if isinstance(given, dict) else {})}
-    _check_native(options, epochs=0)
+            given = given if isinstance(given, dict) else {}
+            options[name] = {**({} if name == "prune" and has_target(given) else COMPRESS_DEFAULTS[name]), **given}
+    check_native(options, epochs=0)
     _check_task(options)
     summary = compress(**options, mode=mode)
     failed = [c for c in summary["checks"] if not c["passed"]]
@@ -178,8 +144,8 @@ def _check_task(options: dict[str, Any]) -> None:
 def _train(options: dict[str, Any]) -> int:
     from yolo_ext.training import train
 
-    _need(options, "model", *(() if options.get("resume") else ("data",)))
-    _check_native(options, epochs=1)
+    need(options, "model", *(() if options.get("resume") else ("data",)))
+    check_native(options, epochs=1)
     _check_task(options)
     train(**options)
     return 0
@@ -188,9 +154,9 @@ def _train(options: dict[str, Any]) -> int:
 def _export(options: dict[str, Any]) -> int:
     from yolo_ext.tools import export
 
-    _need(options, "model")
+    need(options, "model")
     if options.get("format", "onnx") == "onnx":
-        _check_whole(options, imgsz=1, batch=1, opset=1)
+        check_whole(options, imgsz=1, batch=1, opset=1)
     export(**options)
     return 0
 
@@ -198,25 +164,43 @@ def _export(options: dict[str, Any]) -> int:
 def _verify(options: dict[str, Any]) -> int:
     from yolo_ext.tools import verify
 
-    _need(options, "model", "onnx")
-    _check_whole(options, imgsz=1)
+    need(options, "model", "onnx")
+    check_whole(options, imgsz=1)
     return 0 if verify(**options)["passed"] else 1
 
 
 def _bench(options: dict[str, Any]) -> int:
     from yolo_ext.tools import bench
 
-    _need(options, "models")
-    _check_whole(options, imgsz=1, threads=1, batch=1, rounds=1)
+    need(options, "models")
+    check_whole(options, imgsz=1, threads=1, batch=1, rounds=1)
     bench(**options)
+    return 0
+
+
+def _analyze(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import analyze
+
+    need(options, "model")
+    check_whole(options, imgsz=1)
+    analyze(**options)
+    return 0
+
+
+def _sensitivity(options: dict[str, Any]) -> int:
+    from yolo_ext.tools import sensitivity
+
+    need(options, "model", "data")
+    check_whole(options, imgsz=1)
+    sensitivity(**options)
     return 0
 
 
 def _convert(options: dict[str, Any]) -> int:
     from yolo_ext.tools import convert
 
-    _need(options, "source", "out")
-    _check_whole(options, seed=0)
+    need(options, "source", "out")
+    check_whole(options, seed=0)
     convert(**options)
     return 0
 
@@ -291,6 +275,10 @@ COMMANDS: dict[str, Command] = {
                       ("model", "onnx", "int8", "data", "source", "imgsz", "project", "name", "exist_ok", "save_dir")),
     "bench": Command(_bench, "Measure latency of .pt and .onnx files side by side",
                      ("models", "imgsz", "threads", "batch", "rounds", "project", "name", "exist_ok", "save_dir")),
+    "analyze": Command(_analyze, "Print every group of coupled channels: size, cost, prunable or the reason why not",
+                       ("model", "imgsz", "project", "name", "exist_ok", "save_dir")),
+    "sensitivity": Command(_sensitivity, "Measure mAP and losses against the share pruned, group by group",
+                           ("model", "data", "ratios", "prune", "imgsz", "project", "name", "exist_ok", "save_dir")),
     "convert": Command(_convert, "Turn a Pascal VOC dataset into YOLO format",
                        ("format", "source", "out", "train", "val", "test", "classes", "ratio", "seed")),
     "demo": Command(_demo, "Generate data, train a small YOLO and compress it; needs no network",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import block, head, transformer
+from ultralytics.nn.modules import block, head
 
 from yolo_ext.errors import UsageError
 
@@ -23,10 +23,12 @@ def _classes(module: Any, *names: str) -> tuple[type[nn.Module], ...]:
 
 
 ATTENTION = _classes(block, "Attention")
-OPAQUE = _classes(transformer, "AIFI", "TransformerLayer", "TransformerBlock") + _classes(head, "RTDETRDecoder")
+OPAQUE = _classes(head, "RTDETRDecoder")
 ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Mish, nn.ELU)
 # Blocks that keep the width of one part of their first conv as an attribute.
-WIDTH_ATTRIBUTES = _classes(block, "C2f", "C2PSA", "PSA", "RepNCSPELAN4", "C2")
+WIDTH_ATTRIBUTES = _classes(block, "C2f", "C2PSA", "PSA", "RepNCSPELAN4", "C2", "C2fAttn")
+FREE_CUTS = _classes(block, "CBLinear")  # keep the width of each part of their output, in `c2s`
+FUSIONS = _classes(block, "CBFuse")  # add parts of several cut outputs
 
 # Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
 WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
@@ -92,6 +94,18 @@ def max_stride(model: nn.Module) -> int:
     return max(int(stride.max()) if stride is not None else 32, 32)
 
 
+def probe_size(model: nn.Module) -> int:
+    """Return the side in pixels of the smallest image that shows how the channels of a model are coupled.
+
+    Two cells on the coarsest level; a transformer head also needs as many cells as it has queries.
+    """
+    stride = max_stride(model)
+    size, queries = 2 * stride, getattr(detection_head(model), "num_queries", 0)
+    while sum((size * 4 // stride // 2**level) ** 2 for level in range(3)) < queries:
+        size += stride
+    return size
+
+
 def input_channels(model: nn.Module) -> int:
     """Return the number of image channels that the model takes."""
     yaml = getattr(model, "yaml", None) or {}
@@ -111,9 +125,17 @@ def returned_tensors(out: Any) -> Iterator[torch.Tensor]:
             yield from returned_tensors(v)
 
 
-def refresh_widths(model: nn.Module) -> None:
-    """Bring the width attributes of stock blocks in line with their layers after surgery."""
-    for m in model.modules():
+def refresh_widths(model: nn.Module, kept: dict[str, dict[str, list[int]]] | None = None) -> None:
+    """Bring the width attributes of stock blocks in line with their layers after surgery.
+
+    Args:
+        model: The model after surgery.
+        kept: Kept positions by layer path and dimension; blocks that cut their output freely need them.
+    """
+    for path, m in model.named_modules():
+        if isinstance(m, FREE_CUTS) and (index := (kept or {}).get(f"{path}.conv", {}).get("out")) is not None:
+            ends = [sum(m.c2s[: i + 1]) for i in range(len(m.c2s))]
+            m.c2s = [sum(end - width <= i < end for i in index) for end, width in zip(ends, m.c2s)]
         if isinstance(m, WIDTH_ATTRIBUTES) and hasattr(m, "c") and hasattr(m, "cv1"):
             m.c = m.cv1.conv.out_channels // 2
         if isinstance(m, ATTENTION):
@@ -221,3 +243,32 @@ def yolo_entrypoint(argv: list[str]) -> None:
     finally:  # or every later predict() of this process would take itself for the command line
         for argv_ in seen:
             argv_[:] = before
+
+
+def restart_ema(ema: Any) -> None:
+    """Make a ModelEMA look up the tensors that it pairs anew, after surgery has replaced them."""
+    if hasattr(ema, "_pairs"):
+        ema._pairs = None
+
+
+def rewrap(trainer: Any) -> None:
+    """Wrap the model of a multi-GPU run anew after surgery: DDP holds on to the parameters that it was made with."""
+    import inspect
+
+    old = trainer.model
+    if not isinstance(old, nn.parallel.DistributedDataParallel):
+        return
+    names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    trainer.model = nn.parallel.DistributedDataParallel(
+        old.module, device_ids=old.device_ids, find_unused_parameters=old.find_unused_parameters, **{sync: False}
+    )
+
+
+def freeze(model: nn.Module, layers: Any) -> None:
+    """Freeze layers as `freeze=` of Ultralytics is going to: the first n, or a list of indices."""
+    chosen = layers if isinstance(layers, list) else range(layers) if isinstance(layers, int) else []
+    prefixes = tuple(f"model.{i}." for i in chosen)
+    for name, p in model.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            p.requires_grad_(False)

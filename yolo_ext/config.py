@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def cfg_dir() -> Path:
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare one option: default, help line, and `choices`, `low`/`high` (inclusive) or `above` (exclusive)."""
+    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive)."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help, **limits})
     return field(default=default, metadata={"help": help, **limits})
@@ -28,18 +29,49 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Structured pruning."""
+    """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
     method: str = option("lamp", "Criterion: see `yolo-ext help prune`, or your own as package.module:function")
+    kind: str = option(
+        "structured",
+        "Remove channels, or zero single weights, which saves no time on today's runtimes",
+        choices=("structured", "unstructured", "2:4"),
+    )
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
-    ratio: float | None = option(None, "Target: share of channels to remove, instead of speedup", low=0.0, high=0.95)
-    scope: str = option("global", "Rank channels over the whole model or layer by layer", choices=("global", "local"))
+    params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
+    latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
+    size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
+    max_drop: float | None = option(None, "Target: prune as far as mAP50-95 drops by no more, such as 0.02", above=0.0)
+    ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
+    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"))
+    scope: str = option(
+        "global",
+        "Rank channels over the model, layer by layer, or among layers of one structure; pagcp spends a loss budget",
+        choices=("global", "local", "isomorphic", "pagcp"),
+    )
+    include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
+    exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
+    ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}")
+    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on")
     round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1)
     min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1)
-    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, high=0.99)
-    exclude: list[str] = option([], "Regular expressions of module names that keep all their channels")
+    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, below=1.0)
+    at: list[int] = option([], "While training: prune at the start of these epochs, counted from 0, such as [5,10,15]")
+    every: int | None = option(None, "While training: prune every so many epochs", low=1)
+    start: int | None = option(None, "While training: first epoch that prunes (0)", low=0)
+    end: int | None = option(None, "While training: last epoch that may prune (half of the epochs)", low=0)
+    steps: int | None = option(None, "While training: largest number of prunings", low=1)
+    schedule: str = option("cubic", "While training: how the target grows by step", choices=("cubic", "linear"))
+    images: int = option(128, "Train images for criteria, budgets and trials that need data", low=1)
     recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0)
-    seed: int = option(0, "Seed of the random criterion", low=0)
+    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0)
+    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0)
+    topk: float = option(0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0)
+    compare: bool = option(False, "Train a random-criterion baseline too, for the report")
+    seed: int = option(0, "Seed of the random criterion and of the images", low=0)
+
+
+TARGETS = ("speedup", "params", "latency", "size_mb", "max_drop", "ratio")  # of pruning; a run has one of them
 
 
 @dataclass(frozen=True)
@@ -82,9 +114,10 @@ def _problem(key: str, f: Field, value: Any) -> str | None:
     kind, m = str(f.type), f.metadata
     if value is None:
         return None if "None" in kind else f"'{key}=None' is illegal: a value is needed ({m['help']})."
-    if kind.startswith("list"):
-        legal = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-        return None if legal else f"'{key}={value}' is illegal: give a list of strings."
+    if kind.startswith(("list", "dict")):
+        return _collection_problem(key, kind, value, m)
+    if kind == "bool":
+        return None if isinstance(value, bool) else f"'{key}={value}' is illegal. Legal: True, False."
     if kind.startswith("str"):
         if not isinstance(value, str):
             return f"'{key}={value}' is illegal: give a string ({m['help']})."
@@ -93,15 +126,41 @@ def _problem(key: str, f: Field, value: Any) -> str | None:
             return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
         return None
     whole = kind.startswith("int")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (whole and value != int(value)):
+    if not _number(value) or (whole and value != int(value)):
         return f"'{key}={value}' is illegal: give {'a whole number' if whole else 'a number'} ({m['help']})."
-    low, high, above = m.get("low"), m.get("high"), m.get("above")
-    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if inside:
+    return _range_problem(key, value, m)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def _range_problem(key: str, value: float, limits: Mapping[str, Any]) -> str | None:
+    given = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
+    if all(BOUNDS[name][1](value, limit) for name, limit in given.items()):
         return None
-    bounds = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
-    return f"'{key}={value}' is out of range. Legal: {' and '.join(bounds + [f'at most {high}'] * (high is not None))}."
+    legal = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in given.items())
+    return f"'{key}={value}' is out of range. Legal: {legal}."
+
+
+def _collection_problem(key: str, kind: str, value: Any, m: Mapping[str, Any]) -> str | None:
+    if kind.startswith("dict"):
+        legal = isinstance(value, Mapping) and all(_number(v) and 0 <= v < 1 for v in value.values())
+        return None if legal else f"'{key}={value}' is illegal: give shares of 0 to below 1 by name ({m['help']})."
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if kind == "list[int]":
+        legal = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in items)
+        return None if legal else f"'{key}={value}' is illegal: give a list of whole numbers ({m['help']})."
+    legal = all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in items)
+    return None if legal else f"'{key}={value}' is illegal: give a list of strings."
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,11 +210,14 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cast(f: Field, value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
     kind = str(f.type)
-    if value is None or not isinstance(value, (int, float)):
+    if value is None:
         return value
+    if kind.startswith("list"):
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        return items if kind == "list[int]" else [str(v) for v in items]
+    if kind.startswith("dict"):
+        return {str(k): float(v) for k, v in value.items()}
     return int(value) if kind.startswith("int") else float(value) if kind.startswith("float") else value
 
 
@@ -165,13 +227,38 @@ def _first(cls: type) -> str:
 
 def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
     """Return the problems between options that are legal one by one."""
-    prune, distill, problems = parsed.get("prune"), parsed.get("distill"), []
-    if prune and prune.speedup is not None and prune.ratio is not None:
-        problems.append("'prune.speedup' and 'prune.ratio' are both given: give one target.")
-    if prune and prune.speedup is None and prune.ratio is None:
-        problems.append("Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio) or 'prune.ratio=0.3' (channels).")
+    prune, distill = parsed.get("prune"), parsed.get("distill")
+    problems = _prune_conflicts(prune) if prune else []
     if distill and not distill.features and not distill.logits:
         problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
+    return problems
+
+
+def _prune_conflicts(cfg: PruneConfig) -> list[str]:
+    problems = []
+    targets = [t for t in TARGETS if getattr(cfg, t) is not None]
+    if len(targets) > 1:
+        problems.append(f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them.")
+    if not targets and not cfg.ratios and cfg.scope != "pagcp" and cfg.kind == "structured":
+        problems.append(
+            "Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), "
+            + ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
+            + " or 'prune.ratios'."
+        )
+    if cfg.kind == "unstructured" and targets != ["ratio"]:
+        problems.append("'prune.kind=unstructured' needs 'prune.ratio' and no other target, such as prune.ratio=0.8.")
+    if cfg.kind == "2:4" and targets:
+        problems.append(f"'prune.kind=2:4' always zeroes half of the weights: leave 'prune.{targets[0]}' out.")
+    if cfg.kind != "structured" and (cfg.ratios or cfg.sensitivity or cfg.scope not in ("global", "local")):
+        problems.append(f"'prune.kind={cfg.kind}' knows no 'ratios', 'sensitivity' or 'scope={cfg.scope}'.")
+    if cfg.at and (cfg.every or cfg.steps or cfg.start is not None or cfg.end is not None):
+        problems.append("'prune.at' lists the epochs: leave 'prune.every', 'start', 'end' and 'steps' out.")
+    if cfg.at != sorted(set(cfg.at)):
+        problems.append(f"'prune.at={cfg.at}' is illegal: give each epoch once, in order.")
+    if cfg.start is not None and cfg.end is not None and cfg.end < cfg.start:
+        problems.append(f"'prune.end={cfg.end}' is before 'prune.start={cfg.start}'.")
+    if cfg.sensitivity and cfg.scope == "pagcp":
+        problems.append("'prune.sensitivity' and 'prune.scope=pagcp' both share out the channels: give one.")
     return problems
 
 

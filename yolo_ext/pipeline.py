@@ -14,10 +14,11 @@ from yolo_ext import compat, runs, stages
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
+from yolo_ext.pruning.schedules import epochs_of
 from yolo_ext.stages import FINETUNE, Record, Run
 from yolo_ext.training import check_techniques
 
-STAGES = ("base", "prune", "finetune", "ptq", "qat", "verify", "latency")  # functions of `stages`, in order
+STAGES = ("base", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # functions of `stages`, in order
 PICTURES = 4
 
 
@@ -65,7 +66,10 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     info = _check_data(data, model, base) if data else {}
     size = _check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
     # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
-    check_techniques(model, base, info.get("names") or base.names, configs)
+    check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"))
+    epochs = int(options.get("epochs", FINETUNE["epochs"]))
+    if configs["prune"] and epochs_of(configs["prune"], max(epochs, 1)) and not epochs:
+        raise UsageError("'epochs=0' trains nothing, so there are no epochs to prune in. Leave prune.at or every out.")
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
     _check_resume(folder, plain) if resume else _start_over(folder)
@@ -115,7 +119,8 @@ def _wanted(run: Run) -> list[tuple[str, Callable[[Run], Record]]]:
     """Return the stages that this run needs, in order."""
     prune, distill, quant = (run.configs[k] for k in ("prune", "distill", "quant"))
     wanted = {
-        "prune": prune,
+        "prune": prune and not run.prunes_later,
+        "compare": prune and prune.kind == "structured",
         "finetune": run.epochs > 0 and (prune or distill),
         "qat": quant and quant.mode != "ptq",
         **dict.fromkeys(("ptq", "verify", "latency"), quant),
@@ -155,7 +160,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
     from yolo_ext.reporting.plots import plot_channels, plot_stages
 
     (run.folder / "plots").mkdir(exist_ok=True)
-    layers = run.done.get("prune", {}).get("layers", [])
+    layers = next((d["layers"] for d in run.done.values() if d.get("layers")), [])
     plots = [(plot_stages(summary["stages"], run.folder / "plots" / "stages.png"), "Stage by stage")]
     if layers:
         plots.append((plot_channels(layers, run.folder / "plots" / "channels.png"), "Channels before and after"))
@@ -168,6 +173,8 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
         "layers": layers,
         "checks": checks,
+        "comparison": run.done.get("compare", {}).get("rows", []),
+        "notes": [note for d in run.done.values() for note in d.get("notes", [])],
         "plots": [{"path": str(p), "caption": c} for p, c in plots],
         "pictures": _pictures(run) if run.data else [],
         "plan": {k: v for k, v in as_plain(run.configs).items() if v},

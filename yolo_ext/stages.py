@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import runs
+from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.config import as_plain
+from yolo_ext.config import PruneConfig, as_plain
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
 COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
@@ -63,6 +64,12 @@ class Run:
         """Fine-tune epochs."""
         return int(self.native.get("epochs", FINETUNE["epochs"]))
 
+    @property
+    def prunes_later(self) -> bool:
+        """Whether pruning is part of the fine-tuning instead of a stage of its own."""
+        cfg = self.configs["prune"]
+        return bool(cfg and (cfg.at or cfg.every or cfg.steps))
+
     def weights(self) -> Path:
         """Return the newest float weights."""
         found = [d["weights"] for d in self.done.values() if d.get("weights")]
@@ -101,35 +108,49 @@ def base(run: Run) -> Record:
 
 def prune(run: Run) -> Record:
     """Prune the base model to the target and re-estimate BatchNorm."""
-    from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.pruning.surgery import TOLERANCE, layer_report, prune_model, recalibrate
+    from yolo_ext.probes import make_probes
+    from yolo_ext.pruning.surgery import prune_model, recalibrate
 
     cfg = run.configs["prune"]
     model, ckpt = load_model(run.base)
-    pruned = prune_model(model, cfg)
-    if run.data and cfg.recalibrate:
-        images = calibration_images(run.info, cfg.recalibrate, cfg.seed)
-        recalibrate(pruned, letterbox_batches(images, run.imgsz))
+    probes = make_probes(run.info, run.imgsz, cfg, compat.task_of(model), model)
+    if cfg.kind != "structured":
+        from yolo_ext.pruning.unstructured import zero_weights
+
+        zero_weights(pruned := model, cfg, cfg.ratio)
+    else:
+        pruned = prune_model(model, cfg, probes=probes)
+    if probes.images and cfg.recalibrate:
+        recalibrate(pruned, probes.images())
     pruned.args = dict(ckpt.get("train_args") or {})
     file = save_model(pruned, run.folder / "prune" / "weights" / "pruned.pt")
+    found = {"metrics": _measure(run, file), "weights": str(file.relative_to(run.folder))}
+    return {**found, **_pruning_record(run, pruned, "prune")}
+
+
+def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
+    """Return layers and checks of a pruned model, and write its plan."""
+    from yolo_ext.pruning.surgery import TOLERANCE, layer_report
+
+    if run.configs["prune"].kind != "structured":
+        from yolo_ext.pruning.unstructured import sparsity
+
+        found = sparsity(pruned)
+        runs.write_json(run.folder / stage / "sparsity.json", found)
+        return {"notes": [f"{100 * found['masked']:.1f} % of the weights are zero. This saves disk space, not time."]}
     record = manifest(pruned)["prune"]
-    runs.write_json(run.folder / "prune" / "plan.json", record)
+    runs.write_json(run.folder / stage / "plan.json", record)
     gate = {
         "name": "Pruned model equals the masked dense one",
         "value": record["gap"],
         "limit": TOLERANCE,
         "passed": True,
     }
-    return {
-        "metrics": _measure(run, file),
-        "weights": str(file.relative_to(run.folder)),
-        "layers": layer_report(pruned),
-        "checks": [gate],
-    }
+    return {"layers": layer_report(pruned), "checks": [gate], "notes": record.get("notes", [])}
 
 
-def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any]) -> Path:
-    """Train the newest weights in the stage's folder, going on where a killed run stopped."""
+def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any], weights: Path | None = None) -> Path:
+    """Train the newest weights, or those given, in the stage's folder, going on where a killed run stopped."""
     from ultralytics import YOLO
 
     from yolo_ext.trainers import trainer_for
@@ -142,7 +163,10 @@ def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any]
     else:
         if folder.exists():
             shutil.rmtree(folder)
-        model, args = YOLO(str(run.weights())), {"data": run.data, "imgsz": run.imgsz, **native, **options, **place}
+        model, args = (
+            YOLO(str(weights or run.weights())),
+            {"data": run.data, "imgsz": run.imgsz, **native, **options, **place},
+        )
         if isinstance(args.get("batch"), int) and args["batch"] > 0:
             # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
             args.setdefault("nbs", args["batch"])
@@ -160,9 +184,58 @@ def _distill_options(run: Run) -> dict[str, Any]:
 
 def finetune(run: Run) -> Record:
     """Fine-tune, with distillation if asked."""
-    native = {**FINETUNE, "close_mosaic": min(10, run.epochs // 3), **run.native}
-    best = _train(run, "finetune", _distill_options(run), native)
-    return {"metrics": _measure(run, best), "weights": str(best.relative_to(run.folder))}
+    options = _distill_options(run)
+    if run.prunes_later:
+        options["prune"] = as_plain({"prune": run.configs["prune"]})["prune"]
+    best = _train(run, "finetune", options, _finetune_arguments(run))
+    found = {"metrics": _measure(run, best), "weights": str(best.relative_to(run.folder))}
+    return {**found, **(_pruning_record(run, load_model(best)[0], "finetune") if run.prunes_later else {})}
+
+
+def _finetune_arguments(run: Run) -> dict[str, Any]:
+    return {**FINETUNE, "close_mosaic": min(10, run.epochs // 3), **run.native}
+
+
+def compare(run: Run) -> Record:
+    """Put the pruned model beside what else costs as many FLOPs: the same family built narrower, and random pruning."""
+    import tempfile
+
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.latency import bench
+    from yolo_ext.pruning.smaller import smaller
+
+    pruned = load_model(run.weights())[0]
+    width, narrow = smaller(pruned, compat.gflops(pruned, run.imgsz), run.imgsz)
+    rows = {"base": run.base, "pruned": run.weights(), width: narrow}
+    if run.configs["prune"].compare:
+        rows["random criterion, same FLOPs and epochs"] = _random_baseline(run, pruned)
+    with tempfile.TemporaryDirectory() as tmp:
+        files = {name: export_onnx(m, Path(tmp) / f"{i}.onnx", run.imgsz) for i, (name, m) in enumerate(rows.items())}
+        times = bench(files, run.imgsz, threads=1, rounds=100, seconds=15)
+    found = []
+    for name, m in rows.items():
+        trained = isinstance(m, Path)
+        figures = _measure(run, m) if trained else runs.model_figures(m, None, run.imgsz)
+        found.append(
+            {"name": name, **{k: figures.get(k) for k in ("params", "gflops", "map")}, "ort": times[name]["median"]}
+        )
+    return {"rows": found}
+
+
+def _random_baseline(run: Run, pruned: nn.Module) -> Path:
+    """Prune the base by the random criterion to the same FLOPs and train it as the delivered model was."""
+    from yolo_ext.probes import make_probes
+    from yolo_ext.pruning.surgery import prune_model, recalibrate
+
+    model, ckpt = load_model(run.base)
+    ratio = compat.gflops(model, run.imgsz) / compat.gflops(pruned, run.imgsz)
+    cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.configs["prune"].round_to)
+    made = prune_model(model, cfg)
+    if run.info:
+        recalibrate(made, make_probes(run.info, run.imgsz, cfg, compat.task_of(model)).images())
+    made.args = dict(ckpt.get("train_args") or {})
+    file = save_model(made, run.folder / "compare" / "random.pt")
+    return _train(run, "compare/random", _distill_options(run), _finetune_arguments(run), file) if run.epochs else file
 
 
 def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record:

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The commands around the pipeline: export, verify, bench, convert, checks."""
+"""The commands around the pipeline: analyze, sensitivity, export, verify, bench, convert, checks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.config import parse
 from yolo_ext.errors import UsageError, YoloExtError
 from yolo_ext.registry import suggest
 
@@ -20,6 +21,87 @@ PLACE = ("project", "name", "exist_ok", "save_dir")
 def _imgsz(model: str | Path, given: Any) -> int:
     """Return the image size given by the user, else that of the checkpoint's training."""
     return int(given or (load_model(model)[1].get("train_args") or {}).get("imgsz") or 640)
+
+
+def analyze(model: str | Path, imgsz: int | None = None, **place: Any) -> list[dict[str, Any]]:
+    """Print and write every group of coupled channels: members, cost, prunable or the reason why not.
+
+    Args:
+        model: ``.pt`` or ``.yaml``.
+        imgsz: Side of the square input in pixels.
+        place: `project`, `name`, `exist_ok`, `save_dir`.
+
+    Returns:
+        One row for each group.
+
+    Raises:
+        UsageError: If the model cannot be loaded or must not be changed any more.
+    """
+    from yolo_ext.pruning import analyze as groups
+    from yolo_ext.pruning.surgery import check_prunable
+
+    net, _ = load_model(model)
+    check_prunable(net)
+    size = _imgsz(model, imgsz)
+    rows = groups.analyze(net, size)
+    LOGGER.info(groups.table(rows))
+    folder = runs.folder(place, task=compat.task_of(net), mode="analyze")
+    runs.write_json(folder / "groups.json", rows)
+    figures = runs.model_figures(net, Path(model), size)
+    runs.write_summary(folder, figures, figures)
+    return rows
+
+
+def sensitivity(
+    model: str | Path, data: str, ratios: Any = None, prune: Any = None, imgsz: int | None = None, **place: Any
+) -> dict[str, Any]:
+    """Measure mAP and losses against the share pruned, group by group, and write json, csv and a picture.
+
+    Args:
+        model: Trained ``.pt``.
+        data: Dataset YAML.
+        ratios: Shares to try, a list or separated by commas.
+        prune: Pruning options that matter: `method`, `include`, `exclude`, `images`, `recalibrate`, floors.
+        imgsz: Side of the square input in pixels.
+        place: `project`, `name`, `exist_ok`, `save_dir`; a folder that holds an unfinished analysis is gone on with.
+
+    Returns:
+        The contents of ``sensitivity.json``, which `prune.sensitivity` takes.
+
+    Raises:
+        UsageError: If the input is wrong.
+    """
+    from yolo_ext.data.check import check_data
+    from yolo_ext.probes import make_probes
+    from yolo_ext.pruning import sensitivity as curves
+    from yolo_ext.pruning.graph import build_graph
+    from yolo_ext.pruning.surgery import check_prunable
+
+    cfg = parse({"prune": {"ratio": 0.5, **(prune or {})}})["prune"]
+    shares = _shares(ratios)
+    net, _ = load_model(model)
+    check_prunable(net)
+    info, size = check_data(data, task=compat.task_of(net)), _imgsz(model, imgsz)
+    probes = make_probes(info, size, cfg, compat.task_of(net), net)
+    folder = runs.folder(place, task=compat.task_of(net), mode="sensitivity")
+    found = curves.sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
+    files = curves.write(found, folder)
+    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
+    return found
+
+
+def _shares(ratios: Any) -> tuple[float, ...]:
+    """Read shares of channels from a list, a number or text."""
+    items = ratios.split(",") if isinstance(ratios, str) else ratios if isinstance(ratios, (list, tuple)) else [ratios]
+    try:
+        shares = (0.25, 0.5, 0.75) if ratios is None else tuple(sorted({float(r) for r in items}))
+    except (TypeError, ValueError):
+        shares = ()
+    if not shares or not all(0 < r < 1 for r in shares):
+        raise UsageError(
+            f"'ratios={ratios}' is illegal. Give shares above 0 and below 1, such as ratios=0.25,0.5,0.75."
+        )
+    return shares
 
 
 def export(model: str | Path, format: str = "onnx", out: str | Path | None = None, **options: Any) -> list[Path]:

@@ -13,10 +13,9 @@ from torch import nn
 from ultralytics.cfg import cfg2dict
 from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
-from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, resume
+from yolo_ext import compat, prune_loop, resume
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
@@ -44,6 +43,7 @@ class CompressionMixin:
     # Set by the Ultralytics trainer behind this mixin.
     accumulate: int
     args: Any
+    best_fitness: float | None
     data: dict[str, Any]
     device: torch.device
     ema: Any
@@ -83,6 +83,7 @@ class CompressionMixin:
         self.compression = configs
         self.distiller: Any = None
         self.cadence = resume.Cadence()
+        prune_loop.setup(self)
         self._resumed: dict[str, Any] | None = None
         if RANK in {-1, 0}:
             YAML.save(self.save_dir / "args.yaml", vars(self.args))
@@ -104,7 +105,7 @@ class CompressionMixin:
             if weights is not None and getattr(weights, MANIFEST, None):
                 setattr(model, MANIFEST, deepcopy(getattr(weights, MANIFEST)))
         if self.compression["prune"] and not self.resume:
-            model = self._prune(model, weights)
+            model = prune_loop.before_training(self, model, weights)
         if self.compression["quant"]:
             self._insert_fake_quant(model)
         return model
@@ -124,33 +125,11 @@ class CompressionMixin:
             LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
         return model.train()
 
-    def _prune(self, model: nn.Module, weights: nn.Module | None) -> nn.Module:
-        from yolo_ext.data.calibration import calibration_images, letterbox_batches
-        from yolo_ext.pruning.surgery import prune_model, recalibrate
-
-        if weights is None:
-            LOGGER.warning(f"{colorstr('prune: ')}the model has no trained weights, so magnitudes say nothing")
-        cfg = self.compression["prune"]
-        pruned = prune_model(model.eval(), cfg).train()
-        before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
-        head = type(compat.detection_head(model)).__name__
-        LOGGER.info(f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({head} outputs unchanged)")
-        if cfg.recalibrate:
-            images = calibration_images(self.data, cfg.recalibrate, self.args.seed)
-            seen = recalibrate(pruned.to(self.device), letterbox_batches(images, self._imgsz(pruned)))
-            LOGGER.info(f"{colorstr('prune: ')}BatchNorm re-estimated on {seen} train images")
-        return pruned.cpu()  # processes on other GPUs receive it by pickle
-
-    def _imgsz(self, model: nn.Module) -> int:
-        """Return the image size as `_setup_train` is going to round it."""
-        stride = compat.max_stride(model)
-        return check_imgsz(self.args.imgsz, stride=stride, floor=stride, max_dim=1)
-
     # Quantization ---------------------------------------------------------------------------------------------------
     def _insert_fake_quant(self, model: nn.Module) -> None:
         from yolo_ext.quantization.qat import prepare
 
-        prepare(model.to(self.device), self.compression["quant"], self.data, self._imgsz(model))
+        prepare(model.to(self.device), self.compression["quant"], self.data, prune_loop.imgsz(self, model))
         model.cpu()
 
     def _stripped(self, model: nn.Module) -> nn.Module:
@@ -181,11 +160,13 @@ class CompressionMixin:
             base = getattr(model, "criterion", None) or model.init_criterion()
             model.criterion = DistillationLoss(base, self.distiller)
         self._resumed = resume.restore(self)
+        prune_loop.capture_masks(self)
 
     def _before_epoch(self) -> None:
         if self._resumed:
             resume.begin(self, self._resumed)
             self._resumed = None
+        prune_loop.before_epoch(self)
         if self.distiller is not None:
             self.distiller.set_epoch(self.epoch, self.epochs)
         if self.compression["quant"]:
@@ -210,7 +191,7 @@ class CompressionMixin:
         from yolo_ext.distillation.criterion import Distiller
 
         cfg = self.compression["distill"]
-        self.distiller = Distiller(student, cfg, self.device)
+        self.distiller = Distiller(student, cfg, self.device, shrinks=bool(self.prune_epochs))
         how = "kept channels compared directly" if self.distiller.direct else "1x1 adapters where widths differ"
         losses = " + ".join(filter(None, (cfg.logits, cfg.features)))
         LOGGER.info(f"{colorstr('distill: ')}teacher {cfg.teacher}, {losses}, {cfg.schedule} schedule, {how}")
@@ -231,6 +212,7 @@ class CompressionMixin:
                 limit = 10.0 * self.scaler.get_scale()
                 torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
         super().optimizer_step()  # type: ignore[misc]
+        prune_loop.after_step(self)
         resume.stepped(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------

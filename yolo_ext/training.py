@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import runs
+from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, parse
 from yolo_ext.errors import UsageError
@@ -47,7 +47,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     elif options.get("data"):
         info = check_data(str(options["data"]), task=task)
         refuse_two_distillations(configs["distill"], options.get("distill_model"))
-        check_techniques(str(model), base, info["names"], configs)
+        check_techniques(str(model), base, info["names"], configs, options.get("freeze"))
         options["data"] = str(info.get("yaml_file") or options["data"])
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
     before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not options.get("resume"))
@@ -59,7 +59,9 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
 
 
-def check_techniques(model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any]) -> None:
+def check_techniques(
+    model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any], freeze: Any = None
+) -> None:
     """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
 
     Args:
@@ -67,13 +69,13 @@ def check_techniques(model: str, base: nn.Module, names: dict[int, str], configs
         base: The model, which is not changed.
         names: Class names of the data.
         configs: Parsed technique options.
+        freeze: Ultralytics' option of this name.
 
     Raises:
         UsageError: If the pruning target is out of reach, the teacher does not fit or a method does not exist.
     """
     from yolo_ext.distillation.criterion import Distiller
-    from yolo_ext.pruning.graph import build_graph
-    from yolo_ext.pruning.targets import plan
+    from yolo_ext.pruning.surgery import check_plan
     from yolo_ext.quantization.fake_quant import insert_fake_quant
     from yolo_ext.quantization.observers import observers
     from yolo_ext.quantization.profiles import resolve_profile
@@ -81,7 +83,8 @@ def check_techniques(model: str, base: nn.Module, names: dict[int, str], configs
 
     student = deepcopy(base)
     if prune := configs["prune"]:
-        plan(student, build_graph(student), prune)
+        compat.freeze(student, freeze)
+        check_plan(student, prune)
     if distill := configs["distill"]:
         student.names = names
         teacher = self_teacher(model) if distill.teacher == "self" else distill.teacher

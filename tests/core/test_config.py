@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from yolo_ext.config import (
     CONFIGS,
     EXT_DEFAULTS,
+    TARGETS,
     PruneConfig,
     QuantConfig,
     as_plain,
@@ -25,12 +26,13 @@ from yolo_ext.errors import UsageError
 
 EVERY = [(t, f) for t, cls in CONFIGS.items() for f in fields(cls)]
 IDS = [f"{t}.{f.name}" for t, f in EVERY]
-TARGET = {"ratio": 0.5}  # pruning needs one of its two targets
+TARGET = {"ratio": 0.5}  # pruning needs one of its targets
 
 
 def legal(technique: str, name: str, value) -> dict:
     """Return a legal set of options in which one has this value."""
-    return {technique: {**(TARGET if technique == "prune" and name != "speedup" else {}), name: value}}
+    needs = technique == "prune" and name not in TARGETS and value != "2:4"
+    return {technique: {**(TARGET if needs else {}), name: value}}
 
 
 def kind(f) -> str:
@@ -42,14 +44,22 @@ def inside(f) -> list:
     m, whole = f.metadata, kind(f) == "int"
     if "choices" in m:
         return list(m["choices"])
+    if f.type == "list[int]":
+        return [[], [0, 7], (1, 2)]
     if kind(f) == "list":
         return [[], ["a"], ("a", "b")]
+    if kind(f) == "dict":
+        return [{}, {"model.9": 0.5}]
+    if kind(f) == "bool":
+        return [True, False]
     if kind(f) == "str":
         return ["anything"]
     values = [m[k] for k in ("low", "high") if k in m]
     if "above" in m:
         values.append(m["above"] + 1e-6)
-    if "high" not in m:
+    if "below" in m:
+        values.append(m["below"] - 1e-6)
+    elif "high" not in m:
         values += [10**6, 1e6]
     return [int(v) if whole else v for v in values]
 
@@ -57,14 +67,20 @@ def inside(f) -> list:
 def outside(f) -> list:
     """Return illegal values: just outside the range, and of other types."""
     m = f.metadata
+    if f.type == "list[int]":
+        return ["a", 1.5, [-1], ["1"], {"a": 1}, [True]]
     if kind(f) == "list":
-        return ["a", 3, [1], {"a": 1}]
+        return [1.5, [1.5], {"a": 1}, [None]]
+    if kind(f) == "dict":
+        return ["a", 3, ["a"], {"a": 1.0}, {"a": -0.1}, {"a": "b"}]
+    if kind(f) == "bool":
+        return [1, "yes", [True]]
     if kind(f) == "str":
         return [3, 1.5, True, ["a"], *(["nonsense"] if "choices" in m else [])]
     values: list = ["8", "two", True, [1], math.nan, math.inf, -math.inf]
     values += [m["low"] - 1] if "low" in m else []
     values += [m["high"] + 1e-6] if "high" in m and kind(f) == "float" else []
-    values += [m["above"]] if "above" in m else []
+    values += [m[k] for k in ("above", "below") if k in m]
     values += [1.5] if kind(f) == "int" else []
     return values
 
@@ -90,7 +106,7 @@ def test_illegal_values(technique, option):
 def test_every_option_has_help_and_a_legal_default(technique, option):
     assert option.metadata["help"] and not option.metadata["help"].endswith(".")
     defaults = asdict(CONFIGS[technique]())
-    target = {} if technique != "prune" else {"speedup": 2.0} if option.name == "ratio" else TARGET
+    target = {} if technique != "prune" else TARGET
     assert parse({technique: {**defaults, **target}})[technique] == CONFIGS[technique](**target)
 
 
@@ -102,13 +118,21 @@ def test_every_option_has_help_and_a_legal_default(technique, option):
         ({"distill": {"teecher": "a"}}, "Unknown option 'distill.teecher'. Did you mean 'distill.teacher'?"),
         ({"quant": {"observr": "a"}}, "Unknown option 'quant.observr'. Did you mean 'quant.observer'?"),
         ({"prun": {}}, "Unknown technique 'prun'. Did you mean 'prune'?"),
-        ({"prune": {"scope": "globl"}}, "'prune.scope=globl' is illegal. Did you mean 'global'? Legal: global, local."),
+        ({"prune": {"scope": "globl"}}, "'prune.scope=globl' is illegal. Did you mean 'global'? Legal: global, local"),
         ({"prune": {1: 2}}, "Unknown option 'prune.1'."),
         ({"prune": 2}, "'prune=2' is illegal: give options such as 'prune.method=...'."),
         ({"quant": {"mode": "PTQ"}}, "'quant.mode=PTQ' is illegal."),
-        ({"prune": {"max_ratio": 1}}, "'prune.max_ratio=1' is out of range. Legal: at least 0.0 and at most 0.99."),
+        ({"prune": {"max_ratio": 1}}, "'prune.max_ratio=1' is out of range. Legal: at least 0.0 and below 1.0."),
         ({"prune": {"speedup": 1}}, "'prune.speedup=1' is out of range. Legal: above 1.0."),
-        ({"prune": {"speedup": 2, "ratio": 0.5}}, "'prune.speedup' and 'prune.ratio' are both given"),
+        ({"prune": {"speedup": 2, "ratio": 0.5}}, "prune.speedup, prune.ratio are all targets: give one"),
+        ({"prune": {"ratio": 1.0}}, "'prune.ratio=1.0' is out of range. Legal: at least 0.0 and below 1.0."),
+        ({"prune": {"kind": "unstructured", "speedup": 2}}, "'prune.kind=unstructured' needs 'prune.ratio'"),
+        ({"prune": {"kind": "2:4", "ratio": 0.5}}, "'prune.kind=2:4' always zeroes half"),
+        ({"prune": {"kind": "2:4", "scope": "isomorphic"}}, "knows no 'ratios', 'sensitivity' or 'scope=isomorphic'"),
+        ({"prune": {"ratio": 0.5, "at": [1], "every": 2}}, "'prune.at' lists the epochs: leave 'prune.every'"),
+        ({"prune": {"ratio": 0.5, "at": [5, 1]}}, "'prune.at=[5, 1]' is illegal: give each epoch once, in order"),
+        ({"prune": {"ratio": 0.5, "steps": 2, "start": 5, "end": 2}}, "'prune.end=2' is before 'prune.start=5'"),
+        ({"prune": {"scope": "pagcp", "sensitivity": "s.json"}}, "both share out the channels: give one"),
         ({"distill": {"features": None, "logits": None}}, "both off"),
     ],
 )

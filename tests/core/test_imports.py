@@ -21,12 +21,13 @@ ORDER = [
     {"data", "reporting"},
     {"pruning", "distillation", "quantization", "deployment"},
     {"runs"},
-    {"resume"},
+    {"probes"},
+    {"resume", "prune_loop"},
     {"trainers"},
     {"callbacks", "training", "tools", "helptext"},
     {"stages"},
     {"pipeline"},
-    {"demo"},
+    {"demo", "arguments"},
     {"cli"},
 ]
 RANK = {area: rank for rank, areas in enumerate(ORDER) for area in areas}

@@ -72,7 +72,7 @@ def keep_state():
 
     def keep(yolo: YOLO, to: Path) -> YOLO:
         def copy(trainer):
-            if trainer.epoch == EPOCHS - 1:
+            if trainer.epoch == trainer.epochs - 1:
                 shutil.copy(Path(str(trainer.wdir)) / SIDECAR.format(trainer.epoch), to)
 
         yolo.add_callback("on_model_save", copy)
@@ -85,12 +85,13 @@ def keep_state():
 def check(settings, shapes, tmp_path, keep_state):
     """Return a function that trains without a stop, and with kills and resumes, and compares all there is."""
 
-    def run(model: Path, moment: str = "on_model_save", kills: int = 1, **options: Any) -> None:
+    def run(model: Path, moment: str = "on_model_save", kills: int = 1, done: int = DONE, **options: Any) -> None:
         whole, cut = tmp_path / "whole", tmp_path / "cut"
         options = {"epochs": EPOCHS, "close_mosaic": 1, **options}
-        kill(model, "on_model_save", EPOCHS - 1, **{**settings(shapes, whole), **options})  # only its last breath
-        shutil.copy(whole / "weights" / SIDECAR.format(EPOCHS - 1), tmp_path / "whole.pt")
-        first = DONE - 1 if moment == "on_model_save" else DONE
+        epochs = options["epochs"]
+        kill(model, "on_model_save", epochs - 1, **{**settings(shapes, whole), **options})  # only its last breath
+        shutil.copy(whole / "weights" / SIDECAR.format(epochs - 1), tmp_path / "whole.pt")
+        first = done - 1 if moment == "on_model_save" else done
         kill(model, moment, first, **{**settings(shapes, cut), **options})
         last = cut / "weights/last.pt"
         for i in range(1, kills):
@@ -102,7 +103,7 @@ def check(settings, shapes, tmp_path, keep_state):
         for name in ("last.pt", "best.pt"):  # those of the run without a stop have not been stripped
             same(*(load_model(d / "weights" / name)[0].state_dict() for d in (whole, cut)), name)
         tables = [polars.read_csv(d / "results.csv").drop("time") for d in (whole, cut)]
-        assert tables[0].equals(tables[1]) and tables[0].height == EPOCHS
+        assert tables[0].equals(tables[1]) and tables[0].height == epochs
         assert sorted(p.name for p in (cut / "weights").iterdir()) == ["best.pt", "last.pt"]
 
     return run
@@ -119,6 +120,32 @@ def options_of(name: str, wide: Path) -> dict[str, Any]:
 
 def test_killed_pruning_with_distillation_resumes_exactly(check, tiny, wide):
     check(tiny, **options_of("self", wide))
+
+
+@pytest.mark.parametrize(
+    ("moment", "at"),
+    [
+        pytest.param("on_model_save", [1], id="killed after"),
+        pytest.param("on_model_save", [3], marks=pytest.mark.slow, id="killed before"),
+        pytest.param("on_train_batch_end", [2], marks=pytest.mark.slow, id="killed in the epoch that prunes"),
+        pytest.param("on_train_epoch_end", [1, 2, 3], marks=pytest.mark.slow, id="killed between"),
+    ],
+)
+@pytest.mark.parametrize("teacher", ["self", pytest.param("wide", marks=pytest.mark.slow)])
+def test_pruning_while_training_resumes_exactly(check, tiny, wide, moment, at, teacher):
+    teacher = "self" if teacher == "self" else str(wide)
+    check(tiny, moment, prune={"speedup": 2.0, "at": at, "images": 4}, distill={"teacher": teacher})
+
+
+@pytest.mark.slow
+def test_pruned_at_5_of_10_and_killed_at_7(check, tiny):
+    check(tiny, done=7, epochs=10, prune={"speedup": 2.0, "at": [5]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "at"), [("unstructured", []), ("unstructured", [1, 3]), ("2:4", [])])
+def test_masked_training_resumes_exactly(check, tiny, kind, at):
+    check(tiny, prune={"kind": kind, "at": at, **({"ratio": 0.5} if kind == "unstructured" else {})})
 
 
 @pytest.mark.slow

@@ -1,23 +1,32 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from yolo_ext.checkpoint import manifest
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights
+from yolo_ext.pruning.criteria import GroupWeights, check_penalty, criteria, group_weights, readiness, score
 from yolo_ext.pruning.graph import Group, Member, build_graph
 from yolo_ext.pruning.targets import plan
 
-DATA_FREE = [row.name for row in criteria if row.name != "random"]
+DATA_FREE = [row.name for row in criteria if not row.needs and row.name != "random"]
+GENERATOR = torch.Generator()
 
 
-def group(*layers: list[list[float]], seed: int = 0) -> GroupWeights:
-    return GroupWeights([torch.tensor(w) for w in layers], torch.Generator().manual_seed(seed))
+def group(*layers: list[list[float]], seed: int = 0, **more: list) -> GroupWeights:
+    tensors = {k: [torch.tensor(t) for t in v] for k, v in more.items()}
+    return GroupWeights([torch.tensor(w) for w in layers], torch.Generator().manual_seed(seed), **tensors)
+
+
+def member(path: str, dim: str, *index: list[int]) -> Member:
+    return Member(path, dim, torch.tensor(index))
 
 
 @pytest.mark.parametrize(
@@ -31,10 +40,59 @@ def group(*layers: list[list[float]], seed: int = 0) -> GroupWeights:
         pytest.param("lamp", [[[1.0], [2.0]], [[3.0], [0.0]]], [1.0, 2 / 7], id="lamp-coupled"),
         pytest.param("l1", [[[0.0], [0.0]]], [0.0, 0.0], id="l1-dead"),
         pytest.param("lamp", [[[0.0], [1.0]]], [0.0, 1.0], id="lamp-dead-channel"),
+        # equal channels must not have equal scores, or a global ranking takes all of them or none
+        pytest.param("lamp", [[[1.0], [1.0], [1.0]]], [1 / 3, 1 / 2, 1.0], id="lamp-ties"),
+        pytest.param("group_norm", [[[2.0], [0.0]]], [2.0, 0.0], id="group_norm-nothing-reads-it"),
+        pytest.param("fpgm", [[[0.0], [1.0], [5.0]]], [6 / (20 / 3), 5 / (20 / 3), 9 / (20 / 3)], id="fpgm"),
+        pytest.param("fpgm", [[[1.0]]], [0.0], id="fpgm-single"),
+        pytest.param("group_sl", [[[0.0], [0.0]]], [0.0, 0.0], id="group_sl-dead"),
     ],
 )
 def test_by_hand(method, layers, expected):
     assert criteria[method].fn(group(*layers)).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        pytest.param("group_norm", [(9 + 16) / 15, (1 + 4) / 15], id="group_norm"),
+        pytest.param("group_sl", [1.0, (5 / 25) ** 0.5], id="group_sl"),
+        pytest.param("group_reg", [1.0, (5 / 25) ** 0.5], id="group_reg"),
+        pytest.param("slim", [2.0, 1.0], id="slim"),
+        pytest.param("group_slim", [(10 / 2) ** 0.5, 1.0], id="group_slim"),
+        pytest.param("taylor", [7.0, 4.0], id="taylor"),
+        pytest.param("hessian", [7.0, 4.0], id="hessian"),
+        pytest.param("obd", [7.0, 4.0], id="obd"),
+    ],
+)
+def test_every_coupled_tensor_counts(method, expected):
+    whole = group(
+        [[3.0], [1.0]],
+        inp=[[[4.0], [2.0]]],
+        gamma=[[1.0, 1.0], [3.0, 1.0]],
+        evidence=[[[1.0, 2.0], [1.0, 3.0]], [[4.0], [0.0]]],
+    )
+    assert criteria[method].fn(whole).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["slim", "group_slim"])
+def test_a_group_without_batchnorm_cannot_be_ranked_by_it(method):
+    net = nn.Module()
+    net.conv = nn.Conv2d(3, 2, 1)
+    assert score(net, Group("conv", [member("conv", "out", [0], [1])]), method, GENERATOR) is None
+
+
+@pytest.mark.parametrize("method", [row.name for row in criteria if row.needs == "data"])
+def test_channels_that_no_loss_depends_on_score_zero(method):
+    assert criteria[method].fn(group([[1.0], [2.0]])).tolist() == [0.0, 0.0]
+
+
+def test_equal_filters_are_at_distance_zero():
+    """In float32 the fast distances of large equal filters are far from zero."""
+    w = torch.full((64, 9), 1000.3)
+    w[0] += 1.0
+    distances = criteria["fpgm"].fn(GroupWeights([w], GENERATOR))
+    torch.testing.assert_close(distances / distances[1], torch.tensor([63.0] + [1.0] * 63), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("method", DATA_FREE)
@@ -88,6 +146,84 @@ def test_weights_are_those_of_the_deployed_layer():
     scale = net.a.bn.weight / (net.a.bn.running_var + net.a.bn.eps).sqrt()
     torch.testing.assert_close(found[0], (net.a.conv.weight.flatten(1) * scale[:, None])[[2, 0]].detach())
     torch.testing.assert_close(found[1], net.t.weight.transpose(0, 1).flatten(1)[[2, 0]].detach())
+
+
+@pytest.fixture
+def coupled() -> tuple[nn.Module, Group]:
+    """Two channels: a conv with BatchNorm, a depthwise conv on them, and three layers that read them."""
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.a, net.c = nn.Module(), nn.Module()
+    net.a.conv, net.a.bn = nn.Conv2d(3, 2, 3, bias=False), nn.BatchNorm2d(2)
+    net.depthwise = nn.Conv2d(2, 2, 3, groups=2)
+    net.c.conv, net.c.bn = nn.Conv2d(5, 4, 3, bias=False), nn.BatchNorm2d(4)  # reads channel k at k and at 3 + k
+    net.up, net.linear = nn.ConvTranspose2d(2, 4, 2), nn.Linear(2, 6)
+    for bn in (net.a.bn, net.c.bn):
+        nn.init.uniform_(bn.weight, -2, 2)
+    both = ([0], [1])
+    members = [member(p, "out", *both) for p in ("a.conv", "depthwise", "a.bn")]
+    members += [member("depthwise", "in", *both), member("c.conv", "in", [0, 3], [1, 4])]
+    members += [member("up", "in", *both), member("linear", "in", *both)]
+    return net, Group("a.conv", members)
+
+
+def test_layers_on_both_sides_are_seen(coupled):
+    net, whole = coupled
+    found = group_weights(net, whole, GENERATOR)
+    assert [tuple(w.shape) for w in found.out] == [(2, 27), (2, 9)]  # a depthwise conv takes part, once
+    assert [tuple(w.shape) for w in found.inp] == [(2, 2 * 4 * 9), (2, 4 * 4), (2, 6)]
+    torch.testing.assert_close(found.gamma[0], net.a.bn.weight.abs().detach())
+    scale = (net.c.bn.weight / (net.c.bn.running_var + net.c.bn.eps).sqrt()).detach()
+    reads = (net.c.conv.weight * scale[:, None, None, None]).detach()
+    for k in (0, 1):
+        torch.testing.assert_close(found.inp[0][k].norm(), reads[:, [k, 3 + k]].norm())
+        torch.testing.assert_close(found.inp[1][k], net.up.weight[k].flatten().detach())
+        torch.testing.assert_close(found.inp[2][k], net.linear.weight[:, k].detach())
+
+
+def test_evidence_of_every_coupled_parameter_is_seen(coupled):
+    """BatchNorm and depthwise convs count, the bias counts on the producing side only, and gaps do no harm."""
+    net, whole = coupled
+    evidence = {name: torch.ones_like(p) for name, p in net.named_parameters() if name != "linear.weight"}
+    expected = 27 + 9 + 1 + 2 + 2 * 4 * 9 + 4 * 4  # a.conv, depthwise weight and bias, a.bn, c.conv, up
+    assert score(net, whole, "taylor", GENERATOR, evidence).tolist() == [expected] * 2
+    per_output = {"a.conv": torch.tensor([1.0, 2.0]), "depthwise": torch.tensor([10.0, 20.0]), "linear": torch.ones(6)}
+    assert score(net, whole, "obd", GENERATOR, per_output).tolist() == [11.0, 22.0]
+
+
+def test_data_driven_criteria_say_what_they_need(coupled):
+    with pytest.raises(UsageError, match=r"'prune.method=obd' needs labelled train images. Give data=..., .* lamp"):
+        score(*coupled, "obd", GENERATOR)
+
+
+# Was the model trained for it? ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        pytest.param([[1.0, 0.009], [0.011, 0.0]], 0.5, id="over-all-groups"),
+        pytest.param([[0.0, 0.0]], 0.0, id="all-dead"),  # nothing stands out, so there is nothing to say
+        pytest.param([], 0.0, id="empty"),
+    ],
+)
+def test_readiness(scores, expected):
+    assert readiness([torch.tensor(s) for s in scores]) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "expected"),
+    [
+        pytest.param("lamp", None, "", id="needs-nothing"),
+        pytest.param("slim", "slim", "", id="trained"),
+        pytest.param("slim", None, r"trained without sparsity.method=slim.*: 25% of the channels", id="untrained"),
+        pytest.param("slim", "group_sl", "trained with sparsity.method=group_sl, not slim", id="other-penalty"),
+    ],
+)
+def test_the_penalty_is_checked(method, trained, expected):
+    model = nn.Module()
+    if trained:
+        manifest(model)["sparsity"] = {"method": trained}
+    warning = check_penalty(model, method, [torch.tensor([1.0, 1.0, 1.0, 0.0])])
+    assert re.search(expected, warning) if expected else warning == ""
 
 
 # The user's own ------------------------------------------------------------------------------------------------------

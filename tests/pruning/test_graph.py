@@ -150,7 +150,7 @@ TOYS = {
     "written-into": (
         lambda m, x: m.b(set_to_zero(m.a(x))),
         {"a": A, "b": B},
-        {"a": (8, "goes through '__setitem__'", {("a", "out"), ("b", "in")})},
+        {"a": (8, "is written into", {("a", "out"), ("b", "in")})},
     ),
     "unknown-module": (
         lambda m, x: m.b(m.ln(m.a(x))),
@@ -160,7 +160,7 @@ TOYS = {
     "opaque-module": (
         lambda m, x: m.b(m.t(m.a(x))),
         {"a": A, "t": AIFI(8, 16, num_heads=2), "b": B},
-        {"a": (8, "enters AIFI t", {("a", "out")})},
+        {"a": (8, "is reshaped by 'flatten' in AIFI t", {("a", "out")})},
     ),
     "bare-norm": (
         lambda m, x: m.b(m.bn(m.a(x))),
@@ -180,7 +180,7 @@ TOYS = {
     "unequal-parts": (
         lambda m, x: m.b(m.a(x).split([3, 5], 1)[1]),
         {"a": A, "b": conv(5, 4)},
-        {"a": (8, "unequal parts", {("a", "out"), ("b", "in")})},
+        {"a": (8, "cut at places written in the code", {("a", "out"), ("b", "in")})},
     ),
 }
 

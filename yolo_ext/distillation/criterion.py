@@ -22,13 +22,16 @@ from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher
 class Distiller:
     """Teacher, adapters and weights of one run. Lives outside the student and is never part of a saved model."""
 
-    def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device) -> None:
+    def __init__(
+        self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False
+    ) -> None:
         """Load the teacher and build one adapter per level from live widths.
 
         Args:
             student: Student, already pruned and on its device.
             cfg: Distillation options with `teacher` resolved to a path.
             device: Device of the student.
+            shrinks: Whether the student is going to lose channels while it is trained.
         """
         self.cfg = cfg
         self.feature_fn: Callable | None = feature_losses[cfg.features].fn if cfg.features else None
@@ -38,7 +41,7 @@ class Distiller:
         kept = kept_channels(student, parent)
         widths = [compat.level_widths(m) for m in (student, self.teacher)]
         self.adapters = nn.ModuleList(
-            Align(s, t, kept[i] if kept else None) for i, (s, t) in enumerate(zip(*widths))
+            Align(s, t, kept[i] if kept else None, always=shrinks) for i, (s, t) in enumerate(zip(*widths))
         ).to(device)
         self.direct = kept is not None
         self.scale = 1.0

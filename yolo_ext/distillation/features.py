@@ -38,11 +38,19 @@ class Align(nn.Module):
     does not depend on magnitudes (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
     """
 
-    def __init__(self, student: int, teacher: int, kept: list[int] | None) -> None:
-        """Prepare for `student` and `teacher` channels; `kept` are teacher channels that the student still has."""
+    def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:
+        """Prepare for `student` and `teacher` channels.
+
+        Args:
+            student: Channels of the student's map.
+            teacher: Channels of the teacher's map.
+            kept: Channels of the teacher that the student, pruned from it, still has; None for any other teacher.
+            always: Give equally wide maps a convolution too, because the student is going to be pruned.
+        """
         super().__init__()
         self.kept = None if kept is None else torch.tensor(kept)
-        self.conv = None if kept is not None or student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
+        direct = kept is not None or (student == teacher and not always)
+        self.conv = None if direct else nn.Conv2d(student, teacher, 1, bias=False)
         self.norm = kept is None
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +61,13 @@ class Align(nn.Module):
             student = self.conv(student.float())
         pair = (student.float(), teacher.float())
         return tuple(nn.functional.batch_norm(x, None, None, training=True, eps=1e-6) for x in pair)  # type: ignore[return-value]
+
+    def shrink(self, index: list[int]) -> None:
+        """Follow a student that is pruned while training: only these of its channels are left."""
+        if self.kept is not None:
+            self.kept = self.kept[torch.tensor(index)]
+            return
+        if self.conv is None:
+            raise ValueError("An adapter without weights cannot follow a student that loses channels.")
+        weight = self.conv.weight.detach()[:, torch.tensor(index, device=self.conv.weight.device)].clone()
+        self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)

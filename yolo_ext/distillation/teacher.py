@@ -63,7 +63,7 @@ def class_map(teacher: nn.Module, student: nn.Module, path: str) -> list[int]:
 
 
 def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
-    """Return, for each level, which channels of its dense self a pruned student still feeds to its head.
+    """Return, for each level, which channels of its dense self a student still feeds to its head.
 
     Args:
         student: The student.
@@ -72,11 +72,11 @@ def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
     Returns:
         Kept channels by level, or None when the teacher is not the model that the student was pruned from.
     """
-    record = manifest(student).get("prune")
-    if not record or record["parent"] != parent:
+    record = manifest(student).get("prune") or {"parent": manifest(student).get("parent"), "kept": {}}
+    if record["parent"] != parent:
         return None
     levels = []
     for path in compat.level_inputs(student):
-        width = record["shapes"][path][1]
+        width = dict(student.named_modules())[path].in_channels
         levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
     return levels

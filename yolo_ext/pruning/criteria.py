@@ -1,21 +1,27 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Pruning criteria: what a channel is worth. Each is one function of a group's weights and one row.
+"""Pruning criteria: what a channel is worth. Each is one function of a group of coupled channels and one row.
 
 Weights are read as deployed, with BatchNorm folded in: the scale of a conv filter that a BatchNorm follows means
-nothing by itself.
+nothing by itself. A row that needs "data" ranks by what `evidence.collect` measured; one that needs "sparsity" expects
+a model that was trained with the penalty of the same name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from yolo_ext.checkpoint import manifest
+from yolo_ext.errors import UsageError
+from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
 from yolo_ext.registry import Table
 
 criteria = Table("pruning criterion")
+NEGLIGIBLE = 1e-2  # share of the largest score below which a sparsity penalty has done its work
 
 
 @dataclass(frozen=True)
@@ -25,24 +31,41 @@ class GroupWeights:
     Attributes:
         out: For each layer that produces the channels, (n, fan_in) weights with BatchNorm folded in.
         generator: Seeded random generator.
+        inp: For each layer that reads the channels, (n, fan_out) weights with BatchNorm folded in.
+        gamma: For each BatchNorm over the channels, (n,) absolute scales.
+        evidence: For each coupled tensor, (n, k) salience of its elements; empty without data.
     """
 
     out: list[torch.Tensor]
     generator: torch.Generator
+    inp: list[torch.Tensor] = field(default_factory=list)
+    gamma: list[torch.Tensor] = field(default_factory=list)
+    evidence: list[torch.Tensor] = field(default_factory=list)
 
 
-def _magnitude(group: GroupWeights, p: int) -> torch.Tensor:
-    """Return (n,) mean over the producing layers of sum |w|^p for each channel."""
-    return torch.stack([w.abs().pow(p).sum(1) for w in group.out]).mean(0)
+def _magnitude(layers: list[torch.Tensor], p: int) -> torch.Tensor:
+    """Return (n,) mean over the layers of sum |w|^p for each channel."""
+    return torch.stack([w.abs().pow(p).sum(1) for w in layers]).mean(0)
+
+
+def _relative(score: torch.Tensor, largest: bool = False) -> torch.Tensor:
+    """Divide (n,) scores by their mean, or by the largest, so that groups can be ranked together."""
+    return score / (score.max() if largest else score.mean()).clamp(min=1e-12)
+
+
+# Weights only --------------------------------------------------------------------------------------------------------
+@criteria.row("random", "Uniform noise: the baseline that every criterion must beat")
+def random(group: GroupWeights) -> torch.Tensor:
+    """Return (n,) uniform noise."""
+    return torch.rand(group.out[0].shape[0], generator=group.generator)
 
 
 @criteria.row(
     "l1", "Sum of absolute weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710"
 )
 def l1(group: GroupWeights) -> torch.Tensor:
-    """Return (n,) L1 magnitudes divided by their mean, so that groups can be ranked together."""
-    score = _magnitude(group, 1)
-    return score / score.mean().clamp(min=1e-12)
+    """Return (n,) L1 magnitudes divided by their mean."""
+    return _relative(_magnitude(group.out, 1))
 
 
 @criteria.row(
@@ -50,54 +73,236 @@ def l1(group: GroupWeights) -> torch.Tensor:
 )
 def l2(group: GroupWeights) -> torch.Tensor:
     """Return (n,) squared L2 magnitudes divided by their mean."""
-    score = _magnitude(group, 2)
-    return score / score.mean().clamp(min=1e-12)
+    return _relative(_magnitude(group.out, 2))
+
+
+@criteria.row(
+    "group_norm",
+    "Sum of squares of all coupled weights, those that read the channel too, relative to the mean of the group",
+    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
+)
+def group_norm(group: GroupWeights) -> torch.Tensor:
+    """Return (n,) squared L2 norms over all layers that produce or read a channel, divided by their mean."""
+    return _relative(_magnitude(group.out + group.inp, 2))
 
 
 @criteria.row(
     "lamp", "Magnitude over the sum of all larger ones in the group", paper="Lee et al., 2021, arXiv:2010.07611"
 )
 def lamp(group: GroupWeights) -> torch.Tensor:
-    """Return (n,) LAMP scores: m_k / sum of m_j over all j with m_j >= m_k; the largest channel scores 1."""
-    score = _magnitude(group, 2)
-    order = score.argsort()
+    """Return (n,) LAMP scores: m_k / sum of m_j over all j not ranked below k; the largest channel scores 1.
+
+    Equal channels are ranked by position, so that a group of equal channels never goes as a whole.
+    """
+    score = _magnitude(group.out, 2)
+    order = score.argsort(stable=True)
     ascending = score[order]
     remaining = ascending.flip(0).cumsum(0).flip(0).clamp(min=1e-30)
     return torch.empty_like(score).scatter_(0, order, ascending / remaining)
 
 
-@criteria.row("random", "Uniform noise: the baseline that every criterion must beat")
-def random(group: GroupWeights) -> torch.Tensor:
-    """Return (n,) uniform noise."""
-    return torch.rand(group.out[0].shape[0], generator=group.generator)
+@criteria.row(
+    "fpgm",
+    "Distance to all other filters of the group: what is near the median can be replaced",
+    paper="He et al., 2019, arXiv:1811.00250",
+)
+def fpgm(group: GroupWeights) -> torch.Tensor:
+    """Return (n,) sums of the L2 distances to all other filters, divided by their mean."""
+    # in float64, where the fast distances by matrix product are exact enough for equal filters
+    return _relative(torch.stack([torch.cdist(w.double(), w.double()).sum(1) for w in group.out]).mean(0).float())
+
+
+# With a sparsity penalty ---------------------------------------------------------------------------------------------
+@criteria.row(
+    "slim",
+    "Scale of BatchNorm, over the whole model",
+    paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
+    needs="sparsity",
+)
+def slim(group: GroupWeights) -> torch.Tensor | None:
+    """Return (n,) mean |gamma| over the BatchNorms, None without BatchNorm."""
+    return torch.stack(group.gamma).mean(0) if group.gamma else None
+
+
+@criteria.row(
+    "group_slim",
+    "Norm of all coupled BatchNorm scales, over the whole model",
+    paper="Liu et al., 2017, arXiv:1708.06519; group lasso over coupled layers as in arXiv:2301.12900",
+    needs="sparsity",
+)
+def group_slim(group: GroupWeights) -> torch.Tensor | None:
+    """Return (n,) root mean squares of gamma over the BatchNorms, None without BatchNorm."""
+    return torch.stack(group.gamma).square().mean(0).sqrt() if group.gamma else None
+
+
+@criteria.row(
+    "group_reg",
+    "Norm of all coupled weights, relative to the largest in the group, after growing regularization",
+    paper="Wang et al., 2021, arXiv:2012.09243",
+    needs="sparsity",
+)
+@criteria.row(
+    "group_sl",
+    "Norm of all coupled weights, relative to the largest in the group, after group sparse learning",
+    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
+    needs="sparsity",
+)
+def group_sparse(group: GroupWeights) -> torch.Tensor:
+    """Return (n,) L2 norms over all coupled layers, divided by the largest: the penalty made the rest small."""
+    return _relative(_magnitude(group.out + group.inp, 2).sqrt(), largest=True)
+
+
+# With data -----------------------------------------------------------------------------------------------------------
+@criteria.row(
+    "obd",
+    "Loss increase by the Kronecker-factored Fisher of the channel's outputs",
+    paper="Wang et al., EigenDamage (OBD-C), 2019, arXiv:1905.05934",
+    needs="data",
+)
+@criteria.row(
+    "hessian",
+    "Loss increase by squared weights and the Fisher diagonal of single images",
+    paper="LeCun et al., Optimal Brain Damage, 1989",
+    needs="data",
+)
+@criteria.row(
+    "taylor",
+    "Loss change by weight times gradient",
+    paper="Molchanov et al., 2019, arXiv:1906.10771",
+    needs="data",
+)
+def salience(group: GroupWeights) -> torch.Tensor:
+    """Return (n,) salience summed over all coupled tensors; zero where no loss depends on the channels.
+
+    It is not divided by anything: a loss increase means the same in every group.
+    """
+    return sum((e.sum(1) for e in group.evidence), torch.zeros(group.out[0].shape[0]))
+
+
+# What they look at ---------------------------------------------------------------------------------------------------
+def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return (n, k): all that the first dimension holds at the (n, repeats) positions of each channel."""
+    return tensor[index].flatten(1)
+
+
+def _side(tensor: torch.Tensor, layer: nn.Module, dim: str) -> torch.Tensor:
+    """Return a tensor of the shape of a layer's weight with the channels of one side first."""
+    swap = (dim == "in") != isinstance(layer, nn.ConvTranspose2d)
+    return tensor.transpose(0, 1) if swap and tensor.ndim > 1 else tensor
 
 
 def _folded(modules: dict[str, nn.Module], path: str) -> torch.Tensor:
-    """Return (out, fan_in) weights of a layer with the BatchNorm of its Conv block folded in."""
+    """Return the weight of a layer, in its own layout, with the BatchNorm of its Conv block folded in."""
     layer = modules[path]
     weight = layer.weight.detach().float().cpu()
-    if isinstance(layer, nn.ConvTranspose2d):
-        weight = weight.transpose(0, 1)
-    weight = weight.flatten(1)
+    out = _side(weight, layer, "out")
     bn = modules.get(path.rpartition(".")[0] + ".bn")
-    if isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == weight.shape[0]:
-        scale = bn.weight.detach().float() / (bn.running_var.float() + bn.eps).sqrt()
-        weight = weight * scale.cpu()[:, None]
-    return weight
+    if isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == out.shape[0]:
+        scale = (bn.weight.detach().float() / (bn.running_var.float() + bn.eps).sqrt()).cpu()
+        out = out * scale.view(-1, *[1] * (out.ndim - 1))
+    return _side(out, layer, "out")  # swaps back
 
 
-def group_weights(model: nn.Module, group: Group, generator: torch.Generator) -> GroupWeights:
-    """Collect the weights of a group from the live model.
+def group_weights(
+    model: nn.Module, group: Group, generator: torch.Generator, evidence: Evidence | None = None
+) -> GroupWeights:
+    """Collect what a criterion may look at from the live model.
 
     Args:
         model: The model that the graph was built from.
         group: One group of n channels.
         generator: Seeded random generator.
+        evidence: What `evidence.collect` measured on this model.
 
     Returns:
-        The weights, each (n, fan_in).
+        The weights, scales and salience.
     """
     modules = dict(model.named_modules())
-    layers = [m for m in group.members if m.dim == "out" and hasattr(modules[m.module], "weight")]
-    layers = [m for m in layers if not isinstance(modules[m.module], nn.BatchNorm2d)]
-    return GroupWeights([_folded(modules, m.module)[m.index[:, 0]] for m in layers], generator)
+    found = GroupWeights([], generator)
+    for m in group.members:
+        layer = modules[m.module]
+        depthwise = getattr(layer, "groups", 1) > 1
+        if getattr(layer, "weight", None) is None or (m.dim == "in" and depthwise):
+            continue  # what goes into a depthwise layer is read by the filter that comes out of it
+        if isinstance(layer, nn.BatchNorm2d):
+            found.gamma.append(layer.weight.detach().float().cpu().abs()[m.index].mean(1))
+        else:
+            weight = _side(_folded(modules, m.module), layer, m.dim)
+            (found.out if m.dim == "out" else found.inp).append(_rows(weight, m.index))
+        for name in (f"{m.module}.weight", f"{m.module}.bias", m.module):
+            measured = (evidence or {}).get(name)
+            if measured is not None and (m.dim == "out" or measured.ndim > 1):
+                found.evidence.append(_rows(_side(measured, layer, m.dim), m.index))
+    return found
+
+
+def score(
+    model: nn.Module, group: Group, method: str, generator: torch.Generator, evidence: Evidence | None = None
+) -> torch.Tensor | None:
+    """Score the channels of a group by a criterion, which may be the user's own.
+
+    Args:
+        model: The model that the graph was built from.
+        group: One group of n channels.
+        method: Name of a criterion, or ``package.module:function``.
+        generator: Seeded random generator.
+        evidence: What `evidence.collect` measured on this model, for criteria that need data.
+
+    Returns:
+        (n,) finite float scores, small where a channel can go; None when the criterion cannot rank this group.
+
+    Raises:
+        UsageError: If the criterion is unknown, lacks its data, or returns anything else.
+    """
+    row = criteria[method]
+    if row.needs == "data" and evidence is None:
+        raise UsageError(
+            f"'prune.method={method}' needs labelled train images. Give data=..., "
+            f"or a criterion that needs none: {', '.join(r.name for r in criteria if not r.needs)}."
+        )
+    values = row.fn(group_weights(model, group, generator, evidence))
+    if values is None:
+        return None
+    if not isinstance(values, torch.Tensor) or values.shape != (group.size,) or not values.isfinite().all():
+        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise UsageError(
+            f"The pruning criterion '{method}' returned {got} with values that cannot be ranked for '{group.name}'. "
+            f"Legal: a tensor of {group.size} finite scores, one for each channel; are the weights of the model finite?"
+        )
+    return values.detach().float().cpu()
+
+
+# Was the model trained for it? ---------------------------------------------------------------------------------------
+def readiness(scores: Sequence[torch.Tensor]) -> float:
+    """Return the share of channels whose score is below 1 % of the largest one: what can go almost for free.
+
+    Args:
+        scores: (n,) scores of each group by a criterion that needs "sparsity".
+
+    Returns:
+        Share of all channels in 0..1; 0 without channels.
+    """
+    flat = torch.cat([torch.zeros(0), *scores])
+    return float((flat < NEGLIGIBLE * flat.max()).float().mean()) if len(flat) else 0.0
+
+
+def check_penalty(model: nn.Module, method: str, scores: Sequence[torch.Tensor] = ()) -> str:
+    """Return a warning when a criterion ranks by a sparsity penalty that the model was not trained with.
+
+    Args:
+        model: The model to prune.
+        method: Name of a criterion.
+        scores: (n,) scores of each group, for the readiness figure.
+
+    Returns:
+        The warning, empty when nothing is wrong.
+    """
+    trained = (manifest(model).get("sparsity") or {}).get("method")
+    if criteria[method].needs != "sparsity" or trained == method:
+        return ""
+    how = f"with sparsity.method={trained}, not {method}" if trained else f"without sparsity.method={method}"
+    figure = f": {readiness(scores):.0%} of the channels are below 1 % of the largest score" if len(scores) else ""
+    return (
+        f"The model was trained {how}, which 'prune.method={method}' relies on{figure}. "
+        f"Expect no better mAP than with l1; train with sparsity.method={method} first, or use lamp."
+    )

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from yolo_ext import compat
-from yolo_ext.pruning.labels import FIXED, Labels, layer_channels, trace
+from yolo_ext.pruning.labels import FIXED, Labels, layer_channels
+from yolo_ext.pruning.rules import trace
 
 
 @dataclass
@@ -71,17 +72,19 @@ class Graph:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def build_graph(model: nn.Module, imgsz: int = 64) -> Graph:
+def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph:
     """Find which channels are coupled.
 
     Args:
         model: A YOLO model of any family; it is not changed.
         imgsz: Side in pixels of the square image for tracing; a multiple of the largest stride.
+        custom: Follow channels through the code of modules that are not of torch or Ultralytics; False keeps whole
+            what enters and leaves them.
 
     Returns:
         The couplings, with a reason for every group that cannot be pruned.
     """
-    tracer = trace(model, max(imgsz, 2 * compat.max_stride(model)))
+    tracer = trace(model, max(imgsz, compat.probe_size(model)), custom)
     lab = tracer.labels
     for parts in lab.ties:
         if reason := next((r for part in parts for c in part if (r := lab.reason(c))), ""):

@@ -1,15 +1,15 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Labelled channels: which output channels reach which inputs, followed through a forward pass.
+"""Labelled channels: which output channels reach which inputs, followed through the torch functions of a forward pass.
 
 Every output channel of a Conv or Linear gets a label. `cat` joins label lists, `chunk` cuts them, `+` makes two
-channels one (union-find), a depthwise conv or BatchNorm passes them on. What is not understood freezes its labels with
-the reason.
+channels one (union-find), a depthwise conv or BatchNorm passes them on (see `rules`). What is not understood freezes
+its labels with the reason. A tensor is `lifted` when a channel that is zero before comes out of it as something else,
+as after a sigmoid: such a channel cannot be removed from the input of a layer without changing the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ from yolo_ext import compat
 
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
 ARITHMETIC = (
-    "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__"
+    "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__ "
+    "maximum minimum"
 )
-ELEMENTWISE = "relu relu_ silu silu_ sigmoid sigmoid_ tanh gelu hardswish leaky_relu leaky_relu_ clamp clip dropout"
+ELEMENTWISE = (
+    "relu relu_ relu6 leaky_relu leaky_relu_ elu celu selu gelu silu silu_ mish hardswish hardtanh sigmoid sigmoid_ "
+    "hardsigmoid logsigmoid softplus tanh clamp clip dropout dropout2d abs neg exp sqrt square pow __pow__"
+)
 COPIES = "detach clone contiguous to float half type"
-POOLS = "max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d"
-POINTWISE = frozenset(f"{ARITHMETIC} {ELEMENTWISE} {COPIES}".split())
-SPATIAL = frozenset(POOLS.split())
+POOLS = "max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d pad"
+POINTWISE = frozenset(f"{ARITHMETIC} {ELEMENTWISE} {COPIES} {POOLS}".split())
 RESHAPES = frozenset(["flatten", "view", "reshape", "permute", "transpose", "unflatten", "squeeze", "unsqueeze"])
-PASS_MODULES = (nn.Upsample, nn.ZeroPad2d, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+MEANS = frozenset(["mean", "sum", "amax", "amin"])
 
 
 class Labels:
@@ -98,103 +101,135 @@ class Labels:
 
 
 class Tracer(TorchFunctionMode):
-    """Follows labels through every torch function that is called outside the modules that have a rule."""
+    """Follows labels through every torch function that is called outside the modules that have a rule.
+
+    Attributes:
+        labels: What is known so far.
+        positions: Layer path to the number of its output positions in the traced image.
+        stack: The modules that are running, innermost last.
+        depth: How many of them have a rule, which speaks for all that happens inside.
+        owner: Id of a parameter to the path of the layer with a rule that it belongs to.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Prepare to trace a model."""
         super().__init__()
         self.labels = Labels()
-        self.of: dict[int, list[int]] = {}  # id of a tensor -> labels of its channels
+        self.of: dict[int, tuple[list[int], str]] = {}  # id of a tensor -> labels of its channels, why it is lifted
         self.keep: list[Any] = []  # keeps tensors alive, so that ids stay unique
         self.depth = 0
+        self.stack: list[nn.Module] = []
         self.paths = {m: name for name, m in model.named_modules()}
+        self.head = compat.detection_head(model)
+        self.owner: dict[int, str] = {}
+        self.touched: set[str] = set()  # layers whose weights are used outside of them as well
         self.positions: dict[str, int] = {}
 
     def get(self, x: torch.Tensor) -> list[int] | None:
         """Return the labels of the channels of a tensor, None when it has none."""
-        return self.of.get(id(x))
+        return self.of[id(x)][0] if id(x) in self.of else None
 
-    def put(self, x: torch.Tensor, labels: list[int]) -> None:
-        """Label the channels of a tensor."""
+    def lifted(self, *tensors: torch.Tensor) -> str:
+        """Return why removed channels are not zero in one of these tensors, empty when they are in all."""
+        return next((why for t in tensors if id(t) in self.of and (why := self.of[id(t)][1])), "")
+
+    def put(self, x: torch.Tensor, labels: list[int], lifted: str = "") -> None:
+        """Label the channels of a tensor, which lie in its second dimension."""
         self.keep.append(x)
-        self.of[id(x)] = labels
+        self.of[id(x)] = labels, lifted
 
     def freeze(self, tensors: list[torch.Tensor], reason: str) -> None:
         """Keep all channels of these tensors."""
         for t in tensors:
             self.labels.freeze(self.get(t) or [], reason)
 
-    # Functions -------------------------------------------------------------------------------------------------------
+    def where(self) -> str:
+        """Return the innermost running block for a reason; that of a layer in the head is clear without."""
+        m = self.stack[-1] if self.stack and self.head not in self.stack else None
+        return f" in {type(m).__name__} {self.paths[m]}" if m is not None and self.paths[m] else ""
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run a torch function and move the labels of its inputs to its outputs."""
         out = func(*args, **(kwargs or {}))
-        if self.depth == 0:
-            name = getattr(func, "__name__", "")
-            tracked = [t for t in tensors_in((args, kwargs)) if self.get(t) is not None]
-            if tracked and (name == "__setitem__" or any(True for _ in tensors_in(out))):
-                self._propagate(name, tracked, args, kwargs or {}, out)
+        if self.depth == 0 and any(True for _ in tensors_in(out)):
+            inputs = list(tensors_in((args, kwargs)))
+            self.touched.update(self.owner[id(t)] for t in inputs if id(t) in self.owner)
+            if tracked := [t for t in inputs if id(t) in self.of]:
+                self._propagate(func, tracked, args, kwargs or {}, out)
+        elif self.depth == 0 and getattr(func, "__name__", "") == "__setitem__":
+            self.freeze([t for t in tensors_in((args, kwargs)) if id(t) in self.of], "is written into" + self.where())
         return out
 
-    def _propagate(self, name: str, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
+    def _propagate(self, func: Callable, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
+        name, x = getattr(func, "__name__", ""), tracked[0]
         if name == "type_as" or name.endswith("_like") or name.startswith("new_"):
             # Only the type and shape of the (last) tensor count, so a new constant comes out.
             if name == "type_as" and (labels := self.get(args[0])) is not None:
-                self.put(out, labels)
-        elif name in SPATIAL or (name in POINTWISE and isinstance(out, torch.Tensor)):
-            self._pointwise(name, tracked, args, kwargs, out)
-        elif name in ("cat", "concat") and _dim(args, kwargs) == 1:
+                self.put(out, labels, self.lifted(args[0]))
+        elif name in POINTWISE:
+            self.pointwise(name, tracked, (args, kwargs), out, func)
+        elif name in ("cat", "concat", "concatenate") and _dim(args, kwargs, x.ndim) == 1:
             parts = args[0] if args else kwargs["tensors"]
-            self.put(out, [c for t in parts for c in (self.get(t) or [FIXED] * t.shape[1])])
-        elif name in ("chunk", "split", "split_with_sizes") and _dim(args, kwargs, place=2) == 1:
-            self._cut(tracked[0], out)
-        elif name in RESHAPES and _keeps_channels(tracked[0], out):
-            self.put(out, self.get(tracked[0]) or [])
+            self.put(out, [c for t in parts for c in (self.get(t) or [FIXED] * t.shape[1])], self.lifted(*parts))
+        elif name in ("chunk", "split", "split_with_sizes") and _dim(args, kwargs, x.ndim, place=2) == 1:
+            self._cut(name, x, out)
+        elif _keeps_channels(name, x, args, kwargs, out):
+            self.put(out, self.get(x) or [], self.lifted(x))
         else:
-            self.freeze(tracked, f"{'is reshaped by' if name in RESHAPES else 'goes through'} '{name}'")
+            verb = "is reshaped by" if name in RESHAPES else "goes through"
+            self.freeze(tracked, f"{verb} '{name}'{self.where()}")
 
-    def _pointwise(self, name: str, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
-        labels = self.get(tracked[0]) or []
-        channels = len(labels)
+    def pointwise(
+        self, name: str, tracked: list[torch.Tensor], call: tuple[tuple, dict], out: Any, func: Callable
+    ) -> None:
+        """Apply the rule of functions that work on each channel by itself, and couple their tensors.
+
+        Args:
+            name: Function name for reasons.
+            tracked: Input tensors with labels.
+            call: All arguments.
+            out: What the function returned.
+            func: The function, to be tried on zeros.
+        """
+        labels, outs, through = self.get(tracked[0]) or [], list(tensors_in(out)), f"goes through '{name}'"
+        shapes = {(t.ndim, t.shape[1] if t.ndim > 1 else 0) for t in [*tracked, *outs]}
+        if len({self.get(t) is not None and len(self.get(t) or []) for t in tracked}) > 1 or len(shapes) > 1:
+            return self.freeze(tracked, f"{through} with broadcasting over channels{self.where()}")
         for t in tracked[1:]:
-            other = self.get(t) or []
-            if len(other) != channels:
-                return self.freeze(tracked, f"goes through '{name}' with broadcasting over channels")
-            labels = self.labels.union(labels, other, f"goes through '{name}' with fixed channels")
-        others = [t for t in tensors_in((args, kwargs)) if self.get(t) is None]
-        if any(t.ndim >= 2 and t.numel() > 1 and channels in t.shape for t in others):
-            self.labels.freeze(labels, f"goes through '{name}' with a parameter or constant")
-        for o in tensors_in(out):
-            if o.ndim >= 2 and o.shape[1] == channels:
-                self.put(o, labels)
+            labels = self.labels.union(labels, self.get(t) or [], f"{through} with fixed channels{self.where()}")
+        for t in tensors_in(call):
+            axis = t.ndim - outs[0].ndim + 1  # of the channels, when aligned from the right
+            if id(t) not in self.of and axis >= 0 and t.shape[axis] > 1:
+                self.labels.freeze(labels, f"{through} with a parameter or constant{self.where()}")
+        lifted = ""
+        if self._lifts(func, call):
+            lifted = self.lifted(*tracked) or f"{through}{self.where()}, which makes zero channels nonzero"
+        for o in outs:
+            self.put(o, labels, lifted)
 
-    def _cut(self, x: torch.Tensor, out: Any) -> None:
+    def _lifts(self, func: Callable, call: tuple[tuple, dict]) -> bool:
+        """Tell by trying whether a function makes removed channels, which are zero, anything else."""
+
+        def zero(t: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(t) if id(t) in self.of and not self.lifted(t) else t.clone()
+
+        args, kwargs = _replace(call, zero)
+        return any(bool((o != 0).any()) for o in tensors_in(func(*args, **kwargs)) if o.is_floating_point())
+
+    def _cut(self, name: str, x: torch.Tensor, out: Any) -> None:
         labels, start, parts = self.get(x) or [], 0, []
         for o in out:
             parts.append(labels[start : start + o.shape[1]])
-            self.put(o, parts[-1])
+            self.put(o, parts[-1], self.lifted(x))
             start += o.shape[1]
-        if len({len(part) for part in parts}) > 1:  # such sizes are written in the code, so they cannot change
-            self.labels.freeze(labels, "is cut into unequal parts")
+        block = self.stack[-1] if self.stack else None
+        if isinstance(block, compat.FREE_CUTS):
+            return  # it holds the width of each part, which surgery brings up to date
+        if name != "chunk" and not isinstance(block, compat.WIDTH_ATTRIBUTES):
+            self.labels.freeze(labels, f"is cut at places written in the code{self.where()}")
+        if len({len(part) for part in parts}) > 1:
+            self.labels.freeze(labels, f"is cut into unequal parts{self.where()}")
         self.labels.ties.append(parts)
-
-    # Modules ---------------------------------------------------------------------------------------------------------
-    def enter(self, module: nn.Module, args: tuple) -> None:
-        """Stop following functions: a rule speaks for the whole module."""
-        self.depth += 1
-
-    def leave(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        """Apply the rule of a module to its first input."""
-        self.depth -= 1
-        if self.depth:
-            return
-        inputs = list(tensors_in((args, kwargs)))
-        if len(inputs) != 1 or not isinstance(out, torch.Tensor) or isinstance(module, compat.OPAQUE):
-            return self.freeze(inputs, f"enters {type(module).__name__} {self.paths[module]}")
-        labels = self.get(inputs[0])
-        channels = layer_channels(module)
-        labels = labels if labels is not None else [FIXED] * (channels[1] if channels else inputs[0].shape[1])
-        rule = next(r for types, r in RULES if isinstance(module, types))
-        self.put(out, rule(self, module, self.paths[module], labels, out))
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
@@ -209,13 +244,35 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(v)
 
 
-def _dim(args: tuple, kwargs: dict, place: int = 1) -> int:
-    return kwargs.get("dim", args[place] if len(args) > place else 0)
+def _replace(tree: Any, swap: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return nested lists, tuples and dicts with their tensors swapped."""
+    if isinstance(tree, torch.Tensor):
+        return swap(tree)
+    if isinstance(tree, dict):
+        return {k: _replace(v, swap) for k, v in tree.items()}
+    return type(tree)(_replace(v, swap) for v in tree) if type(tree) in (list, tuple) else tree
 
 
-def _keeps_channels(x: torch.Tensor, out: Any) -> bool:
-    """Tell whether a reshape only drops spatial dimensions of size one, as before a classifier."""
-    return isinstance(out, torch.Tensor) and x.shape[:2] == out.shape[:2] and out.numel() == x.shape[0] * x.shape[1]
+def _dim(args: tuple, kwargs: dict, ndim: int, place: int = 1) -> int:
+    return kwargs.get("dim", args[place] if len(args) > place else 0) % ndim
+
+
+def _keeps_channels(name: str, x: torch.Tensor, args: tuple, kwargs: dict, out: Any) -> bool:
+    """Tell whether a function works on places only: pooling before a classifier, `x[..., ::2, ::2]`."""
+    if not isinstance(out, torch.Tensor) or x.shape[:2] != out.shape[:2]:
+        return False
+    if name in RESHAPES:
+        return out.numel() == x.shape[0] * x.shape[1]
+    if name in MEANS:
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        dims = [dims] if isinstance(dims, int) else dims or [0]
+        return all(d % x.ndim > 1 for d in dims)
+    if name == "__getitem__" and isinstance(args[1], tuple) and out.ndim == x.ndim:
+        first = 2 if args[1][0] is Ellipsis else 0  # `...` stands for batch and channels
+        index = args[1][1:] if first else args[1]
+        slices = all(isinstance(i, slice) for i in index)
+        return slices and (len(index) <= x.ndim - 2 if first else all(i == slice(None) for i in index[:2]))
+    return False
 
 
 def layer_channels(module: nn.Module) -> tuple[int, int] | None:
@@ -225,84 +282,3 @@ def layer_channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return None
-
-
-# Rules: (tracer, module, path, input labels, output) -> output labels -------------------------------------------------
-def _weights_rule(t: Tracer, module: nn.Module, path: str, labels: list[int], out: torch.Tensor) -> list[int]:
-    n_out, n_in = layer_channels(module)  # type: ignore[misc]
-    groups = getattr(module, "groups", 1)
-    t.positions[path] = out.shape[2] * out.shape[3] if out.ndim == 4 else 1
-    if len(labels) != n_in:
-        t.labels.freeze(labels, f"is reshaped before {path}")
-        labels = [FIXED] * n_in
-    t.labels.consume(path, labels)
-    if groups == n_out == n_in and groups > 1:  # depthwise: what goes in comes out
-        t.labels.out[path] = t.labels.inp[path]
-        return t.labels.out[path]
-    produced = t.labels.produce(path, n_out)
-    if groups > 1:
-        t.labels.freeze(labels + produced, f"meets the grouped convolution {path}")
-    return produced
-
-
-def _norm_rule(t: Tracer, module: nn.Module, path: str, labels: list[int], out: torch.Tensor) -> list[int]:
-    if module.weight is None or module.running_mean is None:
-        t.labels.freeze(labels, f"meets {path}, a BatchNorm without weights or statistics")
-        return labels
-    reason = f"meets {path}, which also norms fixed channels"
-    t.labels.out[path] = t.labels.union(t.labels.out[path], labels, reason) if path in t.labels.out else labels
-    return labels
-
-
-def _pass_rule(t: Tracer, module: nn.Module, path: str, labels: list[int], out: torch.Tensor) -> list[int]:
-    return labels
-
-
-def _attention_rule(t: Tracer, m: nn.Module, path: str, labels: list[int], out: torch.Tensor) -> list[int]:
-    """Attention reshapes by head: q and k rows stay, v rows go at the same rate as the channels of the stream."""
-    key, head = m.key_dim, m.head_dim
-    flat = t.labels.produce(f"{path}.pe.conv", m.num_heads * head)
-    values = [flat[i : i + head] for i in range(0, len(flat), head)]
-    qkv = [c for v in values for c in [FIXED] * (2 * key) + v]
-    projected = t.labels.produce(f"{path}.proj.conv", m.proj.conv.out_channels)
-    for name, inp, produced in (("qkv", labels, qkv), ("pe", flat, flat), ("proj", flat, projected)):
-        t.labels.consume(f"{path}.{name}.conv", inp)
-        t.labels.out[f"{path}.{name}.conv"] = t.labels.out[f"{path}.{name}.bn"] = produced
-        t.positions[f"{path}.{name}.conv"] = out.shape[2] * out.shape[3]
-    t.labels.ties.append([labels, *values])
-    return projected
-
-
-RULES: list[tuple[tuple[type[nn.Module], ...], Callable[..., list[int]]]] = [
-    ((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), _weights_rule),
-    ((nn.BatchNorm2d,), _norm_rule),
-    (compat.ATTENTION, _attention_rule),
-    (PASS_MODULES + compat.ACTIVATIONS, _pass_rule),
-]
-
-
-def trace(model: nn.Module, imgsz: int) -> Tracer:
-    """Run a copy of the model in train and eval mode with labelled channels; train mode shows train-only branches.
-
-    Args:
-        model: Any module that takes an image batch; it is not changed.
-        imgsz: Side in pixels of the square image.
-
-    Returns:
-        The tracer, with all labels.
-    """
-    model = deepcopy(model).float().cpu().requires_grad_(False)
-    tracer = Tracer(model)
-    ruled = tuple(t for types, _ in RULES for t in types) + compat.OPAQUE
-    for m in model.modules():
-        if isinstance(m, ruled):
-            m.register_forward_pre_hook(tracer.enter)
-            m.register_forward_hook(tracer.leave, with_kwargs=True)
-    channels = compat.input_channels(model)
-    for training in (True, False):
-        model.train(training)
-        with torch.no_grad(), tracer:
-            out = model(torch.rand(2, channels, imgsz, imgsz))
-        for x in compat.returned_tensors(out):
-            tracer.freeze([x], "is an output of the model")
-    return tracer

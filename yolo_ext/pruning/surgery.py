@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,48 +15,70 @@ from yolo_ext import compat
 from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
+from yolo_ext.pruning.labels import layer_channels
+from yolo_ext.pruning.probes import NO_PROBES, Probes
 from yolo_ext.pruning.targets import Kept, plan
 
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
 ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
 
 
-def _take(tensor: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
-    return tensor.detach().index_select(dim, torch.tensor(index, device=tensor.device)).clone()
+def parameter_slices(module: nn.Module, dims: dict[str, list[int]]) -> dict[str, list[tuple[int, list[int]]]]:
+    """Say how the parameters of a layer shrink: what its weights, gradients and optimizer state have in common.
+
+    Args:
+        module: Conv, ConvTranspose, Linear or BatchNorm before surgery.
+        dims: Its kept positions, by ``out`` and ``in``.
+
+    Returns:
+        Parameter name to (dimension, kept positions) pairs.
+    """
+    transposed, found = isinstance(module, nn.ConvTranspose2d), {}
+    weight = []
+    if "in" in dims and getattr(module, "groups", 1) == 1:  # depthwise: its input goes with its output
+        weight.append((0 if transposed else 1, dims["in"]))
+    if "out" in dims:
+        weight.append((1 if transposed else 0, dims["out"]))
+        found["bias"] = [(0, dims["out"])]
+    return {name: s for name, s in {"weight": weight, **found}.items() if s and getattr(module, name) is not None}
 
 
-def _parameter(old: nn.Parameter, dim: int, index: list[int]) -> nn.Parameter:
-    return nn.Parameter(_take(old, dim, index), requires_grad=old.requires_grad)
+def cut(tensor: torch.Tensor, slices: list[tuple[int, list[int]]]) -> torch.Tensor:
+    """Return a copy of a tensor that holds only the kept positions."""
+    tensor = tensor.detach()
+    for dim, index in slices:
+        tensor = tensor.index_select(dim, torch.tensor(index, device=tensor.device))
+    return tensor.clone()
 
 
-def _slice_out(m: nn.Module, index: list[int]) -> None:
+def _shrink(m: nn.Module, dims: dict[str, list[int]]) -> None:
+    for name, slices in parameter_slices(m, dims).items():
+        old = getattr(m, name)
+        new = nn.Parameter(cut(old, slices), requires_grad=old.requires_grad)
+        new.grad = None if old.grad is None else cut(old.grad, slices)
+        setattr(m, name, new)
+    depthwise, linear = getattr(m, "groups", 1) > 1, isinstance(m, nn.Linear)
+    if "in" in dims and not depthwise:
+        setattr(m, "in_features" if linear else "in_channels", len(dims["in"]))
+    if "out" not in dims:
+        return
     if isinstance(m, nn.BatchNorm2d):
         for name in ("running_mean", "running_var"):
-            setattr(m, name, _take(getattr(m, name), 0, index))
-        m.num_features = len(index)
-    else:
-        depthwise = getattr(m, "groups", 1) > 1
-        setattr(m, "out_features" if isinstance(m, nn.Linear) else "out_channels", len(index))
-        if depthwise:
-            m.groups = m.in_channels = len(index)
-    m.weight = _parameter(m.weight, 1 if isinstance(m, nn.ConvTranspose2d) else 0, index)
-    if m.bias is not None:
-        m.bias = _parameter(m.bias, 0, index)
-
-
-def _slice_in(m: nn.Module, index: list[int]) -> None:
-    if getattr(m, "groups", 1) > 1:
-        return  # depthwise: its input goes with its output
-    m.weight = _parameter(m.weight, 0 if isinstance(m, nn.ConvTranspose2d) else 1, index)
-    setattr(m, "in_features" if isinstance(m, nn.Linear) else "in_channels", len(index))
+            setattr(m, name, cut(getattr(m, name), [(0, dims["out"])]))
+        m.num_features = len(dims["out"])
+        return
+    setattr(m, "out_features" if linear else "out_channels", len(dims["out"]))
+    if depthwise:
+        m.groups = m.in_channels = len(dims["out"])
 
 
 def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     """Cut a model in place so that only the kept channels remain; stock classes stay stock classes.
 
     Args:
-        model: The dense model.
+        model: The dense model. Gradients that are there are cut as well.
         kept: Kept positions by module path and dimension.
 
     Returns:
@@ -64,10 +86,7 @@ def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     """
     modules = dict(model.named_modules())
     for path, dims in kept.items():
-        if "in" in dims:
-            _slice_in(modules[path], dims["in"])
-        if "out" in dims:
-            _slice_out(modules[path], dims["out"])
+        _shrink(modules[path], dims)
     compat.refresh_widths(model)
     return model
 
@@ -144,40 +163,96 @@ def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
         raise CheckFailed("The pruned model has gradients that are not finite.")
 
 
-def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64) -> nn.Module:
-    """Prune a copy of a model to a target and prove that the surgery is exact.
+def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
+    """Prove that a pruned model is what its plan says: equal to the masked dense model, and able to train.
 
     Args:
-        model: Any YOLO model; it is not changed.
-        cfg: Pruning options with a target.
-        imgsz: Side in pixels of the images for tracing and for the gate.
+        dense: Model before surgery.
+        pruned: Model after surgery.
+        kept: The plan that led from one to the other.
 
     Returns:
-        The pruned copy, whose manifest records the plan and per-layer reasons.
+        Largest difference of any raw output in float64, relative to the largest output.
 
     Raises:
-        UsageError: If no target is given, the model is fused or the target cannot be reached.
-        CheckFailed: If the pruned model differs from the masked dense one.
+        CheckFailed: If the outputs differ by more than `TOLERANCE`, or training steps fail.
     """
-    if cfg.speedup is None and cfg.ratio is None:
-        raise UsageError(
-            "No pruning target. Give prune.speedup=2 (FLOPs ratio) or prune.ratio=0.3 (share of channels)."
-        )
-    if getattr(model, "is_fused", lambda: False)():
-        raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
-    graph = build_graph(model, imgsz)
-    kept = plan(model, graph, cfg)
-    pruned = apply_plan(deepcopy(model), kept)
-    size = max(64, 2 * compat.max_stride(model))
-    gap = equivalence_gap(model, pruned, kept, size)
+    size = max(64, 2 * compat.max_stride(dense))
+    gap = equivalence_gap(dense, pruned, kept, size)
     if not gap <= TOLERANCE:
         raise CheckFailed(
             f"Pruning is not exact on this model: pruned and masked outputs differ by {gap:.1e} "
             f"(limit {TOLERANCE:.0e}). {ADVICE}"
         )
     check_trainable(pruned, size)
+    return gap
+
+
+def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64, probes: Probes = NO_PROBES) -> nn.Module:
+    """Prune a copy of a model to a target and prove that the surgery is exact.
+
+    Args:
+        model: Any YOLO model; it is not changed.
+        cfg: Pruning options with a target.
+        imgsz: Side in pixels of the images for tracing.
+        probes: What data and the clock can tell, for the criteria and targets that need it.
+
+    Returns:
+        The pruned copy, whose manifest records the plan and per-layer reasons.
+
+    Raises:
+        UsageError: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
+        CheckFailed: If the pruned model differs from the masked dense one.
+    """
+    return prune_with_plan(model, cfg, imgsz, probes)[0]
+
+
+def prune_with_plan(
+    model: nn.Module, cfg: PruneConfig, imgsz: int = 64, probes: Probes = NO_PROBES
+) -> tuple[nn.Module, Kept]:
+    """Do what `prune_model` does and return the plan too, in the numbering of `model`."""
+    check_prunable(model)
+    graph = build_graph(model, imgsz)
+    kept = plan(model, graph, cfg, probes)
+    pruned = apply_plan(deepcopy(model), kept)
+    gap = verify(model, pruned, kept)
     _record(model, pruned, graph, kept, cfg, gap)
-    return pruned
+    return pruned, kept
+
+
+def check_plan(model: nn.Module, cfg: PruneConfig) -> None:
+    """Find out without data or a clock whether pruning options fit a model.
+
+    Args:
+        model: The model; it is not changed.
+        cfg: Pruning options. Targets that have to be measured, and criteria that need data, are taken as within reach.
+
+    Raises:
+        UsageError: If the model cannot be pruned, an option does not fit it or the target cannot be reached.
+    """
+    check_prunable(model)
+    if cfg.kind != "structured":
+        return
+    cheap = replace(cfg, sensitivity=None, scope="global" if cfg.scope == "pagcp" else cfg.scope)
+    if criteria[cfg.method].needs == "data":
+        cheap = replace(cheap, method="l2")
+    if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):
+        cheap = replace(cheap, latency=None, size_mb=None, max_drop=None, ratio=0.1)
+    plan(model, build_graph(model), cheap)
+
+
+def check_prunable(model: nn.Module) -> None:
+    """Refuse models whose structure must not change any more.
+
+    Raises:
+        UsageError: If the model is fused, or fake-quant has been put in.
+    """
+    if getattr(model, "is_fused", lambda: False)():
+        raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
+    if manifest(model).get("quant") or any(type(m).__module__.startswith("yolo_ext") for m in model.modules()):
+        raise UsageError(
+            "The model is quantized: its ranges belong to the channels that it has. Prune the float .pt, then quantize."
+        )
 
 
 def _record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: PruneConfig, gap: float) -> None:
@@ -189,22 +264,36 @@ def _record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: 
         for dim, index in dims.items():
             old = total.setdefault(path, {}).get(dim)
             total[path][dim] = [old[i] for i in index] if old is not None else list(index)
+    # The teacher that a student grew from knows it by the weights it started with, not by those of today.
+    parent = previous["parent"] if previous else manifest(dense).get("parent") or fingerprint(dense)
     manifest(pruned)["prune"] = {
+        **(previous or {}),
         "config": asdict(cfg),
         "kept": total,
         "shapes": shapes,
-        "parent": previous["parent"] if previous else fingerprint(dense),
+        "parent": parent,
         "frozen": {m.module: g.frozen for g in graph.groups if g.frozen for m in g.members if m.dim == "out"},
+        "coupled": coupled_layers(pruned, graph),
         "gap": gap,
     }
     set_tripwire(pruned)
+
+
+def coupled_layers(model: nn.Module, graph: Graph) -> dict[str, list[str]]:
+    """Return, for every layer whose channels also come from or are tied to others, the paths of those."""
+    modules, found = dict(model.named_modules()), {}
+    for bundle in graph.bundles:
+        members = (m for i in bundle for m in graph.groups[i].members if m.dim == "out")
+        layers = {m.module for m in members if layer_channels(modules[m.module])}
+        found.update({p: sorted(layers - {p}, key=compat.natural_key) for p in layers if len(layers) > 1})
+    return found
 
 
 def layer_report(model: nn.Module) -> list[dict[str, Any]]:
     """Return channels before and after for every layer of a pruned model, with the reason where nothing changed.
 
     Returns:
-        Rows ``{"name", "before", "after", "reason"}`` in the order of the model.
+        Rows ``{"name", "before", "after", "reason", "coupled"}`` in the order of the model.
     """
     record = manifest(model).get("prune") or {"shapes": {}, "frozen": {}}
     modules = dict(model.named_modules())
@@ -213,7 +302,8 @@ def layer_report(model: nn.Module) -> list[dict[str, Any]]:
         before = record["shapes"][path][0]
         after = getattr(modules[path], "out_channels", None) or getattr(modules[path], "out_features", before)
         reason = record["frozen"].get(path, "") if after == before else ""
-        rows.append({"name": path, "before": before, "after": after, "reason": reason})
+        coupled = record.get("coupled", {}).get(path, [])
+        rows.append({"name": path, "before": before, "after": after, "reason": reason, "coupled": coupled})
     return rows
 
 

@@ -1,233 +1,238 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""From scores to a plan: which channels go so that a target is met, found without touching the model."""
+"""From scores to a plan: what a target measures, and which channels go so that it is met."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 
-import torch
 from torch import nn
 
 from yolo_ext import compat
-from yolo_ext.config import PruneConfig
+from yolo_ext.checkpoint import manifest, size_mb
+from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights
-from yolo_ext.pruning.graph import Graph, Group
+from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
+from yolo_ext.pruning.bundles import Bundle, Kept, Widths, bundles, kept_of, widths_of
+from yolo_ext.pruning.criteria import criteria
+from yolo_ext.pruning.evidence import Evidence, collect
+from yolo_ext.pruning.graph import Graph
+from yolo_ext.pruning.probes import NO_PROBES, Probes
+from yolo_ext.pruning.solve import Target, solve
+from yolo_ext.registry import Table
 
-Steps = Callable[[float], list[int]]  # share of units to remove, 0..1 -> kept units of each bundle
-Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions, "in": kept positions}
+targets = Table("pruning target")  # row: Job -> Target
 
 
-@dataclass
-class Bundle:
-    """Groups that shrink at the same rate, in `units`: unit u removes the next worst channels of each group.
+@dataclass(frozen=True)
+class Job:
+    """What is pruned and what may be asked about it.
 
     Attributes:
-        groups: The groups.
-        order: For each group, its channels from worst to best.
-        scores: (units,) ascending.
-        allowed: Numbers of kept units that rounding and floors allow, descending; the first one is all of them.
+        model: The model; it is not changed.
+        graph: Its couplings.
+        made: Its bundles, those with a share of their own included.
+        cfg: Pruning options.
+        probes: What data and the clock can tell.
+        imgsz: Side of the image in pixels, for the FLOPs.
     """
 
-    groups: list[Group]
-    order: list[torch.Tensor]
-    scores: torch.Tensor
-    allowed: list[int]
+    model: nn.Module
+    graph: Graph
+    made: list[Bundle]
+    cfg: PruneConfig
+    probes: Probes
+    imgsz: int = 640
 
-    @property
-    def units(self) -> int:
-        """Number of units before pruning."""
-        return len(self.scores)
+    def pruned(self, units: list[int]) -> nn.Module:
+        """Return a pruned copy."""
+        from yolo_ext.pruning.surgery import apply_plan
 
-    def round(self, units: float) -> int:
-        """Return the allowed number of kept units nearest to `units`; of two equally near ones the larger."""
-        return min(self.allowed, key=lambda a: (abs(a - units), -a))
-
-
-def _allowed(size: int, units: int, cfg: PruneConfig) -> list[int]:
-    """Return the legal numbers of kept units for a bundle whose widest group has `size` channels."""
-    per_unit = size // units
-    floor = max(cfg.min_channels, size * (1 - cfg.max_ratio))
-    legal = [u for u in range(1, units) if (u * per_unit) % cfg.round_to == 0 and u * per_unit >= floor]
-    return [units, *reversed(legal)]
+        return apply_plan(deepcopy(self.model), kept_of(self.graph, self.made, units))
 
 
-def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig) -> list[Bundle]:
-    """Score every prunable bundle and mark excluded groups in the graph.
+def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Widths], tuple[float, float]]:
+    """Return a function from kept widths to (FLOPs, parameters) of the deployed model, which builds nothing.
 
     Args:
         model: The model that the graph was built from.
-        graph: Its couplings; groups that `cfg` keeps whole become frozen, with the reason.
-        cfg: Pruning options.
+        graph: Its couplings.
+        imgsz: Side of the square image in pixels for the FLOPs (2 x MACs, as Ultralytics counts them). Convolutions
+            grow with the image, attention with its square, a classifier not at all.
 
     Returns:
-        The prunable bundles.
-
-    Raises:
-        UsageError: If the criterion is unknown or fails, or an exclude pattern is broken or matches nothing.
+        The function; `{}` stands for the whole model, `bundles.widths_of` gives the widths of a plan.
     """
-    _exclude(graph, cfg)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    made = []
-    for indices in graph.bundles:
-        groups = [graph.groups[i] for i in indices]
-        if any(g.frozen for g in groups):
-            continue
-        units = min(g.size for g in groups)
-        if any(g.size % units for g in groups):
-            for g in groups:
-                g.frozen = "is coupled with a part whose width does not divide its own"
-            continue
-        order, rows = [], []
-        for g in groups:
-            values = _scores(cfg.method, group_weights(model, g, generator), g)
-            by_worth = values.argsort(stable=True)
-            order.append(by_worth)
-            rows.append(values[by_worth].view(units, -1).mean(1))
-        allowed = _allowed(max(g.size for g in groups), units, cfg)
-        if len(allowed) > 1:
-            made.append(Bundle(groups, order, torch.stack(rows).mean(0), allowed))
-        else:
-            for g in groups:
-                g.frozen = f"has {g.size} channels, which the floors do not let shrink"
-    return made
+    deployed, modules = compat.deployed_layers(model), dict(model.named_modules())
+    layers = {p: c for p, c in graph.convs.items() if p in deployed and p in graph.shapes}
+    biased = {p for p in layers if modules[p].bias is not None or f"{p.rpartition('.')[0]}.bn" in modules}
+    area = _area(modules, graph, imgsz)
+    work, depth = {}, {}  # multiplications of each weight; groups
+    for path, (positions, _) in layers.items():
+        stride = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
+        work[path] = positions * (area if positions > 1 else 1) / (stride[0] * stride[1])
+        depth[path] = getattr(modules[path], "groups", 1)
+    values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, compat.ATTENTION)} & set(layers)
+
+    def counted(widths: Widths) -> tuple[float, float]:
+        flops = params = 0.0
+        for path, (_, kernel) in layers.items():
+            n_out, n_in = graph.shapes[path]
+            out, inp = widths.get((path, "out"), n_out), widths.get((path, "in"), n_in)
+            weights = out * kernel * (1 if depth[path] == n_out else inp / depth[path])
+            flops += 2.0 * work[path] * (weights + work[path] * inp * (path in values))  # attention x values
+            params += weights + out * (path in biased)
+        return flops, params
+
+    whole = counted({})
+    other_flops = compat.gflops(model, imgsz) * 1e9 - whole[0]
+    other_params = sum(p.numel() for p in compat.deployed(model).parameters()) - whole[1]
+
+    def figures(widths: Widths) -> tuple[float, float]:
+        flops, params = counted(widths)
+        return flops + other_flops, params + other_params
+
+    return figures
 
 
-def _scores(method: str, weights: GroupWeights, group: Group) -> torch.Tensor:
-    """Return (n,) finite scores of a group by a criterion, which may be the user's own."""
-    values = criteria[method].fn(weights)
-    if not isinstance(values, torch.Tensor) or values.shape != (group.size,) or not values.isfinite().all():
-        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+def _area(modules: dict[str, nn.Module], graph: Graph, imgsz: int) -> float:
+    """Return how many times more pixels an image of `imgsz` has than the one that the graph was traced with."""
+    stem, (positions, _) = next(iter(graph.convs.items()))  # layers are listed in the order of their first call
+    return imgsz**2 / (positions * getattr(modules[stem], "stride", (1,))[0] ** 2)
+
+
+# Targets -------------------------------------------------------------------------------------------------------------
+def _analytic(job: Job, which: int) -> Callable[[list[int]], float]:
+    """Return before / after of FLOPs (0) or parameters (1)."""
+    figures = measure(job.model, job.graph, job.imgsz)
+    before = figures({})[which]
+    return lambda units: before / figures(widths_of(job.graph, job.made, units))[which]
+
+
+@targets.row("speedup", "FLOPs before / FLOPs after")
+def speedup(job: Job) -> Target:
+    """Aim at a FLOPs ratio of the deployed model."""
+    return Target(_analytic(job, 0), job.cfg.speedup or 1.0)
+
+
+@targets.row("params", "Parameters before / parameters after")
+def params(job: Job) -> Target:
+    """Aim at a parameter ratio of the deployed model."""
+    return Target(_analytic(job, 1), job.cfg.params or 1.0)
+
+
+@targets.row("ratio", "Share of channels to remove")
+def ratio(job: Job) -> Target:
+    """Aim at a share of the channels of all bundles that have no share of their own."""
+    weight = [0 if b.share is not None else sum(g.size for g in b.groups) / b.units for b in job.made]
+    total = sum(w * b.units for w, b in zip(weight, job.made)) or 1.0
+
+    def removed(units: list[int]) -> float:
+        return sum(w * (b.units - u) for w, b, u in zip(weight, job.made, units)) / total
+
+    return Target(removed, job.cfg.ratio or 0.0)
+
+
+@targets.row("size_mb", "Size of the .pt in MB")
+def size(job: Job) -> Target:
+    """Aim at the size of the fp16 checkpoint, whose manifest grows with the plan that it holds."""
+    frozen = {m.module: g.frozen for g in job.graph.groups if g.frozen for m in g.members if m.dim == "out"}
+    shapes = {p: list(s) for p, s in job.graph.shapes.items()}
+
+    def megabytes(units: list[int]) -> float:
+        copy = job.pruned(units)
+        record = {"config": asdict(job.cfg), "kept": kept_of(job.graph, job.made, units)}
+        manifest(copy)["prune"] = {"shapes": shapes, "frozen": frozen, **(manifest(copy).get("prune") or {}), **record}
+        return size_mb(copy)
+
+    return Target(megabytes, job.cfg.size_mb or 0.0, rises=False, trials=16, slow=True)
+
+
+@targets.row("latency", "Measured latency before / after", needs="clock")
+def latency(job: Job) -> Target:
+    """Aim at a latency ratio, measured for each trial."""
+    if (speed := job.probes.speed) is None:
+        raise UsageError("'prune.latency' is measured on this machine, which needs data=... or imgsz=... to run with.")
+    whole = [b.units for b in job.made]
+    figure = lambda units: 1.0 if units == whole else speed(job.model, job.pruned(units))  # noqa: E731
+    return Target(figure, job.cfg.latency or 1.0, tolerance=0.05, trials=8, slow=True, noisy=True)
+
+
+@targets.row("max_drop", "Largest loss of mAP50-95 right after pruning and BatchNorm recalibration", needs="data")
+def max_drop(job: Job) -> Target:
+    """Prune as far as the recalibrated mAP stays within a drop; EagleEye, Li et al., 2020, arXiv:2007.02491."""
+    from yolo_ext.pruning.surgery import recalibrate
+
+    score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
+    if score is None or images is None:
+        raise UsageError("'prune.max_drop' measures mAP, which needs data. Give data=data.yaml, or another target.")
+    whole, base = [b.units for b in job.made], score(job.model)
+    if base <= allowed:
         raise UsageError(
-            f"The pruning criterion '{method}' returned {got} with values that cannot be ranked for '{group.name}'. "
-            f"Legal: a tensor of {group.size} finite scores, one for each channel; are the weights of the model finite?"
+            f"'prune.max_drop={allowed:g}' says nothing: the model itself has mAP50-95 {base:.4f} on these data. "
+            "Train it first, or give a smaller drop."
         )
-    return values.detach().float().cpu()
+
+    def drop(units: list[int]) -> float:
+        if units == whole:
+            return 0.0
+        trial = job.pruned(units)
+        recalibrate(trial, images())
+        return base - score(trial)
+
+    return Target(drop, allowed, trials=7, slow=True, noisy=True, cap=True)
 
 
-def _exclude(graph: Graph, cfg: PruneConfig) -> None:
-    """Freeze the bundles in which a layer that `cfg.exclude` names produces channels."""
-    for pattern in cfg.exclude:
-        try:
-            matches = re.compile(pattern).search
-        except re.error as e:
-            raise UsageError(f"'prune.exclude={pattern}' is not a regular expression: {e}.") from e
-        bundles = [[graph.groups[g] for g in bundle] for bundle in graph.bundles]
-        hits = [b for b in bundles if any(matches(m.module) for g in b for m in g.members if m.dim == "out")]
-        if not hits:
-            raise UsageError(
-                f"'prune.exclude={pattern}' matches no layer. Layers have names such as 'model.2.cv1.conv'."
-            )
-        for g in (g for b in hits for g in b):
-            g.frozen = g.frozen or f"is excluded by '{pattern}'"
-
-
-def _masks(graph: Graph, made: list[Bundle], units: list[int]) -> dict[tuple[str, str], torch.Tensor]:
-    """Return for each touched (module, dim) a boolean mask of the channels that stay."""
-    masks: dict[tuple[str, str], torch.Tensor] = {}
-    for bundle, u in zip(made, units):
-        for group, order in zip(bundle.groups, bundle.order):
-            gone = order[: group.size - u * (group.size // bundle.units)]
-            for m in group.members:
-                if (m.module, m.dim) not in masks:
-                    masks[m.module, m.dim] = torch.ones(_width(graph, m.module, m.dim), dtype=torch.bool)
-                masks[m.module, m.dim][m.index[gone].flatten()] = False
-    return masks
-
-
-def _width(graph: Graph, path: str, dim: str) -> int:
-    if path in graph.shapes:
-        return graph.shapes[path][dim == "in"]
-    return 1 + max(int(m.index.max()) for g in graph.groups for m in g.members if (m.module, m.dim) == (path, dim))
-
-
-class _Flops:
-    """FLOPs of the deployed model as a function of the kept channels, without building anything."""
-
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
-        deployed = compat.deployed_layers(model)
-        self.convs = {p: c for p, c in graph.convs.items() if p in deployed and p in graph.shapes}
-        self.shapes = graph.shapes
-        modules = dict(model.named_modules())
-        self.groups = {p: getattr(modules[p], "groups", 1) for p in self.convs}
-
-    def __call__(self, masks: dict[tuple[str, str], torch.Tensor]) -> float:
-        total = 0.0
-        for path, (positions, kernel) in self.convs.items():
-            n_out, n_in = self.shapes[path]
-            out = int(masks[path, "out"].sum()) if (path, "out") in masks else n_out
-            inp = int(masks[path, "in"].sum()) if (path, "in") in masks else n_in
-            fan_in = 1 if self.groups[path] == n_out else inp / self.groups[path]
-            total += 2.0 * positions * kernel * out * fan_in
-        return total
-
-
-def plan(model: nn.Module, graph: Graph, cfg: PruneConfig) -> Kept:
+# Plan ----------------------------------------------------------------------------------------------------------------
+def plan(model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640) -> Kept:
     """Choose the channels that stay so that the target is met.
 
     Args:
         model: The model; it is not changed.
         graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
-        cfg: Pruning options with `speedup` or `ratio`.
+        cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
+        probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
+        imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
 
     Returns:
         Kept positions for every layer that loses channels: plain data that can be stored and replayed.
 
     Raises:
-        UsageError: If nothing can be pruned or the floors do not allow the target.
+        UsageError: If nothing can be pruned, the floors do not allow the target, or data are missing.
     """
-    made = bundles(model, graph, cfg)
+    made = bundles(model, graph, cfg, _evidence(model, cfg, probes))
     if not made:
+        reasons = Counter(g.frozen for g in graph.groups).most_common(3)
         raise UsageError(
-            "Nothing can be pruned: every group is frozen, excluded or at its floor. See `yolo-ext help prune`."
+            "Nothing can be pruned: every group is frozen, excluded or at its floor "
+            f"({', '.join(f'{n} x {reason!r}' for reason, n in reasons)}). See `yolo-ext help prune`."
         )
-    steps = _steps(made, cfg)
-    units = steps(cfg.ratio or 0.0) if cfg.speedup is None else _solve(_Flops(model, graph), graph, made, steps, cfg)
-    kept: Kept = {}
-    for (path, dim), mask in _masks(graph, made, units).items():
-        if not mask.all():
-            kept.setdefault(path, {})[dim] = mask.nonzero().flatten().tolist()
-    return kept
+    free = [b for b in made if b.share is None]
+    name = next((t for t in TARGETS if getattr(cfg, t) is not None), None)
+    if cfg.scope == "pagcp":
+        from yolo_ext.pruning.pagcp import pagcp
+
+        units = _settled(made, pagcp(model, graph, free, cfg, probes))
+    elif name is None:
+        units = _settled(made, [b.units for b in free])
+    else:
+        spread = from_sensitivity(free, read_sensitivity(cfg.sensitivity)) if cfg.sensitivity else None
+        spread = spread or ranked(free, scopes[cfg.scope].fn(free, model))
+        target = targets[name].fn(Job(model, graph, made, cfg, probes, imgsz))
+        units = solve(name, target, lambda share: _settled(made, spread(share)), made, cfg)
+    return kept_of(graph, made, units)
 
 
-def _solve(flops: _Flops, graph: Graph, made: list[Bundle], steps: Steps, cfg: PruneConfig) -> list[int]:
-    """Return the kept units of each bundle whose FLOPs ratio is nearest to `cfg.speedup`."""
-    before, target = flops({}), float(cfg.speedup or 1.0)
-
-    def speedup(units: list[int]) -> float:
-        return before / flops(_masks(graph, made, units))
-
-    if (most := speedup(steps(1.0))) < target * 0.97:
-        raise UsageError(
-            f"'prune.speedup={target:g}' cannot be reached: the floors allow at most {most:.2f}. "
-            f"Lower prune.speedup, prune.min_channels={cfg.min_channels} or prune.round_to={cfg.round_to}, "
-            f"or raise prune.max_ratio={cfg.max_ratio:g}."
-        )
-    low, high = 0.0, 1.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if speedup(steps(middle)) < target else (low, middle)
-    # Several bundles may jump at the same share: walk from one side to the other, one bundle at a time.
-    units, end = steps(low), steps(high)
-    best = min((units, end), key=lambda u: abs(speedup(u) - target))
-    for i, (u, v) in enumerate(zip(units, end)):
-        if u != v:
-            units = [*units[:i], v, *units[i + 1 :]]
-            best = min((best, units), key=lambda u: abs(speedup(u) - target))
-    return best
+def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
+    """Measure what a data-driven criterion needs; without data the criterion itself says so."""
+    if criteria[cfg.method].needs != "data" or probes.batches is None:
+        return None
+    return collect(model, cfg.method, probes.batches())
 
 
-def _steps(made: list[Bundle], cfg: PruneConfig) -> Steps:
-    """Return a function from the share of units to remove, 0..1, to the kept units of each bundle."""
-    if cfg.scope == "local":
-        return lambda share: [b.round(b.units * (1 - share)) for b in made]
-    scores = torch.cat([b.scores for b in made])
-    owner = torch.cat([torch.full((b.units,), i) for i, b in enumerate(made)])[scores.argsort(stable=True)]
-
-    def steps(share: float) -> list[int]:
-        gone = torch.bincount(owner[: round(share * len(owner))], minlength=len(made)).tolist()
-        return [b.round(b.units - g) for b, g in zip(made, gone)]
-
-    return steps
+def _settled(made: list[Bundle], units: list[int]) -> list[int]:
+    """Return the kept units of all bundles from those of the free ones."""
+    rest = iter(units)
+    return [next(rest) if b.share is None else b.round(b.units * (1 - b.share)) for b in made]

@@ -24,8 +24,8 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
 
     Args:
         run_dir: Folder of the run; pictures with a relative path are looked up in it.
-        report: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`, `pictures`,
-            `plots`, `latency`, `quantization`, `plan` and `notes`, each optional: what is absent is left out or
+        report: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`, `comparison`,
+            `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`, each optional: what is absent is left out or
             shown as not measured.
 
     Returns:
@@ -179,14 +179,32 @@ def _channels(report: Report, _: Path) -> str:
         pruned += smaller
         bar = ui.bar(before, widest, "") + ui.bar(after, widest, "new" if smaller else "kept")
         kept = f"{100 * after / before:.0f}%" if before else ABSENT
-        name, reason = ui.text(layer["name"]), ui.text(layer.get("reason"))
+        coupled = layer.get("coupled") or []
+        beside = f"coupled with {', '.join(coupled[:3])}{' ...' if len(coupled) > 3 else ''}" if coupled else ""
+        name, reason = ui.text(layer["name"]), ui.text(layer.get("reason") or beside)
         rows.append((name, f'<div class="track">{bar}</div>', f"{before:,}", f"{after:,}", kept, reason))
     total = [sum(layer[side] for layer in layers) for side in ("before", "after")]
     keys = (("base", "before"), ("accent", "after"), ("kept", "not pruned"))
     legend = "".join(f'<i class="key" style="background:var(--{c})"></i>{t}' for c, t in keys)
     text = f"{pruned} of {len(layers)} layers pruned, {total[0]:,} → {total[1]:,} output channels."
-    header = ("Layer", "|bar|Channels", "Before", "After", "Kept", "|text|Reason")
+    header = ("Layer", "|bar|Channels", "Before", "After", "Kept", "|text|Reason or couplings")
     return f"<p>{text}<span class='muted'>{legend}</span></p>" + ui.fold(ui.table(header, rows), len(rows), "layers")
+
+
+def _comparison(report: Report, _: Path) -> str:
+    """Show the pruned model beside what else costs as much: is pruning worth it?"""
+    rows = []
+    for row in report.get("comparison") or []:
+        cells = []
+        for key, spec in (("params", ",.0f"), ("gflops", ",.2f"), ("map", ".4f"), ("ort", ",.2f")):
+            value = figure(row, key)
+            cells.append(ABSENT if value is None else format(value, spec))
+        rows.append((ui.text(row.get("name")), *cells))
+    if not rows:
+        return ""
+    note = "A model without mAP was not trained: it shows what the same FLOPs cost without pruning."
+    header = ("Model", "Parameters", "GFLOPs", "mAP50-95", "ONNX Runtime (ms)")
+    return ui.table(header, rows) + f'<p class="muted">{note}</p>'
 
 
 def _quantization(report: Report, _: Path) -> str:
@@ -224,6 +242,7 @@ SECTIONS: dict[str, Render] = {
     "Checks": _checks,
     "Detections": _detections,
     "Latency": _latency,
+    "For comparison": _comparison,
     "Channels per layer": _channels,
     "Quantization": _quantization,
     "Plots": _plots,

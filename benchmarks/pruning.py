@@ -1,0 +1,192 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Every pruning criterion at the same FLOPs and the same fine-tuning, next to what one would do without yolo_ext.
+
+    python benchmarks/pruning.py model=best.pt data=data.yaml imgsz=192 epochs=30 speedups=2,3 out=results \
+        runs=all smaller=90
+    python benchmarks/pruning.py model=yolov5n.pt ... runs=lamp,group_norm,tp:lamp,tp:group_norm
+
+A run is `CRITERION`, `CRITERION+kd` (distilled from the unpruned model), `tp:CRITERION` (plain torch-pruning 1.6, which
+runs on YOLOv5 only) or `smaller` (the same family built with as few FLOPs, trained from scratch for `smaller` epochs).
+Each result is one line of `out/results.jsonl`; those that are there are not repeated, so that several processes
+(`shard=0/2`, `shard=1/2`) share the work and a stopped benchmark goes on. At the end the table is printed and drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import YAML
+
+from yolo_ext import compat
+from yolo_ext.checkpoint import fingerprint, load_model, manifest, save_model, set_tripwire
+from yolo_ext.deployment.verify import map_torch
+from yolo_ext.pruning.criteria import criteria
+from yolo_ext.reporting.tables import align
+from yolo_ext.stages import FINETUNE
+from yolo_ext.trainers import trainer_for
+
+SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}
+
+
+def train(model: str, args: dict[str, str], seed: int, epochs: int, folder: Path, **options: Any) -> Path:
+    """Train and return best.pt."""
+    yolo = YOLO(model, task="detect")
+    yolo.train(
+        trainer=trainer_for("detect"), data=args["data"], imgsz=int(args["imgsz"]), epochs=epochs, seed=seed,
+        save_dir=str(folder), exist_ok=True, plots=False, workers=0, close_mosaic=min(10, epochs // 3), verbose=False,
+        device=args.get("device", "cpu"), **options,
+    )  # fmt: skip
+    return folder / "weights" / "best.pt"
+
+
+def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Do one run and return its figures."""
+    base, imgsz, epochs = args["model"], int(args["imgsz"]), int(args.get("epochs", 30))
+    options: dict[str, Any] = {**FINETUNE, "nbs": FINETUNE["batch"]}
+    del options["epochs"]
+    before = None
+    if run == "smaller":
+        from yolo_ext.pruning.smaller import smaller_yaml
+
+        dense = load_model(base)[0]
+        file = folder / "smaller.yaml"
+        YAML.save(file, smaller_yaml(dense, compat.gflops(dense, imgsz) / speedup, imgsz))
+        best = train(str(file), args, seed, int(args["smaller"]), folder, **SCRATCH)
+    elif run.startswith("tp:"):
+        pruned = by_torch_pruning(base, run[3:], speedup, folder)
+        before = recalibrated(pruned, args)
+        best = train(str(pruned), args, seed, epochs, folder, **options)
+    else:
+        if run.endswith("+kd"):
+            options["distill"] = {}
+        prune = {"method": run.removesuffix("+kd"), "speedup": speedup, "seed": seed}
+        best = train(base, args, seed, epochs, folder, prune=prune, **options)
+    model = load_model(best)[0]
+    params = sum(p.numel() for p in compat.deployed(model).parameters())
+    return {"params": params, "gflops": compat.gflops(model, imgsz), "before": before,
+            "map": map_torch(best, args["data"], imgsz)["map"]}  # fmt: skip
+
+
+def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Path:
+    """Prune with plain torch-pruning as its YOLO example does: Detect is ignored, the ratio is raised to the target."""
+    import torch_pruning as tp
+
+    importance = {
+        "lamp": tp.importance.LAMPImportance(p=2),
+        "l1": tp.importance.MagnitudeImportance(p=1),
+        "l2": tp.importance.MagnitudeImportance(p=2),
+        "group_norm": tp.importance.GroupMagnitudeImportance(p=2),
+        "random": tp.importance.RandomImportance(),
+    }[method]
+    dense = load_model(base)[0]
+    start, low, high, best = compat.gflops(dense), 0.0, 0.9, None
+    for _ in range(10):  # bisection over the ratio, each time on a fresh model
+        ratio = (low + high) / 2
+        model = load_model(base)[0].requires_grad_(True)
+        pruner = tp.pruner.MetaPruner(
+            model, torch.rand(1, 3, 64, 64), importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
+            ignored_layers=[compat.detection_head(model)], pruning_ratio_dict={}, in_channel_groups={},
+            out_channel_groups={}, num_heads={}, customized_pruners={}, max_pruning_ratio=0.8,
+        )  # fmt: skip
+        pruner.step()
+        reached = start / compat.gflops(model)
+        if best is None or abs(reached - speedup) < abs(best[0] - speedup):
+            best = (reached, model)
+        low, high = (ratio, high) if reached < speedup else (low, ratio)
+    model = best[1]
+    manifest(model)["prune"] = {
+        "by": "torch-pruning",
+        "kept": {},
+        "shapes": {},
+        "frozen": {},
+        "parent": fingerprint(dense),
+    }
+    set_tripwire(model)
+    return save_model(model, folder / "tp.pt")
+
+
+def recalibrated(file: Path, args: dict[str, str]) -> float:
+    """Give a pruned file the BatchNorm re-estimation that ours get, and return its mAP."""
+    from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.data.check import check_data
+    from yolo_ext.pruning.surgery import recalibrate
+
+    model = load_model(file)[0]
+    images = calibration_images(check_data(args["data"]), 128, 0)
+    recalibrate(model, letterbox_batches(images, int(args["imgsz"])))
+    save_model(model, file)
+    return map_torch(file, args["data"], int(args["imgsz"]))["map"]
+
+
+def table(results: list[dict[str, Any]], base: float, picture: Path) -> str:
+    """Return the table of all results and draw it."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    cells: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        cells[r["run"]][r["speedup"]].append(r)
+    speedups = sorted({r["speedup"] for r in results})
+    order = sorted(cells, key=lambda run: -mean(r["map"] for v in cells[run].values() for r in v))
+    rows = []
+    for run in order:
+        row = [run]
+        for s in speedups:
+            found = cells[run].get(s, [])
+            scores = [r["map"] for r in found]
+            text = f"{mean(scores):.4f}" if scores else "-"
+            spread = f" ({min(scores):.4f} to {max(scores):.4f})" if len(scores) > 1 else ""
+            row += [text + spread, f"{mean(r['params'] for r in found) / 1e6:.2f}" if found else "-"]
+        rows.append(row)
+    header = ["Run", *(h for s in speedups for h in (f"mAP {s:g}x", f"M params {s:g}x"))]
+    fig, ax = plt.subplots(figsize=(8, 4.5))
+    for run in order:
+        points = [(s, mean(r["map"] for r in cells[run][s])) for s in speedups if cells[run].get(s)]
+        ax.plot(*zip(*points), marker="o", lw=1.2, label=run)
+    ax.axhline(base, color="black", ls="--", lw=1, label="unpruned")
+    ax.set(xlabel="FLOPs before / after", ylabel="mAP50-95 after fine-tuning", xticks=speedups)
+    ax.legend(fontsize=7, ncol=2)
+    fig.tight_layout()
+    fig.savefig(picture, dpi=150)
+    return align(rows, header)
+
+
+def main() -> None:
+    args = dict(a.split("=", 1) for a in sys.argv[1:])
+    out = Path(args["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "results.jsonl"
+    torch.set_num_threads(int(args.get("threads", torch.get_num_threads())))
+    runs = args.get("runs", "all").split(",")
+    if "all" in runs:
+        runs = [row.name for row in criteria] + [r for r in runs if r != "all"]
+    if "smaller" in args and "smaller" not in runs:
+        runs.append("smaller")
+    jobs = [(r, float(s), int(seed)) for seed in args.get("seeds", "0").split(",")
+            for s in args.get("speedups", "2,3").split(",") for r in runs]  # fmt: skip
+    shard, shards = (int(x) for x in args.get("shard", "0/1").split("/"))
+    read = lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # noqa: E731
+    for run, speedup, seed in jobs[shard::shards]:
+        if any((r["run"], r["speedup"], r["seed"]) == (run, speedup, seed) for r in read()):
+            continue
+        with tempfile.TemporaryDirectory() as tmp:
+            found = {"run": run, "speedup": speedup, "seed": seed, **one(run, speedup, seed, args, Path(tmp))}
+        with log.open("a") as f:
+            f.write(json.dumps(found) + "\n")
+        print("RESULT", json.dumps(found), flush=True)
+    base = map_torch(Path(args["model"]), args["data"], int(args["imgsz"]))["map"]
+    print(f"unpruned: {base:.4f}\n" + table(read(), base, out / "pruning.png"))
+
+
+if __name__ == "__main__":
+    main()

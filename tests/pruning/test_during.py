@@ -1,0 +1,254 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Pruning between two epochs: what each step aims at, and that everything a run holds is cut by the same plan."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import ModelEMA
+
+from yolo_ext import compat
+from yolo_ext.checkpoint import manifest
+from yolo_ext.config import PruneConfig
+from yolo_ext.distillation.features import Align
+from yolo_ext.errors import CheckFailed
+from yolo_ext.pruning.during import agreed, apply_to_run, follow, prune_run, remember_dense, sizes, step_config
+from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.surgery import cut, prune_model, prune_with_plan
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "Adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
+    "RMSProp": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+}
+
+
+def run_of(model: nn.Module, optimizer) -> SimpleNamespace:
+    """Return what a trainer holds, after one optimizer step that every moment remembers."""
+    live = deepcopy(model).train().requires_grad_(True)
+    made = optimizer(list(live.parameters()))
+    ema = ModelEMA(live)
+    sum(t.pow(2).mean() for t in compat.returned_tensors(live(torch.rand(2, 3, 64, 64)))).backward()
+    made.step()
+    ema.update(live)
+    return SimpleNamespace(
+        model=live, ema=ema, optimizer=made, distiller=None, epoch=5, best_fitness=0.9,
+        stopper=SimpleNamespace(best_fitness=0.9, best_epoch=4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_follow_their_channels(name, yolo):
+    """A marked channel keeps its moments; the state of what is left is that of before, by index."""
+    run = run_of(yolo("yolov8n"), OPTIMIZERS[name])
+    before = {n: {k: v.clone() for k, v in run.optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+              for n, p in run.model.named_parameters() if p in run.optimizer.state}  # fmt: skip
+    grads = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+    pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
+    apply_to_run(run, kept, manifest(pruned)["prune"])
+    after = dict(run.model.named_parameters())
+    assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} == {id(p) for p in after.values()}
+    assert {id(p) for p in run.optimizer.state} <= {id(p) for p in after.values()}
+    smaller = 0
+    for n, moments in before.items():
+        path, _, leaf = n.rpartition(".")
+        dims = kept.get(path, {})
+        for k, v in moments.items():
+            now = run.optimizer.state[after[n]][k]
+            if v.ndim == 0:
+                assert torch.equal(now, v)
+                continue
+            expected = v
+            if "in" in dims and v.ndim > 1 and leaf == "weight" and v.shape[1] > 1:
+                expected = expected[:, dims["in"]]
+            if "out" in dims:
+                expected = expected[dims["out"]]
+            assert torch.equal(now, expected), (n, k)
+            smaller += expected.numel() < v.numel()
+        assert after[n].grad.shape == after[n].shape and after[n].grad.numel() <= grads[n].numel()
+    assert smaller > 100
+    for p in after.values():
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.ema.update(run.model)  # pairs of tensors were looked up anew
+    moved = [not torch.equal(a, b) for a, b in zip(run.ema.ema.state_dict().values(), pruned.state_dict().values())]
+    assert sum(moved) > 100
+
+
+def test_ema_and_live_model_lose_the_same_channels(yolo):
+    run = run_of(yolo("yolo11n"), OPTIMIZERS["SGD"])
+    run.model.model[0].conv.weight.requires_grad_(False)
+    pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
+    path = next(p for p, dims in kept.items() if len(dims) == 2 and isinstance(run.model.get_submodule(p), nn.Conv2d))
+    live = cut(run.model.get_submodule(path).weight, [(1, kept[path]["in"]), (0, kept[path]["out"])])
+    apply_to_run(run, kept, manifest(pruned)["prune"])
+    assert [p.shape for p in run.model.parameters()] == [p.shape for p in run.ema.ema.parameters()]
+    torch.testing.assert_close(run.ema.ema.state_dict(), pruned.state_dict(), rtol=0, atol=0)
+    assert torch.equal(run.model.get_submodule(path).weight, live)
+    assert not run.model.model[0].conv.weight.requires_grad and run.model.model[1].conv.weight.requires_grad
+    assert not any(p.requires_grad for p in run.ema.ema.parameters())
+    assert manifest(run.model)["prune"] == manifest(run.ema.ema)["prune"] != {}
+
+
+def test_channels_last_stays(yolo):
+    run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
+    run.model.to(memory_format=torch.channels_last)
+    pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
+    apply_to_run(run, kept, manifest(pruned)["prune"])
+    assert run.model.model[1].conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_adapters_follow_the_student(yolo):
+    run = run_of(yolo("yolov8n"), OPTIMIZERS["AdamW"])
+    adapters = nn.ModuleList(Align(w, 2 * w, None) for w in compat.level_widths(run.model))
+    adapters[2] = Align(compat.level_widths(run.model)[2], 256, list(range(256)))
+    run.distiller = SimpleNamespace(adapters=adapters)
+    run.optimizer.add_param_group({"params": list(adapters.parameters())})
+    x = [torch.rand(1, w, 4, 4) for w in compat.level_widths(run.model)]
+    sum(a.conv(m).pow(2).sum() for a, m in zip(adapters[:2], x)).backward()
+    run.optimizer.step()
+    weights, moments = (
+        adapters[0].conv.weight.detach().clone(),
+        run.optimizer.state[adapters[0].conv.weight]["exp_avg"].clone(),
+    )
+    pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
+    apply_to_run(run, kept, manifest(pruned)["prune"])
+    index = [kept[p]["in"] for p in compat.level_inputs(yolo("yolov8n"))]
+    assert torch.equal(adapters[0].conv.weight, weights[:, index[0]])
+    assert torch.equal(run.optimizer.state[adapters[0].conv.weight]["exp_avg"], moments[:, index[0]])
+    assert adapters[2].kept.tolist() == index[2]
+    for adapter, width in zip(adapters, compat.level_widths(run.model)):
+        adapter(
+            torch.rand(2, width, 4, 4),
+            torch.rand(2, 256, 4, 4) if adapter.kept is not None else torch.rand(2, adapter.conv.out_channels, 4, 4),
+        )
+
+
+def test_follow_leaves_other_state_alone():
+    p, new = (nn.Parameter(torch.arange(n, dtype=torch.float32)) for n in (4, 2))
+    optimizer = torch.optim.SGD([p], lr=1.0, momentum=0.9)
+    optimizer.state[p] = {"momentum_buffer": torch.arange(4.0), "step": torch.tensor(3.0), "kind": "x"}
+    follow(optimizer, [(p, new, [(0, [1, 3])])])
+    assert optimizer.param_groups[0]["params"][0] is new and p not in optimizer.state
+    found = optimizer.state[new]
+    assert found["momentum_buffer"].tolist() == [1.0, 3.0] and found["step"] == 3 and found["kind"] == "x"
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", ["linear", "cubic"])
+@pytest.mark.parametrize(
+    ("target", "value", "size"), [("speedup", 3.0, "gflops"), ("params", 3.0, "params"), ("size_mb", 2.5, "size_mb")]
+)
+def test_steps_add_up_to_the_target(yolo, schedule, target, value, size):
+    model = deepcopy(yolo("yolov8n"))
+    cfg = PruneConfig(**{target: value}, schedule=schedule, at=[1, 2, 3])
+    remember_dense(model, cfg, Probes())
+    dense, found = manifest(model)["dense"], []
+    for step in (1, 2, 3):
+        narrowed = step_config(cfg, model, step, 3, Probes())
+        model = prune_model(model, narrowed)
+        found.append((sizes(model) | {"size_mb": _size(model)})[size] / dense[size])
+    aim = 1 / value if size != "size_mb" else value / dense[size]
+    assert found[2] == pytest.approx(aim, rel=0.02)
+    shares = [1 / 3, 2 / 3] if schedule == "linear" else [1 - (2 / 3) ** 3, 1 - (1 / 3) ** 3]
+    for share, left in zip(shares, found):
+        assert left == pytest.approx(1 - share * (1 - aim), rel=0.06)
+
+
+def _size(model: nn.Module) -> float:
+    from yolo_ext.checkpoint import size_mb
+
+    return size_mb(model)
+
+
+def test_ratios_count_from_the_first_model():
+    cfg = PruneConfig(ratio=0.5, ratios={"model.2": 0.8}, schedule="linear", at=[1, 2])
+    first, second = (step_config(cfg, nn.Identity(), k, 2, Probes()) for k in (1, 2))
+    assert first.ratio == pytest.approx(0.25) and first.ratios == {"model.2": pytest.approx(0.4)}
+    assert (1 - first.ratio) * (1 - second.ratio) == pytest.approx(0.5)
+    assert (1 - first.ratios["model.2"]) * (1 - second.ratios["model.2"]) == pytest.approx(0.2)
+    assert not first.at and first.schedule == "linear"
+
+
+def test_latency_steps_multiply():
+    cfg = PruneConfig(latency=2.0, at=[1, 2, 3])
+    total = 1.0
+    for k in (1, 2, 3):
+        total *= step_config(cfg, nn.Identity(), k, 3, Probes()).latency
+    assert total == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("score", "room"), [(0.49, 0.01), (0.52, 0.04), (0.47, None)])
+def test_a_budget_counts_from_the_first_model(score, room):
+    model = nn.Identity()
+    manifest(model)["dense"] = {"score": 0.5}
+    found = step_config(PruneConfig(max_drop=0.02, at=[1, 2]), model, 2, 2, Probes(score=lambda m: score))
+    assert found is None if room is None else found.max_drop == pytest.approx(room)
+
+
+def test_a_step_that_gains_nothing_is_left_out(yolo):
+    model = deepcopy(yolo("yolov8n"))
+    cfg = PruneConfig(speedup=2.0, at=[1, 2])
+    remember_dense(model, cfg, Probes())
+    pruned = prune_model(model, PruneConfig(speedup=2.1))
+    assert step_config(cfg, pruned, 2, 2, Probes()) is None
+
+
+def test_best_starts_anew_and_the_step_is_recorded(yolo):
+    run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
+    cfg = PruneConfig(speedup=2.0, at=[5, 7])
+    remember_dense(run.ema.ema, cfg, Probes())
+    manifest(run.model)["dense"] = manifest(run.ema.ema)["dense"]
+    assert prune_run(run, cfg, 1, 2, Probes())
+    assert run.best_fitness is None and vars(run.stopper) == {"best_fitness": 0.0, "best_epoch": 5}
+    run.epoch = 7
+    assert prune_run(run, cfg, 2, 2, Probes())
+    record = manifest(run.model)["prune"]
+    assert [s["epoch"] for s in record["steps"]] == [5, 7]
+    assert record["config"]["at"] == [5, 7] and record["config"]["speedup"] == 2.0
+    assert manifest(run.model)["dense"]["gflops"] / record["steps"][1]["gflops"] == pytest.approx(2.0, rel=0.02)
+
+
+# Several devices -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_is_wrapped_anew(yolo, group):
+    run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
+    run.model = nn.parallel.DistributedDataParallel(run.model, find_unused_parameters=True)
+    old = run.model
+    pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
+    apply_to_run(run, kept, manifest(pruned)["prune"])
+    assert run.model is not old and run.model.module is old.module and run.model.find_unused_parameters
+    sum(t.mean() for t in compat.returned_tensors(run.model(torch.rand(2, 3, 64, 64)))).backward()
+    run.optimizer.step()
+
+
+def _rank(rank: int, store: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def fail() -> None:
+        raise CheckFailed("no")
+
+    found = [agreed(lambda: {"a": [rank, 7]})]
+    try:
+        agreed(fail if rank == 0 else lambda: None)
+    except CheckFailed as e:
+        found.append(str(e))
+    torch.save(found, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_rank_0_decides_for_all(tmp_path):
+    """Each rank decides otherwise, and would without the broadcast; an error on rank 0 stops all of them."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    assert [torch.load(f"{tmp_path / 'out'}{r}") for r in (0, 1)] == [[{"a": [0, 7]}, "no"]] * 2

@@ -1,0 +1,182 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Probes made of a dataset and of this machine's clock, for pruning plans that must look at a model from outside."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_ext import compat
+from yolo_ext.config import PruneConfig
+from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.deployment.runtime import float_model, quiet
+from yolo_ext.errors import UsageError
+from yolo_ext.pruning.probes import Probes
+
+ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
+LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
+
+
+def make_probes(
+    info: dict[str, Any],
+    imgsz: int,
+    cfg: PruneConfig,
+    task: str,
+    base: nn.Module | None = None,
+    batch: int = 16,
+    device: str | torch.device = "cpu",
+) -> Probes:
+    """Make everything that a pruning plan may ask for.
+
+    Args:
+        info: What `data.check.check_data` returned, empty when there are no data: then only `speed` can be had.
+        imgsz: Side of the square images in pixels.
+        cfg: Pruning options: `images`, `recalibrate`, `seed` and `runtime`.
+        task: Ultralytics task.
+        base: The model to be pruned; its number of classes is held against that of the data.
+        batch: Images per batch.
+        device: Where the labelled batches go. Images, accuracy and latency stay on the CPU.
+
+    Returns:
+        The probes. The labelled batches are read on first use and kept in memory.
+    """
+
+    def speed(dense: nn.Module, pruned: nn.Module) -> float:
+        return (_speed_ort if cfg.runtime == "ort" else _speed_torch)(dense, pruned, imgsz)
+
+    if not info:
+        return Probes(speed=speed)
+
+    def read(n: int) -> Iterator[dict[str, Any]]:
+        _check_classes(base, info)
+        return labelled_batches(info, imgsz, n, cfg.seed, task, base, batch)
+
+    @cache
+    def labelled() -> list[dict[str, Any]]:
+        return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in read(cfg.images)]
+
+    def images() -> Iterator[torch.Tensor]:
+        n = cfg.recalibrate or cfg.images
+        if task == "classify":  # seen cropped, not letterboxed
+            return (b["img"] for b in read(n))
+        return letterbox_batches(calibration_images(info, n, cfg.seed), imgsz, batch)
+
+    def score(model: nn.Module) -> float:
+        _check_classes(base, info)
+        return _accuracy(model, info, imgsz, task, batch)
+
+    return Probes(batches=labelled, images=images, score=score, speed=speed)
+
+
+def labelled_batches(
+    info: dict[str, Any],
+    imgsz: int,
+    n: int,
+    seed: int,
+    task: str,
+    base: nn.Module | None = None,
+    batch: int = 16,
+) -> Iterator[dict[str, Any]]:
+    """Read labelled train images as Ultralytics' own datasets do, without augmentation.
+
+    Args:
+        info: What `data.check.check_data` returned.
+        imgsz: Side of the square images in pixels.
+        n: How many images; fewer are used when there are fewer.
+        seed: Seed of the choice, the same one as that of calibration images.
+        task: Ultralytics task.
+        base: Model whose training arguments say how masks are read, and whose stride counts.
+        batch: Images per batch.
+
+    Yields:
+        What the task's criterion takes, images (B, C, imgsz, imgsz) as floats in 0..1.
+
+    Raises:
+        UsageError: If none of the chosen images has usable labels.
+    """
+    from torch.utils.data import DataLoader, Subset
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data import ClassificationDataset, build_yolo_dataset
+
+    chosen = {p.resolve() for p in calibration_images(info, n, seed)}
+    args = getattr(base, "args", None) or {}
+    args = args if isinstance(args, dict) else vars(args)
+    hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **{k: args[k] for k in LABEL_ARGS if k in args}})
+    with quiet():
+        if task == "classify":
+            dataset: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
+            files = [sample[0] for sample in dataset.samples]
+        else:
+            stride = compat.max_stride(base) if base is not None else 32
+            dataset = build_yolo_dataset(hyp, info["train"], batch, info, mode="val", rect=False, stride=stride)
+            files = dataset.im_files
+    places = [i for i, file in enumerate(files) if Path(file).resolve() in chosen]
+    if not places:
+        raise UsageError(f"None of the {len(chosen)} chosen train images has usable labels. Mend the train split.")
+    loader = DataLoader(Subset(dataset, places), batch, collate_fn=getattr(dataset, "collate_fn", None))
+    for found in loader:
+        image = found["img"]
+        yield {**found, "img": image.float() if image.is_floating_point() else image.float() / 255}
+
+
+def _check_classes(base: nn.Module | None, info: dict[str, Any]) -> None:
+    names = getattr(base, "names", None)
+    if names and len(names) != info["nc"]:
+        raise UsageError(
+            f"The model has {len(names)} classes and the data have {info['nc']}, so its losses and its accuracy mean "
+            "nothing. Train it on these data first."
+        )
+
+
+def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, batch: int) -> float:
+    """Return box mAP50-95, or the top-1 accuracy of a classifier, of a copy on the val split."""
+    if task != "classify":
+        from yolo_ext.deployment.verify import map_torch
+
+        return map_torch(model, info["yaml_file"], imgsz, batch=batch)["map"]
+    from ultralytics.models.yolo.classify import ClassificationValidator
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        args = {"task": task, "data": str(Path(info["train"]).parent), "imgsz": imgsz, "batch": batch, "device": "cpu"}
+        args |= {"mode": "val", "plots": False, "verbose": False, "save_dir": folder}
+        found = ClassificationValidator(args=args, save_dir=Path(folder))(model=float_model(model))
+    return float(found["metrics/accuracy_top1"])
+
+
+def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
+    """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
+    from yolo_ext.deployment.latency import measure, speedup
+
+    x = torch.rand(1, compat.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    models = {}
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        models[name] = compat.deployed(float_model(model))
+        compat.detection_head(models[name]).export = True  # outputs as deployed, without those that training reads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), quiet():
+            found = measure({name: lambda m=m: m(x) for name, m in models.items()}, rounds=ROUNDS, seconds=SECONDS)
+    finally:
+        torch.set_num_threads(threads)
+    return speedup(found["dense"], found["pruned"])["ratio"]
+
+
+def _speed_ort(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
+    """Return the latency ratio of two models in ONNX Runtime, on one thread, taking turns."""
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.latency import bench, speedup
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        files = {
+            name: export_onnx(model, Path(folder) / f"{name}.onnx", imgsz)
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
+        found = bench(files, imgsz, rounds=ROUNDS, seconds=SECONDS)
+    return speedup(found["dense"], found["pruned"])["ratio"]

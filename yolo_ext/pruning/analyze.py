@@ -1,0 +1,174 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Where the work of a model is: every group of coupled channels, its cost, and why it can or cannot be pruned."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_ext import compat
+from yolo_ext.pruning.graph import Graph, Group, build_graph
+from yolo_ext.pruning.labels import layer_channels
+from yolo_ext.reporting.tables import align
+
+RUNS, WARMUP = 15, 3
+
+
+def analyze(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[dict[str, Any]]:
+    """List every group of channels of a model.
+
+    Args:
+        model: Unfused YOLO of any family; it is not changed.
+        imgsz: Side in pixels of the square image for FLOPs and latency.
+        runs: Timed forward passes.
+
+    Returns:
+        Rows in the order of the model: `name`, `part` (such as ``64:128`` where the first layer holds more), `layers`
+        (those that produce the channels), `readers` (those that take
+        them in), `channels`, `flops_share` and `latency_share` (of the deployed model, spent by the layers that produce
+        the channels; a layer that several groups share counts by channels), `prunable`, `reason` why not.
+    """
+    graph = build_graph(model, imgsz)
+    costs = layer_flops(model, graph)
+    times, whole = layer_times(model, imgsz, runs)
+    flops, latency = group_shares(graph, costs, sum(costs.values())), group_shares(graph, times, whole)
+    return [
+        {
+            "name": g.name,
+            "part": _part(graph, g),
+            "layers": producers(graph, g),
+            "readers": [m.module for m in g.members if m.dim == "in"],
+            "channels": g.size,
+            "flops_share": f,
+            "latency_share": t,
+            "prunable": not g.frozen,
+            "reason": g.frozen,
+        }
+        for g, f, t in zip(graph.groups, flops, latency)
+    ]
+
+
+def producers(graph: Graph, group: Group) -> list[str]:
+    """Return the layers with weights that produce the channels of a group."""
+    return [m.module for m in group.members if m.dim == "out" and m.module in graph.shapes]
+
+
+def _part(graph: Graph, group: Group) -> str:
+    """Return which channels of its first layer a group holds, empty for all of them."""
+    index = group.members[0].index.flatten()
+    if index.numel() == graph.shapes.get(group.name, (index.numel(), 0))[0]:
+        return ""
+    low, high = int(index.min()), int(index.max()) + 1
+    return f"{low}:{high}" if high - low == index.numel() else f"{index.numel()} of {low}:{high}"
+
+
+def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
+    """Return the FLOPs (2 x MACs) of each layer that remains after deployment, for one image of the traced size.
+
+    Args:
+        model: The model that the graph was built from.
+        graph: Its couplings.
+    """
+    deployed, modules, found = compat.deployed_layers(model), dict(model.named_modules()), {}
+    for path, (positions, kernel) in graph.convs.items():
+        if path in deployed and path in graph.shapes:
+            n_out, n_in = graph.shapes[path]
+            found[path] = 2.0 * positions * kernel * n_out * n_in / getattr(modules[path], "groups", 1)
+    return found
+
+
+@torch.inference_mode()
+def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[str, float], float]:
+    """Time the layers of the deployed model in torch on one CPU thread.
+
+    Args:
+        model: Unfused model; a fused copy is timed.
+        imgsz: Side of the square image in pixels.
+        runs: Timed forward passes, after a few that warm up.
+
+    Returns:
+        Median seconds of each layer with weights, in the names of the unfused model, and of the whole model.
+    """
+    fused = compat.deployed(model).float().cpu()
+    compat.detection_head(fused).export = True  # without the outputs that only training reads
+    samples: dict[str, list[float]] = defaultdict(list)
+    began: list[float] = []
+
+    def before(*_: Any) -> None:
+        began.append(time.perf_counter())
+
+    def after(name: str, *_: Any) -> None:
+        samples[name].append(time.perf_counter() - began.pop())
+
+    for path, m in fused.named_modules():
+        if layer_channels(m):
+            m.register_forward_pre_hook(before)
+            m.register_forward_hook(partial(after, _unfused(fused, path)))
+    x = torch.rand(1, compat.input_channels(model), imgsz, imgsz)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i in range(WARMUP + runs):
+            if i == WARMUP:
+                samples.clear()
+            before()
+            fused(x)
+            after("")
+    finally:
+        torch.set_num_threads(threads)
+    calls = {name: len(values) // runs for name, values in samples.items()}  # a layer may run at several scales
+    found = {name: median(values) * calls[name] for name, values in samples.items()}
+    return found, found.pop("")
+
+
+def _unfused(fused: nn.Module, path: str) -> str:
+    """Return the name that a layer had before fusing; a reparameterised block takes that of its widest branch."""
+    parent, _, _ = path.rpartition(".")
+    branch = compat.WIDEST_BRANCH.get(type(fused.get_submodule(parent)).__name__)
+    return f"{parent}.{branch}" if branch else path
+
+
+def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list[float]:
+    """Share out the cost of layers to the groups whose channels they produce.
+
+    Args:
+        graph: Couplings of the model.
+        costs: Cost by layer, in any unit.
+        whole: Cost of the whole model in that unit.
+
+    Returns:
+        Share of each group, 0..1, in the order of `graph.groups`.
+    """
+    return [
+        sum(costs.get(m.module, 0.0) * m.index.numel() / graph.shapes[m.module][0]
+            for m in g.members if m.dim == "out" and m.module in graph.shapes) / whole
+        for g in graph.groups
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of `analyze` as aligned text.
+
+    Args:
+        rows: What `analyze` returned.
+    """
+    lines = []
+    for r in rows:
+        more = f"[{r['part']}]" if r["part"] else ""
+        more += f" +{len(r['layers']) - 1}" if len(r["layers"]) > 1 else ""
+        cost = [f"{r['flops_share']:.1%}", f"{r['latency_share']:.1%}"]
+        lines.append([r["name"] + more, f"{r['channels']}", *cost, "yes" if r["prunable"] else r["reason"]])
+    text = align(lines, ["Group", "Channels", "FLOPs", "Latency", "Prunable"])
+    can = [r for r in rows if r["prunable"]]
+    return (
+        f"{text}\n{len(can)} of {len(rows)} groups can be pruned. Their layers hold "
+        f"{sum(r['flops_share'] for r in can):.0%} of the FLOPs and {sum(r['latency_share'] for r in can):.0%} of the "
+        "latency (torch, one thread)."
+    )

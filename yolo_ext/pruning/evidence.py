@@ -1,0 +1,197 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What labelled images tell about each weight: salience for the criteria that need data, and the losses of the task.
+
+All of it is measured on a float copy that computes its training outputs with the statistics of BatchNorm held still:
+train-only branches count, no image changes the activations of another, and nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_ext import compat
+from yolo_ext.errors import UsageError
+
+Evidence = dict[str, torch.Tensor]  # parameter name -> salience of each element, or layer path -> of each output
+Batch = dict[str, Any]
+PER_BOX = ("cls", "bboxes", "keypoints", "batch_idx")
+
+
+def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence:
+    """Measure how much the task's loss depends on each weight.
+
+    Args:
+        model: Any YOLO; it is not changed.
+        method: ``taylor``, ``hessian`` or ``obd``.
+        batches: Labelled batches as `model.loss` takes them, images (B, C, H, W) in 0..1.
+
+    Returns:
+        Salience in the shape of each parameter that got a gradient; for ``obd`` (outputs,) for each layer.
+
+    Raises:
+        UsageError: If there is not a single image.
+    """
+    copy = _observed(model)
+    copy.requires_grad_(True)
+    with torch.enable_grad():
+        found = COLLECTORS[method](copy, _progress(_single(batches, copy) if method == "hessian" else batches, method))
+    return {name: t.cpu() for name, t in found.items()}
+
+
+@torch.no_grad()
+def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return each loss of the task as its criterion names it (``box_loss``, ``cls_loss``...), averaged over the images.
+
+    Args:
+        model: Any YOLO; it is not changed.
+        batches: Labelled batches as `model.loss` takes them, images (B, C, H, W) in 0..1.
+
+    Raises:
+        UsageError: If there is not a single image.
+    """
+    copy = _observed(model)
+    total: dict[str, float] = defaultdict(float)
+    images = 0
+    for batch in batches:
+        if size := len(batch["img"]):
+            for name, value in copy.loss(_on(batch, copy))[1].items():
+                total[name] += float(value) * size
+            images += size
+    return {name: value / _counted(images) for name, value in total.items()}
+
+
+# Running the model ---------------------------------------------------------------------------------------------------
+def _observed(model: nn.Module) -> nn.Module:
+    """Return a float copy that gives training outputs, deterministically, and knows the loss gains."""
+    from ultralytics.utils import DEFAULT_CFG, IterableSimpleNamespace
+
+    copy = deepcopy(model).float()
+    own = getattr(copy, "args", None) or {}
+    own = own if isinstance(own, dict) else vars(own)
+    copy.args = IterableSimpleNamespace(**{**vars(DEFAULT_CFG), **own})
+    copy.criterion = None
+    head = compat.detection_head(copy)
+    if not hasattr(copy, "nc"):  # the trainer sets it, and the loss of RT-DETR reads it
+        copy.nc = getattr(head, "nc", None)
+    copy.train(not isinstance(head, compat.OPAQUE))  # the training mode of a transformer head adds random queries
+    for m in copy.modules():
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            m.eval()
+    return copy
+
+
+def _on(batch: Batch, model: nn.Module) -> Batch:
+    """Return a batch on the device of the model."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _progress(batches: Iterable[Batch], method: str) -> Iterator[Batch]:
+    from ultralytics.utils import TQDM
+
+    yield from TQDM(batches, desc=f"Measuring {method}")
+
+
+def _single(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
+    """Yield the images of labelled batches one by one."""
+    per_box = PER_BOX if model.args.overlap_mask else (*PER_BOX, "masks")
+    for batch in batches:
+        size = len(batch["img"])
+        for i in range(size):
+            one = {}
+            for key, value in batch.items():
+                if key in per_box and "batch_idx" in batch:
+                    one[key] = value[batch["batch_idx"].view(-1) == i]
+                else:
+                    each = isinstance(value, (list, tuple, torch.Tensor)) and len(value) == size
+                    one[key] = value[i : i + 1] if each else value
+            if "batch_idx" in one:
+                one["batch_idx"] = torch.zeros_like(one["batch_idx"])
+            yield one
+
+
+def _backward(model: nn.Module, batch: Batch) -> int:
+    """Put the gradients of the summed loss of all images into the model and return the number of images."""
+    size = len(batch["img"])
+    model.zero_grad(set_to_none=True)
+    if size:
+        loss = model.loss(_on(batch, model))[0]
+        (loss.sum() if loss.ndim else loss * size).backward()  # a scalar is the mean over the images
+    return size
+
+
+def _counted(images: int) -> int:
+    if not images:
+        raise UsageError("There is no labelled train image to measure with. Check the train split of data=...")
+    return images
+
+
+# Collectors ----------------------------------------------------------------------------------------------------------
+def _sum_of_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> tuple[Evidence, int]:
+    """Return the sum over the batches of the gradients raised to a power, and the number of images."""
+    total: Evidence = {}
+    images = 0
+    for batch in batches:
+        images += _backward(model, batch)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad.pow(power)
+    return total, _counted(images)
+
+
+def _taylor(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
+    """Return |w * g| for each weight, g the mean gradient over the images."""
+    total, images = _sum_of_gradients(model, batches, 1)
+    weights = dict(model.named_parameters())
+    return {name: (weights[name].detach() * g / images).abs() for name, g in total.items()}
+
+
+def _hessian(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
+    """Return w^2 * F for each weight, F the mean squared gradient of single images."""
+    total, images = _sum_of_gradients(model, batches, 2)
+    weights = dict(model.named_parameters())
+    return {name: weights[name].detach().square() * g / images for name, g in total.items()}
+
+
+def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
+    """Return S_ii * w_i^T A w_i for each output i of each layer (Wang et al., EigenDamage, 2019, arXiv:1905.05934).
+
+    A is the second moment of the inputs, summed over the positions, S the mean one of the output gradients. Because
+    w_i^T A w_i is the second moment of the output itself, A never needs to be built.
+    """
+    energy: Evidence = {}
+    gradient: Evidence = {}
+
+    def moment(x: torch.Tensor) -> torch.Tensor:
+        channels = x.detach().transpose(1, -1) if x.ndim == 4 else x.detach()
+        return channels.reshape(-1, channels.shape[-1]).square()
+
+    def watch(path: str) -> Callable:
+        def after(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+            energy[path] = energy.get(path, 0) + moment(out).sum(0)
+
+            def save(g: torch.Tensor) -> None:
+                gradient[path] = gradient.get(path, 0) + len(g) * moment(g).mean(0)
+
+            out.register_hook(save)
+
+        return after
+
+    for path, m in model.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            m.register_forward_hook(watch(path))
+    images = _counted(sum(_backward(model, batch) for batch in batches))
+    return {path: energy[path] * g / images**2 for path, g in gradient.items()}
+
+
+COLLECTORS: dict[str, Callable[[nn.Module, Iterable[Batch]], Evidence]] = {
+    "taylor": _taylor,
+    "hessian": _hessian,
+    "obd": _obd,
+}

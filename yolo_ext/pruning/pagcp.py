@@ -1,0 +1,234 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Performance-aware global channel pruning: each layer goes as far as its share of a loss budget lets it.
+
+Ye et al., TPAMI 2023, arXiv:2303.11923. Layers are visited one after the other, those whose FLOPs react most first and
+with the largest budgets; a layer is pruned as far as no task loss (box, class, ...) grows by more than its budget.
+Differences from the authors' code: ratios are found by bisection, BatchNorm is recalibrated before each trial, a layer
+that never exceeds its budget is pruned to its floor instead of not at all, and a FLOPs target can end the walk. Trials
+run on pruned copies: they equal masked ones (`surgery.verify`) and are faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+from ultralytics.utils import LOGGER, TQDM, colorstr
+
+from yolo_ext.config import TARGETS, PruneConfig
+from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.pruning.bundles import Bundle, kept_of, widths_of
+from yolo_ext.pruning.evidence import task_losses
+from yolo_ext.pruning.graph import Graph
+from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.surgery import apply_plan, recalibrate
+from yolo_ext.pruning.targets import measure
+
+Losses = Callable[[list[int]], dict[str, float]]  # kept units of each bundle -> loss of each task
+Flops = Callable[[list[int]], float]  # kept units of each bundle -> FLOPs relative to the dense model
+PROBE = 0.3  # share of a bundle that is removed to see how the FLOPs react
+
+
+def pagcp(model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, probes: Probes) -> list[int]:
+    """Choose how many units each bundle keeps so that no task loss exceeds its budgets.
+
+    Args:
+        model: The model; it is not changed.
+        graph: Its couplings; gets the rows of `search` as `notes`, with `name` and `channels`.
+        made: The prunable bundles; those with a share of their own get exactly that.
+        cfg: Pruning options: `budget`, `total_budget`, `topk`, `recalibrate` and, optionally, `speedup`.
+        probes: `batches` are needed.
+
+    Returns:
+        Kept units of each bundle.
+
+    Raises:
+        UsageError: If there are no labelled data, the budgets contradict each other or nothing fits into them.
+    """
+    if probes.batches is None:
+        raise UsageError("'prune.scope=pagcp' measures losses on train images. Give data=data.yaml.")
+    if other := [t for t in TARGETS if t != "speedup" and getattr(cfg, t) is not None]:
+        raise UsageError(
+            f"'prune.scope=pagcp' spends prune.budget={cfg.budget:g} and cannot aim at 'prune.{other[0]}'. "
+            "Give prune.speedup to end it early, or no target."
+        )
+    batches = list(probes.batches())
+    figures = measure(model, graph)
+    dense = figures({})[0]
+
+    def flops(units: list[int]) -> float:
+        return figures(widths_of(graph, made, units))[0] / dense
+
+    def losses(units: list[int]) -> dict[str, float]:
+        trial = apply_plan(deepcopy(model), kept_of(graph, made, units))
+        if cfg.recalibrate:  # as the model that is delivered will be
+            recalibrate(trial, (b["img"] for b in batches))
+        return task_losses(trial, batches)
+
+    allowed = [b.allowed if b.share is None else [b.round(b.units * (1 - b.share))] for b in made]
+    units, rows = search(allowed, losses, flops, cfg)
+    for row, bundle, kept in zip(rows, made, units):
+        row.update(name=bundle.name, channels=sum(g.size for g in bundle.groups), ratio=1 - kept / bundle.units)
+        if bundle.share is not None:
+            row["outcome"] = "is set by prune.ratios"
+    setattr(graph, "notes", rows)  # noqa: B010
+    return units
+
+
+def search(
+    allowed: Sequence[Sequence[int]], losses: Losses, flops: Flops, cfg: PruneConfig
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Walk over the bundles once, in the order of FLOPs sensitivity, and keep the best bargains.
+
+    Args:
+        allowed: For each bundle its legal numbers of kept units, descending.
+        losses: Loss of each task for the kept units of every bundle.
+        flops: FLOPs for the kept units of every bundle, relative to those of the dense model.
+        cfg: `budget`, `total_budget`, `topk`, `speedup`.
+
+    Returns:
+        Kept units of each bundle, and for each bundle a plain row: `ratio` (share removed), `budget`, `limit` (task
+        whose loss forbade the next step, empty at the floor), `growth` (of the loss that grew most), `flops_share`
+        (that goes with 30 % of the channels), `trials`, and `outcome` in words.
+
+    Raises:
+        UsageError: If the budgets contradict each other or nothing fits into them.
+    """
+    start = [a[0] for a in allowed]
+    drops = [flops(start) - flops(_with(start, i, _nearest(a, a[0] * (1 - PROBE)))) for i, a in enumerate(allowed)]
+    rows: list[dict[str, Any]] = [
+        {"ratio": 0.0, "budget": 0.0, "limit": "", "growth": 1.0, "flops_share": d, "trials": 0,
+         "outcome": "has no FLOPs to save"} for d in drops
+    ]  # fmt: skip
+    order = sorted((i for i, d in enumerate(drops) if d > 0), key=lambda i: -drops[i])
+    decay = budget_decay(cfg.budget, cfg.total_budget, len(order))
+    order = order if decay <= 1 else order[::-1]  # the largest budgets go where most FLOPs are
+    units, base = list(start), _sound(losses(start))
+    bargains: dict[int, float] = {}  # accepted bundle -> loss increase per FLOP
+    theta, done = cfg.budget, False
+    for i in (bar := TQDM(order, desc="PAGCP")):
+        if done:
+            rows[i]["outcome"] = "was not needed for the target"
+            continue
+        level, found, row = _deepest(units, i, allowed[i], base, theta, losses)
+        rows[i].update(row, budget=theta)
+        if level:
+            after = _with(units, i, allowed[i][level])
+            bargains[i] = sum(found[t] - v for t, v in base.items()) / (flops(units) - flops(after))
+            units = after
+            base = {t: max(v, found[t]) for t, v in base.items()}
+            rows[i].update(ratio=1 - units[i] / start[i], outcome="is pruned")
+        theta *= decay
+        best = _filtered(start, units, bargains, cfg.topk)
+        bar.set_postfix(speedup=f"{1 / flops(best):.2f}")
+        done = cfg.speedup is not None and 1 / flops(best) >= cfg.speedup
+    return _finish(start, units, bargains, allowed, flops, cfg, rows), rows
+
+
+def _deepest(
+    units: list[int], i: int, allowed: Sequence[int], base: dict[str, float], theta: float, losses: Losses
+) -> tuple[int, dict[str, float], dict[str, Any]]:
+    """Return by bisection the deepest level of bundle i within the budget, its losses, and what to report."""
+    low, high, found, trials = 0, len(allowed) - 1, base, 0
+    row: dict[str, Any] = {"limit": "", "growth": 1.0, "outcome": "is left whole: the first step exceeds its budget"}
+    while low < high:
+        middle = (low + high + 1) // 2 if trials else high  # many layers can go to their floor
+        trial = losses(_with(units, i, allowed[middle]))
+        trials += 1
+        growth = {t: trial[t] / v for t, v in base.items()}
+        worst = max(growth, key=lambda t: math.inf if math.isnan(growth[t]) else growth[t])
+        if growth[worst] <= 1 + theta:
+            low, found, row["growth"] = middle, trial, growth[worst]
+        else:
+            high, row["limit"] = middle - 1, worst
+    return low, found, {**row, "trials": trials}
+
+
+def budget_decay(first: float, total: float, n: int) -> float:
+    """Solve prod_{i<n} (1 + first * decay^i) = total for the factor between the budgets of successive layers.
+
+    Args:
+        first: Loss increase that the first layer may cost.
+        total: Product over all layers.
+        n: Number of layers.
+
+    Returns:
+        The factor; 1 for a single layer, which has but one budget.
+
+    Raises:
+        UsageError: If the first budget alone exceeds the total.
+    """
+    if n < 2:
+        return 1.0
+    if total <= 1 + first:
+        raise UsageError(
+            f"'prune.total_budget={total:g}' is spent by the first layer, prune.budget={first:g}. "
+            f"Legal: above {1 + first:g}."
+        )
+
+    def spent(decay: float) -> float:
+        return sum(math.log1p(first * decay**i) for i in range(n))
+
+    low, high = 0.0, 1.0
+    while spent(high) < math.log(total):
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) < math.log(total) else (low, middle)
+    return (low + high) / 2
+
+
+def _finish(
+    start: list[int], units: list[int], bargains: dict[int, float], allowed: Sequence[Sequence[int]],
+    flops: Flops, cfg: PruneConfig, rows: list[dict[str, Any]],
+) -> list[int]:  # fmt: skip
+    """Give back the bundles whose FLOPs were bought dearly and what exceeds the target, and say how far it got."""
+    best = _filtered(start, units, bargains, cfg.topk)
+    if cfg.speedup is not None and bargains:
+        last = next(reversed(bargains))
+        spare = [u for u in allowed[last] if u >= best[last] and 1 / flops(_with(best, last, u)) >= cfg.speedup]
+        best = _with(best, last, max(spare, default=best[last]))
+    for i in bargains:
+        rows[i]["ratio"] = 1 - best[i] / start[i]
+        if best[i] == start[i]:
+            rows[i]["outcome"] = "is left whole: its FLOPs cost too much loss"
+    if best == start:
+        raise UsageError(
+            f"Nothing can be pruned within prune.budget={cfg.budget:g} and prune.total_budget={cfg.total_budget:g}. "
+            "Raise them, prune.topk or prune.images."
+        )
+    reached = 1 / flops(best)
+    LOGGER.info(f"{colorstr('pagcp: ')}FLOPs / {reached:.2f}, {sum(b < s for b, s in zip(best, start))} layers pruned")
+    if cfg.speedup is not None and reached < 0.99 * cfg.speedup:
+        LOGGER.warning(
+            f"The budgets end at {reached:.2f} of prune.speedup={cfg.speedup:g}. Raise prune.total_budget="
+            f"{cfg.total_budget:g}, prune.budget={cfg.budget:g} or prune.topk={cfg.topk:g} to go further."
+        )
+    return best
+
+
+def _filtered(start: list[int], units: list[int], bargains: dict[int, float], topk: float) -> list[int]:
+    """Return the units with all but the best share of the accepted bundles given back."""
+    kept = sorted(bargains, key=lambda i: bargains[i])[: math.ceil(topk * len(bargains))]
+    return [u if i in kept else s for i, (s, u) in enumerate(zip(start, units))]
+
+
+def _sound(losses: dict[str, float]) -> dict[str, float]:
+    """Return the losses of the dense model that a ratio can be taken of."""
+    if not all(math.isfinite(v) for v in losses.values()):
+        raise CheckFailed(f"The losses of the model before pruning are not finite: {losses}. Is it trained?")
+    if not (sound := {t: v for t, v in losses.items() if v > 0}):
+        raise UsageError(f"All losses of the model are zero: {losses}. Give train images with objects.")
+    return sound
+
+
+def _with(units: list[int], i: int, value: int) -> list[int]:
+    return [*units[:i], value, *units[i + 1 :]]
+
+
+def _nearest(allowed: Sequence[int], units: float) -> int:
+    """Return the allowed number of units nearest to `units`, other than all of them where there is a choice."""
+    return min(allowed[1:] or allowed, key=lambda a: abs(a - units))

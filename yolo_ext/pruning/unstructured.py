@@ -1,0 +1,214 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Zeros inside the weights: magnitude masks (global or by layer) and the 2:4 pattern.
+
+A mask is the zeros themselves: a weight of a listed layer that is exactly 0 stays 0. So masks need no buffers and
+survive fp16, EMA, pickling, resume and export. No runtime of today gets faster from them; files get smaller by zip.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.modules import DFL
+
+from yolo_ext.checkpoint import manifest
+from yolo_ext.compat import WIDEST_BRANCH
+from yolo_ext.config import PruneConfig
+from yolo_ext.errors import UsageError
+from yolo_ext.pruning.select import matches, refuse_frozen
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The zeros of a training run.
+
+    Attributes:
+        record: Entry ``masks`` of the manifest: kind, layers, ratio.
+        kept: Layer path to a boolean tensor of the shape of its weight, False where it stays zero.
+    """
+
+    record: dict[str, Any]
+    kept: dict[str, torch.Tensor]
+
+
+def eligible(model: nn.Module, cfg: PruneConfig) -> list[dict[str, Any]]:
+    """List the layers and say which may get zeros.
+
+    Args:
+        model: Any YOLO model.
+        cfg: Pruning options with `kind`, `include` and `exclude`.
+
+    Returns:
+        Rows ``{"name", "weights", "in", "out", "eligible", "reason", "gain"}`` in the order of the model; `gain` tells
+        whether GPUs with sparse tensor cores are likely to run a 2:4 layer of this size faster.
+
+    Raises:
+        UsageError: If a selector is broken or matches nothing.
+    """
+    modules = dict(model.named_modules())
+    layers = {p: m for p, m in modules.items() if isinstance(m, LAYERS)}
+    included = set().union(*(matches(model, s, "prune.include") for s in cfg.include)) if cfg.include else set(layers)
+    excluded = set().union(*(matches(model, s, "prune.exclude") for s in cfg.exclude))
+    rows = []
+    for i, (path, m) in enumerate(layers.items()):
+        n_in, n_out = _channels(m)
+        reason = "reads the image" if i == 0 else _unfit(modules, path, cfg.kind)
+        if not reason and path in excluded:
+            reason = "is excluded by prune.exclude"
+        if not reason and path not in included:
+            reason = "is not in prune.include"
+        gain = not reason and cfg.kind == "2:4" and min(n_in, n_out) >= GAIN_CHANNELS
+        gain = gain and not isinstance(m, nn.ConvTranspose2d)
+        rows.append({"name": path, "weights": m.weight.numel(), "in": n_in, "out": n_out,
+                     "eligible": not reason, "reason": reason, "gain": gain})  # fmt: skip
+    return rows
+
+
+def _channels(m: nn.Module) -> tuple[int, int]:
+    return (m.in_features, m.out_features) if isinstance(m, nn.Linear) else (m.in_channels, m.out_channels)
+
+
+def _unfit(modules: dict[str, nn.Module], path: str, kind: str) -> str:
+    """Return why a layer cannot take zeros of this kind, or an empty string."""
+    parent = path.rpartition(".")[0]
+    if isinstance(modules[parent], DFL):
+        return "holds the fixed weights of the box distribution"
+    if getattr(modules[path], "groups", 1) > 1:
+        return "is a grouped or depthwise conv: few weights, each of which matters"
+    if kind == "2:4":
+        if type(modules[parent.rpartition(".")[0]]).__name__ in WIDEST_BRANCH:
+            return "is summed with another branch on export, which breaks the pattern"
+        if (n_in := _channels(modules[path])[0]) % 4:
+            return f"has {n_in} input channels, not a multiple of 4"
+    return ""
+
+
+@torch.no_grad()
+def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None) -> None:
+    """Zero the smallest weights in place and note in the manifest which layers hold masks; what is zero stays zero.
+
+    Magnitudes: Han et al., 2015, arXiv:1506.02626. 2:4, the two largest of four consecutive input channels: Mishra et
+    al., 2021, arXiv:2104.08378.
+
+    Args:
+        model: Model with float weights.
+        cfg: Pruning options with `kind`; for `unstructured` also `scope`: one ranking of all eligible weights
+            (global), or the same share in each layer (local).
+        ratio: Share of the eligible weights that is zero afterwards, met to one weight (in each layer for local);
+            None takes `cfg.ratio`. The 2:4 pattern has no other share than a half.
+
+    Raises:
+        UsageError: If no layer is eligible, or some of them are frozen.
+    """
+    rows = eligible(model, cfg)
+    names = [r["name"] for r in rows if r["eligible"]]
+    if not names:
+        reasons = "; ".join(sorted({r["reason"] for r in rows}))
+        raise UsageError(f"No layer can take 'prune.kind={cfg.kind}': each one {reasons}.")
+    refuse_frozen(model, names)
+    modules = dict(model.named_modules())
+    weights = [modules[n].weight for n in names]
+    ratio = 0.5 if cfg.kind == "2:4" else cfg.ratio or 0.0 if ratio is None else ratio
+    if cfg.kind == "2:4":
+        kept = [_two_of_four(w, 0 if isinstance(modules[n], nn.ConvTranspose2d) else 1) for n, w in zip(names, weights)]
+    elif cfg.scope == "local":
+        kept = [_largest(w.abs().flatten(), ratio).view_as(w) for w in weights]
+    else:
+        flat = _largest(torch.cat([w.abs().flatten() for w in weights]), ratio)
+        kept = [k.view_as(w) for k, w in zip(flat.split([w.numel() for w in weights]), weights)]
+    for w, k in zip(weights, kept):
+        w.mul_(k)
+    manifest(model)["masks"] = {"kind": cfg.kind, "layers": names, "ratio": ratio}
+
+
+def _largest(values: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Return a mask that is False for exactly that share of the (n,) values, the smallest, the first of equal ones."""
+    gone = round(ratio * len(values))
+    kept = torch.ones_like(values, dtype=torch.bool)
+    if gone:
+        limit = values.kthvalue(gone).values
+        kept[values < limit] = False
+        equal = (values == limit).nonzero().flatten()
+        kept[equal[: gone - int((~kept).sum())]] = False
+    return kept
+
+
+def _two_of_four(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return a mask that keeps the two largest of every four consecutive positions in a dimension."""
+    quads = weight.abs().movedim(dim, -1).unflatten(-1, (-1, 4))
+    order = quads.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.ones_like(quads, dtype=torch.bool).scatter_(-1, order[..., 2:], False)
+    return kept.flatten(-2).movedim(-1, dim)
+
+
+def capture(model: nn.Module) -> Masks | None:
+    """Return the masks of a model, which are its zeros, or None when it has none."""
+    record = manifest(model).get("masks")
+    if not record:
+        return None
+    modules = dict(model.named_modules())
+    return Masks(record, {path: modules[path].weight.detach() != 0 for path in record["layers"]})
+
+
+@torch.no_grad()
+def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Zero the masked weights again: after each optimizer step, and after each update of the EMA.
+
+    Args:
+        masks: Masks of the run.
+        model: The model or its EMA, not wrapped; its manifest gets the record of the masks.
+        optimizer: Its moments are zeroed at the same places, or they would pull the weights back.
+    """
+    modules = dict(model.named_modules())
+    weights = [modules[path].weight for path in masks.kept]
+    kept = [k.to(w.device) for k, w in zip(masks.kept.values(), weights)]
+    torch._foreach_mul_(weights, kept)
+    if optimizer is not None:
+        moments = [(v, k) for w, k in zip(weights, kept) for v in optimizer.state.get(w, {}).values()
+                   if isinstance(v, torch.Tensor) and v.shape == w.shape]  # fmt: skip
+        if moments:
+            torch._foreach_mul_(*map(list, zip(*moments)))
+    manifest(model)["masks"] = masks.record
+
+
+def sparsity(model: nn.Module) -> dict[str, Any]:
+    """Count the zeros of a model.
+
+    Returns:
+        ``masked``: share of zeros in the layers that hold masks (in all layers when none does); ``overall``: in all
+        parameters; ``layers``: rows ``{"name", "weights", "zeros", "share"}`` of those layers.
+    """
+    modules = dict(model.named_modules())
+    record = manifest(model).get("masks")
+    names = record["layers"] if record else [p for p, m in modules.items() if isinstance(m, LAYERS)]
+    rows = []
+    for name in names:
+        w = modules[name].weight
+        zeros = _zeros(w)
+        rows.append({"name": name, "weights": w.numel(), "zeros": zeros, "share": zeros / w.numel()})
+    parameters = list(model.parameters())
+    return {
+        "masked": sum(r["zeros"] for r in rows) / sum(r["weights"] for r in rows),
+        "overall": sum(map(_zeros, parameters)) / sum(p.numel() for p in parameters),
+        "layers": rows,
+    }
+
+
+def _zeros(t: torch.Tensor) -> int:
+    return t.numel() - int(t.count_nonzero())
+
+
+def packed_mb(model: nn.Module) -> float:
+    """Return the size in MB of the fp16 weights after zip (deflate): what zeros save on disk."""
+    packer, size = zlib.compressobj(), 0
+    for t in model.state_dict().values():
+        t = t.detach().half() if t.is_floating_point() else t
+        size += len(packer.compress(t.cpu().contiguous().numpy().tobytes()))
+    return (size + len(packer.flush())) / 1e6
