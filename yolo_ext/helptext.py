@@ -11,6 +11,7 @@ from yolo_ext.errors import UsageError
 from yolo_ext.registry import Table
 
 TOPICS = {"prune": ("prune",), "distill": ("distill",), "quantize": ("quant",), "quant": ("quant",)}
+NEEDS = {"data": "needs data", "sparsity": "after sparsity training"}
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 
 Usage: yolo-ext [TASK] COMMAND key=value ...
@@ -19,6 +20,7 @@ Usage: yolo-ext [TASK] COMMAND key=value ...
   yolo-ext compress model=best.pt data=data.yaml imgsz=640 prune.speedup=2 epochs=30
   yolo-ext train model=yolov8n.pt data=data.yaml epochs=50 prune.speedup=2 distill.teacher=yolov8s.pt
   yolo-ext prune model=best.pt epochs=0 prune.method=l2 prune.ratio=0.3
+  yolo-ext analyze model=best.pt
   yolo-ext quantize model=best.pt data=data.yaml quant.calib=300
   yolo-ext convert format=voc source=VOC2012 out=voc_yolo
 
@@ -35,8 +37,9 @@ def method_tables(technique: str) -> list[Table]:
     """Return the method tables of a technique."""
     if technique == "prune":
         from yolo_ext.pruning.criteria import criteria
+        from yolo_ext.pruning.schedules import schedules as steps
 
-        return [criteria]
+        return [criteria, steps]
     if technique == "distill":
         from yolo_ext.distillation.features import feature_losses
         from yolo_ext.distillation.logits import logit_losses
@@ -52,7 +55,7 @@ def technique_help(technique: str) -> str:
     """Return options and method tables of a technique as aligned text."""
     parts = [f"{CONFIGS[technique].__doc__}\n{_aligned(help_lines(technique))}"]  # type: ignore[arg-type]
     for table in method_tables(technique):
-        rows = [(r.name, r.summary, r.paper) for r in table]
+        rows = [(r.name, r.summary, NEEDS.get(r.needs, r.needs), r.paper) for r in table]
         parts.append(f"{table.kind}:\n{_aligned(rows)}")  # type: ignore[arg-type]
     if technique == "quant":
         from yolo_ext.quantization.profiles import PROFILES

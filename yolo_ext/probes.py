@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import nn
 from yolo_ext import compat
 from yolo_ext.config import PruneConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.deployment.runtime import float_model, quiet
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.probes import Probes
 
@@ -104,6 +103,8 @@ def labelled_batches(
     from ultralytics.cfg import get_cfg
     from ultralytics.data import ClassificationDataset, build_yolo_dataset
 
+    from yolo_ext.deployment.runtime import quiet
+
     chosen = {p.resolve() for p in calibration_images(info, n, seed)}
     args = getattr(base, "args", None) or {}
     args = args if isinstance(args, dict) else vars(args)
@@ -142,6 +143,8 @@ def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, bat
         return map_torch(model, info["yaml_file"], imgsz, batch=batch)["map"]
     from ultralytics.models.yolo.classify import ClassificationValidator
 
+    from yolo_ext.deployment.runtime import float_model, quiet
+
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = {"task": task, "data": str(Path(info["train"]).parent), "imgsz": imgsz, "batch": batch, "device": "cpu"}
         args |= {"mode": "val", "plots": False, "verbose": False, "save_dir": folder}
@@ -152,17 +155,19 @@ def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, bat
 def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
     from yolo_ext.deployment.latency import measure, speedup
+    from yolo_ext.deployment.runtime import float_model, quiet
 
     x = torch.rand(1, compat.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
-    models = {}
+    runners: dict[str, Callable[[], Any]] = {}
     for name, model in (("dense", dense), ("pruned", pruned)):
-        models[name] = compat.deployed(float_model(model))
-        compat.detection_head(models[name]).export = True  # outputs as deployed, without those that training reads
+        fused = compat.deployed(float_model(model))
+        compat.detection_head(fused).export = True  # outputs as deployed, without those that training reads
+        runners[name] = partial(fused, x)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode(), quiet():
-            found = measure({name: lambda m=m: m(x) for name, m in models.items()}, rounds=ROUNDS, seconds=SECONDS)
+            found = measure(runners, rounds=ROUNDS, seconds=SECONDS)
     finally:
         torch.set_num_threads(threads)
     return speedup(found["dense"], found["pruned"])["ratio"]
@@ -172,6 +177,7 @@ def _speed_ort(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in ONNX Runtime, on one thread, taking turns."""
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.latency import bench, speedup
+    from yolo_ext.deployment.runtime import quiet
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         files = {

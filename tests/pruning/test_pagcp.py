@@ -10,17 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolo_ext.checkpoint import load_model
 from yolo_ext.config import PruneConfig
+from yolo_ext.data.check import check_data
+from yolo_ext.data.voc import convert_voc
 from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.probes import make_probes
 from yolo_ext.pruning import pagcp as module
-from yolo_ext.pruning.bundles import bundles, kept_of
+from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.pagcp import budget_decay, pagcp, search
 from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import apply_plan
+from yolo_ext.pruning.surgery import apply_plan, recalibrate
+from yolo_ext.pruning.targets import measure
 
 TEN = list(range(10, 1, -1))  # ten units, of which two must stay
-BCCD = Path(__file__).parents[3] / "shared" / "weights" / "bccd_yolov8n_192.pt"
+WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "bccd_yolov8n_192.pt"
 
 
 def config(**options) -> PruneConfig:
@@ -71,7 +76,6 @@ def test_budgets_fall_with_the_flops_of_the_layer() -> None:
 
 def test_rising_budgets_turn_the_order_around() -> None:
     _, rows = search([TEN] * 3, growing({}, {}, {}), flops(0.1, 0.3, 0.2), config(total_budget=3.0))
-    assert [r["budget"] for r in rows] == sorted((r["budget"] for r in rows), key=lambda b: (b != 0.1, b)) or True
     assert rows[1]["budget"] > rows[2]["budget"] > rows[0]["budget"] == 0.1
 
 
@@ -97,13 +101,7 @@ def test_a_task_has_its_own_budget_and_its_base_rises() -> None:
 def test_bisection_equals_the_walk_over_all_ratios(costs: list[float], shares: list[float]) -> None:
     shares = [0.02 + s / 2 for s in shares[: len(costs)]]
     allowed, losses, cfg = [TEN] * len(costs), growing(*({"box": c} for c in costs)), config(total_budget=1.4)
-    try:
-        units, rows = search(allowed, losses, flops(*shares), cfg)
-    except UsageError:
-        units, rows = [10] * len(costs), []
-    expected, base = [10] * len(costs), 1.0
-    for i in sorted(range(len(rows)), key=lambda i: rows[i]["budget"] and -rows[i]["budget"]) if rows else []:
-        del i
+    expected, base, found = [10] * len(costs), 1.0, 1.0
     decay = budget_decay(cfg.budget, cfg.total_budget, len(costs))
     order = sorted(range(len(costs)), key=lambda i: -shares[i])
     theta = cfg.budget
@@ -114,7 +112,11 @@ def test_bisection_equals_the_walk_over_all_ratios(costs: list[float], shares: l
                 break
             expected[i], found = u, trial
         base, theta = max(base, found), theta * decay
-    assert units == expected
+    if expected == [10] * len(costs):
+        with pytest.raises(UsageError, match="Nothing can be pruned within"):
+            search(allowed, losses, flops(*shares), cfg)
+    else:
+        assert search(allowed, losses, flops(*shares), cfg)[0] == expected
 
 
 def test_topk_gives_the_dearest_flops_back() -> None:
@@ -193,7 +195,7 @@ def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.
     full = model.model[4].cv2.conv.out_channels
 
     def losses(trial, batches):
-        return {"box": 2.0 - trial.model[4].cv2.conv.out_channels / full}
+        return {"box": 3.0 - 2 * trial.model[4].cv2.conv.out_channels / full}
 
     monkeypatch.setattr(module, "task_losses", losses)
     cfg = config(include=["model.4.cv2", "model.5", "model.6.cv2"], ratios={"model.6.cv2": 0.25})
@@ -211,6 +213,19 @@ def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.bccd
-def test_bccd(tmp_path: Path) -> None:
-    from yolo_ext.checkpoint import load_model
-    from yolo_ext.data.voc import convert_voc
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason="BCCD data and weights are not beside the checkout")
+def test_blood_cells_at_twice_the_speed(tmp_path: Path) -> None:
+    splits = {"train": "trainval", "val": "test"}
+    convert_voc(WEIGHTS.parents[1] / "data" / "bccd", tmp_path / "bccd", splits=splits)
+    model, _ = load_model(WEIGHTS)
+    cfg = config(budget=0.05, total_budget=5.0, topk=0.8, speedup=2.0, images=32)
+    probes = make_probes(check_data(tmp_path / "bccd" / "data.yaml"), 192, cfg, "detect", model)
+    graph = build_graph(model, 192)
+    made = bundles(model, graph, cfg)
+    units = pagcp(model, graph, made, cfg, probes, 192)
+    figures = measure(model, graph, 192)
+    assert figures({})[0] / figures(widths_of(graph, made, units))[0] == pytest.approx(2.0, rel=0.02)
+    assert {r["limit"] for r in graph.notes} == {"", "box_loss", "cls_loss"}
+    pruned = apply_plan(deepcopy(model), kept_of(graph, made, units))
+    recalibrate(pruned, probes.images())
+    assert probes.score(pruned) > 0.40  # 0.556 before; the global LAMP plan of that size keeps less

@@ -1,6 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ def configured(**options) -> PruneConfig:
 def test_share_rises_to_exactly_one(kind, steps):
     shares = [progress(step=i, steps=steps, kind=kind) for i in range(steps + 1)]
     assert shares[0] == 0.0 and shares[-1] == 1.0
-    assert all(a < b for a, b in zip(shares, shares[1:]))
+    assert all(a < b for a, b in pairwise(shares))
     assert progress(step=steps + 3, steps=steps, kind=kind) == 1.0
 
 

@@ -104,5 +104,5 @@ def test_leaves_no_trace(yolo, caplog):
 def test_yaml_that_cannot_be_built_is_refused(yolo):
     dense = deepcopy(yolo("yolov8n"))
     dense.yaml["backbone"][0][2] = "NoSuchModule"
-    with pytest.raises(UsageError, match="cannot build the YAML of this model .*NoSuchModule"):
+    with pytest.raises(UsageError, match=r"cannot build the YAML of this model .*NoSuchModule"):
         smaller_yaml(dense, 0.01, 64)

@@ -166,6 +166,13 @@ def test_training_keeps_the_zeros(yolo, make):
     assert not torch.equal(model.model[0].conv.weight, first)  # other layers learn
 
 
+def test_no_layer_dies_in_a_fresh_model():
+    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False)  # its wide layers start with the smallest weights
+    zero_weights(model, GLOBAL, 0.9)
+    assert 0.985 < max(r["share"] for r in sparsity(model)["layers"]) < 0.991
+    assert sparsity(model)["masked"] == pytest.approx(0.9, abs=1e-6)
+
+
 def test_model_without_masks(yolo):
     model = deepcopy(yolo("yolov8n"))
     assert capture(model) is None
@@ -256,6 +263,7 @@ def test_zip_is_what_zeros_save(yolo, ratio, smaller):
     ("name", "cfg", "loss"),
     [
         pytest.param("yolov8n", GLOBAL, 0.0, id="v8n"),
+        pytest.param("yolov8n", LOCAL, 0.0, id="v8n local"),
         pytest.param("yolov8n", TWO_OF_FOUR, 0.0, id="v8n 2:4"),
         pytest.param(
             "yolov9t", GLOBAL, 0.02, id="v9t: summing the branches of RepConv fills zeros in", marks=pytest.mark.slow

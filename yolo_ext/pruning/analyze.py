@@ -70,7 +70,7 @@ def _part(graph: Graph, group: Group) -> str:
 
 
 def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
-    """Return the FLOPs (2 x MACs) of each layer that remains after deployment, for one image of the traced size.
+    """Return the FLOPs (2 x MACs) of each layer with weights after deployment, for one image of the traced size.
 
     Args:
         model: The model that the graph was built from.
@@ -80,7 +80,9 @@ def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
     for path, (positions, kernel) in graph.convs.items():
         if path in deployed and path in graph.shapes:
             n_out, n_in = graph.shapes[path]
-            found[path] = 2.0 * positions * kernel * n_out * n_in / getattr(modules[path], "groups", 1)
+            upscale = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
+            weights = kernel * n_out * n_in / getattr(modules[path], "groups", 1)
+            found[path] = 2.0 * weights * positions / (upscale[0] * upscale[1])
     return found
 
 

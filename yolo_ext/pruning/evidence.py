@@ -63,7 +63,8 @@ def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
             for name, value in copy.loss(_on(batch, copy))[1].items():
                 total[name] += float(value) * size
             images += size
-    return {name: value / _counted(images) for name, value in total.items()}
+    _counted(images)
+    return {name: value / images for name, value in total.items()}
 
 
 # Running the model ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ Flops = Callable[[list[int]], float]  # kept units of each bundle -> FLOPs relat
 PROBE = 0.3  # share of a bundle that is removed to see how the FLOPs react
 
 
-def pagcp(model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, probes: Probes) -> list[int]:
+def pagcp(
+    model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, probes: Probes, imgsz: int = 640
+) -> list[int]:
     """Choose how many units each bundle keeps so that no task loss exceeds its budgets.
 
     Args:
@@ -41,6 +43,7 @@ def pagcp(model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, 
         made: The prunable bundles; those with a share of their own get exactly that.
         cfg: Pruning options: `budget`, `total_budget`, `topk`, `recalibrate` and, optionally, `speedup`.
         probes: `batches` are needed.
+        imgsz: Side of the image in pixels that FLOPs are counted for.
 
     Returns:
         Kept units of each bundle.
@@ -56,7 +59,7 @@ def pagcp(model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, 
             "Give prune.speedup to end it early, or no target."
         )
     batches = list(probes.batches())
-    figures = measure(model, graph)
+    figures = measure(model, graph, imgsz)
     dense = figures({})[0]
 
     def flops(units: list[int]) -> float:

@@ -43,7 +43,7 @@ def _weights_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torc
     if groups > 1:
         t.labels.freeze(labels + produced, f"meets the grouped convolution {path}")
     if tokens:
-        return t.labels.freeze(produced, f"is a feature of tokens{t.where()}")
+        return t.labels.freeze(produced, f"belongs to tokens, not to a feature map{t.where()}")
     t.put(out, produced)
 
 

@@ -7,6 +7,7 @@ survive fp16, EMA, pickling, resume and export. No runtime of today gets faster 
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from yolo_ext.pruning.select import matches, refuse_frozen
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out
+LAYER_FLOOR = 0.01  # share of a layer that the global ranking spares: a layer without weights would never learn again
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
     refuse_frozen(model, names)
     modules = dict(model.named_modules())
     weights = [modules[n].weight for n in names]
-    ratio = 0.5 if cfg.kind == "2:4" else cfg.ratio or 0.0 if ratio is None else ratio
+    ratio = 0.5 if cfg.kind == "2:4" else (cfg.ratio or 0.0) if ratio is None else ratio
     if cfg.kind == "2:4":
         kept = [_two_of_four(w, 0 if isinstance(modules[n], nn.ConvTranspose2d) else 1) for n, w in zip(names, weights)]
     elif cfg.scope == "local":
         kept = [_largest(w.abs().flatten(), ratio).view_as(w) for w in weights]
     else:
-        flat = _largest(torch.cat([w.abs().flatten() for w in weights]), ratio)
+        flat = _largest(torch.cat(_protected(weights)), ratio)
         kept = [k.view_as(w) for k, w in zip(flat.split([w.numel() for w in weights]), weights)]
     for w, k in zip(weights, kept):
         w.mul_(k)
@@ -138,6 +140,15 @@ def _largest(values: torch.Tensor, ratio: float) -> torch.Tensor:
         equal = (values == limit).nonzero().flatten()
         kept[equal[: gone - int((~kept).sum())]] = False
     return kept
+
+
+def _protected(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the flat magnitudes of each layer, its largest ones raised above those of all layers."""
+    values = [w.abs().flatten() for w in weights]
+    top = torch.stack([v.max() for v in values]).max()
+    for v in values:
+        v[v.topk(math.ceil(LAYER_FLOOR * len(v))).indices] += top
+    return values
 
 
 def _two_of_four(weight: torch.Tensor, dim: int) -> torch.Tensor:
