@@ -59,8 +59,9 @@ def manifest(model: nn.Module) -> dict[str, Any]:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """Tell whether this model was pruned by us, so that it must not be rebuilt from its YAML."""
-    return bool((getattr(model, MANIFEST, None) or {}).get("prune"))
+    """Tell whether this model was pruned or masked by us, so that it must not be rebuilt from its YAML."""
+    found = getattr(model, MANIFEST, None) or {}
+    return bool(found.get("prune") or found.get("masks"))
 
 
 def fingerprint(model: nn.Module) -> str:

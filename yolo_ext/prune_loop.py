@@ -11,7 +11,7 @@ from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext import compat
-from yolo_ext.checkpoint import fingerprint, is_pruned, manifest
+from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
 from yolo_ext.probes import make_probes
@@ -91,8 +91,8 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
 
 def _prepare(model: nn.Module) -> None:
     """Note what a later pruning step has to know about the model that the run starts with."""
-    if is_pruned(model):
-        manifest(model)["prune"].pop("steps", None)  # those of an earlier run
+    if record := manifest(model).get("prune"):
+        record.pop("steps", None)  # those of an earlier run
     else:
         manifest(model)["parent"] = fingerprint(model)
     manifest(model).pop("dense", None)
@@ -137,10 +137,12 @@ def _save_again(trainer: Any) -> None:
 def _mask(trainer: Any, cfg: PruneConfig, part: float) -> None:
     """Zero more weights of the live model and the EMA, the same ones."""
     live, ema = unwrap_model(trainer.model), trainer.ema.ema
-    unstructured.zero_weights(ema, cfg, part * (cfg.ratio or 0.5))
-    trainer.masks = unstructured.capture(ema)
-    manifest(live)["masks"] = manifest(ema)["masks"]
-    unstructured.apply(trainer.masks, live)
+    chosen = during.copy_of_ema(trainer)
+    unstructured.zero_weights(chosen, cfg, part * (cfg.ratio or 0.5))
+    trainer.masks = unstructured.capture(chosen)
+    for model in (live, ema):
+        unstructured.apply(trainer.masks, model)
+        set_tripwire(model)
     zeros = 100 * unstructured.sparsity(ema)["masked"]
     LOGGER.info(f"{colorstr('prune: ')}before epoch {trainer.epoch + 1}: {zeros:.1f} % of the weights are zero")
 

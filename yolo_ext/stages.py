@@ -120,7 +120,7 @@ def prune(run: Run) -> Record:
         zero_weights(pruned := model, cfg, cfg.ratio)
     else:
         pruned = prune_model(model, cfg, probes=probes)
-    if probes.images and cfg.recalibrate:
+    if probes.images and cfg.recalibrate and cfg.kind != "unstructured":  # small weights hardly move the statistics
         recalibrate(pruned, probes.images())
     pruned.args = dict(ckpt.get("train_args") or {})
     file = save_model(pruned, run.folder / "prune" / "weights" / "pruned.pt")
@@ -133,11 +133,7 @@ def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
     from yolo_ext.pruning.surgery import TOLERANCE, layer_report
 
     if run.configs["prune"].kind != "structured":
-        from yolo_ext.pruning.unstructured import sparsity
-
-        found = sparsity(pruned)
-        runs.write_json(run.folder / stage / "sparsity.json", found)
-        return {"notes": [f"{100 * found['masked']:.1f} % of the weights are zero. This saves disk space, not time."]}
+        return {"notes": _masks(run, pruned, stage)}
     record = manifest(pruned)["prune"]
     runs.write_json(run.folder / stage / "plan.json", record)
     gate = {

@@ -89,10 +89,10 @@ def test_channels_that_no_loss_depends_on_score_zero(method):
 
 def test_equal_filters_are_at_distance_zero():
     """In float32 the fast distances of large equal filters are far from zero."""
-    w = torch.full((64, 9), 1000.3)
+    w = 1000 * torch.rand(1, 300, generator=torch.Generator().manual_seed(0)).repeat(64, 1)
     w[0] += 1.0
     distances = criteria["fpgm"].fn(GroupWeights([w], GENERATOR))
-    torch.testing.assert_close(distances / distances[1], torch.tensor([63.0] + [1.0] * 63), rtol=1e-3, atol=0)
+    torch.testing.assert_close(distances / distances[1], torch.tensor([63.0] + [1.0] * 63), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("method", DATA_FREE)

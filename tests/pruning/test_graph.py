@@ -540,7 +540,18 @@ def test_nothing_to_prune_is_an_error():
         plan(toy, build_graph(toy), PruneConfig(ratio=0.5, round_to=1, min_channels=1))
 
 
-LARGE = ["yolov3", "yolov5x", "yolov8x", "yolov9e", "yolov10x", "yolo11x", "yolo12x", "yolo26x", "yolo26x-p6", "rtdetr-x"]
+LARGE = [
+    "yolov3",
+    "yolov5x",
+    "yolov8x",
+    "yolov9e",
+    "yolov10x",
+    "yolo11x",
+    "yolo12x",
+    "yolo26x",
+    "yolo26x-p6",
+    "rtdetr-x",
+]
 
 
 # Bounds --------------------------------------------------------------------------------------------------------------

@@ -91,12 +91,11 @@ def test_floors_and_rounding_hold_in_every_layer(traced, **options):
 
 
 @pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
-@pytest.mark.parametrize("method", ["lamp", "l1"])
-def test_flops_fall_with_the_ratio(traced, method, scope):
+def test_flops_fall_with_the_ratio(traced, scope):
     model, graph = traced
     found = []
-    for ratio in (0.0, 0.1, 0.25, 0.4, 0.6, 0.75):
-        cfg = PruneConfig(method=method, ratio=ratio, scope=scope, round_to=1)
+    for ratio in (0.0, 0.1, 0.4, 0.75):
+        cfg = PruneConfig(ratio=ratio, scope=scope, round_to=1)
         found.append(flops(apply_plan(deepcopy(model), plan(model, graph(), cfg))))
     assert found[0] == flops(model)
     assert all(a > b for a, b in pairwise(found))
@@ -135,7 +134,7 @@ def test_the_worst_channels_go():
 def test_a_plan_leaves_the_model_alone(traced):
     model, graph = traced
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    plan(model, graph(), PruneConfig(size_mb=5.0, exclude=["0"]))
+    plan(model, graph(), PruneConfig(speedup=2.0, exclude=["0"]))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not hasattr(model, "yolo_ext") or "prune" not in model.yolo_ext
 
@@ -190,22 +189,25 @@ def made_of(yolo):
     return make
 
 
-@pytest.mark.parametrize("imgsz", [64, 640])
-@pytest.mark.parametrize("name", MODELS)
-def test_figures_are_those_of_the_cut_model(made_of, name, imgsz):
+FAST = {"yolov8n", "yolo12n", "yolo26n", "yolov8n-seg", "yolov8n-cls"}
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.matrix) for n in MODELS])
+def test_figures_are_those_of_the_cut_model(made_of, name):
     """FLOPs as Ultralytics counts them, attention and transposed convs included, without building the model."""
     model, graph = made_of(name)
     made = bundles(model, graph, PruneConfig())
-    figures = measure(model, graph, imgsz)
     units = [b.allowed[len(b.allowed) // 2] for b in made]
     small = apply_plan(deepcopy(model), kept_of(graph, made, units))
-    for m, w in ((model, {}), (small, widths_of(graph, made, units))):
-        found = figures(w)
-        assert found[0] == pytest.approx(compat.gflops(m, imgsz) * 1e9, rel=1e-3)
-        assert found[1] == params(m)
+    for imgsz in (64, 640):
+        figures = measure(model, graph, imgsz)
+        found = figures(widths_of(graph, made, units))
+        assert found[0] == pytest.approx(compat.gflops(small, imgsz) * 1e9, rel=1e-3)
+        assert found[1] == params(small)
+    assert figures({})[1] == params(model)
 
 
-@pytest.mark.parametrize("value", [1.1, 1.5, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("value", [1.1, 2.0, 3.5])
 @pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
 @pytest.mark.parametrize("target", FIGURES)
 def test_flops_and_parameters_are_met(traced, target, scope, value):
@@ -243,13 +245,10 @@ def test_options_and_rows_agree():
 
 
 # Figures of copies ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("share", [0.8, 0.4])
-def test_the_file_has_the_size(yolo, tmp_path, share):
-    model = yolo("yolov8n")
-    before = save_model(model, tmp_path / "dense.pt").stat().st_size / 1e6
-    goal = round(before * share, 2)
-    file = save_model(prune_model(model, PruneConfig(size_mb=goal)), tmp_path / "pruned.pt")
-    assert file.stat().st_size / 1e6 == pytest.approx(goal, rel=0.01)
+@pytest.mark.parametrize("scope", ["global", pytest.param("local", marks=pytest.mark.slow)])
+def test_the_file_has_the_size(yolo, tmp_path, scope):
+    pruned = prune_model(yolo("yolov8n"), PruneConfig(size_mb=3.0, scope=scope))
+    assert save_model(pruned, tmp_path / "pruned.pt").stat().st_size / 1e6 == pytest.approx(3.0, rel=0.01)
 
 
 def cost(model: nn.Module) -> float:

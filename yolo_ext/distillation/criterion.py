@@ -22,9 +22,7 @@ from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher
 class Distiller:
     """Teacher, adapters and weights of one run. Lives outside the student and is never part of a saved model."""
 
-    def __init__(
-        self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False
-    ) -> None:
+    def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
         """Load the teacher and build one adapter per level from live widths.
 
         Args:

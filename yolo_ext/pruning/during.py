@@ -124,10 +124,16 @@ def record_dense(trainer: Any) -> dict[str, float]:
     return _dense(trainer.ema.ema)
 
 
-def _decide(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes) -> tuple[Kept, dict] | None:
+def copy_of_ema(trainer: Any) -> nn.Module:
+    """Return a copy of the EMA in which the layers that the user froze are frozen, and no others."""
     model = deepcopy(trainer.ema.ema).float()
     for p, live in zip(model.parameters(), unwrap_model(trainer.model).parameters()):
-        p.requires_grad_(live.requires_grad)  # the EMA is frozen as a whole; what the user froze must show
+        p.requires_grad_(live.requires_grad)
+    return model
+
+
+def _decide(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes) -> tuple[Kept, dict] | None:
+    model = copy_of_ema(trainer)
     narrowed = step_config(cfg, model, step, steps, probes)
     if narrowed is None:
         return None

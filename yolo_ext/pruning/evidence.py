@@ -76,7 +76,8 @@ def _observed(model: nn.Module) -> nn.Module:
     own = getattr(copy, "args", None) or {}
     own = own if isinstance(own, dict) else vars(own)
     copy.args = IterableSimpleNamespace(**{**vars(DEFAULT_CFG), **own})
-    copy.criterion = None
+    if hasattr(copy, "criterion"):  # it may be a module, whose place only another module could take
+        del copy.criterion
     head = compat.detection_head(copy)
     if not hasattr(copy, "nc"):  # the trainer sets it, and the loss of RT-DETR reads it
         copy.nc = getattr(head, "nc", None)

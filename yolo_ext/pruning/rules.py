@@ -147,7 +147,9 @@ def _own(t: Tracer) -> None:
 def _finish(lab: Labels, touched: set[str]) -> None:
     """Freeze layers whose weights have another use, and channels that are produced but never seen to be used."""
     for path in touched:
-        lab.freeze(lab.out.get(path, []) + lab.inp.get(path, []), f"meets {path}, whose weights are also used elsewhere")
+        lab.freeze(
+            lab.out.get(path, []) + lab.inp.get(path, []), f"meets {path}, whose weights are also used elsewhere"
+        )
     used = {lab.find(c) for p, labels in lab.inp.items() if labels != lab.out.get(p) for c in labels if c != FIXED}
     for labels in lab.out.values():
         lab.freeze([c for c in labels if c != FIXED and lab.find(c) not in used], UNFOLLOWED)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import DFL
 
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import manifest, set_tripwire
 from yolo_ext.compat import WIDEST_BRANCH
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
@@ -128,6 +128,7 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
     for w, k in zip(weights, kept):
         w.mul_(k)
     manifest(model)["masks"] = {"kind": cfg.kind, "layers": names, "ratio": ratio}
+    set_tripwire(model)
 
 
 def _largest(values: torch.Tensor, ratio: float) -> torch.Tensor:
