@@ -30,7 +30,7 @@ from yolo_ext.checkpoint import fingerprint, load_model, manifest, save_model, s
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
-from yolo_ext.stages import FINETUNE
+from yolo_ext.stage_common import FINETUNE
 from yolo_ext.trainers import trainer_for
 
 SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}

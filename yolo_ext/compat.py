@@ -74,7 +74,8 @@ def task_of(model: nn.Module) -> str:
     from ultralytics.nn import tasks
 
     table = {"OBBModel": "obb", "SegmentationModel": "segment", "PoseModel": "pose", "ClassificationModel": "classify"}
-    found = (task for name, task in table.items() if isinstance(model, getattr(tasks, name)))
+    table |= {"SemanticSegmentationModel": "semantic", "DepthModel": "depth"}
+    found = (task for name, task in table.items() if isinstance(model, getattr(tasks, name, ())))
     return next(found, "detect")
 
 

@@ -15,7 +15,7 @@ from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.schedules import epochs_of
-from yolo_ext.stages import FINETUNE, Record, Run
+from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.training import check_techniques
 
 STAGES = ("base", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # functions of `stages`, in order
@@ -160,7 +160,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
     from yolo_ext.reporting.plots import plot_channels, plot_stages
 
     (run.folder / "plots").mkdir(exist_ok=True)
-    layers = next((d["layers"] for d in run.done.values() if d.get("layers")), [])
+    layers: list[dict[str, Any]] = next((d["layers"] for d in run.done.values() if d.get("layers")), [])
     plots = [(plot_stages(summary["stages"], run.folder / "plots" / "stages.png"), "Stage by stage")]
     if layers:
         plots.append((plot_channels(layers, run.folder / "plots" / "channels.png"), "Channels before and after"))

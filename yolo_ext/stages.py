@@ -8,7 +8,7 @@ A record may hold `metrics` (figures of `summary.json`), `weights` (newest float
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest, save_model
 from yolo_ext.config import PruneConfig, as_plain
+from yolo_ext.stage_common import QAT, Record, Run, distill_options, finetune_arguments, measure, train
 
-# Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
-COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
-FINETUNE: dict[str, Any] = {**COMMON, "epochs": 30, "lr0": 0.001, "warmup_epochs": 1.0}
-QAT: dict[str, Any] = {**COMMON, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0}
 CHECKS = {  # the checks of `deployment.verify` in words
     "score_max": "FP32 ONNX against PyTorch: largest score difference",
     "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
@@ -32,69 +29,11 @@ CHECKS = {  # the checks of `deployment.verify` in words
     "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
     "int8_score_max": "INT8 against its simulation: largest score difference",
 }
-Record = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """One compression run.
-
-    Attributes:
-        folder: Run folder.
-        base: Base model file.
-        data: Path of the data.yaml, empty when no stage needs data.
-        info: Checked dataset dict.
-        imgsz: Side of the square input in pixels.
-        configs: Parsed technique options.
-        native: Ultralytics training arguments given by the user.
-        done: Records of finished stages.
-    """
-
-    folder: Path
-    base: Path
-    data: str
-    info: dict[str, Any]
-    imgsz: int
-    configs: dict[str, Any]
-    native: dict[str, Any]
-    done: dict[str, Record] = field(default_factory=dict)
-
-    @property
-    def epochs(self) -> int:
-        """Fine-tune epochs."""
-        return int(self.native.get("epochs", FINETUNE["epochs"]))
-
-    @property
-    def prunes_later(self) -> bool:
-        """Whether pruning is part of the fine-tuning instead of a stage of its own."""
-        cfg = self.configs["prune"]
-        return bool(cfg and (cfg.at or cfg.every or cfg.steps))
-
-    def weights(self) -> Path:
-        """Return the newest float weights."""
-        found = [d["weights"] for d in self.done.values() if d.get("weights")]
-        return self.folder / found[-1] if found else self.base
-
-    def quantized(self) -> tuple[str, Record]:
-        """Return the stage whose INT8 file is delivered, and its record."""
-        name = "qat" if self.done.get("qat", {}).get("better") else "ptq"
-        return name, self.done[name]
-
-
-def _measure(run: Run, weights: Path) -> dict[str, Any]:
-    """Return params, GFLOPs, size and, where there are data, mAP of float weights."""
-    model, _ = load_model(weights)
-    found = runs.model_figures(model, weights, run.imgsz)
-    if run.data and runs.has_boxes(model):
-        from yolo_ext.deployment.verify import map_torch
-
-        found.update(map_torch(weights, run.data, run.imgsz))
-    return found
 
 
 def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
-    m = _measure(run, run.base)
+    m = measure(run, run.base)
     if run.configs["quant"]:
         from yolo_ext.deployment.export import export_onnx
         from yolo_ext.deployment.runtime import conv_report
@@ -124,7 +63,7 @@ def prune(run: Run) -> Record:
         recalibrate(pruned, probes.images())
     pruned.args = dict(ckpt.get("train_args") or {})
     file = save_model(pruned, run.folder / "prune" / "weights" / "pruned.pt")
-    found = {"metrics": _measure(run, file), "weights": str(file.relative_to(run.folder))}
+    found = {"metrics": measure(run, file), "weights": str(file.relative_to(run.folder))}
     return {**found, **_pruning_record(run, pruned, "prune")}
 
 
@@ -145,51 +84,32 @@ def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
     return {"layers": layer_report(pruned), "checks": [gate], "notes": record.get("notes", [])}
 
 
-def _train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any], weights: Path | None = None) -> Path:
-    """Train the newest weights, or those given, in the stage's folder, going on where a killed run stopped."""
-    from ultralytics import YOLO
+def _masks(run: Run, masked: nn.Module, stage: str) -> list[str]:
+    """Write what is zero and which layers could be, and return it in sentences for the report."""
+    from yolo_ext.pruning.unstructured import eligible, packed_mb, sparsity
 
-    from yolo_ext.trainers import trainer_for
-
-    folder = run.folder / stage
-    last = folder / "weights" / "last.pt"
-    place: dict[str, Any] = {"save_dir": str(folder), "exist_ok": True}
-    if last.exists() and runs.is_unfinished(last):
-        model, args = YOLO(str(last)), {"resume": True, **place}
-    else:
-        if folder.exists():
-            shutil.rmtree(folder)
-        model, args = (
-            YOLO(str(weights or run.weights())),
-            {"data": run.data, "imgsz": run.imgsz, **native, **options, **place},
-        )
-        if isinstance(args.get("batch"), int) and args["batch"] > 0:
-            # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
-            args.setdefault("nbs", args["batch"])
-    model.train(trainer=trainer_for(model.task), **args)
-    best = folder / "weights" / "best.pt"
-    return best if best.exists() else last
-
-
-def _distill_options(run: Run) -> dict[str, Any]:
-    cfg = run.configs["distill"]
-    if cfg and cfg.teacher == "self":
-        cfg = replace(cfg, teacher=str(run.base.resolve()))
-    return as_plain({"distill": cfg}) if cfg else {}
+    found, rows = sparsity(masked), eligible(masked, run.configs["prune"])
+    runs.write_json(run.folder / stage / "masks.json", {**found, "eligible": rows})
+    able, wide = (sum(bool(r[k]) for r in rows) for k in ("eligible", "gain"))
+    notes = [
+        f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers are zero. This saves disk space "
+        f"({packed_mb(masked):.1f} MB zipped), not time."
+    ]
+    if run.configs["prune"].kind == "2:4":
+        notes.append(f"{wide} layers are wide enough for sparse tensor cores to run them faster (masks.json).")
+    for note in notes:
+        LOGGER.info(f"{colorstr('prune: ')}{note}")
+    return notes
 
 
 def finetune(run: Run) -> Record:
     """Fine-tune, with distillation if asked."""
-    options = _distill_options(run)
+    options = distill_options(run)
     if run.prunes_later:
         options["prune"] = as_plain({"prune": run.configs["prune"]})["prune"]
-    best = _train(run, "finetune", options, _finetune_arguments(run))
-    found = {"metrics": _measure(run, best), "weights": str(best.relative_to(run.folder))}
+    best = train(run, "finetune", options, finetune_arguments(run))
+    found = {"metrics": measure(run, best), "weights": str(best.relative_to(run.folder))}
     return {**found, **(_pruning_record(run, load_model(best)[0], "finetune") if run.prunes_later else {})}
-
-
-def _finetune_arguments(run: Run) -> dict[str, Any]:
-    return {**FINETUNE, "close_mosaic": min(10, run.epochs // 3), **run.native}
 
 
 def compare(run: Run) -> Record:
@@ -211,7 +131,7 @@ def compare(run: Run) -> Record:
     found = []
     for name, m in rows.items():
         trained = isinstance(m, Path)
-        figures = _measure(run, m) if trained else runs.model_figures(m, None, run.imgsz)
+        figures = measure(run, m) if trained else runs.model_figures(m, None, run.imgsz)
         found.append(
             {"name": name, **{k: figures.get(k) for k in ("params", "gflops", "map")}, "ort": times[name]["median"]}
         )
@@ -227,11 +147,11 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     ratio = compat.gflops(model, run.imgsz) / compat.gflops(pruned, run.imgsz)
     cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.configs["prune"].round_to)
     made = prune_model(model, cfg)
-    if run.info:
-        recalibrate(made, make_probes(run.info, run.imgsz, cfg, compat.task_of(model)).images())
+    if images := make_probes(run.info, run.imgsz, cfg, compat.task_of(model)).images:
+        recalibrate(made, images())
     made.args = dict(ckpt.get("train_args") or {})
     file = save_model(made, run.folder / "compare" / "random.pt")
-    return _train(run, "compare/random", _distill_options(run), _finetune_arguments(run), file) if run.epochs else file
+    return train(run, "compare/random", distill_options(run), finetune_arguments(run), file) if run.epochs else file
 
 
 def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record:
@@ -248,7 +168,7 @@ def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record
     integer = conv_report(int8)["int8_convs"]
     convs = len(written["quantized"]) + len(written["float"])
     maps = {name: map_onnx(file, run.data, run.imgsz)["map"] for name, file in (("fp32", fp32), ("int8", int8))}
-    m = _measure(run, weights)
+    m = measure(run, weights)
     m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
     LOGGER.info(
         f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime, "
@@ -282,7 +202,7 @@ def qat(run: Run) -> Record:
         LOGGER.info(f"{colorstr('quantize: ')}{reason}")
         return {"skipped": reason}
     native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
-    best = _train(run, "qat", {**as_plain({"quant": cfg}), **_distill_options(run)}, native)
+    best = train(run, "qat", {**as_plain({"quant": cfg}), **distill_options(run)}, native)
     record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"]["ranges"])
     record["better"] = _loss(record, reference) < lost
     if record["better"]:

@@ -50,7 +50,9 @@ class CompressionMixin:
     epoch: int
     epochs: int
     loss_names: tuple[str, ...]
+    masks: Any
     model: Any
+    prune_epochs: list[int]
     resume: bool
     save_dir: Path
     scaler: Any

@@ -8,6 +8,7 @@ import torch
 import ultralytics
 from torch import nn
 from ultralytics.nn import tasks
+from ultralytics.nn.modules import block
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import torch_utils
 
@@ -55,6 +56,9 @@ def test_natural_order():
         pytest.param("PoseModel", "yolov8n-pose", "pose", id="pose"),
         pytest.param("OBBModel", "yolov8n-obb", "obb", id="obb"),
         pytest.param("ClassificationModel", "yolov8n-cls", "classify", id="classify"),
+        pytest.param("SemanticSegmentationModel", "yolo26n-sem", "semantic", id="semantic"),
+        pytest.param("DepthModel", "yolo26n-depth", "depth", id="depth"),
+        pytest.param("RTDETRDetectionModel", "yolov8n-rtdetr", "detect", id="transformer"),
     ],
 )
 def test_task_by_class(cls, yaml, task):
@@ -154,6 +158,31 @@ def test_returned_tensors_skip_the_neck_maps():
     t = [torch.zeros(i + 1) for i in range(4)]
     out = ({"boxes": t[0], "feats": [t[1]], "one2one": {"scores": t[2], "feats": t[1]}}, [t[3]], None, 3)
     assert [len(x) for x in compat.returned_tensors(out)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("yolov8n", 64), ("yolov8n-p6", 128), ("yolov8n-cls", 64), ("yolov8n-rtdetr", 128)]
+)
+def test_probe_size_is_enough_and_not_more(name, size):
+    kind = next(k for k in ("rtdetr", "cls", "") if k in name)
+    model = {"rtdetr": tasks.RTDETRDetectionModel, "cls": tasks.ClassificationModel, "": DetectionModel}[kind]
+    model = model(f"{name}.yaml", verbose=False).eval()
+    assert compat.probe_size(model) == size
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+        if kind == "rtdetr":
+            with pytest.raises(RuntimeError, match="out of range"):  # fewer cells than queries
+                model(torch.zeros(1, 3, size - 32, size - 32))
+
+
+def test_refresh_widths_of_parts_that_shrink_on_their_own():
+    model = nn.Module()
+    model.cut = block.CBLinear(4, [3, 5, 2])
+    model.model = nn.ModuleList([model.cut])
+    compat.refresh_widths(model)
+    assert model.cut.c2s == [3, 5, 2]
+    compat.refresh_widths(model, {"cut.conv": {"out": [0, 2, 3, 4, 7, 9]}})
+    assert model.cut.c2s == [2, 3, 1]
 
 
 def test_refresh_widths_after_a_cut():

@@ -25,6 +25,7 @@ ORDER = [
     {"resume", "prune_loop"},
     {"trainers"},
     {"callbacks", "training", "tools", "helptext"},
+    {"stage_common"},
     {"stages"},
     {"pipeline"},
     {"demo", "arguments"},

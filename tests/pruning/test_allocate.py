@@ -46,7 +46,9 @@ def test_without_bundles_there_is_nothing_to_rank():
 
 
 @settings(deadline=None)
-@given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted), scope=st.sampled_from([[0] * 3, [0, 1, 2]]))
+@given(
+    shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted), scope=st.sampled_from([[0] * 3, [0, 1, 2]])
+)
 def test_more_share_never_keeps_more(shares, scope):
     steps = ranked(MADE, scope)
     rows = [steps(s) for s in shares]

@@ -122,9 +122,15 @@ def test_a_criterion_that_cannot_rank_a_group_keeps_it(traced, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"ratios": {"model.9.cv2": 0.9}}, r"keep 51\.2\. Give at most 0\.8,.*prune\.max_ratio=0\.8", id="max"),
-        pytest.param({"ratios": {"0": 0.75}}, r"takes 0\.75 of the 16 channels .* keep 8\. Give at most 0\.5", id="min"),
-        pytest.param({"ratios": {"0": 0.1}, "min_channels": 16}, "model.0.conv has 16 channels, which the fl", id="none"),
+        pytest.param(
+            {"ratios": {"model.9.cv2": 0.9}}, r"keep 51\.2\. Give at most 0\.8,.*prune\.max_ratio=0\.8", id="max"
+        ),
+        pytest.param(
+            {"ratios": {"0": 0.75}}, r"takes 0\.75 of the 16 channels .* keep 8\. Give at most 0\.5", id="min"
+        ),
+        pytest.param(
+            {"ratios": {"0": 0.1}, "min_channels": 16}, "model.0.conv has 16 channels, which the fl", id="none"
+        ),
     ],
 )
 def test_shares_below_a_floor_are_refused(traced, options, message):

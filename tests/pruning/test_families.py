@@ -14,15 +14,20 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn import tasks
+from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext import compat
 from yolo_ext.checkpoint import TRIPWIRE, load_model, manifest, save_model
 from yolo_ext.config import PruneConfig
 from yolo_ext.pruning.criteria import criteria
-from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, prune_model
+from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, prune_model, verify
+from yolo_ext.pruning.targets import plan
 
 FAST = ("yolov5n", "yolov8n", "yolo11n", "yolo26n")
 MATRIX = ("yolov3-tiny", "yolov6n", "yolov9t", "yolov10n", "yolo12n")
@@ -120,6 +125,106 @@ def test_other_tasks(name, calibrate):
     small = prune_model(model, PruneConfig(speedup=2.0))
     assert manifest(small)["prune"]["gap"] <= TOLERANCE
     assert compat.gflops(model, 64) / compat.gflops(small, 64) == pytest.approx(2.0, rel=0.03)
+
+
+# Modules of the user --------------------------------------------------------------------------------------------------
+class Block(nn.Module):
+    """A block of the user that keeps the number of channels; `wire` is its forward pass."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.c, self.conv, self.other = c, Conv(c, c), Conv(c, c, 3)
+        self.norm, self.group_norm, self.grouped = nn.BatchNorm2d(c), nn.GroupNorm(4, c), nn.Conv2d(c, c, 3, 1, 1, 1, 4)
+        self.down, self.up = nn.Conv2d(4 * c, c, 1), nn.ConvTranspose2d(c, c, 2, 2, groups=c)
+        self.fc1, self.fc2, self.over_channels = nn.Linear(c, 8), nn.Linear(8, c), nn.Conv1d(1, 1, 3, padding=1)
+        self.gamma, self.kernel = nn.Parameter(torch.ones(1, c, 1, 1)), nn.Parameter(torch.randn(c, c, 1, 1) / c)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wire(self, x)
+
+
+def excite(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return x * m.fc2(m.fc1(F.adaptive_avg_pool2d(x, 1).flatten(1)).relu()).sigmoid().view(*x.shape[:2], 1, 1)
+
+
+def shuffle(m: Block, x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = m.conv(x).shape
+    return m.conv(x).view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def spatial_attention(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return m.conv(x) * (x.mean(1, keepdim=True) + x.max(1, keepdim=True)[0]).sigmoid()
+
+
+def channel_attention(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return x * m.over_channels(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+
+def space_to_depth(m: Block, x: torch.Tensor) -> torch.Tensor:
+    return m.up(m.down(torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)))
+
+
+# forward pass -> what the report says about a layer of the block, empty when all of them can be pruned
+FOLLOWED = {
+    "residual": (lambda m, x: x + m.other(m.conv(x)), ""),
+    "norm-only": (lambda m, x: m.norm(x), ""),
+    "shared": (lambda m, x: m.conv(m.conv(x)), ""),
+    "squeeze-excite": (excite, ""),
+    "layer-scale": (lambda m, x: x + m.gamma * m.conv(x), "with a parameter or constant in Block model.2"),
+    "space-to-depth": (space_to_depth, "meets the grouped convolution model.2.up"),
+    "group-norm": (lambda m, x: m.conv(m.group_norm(x)), "goes through 'group_norm' in GroupNorm model.2.group_norm"),
+    "grouped": (lambda m, x: m.grouped(m.conv(x)), "meets the grouped convolution model.2.grouped"),
+    "sigmoid-into-a-layer": (lambda m, x: m.other(m.conv(x).sigmoid()), "makes zero channels nonzero"),
+    "constant-into-a-layer": (lambda m, x: m.other(m.conv(x) + 1), "makes zero channels nonzero"),
+    "softmax-into-a-layer": (lambda m, x: m.other(m.conv(x).softmax(1)), "goes through 'softmax' in Block model.2"),
+    "einsum": (lambda m, x: torch.einsum("bchw,kc->bkhw", m.conv(x), m.kernel[..., 0, 0]), "goes through 'einsum'"),
+    "functional-conv": (lambda m, x: F.conv2d(m.conv(x), m.kernel), "goes through 'conv2d' in Block model.2"),
+    "borrowed-weights": (lambda m, x: m.other(x) + F.conv2d(x, m.conv.conv.weight), "goes through 'conv2d'"),
+    "pixel-shuffle": (lambda m, x: F.pixel_unshuffle(F.pixel_shuffle(m.conv(x), 2), 2), "goes through 'pixel_shuffle'"),
+    "channel-shuffle": (shuffle, "is reshaped by 'view' in Block model.2"),
+    "spatial-attention": (spatial_attention, "goes through 'mean' in Block model.2"),
+    "channel-attention": (channel_attention, "goes through '__getitem__' in Block model.2"),
+    "fixed-cut": (lambda m, x: torch.cat(m.conv(x).split([m.c // 2] * 2, 1)[::-1], 1), "is cut at places written in"),
+}
+UNFOLLOWED = {
+    "expects-its-width": lambda m, x: m.conv(x).view(-1, m.c, *x.shape[2:]),
+    "scales-by-its-width": lambda m, x: m.conv(x) / x.shape[1] ** 0.5,
+}
+
+
+@pytest.fixture
+def custom(monkeypatch, calibrate):
+    """Return a function that builds a YOLO with blocks of the user from a YAML."""
+
+    def make(wire):
+        monkeypatch.setattr(Block, "wire", staticmethod(wire), raising=False)
+        monkeypatch.setattr(tasks, "Block", Block, raising=False)
+        backbone = [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "Block", [32]]]
+        backbone += [[-1, 1, "C2f", [32, True]], [-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Block", [64]]]
+        backbone += [[-1, 1, "Conv", [64, 3, 2]]]
+        head = [[[5, 6], 1, "Detect", ["nc"]]]
+        torch.manual_seed(0)
+        return calibrate(DetectionModel({"nc": 3, "backbone": backbone, "head": head}, verbose=False))
+
+    return make
+
+
+@pytest.mark.parametrize(("wire", "reason"), FOLLOWED.values(), ids=FOLLOWED)
+def test_modules_of_the_user_are_followed_or_reported(wire, reason, custom):
+    small = prune_model(custom(wire), PruneConfig(method="random", ratio=0.2, scope="local"))
+    record = manifest(small)["prune"]
+    assert record["gap"] <= TOLERANCE and len(record["kept"]) > 10
+    outside_the_head = [r for path, r in record["frozen"].items() if not path.startswith("model.7.")]
+    assert any(reason in r for r in outside_the_head) if reason else not outside_the_head
+
+
+@pytest.mark.parametrize("wire", UNFOLLOWED.values(), ids=UNFOLLOWED)
+def test_modules_that_depend_on_their_width_can_be_skipped(wire, custom):
+    model, cfg = custom(wire), PruneConfig(method="random", ratio=0.2, scope="local")
+    graph = build_graph(model, custom=False)
+    kept = plan(model, graph, cfg)
+    assert verify(model, apply_plan(deepcopy(model), kept), kept) <= TOLERANCE and len(kept) > 10
+    assert "enters Block model.2" in {g.frozen for g in graph.groups}
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

@@ -353,7 +353,9 @@ def test_pagcp_gets_the_free_bundles(traced, monkeypatch):
         pytest.param({"size_mb": 0.01}, r"cannot be reached: .* at least \d\.\d\d\. Raise prune\.size_mb", id="size"),
         pytest.param({"latency": 90.0}, r"'prune\.latency=90' cannot be reached: .* at most \d+\.\d\d", id="latency"),
         pytest.param({"max_drop": 1e-6}, r"cannot be met: the mildest of \d trials loses 0\.\d+", id="drop"),
-        pytest.param({"size_mb": 99.0}, r"is passed before anything is pruned for it: size_mb is 6\.", id="size-is-met"),
+        pytest.param(
+            {"size_mb": 99.0}, r"is passed before anything is pruned for it: size_mb is 6\.", id="size-is-met"
+        ),
         pytest.param({"speedup": 1.1, "ratios": {"C2f": 0.5}}, "with prune.ratios alone", id="ratios-pass-the-target"),
         pytest.param({"speedup": 1.5, "max_ratio": 0.0}, "Nothing can be pruned", id="no-room"),
         pytest.param({"ratio": 0.5, "min_channels": 4096}, "Nothing can be pruned", id="floor-too-high"),

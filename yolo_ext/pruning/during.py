@@ -1,8 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Pruning while training: at the start of an epoch, with optimizer state, EMA and adapters cut alike.
 
-The channels are chosen on the EMA, which is what is validated and saved; the same plan then cuts the live weights, their
-gradients and the optimizer's moments. Optimizer, scheduler and AMP scaler stay the objects that they were.
+The channels are chosen on the EMA, which is what is validated and saved; the same plan then cuts the live weights,
+their gradients and the optimizer's moments. Optimizer, scheduler and AMP scaler stay the objects that they were.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
         wanted = sizes(model)[size] / (target * _dense(model)[size])
-        return replace(cfg, **{name: wanted}) if wanted > ENOUGH else None
+        changed: dict[str, Any] = {name: wanted}
+        return replace(cfg, **changed) if wanted > ENOUGH else None
     if cfg.latency:
         left = [1 - p * (1 - 1 / cfg.latency) for p in (before, now)]
         return replace(cfg, latency=left[0] / left[1])
@@ -113,7 +114,8 @@ def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Pro
     forget_best(trainer)
     last = record["steps"][-1]
     LOGGER.info(
-        f"{colorstr('prune: ')}step {step}/{steps} before epoch {trainer.epoch + 1}: {int(last['params']):,} parameters, "
+        f"{colorstr('prune: ')}step {step}/{steps} before epoch {trainer.epoch + 1}: "
+        f"{int(last['params']):,} parameters, "
         f"{100 * last['gflops'] / record_dense(trainer)['gflops']:.1f} % of the FLOPs"
     )
     return True

@@ -25,8 +25,8 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
     Args:
         run_dir: Folder of the run; pictures with a relative path are looked up in it.
         report: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`, `comparison`,
-            `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`, each optional: what is absent is left out or
-            shown as not measured.
+            `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`, each optional: what is absent is left
+            out or shown as not measured.
 
     Returns:
         Path of `report.html`.
