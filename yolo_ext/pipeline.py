@@ -143,6 +143,8 @@ def _finish(run: Run) -> dict[str, Any]:
             "ort": times["compressed FP32"],
             "ort_int8": times["compressed INT8"],
         }
+    elif rows := {r["name"]: r for r in run.done.get("compare", {}).get("rows", [])}:
+        before["latency_ms"], after["latency_ms"] = ({"ort": rows[n]["ort"]} for n in ("base", "pruned"))
     if run.weights() != run.base:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")

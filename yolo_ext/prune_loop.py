@@ -79,7 +79,7 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
         return model
     model = model.eval().to(trainer.device)
     seen = probes(trainer, model)
-    pruned = prune_model(model, cfg, probes=seen).train()
+    pruned = prune_model(model, cfg, imgsz(trainer, model), seen).train()
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
     head = type(compat.detection_head(model)).__name__
     LOGGER.info(f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({head} outputs unchanged)")
@@ -116,11 +116,11 @@ def before_epoch(trainer: Any) -> None:
         return
     if trainer.epoch in [s["epoch"] for s in (manifest(ema).get("prune") or {}).get("steps", [])]:
         return  # a run that resumes, or repeats this epoch
-    seen = probes(trainer, ema)
+    seen, size = probes(trainer, ema), imgsz(trainer, ema)
     if "dense" not in manifest(ema):
-        during.remember_dense(ema, cfg, seen)
+        during.remember_dense(ema, cfg, seen, size)
         manifest(unwrap_model(trainer.model))["dense"] = manifest(ema)["dense"]
-    if during.prune_run(trainer, cfg, step, steps, seen) and trainer.epoch > 0 and RANK in {-1, 0}:
+    if during.prune_run(trainer, cfg, step, steps, seen, size) and trainer.epoch > 0 and RANK in {-1, 0}:
         _save_again(trainer)
 
 

@@ -58,7 +58,7 @@ def prune(run: Run) -> Record:
 
         zero_weights(pruned := model, cfg, cfg.ratio)
     else:
-        pruned = prune_model(model, cfg, probes=probes)
+        pruned = prune_model(model, cfg, run.imgsz, probes)
     if probes.images and cfg.recalibrate and cfg.kind != "unstructured":  # small weights hardly move the statistics
         recalibrate(pruned, probes.images())
     pruned.args = dict(ckpt.get("train_args") or {})
@@ -81,7 +81,16 @@ def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
         "limit": TOLERANCE,
         "passed": True,
     }
-    return {"layers": layer_report(pruned), "checks": [gate], "notes": record.get("notes", [])}
+    return {"layers": layer_report(pruned), "checks": [gate], "notes": _limits(record["notes"])}
+
+
+def _limits(rows: list[dict[str, Any]]) -> list[str]:
+    """Say of each group how far PAGCP pruned it and which loss set the limit."""
+    return [
+        f"{r['name']}: {100 * r['ratio']:.0f} % of {r['channels']} channels, "
+        + (f"limited by {r['limit']}" if r["limit"] else str(r["outcome"]))
+        for r in rows
+    ]
 
 
 def _masks(run: Run, masked: nn.Module, stage: str) -> list[str]:
@@ -119,6 +128,7 @@ def compare(run: Run) -> Record:
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.latency import bench
     from yolo_ext.pruning.smaller import smaller
+    from yolo_ext.reporting.tables import ABSENT, align
 
     pruned = load_model(run.weights())[0]
     width, narrow = smaller(pruned, compat.gflops(pruned, run.imgsz), run.imgsz)
@@ -135,6 +145,9 @@ def compare(run: Run) -> Record:
         found.append(
             {"name": name, **{k: figures.get(k) for k in ("params", "gflops", "map")}, "ort": times[name]["median"]}
         )
+    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", ABSENT if r["map"] is None else f"{r['map']:.4f}",
+              f"{r['ort']:.2f}"] for r in found]  # fmt: skip
+    LOGGER.info(align(cells, ["For comparison", "Parameters", "GFLOPs", "mAP50-95", "ONNX Runtime ms"]))
     return {"rows": found}
 
 
@@ -146,7 +159,7 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     model, ckpt = load_model(run.base)
     ratio = compat.gflops(model, run.imgsz) / compat.gflops(pruned, run.imgsz)
     cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.configs["prune"].round_to)
-    made = prune_model(model, cfg)
+    made = prune_model(model, cfg, run.imgsz)
     if images := make_probes(run.info, run.imgsz, cfg, compat.task_of(model)).images:
         recalibrate(made, images())
     made.args = dict(ckpt.get("train_args") or {})

@@ -163,16 +163,14 @@ def test_returned_tensors_skip_the_neck_maps():
 @pytest.mark.parametrize(
     ("name", "size"), [("yolov8n", 64), ("yolov8n-p6", 128), ("yolov8n-cls", 64), ("yolov8n-rtdetr", 128)]
 )
-def test_probe_size_is_enough_and_not_more(name, size):
+def test_probe_size_is_enough(name, size):
+    """A transformer head of older releases needs as many cells as it has queries: 16x16 + 8x8 + 4x4 >= 300."""
     kind = next(k for k in ("rtdetr", "cls", "") if k in name)
     model = {"rtdetr": tasks.RTDETRDetectionModel, "cls": tasks.ClassificationModel, "": DetectionModel}[kind]
     model = model(f"{name}.yaml", verbose=False).eval()
     assert compat.probe_size(model) == size
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
-        if kind == "rtdetr":
-            with pytest.raises(RuntimeError, match="out of range"):  # fewer cells than queries
-                model(torch.zeros(1, 3, size - 32, size - 32))
 
 
 def test_refresh_widths_of_parts_that_shrink_on_their_own():

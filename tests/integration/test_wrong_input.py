@@ -86,7 +86,7 @@ CASES = {
     "speedup too low": (f"train {B} prune.speedup=0.5", ["prune.speedup=0.5", "above 1"]),
     "speedup out of reach": (f"train {B} prune.speedup=50", ["prune.speedup=50", "at most", "prune.min_channels"]),
     "speedup out of reach in compress": (f"compress {B} prune.speedup=50", ["prune.speedup=50", "at most"]),
-    "two targets": (f"train {B} prune.speedup=2 prune.ratio=0.3", ["prune.speedup", "prune.ratio", "one target"]),
+    "two targets": (f"train {B} prune.speedup=2 prune.ratio=0.3", ["prune.speedup", "prune.ratio", "give one of them"]),
     "no target": (f"train {B} prune.method=l1", ["prune.speedup"]),
     "technique is a number": (f"train {B} quant=3", ["quant=3", "quant."]),
     "unknown criterion": (f"train {B} prune.speedup=1.5 prune.method=lmp", ["'lmp'", "'lamp'"]),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_without_bundles_there_is_nothing_to_rank():
 def test_more_share_never_keeps_more(shares, scope):
     steps = ranked(MADE, scope)
     rows = [steps(s) for s in shares]
-    assert all(u >= v for before, after in zip(rows, rows[1:]) for u, v in zip(before, after))
+    assert all(u >= v for before, after in pairwise(rows) for u, v in zip(before, after))
 
 
 def test_scopes_are_those_of_the_options():
@@ -119,7 +120,7 @@ def test_all_bundles_stop_at_one_drop():
 def test_noisy_curves_still_give_monotone_steps(rows, shares):
     steps = from_sensitivity(MADE, curves(**dict(zip("abc", rows))))
     found = [steps(s) for s in shares]
-    assert all(u >= v for before, after in zip(found, found[1:]) for u, v in zip(before, after))
+    assert all(u >= v for before, after in pairwise(found) for u, v in zip(before, after))
     assert steps(0.0) == [4, 4, 4]
     assert steps(1.0) == [1, 1, 1]
 

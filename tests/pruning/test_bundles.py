@@ -64,7 +64,7 @@ def test_a_layer_at_its_floor_says_why(traced):
     assert reasons(used)["model.0.conv"] == "has 16 channels, which the floors do not let shrink"
 
 
-@pytest.mark.parametrize("options", [{"min_channels": 24}, {"round_to": 8}, {"max_ratio": 0.3}], ids=lambda o: [*o][0])
+@pytest.mark.parametrize("options", [{"min_channels": 24}, {"round_to": 8}, {"max_ratio": 0.3}], ids=str)
 def test_floors_and_rounding_hold_in_every_group(traced, options):
     model, graph = traced
     cfg = PruneConfig(**{"min_channels": 1, "round_to": 1, "max_ratio": 0.99, **options})

@@ -67,7 +67,7 @@ def test_sections_of_a_pruned_model_come_from_its_first_yaml(traced):
 def test_a_classifier_has_no_neck():
     model = ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False)
     assert layers(matches(model, "head")) == ["model.9"]
-    with pytest.raises(UsageError, match="'prune.include=neck' matches no layer"):
+    with pytest.raises(UsageError, match=r"'prune\.include=neck' matches no layer"):
         matches(model, "neck", "prune.include")
 
 

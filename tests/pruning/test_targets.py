@@ -330,15 +330,15 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     assert sum(lost.values()) / len(lost) > 3 * sum(spared) / len(spared)
 
 
-def test_pagcp_gets_the_free_bundles(traced, monkeypatch):
+def test_pagcp_decides_on_all_bundles(traced, monkeypatch):
     model, graph = traced
 
-    def pagcp(model, graph, made, cfg, probes):
-        assert all(b.share is None for b in made)
-        return [b.allowed[1] if b.name == "model.7.conv" else b.units for b in made]
+    def pagcp(model, graph, made, cfg, probes, imgsz):
+        assert imgsz == 192
+        return [b.round(b.units * (1 - (b.share or 0.03 * (b.name == "model.7.conv")))) for b in made]
 
     monkeypatch.setitem(sys.modules, "yolo_ext.pruning.pagcp", SimpleNamespace(pagcp=pagcp))
-    kept = plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}))
+    kept = plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}), NO_PROBES, 192)
     found = {p: len(dims["out"]) for p, dims in kept.items() if "out" in dims and p.endswith("conv")}
     assert found == {"model.5.conv": 64, "model.7.conv": 248}
 

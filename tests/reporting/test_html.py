@@ -89,6 +89,10 @@ def report(tmp_path: Path) -> dict:
         "quantization": {"convs": 64, "int8_convs": 61, "float": {"model.22.dfl.conv": "constant weights"}},
         "plan": {"model.0.conv": [1, 5]},
         "notes": ["PTQ missed the budget, so QAT ran."],
+        "comparison": [
+            {"name": "pruned", "params": 1_500_000, "gflops": 4.1, "map": 0.5912, "ort": 8.0},
+            {"name": "yolov8n width 0.16", "params": 1_300_000, "gflops": 4.1, "map": None, "ort": 8.51},
+        ],
     }
 
 
@@ -97,6 +101,7 @@ def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) 
     assert page.tags.count("section") == len(SECTIONS)
     for text in (
         *SECTIONS,
+        *("yolov8n width 0.16", "8.51", "1,300,000"),
         *("YOLOv8n, twice as fast", "-50.0%", "-0.0088", "2.50x faster", "Latency ORT INT8 (ms), before: ORT FP32"),
         *("model.22.cv3", "Detect output", "1 of 2 layers pruned, 80 → 72 output channels", "model.0.conv: [1, 5]"),
         *("run in INT8: 61 of 64", "constant weights", "1 thread, 200 runs", "PTQ missed the budget"),

@@ -78,7 +78,7 @@ def l2(group: GroupWeights) -> torch.Tensor:
 
 @criteria.row(
     "group_norm",
-    "Sum of squares of all coupled weights, those that read the channel too, relative to the mean of the group",
+    "Sum of squares of all coupled weights, readers too, relative to the mean of the group",
     paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
 )
 def group_norm(group: GroupWeights) -> torch.Tensor:
@@ -127,7 +127,7 @@ def slim(group: GroupWeights) -> torch.Tensor | None:
 @criteria.row(
     "group_slim",
     "Norm of all coupled BatchNorm scales, over the whole model",
-    paper="Liu et al., 2017, arXiv:1708.06519; group lasso over coupled layers as in arXiv:2301.12900",
+    paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
     needs="sparsity",
 )
 def group_slim(group: GroupWeights) -> torch.Tensor | None:
@@ -137,13 +137,13 @@ def group_slim(group: GroupWeights) -> torch.Tensor | None:
 
 @criteria.row(
     "group_reg",
-    "Norm of all coupled weights, relative to the largest in the group, after growing regularization",
+    "Norm of all coupled weights after growing regularization, relative to the largest",
     paper="Wang et al., 2021, arXiv:2012.09243",
     needs="sparsity",
 )
 @criteria.row(
     "group_sl",
-    "Norm of all coupled weights, relative to the largest in the group, after group sparse learning",
+    "Norm of all coupled weights after group sparse learning, relative to the largest",
     paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
     needs="sparsity",
 )

@@ -48,7 +48,7 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
     if cfg.speedup or cfg.params:
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
-        wanted = sizes(model)[size] / (target * _dense(model)[size])
+        wanted = sizes(model, _dense(model)["imgsz"])[size] / (target * _dense(model)[size])
         changed: dict[str, Any] = {name: wanted}
         return replace(cfg, **changed) if wanted > ENOUGH else None
     if cfg.latency:
@@ -68,24 +68,27 @@ def _relative(ratio: float, now: float, before: float) -> float:
     return 1 - (1 - now * ratio) / (1 - before * ratio)
 
 
-def sizes(model: nn.Module) -> dict[str, float]:
-    """Return `gflops` (640 px) and `params` of the deployed model."""
-    return {"gflops": compat.gflops(model), "params": sum(p.numel() for p in compat.deployed(model).parameters())}
+def sizes(model: nn.Module, imgsz: int = 640) -> dict[str, float]:
+    """Return `gflops` and `params` of the deployed model."""
+    return {
+        "gflops": compat.gflops(model, imgsz),
+        "params": sum(p.numel() for p in compat.deployed(model).parameters()),
+    }
 
 
-def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes) -> None:
+def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: int = 640) -> None:
     """Note in the manifest what the targets of all steps count from; a model pruned before is where this run starts."""
-    found: dict[str, float] = {**sizes(model), "size_mb": size_mb(model)}
+    found: dict[str, Any] = {**sizes(model, imgsz), "size_mb": size_mb(model), "imgsz": imgsz}
     if cfg.max_drop and probes.score:
         found["score"] = probes.score(model)
     manifest(model)["dense"] = found
 
 
-def _dense(model: nn.Module) -> dict[str, float]:
+def _dense(model: nn.Module) -> dict[str, Any]:
     return manifest(model)["dense"]
 
 
-def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes) -> bool:
+def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes, imgsz: int = 640) -> bool:
     """Prune a training run between two epochs.
 
     Args:
@@ -94,6 +97,7 @@ def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Pro
         step: Which step this is, counted from 1.
         steps: How many there are.
         probes: What data and the clock can tell.
+        imgsz: Side in pixels of the images that FLOPs are counted for.
 
     Returns:
         Whether channels were removed.
@@ -102,7 +106,7 @@ def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Pro
         UsageError: If the target of this step cannot be reached.
         CheckFailed: If the pruned model differs from the masked dense one.
     """
-    decided = agreed(lambda: _decide(trainer, cfg, step, steps, probes))
+    decided = agreed(lambda: _decide(trainer, cfg, step, steps, probes, imgsz))
     if decided is None:
         LOGGER.info(f"{colorstr('prune: ')}step {step}/{steps}: nothing to remove yet")
         return False
@@ -121,7 +125,7 @@ def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Pro
     return True
 
 
-def record_dense(trainer: Any) -> dict[str, float]:
+def record_dense(trainer: Any) -> dict[str, Any]:
     """Return what the targets of this run count from."""
     return _dense(trainer.ema.ema)
 
@@ -134,15 +138,17 @@ def copy_of_ema(trainer: Any) -> nn.Module:
     return model
 
 
-def _decide(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes) -> tuple[Kept, dict] | None:
+def _decide(
+    trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes, imgsz: int
+) -> tuple[Kept, dict] | None:
     model = copy_of_ema(trainer)
     narrowed = step_config(cfg, model, step, steps, probes)
     if narrowed is None:
         return None
-    pruned, kept = prune_with_plan(model, narrowed, probes=probes)
+    pruned, kept = prune_with_plan(model, narrowed, imgsz, probes)
     record = manifest(pruned)["prune"]
     record["config"] = asdict(cfg)
-    record["steps"] = [*record.get("steps", []), {"epoch": trainer.epoch, **sizes(pruned)}]
+    record["steps"] = [*record.get("steps", []), {"epoch": trainer.epoch, **sizes(pruned, imgsz)}]
     return (kept, record) if kept else None
 
 

@@ -64,12 +64,14 @@ class Graph:
         bundles: Lists of indices into `groups`; the groups of one bundle keep the same share of channels.
         convs: Layers with weights, path to (output positions, kernel area).
         shapes: Path to (out, in) channel counts before pruning.
+        notes: What the planner has to say about single groups, as plain rows.
     """
 
     groups: list[Group]
     bundles: list[list[int]]
     convs: dict[str, tuple[int, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph:

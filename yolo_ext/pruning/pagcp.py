@@ -77,7 +77,7 @@ def pagcp(
         row.update(name=bundle.name, channels=sum(g.size for g in bundle.groups), ratio=1 - kept / bundle.units)
         if bundle.share is not None:
             row["outcome"] = "is set by prune.ratios"
-    setattr(graph, "notes", rows)  # noqa: B010
+    graph.notes = rows
     return units
 
 

@@ -53,7 +53,8 @@ def solve(name: str, target: Target, steps: Steps, made: list[Bundle], cfg: Prun
         Kept units of each bundle; of a capped target the last ones found within it.
 
     Raises:
-        UsageError: If the floors keep the figure away from the goal, or it is passed before the pruning begins.
+        UsageError: If the floors keep the figure away from the goal, it is passed before the pruning begins, or all
+            trials pass a cap.
     """
     seen: dict[tuple[int, ...], float] = {}
 
@@ -87,9 +88,16 @@ def solve(name: str, target: Target, steps: Steps, made: list[Bundle], cfg: Prun
             break
         middle = (low + high) / 2
         low, high = (low, middle) if over(steps(middle)) else (middle, high)
-    found = min(steps(low), steps(high), key=miss)
     if target.cap:
-        return _within(name, target, steps(low), least, seen)
+        found = steps(low)
+        if all(u == b.units for u, b in zip(found, made)):
+            mildest = min(f for f in seen.values() if f > target.goal)
+            raise UsageError(
+                f"'prune.{name}={target.goal:g}' cannot be met: the mildest of {len(seen)} trials loses {mildest:.4f}. "
+                f"Raise prune.{name}, or prune to another target and fine-tune."
+            )
+        return found
+    found = min(steps(low), steps(high), key=miss)
     if not target.noisy and miss(found) > target.tolerance / 2:
         found = _polish(steps(low), steps(high), target, made, miss)
     if miss(found) > target.tolerance:
@@ -106,23 +114,6 @@ def _unreachable(name: str, target: Target, most: float, cfg: PruneConfig) -> st
         f"'prune.{name}={target.goal:g}' cannot be reached: the floors{spared} allow at {bound}. {way} prune.{name}, "
         f"lower prune.min_channels={cfg.min_channels} or prune.round_to={cfg.round_to}, "
         f"or raise prune.max_ratio={cfg.max_ratio:g}."
-    )
-
-
-def _within(
-    name: str, target: Target, found: list[int], least: list[int], seen: dict[tuple[int, ...], float]
-) -> list[int]:
-    """Return what was found within a cap.
-
-    Raises:
-        UsageError: If that is no pruning at all.
-    """
-    if found != least:
-        return found
-    mildest = min(f for f in seen.values() if f > target.goal)
-    raise UsageError(
-        f"'prune.{name}={target.goal:g}' cannot be met: the mildest of {len(seen)} trials loses {mildest:.4f}. "
-        f"Raise prune.{name}, or prune to another target and fine-tune."
     )
 
 

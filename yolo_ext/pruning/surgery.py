@@ -13,7 +13,7 @@ from torch import nn
 
 from yolo_ext import compat
 from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
-from yolo_ext.config import PruneConfig
+from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
@@ -188,13 +188,13 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
     return gap
 
 
-def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64, probes: Probes = NO_PROBES) -> nn.Module:
+def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES) -> nn.Module:
     """Prune a copy of a model to a target and prove that the surgery is exact.
 
     Args:
         model: Any YOLO model; it is not changed.
         cfg: Pruning options with a target.
-        imgsz: Side in pixels of the images for tracing.
+        imgsz: Side in pixels of the images that FLOPs are counted for.
         probes: What data and the clock can tell, for the criteria and targets that need it.
 
     Returns:
@@ -208,24 +208,27 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 64, probes: Pro
 
 
 def prune_with_plan(
-    model: nn.Module, cfg: PruneConfig, imgsz: int = 64, probes: Probes = NO_PROBES
+    model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES
 ) -> tuple[nn.Module, Kept]:
     """Do what `prune_model` does and return the plan too, in the numbering of `model`."""
     check_prunable(model)
-    graph = build_graph(model, imgsz)
-    kept = plan(model, graph, cfg, probes)
+    if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
+        raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
+    graph = build_graph(model)
+    kept = plan(model, graph, cfg, probes, imgsz)
     pruned = apply_plan(deepcopy(model), kept)
     gap = verify(model, pruned, kept)
     _record(model, pruned, graph, kept, cfg, gap)
     return pruned, kept
 
 
-def check_plan(model: nn.Module, cfg: PruneConfig) -> None:
+def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640) -> None:
     """Find out without data or a clock whether pruning options fit a model.
 
     Args:
         model: The model; it is not changed.
         cfg: Pruning options. Targets that have to be measured, and criteria that need data, are taken as within reach.
+        imgsz: Side in pixels of the images that FLOPs are counted for.
 
     Raises:
         UsageError: If the model cannot be pruned, an option does not fit it or the target cannot be reached.
@@ -238,7 +241,7 @@ def check_plan(model: nn.Module, cfg: PruneConfig) -> None:
         cheap = replace(cheap, method="l2")
     if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):
         cheap = replace(cheap, latency=None, size_mb=None, max_drop=None, ratio=0.1)
-    plan(model, build_graph(model), cheap)
+    plan(model, build_graph(model), cheap, imgsz=imgsz)
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -274,6 +277,7 @@ def _record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: 
         "parent": parent,
         "frozen": {m.module: g.frozen for g in graph.groups if g.frozen for m in g.members if m.dim == "out"},
         "coupled": coupled_layers(pruned, graph),
+        "notes": graph.notes,
         "gap": gap,
     }
     set_tripwire(pruned)

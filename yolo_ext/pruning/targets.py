@@ -214,7 +214,7 @@ def plan(model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_P
     if cfg.scope == "pagcp":
         from yolo_ext.pruning.pagcp import pagcp
 
-        units = _settled(made, pagcp(model, graph, free, cfg, probes))
+        units = pagcp(model, graph, made, cfg, probes, imgsz)
     elif name is None:
         units = _settled(made, [b.units for b in free])
     else:
