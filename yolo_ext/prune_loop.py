@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from yolo_ext.probes import make_probes
 from yolo_ext.pruning import during, unstructured
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.schedules import epochs_of, progress
-from yolo_ext.pruning.surgery import prune_model, recalibrate
+from yolo_ext.pruning.surgery import Kept, apply_plan, prune_with_plan, recalibrate
 
 
 def setup(trainer: Any) -> None:
@@ -79,7 +80,7 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
         return model
     model = model.eval().to(trainer.device)
     seen = probes(trainer, model)
-    pruned = prune_model(model, cfg, imgsz(trainer, model), seen).train()
+    pruned = _prune(trainer, model, seen).train()
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
     head = type(compat.detection_head(model)).__name__
     LOGGER.info(f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({head} outputs unchanged)")
@@ -87,6 +88,20 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
         n = recalibrate(pruned, seen.images())
         LOGGER.info(f"{colorstr('prune: ')}BatchNorm re-estimated on {n} train images")
     return pruned.cpu()
+
+
+def _prune(trainer: Any, model: nn.Module, seen: Probes) -> nn.Module:
+    """Return a pruned copy; on several devices all of them get the plan of the first."""
+
+    def decide() -> tuple[Kept, dict[str, Any]]:
+        pruned, kept = prune_with_plan(model, trainer.compression["prune"], imgsz(trainer, model), seen)
+        return kept, manifest(pruned)["prune"]
+
+    kept, record = during.agreed(decide)
+    pruned = apply_plan(deepcopy(model), kept)
+    manifest(pruned)["prune"] = record
+    set_tripwire(pruned)
+    return pruned
 
 
 def _prepare(model: nn.Module) -> None:

@@ -168,7 +168,9 @@ def max_drop(job: Job) -> Target:
     score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
     if score is None or images is None:
         raise UsageError("'prune.max_drop' measures mAP, which needs data. Give data=data.yaml, or another target.")
-    whole, base = [b.units for b in job.made], score(job.model)
+    whole, dense = [b.units for b in job.made], deepcopy(job.model)
+    recalibrate(dense, images())  # as each trial is, or the drop would show what recalibration does to any model
+    base = score(dense)
     if base <= allowed:
         raise UsageError(
             f"'prune.max_drop={allowed:g}' says nothing: the model itself has mAP50-95 {base:.4f} on these data. "
