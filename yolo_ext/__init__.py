@@ -14,7 +14,7 @@ _NAMES = {
         "SegmentationTrainer", "trainer_for",
     ),
     "callbacks": ("attach",),
-    "config": ("DistillConfig", "PruneConfig", "QuantConfig"),
+    "config": ("DistillConfig", "PruneConfig", "QuantConfig", "SparsityConfig"),
     "errors": ("CheckFailed", "UsageError", "YoloExtError"),
     "pipeline": ("compress",),
 }  # fmt: skip

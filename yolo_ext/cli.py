@@ -252,7 +252,7 @@ def _forward(command: str, argv: list[str]) -> int:
 _TECHNIQUE_KEYS = ("model", "data", *CONFIGS, "resume")
 COMMANDS: dict[str, Command] = {
     "compress": Command(
-        lambda o: _compress(o, "compress", tuple(CONFIGS)),
+        lambda o: _compress(o, "compress", tuple(COMPRESS_DEFAULTS)),
         "Prune, fine-tune with distillation, quantize, export, verify, measure and report",
         _TECHNIQUE_KEYS, native=True,
     ),

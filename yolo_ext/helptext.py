@@ -10,7 +10,13 @@ from yolo_ext.config import CONFIGS, help_lines
 from yolo_ext.errors import UsageError
 from yolo_ext.registry import Table
 
-TOPICS = {"prune": ("prune",), "distill": ("distill",), "quantize": ("quant",), "quant": ("quant",)}
+TOPICS = {
+    "sparsity": ("sparsity",),
+    "prune": ("prune",),
+    "distill": ("distill",),
+    "quantize": ("quant",),
+    "quant": ("quant",),
+}
 NEEDS = {"data": "needs data", "sparsity": "after sparsity training"}
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 
@@ -40,6 +46,10 @@ def method_tables(technique: str) -> list[Table]:
         from yolo_ext.pruning.schedules import schedules as steps
 
         return [criteria, steps]
+    if technique == "sparsity":
+        from yolo_ext.sparsity.penalties import penalties
+
+        return [penalties]
     if technique == "distill":
         from yolo_ext.distillation.features import feature_losses
         from yolo_ext.distillation.logits import logit_losses

@@ -14,11 +14,22 @@ from yolo_ext import compat, runs, stages
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.schedules import epochs_of
+from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
-from yolo_ext.training import check_techniques
+from yolo_ext.tools import check_imgsz
+from yolo_ext.training import check_pruning_epochs, check_techniques
 
-STAGES = ("base", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # functions of `stages`, in order
+STAGES = (
+    "base",
+    "sparsify",
+    "prune",
+    "finetune",
+    "compare",
+    "ptq",
+    "qat",
+    "verify",
+    "latency",
+)  # functions of `stages`, in order
 PICTURES = 4
 
 
@@ -45,7 +56,12 @@ def compress(
     todo = _wanted(run)
     for i, (name, stage) in enumerate(todo, 1):
         LOGGER.info(f"\n{colorstr('bold', 'compress: ')}stage {i}/{len(todo)} {name}")
-        run.done[name] = runs.stage(run.folder, name, lambda stage=stage: stage(run))  # type: ignore[misc]
+        try:
+            run.done[name] = runs.stage(run.folder, name, lambda stage=stage: stage(run))  # type: ignore[misc]
+        except UsageError:
+            if run.fresh and name in ("base", "prune"):  # a target that only a measurement shows to be out of reach
+                shutil.rmtree(run.folder)
+            raise
     return _finish(run)
 
 
@@ -56,26 +72,51 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     imgsz = options.pop("imgsz", None)
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
     base, ckpt = load_model(model)
-    needs_data = bool(configs["distill"] or configs["quant"] or int(options.get("epochs", FINETUNE["epochs"])) > 0)
-    if needs_data and not model.endswith(".pt"):
-        raise UsageError(
-            f"'model={model}' has no trained weights. Give a .pt; a .yaml can be pruned with epochs=0 only."
-        )
-    if needs_data and not data:
-        raise UsageError("'data' is missing. Give data=path/to/data.yaml, or epochs=0 to prune without data.")
-    info = _check_data(data, model, base) if data else {}
-    size = _check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
-    # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
-    check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"))
     epochs = int(options.get("epochs", FINETUNE["epochs"]))
-    if configs["prune"] and epochs_of(configs["prune"], max(epochs, 1)) and not epochs:
-        raise UsageError("'epochs=0' trains nothing, so there are no epochs to prune in. Leave prune.at or every out.")
+    if reason := _learns_from_data(configs, epochs):
+        if not model.endswith(".pt"):
+            raise UsageError(
+                f"'model={model}' has no trained weights, which {reason} needs. "
+                "Give a .pt; a .yaml can be pruned with epochs=0 only."
+            )
+        if not data:
+            hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
+            raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
+    info = _check_data(data, model, base) if data else {}
+    size = check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
+    # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
+    check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"), size)
+    _check_pruning_epochs(configs, options, epochs)
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
+    fresh = not any(folder.iterdir())
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
     _check_resume(folder, plain) if resume else _start_over(folder)
     YAML.save(folder / "compress.yaml", plain)
     YAML.save(folder / "args.yaml", {k: v for k, v in plain.items() if k not in EXT_DEFAULTS})
-    return Run(folder, Path(model), data, info, size, configs, options)
+    return Run(folder, Path(model), data, info, size, configs, options, fresh)
+
+
+def _learns_from_data(configs: dict[str, Any], epochs: int) -> str:
+    """Return which option needs data and trained weights, or an empty string."""
+    prune = configs["prune"]
+    found = {
+        f"'epochs={epochs}'": epochs > 0,
+        "'distill'": configs["distill"],
+        "'quant'": configs["quant"],
+    }
+    if prune and prune.kind == "structured":
+        found[f"'prune.method={prune.method}'"] = criteria[prune.method].needs == "data"
+        found["'prune.max_drop'"] = prune.max_drop is not None
+        found["'prune.scope=pagcp'"] = prune.scope == "pagcp"
+    return next((name for name, needs in found.items() if needs), "")
+
+
+def _check_pruning_epochs(configs: dict[str, Any], options: dict[str, Any], epochs: int) -> None:
+    """Refuse pruning while training that does not fit the fine-tuning; quantization comes after it."""
+    prune = configs["prune"]
+    if prune and not epochs and (prune.at or prune.every or prune.steps or prune.start or prune.end):
+        raise UsageError("'epochs=0' trains nothing, so there are no epochs to prune in. Leave prune.at or every out.")
+    check_pruning_epochs({**configs, "quant": None}, {**options, "epochs": max(epochs, 1)})
 
 
 def _check_data(data: str, model: str, base: Any) -> dict[str, Any]:
@@ -87,14 +128,6 @@ def _check_data(data: str, model: str, base: Any) -> dict[str, Any]:
             f"'{model}' knows {len(base.names)} classes, '{data}' has {info['nc']}. Give the data it was trained on."
         )
     return info
-
-
-def _check_imgsz(imgsz: Any, base: Any) -> int:
-    stride = compat.max_stride(base)
-    if not isinstance(imgsz, int) or imgsz <= 0 or imgsz % stride:
-        near = max(round(imgsz / stride), 1) * stride if isinstance(imgsz, (int, float)) else 640
-        raise UsageError(f"'imgsz={imgsz}' is illegal. Legal: a multiple of {stride}, such as {near}.")
-    return imgsz
 
 
 def _start_over(folder: Path) -> None:
@@ -119,6 +152,7 @@ def _wanted(run: Run) -> list[tuple[str, Callable[[Run], Record]]]:
     """Return the stages that this run needs, in order."""
     prune, distill, quant = (run.configs[k] for k in ("prune", "distill", "quant"))
     wanted = {
+        "sparsify": run.configs["sparsity"],
         "prune": prune and not run.prunes_later,
         "compare": prune and prune.kind == "structured",
         "finetune": run.epochs > 0 and (prune or distill),
@@ -132,7 +166,7 @@ def _finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
     before = dict(run.done["base"]["metrics"])
     after = dict(before)
-    for name in ("prune", "finetune"):
+    for name in ("sparsify", "prune", "finetune"):
         after = dict(run.done.get(name, {}).get("metrics", after))
     if run.configs["quant"]:
         after = dict(run.quantized()[1]["metrics"])
@@ -166,7 +200,9 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
     plots = [(plot_stages(summary["stages"], run.folder / "plots" / "stages.png"), "Stage by stage")]
     if layers:
         plots.append((plot_channels(layers, run.folder / "plots" / "channels.png"), "Channels before and after"))
-    curves = [(run.folder / stage / "results.png", f"Training curves: {stage}") for stage in ("finetune", "qat")]
+    curves = [
+        (run.folder / stage / "results.png", f"Training curves: {stage}") for stage in ("sparsify", "finetune", "qat")
+    ]
     plots += [(path, caption) for path, caption in curves if path.exists()]
     report = {
         "title": f"Compression report: {run.base.name}",

@@ -56,6 +56,7 @@ def capture(trainer: Any) -> dict[str, Any]:
         "ema": trainer.ema.ema.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "adapters": trainer.distiller.adapters.state_dict() if trainer.distiller else {},
+        "sparsity": trainer.sparsifier.state_dict() if trainer.sparsifier else {},
         "gradients": [p.grad for p in _parameters(trainer)],
         "waiting": trainer.cadence.waiting,
         "stopper": {"best_fitness": float(stopper.best_fitness), "best_epoch": stopper.best_epoch},
@@ -114,6 +115,8 @@ def restore(trainer: Any) -> dict[str, Any] | None:
     vars(trainer.stopper).update(state["stopper"])
     if trainer.distiller:
         trainer.distiller.adapters.load_state_dict(state["adapters"])
+    if trainer.sparsifier:
+        trainer.sparsifier.load_state_dict(state["sparsity"])
     return state
 
 

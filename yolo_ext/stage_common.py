@@ -11,6 +11,7 @@ from typing import Any
 from yolo_ext import runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import as_plain
+from yolo_ext.options import DistillConfig
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
 COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
@@ -31,6 +32,7 @@ class Run:
         imgsz: Side of the square input in pixels.
         configs: Parsed technique options.
         native: Ultralytics training arguments given by the user.
+        fresh: Whether the folder holds nothing of an earlier run.
         done: Records of finished stages.
     """
 
@@ -41,6 +43,7 @@ class Run:
     imgsz: int
     configs: dict[str, Any]
     native: dict[str, Any]
+    fresh: bool = False
     done: dict[str, Record] = field(default_factory=dict)
 
     @property
@@ -102,11 +105,15 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
     return best if best.exists() else last
 
 
-def distill_options(run: Run) -> dict[str, Any]:
-    """Return the distillation options of a training, with the base model as teacher where the user named none."""
+def distill_config(run: Run) -> DistillConfig | None:
+    """Return the distillation options, with the base model as teacher where the user named none."""
     cfg = run.configs["distill"]
-    if cfg and cfg.teacher == "self":
-        cfg = replace(cfg, teacher=str(run.base.resolve()))
+    return replace(cfg, teacher=str(run.base.resolve())) if cfg and cfg.teacher == "self" else cfg
+
+
+def distill_options(run: Run) -> dict[str, Any]:
+    """Return the distillation options of a training as plain data, empty when there is none."""
+    cfg = distill_config(run)
     return as_plain({"distill": cfg}) if cfg else {}
 
 

@@ -18,7 +18,17 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest, save_model
 from yolo_ext.config import PruneConfig, as_plain
-from yolo_ext.stage_common import QAT, Record, Run, distill_options, finetune_arguments, measure, train
+from yolo_ext.stage_common import (
+    FINETUNE,
+    QAT,
+    Record,
+    Run,
+    distill_config,
+    distill_options,
+    finetune_arguments,
+    measure,
+    train,
+)
 
 CHECKS = {  # the checks of `deployment.verify` in words
     "score_max": "FP32 ONNX against PyTorch: largest score difference",
@@ -45,13 +55,25 @@ def base(run: Run) -> Record:
     return {"metrics": m}
 
 
+def sparsify(run: Run) -> Record:
+    """Train the base model until channels that it does not need are near zero."""
+    cfg = run.configs["sparsity"]
+    options: dict[str, Any] = as_plain({"sparsity": cfg})
+    if run.configs["distill"]:  # outputs only: losses on feature maps would defend the scales
+        options.update(as_plain({"distill": replace(distill_config(run), features=None, logits="bckd")}))
+    best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
+    found = manifest(load_model(best)[0])["sparsity"]
+    note = f"Sparsity training brought {100 * found['share']:.1f} % of the channels below {cfg.threshold:g}."
+    return {"metrics": measure(run, best), "weights": str(best.relative_to(run.folder)), "notes": [note]}
+
+
 def prune(run: Run) -> Record:
-    """Prune the base model to the target and re-estimate BatchNorm."""
+    """Prune the newest model to the target and re-estimate BatchNorm."""
     from yolo_ext.probes import make_probes
     from yolo_ext.pruning.surgery import prune_model, recalibrate
 
     cfg = run.configs["prune"]
-    model, ckpt = load_model(run.base)
+    model, ckpt = load_model(run.weights())
     probes = make_probes(run.info, run.imgsz, cfg, compat.task_of(model), model)
     if cfg.kind != "structured":
         from yolo_ext.pruning.unstructured import zero_weights

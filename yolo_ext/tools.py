@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from ultralytics.utils import LOGGER
 
 from yolo_ext import compat, runs
@@ -21,6 +22,19 @@ PLACE = ("project", "name", "exist_ok", "save_dir")
 def _imgsz(model: str | Path, given: Any) -> int:
     """Return the image size given by the user, else that of the checkpoint's training."""
     return int(given or (load_model(model)[1].get("train_args") or {}).get("imgsz") or 640)
+
+
+def check_imgsz(imgsz: Any, net: nn.Module) -> int:
+    """Return an image size that fits the strides of a model.
+
+    Raises:
+        UsageError: If it is no multiple of the largest stride.
+    """
+    stride = compat.max_stride(net)
+    if not isinstance(imgsz, int) or imgsz <= 0 or imgsz % stride:
+        near = max(round(imgsz / stride), 1) * stride if isinstance(imgsz, (int, float)) else 640
+        raise UsageError(f"'imgsz={imgsz}' is illegal. Legal: a multiple of {stride}, such as {near}.")
+    return imgsz
 
 
 def analyze(model: str | Path, imgsz: int | None = None, **place: Any) -> list[dict[str, Any]]:
@@ -42,7 +56,7 @@ def analyze(model: str | Path, imgsz: int | None = None, **place: Any) -> list[d
 
     net, _ = load_model(model)
     check_prunable(net)
-    size = _imgsz(model, imgsz)
+    size = check_imgsz(_imgsz(model, imgsz), net)
     rows = groups.analyze(net, size)
     LOGGER.info(groups.table(rows))
     folder = runs.folder(place, task=compat.task_of(net), mode="analyze")
@@ -81,10 +95,16 @@ def sensitivity(
     shares = _shares(ratios)
     net, _ = load_model(model)
     check_prunable(net)
-    info, size = check_data(data, task=compat.task_of(net)), _imgsz(model, imgsz)
+    size = check_imgsz(_imgsz(model, imgsz), net)
+    info = check_data(data, task=compat.task_of(net))
     probes = make_probes(info, size, cfg, compat.task_of(net), net)
     folder = runs.folder(place, task=compat.task_of(net), mode="sensitivity")
-    found = curves.sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
+    try:
+        found = curves.sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
+    except UsageError:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     files = curves.write(found, folder)
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
     return found

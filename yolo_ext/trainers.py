@@ -15,10 +15,11 @@ from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, prune_loop, resume
+from yolo_ext import compat, prune_loop, resume, sparse_loop
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
+from yolo_ext.proxy import LoggedLoss
 
 
 class _AtomicPath(type(Path())):  # type: ignore[misc]
@@ -30,9 +31,9 @@ class _AtomicPath(type(Path())):  # type: ignore[misc]
 
 
 class CompressionMixin:
-    """Pruning, distillation and quantization-aware training for any Ultralytics trainer.
+    """Sparsity training, pruning, distillation and quantization-aware training for any Ultralytics trainer.
 
-    Options come as three more keys, each a dict or a config dataclass: `prune`, `distill`, `quant`.
+    Options come as four more keys, each a dict or a config dataclass: `sparsity`, `prune`, `distill`, `quant`.
 
     Example:
         >>> from ultralytics import YOLO
@@ -51,6 +52,7 @@ class CompressionMixin:
     epochs: int
     loss_names: tuple[str, ...]
     masks: Any
+    metrics: dict[str, Any]
     model: Any
     prune_epochs: list[int]
     resume: bool
@@ -75,7 +77,7 @@ class CompressionMixin:
         """Take the options of a run; called once, by the constructor or by `attach`.
 
         Args:
-            options: `prune`, `distill` and `quant`, dicts, dataclasses or None.
+            options: `sparsity`, `prune`, `distill` and `quant`, dicts, dataclasses or None.
         """
         configs = parse(options)
         refuse_two_distillations(configs["distill"], getattr(self.args, "distill_model", None))
@@ -84,6 +86,7 @@ class CompressionMixin:
         vars(self.args).update(as_plain(configs))
         self.compression = configs
         self.distiller: Any = None
+        self.sparsifier: Any = None
         self.cadence = resume.Cadence()
         prune_loop.setup(self)
         self._resumed: dict[str, Any] | None = None
@@ -155,12 +158,15 @@ class CompressionMixin:
         super().run_callbacks(event)  # type: ignore[misc]
 
     def _before_training(self) -> None:
+        model = unwrap_model(self.model)
+        if self.distiller is not None or self.sparsifier is not None:
+            model.criterion = getattr(model, "criterion", None) or model.init_criterion()
         if self.distiller is not None:
             from yolo_ext.distillation.criterion import DistillationLoss
 
-            model = unwrap_model(self.model)
-            base = getattr(model, "criterion", None) or model.init_criterion()
-            model.criterion = DistillationLoss(base, self.distiller)
+            model.criterion = DistillationLoss(model.criterion, self.distiller)
+        if self.sparsifier is not None:
+            model.criterion = LoggedLoss(model.criterion, lambda: sparse_loop.items(self))
         self._resumed = resume.restore(self)
         prune_loop.capture_masks(self)
 
@@ -169,6 +175,8 @@ class CompressionMixin:
             resume.begin(self, self._resumed)
             self._resumed = None
         prune_loop.before_epoch(self)
+        if self.sparsifier is not None:
+            sparse_loop.before_epoch(self)
         if self.distiller is not None:
             self.distiller.set_epoch(self.epoch, self.epochs)
         if self.compression["quant"]:
@@ -180,6 +188,8 @@ class CompressionMixin:
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Build the stock optimizer, plus one group for distillation adapters (the scheduler needs it this early)."""
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        if self.compression["sparsity"]:
+            sparse_loop.attach(self, unwrap_model(model), optimizer)
         if self.compression["distill"]:
             self._load_teacher(unwrap_model(model))
             if adapters := list(self.distiller.adapters.parameters()):
@@ -215,6 +225,8 @@ class CompressionMixin:
                 torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
         super().optimizer_step()  # type: ignore[misc]
         prune_loop.after_step(self)
+        if self.sparsifier is not None:
+            sparse_loop.after_step(self)
         resume.stepped(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
@@ -226,6 +238,14 @@ class CompressionMixin:
             return super().get_validator()  # type: ignore[misc]
         finally:
             self.args = own
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write the row of an epoch, with what sparsity training has reached."""
+        if self.sparsifier is not None:
+            found = sparse_loop.after_epoch(self)
+            self.metrics = {**self.metrics, **found}
+            metrics = {**metrics, **found}
+        super().save_metrics(metrics)  # type: ignore[misc]
 
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
@@ -243,7 +263,7 @@ class CompressionMixin:
     def progress_string(self) -> str:
         """Return the header of the progress bar, in whose 11 columns our loss names need their short form."""
         full = self.loss_names
-        self.loss_names = tuple(n.removesuffix("_loss") if n.startswith("kd_") else n for n in full)
+        self.loss_names = tuple(n.removesuffix("_loss") if n.startswith(("kd_", "sparsity_")) else n for n in full)
         try:
             return super().progress_string()  # type: ignore[misc]
         finally:

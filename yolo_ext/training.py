@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
+from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
-from yolo_ext import compat, runs
+from yolo_ext import compat, prune_loop, runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, parse
 from yolo_ext.errors import UsageError
@@ -39,18 +44,22 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
     base, ckpt = load_model(model)
     task = task_of(base)
-    if options.get("resume"):
-        if ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None:
-            raise UsageError(
-                f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
-            )
-    elif options.get("data"):
+    resume = options.get("resume")
+    if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
+        raise UsageError(
+            f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
+        )
+    imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
+    stride = compat.max_stride(base)
+    imgsz = ultralytics_imgsz(imgsz, stride=stride, floor=stride, max_dim=1)  # rounded as the trainer will
+    if options.get("data") and not resume:
         info = check_data(str(options["data"]), task=task)
         refuse_two_distillations(configs["distill"], options.get("distill_model"))
-        check_techniques(str(model), base, info["names"], configs, options.get("freeze"))
+        given = {**DEFAULT_CFG_DICT, **(YAML.load(options["cfg"]) if options.get("cfg") else {}), **options}
+        check_pruning_epochs(configs, given)
+        check_techniques(str(model), base, info["names"], configs, options.get("freeze"), imgsz)
         options["data"] = str(info.get("yaml_file") or options["data"])
-    imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
-    before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not options.get("resume"))
+    before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not resume)
     yolo = YOLO(str(model), task=task)
     yolo.train(trainer=trainer_for(task), **options)
     trainer: Any = yolo.trainer
@@ -59,8 +68,22 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
 
 
+def check_pruning_epochs(configs: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse pruning while training that does not fit the run, before there is a trainer.
+
+    Args:
+        configs: Parsed technique options.
+        given: Ultralytics options; `epochs` and `compile` count.
+
+    Raises:
+        UsageError: If an epoch lies outside the run, or another option does not allow surgery while training.
+    """
+    args = SimpleNamespace(compile=given.get("compile"))
+    prune_loop.setup(SimpleNamespace(compression=configs, epochs=given["epochs"], args=args))
+
+
 def check_techniques(
-    model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any], freeze: Any = None
+    model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any], freeze: Any = None, imgsz: int = 640
 ) -> None:
     """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
 
@@ -70,12 +93,15 @@ def check_techniques(
         names: Class names of the data.
         configs: Parsed technique options.
         freeze: Ultralytics' option of this name.
+        imgsz: Side of the square input in pixels.
 
     Raises:
         UsageError: If the pruning target is out of reach, the teacher does not fit or a method does not exist.
     """
     from yolo_ext.distillation.criterion import Distiller
+    from yolo_ext.pruning.allocate import read_sensitivity
     from yolo_ext.pruning.surgery import check_plan
+    from yolo_ext.pruning.unstructured import zero_weights
     from yolo_ext.quantization.fake_quant import insert_fake_quant
     from yolo_ext.quantization.observers import observers
     from yolo_ext.quantization.profiles import resolve_profile
@@ -84,7 +110,21 @@ def check_techniques(
     student = deepcopy(base)
     if prune := configs["prune"]:
         compat.freeze(student, freeze)
-        check_plan(student, prune)
+        level = LOGGER.level
+        LOGGER.setLevel(logging.ERROR)  # the pruning itself will say the same once more
+        try:
+            check_plan(student, prune, imgsz)
+        finally:
+            LOGGER.setLevel(level)
+        if prune.sensitivity:
+            read_sensitivity(prune.sensitivity)
+        if prune.kind != "structured":
+            zero_weights(student, prune, 0.0)
+    if sparsity := configs["sparsity"]:
+        from yolo_ext.options import PruneConfig
+        from yolo_ext.sparsity.sparsifier import Sparsifier
+
+        Sparsifier(student, sparsity, configs["prune"] or PruneConfig(ratio=0.5), sparsity.start + 2)
     if distill := configs["distill"]:
         student.names = names
         teacher = self_teacher(model) if distill.teacher == "self" else distill.teacher

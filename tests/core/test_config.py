@@ -134,6 +134,8 @@ def test_every_option_has_help_and_a_legal_default(technique, option):
         ({"prune": {"ratio": 0.5, "steps": 2, "start": 5, "end": 2}}, "'prune.end=2' is before 'prune.start=5'"),
         ({"prune": {"scope": "pagcp", "sensitivity": "s.json"}}, "both share out the channels: give one"),
         ({"distill": {"features": None, "logits": None}}, "both off"),
+        ({"sparsity": {"start": 5, "end": 5}}, "'sparsity.end=5' is not after 'sparsity.start=5'"),
+        ({"sparsity": {"coefficient": -1}}, "'sparsity.coefficient=-1' is out of range. Legal: above 0.0."),
     ],
 )
 def test_messages(given_, near):
@@ -153,7 +155,7 @@ def test_all_problems_in_one_message():
 
 @pytest.mark.parametrize("off", [None, False])
 def test_off(off):
-    assert parse({"prune": off}) == {"prune": None, "distill": None, "quant": None}
+    assert parse({"prune": off}) == dict.fromkeys(CONFIGS)
 
 
 @pytest.mark.parametrize("on", [True, {}, QuantConfig()])

@@ -80,6 +80,8 @@ def dense(name: str) -> nn.Module:
         model.args = {"task": "classify"}  # as a model from `load_model` has it
     else:
         model, _ = load_model(f"{name}.yaml")
+    if "kpt_shape" in model.yaml:
+        model.kpt_shape = model.yaml["kpt_shape"]  # as after training
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
         for m in norms:

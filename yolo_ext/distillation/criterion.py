@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from yolo_ext.distillation.features import Align, feature_losses
 from yolo_ext.distillation.logits import HeadOutput, logit_losses
 from yolo_ext.distillation.schedules import schedules
 from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher
+from yolo_ext.proxy import CriterionProxy
 
 
 class Distiller:
@@ -99,30 +99,12 @@ class Distiller:
         return HeadOutput(scores, boxes.squeeze(2).transpose(1, 2), anchors.float())
 
 
-class DistillationLoss:
-    """Criterion with the interface of the one that it wraps; a copy of it is the plain criterion."""
+class DistillationLoss(CriterionProxy):
+    """The task's criterion plus the losses of a distiller."""
 
     def __init__(self, base: Any, distiller: Distiller) -> None:
         """Wrap the task's criterion `base`."""
-        self.__dict__.update(base=base, distiller=distiller)
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        """Copy the task's criterion only: no teacher gets into EMA or a checkpoint."""
-        return deepcopy(self.base, memo)
-
-    def __reduce__(self) -> Any:
-        """Pickle as the task's criterion, for the same reason, and without a name of ours."""
-        return deepcopy, (self.base,)
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer for the task's criterion (gains, update, loss names)."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.__dict__["base"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set attributes on the task's criterion."""
-        setattr(self.base, name, value)
+        super().__init__(base, distiller=distiller)
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss vector, times batch size as all Ultralytics losses are, and the detached items."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext.checkpoint import manifest
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import check_penalty, score
+from yolo_ext.pruning.criteria import score
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Graph, Group
 from yolo_ext.pruning.select import producers, refuse_frozen, restrict, shares
@@ -31,6 +31,7 @@ class Bundle:
         scores: (units,) ascending.
         allowed: Numbers of kept units that rounding and floors allow, descending; the first one is all of them.
         share: Share of units that `prune.ratios` removes, whatever the target; None for a bundle that is free.
+        values: For each group, the scores of its channels.
     """
 
     groups: list[Group]
@@ -38,6 +39,7 @@ class Bundle:
     scores: torch.Tensor
     allowed: list[int]
     share: float | None = None
+    values: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -87,8 +89,6 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evidence
         _check_share(made[i], share, _floor(model, graph, made[i].groups, cfg), cfg)
         made[i].share = share
     refuse_frozen(model, [p for b in made.values() for g in b.groups for p in producers(g)])
-    if warning := check_penalty(model, cfg.method, [b.scores for b in made.values()]):
-        LOGGER.warning(f"{colorstr('prune: ')}{warning}")
     return list(made.values())
 
 
@@ -105,14 +105,15 @@ def _bundle(
     legal = [u for u in range(1, units) if u * step % cfg.round_to == 0 and u * step >= floor]
     if not legal:
         return f"has {groups[0].size} channels, which the floors do not let shrink"
-    order, rows = [], []
+    values: list[torch.Tensor] = []
     for g in groups:
-        values = score(model, g, cfg.method, generator, evidence)
-        if values is None:
+        scored = score(model, g, cfg.method, generator, evidence)
+        if scored is None:
             return f"has no BatchNorm, which '{cfg.method}' ranks by"
-        order.append(values.argsort(stable=True))
-        rows.append(values[order[-1]].view(units, -1).mean(1))
-    return Bundle(groups, order, torch.stack(rows).mean(0), [units, *reversed(legal)])
+        values.append(scored)
+    order = [v.argsort(stable=True) for v in values]
+    rows = [v[o].view(units, -1).mean(1) for v, o in zip(values, order)]
+    return Bundle(groups, order, torch.stack(rows).mean(0), [units, *reversed(legal)], values=values)
 
 
 def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> float:

@@ -8,20 +8,17 @@ a model that was trained with the penalty of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from yolo_ext.checkpoint import manifest
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
 from yolo_ext.registry import Table
 
 criteria = Table("pruning criterion")
-NEGLIGIBLE = 1e-2  # share of the largest score below which a sparsity penalty has done its work
 
 
 @dataclass(frozen=True)
@@ -270,39 +267,3 @@ def score(
             f"Legal: a tensor of {group.size} finite scores, one for each channel; are the weights of the model finite?"
         )
     return values.detach().float().cpu()
-
-
-# Was the model trained for it? ---------------------------------------------------------------------------------------
-def readiness(scores: Sequence[torch.Tensor]) -> float:
-    """Return the share of channels whose score is below 1 % of the largest one: what can go almost for free.
-
-    Args:
-        scores: (n,) scores of each group by a criterion that needs "sparsity".
-
-    Returns:
-        Share of all channels in 0..1; 0 without channels.
-    """
-    flat = torch.cat([torch.zeros(0), *scores])
-    return float((flat < NEGLIGIBLE * flat.max()).float().mean()) if len(flat) else 0.0
-
-
-def check_penalty(model: nn.Module, method: str, scores: Sequence[torch.Tensor] = ()) -> str:
-    """Return a warning when a criterion ranks by a sparsity penalty that the model was not trained with.
-
-    Args:
-        model: The model to prune.
-        method: Name of a criterion.
-        scores: (n,) scores of each group, for the readiness figure.
-
-    Returns:
-        The warning, empty when nothing is wrong.
-    """
-    trained = (manifest(model).get("sparsity") or {}).get("method")
-    if criteria[method].needs != "sparsity" or trained == method:
-        return ""
-    how = f"with sparsity.method={trained}, not {method}" if trained else f"without sparsity.method={method}"
-    figure = f": {readiness(scores):.0%} of the channels are below 1 % of the largest score" if len(scores) else ""
-    return (
-        f"The model was trained {how}, which 'prune.method={method}' relies on{figure}. "
-        f"Expect no better mAP than with l1; train with sparsity.method={method} first, or use lamp."
-    )

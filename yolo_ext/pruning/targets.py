@@ -188,7 +188,9 @@ def max_drop(job: Job) -> Target:
 
 
 # Plan ----------------------------------------------------------------------------------------------------------------
-def plan(model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640) -> Kept:
+def plan(
+    model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640, ready: bool = True
+) -> Kept:
     """Choose the channels that stay so that the target is met.
 
     Args:
@@ -197,12 +199,14 @@ def plan(model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_P
         cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
         probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
         imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
+        ready: Check that sparsity training made room for this plan; False for a trial before that training.
 
     Returns:
         Kept positions for every layer that loses channels: plain data that can be stored and replayed.
 
     Raises:
-        UsageError: If nothing can be pruned, the floors do not allow the target, or data are missing.
+        UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
+            needs sparsity training that was not enough.
     """
     made = bundles(model, graph, cfg, _evidence(model, cfg, probes))
     if not made:
@@ -224,6 +228,10 @@ def plan(model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_P
         spread = spread or ranked(free, scopes[cfg.scope].fn(free, model))
         target = targets[name].fn(Job(model, graph, made, cfg, probes, imgsz))
         units = solve(name, target, lambda share: _settled(made, spread(share)), made, cfg)
+    if ready:
+        from yolo_ext.pruning.readiness import check_readiness
+
+        check_readiness(model, graph, cfg, made, units, imgsz)
     return kept_of(graph, made, units)
 
 

@@ -1,0 +1,120 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Options of yolo_ext, declared: one frozen dataclass for each technique. `config` parses and checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
+
+    method: str = option("lamp", "Criterion: see `yolo-ext help prune`, or your own as package.module:function")
+    kind: str = option(
+        "structured",
+        "Remove channels, or zero single weights, which saves no time on today's runtimes",
+        choices=("structured", "unstructured", "2:4"),
+    )
+    speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
+    params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
+    latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
+    size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
+    max_drop: float | None = option(None, "Target: prune as far as mAP50-95 drops by no more, such as 0.02", above=0.0)
+    ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
+    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"))
+    scope: str = option(
+        "global",
+        "Rank channels over the model, layer by layer, or among layers of one structure; pagcp spends a loss budget",
+        choices=("global", "local", "isomorphic", "pagcp"),
+    )
+    include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
+    exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
+    ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}")
+    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on")
+    round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1)
+    min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1)
+    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, below=1.0)
+    at: list[int] = option([], "While training: prune at the start of these epochs, counted from 0, such as [5,10,15]")
+    every: int | None = option(None, "While training: prune every so many epochs", low=1)
+    start: int | None = option(None, "While training: first epoch that prunes (0)", low=0)
+    end: int | None = option(None, "While training: last epoch that may prune (half of the epochs)", low=0)
+    steps: int | None = option(None, "While training: largest number of prunings", low=1)
+    schedule: str = option("cubic", "While training: how the target grows by step", choices=("cubic", "linear"))
+    images: int = option(128, "Train images for criteria, budgets and trials that need data", low=1)
+    recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0)
+    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0)
+    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0)
+    topk: float = option(0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0)
+    force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it")
+    compare: bool = option(False, "Train a random-criterion baseline too, for the report")
+    seed: int = option(0, "Seed of the random criterion and of the images", low=0)
+
+
+TARGETS = ("speedup", "params", "latency", "size_mb", "max_drop", "ratio")  # of pruning; a run has one of them
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Sparsity training: scale factors or weights of channels that the loss does not defend go to zero."""
+
+    method: str = option("slim", "Penalty: see `yolo-ext help sparsity`, or your own as package.module:function")
+    coefficient: float | None = option(
+        None, "Pull towards zero, summed over the run; None takes the default of the method", above=0.0
+    )
+    mode: str = option(
+        "proximal",
+        "Shrink after each optimizer step, which makes exact zeros, or add the subgradient (slim, group_slim)",
+        choices=("proximal", "gradient"),
+    )
+    schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
+    final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
+    start: int = option(0, "First epoch with a pull, counted from 0", low=0)
+    end: int | None = option(None, "First epoch without a pull; None pulls to the end or to the first pruning", low=1)
+    warmup: int = option(1, "Epochs over which the pull rises", low=0)
+    epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1)
+    threshold: float = option(0.01, "Channels below this (of the largest of their group) count as gone", above=0.0)
+    auto: bool = option(
+        False, "Steer the pull: raise it until `target` is reached or mAP drops by `max_drop`, then lower"
+    )
+    target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0)
+    max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0)
+    protect: float = option(0.1, "Share of each group whose strongest channels never go", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Knowledge distillation."""
+
+    teacher: str = option("self", "Teacher .pt, or 'self' for the model as it was before pruning or quantization")
+    features: str | None = option("cwd", "Feature loss on the inputs of the head; None switches it off")
+    logits: str | None = option("bckd", "Loss on the outputs of the head; None switches it off")
+    feature_weight: float = option(1.0, "Weight of the feature loss", low=0.0)
+    logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
+    temperature: float = option(1.0, "Temperature of the softmax in cwd", above=0.0)
+    schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
+    final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """INT8 quantization."""
+
+    mode: str = option("auto", "auto: PTQ, then QAT if PTQ misses the budget", choices=("auto", "ptq", "qat"))
+    profile: str = option("auto", "What runs the model; auto looks at this CPU. See `yolo-ext help quantize`")
+    calib: int = option(300, "Calibration images, taken from the train split", low=1)
+    source: str | None = option(None, "Calibration images from a folder, list or glob instead of the train split")
+    observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
+    exclude: list[str] = option([], "Regular expressions of module names that stay float")
+    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0)
+    epochs: int = option(10, "QAT epochs", low=1)
+    lr0: float = option(2e-5, "QAT learning rate (AdamW)", above=0.0)
+    observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)

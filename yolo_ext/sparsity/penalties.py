@@ -1,0 +1,114 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Sparsity penalties: how far a step shrinks each channel. Each is one function of all prunable channels and one row.
+
+A penalty acts on the parameters directly, after the optimizer step, so that loss scale, clipping and the optimizer's
+own normalisation have no part in it (decoupled, as in Parikh & Boyd, Proximal Algorithms, 2014). It returns factors:
+1 leaves a channel alone, 0 removes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from yolo_ext.registry import Table
+
+penalties = Table("sparsity penalty")
+TINY = 1e-12
+# Without a coefficient. Scale factors of trained YOLOs are about 1; a norm below 1 % needs a pull of 4.6 at rank 1.
+DEFAULTS = {"slim": 1.0, "group_slim": 1.0, "group_sl": 8.0, "group_reg": 8.0}
+
+
+@dataclass
+class Channels:
+    """All C channels of all prunable groups, numbered through, as they are at this step.
+
+    Attributes:
+        group: (C,) number of the group of each channel.
+        gammas: (m,) BatchNorm scales over them.
+        owner: (m,) channel of each scale.
+        norms: (C,) strength of each channel: root mean square of its scales for a penalty that needs "scales", else
+            the norm of all coupled weights, with BatchNorm folded in.
+        coefficient: Pull over the whole run.
+        state: (C,) tensors that a penalty keeps between steps; they are saved with the run.
+    """
+
+    group: torch.Tensor
+    gammas: torch.Tensor
+    owner: torch.Tensor
+    norms: torch.Tensor
+    coefficient: float
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def weakness(self) -> torch.Tensor:
+        """Return (C,) ranks within each group: 0 for the strongest channel, 1 for the weakest, 0 where all are equal."""
+        low, high = (segment(self.norms, self.group, op)[self.group] for op in ("amin", "amax"))
+        return (high - self.norms) / (high - low).clamp(min=TINY)
+
+
+def segment(values: torch.Tensor, group: torch.Tensor, op: str) -> torch.Tensor:
+    """Reduce (C,) values by group.
+
+    Args:
+        values: One value for each channel.
+        group: (C,) number of the group of each channel; every number up to the largest occurs.
+        op: ``amin`` or ``amax``.
+
+    Returns:
+        (groups,) reduced values.
+    """
+    groups = int(group[-1]) + 1 if len(group) else 0
+    return values.new_zeros(groups).scatter_reduce_(0, group, values, op, include_self=False)
+
+
+@penalties.row(
+    "slim",
+    "L1 on the scale of BatchNorm, each one by itself",
+    paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
+    needs="scales",
+)
+def slim(channels: Channels, pull: float) -> torch.Tensor:
+    """Return (m,) factors of the soft threshold: |gamma| shrinks by `pull`, down to exactly zero."""
+    return (1 - pull / channels.gammas.abs().clamp(min=TINY)).clamp(min=0)
+
+
+@penalties.row(
+    "group_slim",
+    "Group lasso on the coupled scales of a channel, which vanish together",
+    paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
+    needs="scales",
+)
+def group_slim(channels: Channels, pull: float) -> torch.Tensor:
+    """Return (m,) factors of the block soft threshold: the root mean square of a channel's gammas shrinks by `pull`."""
+    return (1 - pull / channels.norms.clamp(min=TINY)).clamp(min=0)[channels.owner]
+
+
+@penalties.row(
+    "group_sl",
+    "Decay of all coupled weights, up to 16 times stronger for the weakest channel of a group",
+    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
+    needs="weights",
+)
+def group_sl(channels: Channels, pull: float) -> torch.Tensor:
+    """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which compose to the same whatever the number of steps."""
+    return (-pull * (4 * channels.weakness() - 4).exp2()).exp()
+
+
+@penalties.row(
+    "group_reg",
+    "L2 on all coupled weights that grows for the channels that stay weak",
+    paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243",
+    needs="weights",
+)
+def group_reg(channels: Channels, pull: float) -> torch.Tensor:
+    """Return (C,) factors whose decay grows with the weakness so far; over a run they come to exp(-coefficient * rank).
+
+    A channel of constant weakness r has grown to r * coefficient at the end. Its decay over the run is the integral
+    of 2 * grown / coefficient over the pull, taken in the middle of each step. Growth stops at the coefficient.
+    """
+    grown = channels.state.setdefault("grown", torch.zeros_like(channels.norms))
+    more = pull * channels.weakness()
+    decay = 2 * pull * (grown + more / 2) / channels.coefficient
+    grown.add_(more).clamp_(max=channels.coefficient)
+    return (-decay).exp()
