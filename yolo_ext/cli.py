@@ -51,7 +51,8 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
     except (SyntaxError, IndexError) as e:  # unmatched brackets
         raise UsageError(f"Cannot read the command line '{' '.join(argv)}': check its brackets and '=' signs.") from e
-    command, flat, problems = "", {}, []
+    command, problems = "", []
+    flat: dict[str, Any] = {}
     names = [*COMMANDS, *FORWARDED]
     for word in (w.rstrip(",") for w in words):
         if "=" in word:
@@ -60,7 +61,8 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
             except (AssertionError, ValueError, SyntaxError) as e:
                 problems.append(f"Cannot read '{word}': {e}")
                 continue
-            flat[key] = value
+            listed = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+            flat[key] = [v.strip() for v in value[1:-1].split(",")] if listed else value  # a shell eats the quotes
         elif not command and word in names:
             command = word
         elif command == "help" and (word in CONFIGS or word in names):

@@ -59,8 +59,8 @@ def sparsify(run: Run) -> Record:
     """Train the base model until channels that it does not need are near zero."""
     cfg = run.configs["sparsity"]
     options: dict[str, Any] = as_plain({"sparsity": cfg})
-    if run.configs["distill"]:  # outputs only: losses on feature maps would defend the scales
-        options.update(as_plain({"distill": replace(distill_config(run), features=None, logits="bckd")}))
+    if distill := distill_config(run):  # outputs only: losses on feature maps would defend the scales
+        options.update(as_plain({"distill": replace(distill, features=None, logits="bckd")}))
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
     found = manifest(load_model(best)[0])["sparsity"]
     note = f"Sparsity training brought {100 * found['share']:.1f} % of the channels below {cfg.threshold:g}."
@@ -91,7 +91,8 @@ def prune(run: Run) -> Record:
 
 def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
     """Return layers and checks of a pruned model, and write its plan."""
-    from yolo_ext.pruning.surgery import TOLERANCE, layer_report
+    from yolo_ext.pruning.record import layer_report
+    from yolo_ext.pruning.surgery import TOLERANCE
 
     if run.configs["prune"].kind != "structured":
         return {"notes": _masks(run, pruned, stage)}

@@ -1,18 +1,15 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolo_ext.checkpoint import manifest
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import GroupWeights, check_penalty, criteria, group_weights, readiness, score
+from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights, score
 from yolo_ext.pruning.graph import Group, Member, build_graph
 from yolo_ext.pruning.targets import plan
 
@@ -194,36 +191,6 @@ def test_evidence_of_every_coupled_parameter_is_seen(coupled):
 def test_data_driven_criteria_say_what_they_need(coupled):
     with pytest.raises(UsageError, match=r"'prune.method=obd' needs labelled train images. Give data=..., .* lamp"):
         score(*coupled, "obd", GENERATOR)
-
-
-# Was the model trained for it? ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        pytest.param([[1.0, 0.009], [0.011, 0.0]], 0.5, id="over-all-groups"),
-        pytest.param([[0.0, 0.0]], 0.0, id="all-dead"),  # nothing stands out, so there is nothing to say
-        pytest.param([], 0.0, id="empty"),
-    ],
-)
-def test_readiness(scores, expected):
-    assert readiness([torch.tensor(s) for s in scores]) == expected
-
-
-@pytest.mark.parametrize(
-    ("method", "trained", "expected"),
-    [
-        pytest.param("lamp", None, "", id="needs-nothing"),
-        pytest.param("slim", "slim", "", id="trained"),
-        pytest.param("slim", None, r"trained without sparsity.method=slim.*: 25% of the channels", id="untrained"),
-        pytest.param("slim", "group_sl", "trained with sparsity.method=group_sl, not slim", id="other-penalty"),
-    ],
-)
-def test_the_penalty_is_checked(method, trained, expected):
-    model = nn.Module()
-    if trained:
-        manifest(model)["sparsity"] = {"method": trained}
-    warning = check_penalty(model, method, [torch.tensor([1.0, 1.0, 1.0, 0.0])])
-    assert re.search(expected, warning) if expected else warning == ""
 
 
 # The user's own ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from yolo_ext.checkpoint import fingerprint, manifest
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.pruning import surgery
-from yolo_ext.pruning.surgery import apply_plan, check_trainable, layer_report, prune_model, recalibrate
+from yolo_ext.pruning.record import layer_report
+from yolo_ext.pruning.surgery import apply_plan, check_trainable, prune_model, recalibrate
 
 CFG = PruneConfig(ratio=0.4)
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import compat
-from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
+from yolo_ext.checkpoint import manifest
 from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
-from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.probes import NO_PROBES, Probes
+from yolo_ext.pruning.record import record
 from yolo_ext.pruning.targets import Kept, plan
 
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
@@ -87,7 +88,7 @@ def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     modules = dict(model.named_modules())
     for path, dims in kept.items():
         _shrink(modules[path], dims)
-    compat.refresh_widths(model)
+    compat.refresh_widths(model, kept)
     return model
 
 
@@ -133,8 +134,8 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
         a = list(compat.returned_tensors(_raw(reference(x))))
         try:
             b = list(compat.returned_tensors(_raw(other(x))))
-        except RuntimeError as e:
-            raise CheckFailed(f"The pruned model does not run: {str(e).splitlines()[0]} {ADVICE}") from e
+        except Exception as e:  # whatever a user's block raises
+            raise CheckFailed(f"The pruned model does not run: {type(e).__name__}: {str(e)[:200]} {ADVICE}") from e
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     # max() of tensors, because that of Python drops a NaN
@@ -157,7 +158,7 @@ def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
     try:
         out = copy(torch.rand(2, compat.input_channels(model), imgsz, imgsz))
         sum(t.float().mean() for t in compat.returned_tensors(out)).backward()  # type: ignore[union-attr]
-    except RuntimeError as e:
+    except Exception as e:  # whatever a user's block raises
         raise CheckFailed(f"The pruned model cannot be trained: {e}") from e
     if any(p.grad is not None and not p.grad.isfinite().all() for p in copy.parameters()):
         raise CheckFailed("The pruned model has gradients that are not finite.")
@@ -177,7 +178,7 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
     Raises:
         CheckFailed: If the outputs differ by more than `TOLERANCE`, or training steps fail.
     """
-    size = max(64, 2 * compat.max_stride(dense))
+    size = compat.probe_size(dense)
     gap = equivalence_gap(dense, pruned, kept, size)
     if not gap <= TOLERANCE:
         raise CheckFailed(
@@ -214,12 +215,23 @@ def prune_with_plan(
     check_prunable(model)
     if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
         raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
-    graph = build_graph(model)
+    try:
+        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=True)
+    except CheckFailed as e:
+        LOGGER.warning(f"{colorstr('prune: ')}{e} Leaving all custom modules whole.")
+        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=False)
+    record(model, pruned, graph, kept, cfg, gap)
+    return pruned, kept
+
+
+def _verified(
+    model: nn.Module, cfg: PruneConfig, imgsz: int, probes: Probes, *, custom: bool
+) -> tuple[Graph, Kept, nn.Module, float]:
+    """Return graph, plan, pruned copy and its gap; blocks that compare or divide by their own width show only here."""
+    graph = build_graph(model, custom=custom)
     kept = plan(model, graph, cfg, probes, imgsz)
     pruned = apply_plan(deepcopy(model), kept)
-    gap = verify(model, pruned, kept)
-    _record(model, pruned, graph, kept, cfg, gap)
-    return pruned, kept
+    return graph, kept, pruned, verify(model, pruned, kept)
 
 
 def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640) -> None:
@@ -256,59 +268,6 @@ def check_prunable(model: nn.Module) -> None:
         raise UsageError(
             "The model is quantized: its ranges belong to the channels that it has. Prune the float .pt, then quantize."
         )
-
-
-def _record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: PruneConfig, gap: float) -> None:
-    """Write what was done into the manifest; indices always count in the numbering of the first dense model."""
-    previous = deepcopy(manifest(dense).get("prune"))
-    shapes = previous["shapes"] if previous else {p: list(s) for p, s in graph.shapes.items()}
-    total: Kept = deepcopy(previous["kept"]) if previous else {}
-    for path, dims in kept.items():
-        for dim, index in dims.items():
-            old = total.setdefault(path, {}).get(dim)
-            total[path][dim] = [old[i] for i in index] if old is not None else list(index)
-    # The teacher that a student grew from knows it by the weights it started with, not by those of today.
-    parent = previous["parent"] if previous else manifest(dense).get("parent") or fingerprint(dense)
-    manifest(pruned)["prune"] = {
-        **(previous or {}),
-        "config": asdict(cfg),
-        "kept": total,
-        "shapes": shapes,
-        "parent": parent,
-        "frozen": {m.module: g.frozen for g in graph.groups if g.frozen for m in g.members if m.dim == "out"},
-        "coupled": coupled_layers(pruned, graph),
-        "notes": graph.notes,
-        "gap": gap,
-    }
-    set_tripwire(pruned)
-
-
-def coupled_layers(model: nn.Module, graph: Graph) -> dict[str, list[str]]:
-    """Return, for every layer whose channels also come from or are tied to others, the paths of those."""
-    modules, found = dict(model.named_modules()), {}
-    for bundle in graph.bundles:
-        members = (m for i in bundle for m in graph.groups[i].members if m.dim == "out")
-        layers = {m.module for m in members if layer_channels(modules[m.module])}
-        found.update({p: sorted(layers - {p}, key=compat.natural_key) for p in layers if len(layers) > 1})
-    return found
-
-
-def layer_report(model: nn.Module) -> list[dict[str, Any]]:
-    """Return channels before and after for every layer of a pruned model, with the reason where nothing changed.
-
-    Returns:
-        Rows ``{"name", "before", "after", "reason", "coupled"}`` in the order of the model.
-    """
-    record = manifest(model).get("prune") or {"shapes": {}, "frozen": {}}
-    modules = dict(model.named_modules())
-    rows = []
-    for path in sorted(record["shapes"], key=compat.natural_key):
-        before = record["shapes"][path][0]
-        after = getattr(modules[path], "out_channels", None) or getattr(modules[path], "out_features", before)
-        reason = record["frozen"].get(path, "") if after == before else ""
-        coupled = record.get("coupled", {}).get(path, [])
-        rows.append({"name": path, "before": before, "after": after, "reason": reason, "coupled": coupled})
-    return rows
 
 
 @torch.no_grad()
