@@ -19,17 +19,7 @@ from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
 from yolo_ext.training import check_pruning_epochs, check_techniques, refuse_rtdetr
 
-STAGES = (
-    "base",
-    "sparsify",
-    "prune",
-    "finetune",
-    "compare",
-    "ptq",
-    "qat",
-    "verify",
-    "latency",
-)  # functions of `stages`, in order
+STAGES = tuple("base sparsify prune finetune compare ptq qat verify latency".split())  # functions of `stages`, in order
 PICTURES = 4
 
 
@@ -59,7 +49,9 @@ def compress(
         try:
             run.done[name] = runs.stage(run.folder, name, lambda stage=stage: stage(run))  # type: ignore[misc]
         except UsageError:
-            if run.fresh and name in ("base", "prune"):  # a target that only a measurement shows to be out of reach
+            if (
+                run.fresh and name in ("base", "prune") and "sparsify" not in run.done
+            ):  # a target that only a measurement shows to be out of reach
                 shutil.rmtree(run.folder)
             raise
     return _finish(run)
@@ -87,7 +79,8 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     info = _check_data(data, model, base) if data else {}
     size = check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
     # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
-    check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"), size)
+    sparse = configs["sparsity"].epochs if configs["sparsity"] else 0
+    check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"), size, sparse)
     _check_pruning_epochs(configs, options, epochs)
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
     fresh = not any(folder.iterdir())

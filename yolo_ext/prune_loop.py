@@ -135,7 +135,11 @@ def before_epoch(trainer: Any) -> None:
     if "dense" not in manifest(ema):
         during.remember_dense(ema, cfg, seen, size)
         manifest(unwrap_model(trainer.model))["dense"] = manifest(ema)["dense"]
-    if during.prune_run(trainer, cfg, step, steps, seen, size) and trainer.epoch > 0 and RANK in {-1, 0}:
+    if not during.prune_run(trainer, cfg, step, steps, seen, size):
+        return
+    if trainer.sparsifier is not None:
+        trainer.sparsifier.rebuild(unwrap_model(trainer.model))
+    if trainer.epoch > 0 and RANK in {-1, 0}:
         _save_again(trainer)
 
 

@@ -82,11 +82,6 @@ def before_epoch(trainer: Any) -> None:
         forget_best(trainer)
 
 
-def after_surgery(trainer: Any) -> None:
-    """Find the groups of a model anew that has been pruned."""
-    trainer.sparsifier.rebuild(_live(trainer))
-
-
 def after_step(trainer: Any) -> None:
     """Make zeros of the live model zeros of the EMA, where they would only fade."""
     trainer.sparsifier.follow(_live(trainer), trainer.ema.ema)
@@ -106,7 +101,7 @@ def after_epoch(trainer: Any) -> dict[str, float]:
     sparsifier, ema, cfg = trainer.sparsifier, trainer.ema.ema, trainer.compression["sparsity"]
     record = monitor.observe(
         ema, cfg, _prune_config(trainer), epoch=trainer.epoch, coefficient=sparsifier.coefficient,
-        penalty=float(sparsifier.penalty(ema)), imgsz=imgsz(trainer, ema),
+        penalty=float(sparsifier.penalty(ema)), imgsz=imgsz(trainer, ema), pull=sparsifier.pull,
     )  # fmt: skip
     if cfg.auto:
         sparsifier.steer(record["share"], float(trainer.fitness))

@@ -59,7 +59,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         refuse_two_distillations(configs["distill"], options.get("distill_model"))
         given = {**DEFAULT_CFG_DICT, **(YAML.load(options["cfg"]) if options.get("cfg") else {}), **options}
         check_pruning_epochs(configs, given)
-        check_techniques(str(model), base, info["names"], configs, options.get("freeze"), imgsz)
+        epochs = int(options.get("epochs") or 100)
+        check_techniques(str(model), base, info["names"], configs, options.get("freeze"), imgsz, epochs)
         options["data"] = str(info.get("yaml_file") or options["data"])
     before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not resume)
     yolo = YOLO(str(model), task=task)
@@ -98,8 +99,9 @@ def check_pruning_epochs(configs: dict[str, Any], given: Mapping[str, Any]) -> N
 
 
 def check_techniques(
-    model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any], freeze: Any = None, imgsz: int = 640
-) -> None:
+    model: str, base: nn.Module, names: dict[int, str], configs: dict[str, Any], freeze: Any = None, imgsz: int = 640,
+    epochs: int = 100,
+) -> None:  # fmt: skip
     """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
 
     Args:
@@ -109,6 +111,7 @@ def check_techniques(
         configs: Parsed technique options.
         freeze: Ultralytics' option of this name.
         imgsz: Side of the square input in pixels.
+        epochs: Epochs of sparsity training.
 
     Raises:
         UsageError: If the pruning target is out of reach, the teacher does not fit or a method does not exist.
@@ -128,7 +131,7 @@ def check_techniques(
         level = LOGGER.level
         LOGGER.setLevel(logging.ERROR)  # the pruning itself will say the same once more
         try:
-            check_plan(student, prune, imgsz)
+            check_plan(student, prune, imgsz, ready=not configs["sparsity"])
         finally:
             LOGGER.setLevel(level)
         if prune.sensitivity:
@@ -139,7 +142,7 @@ def check_techniques(
         from yolo_ext.options import PruneConfig
         from yolo_ext.sparsity.sparsifier import Sparsifier
 
-        Sparsifier(student, sparsity, configs["prune"] or PruneConfig(ratio=0.5), sparsity.start + 2)
+        Sparsifier(student, sparsity, configs["prune"] or PruneConfig(ratio=0.5), epochs)
     if distill := configs["distill"]:
         student.names = names
         teacher = self_teacher(model) if distill.teacher == "self" else distill.teacher

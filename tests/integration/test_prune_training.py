@@ -79,7 +79,9 @@ def test_any_target(fit, tiny, target):
 
 @pytest.mark.parametrize("method", ["taylor", "slim"])
 def test_criteria_that_need_more_than_weights(fit, tiny, method):
-    trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=2, prune={**LATER, "at": [1], "method": method})
+    trainer = fit(
+        tiny, yolo_ext.DetectionTrainer, epochs=2, prune={**LATER, "at": [1], "method": method, "force": True}
+    )
     assert flops(tiny) / flops(trainer.save_dir / "weights" / "best.pt") == pytest.approx(2.0, rel=0.03)
 
 

@@ -42,9 +42,10 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
     Returns:
         The options, or None when the step has nothing to do.
     """
+    # A run that is on its way warns about a model that is not sparse enough, it does not stop.
     now, before = (progress(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
     ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
-    cfg = replace(cfg, ratios=ratios, at=[], every=None, start=None, end=None, steps=None)
+    cfg = replace(cfg, ratios=ratios, at=[], every=None, start=None, end=None, steps=None, force=True)
     if cfg.speedup or cfg.params:
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))

@@ -234,13 +234,14 @@ def _verified(
     return graph, kept, pruned, verify(model, pruned, kept)
 
 
-def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640) -> None:
+def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: bool = True) -> None:
     """Find out without data or a clock whether pruning options fit a model.
 
     Args:
         model: The model; it is not changed.
         cfg: Pruning options. Targets that have to be measured, and criteria that need data, are taken as within reach.
         imgsz: Side in pixels of the images that FLOPs are counted for.
+        ready: Whether a sparsity criterion must find the model sparse already.
 
     Raises:
         UsageError: If the model cannot be pruned, an option does not fit it or the target cannot be reached.
@@ -253,7 +254,7 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640) -> None:
         cheap = replace(cheap, method="l2")
     if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):
         cheap = replace(cheap, latency=None, size_mb=None, max_drop=None, ratio=0.1)
-    plan(model, build_graph(model), cheap, imgsz=imgsz)
+    plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
 
 
 def check_prunable(model: nn.Module) -> None:
