@@ -123,10 +123,9 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
                 problems.append(problem)
         if not problems:
             parsed[technique] = cls(**{k: _cast(known[k], v) for k, v in given.items()})
-    if not problems and parsed.get("sparsity") and parsed.get("prune"):
-        prune = options["prune"]
-        if isinstance(prune, Mapping) and "method" not in prune:  # the criterion that goes with the penalty
-            parsed["prune"] = replace(parsed["prune"], method=parsed["sparsity"].method)
+    prune, sparsity = parsed.get("prune"), parsed.get("sparsity")
+    if prune and sparsity and prune.method == "auto":  # the criterion that goes with the penalty
+        parsed["prune"] = replace(prune, method=sparsity.method)
     if not problems:
         problems += _conflicts(parsed)
     if problems:

@@ -18,7 +18,9 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
-    method: str = option("lamp", "Criterion: see `yolo-ext help prune`, or your own as package.module:function")
+    method: str = option(
+        "auto", "Criterion: auto is obd where there are train images, else lamp; or package.module:function"
+    )
     kind: str = option(
         "structured",
         "Remove channels, or zero single weights, which saves no time on today's runtimes",

@@ -19,7 +19,7 @@ from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
 from yolo_ext.training import check_pruning_epochs, check_techniques, refuse_rtdetr
 
-STAGES = tuple("base sparsify prune finetune compare ptq qat verify latency".split())  # functions of `stages`, in order
+STAGES = ("base", "sparsify", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # functions of `stages`
 PICTURES = 4
 
 
@@ -100,7 +100,7 @@ def _learns_from_data(configs: dict[str, Any], epochs: int) -> str:
         "'quant'": configs["quant"],
     }
     if prune and prune.kind == "structured":
-        found[f"'prune.method={prune.method}'"] = criteria[prune.method].needs == "data"
+        found[f"'prune.method={prune.method}'"] = prune.method != "auto" and criteria[prune.method].needs == "data"
         found["'prune.max_drop'"] = prune.max_drop is not None
         found["'prune.scope=pagcp'"] = prune.scope == "pagcp"
     return next((name for name, needs in found.items() if needs), "")

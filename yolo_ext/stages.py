@@ -110,8 +110,8 @@ def _pruning_record(run: Run, pruned: nn.Module, stage: str) -> Record:
 def _limits(rows: list[dict[str, Any]]) -> list[str]:
     """Say of each group how far PAGCP pruned it and which loss set the limit."""
     return [
-        f"{r['name']}: {100 * r['ratio']:.0f} % of {r['channels']} channels, "
-        + (f"limited by {r['limit']}" if r["limit"] else str(r["outcome"]))
+        f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels"
+        + (f", limited by {r['limit']})" if r["limit"] else ")")
         for r in rows
     ]
 

@@ -1,16 +1,25 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Losses on the outputs of the head. Each returns a classification and a box part, per image."""
+"""Losses on the outputs of the head. Each returns a classification and a box part, per image.
+
+A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`. What a row needs:
+``several classes``, ``equal bins`` (both heads have the same `reg_max` above 1), ``cross head`` (see `crosskd`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import make_anchors
 
-from yolo_ext.registry import Table
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import Table, suggest
 
 logit_losses = Table("logit loss")
+Parts = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,18 @@ class HeadOutput:
         scores: (B, nc, A) class logits.
         ltrb: (B, A, 4) distances to the box sides in units of the stride, decoded from bins where there are any.
         anchors: (A, 2) anchor points in units of the stride.
+        bins: (B, 4, reg_max, A) logits of the distances, or None.
     """
 
     scores: torch.Tensor
     ltrb: torch.Tensor
     anchors: torch.Tensor
+    bins: torch.Tensor | None = None
+
+    @property
+    def reg_max(self) -> int:
+        """Number of bins of a distance; 1 where it is predicted as a number."""
+        return 1 if self.bins is None else self.bins.shape[2]
 
     def boxes(self) -> torch.Tensor:
         """Return (B, A, 4) corner boxes x1, y1, x2, y2 in units of the stride."""
@@ -34,38 +50,287 @@ class HeadOutput:
         return torch.cat((self.anchors - left_top, self.anchors + right_bottom), -1)
 
 
+def decode(
+    raw: dict[str, torch.Tensor], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None
+) -> HeadOutput:
+    """Decode one branch of a Detect head.
+
+    Args:
+        raw: ``boxes`` (B, 4 * reg_max, A), ``scores`` (B, nc, A) and ``feats``, one (B, C, H, W) map per level.
+        stride: Stride of each level in pixels.
+        reg_max: Bins per distance; 1 for a head that predicts numbers.
+        classes: Indices of the classes to keep, in their new order; None keeps all.
+
+    Returns:
+        The output with float32 boxes.
+    """
+    anchors, _ = make_anchors(raw["feats"], stride, 0.5)
+    b, _, a = raw["boxes"].shape
+    bins = raw["boxes"].float().view(b, 4, reg_max, a)
+    ltrb = bins.squeeze(2)
+    if reg_max > 1:
+        ltrb = (bins.softmax(2) * torch.arange(reg_max, device=bins.device).view(1, 1, -1, 1)).sum(2)
+    scores = raw["scores"] if classes is None else raw["scores"][:, classes]
+    return HeadOutput(scores, ltrb.transpose(1, 2), anchors.float(), bins)
+
+
 def foreground(teacher: HeadOutput) -> torch.Tensor:
     """Return (B, A) how much the teacher sees an object at each anchor: its largest class probability."""
     return teacher.scores.float().sigmoid().amax(1)
 
 
-def _giou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    from ultralytics.utils.metrics import bbox_iou
+def _objects(weight: torch.Tensor) -> torch.Tensor:
+    # At least one per image and not per batch, or the loss of images without objects would depend on the batch size.
+    return weight.sum().clamp(min=float(len(weight)))
 
-    return bbox_iou(a, b, xywh=False, GIoU=True).squeeze(-1)
+
+norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "weight": lambda loss, weight: (loss * weight).sum() / _objects(weight),
+    "pos": lambda loss, weight: loss.sum() / _objects(weight),
+    "mean": lambda loss, weight: loss.mean(),
+}
 
 
-@logit_losses.row(
-    "bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
-    paper="Yang et al., 2023, arXiv:2308.14286", needs="sigmoid head",
-)  # fmt: skip
-def bckd(student: HeadOutput, teacher: HeadOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute bridging cross-task knowledge distillation.
+def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: torch.Tensor | None) -> torch.Tensor:
+    """Average a loss over anchors.
 
-    Both parts sum over all anchors and are divided by the number of objects that the teacher sees, the sum of
-    `foreground`, where the paper divides by the number of assigned positives.
+    Args:
+        loss: (B, A) loss of each anchor.
+        teacher: Its `foreground` is the default weight.
+        norm: ``weight``: weighted sum over the sum of weights. ``pos``: plain sum over the sum of weights. ``mean``:
+            plain mean. The sum of weights counts as at least one per image.
+        weight: (B, A) weight in place of `foreground`, such as the mask of assigned positives, whose sum is N_pos.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        UsageError: If there is no such norm.
+    """
+    if norm not in norms:
+        raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
+    return norms[norm](loss, foreground(teacher) if weight is None else weight.float())
+
+
+def _nothing(student: HeadOutput) -> torch.Tensor:
+    return student.scores.new_zeros((), dtype=torch.float32)
+
+
+def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: torch.Tensor | None) -> Parts:
+    cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
+    box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
+    return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, dim: int, temperature: float) -> torch.Tensor:
+    """Return KL(teacher || student) of the softmax over `dim`, times the squared temperature."""
+    s, t = ((x.float() / temperature).log_softmax(dim) for x in (student, teacher))
+    return temperature**2 * (t.exp() * (t - s)).sum(dim)
+
+
+def _disagreement(student: HeadOutput, teacher: HeadOutput, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return BCE times |p_t - p_s|^beta, and |p_t - p_s| itself, both (B, nc, A)."""
+    z, target = student.scores.float(), teacher.scores.float().sigmoid()
+    gap = (target - z.sigmoid()).abs()
+    return F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap**beta, gap
+
+
+def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.Tensor:
+    return 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
+
+
+L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
+
+
+@logit_losses.row("l1", "Absolute difference of logits and of box distances where the teacher sees objects",
+                  paper=L2_PAPER)  # fmt: skip
+def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: torch.Tensor | None = None) -> Parts:
+    """Compute the mean absolute difference.
+
+    The paper scales by the teacher's objectness, for which a head without objectness has its `foreground`. Boxes are
+    compared as decoded distances, because logits of bins have a free constant per side.
 
     Args:
         student: Output of the student.
         teacher: Output of the teacher on the same images.
+        norm: How anchors are averaged, see `average`.
+        weight: (B, A) weight of each anchor; None is `foreground`.
 
     Returns:
-        Scalars: classification part (beta = 1) and box part (weight 4 as in the paper).
+        Scalars: mean over classes of the logits, mean over sides of the distances in units of the stride.
     """
-    z, target = student.scores.float(), teacher.scores.float().sigmoid()
-    gap = (target - z.sigmoid()).abs()
-    count = foreground(teacher).sum().clamp(min=1.0)
-    cls = (F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap).sum() / count
-    weight = gap.amax(1).detach()
-    box = (weight * (1.0 - _giou(student.boxes(), teacher.boxes()))).sum() / count
-    return cls, 4.0 * box
+    return _lp(student, teacher, 1, norm, weight)
+
+
+@logit_losses.row("l2", "Squared difference of logits and of box distances where the teacher sees objects",
+                  paper=L2_PAPER)  # fmt: skip
+def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: torch.Tensor | None = None) -> Parts:
+    """Compute the mean squared difference; otherwise as `l1`."""
+    return _lp(student, teacher, 2, norm, weight)
+
+
+@logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
+                  needs="several classes")  # fmt: skip
+def kl(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute softmax distillation of the class scores.
+
+    Args:
+        student: Output of the student; logits (B, nc) of a classifier are (B, nc, 1) here, with norm ``mean``.
+        teacher: Output of the teacher on the same images.
+        temperature: Divides the logits; the loss is multiplied by its square.
+        norm: How anchors are averaged, see `average`; ``mean`` is that of the paper.
+        weight: (B, A) weight of each anchor; None is `foreground`.
+
+    Returns:
+        Scalars: classification part, and 0 for the boxes.
+
+    Raises:
+        UsageError: If there is one class only, with which the softmax is always 1.
+    """
+    if student.scores.shape[1] == 1:
+        raise UsageError(
+            "The logit loss 'kl' compares classes with one another and this model has one class, so it would always "
+            "be 0. Use 'kl_binary', which compares each class on its own."
+        )
+    loss = _divergence(student.scores, teacher.scores, 1, temperature)
+    return average(loss, teacher, norm, weight).clamp(min=0.0), _nothing(student)
+
+
+@logit_losses.row(
+    "kl_binary", "KL between the sigmoid of each class", paper="Hinton et al., 2015, arXiv:1503.02531, per class"
+)
+def kl_binary(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute distillation of independent class probabilities, as sigmoid heads give them.
+
+    It is the binary cross entropy less the entropy of the teacher, so that it is 0 for equal outputs.
+
+    Args:
+        student: Output of the student.
+        teacher: Output of the teacher on the same images.
+        temperature: Divides the logits; the loss is multiplied by its square.
+        norm: How anchors are averaged, see `average`.
+        weight: (B, A) weight of each anchor; None is `foreground`.
+
+    Returns:
+        Scalars: classification part, summed over classes, and 0 for the boxes.
+    """
+    s, t = (x.scores.float() / temperature for x in (student, teacher))
+    p = t.sigmoid()
+    loss = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1.0 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return average(temperature**2 * loss.sum(1), teacher, norm, weight).clamp(min=0.0), _nothing(student)
+
+
+@logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
+                  paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
+def bckd(
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos",
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute bridging cross-task knowledge distillation.
+
+    Both parts sum over all anchors and are divided by the number of objects that the teacher sees, the sum of
+    `foreground`, where the paper divides by the number of assigned positives: give their mask as `weight` for that.
+
+    Args:
+        student: Output of the student.
+        teacher: Output of the teacher on the same images.
+        beta: Power of the disagreement, 1 in the paper.
+        norm: How anchors are averaged, see `average`.
+        weight: (B, A) weight of each anchor; None is `foreground`.
+
+    Returns:
+        Scalars: classification part and box part (weight 4 as in the paper).
+    """
+    cls, gap = _disagreement(student, teacher, beta)
+    box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
+    return average(cls.sum(1), teacher, norm, weight), 4.0 * average(box, teacher, norm, weight)
+
+
+@logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
+                  paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
+def ast(
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean",
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller.
+
+    Args:
+        student: Output of the student.
+        teacher: Output of the teacher on the same images.
+        beta: Power of the disagreement.
+        norm: How anchors are averaged, see `average`.
+        weight: (B, A) weight of each anchor; None is `foreground`. Norm ``mean`` uses none.
+
+    Returns:
+        Scalars: classification part, mean over classes, and box part.
+    """
+    cls, _ = _disagreement(student, teacher, beta)
+    box = _iou_loss(student, teacher, CIoU=True)
+    return average(cls.mean(1), teacher, norm, weight), average(box, teacher, norm, weight)
+
+
+@logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
+                  paper="Zheng et al., 2022, arXiv:2102.12252", needs="equal bins")  # fmt: skip
+def ld(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight",
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute localization distillation.
+
+    The paper adds up a main region (assigned positives) and a valuable region around it; here the teacher's
+    `foreground` grades all anchors, and `weight` takes any region.
+
+    Args:
+        student: Output of the student, with bins.
+        teacher: Output of the teacher on the same images, with as many bins.
+        temperature: Divides the logits, 10 in the paper; the loss is multiplied by its square.
+        norm: How anchors are averaged, see `average`.
+        weight: (B, A) weight of each anchor; None is `foreground`.
+
+    Returns:
+        Scalars: 0 for the classes, and the box part, mean over the four sides.
+
+    Raises:
+        UsageError: If a head has no bins or another number of them.
+    """
+    if student.bins is None or teacher.bins is None or student.reg_max != teacher.reg_max or student.reg_max == 1:
+        raise UsageError(
+            f"The logit loss 'ld' compares distributions over equally many bins; the student has reg_max="
+            f"{student.reg_max}, the teacher reg_max={teacher.reg_max} (1 is none). Use 'bckd', which compares boxes."
+        )
+    loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
+    return _nothing(student), average(loss, teacher, norm, weight).clamp(min=0.0)
+
+
+@logit_losses.row("crosskd", "The teacher's head on the student's hidden features must predict what the teacher does",
+                  paper="Wang et al., 2024, arXiv:2306.11369", needs="cross head")  # fmt: skip
+def crosskd(
+    student: HeadOutput, teacher: HeadOutput, *, cross: HeadOutput, beta: float = 1.0, temperature: float = 1.0,
+    weight: torch.Tensor | None = None,
+) -> Parts:  # fmt: skip
+    """Compute cross-head distillation; gradients reach the student through `cross` only.
+
+    Args:
+        student: Output of the student, which this loss does not look at: the task's loss alone acts on it.
+        teacher: Output of the teacher on the same images.
+        cross: Output of the teacher's last layers on the student's hidden features, see `crosskd.cross_head`.
+        beta: Power of the disagreement in the quality focal loss of the classes.
+        temperature: Divides the logits of bins; the box part is multiplied by its square.
+        weight: (B, A) weight of each anchor; None is `foreground`.
+
+    Returns:
+        Scalars: quality focal loss, norm ``pos``, and four times the KL of the bins (GIoU loss for a teacher without
+        bins), norm ``weight``.
+    """
+    cls, _ = _disagreement(cross, teacher, beta)
+    if cross.bins is not None and teacher.bins is not None and teacher.reg_max > 1:
+        box = _divergence(cross.bins, teacher.bins, 2, temperature).mean(1)
+    else:
+        box = _iou_loss(cross, teacher, GIoU=True)
+    return average(cls.sum(1), teacher, "pos", weight), 4.0 * average(box, teacher, "weight", weight).clamp(min=0.0)

@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext.checkpoint import manifest
 from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
-from yolo_ext.pruning.criteria import score
+from yolo_ext.pruning.criteria import resolved, score
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Graph, Group
 from yolo_ext.pruning.select import producers, refuse_frozen, restrict, shares
@@ -72,6 +72,7 @@ def bundles(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evidence
         UsageError: If the criterion is unknown or fails, a selector is broken or matches nothing, a share of
             `cfg.ratios` breaks a floor, or layers are frozen that would lose channels.
     """
+    cfg = resolved(cfg, evidence is not None)
     restrict(model, graph, cfg)
     generator = torch.Generator().manual_seed(cfg.seed)
     made: dict[int, Bundle] = {}

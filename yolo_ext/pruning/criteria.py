@@ -8,17 +8,19 @@ a model that was trained with the penalty of the same name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
 from yolo_ext.registry import Table
 
 criteria = Table("pruning criterion")
+AUTO, WITH_DATA, WITHOUT_DATA = "auto", "obd", "lamp"  # the best ones of benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,16 @@ def group_weights(
             if measured is not None and (m.dim == "out" or measured.ndim > 1):
                 found.evidence.append(_rows(_side(measured, layer, m.dim), m.index))
     return found
+
+
+def resolved(cfg: PruneConfig, data: bool) -> PruneConfig:
+    """Return options that name a criterion where they said `auto`.
+
+    Args:
+        cfg: Pruning options.
+        data: Whether there are labelled train images to look at.
+    """
+    return replace(cfg, method=WITH_DATA if data else WITHOUT_DATA) if cfg.method == AUTO else cfg
 
 
 def score(

@@ -22,7 +22,7 @@ from yolo_ext.config import PruneConfig
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.analyze import group_shares, layer_flops, producers
 from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
-from yolo_ext.pruning.criteria import criteria
+from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import collect, task_losses
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.probes import Probes
@@ -65,6 +65,7 @@ def sensitivity(
         raise UsageError("Sensitivity is measured on train and val images. Give data=data.yaml.")
     if not ratios or not all(0 < r < 1 for r in ratios):
         raise UsageError(f"Sensitivity ratios {list(ratios)} are illegal. Legal: above 0 and below 1, at least one.")
+    cfg = resolved(cfg, data=True)
     evidence = collect(model, cfg.method, probes.batches()) if criteria[cfg.method].needs == "data" else None
     made = bundles(model, graph, replace(cfg, ratios={}), evidence)
     if not made:

@@ -16,7 +16,7 @@ from yolo_ext import compat
 from yolo_ext.checkpoint import manifest
 from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
-from yolo_ext.pruning.criteria import criteria
+from yolo_ext.pruning.criteria import AUTO, criteria, resolved
 from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
 from yolo_ext.pruning.record import record
@@ -213,6 +213,7 @@ def prune_with_plan(
 ) -> tuple[nn.Module, Kept]:
     """Do what `prune_model` does and return the plan too, in the numbering of `model`."""
     check_prunable(model)
+    cfg = resolved(cfg, probes.batches is not None)
     if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
         raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
     try:
@@ -250,7 +251,7 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
     if cfg.kind != "structured":
         return
     cheap = replace(cfg, sensitivity=None, scope="global" if cfg.scope == "pagcp" else cfg.scope)
-    if criteria[cfg.method].needs == "data":
+    if cfg.method == AUTO or criteria[cfg.method].needs == "data":
         cheap = replace(cheap, method="l2")
     if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):
         cheap = replace(cheap, latency=None, size_mb=None, max_drop=None, ratio=0.1)

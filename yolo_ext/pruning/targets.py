@@ -16,7 +16,7 @@ from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
 from yolo_ext.pruning.bundles import Bundle, Kept, Widths, bundles, kept_of, widths_of
-from yolo_ext.pruning.criteria import criteria
+from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import Evidence, collect
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
@@ -208,6 +208,7 @@ def plan(
         UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
             needs sparsity training that was not enough.
     """
+    cfg = resolved(cfg, probes.batches is not None)
     made = bundles(model, graph, cfg, _evidence(model, cfg, probes))
     if not made:
         reasons = Counter(g.frozen for g in graph.groups).most_common(3)

@@ -16,6 +16,7 @@ from yolo_ext.errors import UsageError
 RIDGES = 15  # more cannot be told apart
 LABELLED = 120  # rows of the heat map; of more, not each has a name
 LEFT = 1e-2  # left end of the axis, unless there are smaller scores that are not zero
+VISIBLE = 0.01  # of the highest ridge; a few channels below that do not stretch the axis
 OVERLAP = 1.9  # height of the highest ridge in rows
 SHARE, SPEEDUP = "#2563eb", "#ea580c"
 
@@ -35,21 +36,20 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
         UsageError: There are no epochs.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    records = _records(history)
-    figure, (zero, ridges, curves) = plt.subplots(
-        1, 3, figsize=(12, 5.2), layout="constrained", width_ratios=(0.75, 3, 2.6)
-    )
-    figure.get_layout_engine().set(w_pad=0.12)
+    records, last = _records(history), history["epochs"][-1]
+    figure = plt.figure(figsize=(12, 5.2), layout=ConstrainedLayoutEngine(w_pad=0.12))
+    zero, ridges, curves = figure.subplots(1, 3, width_ratios=(0.75, 3, 2.6))
     shown = [records[i] for i in sorted({round(k) for k in np.linspace(0, len(records) - 1, RIDGES)})]
     colors = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(shown)))
     _zero(zero, shown, colors, history["edges"][1])
-    _ridges(ridges, shown, colors, history)
+    _ridges(ridges, shown, colors, np.array(history["edges"][1:]))
     _curves(curves, records)
     for ax in (zero, ridges):
         ax.set_ylim(len(shown) - 0.5, -OVERLAP)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    figure.suptitle(f"Sparsity training with '{history['method']}': {sum(records[-1]['histogram']):,} prunable channels")
+    figure.suptitle(f"Sparsity training with '{last['method']}': {sum(last['histogram']):,} prunable channels")
     return _save(figure, path)
 
 
@@ -65,9 +65,8 @@ def _zero(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edge: float)
     ax.tick_params(axis="y", length=0)
 
 
-def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, history: Mapping[str, Any]) -> None:
+def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edges: np.ndarray) -> None:
     """Draw a ridge for each epoch over a logarithmic axis, later epochs in front."""
-    edges = np.array(history["edges"][1:])
     centres = np.sqrt(edges[1:] * edges[:-1])
     counts = np.array([r["histogram"][1:] for r in shown], dtype=float)
     counts /= max(counts.max(), 1.0) / OVERLAP
@@ -75,12 +74,14 @@ def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, history: M
         ax.fill_between(centres, row - heights, row, color=color, alpha=0.8, lw=0, zorder=row)
         ax.plot(centres, row - heights, color="white", lw=1.0, zorder=row)
         ax.axhline(row, color=color, lw=0.6, zorder=row)
-    used = edges[1:][counts.sum(0) > 0]
+    used = edges[1:][counts.max(0) > VISIBLE * OVERLAP]
     left, right = min(LEFT, used.min(initial=LEFT) / 2), used.max(initial=LEFT * 10)
-    ax.set(xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{history['scores']} of a channel")
-    if history["scores"] != "|gamma|":  # where that of gamma lies depends on the group
-        ax.axvline(history["threshold"], color="#475569", lw=0.9, ls="--", zorder=len(shown))
-        ax.text(history["threshold"], -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
+    ax.set(
+        xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{shown[-1]['scores']} of a channel"
+    )
+    if shown[-1]["scores"] != "|gamma|":  # where that of gamma lies depends on the group
+        ax.axvline(shown[-1]["threshold"], color="#475569", lw=0.9, ls="--", zorder=len(shown))
+        ax.text(shown[-1]["threshold"], -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
 
 
 def _curves(ax: Any, records: list[dict[str, Any]]) -> None:
@@ -113,12 +114,14 @@ def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
         The path written.
 
     Raises:
-        UsageError: There are no epochs.
+        UsageError: There are no epochs or no layers.
     """
     import matplotlib.pyplot as plt
 
     records = _records(history)
     names = list(dict.fromkeys(name for r in records for name in r["layers"]))
+    if not names:
+        raise UsageError("No layers to plot: the sparsity history holds no layer that can be pruned.")
     table = np.array([[r["layers"].get(name, math.nan) for r in records] for name in names]).reshape(-1, len(records))
     figure, ax = plt.subplots(figsize=(8.5, min(max(4.0, 1.6 + 0.17 * len(names)), 26.0)), layout="constrained")
     image = ax.imshow(table, aspect="auto", cmap="YlOrRd", vmin=0, vmax=1, interpolation="nearest")

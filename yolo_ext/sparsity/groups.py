@@ -57,7 +57,7 @@ def sparse_groups(model: nn.Module, cfg: PruneConfig, scales: bool = False) -> l
         why = "has a BatchNorm and " if scales else ""
         raise UsageError(
             f"Sparsity training finds no group of channels that {why}can be pruned. Look at prune.include, "
-            "prune.exclude, prune.min_channels, prune.round_to and freeze; `yolo-ext analyze` says why each layer stays."
+            "prune.exclude, prune.min_channels, prune.round_to and freeze; `yolo-ext analyze` says why layers stay."
         )
     return kept
 

@@ -10,8 +10,8 @@ the norm of all coupled weights relative to the largest of the group. A channel 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import ceil, isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +26,13 @@ from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.readiness import near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.targets import measure
+from yolo_ext.reporting.ridge import plot_layers, plot_ridge
+from yolo_ext.sparsity.sparsifier import FEWEST
 
 FILE = "sparsity.json"
+RELATIVE = ("group_sl", "group_reg")  # criteria that give shares of the largest score of a group
 # The first bin holds what is zero for all that it matters, the last one also what is larger.
 EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]  # 1e-4 .. 10, twenty to the decade
-SURVIVORS = 8  # a group with so few channels in use has nothing left to give
 
 
 def observe(
@@ -60,17 +62,22 @@ def observe(
         graph: Couplings of the model as it is now, traced when None.
 
     Returns:
-        Plain record: `epoch`, `coefficient`, `pull`, `penalty`; `share` of all prunable channels that is near zero and
-        `layers`, the share by group name; `speedup` and `params`, before / after if those channels were pruned now
-        (rounded and floored as `prune` would, keeping what is in use); `collapsed`, names of groups with no more than a
-        few channels in use or whose largest score is negligible; `histogram`, counts of channels between `EDGES`.
+        Plain record: `epoch`, `method`, `scores` (what they are), `threshold`, `coefficient`, `pull`, `penalty`;
+        `share` of all prunable channels that is near zero and `layers`, the share by group name; `speedup` and
+        `params`, before / after if those channels were pruned now (rounded and floored as `prune` would, keeping what
+        is in use); `collapsed`, names of groups with no more channels in use than protection leaves (if that is less
+        than half), or whose largest score is negligible; `histogram`, counts of channels between `EDGES`.
     """
     graph = graph or build_graph(model)
-    made = bundles(model, graph, replace(prune_cfg, method=criterion_of(cfg), ratios={}))
+    criterion = cfg.method if cfg.method in criteria.names() else "slim"  # for a penalty of the user's own
+    made = bundles(model, graph, replace(prune_cfg, method=criterion, ratios={}))
     figures = measure(model, graph, imgsz)
     before, after = figures({}), figures(widths_of(graph, made, spare_units(made, cfg.threshold)))
     return {
         "epoch": epoch,
+        "method": cfg.method,
+        "scores": "relative norm" if criterion in RELATIVE else "|gamma|",
+        "threshold": cfg.threshold,
         "coefficient": float(coefficient),
         "pull": float(pull),
         "penalty": float(penalty) if isfinite(penalty) else None,  # NaN is no JSON
@@ -81,11 +88,6 @@ def observe(
         "collapsed": _collapsed(made, cfg),
         "histogram": _histogram(made),
     }
-
-
-def criterion_of(cfg: SparsityConfig) -> str:
-    """Return the pruning criterion that shows what a penalty does: of the same name, `slim` for the user's own."""
-    return cfg.method if cfg.method in criteria.names() else "slim"
 
 
 def _layers(made: list[Bundle], threshold: float) -> dict[str, float]:
@@ -104,7 +106,8 @@ def _collapsed(made: list[Bundle], cfg: SparsityConfig) -> list[str]:
     found = {}
     for name, v in rows:
         used = int((~near_zero(v, cfg.threshold)).sum())
-        if used < len(v) and used <= max(SURVIVORS, cfg.protect * len(v)) or float(v.max()) <= negligible:
+        few = used < len(v) / 2 and used <= max(FEWEST, ceil(cfg.protect * len(v)))
+        if few or float(v.max()) <= negligible:
             found[name] = True
     return list(found)
 
@@ -121,31 +124,28 @@ def columns(record: dict[str, Any]) -> dict[str, float]:
 
 
 # History -------------------------------------------------------------------------------------------------------------
-def append(folder: str | Path, cfg: SparsityConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Add the record of an epoch to `sparsity.json`; records of this and later epochs, left by a killed run, go.
+@dataclass(frozen=True)
+class History:
+    """The records of a run, in `sparsity.json` of its folder: `edges` of the histograms, and `epochs`, the records.
 
-    Args:
+    Attributes:
         folder: Run folder.
-        cfg: Sparsity options.
-        record: What `observe` returned.
-
-    Returns:
-        The history: `method`, `threshold`, `scores` (``|gamma|`` or ``relative norm``), `edges` and `epochs`, the records in order.
     """
-    earlier = [r for r in (read(folder) or {"epochs": []})["epochs"] if r["epoch"] < record["epoch"]]
-    relative = criterion_of(cfg) in ("group_sl", "group_reg")
-    history = {
-        "method": cfg.method,
-        "threshold": cfg.threshold,
-        "scores": "relative norm" if relative else "|gamma|",
-        "edges": EDGES,
-        "epochs": [*earlier, record],
-    }
-    atomic_write(Path(folder) / FILE, json.dumps(history))
-    return history
 
+    folder: Path
 
-def read(folder: str | Path) -> dict[str, Any] | None:
-    """Return the history of a run folder, None when there is none."""
-    path = Path(folder) / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    def read(self) -> dict[str, Any]:
+        """Return what the file holds; without a file there are no epochs yet."""
+        path = Path(self.folder) / FILE
+        return json.loads(path.read_text()) if path.is_file() else {"edges": EDGES, "epochs": []}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add the record of an epoch; those of this and later epochs, which a killed run left behind, go."""
+        history = self.read()
+        history["epochs"] = [r for r in history["epochs"] if r["epoch"] < record["epoch"]] + [record]
+        atomic_write(Path(self.folder) / FILE, json.dumps(history))
+
+    def plot(self) -> list[Path]:
+        """Draw `sparsity.png` and `sparsity_layers.png`, and return their paths."""
+        history, folder = self.read(), Path(self.folder)
+        return [plot_ridge(history, folder / "sparsity.png"), plot_layers(history, folder / "sparsity_layers.png")]

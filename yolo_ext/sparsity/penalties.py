@@ -26,6 +26,7 @@ class Channels:
 
     Attributes:
         group: (C,) number of the group of each channel.
+        groups: Number of groups.
         gammas: (m,) BatchNorm scales over them.
         owner: (m,) channel of each scale.
         norms: (C,) strength of each channel: root mean square of its scales for a penalty that needs "scales", else
@@ -35,6 +36,7 @@ class Channels:
     """
 
     group: torch.Tensor
+    groups: int
     gammas: torch.Tensor
     owner: torch.Tensor
     norms: torch.Tensor
@@ -42,23 +44,23 @@ class Channels:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def weakness(self) -> torch.Tensor:
-        """Return (C,) ranks within each group: 0 for the strongest channel, 1 for the weakest, 0 where all are equal."""
-        low, high = (segment(self.norms, self.group, op)[self.group] for op in ("amin", "amax"))
+        """Return (C,) ranks within each group: 1 for the weakest channel, 0 for the strongest and where all are equal."""
+        low, high = (segment(self.norms, self.group, self.groups, op)[self.group] for op in ("amin", "amax"))
         return (high - self.norms) / (high - low).clamp(min=TINY)
 
 
-def segment(values: torch.Tensor, group: torch.Tensor, op: str) -> torch.Tensor:
+def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> torch.Tensor:
     """Reduce (C,) values by group.
 
     Args:
         values: One value for each channel.
-        group: (C,) number of the group of each channel; every number up to the largest occurs.
+        group: (C,) number of the group of each channel.
+        groups: Number of groups, none of them empty.
         op: ``amin`` or ``amax``.
 
     Returns:
         (groups,) reduced values.
     """
-    groups = int(group[-1]) + 1 if len(group) else 0
     return values.new_zeros(groups).scatter_reduce_(0, group, values, op, include_self=False)
 
 
@@ -91,7 +93,7 @@ def group_slim(channels: Channels, pull: float) -> torch.Tensor:
     needs="weights",
 )
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
-    """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which compose to the same whatever the number of steps."""
+    """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
     return (-pull * (4 * channels.weakness() - 4).exp2()).exp()
 
 

@@ -1,0 +1,162 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_ext import compat
+from yolo_ext.config import PruneConfig, SparsityConfig
+from yolo_ext.pruning.bundles import bundles, kept_of
+from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.readiness import spare_units
+from yolo_ext.pruning.surgery import apply_plan
+from yolo_ext.sparsity.monitor import EDGES, History, columns, observe
+
+PRUNE = PruneConfig(speedup=2.0)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small convolutions on shared cores
+    torch.manual_seed(0)
+    model = DetectionModel("yolov8n.yaml", nc=3, verbose=False).eval()
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5)
+    yield model, build_graph(model)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def planted(dense):
+    """Half of the channels of `model.5`, and a quarter of those of `model.7`, are gone."""
+    model = deepcopy(dense[0])
+    with torch.no_grad():
+        model.model[5].bn.weight[::2] = 0
+        model.model[7].bn.weight[:64] = 1e-3
+    return model
+
+
+def look(model, graph=None, method="slim", **options):
+    cfg = SparsityConfig(method=method, **options)
+    return observe(model, cfg, PRUNE, epoch=3, coefficient=0.5, penalty=1.25, imgsz=64, pull=0.1, graph=graph)
+
+
+@pytest.mark.parametrize("method", ["slim", "group_slim"])
+def test_a_record_says_what_is_gone(dense, planted, method):
+    found = look(planted, dense[1], method)
+    channels = sum(found["histogram"])
+    assert found["share"] == pytest.approx((64 + 64) / channels)
+    assert {k: v for k, v in found["layers"].items() if v} == {"model.5.conv": 0.5, "model.7.conv": 0.25}
+    assert (found["epoch"], found["coefficient"], found["penalty"], found["pull"]) == (3, 0.5, 1.25, 0.1)
+    assert found["histogram"][0] == 64 and len(found["histogram"]) == len(EDGES) - 1
+    assert found["collapsed"] == [] and found["scores"] == "|gamma|"
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("method", ["group_sl", "group_reg"])
+def test_weight_penalties_are_seen_by_norms(dense, method):
+    """A channel is gone when all that produces and reads it is small, not when its scale is."""
+    model = deepcopy(dense[0])
+    group = next(g for g in dense[1].groups if g.name == "model.22.cv2.0.0.conv")
+    with torch.no_grad():
+        for m in group.members:
+            layer = model.get_submodule(m.module)
+            if isinstance(layer, nn.Conv2d):
+                (layer.weight if m.dim == "out" else layer.weight.transpose(0, 1))[m.index[:16].flatten()] *= 1e-3
+    found = look(model, dense[1], method)
+    assert {k: v for k, v in found["layers"].items() if v} == {group.name: 16 / group.size}
+    assert found["scores"] == "relative norm" and sum(found["histogram"][:41]) == 16  # the bins up to 0.01
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.7])
+def test_the_predicted_size_is_that_of_the_pruned_model(dense, planted, threshold):
+    found = look(planted, dense[1], threshold=threshold)
+    graph = build_graph(planted)
+    made = bundles(planted, graph, PruneConfig(method="slim"))
+    pruned = apply_plan(deepcopy(planted), kept_of(graph, made, spare_units(made, threshold)))
+    assert found["speedup"] == pytest.approx(compat.gflops(planted, 64) / compat.gflops(pruned, 64), rel=0.02)
+    sizes = [sum(p.numel() for p in compat.deployed(m).parameters()) for m in (planted, pruned)]
+    assert found["params"] == pytest.approx(sizes[0] / sizes[1], rel=0.02)
+    assert found["speedup"] > 1.02
+
+
+def test_without_zeros_there_is_nothing_to_gain(dense):
+    found = look(*dense)
+    assert found["share"] == 0 and found["speedup"] == found["params"] == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "gammas", "expected"),
+    [
+        pytest.param(7, [1.0] * 26 + [0.0] * 230, ["model.7.conv"], id="only-the-protected-are-left"),
+        pytest.param(7, [1.0] * 27 + [0.0] * 229, [], id="one-more"),
+        pytest.param(5, [0.0] * 128, ["model.5.conv"], id="all-zero"),
+        pytest.param(5, [1e-4] * 128, ["model.5.conv"], id="all-negligible"),
+        pytest.param(0, [1.0] * 8 + [0.0] * 8, [], id="half-of-a-narrow-one"),
+    ],
+)
+def test_collapsed_layers_are_named(dense, layer, gammas, expected):
+    model = deepcopy(dense[0])
+    with torch.no_grad():
+        model.model[layer].bn.weight.copy_(torch.tensor(gammas))
+    assert look(model, dense[1])["collapsed"] == expected
+
+
+def test_excluded_layers_do_not_count(dense, planted):
+    found = observe(planted, SparsityConfig(), PruneConfig(exclude=["5"]), 0, 1.0, 0.0, 64)
+    assert "model.5.conv" not in found["layers"] and found["layers"]["model.7.conv"] == 0.25
+
+
+def test_shares_and_targets_of_pruning_do_not_matter(dense, planted):
+    cfg = PruneConfig(method="lamp", ratios={"7": 0.5}, max_ratio=0.8)
+    found = observe(planted, SparsityConfig(), cfg, 3, 0.5, 1.25, 64, pull=0.1)
+    assert found == look(planted)
+
+
+def test_the_model_is_not_changed(dense):
+    model = deepcopy(dense[0]).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    look(model)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_penalty_of_the_users_own_is_seen_by_scales(dense, planted):
+    own = look(planted, dense[1], "my.module:penalty")
+    assert own == {**look(planted, dense[1]), "method": "my.module:penalty"}
+
+
+def test_columns_have_stable_keys(dense, planted):
+    found = columns(look(planted, dense[1]))
+    assert set(found) == {"sparsity/share", "sparsity/speedup", "sparsity/coefficient", "sparsity/pull"}
+    assert all(isinstance(v, float) for v in found.values())
+
+
+def test_a_penalty_that_is_not_a_number_is_still_json(dense):
+    found = observe(*dense[:1], SparsityConfig(), PRUNE, 0, 1.0, float("nan"), 64, graph=dense[1])
+    assert json.loads(json.dumps(found, allow_nan=False))["penalty"] is None
+
+
+# History -------------------------------------------------------------------------------------------------------------
+def test_history_of_a_resumed_run_has_each_epoch_once(tmp_path):
+    history = History(tmp_path / "run")
+    assert history.read()["epochs"] == []
+    for epoch, run in [(0, "a"), (1, "a"), (2, "a"), (3, "a"), (2, "b"), (3, "b")]:
+        history.append({"epoch": epoch, "run": run})
+    assert [(r["epoch"], r["run"]) for r in history.read()["epochs"]] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
+    assert history.read()["edges"] == EDGES
+
+
+def test_history_draws_its_pictures(tmp_path, dense, planted):
+    history = History(tmp_path)
+    history.append({**look(*dense), "epoch": 0})
+    history.append({**look(planted, dense[1]), "epoch": 1})
+    assert [p.name for p in history.plot()] == ["sparsity.png", "sparsity_layers.png"]
+    assert all(p.stat().st_size > 10_000 for p in history.plot())

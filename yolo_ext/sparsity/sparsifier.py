@@ -1,0 +1,224 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Sparsity training of one run: what is pulled on, how far in each step, and what is protected from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_ext.config import PruneConfig, SparsityConfig
+from yolo_ext.errors import UsageError
+from yolo_ext.sparsity.groups import SparseGroup, sparse_groups
+from yolo_ext.sparsity.layout import (
+    Layout,
+    join_slots,
+    lay_out,
+    multiply,
+    read_scales,
+    scale_norms,
+    weight_norms,
+)  # fmt: skip
+from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
+from yolo_ext.sparsity.schedules import Controller, pulls
+
+FEWEST = 8  # channels of each group that are always protected
+HOLD = 2.0  # times the threshold, so that they stay above it while the largest one still grows
+
+
+class Sparsifier:
+    """The penalty of one run. Lives outside the model and is never part of a saved one.
+
+    Attributes:
+        groups: The groups that it pulls on.
+        coefficient: How far the whole run pulls what the loss does not defend.
+        pull: How far this epoch does.
+    """
+
+    groups: list[SparseGroup]
+
+    def __init__(
+        self, model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epochs: int,
+        prune_epochs: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Find what can be pulled on.
+
+        Args:
+            model: The model that is trained, not wrapped.
+            cfg: Sparsity options.
+            prune_cfg: Pruning options that say what can be pruned.
+            epochs: Epochs of the run.
+            prune_epochs: Epochs that start with a pruning; the pull ends at the first one unless `cfg.end` is set.
+
+        Raises:
+            UsageError: If the model, the mode or the schedule does not allow it.
+        """
+        self.cfg, self.prune_cfg = cfg, prune_cfg
+        self.row = penalties[cfg.method]
+        self.scales = self.row.needs == "scales"
+        if cfg.mode == "gradient" and not self.scales:
+            legal = ", ".join(r.name for r in penalties if r.needs == "scales")
+            raise UsageError(
+                f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'. Legal: {legal}."
+            )
+        self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
+        self.pulls = pulls(cfg, self.coefficient, epochs, min(prune_epochs, default=None))
+        self.controller = Controller(cfg.target, cfg.max_drop) if cfg.auto else None
+        self.pull = 0.0
+        self.rebuild(model)
+
+    def rebuild(self, model: nn.Module) -> None:
+        """Find the groups anew after surgery; what a penalty has grown so far starts anew with them."""
+        self.groups = sparse_groups(model, self.prune_cfg, self.scales)
+        self.layout: Layout = lay_out(model, self.groups, weights=not self.scales)
+        self.state: dict[str, torch.Tensor] = {}
+        norms = self._channels(model).norms
+        self.reference = segment(norms, self.layout.group, len(self.groups), "amax")
+        self.held = torch.zeros_like(norms, dtype=torch.bool)
+        self._floor: torch.Tensor | None = None
+        self._value: torch.Tensor | None = None
+        self._told: set[str] = set()
+
+    @property
+    def protected(self) -> list[str]:
+        """Names of groups whose protected channels would have gone as well."""
+        held = self.held.tolist()
+        starts = self.layout.starts
+        return list(dict.fromkeys(g.name for g, a, b in zip(self.groups, starts, starts[1:]) if any(held[a:b])))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the pull of an epoch, counted from 0, and choose anew which channels are protected."""
+        self.pull = self.pulls[epoch] * (self.controller.gain if self.controller else 1.0)
+        self._floor = self._value = None
+        if new := [name for name in self.protected if name not in self._told]:
+            self._told.update(new)
+            LOGGER.warning(
+                f"{colorstr('sparsity: ')}nothing holds the channels of {', '.join(new)} against the pull; the "
+                f"strongest {FEWEST} or {self.cfg.protect:.0%} of each are kept. If mAP drops, lower sparsity.coefficient"
+            )
+
+    def steer(self, share: float, fitness: float) -> None:
+        """Tell `sparsity.auto` how an epoch ended.
+
+        Args:
+            share: Share of prunable channels below the threshold, 0..1.
+            fitness: Fitness of the epoch, larger is better.
+        """
+        if self.controller:
+            self.controller.update(share, fitness)
+
+    @torch.no_grad()
+    def shrink(self, model: nn.Module, fraction: float) -> None:
+        """Pull once, after an optimizer step; at the end of an epoch also for the batches that saw no step.
+
+        Args:
+            model: The model that is trained, not wrapped.
+            fraction: Batches since the last pull / batches of the epoch.
+        """
+        if self.pull and fraction and self.cfg.mode == "proximal":
+            factors = self._factors(model, self.pull * fraction)
+            if self.scales:
+                multiply(model, self.layout, factors)
+            else:
+                multiply(model, self.layout, factors[self.layout.owner], factors)
+
+    @torch.no_grad()
+    def gradient(self, model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer) -> None:
+        """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping.
+
+        A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
+
+        Args:
+            model: The model that is trained, not wrapped.
+            fraction: Batches since the last pull / batches of the epoch.
+            optimizer: Its optimizer, whose learning rate and momentum turn a pull into a gradient.
+        """
+        if not (self.pull and fraction and self.cfg.mode == "gradient"):
+            return
+        settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+        kept = join_slots(model, self.layout, self._factors(model, self.pull * fraction))
+        for name, keep in zip(self.layout.scales, kept):
+            p = model.get_parameter(name)
+            group = settings.get(p)
+            if group and group["lr"] and p.grad is not None:
+                p.grad.add_((1 - keep) * p * ((1 - group.get("momentum", 0.0)) / group["lr"]))
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, ema: nn.Module) -> None:
+        """Make scales that are zero in the model zero in its EMA, which would take long to get there."""
+        if self.pull and self.scales:
+            multiply(ema, self.layout, (read_scales(model, self.layout) != 0).float())
+
+    def penalty(self, model: nn.Module) -> torch.Tensor:
+        """Return the value of the penalty, 0-dim: mean strength of a channel, relative to the largest for weights."""
+        if self._value is None:
+            self._value = self._mean(self._channels(model).norms)
+        return self._value
+
+    def penalised(self, model: nn.Module) -> set[str]:
+        """Return the names of the parameters that need no weight decay beside the penalty."""
+        return {*self.layout.scales, *(name for name, _, _ in self.layout.weights)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and plain values."""
+        steering = dict(vars(self.controller)) if self.controller else {}
+        return {"penalty": dict(self.state), "reference": self.reference, "held": self.held, "auto": steering}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned for the same model and options."""
+        device = self.reference.device
+        self.state = {k: v.to(device) for k, v in state["penalty"].items()}
+        self.reference, self.held = state["reference"].to(device), state["held"].to(device)
+        if self.controller:
+            vars(self.controller).update(state["auto"])
+
+    # Parts ----------------------------------------------------------------------------------------------------------
+    def _channels(self, model: nn.Module) -> Channels:
+        gammas = read_scales(model, self.layout)
+        norms = scale_norms(gammas, self.layout) if self.scales else weight_norms(model, self.layout)
+        own = self.layout
+        return Channels(own.group, len(self.groups), gammas, own.owner, norms, self.coefficient, self.state)
+
+    def _mean(self, norms: torch.Tensor) -> torch.Tensor:
+        if self.scales:
+            return norms.mean()
+        largest = segment(norms, self.layout.group, len(self.groups), "amax")
+        return (norms / largest.clamp(min=1e-12)[self.layout.group]).mean()
+
+    def _factors(self, model: nn.Module, pull: float) -> torch.Tensor:
+        """Return the factors of the penalty, raised where a channel is protected."""
+        channels = self._channels(model)
+        if not self.scales and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(channels.norms, 0)  # BatchNorm statistics differ between devices
+        self._value = self._mean(channels.norms)
+        if self._floor is None:
+            self._floor = self._floors(channels.norms)
+        factors = self.row.fn(channels, pull)
+        owner = channels.owner if self.scales else slice(None)
+        strength = (channels.gammas.abs() if self.scales else channels.norms).clamp(min=1e-12)
+        if not isinstance(factors, torch.Tensor) or factors.shape != strength.shape:
+            raise UsageError(
+                f"The sparsity penalty '{self.cfg.method}' returned {getattr(factors, 'shape', type(factors))}. "
+                f"Legal: a tensor of {len(strength)} factors, one for each channel."
+            )
+        limit = (self._floor[owner] / strength).clamp(max=1)
+        if not self.scales:
+            limit = limit.sqrt()  # a weight and the scale behind it both shrink
+        stopped = limit > factors
+        self.held |= (
+            torch.cat([stopped, stopped.new_zeros(1)])[self.layout.scale_table].any(1) if self.scales else stopped
+        )
+        return torch.maximum(factors, limit)
+
+    def _floors(self, norms: torch.Tensor) -> torch.Tensor:
+        """Return (C,) strengths below which a channel is not drawn: zero but for the strongest ones of each group."""
+        floors = torch.zeros_like(norms)
+        largest = torch.maximum(self.reference, segment(norms, self.layout.group, len(self.groups), "amax"))
+        for i, (a, b) in enumerate(zip(self.layout.starts, self.layout.starts[1:])):
+            k = min(b - a, max(FEWEST, math.ceil(self.cfg.protect * (b - a))))
+            floors[a + norms[a:b].topk(k).indices] = HOLD * self.cfg.threshold * largest[i]
+        return floors
