@@ -19,7 +19,7 @@ from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
 from yolo_ext.training import check_pruning_epochs, check_techniques, refuse_rtdetr
 
-STAGES = ("base", "sparsify", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # functions of `stages`
+STAGES = ("base", "sparsify", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # in this order
 PICTURES = 4
 
 

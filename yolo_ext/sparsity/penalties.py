@@ -44,7 +44,7 @@ class Channels:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def weakness(self) -> torch.Tensor:
-        """Return (C,) ranks within each group: 1 for the weakest channel, 0 for the strongest and where all are equal."""
+        """Return (C,) ranks within each group: 1 for the weakest channel, 0 for the strongest, 0 where all are equal."""
         low, high = (segment(self.norms, self.group, self.groups, op)[self.group] for op in ("amin", "amax"))
         return (high - self.norms) / (high - low).clamp(min=TINY)
 

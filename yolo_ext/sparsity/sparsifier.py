@@ -98,7 +98,7 @@ class Sparsifier:
             self._told.update(new)
             LOGGER.warning(
                 f"{colorstr('sparsity: ')}nothing holds the channels of {', '.join(new)} against the pull; the "
-                f"strongest {FEWEST} or {self.cfg.protect:.0%} of each are kept. If mAP drops, lower sparsity.coefficient"
+                f"strongest {FEWEST} or {self.cfg.protect:.0%} of each stay. If mAP drops, lower sparsity.coefficient"
             )
 
     def steer(self, share: float, fitness: float) -> None:
