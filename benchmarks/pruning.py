@@ -149,13 +149,16 @@ def table(results: list[dict[str, Any]], base: float, picture: Path) -> str:
             row += [text + spread, f"{mean(r['params'] for r in found) / 1e6:.2f}" if found else "-"]
         rows.append(row)
     header = ["Run", *(h for s in speedups for h in (f"mAP {s:g}x", f"M params {s:g}x"))]
-    fig, ax = plt.subplots(figsize=(8, 4.5))
-    for run in order:
+    fig, ax = plt.subplots(figsize=(9, 5))
+    for i, run in enumerate(order):
         points = [(s, mean(r["map"] for r in cells[run][s])) for s in speedups if cells[run].get(s)]
-        ax.plot(*zip(*points), marker="o", lw=1.2, label=run)
+        ax.plot(
+            *zip(*points), marker="osD^v"[i % 5], lw=1.4, ls=("-", "--")[i // 10], color=plt.cm.tab10(i % 10), label=run
+        )
     ax.axhline(base, color="black", ls="--", lw=1, label="unpruned")
     ax.set(xlabel="FLOPs before / after", ylabel="mAP50-95 after fine-tuning", xticks=speedups)
-    ax.legend(fontsize=7, ncol=2)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    ax.grid(alpha=0.3)
     fig.tight_layout()
     fig.savefig(picture, dpi=150)
     return align(rows, header)

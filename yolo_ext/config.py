@@ -36,7 +36,9 @@ def _problem(key: str, f: Field, value: Any) -> str | None:
     kind, m = str(f.type), f.metadata
     if value is None:
         return None if "None" in kind else f"'{key}=None' is illegal: a value is needed ({m['help']})."
-    if kind.startswith(("list", "dict")):
+    if kind.startswith("Stack"):
+        return _stack_problem(key, value)
+    if kind.startswith(("list", "dict")) or ("list" in kind and isinstance(value, (list, tuple))):
         return _collection_problem(key, kind, value, m)
     if kind == "bool":
         return None if isinstance(value, bool) else f"'{key}={value}' is illegal. Legal: True, False."
@@ -83,6 +85,15 @@ def _collection_problem(key: str, kind: str, value: Any, m: Mapping[str, Any]) -
         return None if legal else f"'{key}={value}' is illegal: give a list of whole numbers ({m['help']})."
     legal = all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in items)
     return None if legal else f"'{key}={value}' is illegal: give a list of strings."
+
+
+def _stack_problem(key: str, value: Any) -> str | None:
+    """Return what is wrong with the form of a stack of methods; the names are looked up where the methods are."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    form = f"'{key}={value}' is illegal: give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."
+    if not items or not all(isinstance(v, (str, Mapping)) for v in items):
+        return form
+    return None if all(isinstance(v.get("name"), str) for v in items if isinstance(v, Mapping)) else form
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +149,9 @@ def _cast(f: Field, value: Any) -> Any:
     kind = str(f.type)
     if value is None:
         return value
-    if kind.startswith("list"):
+    if kind.startswith("Stack"):
+        return [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, (list, tuple)) else value
+    if kind.startswith("list") or ("list" in kind and not isinstance(value, str)):
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         return items if kind == "list[int]" else [str(v) for v in items]
     if kind.startswith("dict"):
@@ -156,8 +169,19 @@ def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
     problems = _prune_conflicts(prune) if prune else []
     if sparsity and sparsity.end is not None and sparsity.end <= sparsity.start:
         problems.append(f"'sparsity.end={sparsity.end}' is not after 'sparsity.start={sparsity.start}'.")
-    if distill and not distill.features and not distill.logits:
+    return problems + (_distill_conflicts(distill) if distill else [])
+
+
+def _distill_conflicts(cfg: DistillConfig) -> list[str]:
+    problems = []
+    if not cfg.features and not cfg.logits:
         problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
+    if cfg.end is not None and cfg.end <= cfg.start:
+        problems.append(f"'distill.end={cfg.end}' is not after 'distill.start={cfg.start}'.")
+    if cfg.layers and not cfg.features:
+        problems.append(f"'distill.layers={cfg.layers}' goes with 'distill.features', which is off.")
+    if cfg.teacher == [] or (isinstance(cfg.teacher, list) and {"self", "ema"} & set(cfg.teacher)):
+        problems.append(f"'distill.teacher={cfg.teacher}' is illegal: several teachers are a list of .pt files.")
     return problems
 
 

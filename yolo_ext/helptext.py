@@ -17,7 +17,12 @@ TOPICS = {
     "quantize": ("quant",),
     "quant": ("quant",),
 }
-NEEDS = {"data": "needs data", "sparsity": "after sparsity training"}
+NEEDS = {
+    "data": "needs data",
+    "sparsity": "after sparsity training",
+    "scales": "pulls on BatchNorm scales",
+    "weights": "pulls on all coupled weights",
+}
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 
 Usage: yolo-ext [TASK] COMMAND key=value ...

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Stack = str | list[Any]  # a method, or several: names, or dicts with a name and options
+
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive)."""
@@ -19,7 +21,7 @@ class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
     method: str = option(
-        "auto", "Criterion: auto is obd where there are train images, else lamp; or package.module:function"
+        "auto", "Criterion: auto is taylor where there are train images, else lamp; or package.module:function"
     )
     kind: str = option(
         "structured",
@@ -77,6 +79,7 @@ class SparsityConfig:
         "Shrink after each optimizer step, which makes exact zeros, or add the subgradient (slim, group_slim)",
         choices=("proximal", "gradient"),
     )
+    keep_norm: bool = option(True, "Let the scales of a group compete at constant norm (proximal slim, group_slim)")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
@@ -89,21 +92,42 @@ class SparsityConfig:
     )
     target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0)
     max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0)
-    protect: float = option(0.1, "Share of each group whose strongest channels never go", low=0.0, high=1.0)
+    protect: float = option(
+        0.1, "Share of each group, at least 8, whose strongest channels never go", low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Knowledge distillation."""
 
-    teacher: str = option("self", "Teacher .pt, or 'self' for the model as it was before pruning or quantization")
-    features: str | None = option("cwd", "Feature loss on the inputs of the head; None switches it off")
-    logits: str | None = option("bckd", "Loss on the outputs of the head; None switches it off")
-    feature_weight: float = option(1.0, "Weight of the feature loss", low=0.0)
+    teacher: str | list[str] = option(
+        "self",
+        "Teacher .pt, or several; 'self' is the model before pruning or quantization, 'ema' the student's own average",
+    )
+    features: Stack | None = option("cwd", "Feature loss: name, or list of names and {name, weight, layers, ...}")
+    logits: Stack | None = option("bckd", "Loss on the outputs of the head: name, or list as for features")
+    feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0)
     logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
-    temperature: float = option(1.0, "Temperature of the softmax in cwd", above=0.0)
+    temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)
+    layers: list[str] = option(
+        [], "Maps of the feature losses: neck (default), backbone, layer index or name, 'student:teacher' where unlike"
+    )
     schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
+    start: int = option(0, "First epoch with distillation, counted from 0", low=0)
+    end: int | None = option(None, "First epoch without distillation; None is the end of the run", low=1)
+    warmup: int = option(0, "Epochs over which the weight rises", low=0)
+    mosaic: str = option("keep", "Distillation after mosaic is switched off (close_mosaic)", choices=("keep", "stop"))
+    alpha: float = option(1.0, "Weight of the task's own loss (hard targets)", low=0.0)
+    beta: float = option(1.0, "Weight of all distillation losses together (soft targets)", low=0.0)
+    balance: str = option(
+        "fixed",
+        "fixed: weights as given; auto: keep distillation at `share` of the task loss",
+        choices=("fixed", "auto"),
+    )
+    share: float = option(0.3, "Distillation loss / task loss that balance=auto keeps, times the schedule", above=0.0)
+    every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
 
 
 @dataclass(frozen=True)

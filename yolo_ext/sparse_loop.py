@@ -78,6 +78,7 @@ def before_epoch(trainer: Any) -> None:
     """Set the pull of this epoch. While there is one, best.pt is the newest: fitness would prefer the least sparse."""
     sparsifier = trainer.sparsifier
     sparsifier.set_epoch(trainer.epoch)
+    sparsifier.keep_up(_live(trainer), len(trainer.train_loader))
     if sparsifier.pull > 0:
         forget_best(trainer)
 

@@ -164,6 +164,7 @@ class CompressionMixin:
         if self.distiller is not None:
             from yolo_ext.distillation.criterion import DistillationLoss
 
+            self.distiller.begin(self)
             model.criterion = DistillationLoss(model.criterion, self.distiller)
         if self.sparsifier is not None:
             model.criterion = LoggedLoss(model.criterion, lambda: sparse_loop.items(self))
@@ -178,7 +179,7 @@ class CompressionMixin:
         if self.sparsifier is not None:
             sparse_loop.before_epoch(self)
         if self.distiller is not None:
-            self.distiller.set_epoch(self.epoch, self.epochs)
+            self.distiller.set_epoch(self.epoch, self.epochs, self.args.close_mosaic)
         if self.compression["quant"]:
             from yolo_ext.quantization.qat import set_epoch
 
@@ -202,11 +203,8 @@ class CompressionMixin:
     def _load_teacher(self, student: nn.Module) -> None:
         from yolo_ext.distillation.criterion import Distiller
 
-        cfg = self.compression["distill"]
-        self.distiller = Distiller(student, cfg, self.device, shrinks=bool(self.prune_epochs))
-        how = "kept channels compared directly" if self.distiller.direct else "1x1 adapters where widths differ"
-        losses = " + ".join(filter(None, (cfg.logits, cfg.features)))
-        LOGGER.info(f"{colorstr('distill: ')}teacher {cfg.teacher}, {losses}, {cfg.schedule} schedule, {how}")
+        self.distiller = Distiller(student, self.compression["distill"], self.device, shrinks=bool(self.prune_epochs))
+        LOGGER.info(f"{colorstr('distill: ')}{self.distiller.summary()}")
 
     def preprocess_batch(self, batch: dict) -> dict:
         """Correct, after warmup may have set it, how many batches a resumed run accumulates until its first step."""

@@ -13,6 +13,7 @@ from ultralytics.cfg import get_cfg
 
 from yolo_ext.config import DistillConfig, PruneConfig
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
+from yolo_ext.distillation.stack import terms
 from yolo_ext.pruning.surgery import prune_model
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def test_pruned_self_is_compared_on_kept_channels(build, saved):
     student = prune_model(dense, PruneConfig(ratio=0.3))
     distiller = Distiller(student, DistillConfig(teacher=str(saved("yolov8n.yaml"))), CPU)
     assert distiller.direct and not list(distiller.adapters.parameters())
-    assert all(a.kept is not None and not a.norm for a in distiller.adapters)
+    assert all(a.kept is not None and not a.norm for a in distiller.aligns.values())
 
 
 def test_other_teacher_of_a_pruned_student_gets_adapters(build, saved):
@@ -84,7 +85,7 @@ def test_pairs_of_families_learn(setup, batch, student, teacher, adapters):
 
     model.zero_grad()
     loss[-3:].sum().backward()
-    assert all(p.grad is None for p in distiller.teacher.parameters())
+    assert all(p.grad is None for p in distiller.guides[0].model.parameters())
     assert all(p.grad.abs().max() > 0 for p in distiller.adapters.parameters())
     touched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert {"0", "4", "9", str(len(model.model) - 1)} <= touched
@@ -98,7 +99,7 @@ def test_identical_student_has_no_distillation_loss(build, saved, batch):
     model, _ = load_model(saved("yolov8n.yaml"))
     distiller = Distiller(model, DistillConfig(teacher=str(saved("yolov8n.yaml"))), CPU)
     with torch.no_grad():
-        found = distiller.losses(model.eval()(batch["img"])[1], batch["img"], {"": 1.0})
+        found = distiller.losses(model.eval()(batch["img"])[1], batch, {"": 1.0})
     assert found["kd_cls_loss"] < 1e-4 and found["kd_box_loss"] < 1e-3 and found["kd_feat_loss"] < 1e-4
 
 
@@ -116,7 +117,7 @@ def test_classes_in_another_order_are_mapped(setup, saved, build, batch, tmp_pat
     with torch.no_grad():
         raw = student(x)[1]
         both = [Distiller(student, DistillConfig(teacher=str(p)), CPU) for p in (saved("yolov8n.yaml"), file)]
-        found = [d.losses(raw, x, {"": 1.0}) for d in both]
+        found = [d.losses(raw, batch, {"": 1.0}) for d in both]
     assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-4) for k in KEYS)
 
 
@@ -124,15 +125,15 @@ def test_classes_in_another_order_are_mapped(setup, saved, build, batch, tmp_pat
 def test_dense_teacher_does_not_teach_the_one_to_one_branch(setup, batch):
     model, distiller = setup("yolo26n.yaml", "yolov8n.yaml")
     raw = model(batch["img"])
-    none = distiller.losses(raw, batch["img"], {"one2many": 0.0, "one2one": 1.0})
+    none = distiller.losses(raw, batch, {"one2many": 0.0, "one2one": 1.0})
     assert none["kd_cls_loss"] == 0 and none["kd_box_loss"] == 0
-    assert distiller.losses(raw, batch["img"], {"one2many": 1.0, "one2one": 0.0})["kd_cls_loss"] > 0
+    assert distiller.losses(raw, batch, {"one2many": 1.0, "one2one": 0.0})["kd_cls_loss"] > 0
 
 
 def test_branches_are_weighted_as_the_task_loss_weights_them(setup, batch):
     model, distiller = setup("yolo26n.yaml", "yolo26n.yaml", seed=1)
     raw = model(batch["img"])
-    parts = [distiller.losses(raw, batch["img"], g)["kd_cls_loss"] for g in ({"one2many": 1.0}, {"one2one": 1.0})]
+    parts = [distiller.losses(raw, batch, g)["kd_cls_loss"] for g in ({"one2many": 1.0}, {"one2one": 1.0})]
     _, items = model.criterion(raw, batch)
     base = model.criterion.base
     assert items["kd_cls_loss"].item() == pytest.approx((base.o2m * parts[0] + base.o2o * parts[1]).item(), rel=1e-5)
@@ -142,10 +143,10 @@ def test_branches_are_weighted_as_the_task_loss_weights_them(setup, batch):
 def test_weights_and_schedule_scale_each_loss(setup, batch):
     model, distiller = setup("yolov8n.yaml", "yolov8n.yaml", 1)
     raw = model(batch["img"])
-    one = distiller.losses(raw, batch["img"], {"": 1.0})
-    distiller.cfg = DistillConfig(teacher="t", logit_weight=3.0, feature_weight=0.5, final=0.2)
+    one = distiller.losses(raw, batch, {"": 1.0})
+    distiller.terms = terms(DistillConfig(teacher="t", logit_weight=3.0, feature_weight=0.5, final=0.2))
     distiller.set_epoch(9, 10)
-    other = distiller.losses(raw, batch["img"], {"": 1.0})
+    other = distiller.losses(raw, batch, {"": 1.0})
     for key, factor in zip(KEYS, (0.6, 0.6, 0.1)):
         assert other[key].item() == pytest.approx(factor * one[key].item(), rel=1e-5)
 
@@ -154,7 +155,7 @@ def test_weights_and_schedule_scale_each_loss(setup, batch):
 def test_schedule_runs_from_the_first_to_the_last_epoch(setup, epoch, epochs, scale):
     _, distiller = setup("yolov8n.yaml", "yolov8n.yaml", 1)
     distiller.set_epoch(epoch, epochs)
-    assert distiller.scale == pytest.approx(scale)
+    assert distiller.factors == pytest.approx([scale, scale])
 
 
 @pytest.mark.parametrize(
@@ -178,9 +179,9 @@ def test_images_without_objects_train(setup, batch):
 def test_bfloat16_autocast_stays_close(setup, batch):
     model, distiller = setup("yolov8n.yaml", "yolov8n.yaml", 1)
     raw = model(batch["img"])
-    expected = distiller.losses(raw, batch["img"], {"": 1.0})
+    expected = distiller.losses(raw, batch, {"": 1.0})
     with torch.autocast("cpu", torch.bfloat16):
-        got = distiller.losses(raw, batch["img"], {"": 1.0})
+        got = distiller.losses(raw, batch, {"": 1.0})
     assert all(v.dtype == torch.float32 for v in got.values())
     assert all(torch.allclose(got[k], expected[k], rtol=0.1) for k in KEYS)
 
@@ -201,7 +202,8 @@ class Base:
 
 @pytest.fixture
 def wrapped() -> DistillationLoss:
-    fixed = SimpleNamespace(losses=lambda p, x, gains: {"kd_cls_loss": torch.tensor(0.25, requires_grad=True)})
+    found = {"kd_cls_loss": torch.tensor(0.25, requires_grad=True)}
+    fixed = SimpleNamespace(cfg=DistillConfig(), losses=lambda p, x, gains, task: found)
     return DistillationLoss(Base(), fixed)
 
 
@@ -218,7 +220,7 @@ def test_a_model_with_the_criterion_copies_and_saves_without_the_teacher(setup, 
     clone = deepcopy(model)
     assert type(clone.criterion) is type(model.criterion.base)
     torch.save(model, plain)
-    teacher = sum(p.numel() for p in distiller.teacher.parameters())
+    teacher = sum(p.numel() for p in distiller.guides[0].model.parameters())
     student = sum(p.numel() for p in model.parameters())
     assert 4 * student < plain.tell() < 4 * (student + teacher)
     assert b"yolo_ext." not in plain.getvalue()  # no class or function of ours

@@ -59,7 +59,8 @@ def test_head_outputs_and_what_cannot_be_pruned_are_left_alone(fit, tiny):
 
 def test_batch_and_accumulation_do_not_change_the_pull(fit, tiny):
     """Without a learning rate only the pull moves the scale factors."""
-    options = {"epochs": 2, "lr0": 0.0, "warmup_bias_lr": 0.0, "sparsity": {**PULL, "coefficient": 0.2}}
+    pull = {**PULL, "coefficient": 0.2, "keep_norm": False}  # competition at constant norm depends on steps a little
+    options = {"epochs": 2, "lr0": 0.0, "warmup_bias_lr": 0.0, "sparsity": pull}
     found = [
         fit(tiny, yolo_ext.DetectionTrainer, name=f"{b}-{n}", batch=b, nbs=n, **options).model.model[1].bn.weight
         for b, n in ((4, 4), (2, 2), (4, 8))

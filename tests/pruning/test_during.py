@@ -107,7 +107,7 @@ def test_adapters_follow_the_student(yolo):
     run = run_of(yolo("yolov8n"), OPTIMIZERS["AdamW"])
     adapters = nn.ModuleList(Align(w, 2 * w, None) for w in compat.level_widths(run.model))
     adapters[2] = Align(compat.level_widths(run.model)[2], 256, list(range(256)))
-    run.distiller = SimpleNamespace(adapters=adapters)
+    run.distiller = SimpleNamespace(adapters=adapters, levels=[0, 1, 2])
     run.optimizer.add_param_group({"params": list(adapters.parameters())})
     x = [torch.rand(1, w, 4, 4) for w in compat.level_widths(run.model)]
     sum(a.conv(m).pow(2).sum() for a, m in zip(adapters[:2], x)).backward()

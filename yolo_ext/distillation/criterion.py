@@ -3,100 +3,260 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils.tal import make_anchors
+from ultralytics.utils import LOGGER, RANK, colorstr
+from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_ext import compat
 from yolo_ext.config import DistillConfig
-from yolo_ext.distillation.features import Align, feature_losses
-from yolo_ext.distillation.logits import HeadOutput, logit_losses
-from yolo_ext.distillation.schedules import schedules
-from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher
+from yolo_ext.distillation.balance import Balance
+from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
+from yolo_ext.distillation.features import Align, modules
+from yolo_ext.distillation.pairs import Site, sites
+from yolo_ext.distillation.preflight import check, summary
+from yolo_ext.distillation.schedules import scale
+from yolo_ext.distillation.stack import terms
+from yolo_ext.distillation.taps import Taps
+from yolo_ext.distillation.teacher import Guide, make_guide
 from yolo_ext.proxy import CriterionProxy
 
 
 class Distiller:
-    """Teacher, adapters and weights of one run. Lives outside the student and is never part of a saved model."""
+    """Teachers, adapters and weights of one run. Lives outside the student and is never part of a saved model.
+
+    Attributes:
+        adapters: What is trained along with the student and resumed with it: first one `Align` per level and teacher,
+            then networks of single losses, at last the balance.
+        levels: Level of the student of each of the first adapters, None for the map of another layer.
+        skipped: Batches of this epoch whose distillation loss was not finite.
+    """
 
     def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
-        """Load the teacher and build one adapter per level from live widths.
+        """Load the teachers and build adapters from live widths.
 
         Args:
             student: Student, already pruned and on its device.
             cfg: Distillation options with `teacher` resolved to a path.
             device: Device of the student.
             shrinks: Whether the student is going to lose channels while it is trained.
-        """
-        self.cfg = cfg
-        self.feature_fn: Callable | None = feature_losses[cfg.features].fn if cfg.features else None
-        self.logit_fn: Callable | None = logit_losses[cfg.logits].fn if cfg.logits else None
-        self.teacher, parent = load_teacher(cfg.teacher, student, device)
-        self.classes = torch.tensor(class_map(self.teacher, student, cfg.teacher), device=device)
-        kept = kept_channels(student, parent)
-        widths = [compat.level_widths(m) for m in (student, self.teacher)]
-        self.adapters = nn.ModuleList(
-            Align(s, t, kept[i] if kept else None, always=shrinks) for i, (s, t) in enumerate(zip(*widths))
-        ).to(device)
-        self.direct = kept is not None
-        self.scale = 1.0
-        self.reg_max = (compat.detection_head(student).reg_max, compat.detection_head(self.teacher).reg_max)
-        self.stride = compat.detection_head(student).stride
 
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Set the schedule factor for this epoch, counted from 0."""
-        progress = min(epoch / max(epochs - 1, 1), 1.0)
-        self.scale = schedules[self.cfg.schedule].fn(progress=progress, final=self.cfg.final)
+        Raises:
+            UsageError: If a teacher does not fit or a loss cannot work with this pair.
+        """
+        self.cfg, self.student, self.terms = cfg, student, terms(cfg)
+        names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
+        self.guides = [make_guide(name, student, device) for name in names]
+        for guide in self.guides:
+            check(self.terms, guide, student, shrinks=shrinks)
+        self.direct = any(g.kept is not None for g in self.guides)
+        self.sites = [[sites(t, student, g.model, g.levels) if t.kind == "features" else [] for t in self.terms]
+                      for g in self.guides]  # fmt: skip
+        self.adapters = nn.ModuleList()
+        self.levels: list[int | None] = []
+        self.aligns: dict[tuple[int, Site], Align] = {}
+        self.extras: dict[tuple[Any, ...], nn.Module] = {}
+        self._build_adapters(shrinks)
+        self.balance = Balance()
+        self.adapters.append(self.balance)
+        self.adapters.to(device)
+        self.taps = [Taps(m, p) for m, p in zip([student, *(g.model for g in self.guides)], self._tapped())]
+        self.keys = ["kd_cls_loss", "kd_box_loss"] * bool(cfg.logits) + ["kd_feat_loss"] * bool(cfg.features)
+        self.factors = [1.0] * len(self.terms)
+        self.step = self.skipped = 0
+        self.seen: dict[str, float] | None = {}  # what the first batch shows, None once it is logged
+
+    def _build_adapters(self, shrinks: bool) -> None:
+        """Fill `adapters`: first what brings maps to one width, then what single losses need."""
+        for g, guide in enumerate(self.guides):
+            for term, found in zip(self.terms, self.sites[g]):
+                for site in found if term.needs("equal width") else []:
+                    if (g, site) not in self.aligns:
+                        level = site.student if isinstance(site.student, int) else None
+                        kept = guide.kept[level] if guide.kept and level is not None else None
+                        self.aligns[g, site] = Align(*site.widths, kept, always=shrinks)
+                        self.levels.append(level)
+        self.adapters.extend(self.aligns.values())
+        for g, guide in enumerate(self.guides):
+            for t, term in enumerate(self.terms):
+                for site in self.sites[g][t] if term.needs("module") else []:
+                    kept = self.aligns[g, site].kept
+                    self.extras[g, t, site] = modules[term.row.name](site.widths[1] if kept is None else len(kept))
+                if term.needs("cross head"):
+                    student_head, teacher_head = (compat.detection_head(m) for m in (self.student, guide.model))
+                    for ours, theirs in self._cross_branches(guide):
+                        self.extras[g, t, ours] = cross_adapters(student_head, teacher_head, term.split, (ours, theirs))
+        self.adapters.extend(self.extras.values())
+
+    def _cross_branches(self, guide: Guide) -> list[tuple[str, str]]:
+        """Return the branches that a cross head joins: as `losses` pairs them."""
+        both = [hasattr(compat.detection_head(m), "one2one_cv2") for m in (self.student, guide.model)]
+        return [("", ""), *([("one2one", "one2one")] if all(both) else [])]
+
+    def _tapped(self) -> list[list[str]]:
+        """Return the layers to listen to: of the student, then of each teacher."""
+        ours, head = set(), compat.head_prefix(self.student)
+        theirs: list[set[str]] = [set() for _ in self.guides]
+        for g, guide in enumerate(self.guides):
+            for term, found in zip(self.terms, self.sites[g]):
+                ours |= {s.student for s in found if isinstance(s.student, str)}
+                theirs[g] |= {s.teacher for s in found if isinstance(s.teacher, str)}
+                for branch, _ in self._cross_branches(guide) if term.needs("cross head") else []:
+                    for i, _ in guide.levels:
+                        ours |= {f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}" for k in STACKS}
+        return [sorted(ours), *map(sorted, theirs)]
+
+    @staticmethod
+    def _stack(branch: str, output: str) -> str:
+        return ("one2one_" if branch == "one2one" else "") + STACKS[output]
+
+    def begin(self, trainer: Any) -> None:
+        """Take the running average of a trainer's student as teacher, where it is to be that."""
+        for guide in self.guides:
+            if guide.name == "ema":
+                guide.get = lambda: trainer.ema.ema
+
+    def summary(self) -> str:
+        """Return in one line each what is distilled from whom, and how both sides correspond."""
+        return summary(self)
+
+    def set_epoch(self, epoch: int, epochs: int, close_mosaic: int = 0) -> None:
+        """Set the schedule factors for this epoch, counted from 0, and report what the last one skipped."""
+        self.factors = [scale(epoch, epochs, **t.timing) for t in self.terms]
+        if self.cfg.mosaic == "stop" and close_mosaic and epoch >= epochs - close_mosaic:
+            self.factors = [0.0] * len(self.terms)
+        if self.skipped:
+            LOGGER.warning(f"{colorstr('distill: ')}{self.skipped} batches of the last epoch had no finite loss")
+        self.skipped = 0
 
     def losses(
-        self, predictions: dict[str, Any], images: torch.Tensor, gains: dict[str, float]
+        self, predictions: Any, batch: dict[str, Any], gains: dict[str, float], task: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Compute the weighted losses of a batch.
 
         Args:
             predictions: Raw train-mode output of the student.
-            images: (B, C, H, W) images that the student saw.
+            batch: Batch of the trainer: ``img`` (B, C, H, W), and boxes where a loss needs them.
             gains: Weight of each branch of the head, by its key; a head with one branch has the key ``""``.
+            task: Scalar task loss per image, for `balance=auto`.
 
         Returns:
             Scalars per image by name, with the same names in every batch.
         """
-        with torch.no_grad():
-            taught = self.teacher(images.to(next(self.teacher.parameters()).dtype))
-        student, teacher = compat.branches(predictions), compat.branches(taught)
-        zero = images.new_zeros((), dtype=torch.float32)
-        found: dict[str, torch.Tensor] = {}
-        with torch.autocast(images.device.type, enabled=False):
-            if self.logit_fn:
-                found.update(kd_cls_loss=zero, kd_box_loss=zero)
-                for name, gain in gains.items():
-                    # A head without this branch teaches with its dense one, except a one-to-one branch: dense targets
-                    # would teach it to fire several times per object.
-                    source = teacher.get(name) or (None if name == "one2one" else next(iter(teacher.values())))
-                    if source is None:
-                        continue
-                    cls, box = self.logit_fn(self._head(student[name], 0), self._head(source, 1))
-                    found["kd_cls_loss"] = found["kd_cls_loss"] + gain * self.cfg.logit_weight * self.scale * cls
-                    found["kd_box_loss"] = found["kd_box_loss"] + gain * self.cfg.logit_weight * self.scale * box
-            if self.feature_fn:
-                maps = zip(self.adapters, next(iter(student.values()))["feats"], next(iter(teacher.values()))["feats"])
-                parts = [self.feature_fn(*align(s, t), self.cfg.temperature) for align, s, t in maps]
-                found["kd_feat_loss"] = self.cfg.feature_weight * self.scale * torch.stack(parts).sum()
-        return found
+        taken = self.taps[0].take()
+        self.step += 1
+        if (self.step - 1) % self.cfg.every or not any(self.factors):
+            return self._nothing(batch)
+        found = dict.fromkeys(self.keys, batch["img"].new_zeros((), dtype=torch.float32))
+        plain = batch["img"].new_zeros((), dtype=torch.float32)
+        with torch.autocast(batch["img"].device.type, enabled=False):
+            for g in range(len(self.guides)):
+                for term, factor, parts in self._guide(g, predictions, batch, gains, taken):
+                    for key, part in parts.items():
+                        part = term.weight / len(self.guides) * part
+                        found[key] = found[key] + factor * part
+                        plain = plain + part.detach()
+                        self._note(f"{term.row.name} {key.split('_')[1]}", part)
+        self._tell(task)
+        factor = self.cfg.beta * self.cfg.every
+        if self.cfg.balance == "auto" and task is not None:
+            factor = factor * self.balance(task, plain, self.cfg.share)
+        found = {k: factor * v for k, v in found.items()}
+        if torch.stack([v.detach() for v in found.values()]).isfinite().all():
+            return found
+        if not self.skipped:
+            LOGGER.warning(f"{colorstr('distill: ')}loss is not finite: batch trained without, the epoch's are counted")
+        self.skipped += 1
+        return self._nothing(batch)
 
-    def _head(self, raw: dict[str, torch.Tensor], side: int) -> HeadOutput:
-        """Decode one branch; `side` is 0 for the student and 1 for the teacher."""
-        anchors, _ = make_anchors(raw["feats"], self.stride, 0.5)
-        boxes, bins = raw["boxes"].float(), self.reg_max[side]
-        b, _, a = boxes.shape
-        boxes = boxes.view(b, 4, bins, a)
-        if bins > 1:
-            boxes = boxes.softmax(2).mul(torch.arange(bins, device=boxes.device).view(1, 1, -1, 1)).sum(2, keepdim=True)
-        scores = raw["scores"] if side == 0 else raw["scores"][:, self.classes]
-        return HeadOutput(scores, boxes.squeeze(2).transpose(1, 2), anchors.float())
+    def _guide(self, g: int, predictions: Any, batch: dict[str, Any], gains: dict[str, float], taken: dict) -> Any:
+        """Yield (term, schedule factor, losses by name) of one teacher."""
+        guide = self.guides[g]
+        taught = guide.ask(batch["img"])
+        teacher_maps = self.taps[g + 1].take()
+        student, teacher = _branches(predictions), _branches(taught)
+        pairs = []
+        for name, gain in gains.items():
+            # A head without this branch teaches with its dense one, except a one-to-one branch: dense targets
+            # would teach it to fire several times per object.
+            source = teacher.get(name) or (None if name == "one2one" else next(iter(teacher.values())))
+            if source is not None:
+                pairs.append((name, gain, guide.output(student[name], self.student, 0),
+                              guide.output(source, guide.model, 1)))  # fmt: skip
+        maps = [{**dict(enumerate(next(iter(b.values())).get("feats", ()))), **m}
+                for b, m in ((student, taken), (teacher, teacher_maps))]  # fmt: skip
+        for t, (term, factor) in enumerate(zip(self.terms, self.factors)):
+            if not factor:
+                continue
+            if term.kind == "features":
+                yield term, factor, {"kd_feat_loss": self._features(g, t, maps, batch)}
+                continue
+            cls = box = batch["img"].new_zeros((), dtype=torch.float32)
+            for name, gain, ours, theirs in pairs:
+                options = dict(term.options)
+                if term.needs("cross head"):
+                    options["cross"] = self._cross(g, t, "one2one" if name == "one2one" else "", taken)
+                if not guide.levels and "norm" in inspect.signature(term.row.fn).parameters:
+                    options.setdefault("norm", "mean")  # a classifier has no objects to weight
+                parts = term.row.fn(ours, theirs, **options)
+                cls, box = cls + gain * parts[0], box + gain * parts[1]
+            yield term, factor, {"kd_cls_loss": cls, "kd_box_loss": box}
+
+    def _features(self, g: int, t: int, maps: list[dict], batch: dict[str, Any]) -> torch.Tensor:
+        term, parts = self.terms[t], []
+        for site in self.sites[g][t]:
+            pair, options = (maps[0][site.student], maps[1][site.teacher]), dict(term.options)
+            if term.needs("equal width"):
+                pair = self.aligns[g, site](*pair)
+            if term.needs("module"):
+                options["module"] = self.extras[g, t, site]
+            if term.needs("boxes"):
+                options["boxes"] = batch_boxes(batch)
+            parts.append(term.row.fn(*pair, **options))
+        return torch.stack(parts).sum()
+
+    def _cross(self, g: int, t: int, branch: str, taken: dict[str, torch.Tensor]) -> Any:
+        guide, term, head = self.guides[g], self.terms[t], compat.head_prefix(self.student)
+        hidden = {k: [taken[f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}"] for i, _ in guide.levels]
+                  for k in STACKS}  # fmt: skip
+        adapters = self.extras[g, t, branch]
+        raw = cross_head(compat.detection_head(guide.model), hidden, term.split, branch, adapters)
+        return guide.output(raw, guide.model, 1)
+
+    def _nothing(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return zeros whose gradients are zeros, because other ranks wait for those of the adapters."""
+        zero = batch["img"].new_zeros((), dtype=torch.float32)
+        zero = sum(((p * 0.0).sum() for p in self.adapters.parameters()), zero)
+        return dict.fromkeys(self.keys, zero)
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        if self.seen is not None and RANK in {-1, 0}:
+            self.seen[name] = self.seen.get(name, 0.0) + float(value.detach())
+
+    def _tell(self, task: torch.Tensor | None) -> None:
+        """Log once how large each loss is, which weights can only be chosen by."""
+        if self.seen and task is not None:
+            parts = ", ".join(f"{k} {v:.3g}" for k, v in self.seen.items() if v)
+            LOGGER.info(f"{colorstr('distill: ')}first batch: task loss {float(task):.3g}, at full weight {parts}")
+            self.seen = None
+
+
+def _branches(raw: Any) -> dict[str, dict[str, Any]]:
+    return {"": {"scores": raw}} if isinstance(raw, torch.Tensor) else compat.branches(raw)
+
+
+def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:
+    """Return (N, 5) image index and x1, y1, x2, y2 from 0 to 1 of the objects; rotated ones with their upright box."""
+    boxes = batch["bboxes"].float()
+    if boxes.shape[1] == 5:
+        (w, h), angle = boxes[:, 2:4].unbind(1), boxes[:, 4]
+        cos, sin = angle.cos().abs(), angle.sin().abs()
+        boxes = torch.stack((boxes[:, 0], boxes[:, 1], w * cos + h * sin, w * sin + h * cos), 1)
+    corners = xywh2xyxy(boxes[:, :4]).clamp(0.0, 1.0)
+    return torch.cat((batch["batch_idx"].float().view(-1, 1).to(corners), corners), 1)
 
 
 class DistillationLoss(CriterionProxy):
@@ -110,7 +270,10 @@ class DistillationLoss(CriterionProxy):
         """Return the loss vector, times batch size as all Ultralytics losses are, and the detached items."""
         loss, items = self.base(predictions, batch)
         raw = predictions[1] if isinstance(predictions, tuple) else predictions
-        gains = {"one2many": self.base.o2m, "one2one": self.base.o2o} if "one2many" in raw else {"": 1.0}
-        found = self.distiller.losses(raw, batch["img"], gains)
-        vector = torch.cat([loss.reshape(-1), torch.stack(list(found.values())) * batch["img"].shape[0]])
+        size = 1 if isinstance(raw, torch.Tensor) else batch["img"].shape[0]  # that of a classifier is a mean
+        ends = isinstance(raw, dict) and "one2many" in raw
+        gains = {"one2many": self.base.o2m, "one2one": self.base.o2o} if ends else {"": 1.0}
+        found = self.distiller.losses(raw, batch, gains, loss.detach().sum() / size)
+        hard = self.distiller.cfg.alpha * loss.reshape(-1)
+        vector = torch.cat([hard, torch.stack(list(found.values())) * size])
         return vector, {**items, **{k: v.detach() for k, v in found.items()}}

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
 from yolo_ext import compat
 from yolo_ext.checkpoint import fingerprint, load_model, manifest
+from yolo_ext.distillation.logits import HeadOutput, decode
+from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
 from yolo_ext.errors import UsageError
 
 
@@ -17,13 +23,13 @@ def load_teacher(path: str, student: nn.Module, device: torch.device) -> tuple[n
     Args:
         path: Teacher ``.pt``.
         student: The student, already pruned.
-        device: Where to put the teacher.
+        device: Where to put the teacher: in half precision and channels_last on a GPU.
 
     Returns:
         The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
 
     Raises:
-        UsageError: If tasks, strides or class names do not match.
+        UsageError: If tasks or heads do not match.
     """
     teacher, _ = load_model(path)
     parent = fingerprint(teacher)
@@ -33,33 +39,14 @@ def load_teacher(path: str, student: nn.Module, device: torch.device) -> tuple[n
             f"Teacher '{path}' is a '{tasks[0]}' model, the student is '{tasks[1]}'. Give one of the same task."
         )
     heads = [compat.detection_head(m) for m in (teacher, student)]
-    if not all(hasattr(h, "reg_max") for h in heads):
-        raise UsageError("Distillation needs a Detect-type head on teacher and student; classify models have none.")
-    strides = [[int(s) for s in h.stride] for h in heads]
-    if strides[0] != strides[1]:
+    if tasks[0] != "classify" and not all(hasattr(h, "reg_max") for h in heads):
         raise UsageError(
-            f"Teacher '{path}' has strides {strides[0]}, the student {strides[1]}. Give one with the same."
+            f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
         )
-    class_map(teacher, student, path)
     teacher = compat.fuse_blocks(teacher).to(device).requires_grad_(False)
+    if device.type == "cuda":
+        teacher = teacher.half().to(memory_format=torch.channels_last)
     return compat.raw_outputs(teacher), parent
-
-
-def class_map(teacher: nn.Module, student: nn.Module, path: str) -> list[int]:
-    """Return for each class of the student the index of the teacher's class of the same name.
-
-    Raises:
-        UsageError: If the teacher lacks a class.
-    """
-    key = lambda name: str(name).strip().lower()  # noqa: E731
-    theirs = {key(n): i for i, n in teacher.names.items()}
-    missing = [n for n in student.names.values() if key(n) not in theirs]
-    if missing:
-        raise UsageError(
-            f"Teacher '{path}' does not know the classes {missing[:5]}; it knows {list(teacher.names.values())[:10]}. "
-            "Give a teacher that was trained on the same classes."
-        )
-    return [theirs[key(n)] for n in student.names.values()]
 
 
 def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
@@ -73,10 +60,84 @@ def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
         Kept channels by level, or None when the teacher is not the model that the student was pruned from.
     """
     record = manifest(student).get("prune") or {"parent": manifest(student).get("parent"), "kept": {}}
-    if record["parent"] != parent:
+    if record["parent"] != parent or compat.task_of(student) == "classify":
         return None
     levels = []
     for path in compat.level_inputs(student):
         width = dict(student.named_modules())[path].in_channels
         levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
     return levels
+
+
+@dataclass
+class Guide:
+    """One teacher of a run, and how its outputs correspond to those of the student.
+
+    Attributes:
+        name: Its file, or ``ema``.
+        get: Returns the model; the student's own average is another object after a resume.
+        kept: Channels by level that a pruned student of this teacher still has; None for other teachers.
+        classes: Indices of the shared classes, of the student and of the teacher.
+        levels: Shared levels, of the student and of the teacher; empty for classifiers.
+    """
+
+    name: str
+    get: Callable[[], nn.Module]
+    kept: list[list[int]] | None
+    classes: tuple[list[int], list[int]]
+    levels: list[tuple[int, int]]
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher."""
+        return self.get()
+
+    @torch.no_grad()
+    def ask(self, images: torch.Tensor) -> Any:
+        """Return the raw output of the teacher on (B, C, H, W) images."""
+        model = self.model
+        head = compat.detection_head(model)
+        mode, head.training = head.training, True  # the average of the student decodes where it is validated
+        try:
+            return model(images.to(next(model.parameters()).dtype))
+        finally:
+            head.training = mode
+
+    def output(self, raw: dict[str, Any], model: nn.Module, side: int) -> HeadOutput:
+        """Decode one branch on shared levels and classes.
+
+        Args:
+            raw: Raw output of the branch; ``scores`` alone for a classifier.
+            model: Whose output it is, or whose head made it.
+            side: 0 for an output with the levels and classes of the student, 1 for the teacher's.
+        """
+        classes, head = self.classes[side], compat.detection_head(model)
+        if not self.levels:
+            scores = raw["scores"][:, classes].unsqueeze(-1)
+            return HeadOutput(scores, scores.new_zeros(len(scores), 1, 4), scores.new_zeros(1, 2))
+        levels = [pair[side] for pair in self.levels]
+        raw = pick_levels(raw, levels)
+        same = classes == list(range(raw["scores"].shape[1]))
+        index = None if same else torch.tensor(classes, device=raw["scores"].device)
+        return decode(raw, head.stride[levels], head.reg_max, index)
+
+
+def make_guide(name: str, student: nn.Module, device: torch.device) -> Guide:
+    """Load a teacher and match it with the student.
+
+    Args:
+        name: Teacher ``.pt``, or ``ema``, whose model has to be set as `get` before it is asked.
+        student: The student, already pruned.
+        device: Device of the student.
+
+    Raises:
+        UsageError: If they have no task, class or stride in common.
+    """
+    if name == "ema":
+        teacher, kept, get = student, None, lambda: student
+    else:
+        teacher, parent = load_teacher(name, student, device)
+        kept, get = kept_channels(student, parent), lambda: teacher
+    classify = compat.task_of(student) == "classify"
+    levels = [] if classify else level_map(student, teacher, name)
+    return Guide(name, get, kept, class_map(teacher, student, name), levels)

@@ -20,7 +20,7 @@ from yolo_ext.pruning.graph import Group
 from yolo_ext.registry import Table
 
 criteria = Table("pruning criterion")
-AUTO, WITH_DATA, WITHOUT_DATA = "auto", "obd", "lamp"  # the best ones of benchmarks/RESULTS.md
+AUTO, WITH_DATA, WITHOUT_DATA = "auto", "taylor", "lamp"  # the best ones of benchmarks/RESULTS.md
 
 
 @dataclass(frozen=True)

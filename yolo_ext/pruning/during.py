@@ -220,8 +220,9 @@ def follow(
 
 def _cut_adapters(trainer: Any, live: nn.Module, kept: Kept) -> None:
     """Cut the student's side of the distillation adapters."""
-    for adapter, path in zip(trainer.distiller.adapters, compat.level_inputs(live)):
-        index = kept.get(path, {}).get("in")
+    paths = compat.level_inputs(live)
+    for adapter, level in zip(trainer.distiller.adapters, trainer.distiller.levels):
+        index = kept.get(paths[level], {}).get("in")
         if index is None:
             continue
         old = adapter.conv.weight if adapter.conv is not None else None

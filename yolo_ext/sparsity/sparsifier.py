@@ -27,6 +27,7 @@ from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
 from yolo_ext.sparsity.schedules import Controller, pulls
 
 FEWEST = 8  # channels of each group that are always protected
+WINDOW, FASTEST = 4, 0.2  # BatchNorm statistics are renewed so often in an epoch, at this momentum at most
 HOLD = 2.0  # times the threshold, so that they stay above it while the largest one still grows
 
 
@@ -63,12 +64,16 @@ class Sparsifier:
         if cfg.mode == "gradient" and not self.scales:
             legal = ", ".join(r.name for r in penalties if r.needs == "scales")
             raise UsageError(
-                f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'. Legal: {legal}."
+                f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'. "
+                f"Leave it out, or use one of {legal}."
             )
         self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
         self.pulls = pulls(cfg, self.coefficient, epochs, min(prune_epochs, default=None))
         self.controller = Controller(cfg.target, cfg.max_drop) if cfg.auto else None
         self.pull = 0.0
+        self._momenta = {
+            name: m.momentum for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.momentum
+        }
         self.rebuild(model)
 
     def rebuild(self, model: nn.Module) -> None:
@@ -101,6 +106,17 @@ class Sparsifier:
                 f"strongest {FEWEST} or {self.cfg.protect:.0%} of each stay. If mAP drops, lower sparsity.coefficient"
             )
 
+    def keep_up(self, model: nn.Module, batches: int) -> None:
+        """Let the statistics of BatchNorm follow scales that shrink fast, or validation sees a model that is long gone.
+
+        Args:
+            model: The model that is trained, not wrapped; without a pull it gets its own momentum back.
+            batches: Batches of an epoch.
+        """
+        least = min(FASTEST, WINDOW / batches) if self.pull else 0.0
+        for name, own in self._momenta.items():
+            model.get_submodule(name).momentum = max(own, least)
+
     def steer(self, share: float, fitness: float) -> None:
         """Tell `sparsity.auto` how an epoch ended.
 
@@ -122,7 +138,7 @@ class Sparsifier:
         if self.pull and fraction and self.cfg.mode == "proximal":
             factors = self._factors(model, self.pull * fraction)
             if self.scales:
-                multiply(model, self.layout, factors)
+                multiply(model, self.layout, self._restored(model, factors) if self.cfg.keep_norm else factors)
             else:
                 multiply(model, self.layout, factors[self.layout.owner], factors)
 
@@ -213,6 +229,17 @@ class Sparsifier:
             torch.cat([stopped, stopped.new_zeros(1)])[self.layout.scale_table].any(1) if self.scales else stopped
         )
         return torch.maximum(factors, limit)
+
+    def _restored(self, model: nn.Module, factors: torch.Tensor) -> torch.Tensor:
+        """Return the factors with the norm of each group as it was: a scale common to all its channels is free.
+
+        Shrinking at a constant L2 norm minimises L1 / L2 (DeepHoyer, Yang et al., 2020, arXiv:1908.09979): channels
+        compete, where plain L1 lets the layers behind make up for it until all channels vanish at once.
+        """
+        before = read_scales(model, self.layout).square()
+        group = self.layout.group[self.layout.owner]
+        sums = [before.new_zeros(len(self.groups)).index_add_(0, group, v) for v in (before, before * factors.square())]
+        return factors * (sums[0] / sums[1].clamp(min=1e-12)).sqrt()[group]
 
     def _floors(self, norms: torch.Tensor) -> torch.Tensor:
         """Return (C,) strengths below which a channel is not drawn: zero but for the strongest ones of each group."""

@@ -1,0 +1,86 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Before training: what cannot be distilled is refused, and what corresponds to what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from yolo_ext import compat
+from yolo_ext.distillation.stack import Term, title
+from yolo_ext.distillation.teacher import Guide
+from yolo_ext.errors import UsageError
+
+CLASSIFY = ("kl", "kl_binary", "l1", "l2")  # the others look at boxes or at objects
+
+
+def check(terms: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool) -> None:
+    """Refuse losses that cannot work with this pair.
+
+    Args:
+        terms: Losses of the run.
+        guide: A teacher.
+        student: The student.
+        shrinks: Whether the student is going to lose channels while it is trained.
+
+    Raises:
+        UsageError: With the loss, the reason and what to use instead.
+    """
+    if shrinks and guide.name == "ema":
+        raise UsageError("'distill.teacher=ema' shrinks with a student that is pruned while it is trained. Give a .pt.")
+    for term in terms:
+        if problem := _problem(term, guide, student, shrinks):
+            raise UsageError(f"The loss '{term.row.name}' cannot be used here: {problem}")
+
+
+def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str | None:
+    heads = [compat.detection_head(m) for m in (student, guide.model)]
+    if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
+        return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
+    if term.needs("several classes") and len(guide.classes[0]) == 1:
+        return "it compares classes with one another, and there is one class. Use 'kl_binary'."
+    if term.needs("equal bins") and (heads[0].reg_max != heads[1].reg_max or heads[0].reg_max == 1):
+        return (
+            f"it compares distributions over equally many bins, and the student has reg_max={heads[0].reg_max}, "
+            f"'{guide.name}' reg_max={heads[1].reg_max} (1 is none). Use 'bckd', which compares boxes."
+        )
+    if term.needs("cross head"):
+        counts = [len(h.stride) for h in heads]
+        if counts[0] != len(guide.levels) or counts[1] != len(guide.levels):
+            return "student and teacher need the same strides."
+        if shrinks:
+            return "a student that is pruned while it is trained changes under it. Prune first, or use 'bckd'."
+    if shrinks and term.needs("module") and guide.kept is not None:
+        return "its network has the width of the student, which is going to be pruned. Use 'cwd' or 'pkd'."
+    if guide.name == "ema" and set(term.layers) - {"neck"}:
+        return f"the running average teaches with the inputs of its head only, not with layers {list(term.layers)}."
+    if shrinks and set(term.layers) - {"neck"}:
+        return f"layers {list(term.layers)} lose channels while the student is pruned. Use 'neck', or prune first."
+    return None
+
+
+def summary(distiller: Any) -> str:
+    """Return what is distilled from whom, and how both sides correspond, as text for the log."""
+    cfg, lines = distiller.cfg, []
+    for g, guide in enumerate(distiller.guides):
+        n, known = len(guide.classes[0]), len(distiller.student.names)
+        classes = "" if n == known else f", {n} of {known} classes shared"
+        strides = compat.detection_head(distiller.student).stride.tolist() if guide.levels else []
+        shared = [int(strides[i]) for i, _ in guide.levels]
+        partly = "" if len(shared) == len(strides) else f", strides {shared} only"
+        found = dict.fromkeys(s for term in distiller.sites[g] for s in term)
+        maps = ", ".join(
+            f"{'P' if isinstance(s.student, int) else ''}{_name(s.student, strides)} {s.widths[0]}->{s.widths[1]}"
+            for s in found
+        )
+        how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
+        how = how if any(key[0] == g for key in distiller.aligns) else "compared as they are"
+        lines.append(f"teacher {guide.name}{classes}{partly}" + (f"; channels {maps}, {how}" if maps else ""))
+    every = f", every {cfg.every} batches" if cfg.every > 1 else ""
+    balance = f", kept at {cfg.share:g} of the task loss" if cfg.balance == "auto" else ""
+    return "; ".join([title(distiller.terms), *lines]) + f"; {cfg.schedule} schedule{every}{balance}"
+
+
+def _name(key: int | str, strides: list[float]) -> str:
+    return str(int(strides[key]).bit_length() - 1) if isinstance(key, int) else key

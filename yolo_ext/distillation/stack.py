@@ -1,0 +1,123 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What a run distils: losses with weight, schedule, layers and options each, read from the options and checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from yolo_ext.config import DistillConfig
+from yolo_ext.distillation.features import feature_losses
+from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.schedules import schedules
+from yolo_ext.errors import UsageError
+from yolo_ext.registry import Row, Table, suggest
+
+TIMING = ("schedule", "final", "start", "end", "warmup")
+GIVEN = {"student", "teacher", "module", "boxes", "random", "cross"}  # what the criterion passes, not the user
+TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a stack.
+
+    Attributes:
+        kind: ``logits`` or ``features``.
+        row: The method.
+        weight: Weight at schedule factor 1.
+        timing: Arguments of `schedules.scale`.
+        options: Keyword arguments of the method.
+        layers: Layers whose maps a feature loss compares; empty for the inputs of the head.
+        split: Layers of the head that stay with the student (``crosskd``).
+    """
+
+    kind: str
+    row: Row
+    weight: float
+    timing: dict[str, Any]
+    options: dict[str, Any]
+    layers: tuple[str, ...] = ()
+    split: int = 1
+
+    def needs(self, what: str) -> bool:
+        """Tell whether the method needs this, in the words of its table; your own feature loss gets equal widths."""
+        if what == "equal width" and self.kind == "features" and ":" in self.row.name:
+            return True
+        return what in self.row.needs.split(", ")
+
+
+def terms(cfg: DistillConfig) -> list[Term]:
+    """Return the losses of a run.
+
+    Args:
+        cfg: Distillation options; a loss without an option of its own takes the common one.
+
+    Raises:
+        UsageError: If a method or an option of it does not exist, or `temperature` goes to none of them.
+    """
+    found = []
+    for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
+        stack = getattr(cfg, kind) or []
+        entries = [{"name": e} if isinstance(e, str) else dict(e) for e in _listed(stack)]
+        found += [_term(kind, entry, weight, cfg) for entry in entries]
+    if cfg.temperature is not None and not any("temperature" in t.options for t in found):
+        raise UsageError(
+            f"'distill.temperature={cfg.temperature}' has no effect: {', '.join(t.row.name for t in found)} know no "
+            "temperature. Leave it out."
+        )
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -> Term:
+    row = TABLES[kind][str(entry.pop("name"))]
+    key = f"distill.{kind}: {row.name}"
+    own = float(_number(key, "weight", entry.pop("weight", 1.0)))
+    timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
+    _check_timing(key, timing)
+    layers = entry.pop("layers", cfg.layers) if kind == "features" else []
+    split = entry.pop("split", 1) if row.needs == "cross head" else 1
+    legal = _options(row)
+    for name, value in entry.items():
+        if legal is not None and name not in legal:
+            words = sorted({"name", "weight", *TIMING, *legal} | ({"layers"} if kind == "features" else set()))
+            raise UsageError(f"{key} has no option '{name}'.{suggest(name, words)} Legal: {', '.join(words)}.")
+        if name == "temperature" and not _number(key, name, value) > 0:
+            raise UsageError(f"{key}: 'temperature={value}' is out of range. Legal: above 0.")
+    if cfg.temperature is not None and legal is not None and "temperature" in legal:
+        entry.setdefault("temperature", cfg.temperature)
+    return Term(kind, row, own * weight, timing, entry, tuple(str(x) for x in _listed(layers)), split)
+
+
+def _options(row: Row) -> set[str] | None:
+    """Return the keyword arguments of a method that the user may set; None where it takes any."""
+    found = inspect.signature(row.fn).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in found.values()):
+        return None
+    names = set(list(found)[2:])  # the first two are student and teacher, however they are called
+    return names - GIVEN - {"weight"}
+
+
+def _number(key: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise UsageError(f"{key}: '{name}={value}' is illegal: give a number of at least 0.")
+    return value
+
+
+def _check_timing(key: str, timing: Mapping[str, Any]) -> None:
+    schedules[timing["schedule"]]
+    for name in ("final", "start", "warmup", *(["end"] if timing["end"] is not None else [])):
+        _number(key, name, timing[name])
+    if timing["end"] is not None and timing["end"] <= timing["start"]:
+        raise UsageError(f"{key}: 'end={timing['end']}' is not after 'start={timing['start']}'.")
+
+
+def title(found: list[Term]) -> str:
+    """Return a stack in words, such as ``bckd x 0.5 + cwd``."""
+    return " + ".join(t.row.name + (f" x {t.weight:g}" if t.weight != 1 else "") for t in found)
