@@ -59,8 +59,9 @@ def sparsify(run: Run) -> Record:
     """Train the base model until channels that it does not need are near zero."""
     cfg = run.configs["sparsity"]
     options: dict[str, Any] = as_plain({"sparsity": cfg})
-    if distill := distill_config(run):  # outputs only: losses on feature maps would defend the scales
-        options.update(as_plain({"distill": replace(distill, features=None, logits="bckd")}))
+    if distill := distill_config(run):  # losses that see the scale of features would defend the scale factors
+        free = replace(distill, features="pkd", logits="kl_binary", temperature=None, layers=[])
+        options.update(as_plain({"distill": free}))
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
     found = manifest(load_model(best)[0])["sparsity"]
     note = f"Sparsity training brought {100 * found['share']:.1f} % of the channels below {cfg.threshold:g}."
