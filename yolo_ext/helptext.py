@@ -20,8 +20,8 @@ TOPICS = {
 NEEDS = {
     "data": "needs data",
     "sparsity": "after sparsity training",
-    "scales": "pulls on BatchNorm scales",
-    "weights": "pulls on all coupled weights",
+    "scales": "BatchNorm scales",
+    "weights": "all weights",
 }
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 

@@ -38,13 +38,13 @@ def record(folder: Path, stage: str) -> dict[str, Any]:
 # Targets -------------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_max_drop_holds_for_the_recalibrated_model(base, data, tmp_path, alone):
-    cfg = PruneConfig(max_drop=0.1, **FEW)
-    compress(base, data, epochs=0, prune={"max_drop": 0.1, **FEW}, save_dir=str(tmp_path / "run"), **SMALL)
+    cfg = PruneConfig(max_drop=0.01, **FEW)
+    compress(base, data, epochs=0, prune={"max_drop": 0.01, **FEW}, save_dir=str(tmp_path / "run"), **SMALL)
     probes = make_probes(check_data(data, task="detect"), 64, cfg, "detect")
     dense = load_model(base)[0]
     recalibrate(dense, probes.images())
     found = record(tmp_path / "run", "prune")
-    assert probes.score(dense) - found["metrics"]["map"] <= 0.1 + 1e-6
+    assert probes.score(dense) - found["metrics"]["map"] <= 0.01 + 1e-6
     assert any(r["after"] < r["before"] for r in found["layers"])
 
 
@@ -56,14 +56,6 @@ def test_latency_target_is_met_or_the_user_is_told(base, tmp_path, alone, caplog
     trials = [float(line.split("latency ")[1].split()[0]) for line in caplog.text.splitlines() if "trial" in line]
     assert min(abs(t / 1.3 - 1) for t in trials) <= 0.05 or "instead of 1.3: the measurements spread" in caplog.text
     assert summary["after"]["gflops"] < summary["before"]["gflops"]
-
-
-@pytest.mark.slow
-def test_recovered_accuracy_is_that_of_a_trained_model(base, data, tmp_path, alone):
-    """A sanity check of the whole chain: what BatchNorm and some epochs bring back after 1.5x."""
-    options = {"epochs": 4, "prune": {"speedup": 1.5, **FEW}, "save_dir": str(tmp_path / "run")}
-    summary = compress(base, data, **options, **SMALL)
-    assert summary["after"]["map"] > 0.5 * summary["before"]["map"] > 0.05
 
 
 # While training ------------------------------------------------------------------------------------------------------
