@@ -49,9 +49,8 @@ def compress(
         try:
             run.done[name] = runs.stage(run.folder, name, lambda stage=stage: stage(run))  # type: ignore[misc]
         except UsageError:
-            if (
-                run.fresh and name in ("base", "prune") and "sparsify" not in run.done
-            ):  # a target that only a measurement shows to be out of reach
+            # A target that only a measurement shows to be out of reach; what a training has made is kept.
+            if run.fresh and name in ("base", "prune") and "sparsify" not in run.done:
                 shutil.rmtree(run.folder)
             raise
     return _finish(run)

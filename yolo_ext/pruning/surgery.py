@@ -250,11 +250,12 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
     check_prunable(model)
     if cfg.kind != "structured":
         return
-    cheap = replace(cfg, sensitivity=None, scope="global" if cfg.scope == "pagcp" else cfg.scope)
+    analytic = bool(cfg.speedup or cfg.params or cfg.ratio or cfg.ratios)
+    cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
     if cfg.method == AUTO or criteria[cfg.method].needs == "data":
         cheap = replace(cheap, method="l2")
-    if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):
-        cheap = replace(cheap, latency=None, size_mb=None, max_drop=None, ratio=0.1)
+    if not analytic:
+        cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)
     plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
 
 
