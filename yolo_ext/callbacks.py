@@ -16,7 +16,7 @@ def attach(model: Any, **options: Any) -> Any:
 
     Args:
         model: An `ultralytics.YOLO`.
-        options: `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed goes on with
+        options: `sparsity`, `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed goes on with
             the options that it was started with.
 
     Returns:

@@ -32,7 +32,7 @@ def compress(
         model: Base ``.pt`` (a ``.yaml`` is taken when nothing is trained).
         data: Dataset YAML; may be left out only when there is no training and no quantization.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        options: `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training argument;
+        options: `sparsity`, `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training argument;
             `epochs` counts fine-tune epochs, `quant.epochs` QAT epochs.
 
     Returns:

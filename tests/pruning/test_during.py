@@ -12,7 +12,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
 
 from yolo_ext import compat
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import manifest, size_mb
 from yolo_ext.config import PruneConfig
 from yolo_ext.distillation.features import Align
 from yolo_ext.errors import CheckFailed
@@ -152,18 +152,12 @@ def test_steps_add_up_to_the_target(yolo, schedule, target, value, size):
     for step in (1, 2, 3):
         narrowed = step_config(cfg, model, step, 3, Probes())
         model = prune_model(model, narrowed)
-        found.append((sizes(model) | {"size_mb": _size(model)})[size] / dense[size])
+        found.append((sizes(model) | {"size_mb": size_mb(model)})[size] / dense[size])
     aim = 1 / value if size != "size_mb" else value / dense[size]
     assert found[2] == pytest.approx(aim, rel=0.02)
     shares = [1 / 3, 2 / 3] if schedule == "linear" else [1 - (2 / 3) ** 3, 1 - (1 / 3) ** 3]
     for share, left in zip(shares, found):
         assert left == pytest.approx(1 - share * (1 - aim), rel=0.06)
-
-
-def _size(model: nn.Module) -> float:
-    from yolo_ext.checkpoint import size_mb
-
-    return size_mb(model)
 
 
 def test_ratios_count_from_the_first_model():

@@ -121,14 +121,9 @@ def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Pro
     LOGGER.info(
         f"{colorstr('prune: ')}step {step}/{steps} before epoch {trainer.epoch + 1}: "
         f"{int(last['params']):,} parameters, "
-        f"{100 * last['gflops'] / record_dense(trainer)['gflops']:.1f} % of the FLOPs"
+        f"{100 * last['gflops'] / _dense(trainer.ema.ema)['gflops']:.1f} % of the FLOPs"
     )
     return True
-
-
-def record_dense(trainer: Any) -> dict[str, Any]:
-    """Return what the targets of this run count from."""
-    return _dense(trainer.ema.ema)
 
 
 def copy_of_ema(trainer: Any) -> nn.Module:
