@@ -16,8 +16,8 @@ def attach(model: Any, **options: Any) -> Any:
 
     Args:
         model: An `ultralytics.YOLO`.
-        options: `sparsity`, `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed goes on with
-            the options that it was started with.
+        options: `sparsity`, `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed
+            goes on with the options that it was started with.
 
     Returns:
         The same model.

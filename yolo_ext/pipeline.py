@@ -32,8 +32,8 @@ def compress(
         model: Base ``.pt`` (a ``.yaml`` is taken when nothing is trained).
         data: Dataset YAML; may be left out only when there is no training and no quantization.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        options: `sparsity`, `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training argument;
-            `epochs` counts fine-tune epochs, `quant.epochs` QAT epochs.
+        options: `sparsity`, `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training
+            argument; `epochs` counts fine-tune epochs, `sparsity.epochs` and `quant.epochs` those of their stages.
 
     Returns:
         The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
