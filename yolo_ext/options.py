@@ -79,7 +79,7 @@ class SparsityConfig:
         "Shrink after each optimizer step, which makes exact zeros, or add the subgradient (slim, group_slim)",
         choices=("proximal", "gradient"),
     )
-    keep_norm: bool = option(True, "Let the scales of a group compete at constant norm (proximal slim, group_slim)")
+    adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
@@ -128,6 +128,11 @@ class DistillConfig:
     )
     share: float = option(0.3, "Distillation loss / task loss that balance=auto keeps, times the schedule", above=0.0)
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
+    imgsz: int | None = option(
+        None, "Longer side in pixels of the images as the teacher sees them; None: as they are", low=32
+    )
+    compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
+    preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,17 @@ def test_groups_do_not_see_each_other(name, sizes):
     torch.testing.assert_close(joined, torch.cat(alone))
 
 
+@pytest.mark.parametrize("name", penalties.names())
+def test_every_row_draws_in_proportion_to_ease(name):
+    """Two channels that differ in ease only: the easier one goes further, and half of the ease is half of the pull."""
+    ch = channels([1.0, 1.0, 2.0, 0.5])
+    ch.ease = torch.tensor([4.0, 0.5, 1.0, 1.0])
+    first, second, *_ = penalties[name].fn(ch, 0.2).tolist()
+    assert first < second <= 1
+    if penalties[name].needs == "scales":
+        assert (first, second) == pytest.approx((0.2, 0.9))
+
+
 def test_segment():
     group, values = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3.0, -1.0, 2.0, 5.0, 4.0])
     assert segment(values, group, 3, "amax").tolist() == [3.0, 2.0, 5.0]

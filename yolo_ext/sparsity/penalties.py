@@ -16,9 +16,7 @@ from yolo_ext.registry import Table
 
 penalties = Table("sparsity penalty")
 TINY = 1e-12
-# Without a coefficient. Scale factors of trained YOLOs are about 1, and at constant norm their differences grow by
-# exp(pull); with the decay of the group methods, and no loss against it, half of the channels of a YOLOv8n come below
-# 1 % of the largest one of their group.
+# Without a coefficient; measured on BCCD (docs/sparsity.md). Scale factors of trained YOLOs are about 1.
 DEFAULTS = {"slim": 2.0, "group_slim": 2.0, "group_sl": 8.0, "group_reg": 6.0}
 
 
@@ -34,6 +32,7 @@ class Channels:
         norms: (C,) strength of each channel: root mean square of its scales for a penalty that needs "scales", else
             the norm of all coupled weights, with BatchNorm folded in.
         coefficient: Pull over the whole run.
+        ease: (C,) how easily each channel moves, 1 for the median one; 1.0 where nothing is known about the loss.
         state: (C,) tensors that a penalty keeps between steps; they are saved with the run.
     """
 
@@ -43,12 +42,18 @@ class Channels:
     owner: torch.Tensor
     norms: torch.Tensor
     coefficient: float
+    ease: torch.Tensor | float = 1.0
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def drawn(self, pull: float) -> torch.Tensor:
+        """Return (C,) how far each channel is drawn where the median one is drawn by `pull`."""
+        return torch.ones_like(self.norms) * pull * self.ease
 
     def weakness(self) -> torch.Tensor:
         """Return (C,) ranks within each group: 1 for the weakest channel, 0 for the strongest or if all are equal."""
-        low, high = (segment(self.norms, self.group, self.groups, op)[self.group] for op in ("amin", "amax"))
-        return (high - self.norms) / (high - low).clamp(min=TINY)
+        strength = self.norms / self.ease
+        low, high = (segment(strength, self.group, self.groups, op)[self.group] for op in ("amin", "amax"))
+        return (high - strength) / (high - low).clamp(min=TINY)
 
 
 def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> torch.Tensor:
@@ -73,9 +78,9 @@ def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> 
     needs="scales",
 )
 def slim(channels: Channels, pull: float) -> torch.Tensor:
-    """Return (m,) factors of the soft threshold: |gamma| shrinks by `pull`, down to exactly zero."""
+    """Return (m,) factors of the soft threshold: |gamma| shrinks by `pull` times its ease, down to exactly zero."""
     size = channels.gammas.abs()
-    return (size - pull).clamp(min=0) / size.clamp(min=TINY)
+    return (size - channels.drawn(pull)[channels.owner]).clamp(min=0) / size.clamp(min=TINY)
 
 
 @penalties.row(
@@ -85,8 +90,8 @@ def slim(channels: Channels, pull: float) -> torch.Tensor:
     needs="scales",
 )
 def group_slim(channels: Channels, pull: float) -> torch.Tensor:
-    """Return (m,) factors of the block soft threshold: the root mean square of a channel's gammas shrinks by `pull`."""
-    return ((channels.norms - pull).clamp(min=0) / channels.norms.clamp(min=TINY))[channels.owner]
+    """Return (m,) factors of the block soft threshold: the root mean square of a channel's gammas shrinks likewise."""
+    return ((channels.norms - channels.drawn(pull)).clamp(min=0) / channels.norms.clamp(min=TINY))[channels.owner]
 
 
 @penalties.row(
@@ -97,7 +102,7 @@ def group_slim(channels: Channels, pull: float) -> torch.Tensor:
 )
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
-    return (-pull * (4 * channels.weakness() - 4).exp2()).exp()
+    return (-channels.drawn(pull) * (4 * channels.weakness() - 4).exp2()).exp()
 
 
 @penalties.row(
@@ -114,6 +119,6 @@ def group_reg(channels: Channels, pull: float) -> torch.Tensor:
     """
     grown = channels.state.setdefault("grown", torch.zeros_like(channels.norms))
     more = pull * channels.weakness()
-    decay = 2 * pull * (grown + more / 2) / channels.coefficient
+    decay = 2 * channels.drawn(pull) * (grown + more / 2) / channels.coefficient
     grown.add_(more).clamp_(max=channels.coefficient)
     return (-decay).exp()

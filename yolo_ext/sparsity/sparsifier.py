@@ -28,6 +28,8 @@ from yolo_ext.sparsity.schedules import Controller, pulls
 
 FEWEST = 8  # channels of each group that are always protected
 WINDOW, FASTEST = 4, 0.2  # BatchNorm statistics are renewed so often in an epoch, at this momentum at most
+MEMORY = 0.999  # of the mean of squared gradients, as in Adam; its bias is the same for all and falls out
+EASIEST = 8.0  # times the median, and its inverse for the hardest to move
 HOLD = 2.0  # times the threshold, so that they stay above it while the largest one still grows
 
 
@@ -136,9 +138,11 @@ class Sparsifier:
             fraction: Batches since the last pull / batches of the epoch.
         """
         if self.pull and fraction and self.cfg.mode == "proximal":
+            if self.cfg.adaptive:
+                self._watch(model)
             factors = self._factors(model, self.pull * fraction)
             if self.scales:
-                multiply(model, self.layout, self._restored(model, factors) if self.cfg.keep_norm else factors)
+                multiply(model, self.layout, factors)
             else:
                 multiply(model, self.layout, factors[self.layout.owner], factors)
 
@@ -197,7 +201,32 @@ class Sparsifier:
         gammas = read_scales(model, self.layout)
         norms = scale_norms(gammas, self.layout) if self.scales else weight_norms(model, self.layout)
         own = self.layout
-        return Channels(own.group, len(self.groups), gammas, own.owner, norms, self.coefficient, self.state)
+        return Channels(
+            own.group, len(self.groups), gammas, own.owner, norms, self.coefficient, self._ease(), self.state
+        )
+
+    def _watch(self, model: nn.Module) -> None:
+        """Average the squared gradients of the scales, which the optimizer step has just used."""
+        grads = [model.get_parameter(name).grad for name in self.layout.scales]
+        if not grads or any(g is None for g in grads):
+            return
+        squares = torch.cat(grads)[self.layout.slots].float().square()
+        mean = self.state.get("squares", torch.zeros_like(squares))
+        self.state["squares"] = mean.lerp(squares, 1 - MEMORY)
+
+    def _ease(self) -> torch.Tensor | float:
+        """Return (C,) ease of each channel: median over own root mean square of the gradient of its scales.
+
+        This is the proximal step in the metric of an adaptive optimizer (ProxGen, Yun et al., 2020, arXiv:2007.07484; Melchior
+        et al., 2019, arXiv:1910.10094). A squared gradient estimates how much the loss needs a scale (Fisher
+        information), which magnitudes that are all alike after normal training do not show.
+        """
+        if "squares" not in self.state:
+            return 1.0
+        rms = scale_norms(self.state["squares"].sqrt(), self.layout)
+        known = (self.layout.scale_table < len(self.layout.owner)).any(1)
+        ease = (rms[known].median() / rms.clamp(min=1e-12)).clamp(1 / EASIEST, EASIEST)
+        return torch.where(known, ease, 1.0)
 
     def _mean(self, norms: torch.Tensor) -> torch.Tensor:
         if self.scales:
@@ -229,17 +258,6 @@ class Sparsifier:
             torch.cat([stopped, stopped.new_zeros(1)])[self.layout.scale_table].any(1) if self.scales else stopped
         )
         return torch.maximum(factors, limit)
-
-    def _restored(self, model: nn.Module, factors: torch.Tensor) -> torch.Tensor:
-        """Return the factors with the norm of each group as it was: a scale common to all its channels is free.
-
-        Shrinking at a constant L2 norm minimises L1 / L2 (DeepHoyer, Yang et al., 2020, arXiv:1908.09979): channels
-        compete, where plain L1 lets the layers behind make up for it until all channels vanish at once.
-        """
-        before = read_scales(model, self.layout).square()
-        group = self.layout.group[self.layout.owner]
-        sums = [before.new_zeros(len(self.groups)).index_add_(0, group, v) for v in (before, before * factors.square())]
-        return factors * (sums[0] / sums[1].clamp(min=1e-12)).sqrt()[group]
 
     def _floors(self, norms: torch.Tensor) -> torch.Tensor:
         """Return (C,) strengths below which a channel is not drawn: zero but for the strongest ones of each group."""
