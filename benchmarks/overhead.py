@@ -2,10 +2,16 @@
 """Time of a training step with each technique against a plain step, side by side in one process.
 
     python benchmarks/overhead.py model=best.pt data=data.yaml imgsz=192 batch=16 rounds=30 runs=slim,group_sl
+    python benchmarks/overhead.py model=n.pt teacher=s.pt ... runs=teacher,builtin,default,default/2,cwd,bckd+pkd
 
 Every run is a real trainer with its own model and optimizer on the same batch; a round does one step of each, in random
-order. A step is forward, loss, backward, unscale, clip, optimizer, EMA and what the technique does around them. Prints
-the median, 10 to 90 % of the rounds, and the median of the paired ratios to the plain step.
+order. A step is forward, loss, backward, unscale, clip, optimizer, EMA and what the technique does around them. Runs
+are sparsity penalties, or distillation from `teacher` (`model` itself when not given): `default`, losses and stacks as
+in `distillation.py`, with `/2` to ask the teacher in every other step (the mean of two is counted); `builtin` is the
+stock trainer with `distill_model`; `teacher` is the forward pass of the teacher alone as we run it, and `forward` the
+same as `distill_model` runs it. Prints the median, 10 to 90 % of the rounds, and the medians of the paired ratios to
+the plain step, to the plain step and either forward pass together, and to the built-in.
+`clock=cpu` counts the time of this process, for a machine that others use too; give `threads=1` with it.
 """
 
 from __future__ import annotations
@@ -14,11 +20,13 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import distillation
 import torch
 from ultralytics import YOLO
 
@@ -26,7 +34,20 @@ from yolo_ext.reporting.tables import align
 from yolo_ext.sparsity.penalties import penalties
 from yolo_ext.trainers import trainer_for
 
-OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, **{r.name: {"sparsity": {"method": r.name}} for r in penalties}}
+PENALTIES = penalties.names()
+FORWARD = {"teacher": "default", "forward": "builtin"}  # runs that are a forward pass only, of the teacher of which run
+DISTILLATION = [*FORWARD, "builtin", "default", "default/2"]
+
+
+def options_of(run: str, args: dict[str, str]) -> dict[str, Any]:
+    """Return the training options that make up a run."""
+    if run == "plain" or run in PENALTIES:
+        return {"sparsity": {"method": run}} if run in PENALTIES else {}
+    name, _, every = run.partition("/")
+    found = distillation.options_of(FORWARD.get(name, name), str(Path(args["teacher"]).resolve()))
+    if every:
+        found["distill"]["every"] = int(every)
+    return found
 
 
 class Stop(Exception):
@@ -54,44 +75,71 @@ def ready(options: dict[str, Any], args: dict[str, str], folder: Path) -> tuple[
     sizes = {"imgsz": int(args["imgsz"]), "batch": int(args["batch"]), "nbs": int(args["batch"])}
     place = {"save_dir": str(folder), "exist_ok": True, "device": args.get("device", "cpu")}
     with suppress(Stop):
-        yolo.train(trainer=trainer_for(yolo.task), data=args["data"], **fixed, **sizes, **place, **options)
+        trainer = None if "distill_model" in options else trainer_for(yolo.task)
+        yolo.train(trainer=trainer, data=args["data"], **fixed, **sizes, **place, **options)
     trainer = found[0]
     return trainer, trainer.preprocess_batch(next(iter(trainer.train_loader)))
 
 
-def step(trainer: Any, batch: dict[str, Any]) -> float:
-    """Do one training step and return its seconds."""
-    began = time.perf_counter()
-    trainer.cadence.waiting = 1
+def step(trainer: Any, batch: dict[str, Any]) -> None:
+    """Do one training step."""
+    if hasattr(trainer, "cadence"):
+        trainer.cadence.waiting = 1
     loss, _ = trainer.model(batch)
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()
+
+
+def seconds(run: str, trainer: Any, batch: dict[str, Any], clock: Callable[[], float]) -> float:
+    """Return the seconds of a step of this run, of several where not every one asks the teacher."""
+    steps = int(run.partition("/")[2] or 1)
+    began = clock()
+    for _ in range(steps):
+        if run == "teacher":
+            trainer.distiller.guides[0].ask(batch["img"])
+        elif run == "forward":
+            with torch.no_grad():
+                trainer.model.teacher_model(batch["img"])
+        else:
+            step(trainer, batch)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return (clock() - began) / steps
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """Return all times, with the medians of the ratios to other runs of the same round."""
+    against = {"Ratio": times["plain"]}
+    for run in FORWARD:
+        if run in times:
+            against[f"Plain + {run}"] = [a + b for a, b in zip(times["plain"], times[run])]
+    if "builtin" in times:
+        against["Built-in"] = times["builtin"]
+    rows = []
+    for run, found in times.items():
+        low, *_, high = quantiles(found, n=10)
+        ratios = [f"{median(a / b for a, b in zip(found, base)):.3f}" for base in against.values()]
+        rows.append([run, f"{1e3 * median(found):.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}", *ratios])
+    return align(rows, ["Step", "Median ms", "p10 to p90", *against])
 
 
 def main() -> None:
     args = {"batch": "16", "rounds": "30", **dict(a.split("=", 1) for a in sys.argv[1:])}
+    args = {"teacher": args["model"], **args}
     torch.set_num_threads(int(args.get("threads", torch.get_num_threads())))
-    names = ["plain", *(r for r in args.get("runs", ",".join(OPTIONS)).split(",") if r != "plain")]
+    clock = time.process_time if args.get("clock") == "cpu" else time.perf_counter
+    runs = args.get("runs", ",".join([*PENALTIES, *DISTILLATION])).split(",")
+    runs = ["plain", *(r for r in runs if r != "plain")]
     with tempfile.TemporaryDirectory() as tmp:
-        made = {n: ready(OPTIONS[n], args, Path(tmp) / n) for n in names}
+        made = {r: ready(options_of(r, args), args, Path(tmp) / str(i)) for i, r in enumerate(runs)}
         batch = made["plain"][1]
-        times: dict[str, list[float]] = {n: [] for n in names}
+        times: dict[str, list[float]] = {r: [] for r in runs}
         for i in range(int(args["rounds"]) + 3):
-            for n in random.Random(i).sample(names, len(names)):
-                seconds = step(made[n][0], batch)
+            for r in random.Random(i).sample(runs, len(runs)):
+                spent = seconds(r, made[r][0], batch, clock)
                 if i >= 3:
-                    times[n].append(seconds)
-    rows = []
-    for n in names:
-        ratios = [a / b for a, b in zip(times[n], times["plain"])]
-        low, *_, high = quantiles(times[n], n=10)
-        rows.append(
-            [n, f"{1e3 * median(times[n]):.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}", f"{median(ratios):.3f}"]
-        )
-    print(align(rows, ["Step", "Median ms", "p10 to p90", "Ratio"]))
+                    times[r].append(spent)
+    print(table(times))
 
 
 if __name__ == "__main__":

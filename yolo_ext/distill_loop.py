@@ -62,7 +62,8 @@ def teachers_along(trainer: Any) -> Iterator[None]:
         yield
         return
     student = deepcopy(unwrap_model(trainer.model)).eval()
-    guides = [make_guide(name, student, trainer.device, imgsz=cfg.imgsz) for name in _names(cfg)]
+    how = {"imgsz": cfg.imgsz, "half": cfg.half}
+    guides = [make_guide(name, student, trainer.device, **how) for name in _names(cfg)]
     held: list[Any] = []
 
     def ask(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:

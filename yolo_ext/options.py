@@ -132,6 +132,7 @@ class DistillConfig:
         None, "Longer side in pixels of the images as the teacher sees them; None: as they are", low=32
     )
     compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
+    half: bool = option(False, "Teacher in bfloat16 on a CPU as well; on a GPU it is in float16 anyway")
     preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext import runs
+from yolo_ext import distill_loop, runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import as_plain
 from yolo_ext.options import DistillConfig
@@ -76,6 +76,7 @@ def measure(run: Run, weights: Path) -> dict[str, Any]:
         from yolo_ext.deployment.verify import map_torch
 
         found.update(map_torch(weights, run.data, run.imgsz))
+        distill_loop.remember(model, run.data, run.imgsz, found["map"])
     return found
 
 

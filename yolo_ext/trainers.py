@@ -15,7 +15,7 @@ from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, prune_loop, resume, sparse_loop
+from yolo_ext import compat, distill_loop, prune_loop, resume, sparse_loop
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
@@ -165,6 +165,7 @@ class CompressionMixin:
             from yolo_ext.distillation.criterion import DistillationLoss
 
             self.distiller.begin(self)
+            distill_loop.preflight(self)
             model.criterion = DistillationLoss(model.criterion, self.distiller)
         if self.sparsifier is not None:
             model.criterion = LoggedLoss(model.criterion, lambda: sparse_loop.items(self))
@@ -192,19 +193,13 @@ class CompressionMixin:
         if self.compression["sparsity"]:
             sparse_loop.attach(self, unwrap_model(model), optimizer)
         if self.compression["distill"]:
-            self._load_teacher(unwrap_model(model))
-            if adapters := list(self.distiller.adapters.parameters()):
-                like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-                like.update(weight_decay=0.0, param_group="distill")
-                like["lr"] = min(g["lr"] for g in optimizer.param_groups)  # MuSGD triples it for parts of the head
-                optimizer.add_param_group({"params": adapters, **like})
+            distill_loop.attach(self, unwrap_model(model), optimizer)
         return optimizer
 
-    def _load_teacher(self, student: nn.Module) -> None:
-        from yolo_ext.distillation.criterion import Distiller
-
-        self.distiller = Distiller(student, self.compression["distill"], self.device, shrinks=bool(self.prune_epochs))
-        LOGGER.info(f"{colorstr('distill: ')}{self.distiller.summary()}")
+    def auto_batch(self, *args: Any, **kwargs: Any) -> int:
+        """Find the batch size that fits into memory together with the teachers."""
+        with distill_loop.teachers_along(self):
+            return super().auto_batch(*args, **kwargs)  # type: ignore[misc]
 
     def preprocess_batch(self, batch: dict) -> dict:
         """Correct, after warmup may have set it, how many batches a resumed run accumulates until its first step."""
@@ -214,13 +209,9 @@ class CompressionMixin:
     def optimizer_step(self) -> None:
         """Clip the adapters apart from the student and keep them equal across ranks, then step as usual."""
         if self.distiller is not None:
-            grads = [p.grad for p in self.distiller.adapters.parameters() if p.grad is not None]
-            if RANK != -1:
-                for g in grads:
-                    torch.distributed.all_reduce(g, op=torch.distributed.ReduceOp.AVG)
-            if grads:
-                limit = 10.0 * self.scaler.get_scale()
-                torch.nn.utils.clip_grad_norm_(self.distiller.adapters.parameters(), max_norm=limit)
+            self.distiller.sync()
+            if adapters := list(self.distiller.adapters.parameters()):
+                torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0 * self.scaler.get_scale())
         super().optimizer_step()  # type: ignore[misc]
         prune_loop.after_step(self)
         if self.sparsifier is not None:

@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import RTDETRDetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
-from yolo_ext import compat, prune_loop, runs
+from yolo_ext import compat, distill_loop, prune_loop, runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, parse
 from yolo_ext.errors import UsageError
@@ -159,6 +159,7 @@ def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) ->
     found = runs.model_figures(model, path, imgsz)
     if trained and data and runs.has_boxes(model) and len(model.names) == _classes(data):
         found.update(map_torch(path, data, imgsz))
+        distill_loop.remember(model, data, imgsz, found["map"])
     return found
 
 

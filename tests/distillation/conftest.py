@@ -14,11 +14,11 @@ from yolo_ext.checkpoint import save_model
 CLASSES = {"-seg": tasks.SegmentationModel, "-pose": tasks.PoseModel, "-obb": tasks.OBBModel}
 
 
-def random_model(yaml: str, seed: int = 0) -> nn.Module:
-    """Return a model with three classes a, b, c whose BatchNorm and class scores are not trivial."""
+def random_model(yaml: str, seed: int = 0, nc: int = 3) -> nn.Module:
+    """Return a model with up to three classes a, b, c whose BatchNorm and class scores are not trivial."""
     torch.manual_seed(seed)
     cls = next((c for suffix, c in CLASSES.items() if suffix in yaml), tasks.DetectionModel)
-    net = cls(yaml, nc=3, verbose=False)
+    net = cls(yaml, nc=nc, verbose=False)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.1)
@@ -29,7 +29,7 @@ def random_model(yaml: str, seed: int = 0) -> nn.Module:
         for branch in getattr(head, name, None) or []:
             nn.init.normal_(branch[-1].weight, 0, 0.3)
             nn.init.zeros_(branch[-1].bias)
-    net.names = {0: "a", 1: "b", 2: "c"}
+    net.names = dict(enumerate("abc"[:nc]))
     return net.eval()
 
 
@@ -43,8 +43,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that gives a checkpoint of a model, made once."""
     folder = tmp_path_factory.mktemp("teachers")
 
-    def save(yaml: str, seed: int = 0) -> Path:
-        file = folder / f"{yaml.removesuffix('.yaml')}-{seed}.pt"
-        return file if file.exists() else save_model(random_model(yaml, seed), file)
+    def save(yaml: str, seed: int = 0, nc: int = 3) -> Path:
+        file = folder / f"{yaml.removesuffix('.yaml')}-{seed}-{nc}.pt"
+        return file if file.exists() else save_model(random_model(yaml, seed, nc), file)
 
     return save

@@ -155,7 +155,7 @@ def test_a_batch_with_a_loss_that_is_not_finite_is_trained_without(setup, batch,
     loss, items = model(batch)
     loss.sum().backward()
     assert list(distilled(items).values()) == [0.0, 0.0, 0.0] and distiller.skipped == 1
-    assert all(p.grad.abs().max() == 0 for p in distiller.adapters.parameters())
+    assert all(p.grad is None for p in distiller.adapters.parameters())
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     bias.copy_(before)
     assert distilled(model(batch)[1])["kd_cls_loss"] > 0 and distiller.skipped == 1
@@ -177,10 +177,12 @@ def test_every_so_many_batches_with_the_same_pull(setup, batch):
 def test_a_teacher_that_is_through_is_not_asked_any_more(setup, batch, options):
     model, distiller = setup("yolov8n", "yolov8s", **options)
     distiller.set_epoch(1, 10, 8)
-    assert distilled(model(batch)[1])["kd_cls_loss"] > 0
+    before = distilled(model(batch)[1])
+    assert before["kd_cls_loss"] > 0
     distiller.set_epoch(2, 10, 8)
     distiller.guides[0].ask = None
-    assert set(distilled(model(batch)[1]).values()) == {0.0}
+    after = distilled(model(batch)[1])
+    assert set(after.values()) == {0.0} and list(after) == list(before)  # the header of results.csv is written once
 
 
 def test_hard_and_soft_weights(setup, batch):

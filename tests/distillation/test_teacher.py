@@ -1,14 +1,19 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
+from yolo_ext.checkpoint import save_model
 from yolo_ext.config import PruneConfig
-from yolo_ext.distillation.pairs import class_map
+from yolo_ext.distillation.pairs import class_map, with_classes
 from yolo_ext.distillation.teacher import kept_channels, load_teacher, make_guide
 from yolo_ext.errors import UsageError
 from yolo_ext.pruning.surgery import prune_model
@@ -86,3 +91,140 @@ def test_kept_channels_tell_which_neck_channels_are_left(build):
             .get("out", range(before.out_channels))
         )
         assert torch.equal(conv.weight, before.weight[list(rows)][:, index])
+
+
+# Classes of the data -----------------------------------------------------------------------------------------------
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the scores of each branch, (B, nc, A) or (B, nc, 1)."""
+    model.eval()
+    model.model[-1].training = True
+    with torch.no_grad():
+        raw = model(x)
+    if isinstance(raw, torch.Tensor):
+        return [raw.unsqueeze(-1)]
+    return [b["scores"] for b in ([raw] if "scores" in raw else raw.values())]
+
+
+@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml", "yolov8n-cls.yaml"])
+def test_a_teacher_with_other_classes_is_measured_on_those_of_the_data(build, yaml):
+    model = ClassificationModel(yaml, nc=3, verbose=False) if "cls" in yaml else build(yaml)
+    model.names = {0: "a", 1: "b", 2: "c"}
+    x = torch.rand(1, 3, 64, 64)
+    before = outputs(model, x)
+    assert with_classes(model, {0: "a", 1: "b", 2: "c"}, "t.pt") is model
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model, x)))
+    after = outputs(with_classes(model, {0: "C", 1: "new", 2: "a", 3: "b"}, "t.pt"), x)
+    for a, b in zip(before, after):
+        assert b.shape[1] == 4 and torch.allclose(b[:, [2, 3, 0]], a, atol=1e-5) and (b[:, 1] <= -29.9).all()
+    if yaml == "yolov8n.yaml":
+        assert model.eval()(x)[0].shape[1] == 4 + 4  # decodes with four classes
+
+
+# Images of another size --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("images", "imgsz", "size"),
+    [((64, 96), None, (64, 96)), ((64, 96), 96, (64, 96)), ((64, 96), 192, (128, 192)), ((640, 480), 320, (320, 256)),
+     ((320, 32), 64, (64, 32))],
+    ids=["as they are", "the same", "larger", "rounded to the stride", "at least one cell"],
+)  # fmt: skip
+def test_the_teacher_sees_images_at_its_size(build, saved, images, imgsz, size):
+    guide = make_guide(str(saved("yolov8n.yaml")), build("yolov8n.yaml", 3), CPU, imgsz=imgsz)
+    assert guide.size(torch.zeros(1, 3, *images)) == size
+
+
+@pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml"])
+def test_outputs_come_back_on_the_grid_of_the_student(build, saved, yaml):
+    student, x = build(yaml, 3), torch.rand(2, 3, 64, 96)
+    same, plain, larger = (make_guide(str(saved(yaml)), student, CPU, imgsz=s) for s in (96, None, 192))
+    raw = [g.ask(x) for g in (same, plain, larger)]
+    for name in ("",) if "scores" in raw[0] else ("one2many", "one2one"):
+        a, b, c = (r[name] if name else r for r in raw)
+        assert all(torch.equal(a[k], b[k]) for k in ("scores", "boxes")), "another path at the same size"
+        assert [f.shape for f in c["feats"]] == [f.shape for f in a["feats"]] and c["scores"].shape == a["scores"].shape
+        seen = plain.ask(F.interpolate(x, (128, 192), mode="bilinear", antialias=True))
+        direct = plain.output(seen[name] if name else seen, plain.model, 1)
+        back = larger.output(c, larger.model, 1)
+        # the mean of four cells of the larger grid is the cell between them, for scores and for corners
+        mean = lambda t: F.avg_pool2d(t[..., : 16 * 24].unflatten(-1, (16, 24)), 2).flatten(2)  # noqa: E731
+        assert torch.allclose(back.scores[..., : 8 * 12], mean(direct.scores), atol=1e-5)
+        far = (direct.anchors + direct.ltrb[..., 2:]).transpose(1, 2)
+        near = (back.anchors + back.ltrb[..., 2:]).transpose(1, 2)
+        assert torch.allclose(near[..., : 8 * 12] * 2, mean(far), atol=1e-3)
+
+
+# Compiled ----------------------------------------------------------------------------------------------------------
+TINY = {
+    "nc": 3,
+    "scales": {"n": [0.33, 0.125, 512]},
+    "backbone": [[-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [128, 3, 2]], [-1, 1, "Conv", [256, 3, 2]]],
+    "head": [[[2], 1, "Detect", ["nc"]]],
+}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Return a function that gives a teacher as it is and one to be compiled, with the same weights."""
+
+    def make():
+        torch.manual_seed(0)
+        model = DetectionModel({**TINY, "scale": "n"}, verbose=False)
+        file = str(save_model(model, tmp_path / "tiny.pt"))
+        return [make_guide(file, model, CPU, compiled=c) for c in (False, True)]
+
+    return make
+
+
+def assert_equal(a, b, x):
+    for left, right in zip(*(g.ask(x).items() for g in (a, b))):
+        pairs = zip(left[1], right[1]) if left[0] == "feats" else [(left[1], right[1])]
+        assert all(torch.allclose(u, v, atol=1e-5) for u, v in pairs), left[0]
+
+
+def test_a_compiled_teacher_gives_the_same_raw_outputs(pair, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced; no compiler needed
+    plain, compiled = pair()
+    assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
+    assert compiled.model._compiled_call_impl is not None and plain.model._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_the_compiler_of_this_machine_is_used_if_there_is_one(pair):
+    plain, compiled = pair()
+    assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:
+        assert compiled.model._compiled_call_impl is None
+    else:
+        assert compiled.model._compiled_call_impl is not None
+
+
+def test_without_a_compiler_a_teacher_runs_as_it_is_and_says_so_once(pair, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+    plain, compiled = pair()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
+    (line,) = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
+    assert "No working C++ compiler found" in line and "\n" not in line
+
+
+def test_what_fails_without_a_compiler_too_is_raised(pair):
+    with pytest.raises(RuntimeError, match="channels"):
+        pair()[0].ask(torch.rand(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_precision_of_the_teacher(saved, build, half):
+    """Half precision on a CPU only when asked; its outputs stay close to the full ones."""
+    student, file = build("yolov8n.yaml"), str(saved("yolov8n.yaml"))
+    full, guide = make_guide(file, student, CPU, half=False), make_guide(file, student, CPU, half=half)
+    assert next(guide.model.parameters()).dtype == (torch.bfloat16 if half else torch.float32)
+    images = torch.rand(2, 3, 64, 64)
+    wanted, found = (g.ask(images)["scores"].float().sigmoid() for g in (full, guide))
+    torch.testing.assert_close(found, wanted, atol=2e-2 if half else 0.0, rtol=0)

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.ops import xywh2xyxy
@@ -16,6 +17,7 @@ from yolo_ext.config import DistillConfig
 from yolo_ext.distillation.balance import Balance
 from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
 from yolo_ext.distillation.features import Align, modules
+from yolo_ext.distillation.grids import resized
 from yolo_ext.distillation.pairs import Site, sites
 from yolo_ext.distillation.preflight import check, summary
 from yolo_ext.distillation.schedules import scale
@@ -49,7 +51,8 @@ class Distiller:
         """
         self.cfg, self.student, self.terms = cfg, student, terms(cfg)
         names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
-        self.guides = [make_guide(name, student, device) for name in names]
+        how = {"imgsz": cfg.imgsz, "compiled": cfg.compile, "half": cfg.half}
+        self.guides = [make_guide(name, student, device, **how) for name in names]
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)
         self.direct = any(g.kept is not None for g in self.guides)
@@ -63,6 +66,9 @@ class Distiller:
         self.balance = Balance()
         self.adapters.append(self.balance)
         self.adapters.to(device)
+        if _processes() > 1:  # each of them has drawn other numbers
+            for tensor in self.adapters.state_dict().values():
+                dist.broadcast(tensor, 0)
         self.taps = [Taps(m, p) for m, p in zip([student, *(g.model for g in self.guides)], self._tapped())]
         self.keys = ["kd_cls_loss", "kd_box_loss"] * bool(cfg.logits) + ["kd_feat_loss"] * bool(cfg.features)
         self.factors = [1.0] * len(self.terms)
@@ -209,6 +215,7 @@ class Distiller:
         term, parts = self.terms[t], []
         for site in self.sites[g][t]:
             pair, options = (maps[0][site.student], maps[1][site.teacher]), dict(term.options)
+            pair = (pair[0], resized(pair[1], pair[0].shape[2:]))  # of a teacher that sees images of another size
             if term.needs("equal width"):
                 pair = self.aligns[g, site](*pair)
             if term.needs("module"):
@@ -226,11 +233,23 @@ class Distiller:
         raw = cross_head(compat.detection_head(guide.model), hidden, term.split, branch, adapters)
         return guide.output(raw, guide.model, 1)
 
+    def sync(self) -> None:
+        """Average the gradients of the adapters over all processes, and the balance; to be called before a step.
+
+        Each process sends all of them, because the others wait: zeros where its own loss was off or not finite.
+        """
+        if (count := _processes()) == 1:
+            return
+        for p in self.adapters.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        tensors = [*(p.grad for p in self.adapters.parameters()), self.balance.means]
+        mean = torch.cat([t.flatten() for t in tensors]) / count  # gloo knows no average
+        dist.all_reduce(mean)
+        for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
     def _nothing(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return zeros whose gradients are zeros, because other ranks wait for those of the adapters."""
-        zero = batch["img"].new_zeros((), dtype=torch.float32)
-        zero = sum(((p * 0.0).sum() for p in self.adapters.parameters()), zero)
-        return dict.fromkeys(self.keys, zero)
+        return dict.fromkeys(self.keys, batch["img"].new_zeros((), dtype=torch.float32))
 
     def _note(self, name: str, value: torch.Tensor) -> None:
         if self.seen is not None and RANK in {-1, 0}:
@@ -242,6 +261,10 @@ class Distiller:
             parts = ", ".join(f"{k} {v:.3g}" for k, v in self.seen.items() if v)
             LOGGER.info(f"{colorstr('distill: ')}first batch: task loss {float(task):.3g}, at full weight {parts}")
             self.seen = None
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _branches(raw: Any) -> dict[str, dict[str, Any]]:

@@ -109,7 +109,7 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) 
         Scalar: KL divergence summed over positions, averaged over images and channels.
     """
     s, t = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
-    kl = (t.exp() * (t - s)).sum() / (s.shape[0] * s.shape[1])
+    kl = F.kl_div(s, t, reduction="sum", log_target=True) / (s.shape[0] * s.shape[1])
     return temperature**2 * kl.clamp(min=0.0)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def pick_levels(raw: dict[str, Any], levels: list[int]) -> dict[str, Any]:
     return {**picked, "feats": [raw["feats"][i] for i in levels]}
 
 
-def class_map(teacher: nn.Module, student: nn.Module, path: str) -> tuple[list[int], list[int]]:
+def class_map(teacher: Any, student: Any, path: str) -> tuple[list[int], list[int]]:
     """Return the classes that student and teacher share by name: indices of the student, indices of the teacher.
 
     Raises:
@@ -69,6 +70,37 @@ def class_map(teacher: nn.Module, student: nn.Module, path: str) -> tuple[list[i
             f"{list(teacher.names.values())[:10]}. Give a teacher that was trained on the same classes."
         )
     return [i for i, _ in shared], [j for _, j in shared]
+
+
+def with_classes(teacher: nn.Module, names: dict[int, str], path: str) -> nn.Module:
+    """Bring the outputs of a model to the classes of a data set, in place; classes that it does not know get no score.
+
+    Args:
+        teacher: Detector with a branch of scores for each level, or classifier.
+        names: Classes of the data.
+        path: File of the teacher, for the message.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: If they share no class.
+    """
+    head = compat.detection_head(teacher)
+    ours, theirs = class_map(teacher, SimpleNamespace(names=names), path)
+    if ours == theirs == list(range(len(teacher.names))) and len(names) == len(ours):
+        return teacher
+    branches = [b for k in ("cv3", "one2one_cv3") for b in getattr(head, k, None) or ()]
+    for last in [b[-1] for b in branches] or [head.linear]:
+        weight, bias = last.weight.data, last.bias.data
+        last.weight = nn.Parameter(weight.new_zeros(len(names), *weight.shape[1:]))
+        last.bias = nn.Parameter(bias.new_full((len(names),), -30.0))
+        last.weight.data[ours], last.bias.data[ours] = weight[theirs], bias[theirs]
+        setattr(last, "out_channels" if isinstance(last, nn.Conv2d) else "out_features", len(names))
+    if branches:
+        head.no, head.nc = head.no + len(names) - head.nc, len(names)
+    teacher.names = dict(names)
+    return teacher
 
 
 def sites(term: Term, student: nn.Module, teacher: nn.Module, levels: list[tuple[int, int]]) -> list[Site]:

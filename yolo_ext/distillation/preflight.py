@@ -1,8 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Before training: what cannot be distilled is refused, and what corresponds to what is said."""
+"""Before training: what cannot be distilled is refused, what corresponds to what and what it costs is said."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,55 @@ from yolo_ext import compat
 from yolo_ext.distillation.stack import Term, title
 from yolo_ext.distillation.teacher import Guide
 from yolo_ext.errors import UsageError
+from yolo_ext.reporting.tables import ABSENT, align
 
+TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student
 CLASSIFY = ("kl", "kl_binary", "l1", "l2")  # the others look at boxes or at objects
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a teacher or of the student before training.
+
+    Attributes:
+        name: ``student``, or the file of a teacher.
+        imgsz: Side in pixels of the images as it sees them.
+        params: Parameters as deployed.
+        gflops: GFLOPs as deployed, at this size.
+        accuracy: mAP50-95, or top-1 of a classifier, on the val split from 0 to 1; None where it was not measured.
+    """
+
+    name: str
+    imgsz: int
+    params: int
+    gflops: float
+    accuracy: float | None = None
+
+
+def table(student: Facts, teachers: list[Facts], metric: str) -> str:
+    """Return the facts as an aligned table; `metric` is the title of the accuracy."""
+    rows = [
+        [f.name, f.imgsz, f"{f.params:,}", f"{f.gflops:.2f}", ABSENT if f.accuracy is None else f"{f.accuracy:.4f}"]
+        for f in (student, *teachers)
+    ]
+    return align(rows, ["", "Pixels", "Parameters", "GFLOPs", metric])
+
+
+def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
+    """Return in sentences why a teacher may not help: not better than the student, or far larger (Cho and Hariharan,
+    2019, ICCV; Mirzadeh et al., 2020, AAAI)."""
+    found = []
+    if teacher.accuracy is not None and student.accuracy is not None and teacher.accuracy <= student.accuracy:
+        found.append(
+            f"'{teacher.name}' is no better than the student: {metric} {teacher.accuracy:.4f} against "
+            f"{student.accuracy:.4f} on the val split. Train it on these data first, give a better one, or leave it out"
+        )
+    if teacher.gflops > TOO_BIG * student.gflops:
+        found.append(
+            f"'{teacher.name}' has {teacher.gflops / student.gflops:.0f} times the FLOPs of the student. Beyond "
+            f"{TOO_BIG:g} times, a teacher of middle size usually teaches more (Mirzadeh et al., 2020, AAAI)"
+        )
+    return found
 
 
 def check(terms: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool) -> None:
@@ -38,6 +86,11 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
     heads = [compat.detection_head(m) for m in (student, guide.model)]
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
+    inner = term.needs("cross head") or set(term.layers) - {"neck"}
+    if guide.compiled and inner:
+        return "it reads layers inside of a model, which 'distill.compile' hides. Leave one of them out."
+    if guide.imgsz and (term.needs("cross head") or term.needs("equal bins")):
+        return f"'distill.imgsz={guide.imgsz}' gives the teacher another grid. Leave it out, or use 'bckd'."
     if term.needs("several classes") and len(guide.classes[0]) == 1:
         return "it compares classes with one another, and there is one class. Use 'kl_binary'."
     if term.needs("equal bins") and (heads[0].reg_max != heads[1].reg_max or heads[0].reg_max == 1):
@@ -77,9 +130,10 @@ def summary(distiller: Any) -> str:
         how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
         how = how if any(key[0] == g for key in distiller.aligns) else "compared as they are"
         lines.append(f"teacher {guide.name}{classes}{partly}" + (f"; channels {maps}, {how}" if maps else ""))
+    seen = f", which sees {cfg.imgsz} px" if cfg.imgsz else ""
     every = f", every {cfg.every} batches" if cfg.every > 1 else ""
     balance = f", kept at {cfg.share:g} of the task loss" if cfg.balance == "auto" else ""
-    return "; ".join([title(distiller.terms), *lines]) + f"; {cfg.schedule} schedule{every}{balance}"
+    return "; ".join([title(distiller.terms), *lines]) + f"{seen}; {cfg.schedule} schedule{every}{balance}"
 
 
 def _name(key: int | str, strides: list[float]) -> str:

@@ -8,22 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import compat
 from yolo_ext.checkpoint import fingerprint, load_model, manifest
+from yolo_ext.distillation.grids import regrid
 from yolo_ext.distillation.logits import HeadOutput, decode
 from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
 from yolo_ext.errors import UsageError
 
 
-def load_teacher(path: str, student: nn.Module, device: torch.device) -> tuple[nn.Module, str]:
+def load_teacher(
+    path: str, student: nn.Module, device: torch.device, half: bool = False
+) -> tuple[nn.Module, str]:
     """Load a teacher and check that it can teach this student.
 
     Args:
         path: Teacher ``.pt``.
         student: The student, already pruned.
-        device: Where to put the teacher: in half precision and channels_last on a GPU.
+        device: Where to put the teacher, in channels_last.
+        half: Whether in bfloat16 on a CPU as well; on a GPU it is in float16 anyway.
 
     Returns:
         The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
@@ -43,9 +49,10 @@ def load_teacher(path: str, student: nn.Module, device: torch.device) -> tuple[n
         raise UsageError(
             f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
         )
-    teacher = compat.fuse_blocks(teacher).to(device).requires_grad_(False)
-    if device.type == "cuda":
-        teacher = teacher.half().to(memory_format=torch.channels_last)
+    teacher = compat.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    cuda = device.type == "cuda"
+    if half or cuda:
+        teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
     return compat.raw_outputs(teacher), parent
 
 
@@ -79,6 +86,8 @@ class Guide:
         kept: Channels by level that a pruned student of this teacher still has; None for other teachers.
         classes: Indices of the shared classes, of the student and of the teacher.
         levels: Shared levels, of the student and of the teacher; empty for classifiers.
+        imgsz: Longer side in pixels of the images as the teacher sees them, None for that of the batch.
+        compiled: Whether it was asked to be compiled.
     """
 
     name: str
@@ -86,6 +95,8 @@ class Guide:
     kept: list[list[int]] | None
     classes: tuple[list[int], list[int]]
     levels: list[tuple[int, int]]
+    imgsz: int | None = None
+    compiled: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -94,14 +105,31 @@ class Guide:
 
     @torch.no_grad()
     def ask(self, images: torch.Tensor) -> Any:
-        """Return the raw output of the teacher on (B, C, H, W) images."""
+        """Return the raw output of the teacher on (B, C, H, W) images, on the grid of a student that sees them."""
         model = self.model
-        head = compat.detection_head(model)
+        head, size = compat.detection_head(model), self.size(images)
+        seen = images
+        if size != images.shape[2:]:
+            seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
         mode, head.training = head.training, True  # the average of the student decodes where it is validated
         try:
-            return model(images.to(next(model.parameters()).dtype))
+            raw = _run(model, seen.to(next(model.parameters()).dtype))
         finally:
             head.training = mode
+        if size == images.shape[2:] or not self.levels:
+            return raw
+        grids = [(-(-images.shape[2] // s), -(-images.shape[3] // s)) for s in head.stride.int().tolist()]
+        found = {k: regrid(v, head.stride, grids) for k, v in compat.branches(raw).items()}
+        return found.get("", found)
+
+    def size(self, images: torch.Tensor) -> tuple[int, int]:
+        """Return height and width at which the teacher sees (B, C, H, W) images: multiples of its largest stride."""
+        h, w = images.shape[2:]
+        if self.imgsz is None:
+            return h, w
+        stride = compat.max_stride(self.model)
+        scaled = [max(round(x * self.imgsz / max(h, w) / stride), 1) * stride for x in (h, w)]
+        return scaled[0], scaled[1]
 
     def output(self, raw: dict[str, Any], model: nn.Module, side: int) -> HeadOutput:
         """Decode one branch on shared levels and classes.
@@ -119,16 +147,40 @@ class Guide:
         raw = pick_levels(raw, levels)
         same = classes == list(range(raw["scores"].shape[1]))
         index = None if same else torch.tensor(classes, device=raw["scores"].device)
-        return decode(raw, head.stride[levels], head.reg_max, index)
+        return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
 
 
-def make_guide(name: str, student: nn.Module, device: torch.device) -> Guide:
+def _run(model: nn.Module, images: torch.Tensor) -> Any:
+    """Run a teacher, from now on without compiling it where that fails."""
+    try:
+        return model(images)
+    except Exception as error:
+        if model._compiled_call_impl is None or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        model._compiled_call_impl = None
+        reason = str(error).strip().splitlines()[0]
+        LOGGER.warning(f"{colorstr('distill: ')}the teacher cannot be compiled and runs as it is ({reason})")
+        return model(images)
+
+
+def make_guide(
+    name: str,
+    student: nn.Module,
+    device: torch.device,
+    *,
+    imgsz: int | None = None,
+    compiled: bool = False,
+    half: bool = False,
+) -> Guide:
     """Load a teacher and match it with the student.
 
     Args:
         name: Teacher ``.pt``, or ``ema``, whose model has to be set as `get` before it is asked.
         student: The student, already pruned.
         device: Device of the student.
+        imgsz: Longer side in pixels of the images as the teacher sees them, None for that of the batch.
+        compiled: Compile a teacher that is a file when it is first asked.
+        half: As for `load_teacher`.
 
     Raises:
         UsageError: If they have no task, class or stride in common.
@@ -136,8 +188,10 @@ def make_guide(name: str, student: nn.Module, device: torch.device) -> Guide:
     if name == "ema":
         teacher, kept, get = student, None, lambda: student
     else:
-        teacher, parent = load_teacher(name, student, device)
+        teacher, parent = load_teacher(name, student, device, half)
         kept, get = kept_channels(student, parent), lambda: teacher
+        if compiled:
+            teacher.compile()
     classify = compat.task_of(student) == "classify"
     levels = [] if classify else level_map(student, teacher, name)
-    return Guide(name, get, kept, class_map(teacher, student, name), levels)
+    return Guide(name, get, kept, class_map(teacher, student, name), levels, imgsz, compiled)
