@@ -85,7 +85,7 @@ def sensitive(model, scale):
 @pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 65536.0], ids=["tiny", "one", "unscaled-amp"])
 def test_the_pull_spares_what_the_loss_is_sensitive_to(fresh, method, scale):
-    """A channel moves in inverse proportion to its root mean square gradient; a common factor of all does not matter."""
+    """A channel moves in inverse proportion to its root mean square gradient; what is common to all does not matter."""
     model = fresh()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     sensitive(model, scale)

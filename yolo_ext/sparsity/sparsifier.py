@@ -207,9 +207,11 @@ class Sparsifier:
 
     def _watch(self, model: nn.Module) -> None:
         """Average the squared gradients of the scales, which the optimizer step has just used."""
-        grads = [model.get_parameter(name).grad for name in self.layout.scales]
-        if not grads or any(g is None for g in grads):
+        params = [model.get_parameter(name) for name in self.layout.scales]
+        if all(p.grad is None for p in params):
             return
+        # no loss needs those without a gradient
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         squares = torch.cat(grads)[self.layout.slots].float().square()
         mean = self.state.get("squares", torch.zeros_like(squares))
         self.state["squares"] = mean.lerp(squares, 1 - MEMORY)
