@@ -219,8 +219,8 @@ class Sparsifier:
     def _ease(self) -> torch.Tensor | float:
         """Return (C,) ease of each channel: median over own root mean square of the gradient of its scales.
 
-        This is the proximal step in the metric of an adaptive optimizer (ProxGen, Yun et al., 2020, arXiv:2007.07484; Melchior
-        et al., 2019, arXiv:1910.10094). A squared gradient estimates how much the loss needs a scale (Fisher
+        This is the proximal step in the metric of an adaptive optimizer (ProxGen, Yun et al., 2020, arXiv:2007.07484;
+        Melchior et al., 2019, arXiv:1910.10094). A squared gradient estimates how much the loss needs a scale (Fisher
         information), which magnitudes that are all alike after normal training do not show.
         """
         if "squares" not in self.state:
