@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from ultralytics.cfg import parse_key_value_pair
 
 from yolo_ext.pipeline import compress
 from yolo_ext.reporting.tables import align
@@ -30,11 +31,11 @@ def one(run: str, seed: int, args: dict[str, str], out: Path) -> dict:
     method, *given = run.split("/")
     sparse = method in penalties.names()
     folder = out / f"{run.replace('/', ',')}_{seed}"
+    penalty = {"method": method, "epochs": epochs // 2, **dict(map(parse_key_value_pair, given))}
     summary = compress(
         args["model"], args["data"], imgsz=int(args["imgsz"]), seed=seed, plots=False, workers=0,
         epochs=epochs // 2 if sparse else epochs, save_dir=str(folder), exist_ok=True,
-        sparsity={"method": method, "epochs": epochs // 2, **dict(g.split("=") for g in given)} if sparse else None,
-        prune={"method": method, "speedup": speedup, "force": True},
+        sparsity=penalty if sparse else None, prune={"method": method, "speedup": speedup, "force": True},
     )  # fmt: skip
     for name in ("base", "compare"):
         shutil.rmtree(folder / name, ignore_errors=True)
