@@ -80,10 +80,10 @@ def main() -> None:
         }
         wanted = args.get("runs", "").split(",") if args.get("runs") else [*runs]
         rows = [measure(name, runs[name], files, boxes) for name in runs if name in wanted]
+        print(align(rows, ["Run", "Wall s", "CPU s", "Files/s", "Boxes/s", "Peak MB"]))
+        print(f"{files} files of {boxes} boxes, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    print(align(rows, ["Run", "Wall s", "CPU s", "Files/s", "Boxes/s", "Peak MB"]))
-    print(f"{files} files of {boxes} boxes, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

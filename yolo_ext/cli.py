@@ -15,7 +15,7 @@ from yolo_ext.registry import suggest
 
 FORWARDED = {
     "val": "Validate a model (Ultralytics)",
-    "predict": "Run a model on images (Ultralytics)",
+    "predict": "Run a model on images (Ultralytics); compare=base.pt marks what the base finds differently",
     "track": "Track objects (Ultralytics)",
     "benchmark": "Benchmark export formats (Ultralytics)",
 }
@@ -154,28 +154,27 @@ def _train(options: dict[str, Any]) -> int:
 
 
 def _export(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import export
+    from yolo_ext.deploy_tools import export
 
     need(options, "model")
-    if options.get("format", "onnx") == "onnx":
-        check_whole(options, imgsz=1, batch=1, opset=1)
+    if options.get("format", "onnx") in ("onnx", "openvino"):
+        check_whole(options, batch=1, opset=1, max_det=1)
     export(**options)
     return 0
 
 
 def _verify(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import verify
+    from yolo_ext.deploy_tools import verify
 
     need(options, "model", "onnx")
-    check_whole(options, imgsz=1)
     return 0 if verify(**options)["passed"] else 1
 
 
 def _bench(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import bench
+    from yolo_ext.bench_tools import bench
 
     need(options, "models")
-    check_whole(options, imgsz=1, threads=1, batch=1, rounds=1)
+    check_whole(options, imgsz=1, rounds=1)
     bench(**options)
     return 0
 
@@ -199,11 +198,37 @@ def _sensitivity(options: dict[str, Any]) -> int:
 
 
 def _convert(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import convert
+    from yolo_ext.data_tools import convert
 
     need(options, "source", "out")
-    check_whole(options, seed=0)
+    check_whole(options, seed=0, folds=2)
     convert(**options)
+    return 0
+
+
+def _split(options: dict[str, Any]) -> int:
+    from yolo_ext.data_tools import split
+
+    need(options, "source", "out")
+    check_whole(options, seed=0, folds=2)
+    split(**options)
+    return 0
+
+
+def _data(options: dict[str, Any]) -> int:
+    from yolo_ext.data_tools import data
+
+    need(options, "check")
+    check_whole(options, near=0)
+    return 0 if data(**options)["passed"] else 1
+
+
+def _label(options: dict[str, Any]) -> int:
+    from yolo_ext.label_tools import label
+
+    need(options, "model", "source", "out")
+    check_whole(options, imgsz=1, review=0)
+    label(**options)
     return 0
 
 
@@ -241,11 +266,17 @@ def _help(options: dict[str, Any]) -> int:
     return 0
 
 
-def _forward(command: str, argv: list[str]) -> int:
+def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
     from yolo_ext.compat import yolo_entrypoint
 
     try:
-        yolo_entrypoint(argv)
+        if command == "predict" and "compare" in options:
+            from yolo_ext.predict_tools import predict
+
+            need(options, "model", "source", "compare")
+            predict(**options)
+        else:
+            yolo_entrypoint(argv)
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
         raise UsageError(f"yolo {command}: {str(e).strip().splitlines()[0]}") from e
     return 0
@@ -271,18 +302,27 @@ COMMANDS: dict[str, Command] = {
         lambda o: _compress({"epochs": 0, **o}, "quantize", ("quant",)), "INT8 by PTQ or QAT, as ONNX", _TECHNIQUE_KEYS,
         native=True,
     ),
-    "export": Command(_export, "Write ONNX (FP32, and INT8 for a QAT model) or any Ultralytics format",
-                      ("model", "format", "out"), native=True),
+    "export": Command(_export, "Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format",
+                      ("model", "format", "out", "half", "int8", "quant"), native=True),
     "verify": Command(_verify, "Compare an ONNX file with its .pt; exit status 1 when they differ",
                       ("model", "onnx", "int8", "data", "source", "imgsz", "project", "name", "exist_ok", "save_dir")),
-    "bench": Command(_bench, "Measure latency of .pt and .onnx files side by side",
-                     ("models", "imgsz", "threads", "batch", "rounds", "project", "name", "exist_ok", "save_dir")),
+    "bench": Command(_bench, "Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side",
+                     ("models", "imgsz", "threads", "batch", "rounds", "data", "source", "profile", "memory", "project",
+                      "name", "exist_ok", "save_dir")),
     "analyze": Command(_analyze, "Print every group of coupled channels: size, cost, prunable or the reason why not",
                        ("model", "imgsz", "project", "name", "exist_ok", "save_dir")),
     "sensitivity": Command(_sensitivity, "Measure mAP and losses against the share pruned, group by group",
                            ("model", "data", "ratios", "prune", "imgsz", "project", "name", "exist_ok", "save_dir")),
-    "convert": Command(_convert, "Turn a Pascal VOC dataset into YOLO format",
-                       ("format", "source", "out", "train", "val", "test", "classes", "ratio", "seed")),
+    "convert": Command(_convert, "Convert a dataset between YOLO, Pascal VOC and COCO",
+                       ("format", "to", "source", "out", "train", "val", "test", "classes", "ratio", "stratify",
+                        "folds", "seed", "task", "difficult", "broken", "files", "images")),
+    "split": Command(_split, "Split a YOLO dataset anew: shares or folds, at random or by class",
+                     ("source", "out", "classes", "ratio", "stratify", "folds", "seed", "broken", "files")),
+    "data": Command(_data, "Summarise a dataset; exit status 1 for leaks between splits or broken files",
+                    ("check", "near", "project", "name", "exist_ok", "save_dir")),
+    "label": Command(_label, "Label images with a model: labels, previews and a review sheet",
+                     ("model", "source", "out", "format", "classes", "conf", "iou", "imgsz", "device", "beside",
+                      "overwrite", "save_conf", "previews", "files", "review")),
     "demo": Command(_demo, "Generate data, train a small YOLO and compress it; needs no network",
                     ("project", "name", "exist_ok", "seed")),
     "checks": Command(_checks, "Check the installation"),
@@ -306,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     try:
         command, options = parse_args(words)
-        return _forward(command, words) if command in FORWARDED else COMMANDS[command].run(options)
+        return _forward(command, words, options) if command in FORWARDED else COMMANDS[command].run(options)
     except YoloExtError as e:
         sys.stderr.write(f"yolo-ext: {e}\n")
         return e.exit_status
@@ -314,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"yolo-ext: {str(e).strip().splitlines()[0]}\n")
         return UsageError.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("yolo-ext: stopped. Finished stages are kept; go on with resume=True.\n")
+        sys.stderr.write("yolo-ext: stopped. What is finished is kept; go on with resume=True (label: same command).\n")
         return 130
 
 

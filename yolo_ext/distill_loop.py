@@ -62,7 +62,7 @@ def teachers_along(trainer: Any) -> Iterator[None]:
         yield
         return
     student = deepcopy(unwrap_model(trainer.model)).eval()
-    how = {"imgsz": cfg.imgsz, "half": cfg.half}
+    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half}
     guides = [make_guide(name, student, trainer.device, **how) for name in _names(cfg)]
     held: list[Any] = []
 

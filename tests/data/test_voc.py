@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.data.check import check_data
-from yolo_ext.data.voc import Annotation, VocSummary, _to_rows, convert_voc, read_voc, staged_folder
+from yolo_ext.data.convert import convert
+from yolo_ext.data.files import staged_folder
+from yolo_ext.data.records import Annotation, Object, to_image
+from yolo_ext.data.voc import read_voc, voc_text
+from yolo_ext.data.yolo import yolo_row
 from yolo_ext.errors import UsageError
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
@@ -62,53 +66,67 @@ def test_numbers_and_files(tmp_path):
     (source / "Annotations/é.xml").write_text(xml((("dog", 0, 0, 64, 48), ("cat", -8, 10.5, 80, 30.5))), "utf-8")
     before = digest(source)
     out = tmp_path / "out dir"
-    summary = convert_voc(source, out)
+    summary = convert(source, out)
     assert summary.images == {"train": 1, "val": 1}
     assert summary.boxes == {"cat": 2, "dog": 1}
-    assert (summary.clipped, summary.degenerate, summary.resized, summary.no_xml) == (1, [], [], [])
+    assert summary.notes == {"clipped": {"é": 1}}
     assert (out / "labels/train/a b.txt").read_text() == "0 0.250000 0.500000 0.250000 0.500000\n"
     assert (out / "labels/val/é.txt").read_text().split("\n")[:2] == [
         "1 0.500000 0.500000 1.000000 1.000000",
         "0 0.500000 0.427083 1.000000 0.416667",
     ]
-    data = YAML.load(summary.data)
+    data = YAML.load(summary.data[0])
     assert data == {"path": str(out), "train": "images/train", "val": "images/val", "names": {0: "cat", 1: "dog"}}
     assert [p for p in out.rglob("*") if p.is_symlink()] == []
     assert digest(source) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my vöc", "out dir"]
-    assert len(check_data(summary.data)["images"]["train"]) == 1
+    assert len(check_data(summary.data[0])["images"]["train"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("objects", "classes", "rows", "counts"),
+    ("box", "size", "orientation", "expected", "kinds"),
     [
-        pytest.param([("a", 5, 5, 5, 5)], None, 0, (0, 1, 0), id="point"),
-        pytest.param([("a", 9, 5, 5, 9)], None, 0, (0, 1, 0), id="inverted"),
-        pytest.param([("a", 70, 5, 90, 9)], None, 0, (0, 1, 0), id="outside"),
-        pytest.param([("a", -5, -5, 90, 90)], None, 1, (1, 0, 0), id="larger than the image"),
-        pytest.param([("a", 0, 0, 64, 48)], None, 1, (0, 0, 0), id="the whole image"),
-        pytest.param([("b", 0, 0, 9, 9)], ["a"], 0, (0, 0, 1), id="unwanted class"),
+        pytest.param((5, 5, 5, 5), (64, 48), 1, None, ["degenerate"], id="point"),
+        pytest.param((70, 5, 90, 9), (64, 48), 1, None, ["degenerate"], id="outside"),
+        pytest.param((9, 9, 5, 5), (64, 48), 1, (5, 5, 9, 9), ["swapped"], id="swapped"),
+        pytest.param((-5, -5, 90, 90), (64, 48), 1, (0, 0, 64, 48), ["clipped"], id="larger than the image"),
+        pytest.param((0, 0, 64, 48), (64, 48), 1, (0, 0, 64, 48), [], id="the whole image"),
+        pytest.param((2, 4, 10, 20), (128, 96), 1, (1, 2, 5, 10), ["resized"], id="annotated at twice the size"),
+        pytest.param((2, 4, 10, 20), (48, 64), 6, (44, 2, 60, 10), ["rotated"], id="turned to the right"),
+        pytest.param((2, 4, 10, 20), (48, 64), 8, (4, 38, 20, 46), ["rotated"], id="turned to the left"),
+        pytest.param((2, 4, 10, 20), (64, 48), 6, (2, 4, 10, 20), [], id="annotated upright"),
     ],
 )
-def test_boxes(objects, classes, rows, counts):
-    summary = VocSummary(Path("data.yaml"), classes or ["a"])
-    annotation = Annotation((64, 48), tuple((n, tuple(b)) for n, *b in objects))
-    assert len(_to_rows("i", annotation, (64, 48), summary)) == rows
-    assert (summary.clipped, len(summary.degenerate), sum(summary.skipped.values())) == counts
+def test_boxes(box, size, orientation, expected, kinds):
+    objects, tally = to_image(Annotation(size, (Object("a", box),)), (64, 48), orientation)
+    assert [o.box for o in objects] == ([expected] if expected else [])
+    assert sorted(k for k, n in tally.items() if n) == kinds
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=4, max_size=4), st.integers(10, 5000), st.integers(10, 5000))
 def test_rows_lie_inside_the_image(box, w, h):
-    summary = VocSummary(Path("data.yaml"), ["a"])
-    rows = _to_rows("i", Annotation((w, h), (("a", tuple(box)),)), (w, h), summary)
-    assert len(rows) + len(summary.degenerate) == 1
-    for row in rows:
-        x, y, bw, bh = map(float, row.split()[1:])
+    objects, tally = to_image(Annotation((w, h), (Object("a", tuple(box)),)), (w, h), 1)
+    assert len(objects) + tally["degenerate"] == 1
+    for o in objects:
+        x, y, bw, bh = map(float, yolo_row(o, 0, (w, h), "detect").split()[1:])
         x0, y0, x1, y1 = (min(max(v, 0), s) for v, s in zip(box, (w, h, w, h)))
+        x0, x1, y0, y1 = *sorted((x0, x1)), *sorted((y0, y1))
         np.testing.assert_allclose(
             [x, y, bw, bh], [(x0 + x1) / 2 / w, (y0 + y1) / 2 / h, (x1 - x0) / w, (y1 - y0) / h], atol=1e-6
         )
         assert bw > 0 and bh > 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(10, 5000), st.integers(10, 5000))
+def test_voc_text_rounds_to_pixels(tmp_path_factory, corners, w, h):
+    x0, x1, y0, y1 = *(v * w for v in sorted(corners[:2])), *(v * h for v in sorted(corners[2:]))
+    file = tmp_path_factory.mktemp("voc") / "a.xml"
+    file.write_text(voc_text("a <&>.jpg", (w, h), [Object("x & y", (x0, y0, x1, y1), truncated=True)]))
+    annotation = read_voc(file)
+    (found,) = annotation.objects
+    assert annotation.size == (w, h) and found[0] == "x & y" and found.truncated and not found.difficult
+    np.testing.assert_allclose(found.box, (x0, y0, x1, y1), atol=1)
+    assert 0 <= found.box[0] < found.box[2] <= w and 0 <= found.box[1] < found.box[3] <= h
 
 
 @pytest.mark.parametrize("suffix", [".png", ".JPG", ".bmp"])
@@ -116,35 +134,55 @@ def test_size_from_the_image(tmp_path, suffix):
     source = make_voc(tmp_path / "s", 2, folder="images", suffix=suffix)
     for i in range(2):
         (source / f"Annotations/i{i}.xml").write_text(xml(size=(0, 0) if i else None))
-    summary = convert_voc(source, tmp_path / "out", ratios={"train": 0.5, "val": 0.5})
+    summary = convert(source, tmp_path / "out", ratios={"train": 0.5, "val": 0.5})
     assert {p.read_text() for p in (tmp_path / "out/labels").rglob("*.txt")} == {
         "0 0.250000 0.500000 0.250000 0.500000\n"
     }
-    assert summary.resized == []
+    assert summary.notes == {}
 
 
 def test_lists_flags_suffixes_and_backgrounds(tmp_path, warnings):
     lists = {"train": ["i0 -1", "i1  1", "i1", "i2.jpg", ""], "val": ["i3", "i2"], "test": ["bg"]}
     source = make_voc(tmp_path / "s", 5, lists=lists)
     (source / "JPEGImages/bg.jpg").write_bytes((source / "JPEGImages/i0.jpg").read_bytes())
-    summary = convert_voc(source, tmp_path / "out", classes=["cat", "dog"])
+    summary = convert(source, tmp_path / "out", classes=["cat", "dog"])
     assert summary.images == {"train": 3, "val": 2, "test": 1}
-    assert (summary.no_xml, summary.unused, summary.overlap) == (["bg"], 1, 1)
+    assert summary.notes == {"background": {"bg": 1}, "unused": {"i4": 1}}
     assert summary.boxes == {"cat": 4, "dog": 0}
     assert (tmp_path / "out/labels/test/bg.txt").read_text() == ""
     text = "\n".join(warnings)
     assert all(x in text for x in ("share 1 images", "bg", "without any object: dog", "in no split"))
 
 
+def test_nested_folders_difficult_and_other_classes(tmp_path):
+    source = make_voc(tmp_path / "s", names=["a", "b", "c"], lists={"train": ["x/a", "b"], "val": ["deep/c"]})
+    for name, image, label in (("a", "x/a", "x/a"), ("b", "deep/b", "b"), ("c", "deep/c", "other/c")):
+        for folder, suffix, at in (("JPEGImages", "jpg", image), ("Annotations", "xml", label)):
+            target = source / folder / f"{at}.{suffix}"
+            target.parent.mkdir(exist_ok=True)
+            (source / folder / f"{name}.{suffix}").rename(target)
+    flagged = xml((("cat", 1, 2, 9, 9), ("dog", 1, 2, 9, 9))).replace("</name>", "</name><difficult>1</difficult>", 1)
+    (source / "Annotations/x/a.xml").write_text(flagged)
+    kept = convert(source, tmp_path / "kept", classes=["cat"])
+    assert kept.images == {"train": 2, "val": 1} and kept.boxes == {"cat": 3}
+    assert kept.notes == {"class": {"dog": 1}}
+    assert sorted(p.stem for p in (tmp_path / "kept/labels/train").rglob("*.txt")) == ["a", "b"]
+    skipped = convert(source, tmp_path / "skipped", classes=["cat"], difficult="skip")
+    assert skipped.notes == {"class": {"dog": 1}, "difficult": {"x/a": 1}} and skipped.boxes == {"cat": 2}
+    voc = convert(source, tmp_path / "voc", to="voc")
+    assert voc.boxes == {"cat": 3, "dog": 1}
+    assert [o.difficult for o in read_voc(tmp_path / "voc/Annotations/x/a.xml").objects] == [True, False]
+
+
 def test_random_split_is_seeded(tmp_path):
     source = make_voc(tmp_path / "s", 10)
     splits = []
     for k, seed in enumerate((0, 0, 1)):
-        summary = convert_voc(source, tmp_path / f"o{k}", seed=seed)
+        summary = convert(source, tmp_path / f"o{k}", seed=seed)
         assert summary.images == {"train": 8, "val": 2}
         splits.append(sorted(p.name for p in (tmp_path / f"o{k}/images/val").iterdir()))
     assert splits[0] == splits[1] != splits[2]
-    three = convert_voc(source, tmp_path / "o3", ratios={"train": 0.6, "val": 0.2, "test": 0.2})
+    three = convert(source, tmp_path / "o3", ratios={"train": 0.6, "val": 0.2, "test": 0.2})
     assert three.images == {"train": 6, "val": 2, "test": 2}
 
 
@@ -159,8 +197,16 @@ LISTS = {"trainval": ["i0", "i1"], "again": ["i1", "i0"], "test": ["i2"], "none"
         pytest.param({"splits": {"train": "trainval", "dev": "test"}}, "dev=test", id="unknown split"),
         pytest.param({"splits": {"train": "trainval"}}, "Needed: train and val", id="no val"),
         pytest.param({"splits": {"train": "trainval", "val": "again"}}, "same 2 images", id="identical lists"),
-        pytest.param({"splits": {"train": "trainval", "val": "none"}}, "List none of", id="empty list"),
+        pytest.param({"splits": {"train": "trainval", "val": "none"}}, "List none is empty", id="empty list"),
         pytest.param({"splits": {"train": "trainval", "val": "ghost"}}, "i9 has no image", id="image missing"),
+        pytest.param(
+            {"splits": {"train": "trainval", "val": "test"}, "stratify": True}, "random splits", id="stratify"
+        ),
+        pytest.param({"folds": 9, "splits": {"train": "trainval"}}, "2 to 2", id="too many folds"),
+        pytest.param({"folds": 2, "ratios": {"train": 0.5, "val": 0.5}}, "neither ratio", id="folds and ratio"),
+        pytest.param({"difficult": "drop"}, "Legal: keep, skip", id="difficult"),
+        pytest.param({"to": "yol"}, "Did you mean 'yolo'", id="format to write"),
+        pytest.param({"files": "list"}, "needs a YOLO source", id="lists of a VOC source"),
         pytest.param({"splits": {"train": "test"}, "ratios": {"train": 1}}, "Both lists and ratios", id="both"),
         pytest.param({"ratios": {"train": 0.8, "val": 0.3}}, "sum to 1", id="ratio sum"),
         pytest.param({"ratios": {"train": 1.2, "val": -0.2}}, "not legal", id="negative ratio"),
@@ -172,7 +218,7 @@ LISTS = {"trainval": ["i0", "i1"], "again": ["i1", "i0"], "test": ["i2"], "none"
 def test_illegal_arguments(tmp_path, options, expected):
     source = make_voc(tmp_path / "s", 4, lists=LISTS)
     with pytest.raises(UsageError, match=expected):
-        convert_voc(source, tmp_path / "out", **options)
+        convert(source, tmp_path / "out", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -182,10 +228,10 @@ BOMB = '<!DOCTYPE a [<!ENTITY x "yyyy"><!ENTITY z "&x;&x;">]><annotation><object
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        pytest.param("Annotations/i1.xml", "<annotation><obj", "i1.xml is not valid XML", id="broken xml"),
-        pytest.param("Annotations/i1.xml", "", "i1.xml is not valid XML", id="empty xml"),
-        pytest.param("Annotations/i1.xml", BOMB, "i1.xml holds a document type", id="entity bomb"),
-        pytest.param("Annotations/i1.xml", BOMB.encode("utf-16"), "i1.xml holds a document type", id="utf-16 bomb"),
+        pytest.param("Annotations/i1.xml", "<annotation><obj", "i1.xml: is not valid XML", id="broken xml"),
+        pytest.param("Annotations/i1.xml", "", "i1.xml: is not valid XML", id="empty xml"),
+        pytest.param("Annotations/i1.xml", BOMB, "i1.xml: holds a document type", id="entity bomb"),
+        pytest.param("Annotations/i1.xml", BOMB.encode("utf-16"), "i1.xml: holds a document type", id="utf-16 bomb"),
         pytest.param("Annotations/i1.xml", xml([("cat", "x", 1, 2, 3)]), "complete box in object 1", id="word"),
         pytest.param("Annotations/i1.xml", xml([("cat", "nan", 1, 2, 3)]), "complete box in object 1", id="nan"),
         pytest.param("Annotations/i1.xml", xml([("", 0, 1, 2, 3)]), "no name", id="no name"),
@@ -198,7 +244,7 @@ def test_broken_source(tmp_path, file, content, expected):
     source = make_voc(tmp_path / "s", 3)
     (source / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=expected):
-        convert_voc(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -207,7 +253,7 @@ def test_every_problem_is_counted(tmp_path):
     for file in (source / "JPEGImages").iterdir():
         file.write_bytes(file.read_bytes()[:-400])
     with pytest.raises(UsageError, match=r"14 problems.*and 4 more"):
-        convert_voc(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -226,13 +272,15 @@ def test_output_folder(tmp_path, out, expected):
     (tmp_path / "file").write_text("keep")
     before = digest(tmp_path)
     with pytest.raises(UsageError, match=expected):
-        convert_voc(source, tmp_path / out)
+        convert(source, tmp_path / out)
     assert digest(tmp_path) == before
 
 
 def test_not_a_voc_folder(tmp_path):
-    with pytest.raises(UsageError, match="has no 'Annotations'"):
-        convert_voc(tmp_path / "nothing", tmp_path / "out")
+    for source, expected in ((tmp_path / "s", "has no 'Annotations'"), (tmp_path / "none", "does not exist")):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match=expected):
+            convert(source, tmp_path / "out")
 
 
 def test_jpeg_with_trailing_bytes_is_copied(tmp_path):
@@ -240,7 +288,7 @@ def test_jpeg_with_trailing_bytes_is_copied(tmp_path):
     source = make_voc(tmp_path / "s", 2)
     padded = source / "JPEGImages/i1.jpg"
     padded.write_bytes(padded.read_bytes() + bytes(4))
-    convert_voc(source, tmp_path / "out", ratios={"train": 0.5, "val": 0.5})
+    convert(source, tmp_path / "out", ratios={"train": 0.5, "val": 0.5})
     shared = {p.stem: p.samefile(source / "JPEGImages" / p.name) for p in (tmp_path / "out/images").rglob("*.jpg")}
     assert shared == {"i0": True, "i1": False}
 
@@ -251,9 +299,9 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("yolo_ext.data.voc.YAML.save", fail)
+    monkeypatch.setattr("yolo_ext.data.write.YAML.save", fail)
     with pytest.raises(OSError, match="disk full"):
-        convert_voc(source, tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -269,15 +317,21 @@ def test_read_voc_keeps_difficult_and_ignores_parts(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     text = xml([("cat", 1.5, 2, 3, 4)], None).replace("</object>", f"<difficult>1</difficult>{part}</object>")
     (tmp_path / "a.xml").write_text(text)
-    assert read_voc(tmp_path / "a.xml") == Annotation(None, (("cat", (1.5, 2.0, 3.0, 4.0)),))
+    assert read_voc(tmp_path / "a.xml") == Annotation(None, (Object("cat", (1.5, 2.0, 3.0, 4.0), difficult=True),))
 
 
 @pytest.mark.bccd
 @pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD data is not beside the checkout")
 def test_bccd(tmp_path):
-    summary = convert_voc(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"})
+    summary = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"})
     assert summary.images == {"train": 292, "val": 72}
     assert summary.names == ["Platelets", "RBC", "WBC"]
     assert summary.boxes == {"Platelets": 361, "RBC": 4153, "WBC": 372}
-    assert summary.degenerate == ["BloodImage_00338", "BloodImage_00343"]
-    assert (summary.overlap, summary.unused, summary.no_xml, summary.resized) == (0, 0, [], [])
+    assert summary.notes == {"degenerate": {"BloodImage_00338": 1, "BloodImage_00343": 1}}
+    back = convert(tmp_path / "bccd", tmp_path / "voc", format="yolo", to="voc")
+    assert back.boxes == summary.boxes and back.notes == {}
+    for file in (BCCD / "Annotations").iterdir():
+        before, after = (read_voc(f).objects for f in (file, tmp_path / "voc/Annotations" / file.name))
+        before = [o for o in before if o.box[2] > o.box[0] and o.box[3] > o.box[1]]
+        assert [o.name for o in before] == [o.name for o in after]
+        np.testing.assert_allclose([o.box for o in after], [o.box for o in before], atol=1, err_msg=file.name)

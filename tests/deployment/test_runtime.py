@@ -14,13 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
+from yolo_ext.deployment.processing import detect, load_image
 from yolo_ext.deployment.runtime import (
     conv_report,
     cpu_info,
     describe,
-    detect,
     float_model,
-    load_image,
     metadata,
     predictor,
     quiet,
@@ -152,7 +151,7 @@ def test_float_model_is_an_independent_copy():
 @pytest.mark.parametrize(("name", "dual"), [("yolov8n", False), ("yolo26n", True)])
 def test_describe_torch(name, dual):
     found = describe(DetectionModel(f"{name}.yaml", nc=3, verbose=False))
-    assert found == {"task": "detect", "nc": 3, "end2end": found["end2end"], "dual": dual}
+    assert found == {"task": "detect", "nc": 3, "end2end": found["end2end"], "dual": dual, "nms": None}
 
 
 @pytest.mark.parametrize("end2end", [False, True], ids=["dense", "nms-free"])
@@ -160,7 +159,8 @@ def test_predictor_and_detect_of_both_heads(end2end):
     predict = predictor(DetectionModel("yolo26n.yaml", nc=3, verbose=False), end2end=end2end)
     x = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
     assert [y.shape for y in predict(x)] == [(1, 84, 6) if end2end else (1, 7, 84)]
-    found = detect(predict, x, {"nc": 3, "end2end": end2end}, conf=0.0, iou=0.7)
+    meta = {"task": "detect", "nc": 3, "end2end": end2end, "nms": None}
+    found = detect(predict, x, meta, conf=0.0, iou=0.7)
     assert found.shape[1] == 6 and len(found) and set(found[:, 5].tolist()) <= {0.0, 1.0, 2.0}
 
 

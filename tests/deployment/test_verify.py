@@ -3,21 +3,16 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from torch import nn
-from ultralytics.nn.tasks import ClassificationModel, DetectionModel, SegmentationModel
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
 from yolo_ext.deployment.export import export_onnx
-from yolo_ext.deployment.runtime import load_image
+from yolo_ext.deployment.processing import load_image
 from yolo_ext.deployment.verify import (
     LIMITS,
     map_onnx,
@@ -32,51 +27,6 @@ from yolo_ext.errors import UsageError
 SIZE = 96
 SHARED = Path(__file__).parents[2].parent / "shared"
 BCCD, BCCD_WEIGHTS = SHARED / "data" / "bccd", SHARED / "weights" / "bccd_yolov8n_192.pt"
-KINDS = {"": DetectionModel, "-seg": SegmentationModel, "-cls": ClassificationModel}
-
-
-def build(name: str, seed: int = 0) -> nn.Module:
-    """Return an untrained model whose signal reaches the head and whose scores lie on both sides of 0.25."""
-    torch.manual_seed(seed)
-    kind = KINDS["-" + name.split("-")[1] if "-" in name else ""]
-    net: Any = kind(f"{name}.yaml", nc=3, verbose=False)
-    head = net.model[-1]
-    for branch in (getattr(head, n, None) for n in ("cv3", "one2one_cv3")):
-        for level in branch or []:
-            nn.init.constant_(level[-1].bias, -1.0)
-            nn.init.normal_(level[-1].weight, std=0.6)
-    for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.momentum = 1.0
-        nn.init.constant_(bn.weight, 0.5)  # keeps the random net from amplifying rounding, as training does
-    flat = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, SIZE, SIZE)
-    smooth = nn.functional.interpolate(torch.rand(7, 3, 12, 12), SIZE, mode="bilinear")
-    with torch.no_grad():  # statistics of real activations: with fresh ones the signal dies out before the head
-        net.train()(torch.cat([flat, smooth, torch.rand(7, 3, SIZE, SIZE)]))
-    return net.eval()
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    paths = [folder / f"{i}.png" for i in range(6)]
-    for path in paths:
-        cv2.imwrite(str(path), cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), (120, 90)))
-    return paths
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """Return a function that builds and exports a model once."""
-    folder, cache = tmp_path_factory.mktemp("onnx"), {}
-
-    def get(name: str, end2end: bool = False) -> tuple[nn.Module, Path]:
-        if (name, end2end) not in cache:
-            model = build(name)
-            cache[name, end2end] = model, export_onnx(model, folder / f"{name}{end2end}.onnx", SIZE, end2end=end2end)
-        return cache[name, end2end]
-
-    return get
 
 
 @pytest.fixture(scope="session")
@@ -93,16 +43,6 @@ def quantized(exported, images, tmp_path_factory) -> Path:
     keep = [n.name for n in nodes if n.op_type != "Conv" or ".2/Conv" in n.name or "dfl" in n.name]
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     quantize_static(fp32, out, Reader(), nodes_to_exclude=keep, per_channel=True, reduce_range=True, **kinds)
-    return out
-
-
-def spoil(source: Path, out: Path, weight: str, factor: float) -> Path:
-    """Write a copy of an ONNX file in which one weight tensor is scaled."""
-    proto = onnx.load(source)
-    tensor = next(t for t in proto.graph.initializer if t.name.endswith(weight))
-    values = numpy_helper.to_array(tensor) * np.float32(factor)
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    onnx.save(proto, out)
     return out
 
 
@@ -123,7 +63,59 @@ def test_a_sound_export_passes(name, end2end, exported, images):
     assert found["passed"], found["checks"]
     assert found["tensors"]["inputs"] == len(images) + 3
     assert found["detections"]["detections"] > 10  # the comparison is not empty
-    assert {c["name"] for c in found["checks"]} == {"score_max", "box_max", "extra_max", "matched"}
+    assert found["weights"]["compared"] > 30 and "first_difference" not in found
+    assert {c["name"] for c in found["checks"]} == {"weight_max", "score_max", "box_max", "extra_max", "matched"}
+    assert all(o["mean"] <= o["max"] for o in found["tensors"]["outputs"])
+
+
+FAMILIES = ("yolov5n", "yolov6n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")
+TASKS = [
+    f"{family}{task}" for family in ("yolov8n", "yolo11n", "yolo26n") for task in ("-seg", "-pose", "-obb", "-cls")
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*FAMILIES, *TASKS])
+def test_every_family_and_task_passes(name, exported, images):
+    model, path = exported(name)
+    found = verify(model, path, images, SIZE)
+    assert found["passed"], found["checks"]
+    assert name.endswith("-cls") or found["detections"]["detections"] > 10
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["yolov10n", "yolo26n", "yolo26n-seg", "yolo26n-pose", "yolo26n-obb"])
+def test_every_nms_free_head_passes(name, exported, images):
+    model, path = exported(name, end2end=True)
+    found = verify(model, path, images, SIZE)
+    assert found["passed"], found["checks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "imgsz", "options", "shapes"),
+    [
+        pytest.param("yolov8n", 96, {"dynamic": True}, [[1, 96, 96], [3, 96, 96], [2, 128, 96]], id="open"),
+        pytest.param("yolov8n", 96, {"batch": 3}, [[3, 96, 96]], id="three"),
+        pytest.param("yolov8n", (64, 96), {}, [[1, 64, 96]], id="rectangle"),
+        pytest.param("yolov8n", 96, {"nms": {"conf": 0.1, "max_det": 50}}, [[1, 96, 96]], id="nms"),
+        pytest.param(
+            "yolov8n", 96, {"nms": {}, "dynamic": True, "batch": 3}, [[1, 96, 96], [3, 96, 96], [2, 128, 96]],
+            id="open-nms",
+        ),
+        pytest.param("yolov8n", 96, {"half": True}, [[1, 96, 96]], id="half"),
+        pytest.param("yolov8n", 96, {"simplify": False, "opset": 13}, [[1, 96, 96]], id="unsimplified"),
+        pytest.param("yolov8n-obb", 96, {"nms": {}}, [[1, 96, 96]], id="nms-obb", marks=pytest.mark.matrix),
+        pytest.param("yolov8n-seg", 96, {"nms": {}}, [[1, 96, 96]], id="nms-segment", marks=pytest.mark.matrix),
+        pytest.param("yolov8n-seg", 96, {"half": True}, [[1, 96, 96]], id="half-segment", marks=pytest.mark.matrix),
+        pytest.param("yolov8n-cls", 96, {"dynamic": True}, [[1, 96, 96], [3, 96, 96], [2, 97, 96]], id="open-classes"),
+    ],
+)  # fmt: skip
+def test_shapes_and_options_of_the_export(name, imgsz, options, shapes, exported, images):
+    model, path = exported(name, imgsz=imgsz, **options)
+    found = verify(model, path, images, imgsz)
+    assert found["passed"], found["checks"]
+    assert [[b, h, w] for b, _, h, w in found["tensors"]["shapes"]] == shapes
+    assert found["precision"] == ("fp16" if "half" in options else "fp32")
 
 
 def test_classification(exported, images):
@@ -142,21 +134,40 @@ def test_classification(exported, images):
         pytest.param("yolov8n-seg", False, "model.22.cv4.0.2.weight", id="mask-output"),
     ],
 )
-def test_one_weight_off_by_a_percent_is_caught(name, end2end, weight, exported, images, tmp_path):
+def test_one_weight_off_by_a_percent_is_caught(name, end2end, weight, exported, images, spoil, tmp_path):
     model, path = exported(name, end2end)
     found = verify(model, spoil(path, tmp_path / "bad.onnx", weight, 1.01), images, SIZE)
     assert not found["passed"]
-    assert [c["name"] for c in found["checks"] if not c["passed"]]
+    assert found["first_difference"]["module"] == weight.removesuffix(".weight")
 
 
-def test_nan_fails(exported, images, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        pytest.param("yolov8n", "model.0.conv.weight", id="stem"),
+        pytest.param("yolov8n", "model.12.cv1.conv.weight", id="neck"),
+        pytest.param("yolov8n", "model.22.cv2.0.2.bias", id="box-bias"),
+        pytest.param("yolov8n-cls", "model.9.linear.weight", id="classifier"),
+    ],
+)
+def test_one_value_off_by_a_percent_is_caught(name, weight, exported, images, spoil, tmp_path):
+    model, path = exported(name)
+    found = verify(model, spoil(path, tmp_path / "bad.onnx", weight, 1.01, value=1), images, SIZE)
+    assert not next(c for c in found["checks"] if c["name"] == "weight_max")["passed"]
+    different = found["weights"]["different"]
+    assert list(different) == [weight] and different[weight]["values"] == 1
+    assert different[weight]["error"] == pytest.approx(0.01, rel=0.2)
+    assert found["first_difference"]["module"] == weight.rpartition(".")[0]
+
+
+def test_nan_fails(exported, images, spoil, tmp_path):
     model, path = exported("yolov8n")
     bad = spoil(path, tmp_path / "bad.onnx", "model.0.conv.weight", float("nan"))
     checks = {c["name"]: c["passed"] for c in verify(model, bad, images, SIZE)["checks"]}
     assert not checks["score_max"] and not checks["matched"]
 
 
-def test_another_model_is_caught_by_its_detections(exported, images, tmp_path):
+def test_another_model_is_caught_by_its_detections(build, exported, images, tmp_path):
     other = export_onnx(build("yolov8n", seed=1), tmp_path / "m.onnx", SIZE)
     assert verify_detections(exported("yolov8n")[0], other, images, SIZE)["matched"] < 0.5
 
@@ -173,12 +184,6 @@ def test_the_source_model_is_untouched(exported, images):
     verify_tensors(model, path, images[:1], SIZE)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.model[-1].export and model.end2end is end2end
-
-
-def test_static_batch_of_two(images, tmp_path):
-    model = build("yolov8n")
-    path = export_onnx(model, tmp_path / "m.onnx", SIZE, batch=2)
-    assert verify_tensors(model, path, images[:2], SIZE)["score_max"] < LIMITS["score_max"]
 
 
 def test_int8_runs_as_its_graph_says(exported, quantized, images):
@@ -212,6 +217,19 @@ def test_wrong_input(change, text, exported, images):
     model, path = exported("yolov8n")
     with pytest.raises(UsageError, match=text):
         verify(**{"weights": model, "onnx_path": path, "images": images[:1], "imgsz": SIZE, **change})
+
+
+@pytest.mark.parametrize(
+    ("file", "imgsz", "text"),
+    [
+        pytest.param("int8", SIZE, "is quantized.*int8=", id="quantized"),
+        pytest.param("fp32", 64, "static graph.*imgsz=64", id="other-size"),
+    ],
+)
+def test_files_that_cannot_be_compared(file, imgsz, text, exported, quantized, images):
+    model, fp32 = exported("yolov8n")
+    with pytest.raises(UsageError, match=text):
+        verify(model, {"int8": quantized, "fp32": fp32}[file], images, imgsz)
 
 
 def test_different_class_counts_are_refused(exported, images):

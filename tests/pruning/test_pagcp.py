@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import PruneConfig
 from yolo_ext.data.check import check_data
-from yolo_ext.data.voc import convert_voc
+from yolo_ext.data.convert import convert
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.probes import make_probes
 from yolo_ext.pruning import pagcp as module
@@ -216,7 +216,7 @@ def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason="BCCD data and weights are not beside the checkout")
 def test_blood_cells_at_twice_the_speed(tmp_path: Path) -> None:
     splits = {"train": "trainval", "val": "test"}
-    convert_voc(WEIGHTS.parents[1] / "data" / "bccd", tmp_path / "bccd", splits=splits)
+    convert(WEIGHTS.parents[1] / "data" / "bccd", tmp_path / "bccd", splits=splits)
     model, _ = load_model(WEIGHTS)
     cfg = config(budget=0.05, total_budget=5.0, topk=0.8, speedup=2.0, images=32)
     probes = make_probes(check_data(tmp_path / "bccd" / "data.yaml"), 192, cfg, "detect", model)

@@ -1,2 +1,2 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Data: Pascal VOC conversion, the generated shapes set, and checks that run before anything expensive."""
+"""Data: formats and splits, summaries, the generated shapes set, and checks before anything expensive."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import os
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
@@ -24,11 +23,12 @@ from ultralytics.data.utils import (
 from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML, patches
 from ultralytics.utils.checks import check_file
 
+from yolo_ext.data.files import walk_files
 from yolo_ext.errors import UsageError
 
 T = TypeVar("T")
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
-_open = getattr(patches, "_image_open", Image.open)
+open_image = getattr(patches, "_image_open", Image.open)
 SHOWN = 5  # problems quoted in one message
 
 
@@ -55,7 +55,7 @@ def check_data(
     if shared := len(total) - len(set(total)):
         LOGGER.warning(f"{data}: {' and '.join(need)} share {shared} images, so accuracy is overstated.")
     if labels and task in {"detect", "segment", "pose", "obb"}:
-        columns = 5 + int(np.prod(_keypoints(info, str(data)))) if task == "pose" else 0
+        columns = 5 + int(np.prod(keypoints(info, str(data)))) if task == "pose" else 0
         for split, images in info["images"].items():
             info["images"][split] = _check_labels(split, images, info["nc"], columns)
     return info
@@ -64,26 +64,39 @@ def check_data(
 def image_size(file: Path) -> tuple[int, int]:
     """Return the (width, height) in pixels that training will see, after EXIF rotation.
 
+    Args:
+        file: Image to read.
+
+    Raises:
+        ValueError: Ultralytics would skip this image as corrupt, or stop at it.
+    """
+    return image_probe(file)[0]
+
+
+def image_probe(file: Path) -> tuple[tuple[int, int], int]:
+    """Return the (width, height) in pixels that training will see, and the EXIF orientation, 1 where there is none.
+
     Unlike Ultralytics' `check_image` this never rewrites a damaged JPEG.
 
     Args:
         file: Image to read.
 
     Raises:
-        ValueError: Ultralytics would skip this image as corrupt.
+        ValueError: Ultralytics would skip this image as corrupt, or stop at it.
     """
     try:
-        with _open(file) as im:
+        with open_image(file) as im:
             im.verify()
             size = exif_size(im)
-        if not jpeg_is_whole(file):
-            with _open(file) as im:
-                im.load()  # verify() does not see a truncated JPEG
+            orientation = im.getexif().get(274, 1) if im.format in {"JPEG", "MPO"} else 1
+        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(file):
+            with open_image(file) as im:
+                im.load()  # verify() sees the end of no other format
     except Exception as e:  # PIL raises many kinds
         raise ValueError("cannot be read as an image" if "cannot identify" in str(e) else str(e)) from e
     if min(size) < 10:
         raise ValueError(f"size {size[0]}x{size[1]} is below 10 pixels")
-    return size
+    return size, orientation
 
 
 def jpeg_is_whole(file: Path) -> bool:
@@ -177,7 +190,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
 
 
-def _keypoints(info: dict[str, Any], data: str) -> list[int]:
+def keypoints(info: dict[str, Any], data: str) -> list[int]:
     """Return kpt_shape, (count, dimensions)."""
     shape = info.get("kpt_shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(x, int) for x in shape)):
@@ -193,17 +206,18 @@ def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: A source does not exist.
+        UsageError: A folder holds a link back to itself.
     """
-    files: list[str] = []
+    files: list[str | Path] = []
     for p in map(Path, [source] if isinstance(source, str | Path) else source):
-        if p.is_dir():  # glob, not rglob: it follows linked folders and leaves out hidden ones, as Ultralytics does
-            files += glob.glob(f"{glob.escape(str(p))}/**/*.*", recursive=True)  # noqa: PTH207
+        if p.is_dir():
+            files += walk_files(p, IMG_FORMATS)
         elif p.is_file():
             lines = p.read_text(encoding="utf-8-sig").splitlines()
             files += [str(p.parent / x[2:]) if x.startswith("./") else x for x in map(str.strip, lines)]
         else:
             raise FileNotFoundError(str(p))
-    return sorted(Path(f) for f in files if f.rpartition(".")[-1].lower() in IMG_FORMATS)
+    return sorted(Path(f) for f in files if str(f).rpartition(".")[-1].lower() in IMG_FORMATS)
 
 
 def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
@@ -274,7 +288,7 @@ def check_label(file: Path, nc: int, columns: int = 0) -> int:
         ArithmeticError: A coordinate lies outside the image by more than Ultralytics' tolerance of 1 %.
     """
     try:
-        rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = label_rows(file)
         values = [[float(x) for x in row] for row in rows]
     except ValueError as e:  # a word where a number belongs, or bytes that are not text
         raise ValueError(f"not numbers ({e})") from e
@@ -293,3 +307,8 @@ def check_label(file: Path, nc: int, columns: int = 0) -> int:
         if max(coords) > 1.01 or min(coords) < -0.01:
             raise ArithmeticError(f"class {row[0]:g} at {quote([f'{x:g}' for x in coords])}")
     return len(values)
+
+
+def label_rows(file: Path) -> list[list[str]]:
+    """Return the words of each row of a YOLO label file."""
+    return [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from ultralytics.utils import LOGGER, YAML
 
-from yolo_ext.data.voc import staged_folder
+from yolo_ext.data.files import staged_folder
 from yolo_ext.errors import UsageError
 
 NAMES = ("circle", "square", "triangle")

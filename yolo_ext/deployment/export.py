@@ -1,9 +1,11 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""FP32 ONNX export: Ultralytics' exporter, then onnxsim, accepted only where it changes nothing."""
+"""ONNX export: Ultralytics' exporter, then onnxsim, accepted only where it changes nothing, then FP16 if asked."""
 
 from __future__ import annotations
 
+import ast
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.compat import no_autoinstall
+from yolo_ext.deployment.processing import NMS, Size, height_width
 from yolo_ext.deployment.runtime import float_model, quiet, run, session
 from yolo_ext.errors import CheckFailed, UsageError
 
@@ -38,11 +42,9 @@ def _ultralytics_onnx(model: Any, folder: Path, args: dict[str, Any]) -> onnx.Mo
     from ultralytics.engine.exporter import Exporter
 
     model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
-    with quiet():
-        file = Exporter(overrides={"format": "onnx", "device": "cpu", "simplify": False, "mode": "export", **args})(
-            model
-        )
-    return onnx.load(file)
+    fixed = {"format": "onnx", "device": "cpu", "simplify": False, "mode": "export"}
+    with quiet(), no_autoinstall():
+        return onnx.load(Exporter(overrides={**fixed, **args})(model))
 
 
 def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
@@ -61,12 +63,12 @@ def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray]) -> 
     return float("inf") if any(np.isnan(errors)) else max(errors, default=0.0)
 
 
-def simplify_checked(proto: onnx.ModelProto, shape: tuple[int, int, int, int]) -> onnx.ModelProto:
+def simplify_checked(proto: onnx.ModelProto, *shapes: tuple[int, ...]) -> onnx.ModelProto:
     """Simplify with onnxsim and keep the result only if ONNX Runtime gives the same outputs.
 
     Args:
         proto: The model to simplify.
-        shape: Input shape (B, C, H, W) of the random test image.
+        shapes: Input shapes (B, C, H, W) of the random images to try, more than one where the graph leaves them open.
 
     Returns:
         The simplified model, or ``proto`` itself after a warning.
@@ -75,8 +77,10 @@ def simplify_checked(proto: onnx.ModelProto, shape: tuple[int, int, int, int]) -
 
     try:
         simplified, _ = onnxsim.simplify(proto)
-        x = np.random.default_rng(0).random(shape, dtype=np.float32)
-        error = max_relative_error(*(run(session(p.SerializeToString()), x) for p in (proto, simplified)))
+        before, after = (session(p.SerializeToString()) for p in (proto, simplified))
+        rng = np.random.default_rng(0)
+        images = [rng.random(shape, dtype=np.float32) for shape in shapes]
+        error = max(max_relative_error(run(before, x), run(after, x)) for x in images)
     except Exception as failure:  # onnxsim is native code and raises whatever its passes raise
         LOGGER.warning(f"onnxsim failed ({failure}); the graph is exported unsimplified.")
         return proto
@@ -86,53 +90,105 @@ def simplify_checked(proto: onnx.ModelProto, shape: tuple[int, int, int, int]) -
     return simplified
 
 
+def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with FP16 weights and activations; input, output and the box decode stay FP32.
+
+    FP16 has steps of half a pixel from 512 px on, which would be added to every box if it were decoded in FP16.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    for i, node in enumerate(proto.graph.node):
+        node.name = node.name or f"{node.op_type}_{i}"
+    return convert_float_to_float16(
+        proto, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST, node_block_list=decode_nodes(proto.graph)
+    )
+
+
+def decode_nodes(graph: onnx.GraphProto) -> list[str]:
+    """Return the names of the nodes behind the last layers with trained weights: softmax, box decode, NMS."""
+    dims = {t.name: list(t.dims) for t in graph.initializer}
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    decoding: set[str] = set()
+    for node in reversed(graph.node):  # in order of computation, so that consumers come first
+        users = [u for name in node.output for u in consumers.get(name, [])]
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+        weight = next((dims[name] for name in node.input[1:2] if name in dims), [])
+        # The DFL convolution has the fixed weights 0, 1, ... of an expected value: (1, bins, 1, 1).
+        layer = node.op_type in {"Conv", "ConvTranspose", "Gemm"} and not (weight[:1] == [1] and weight[2:] == [1, 1])
+        if not layer and all(u.name in decoding for u in users):
+            decoding.add(node.name)
+    return sorted(decoding)
+
+
+def _trace(model: Any, args: dict[str, Any]) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return _ultralytics_onnx(model, Path(folder), args)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[:1] or [""]
+            raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {reason[0]}).") from error
+
+
+def _check(out: Path, model: Any, size: tuple[int, int], nms: Any) -> None:
+    if out.suffix != ".onnx":
+        raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
+    stride = int(max(model.stride))
+    for side in size:
+        if side < stride or side % stride:
+            near = max(stride, round(side / stride) * stride)
+            raise UsageError(f"imgsz={side} is not a multiple of the model's stride {stride}. Try imgsz={near}.")
+    if nms is not None and model.task == "classify":
+        raise UsageError("nms=True is illegal for a classification model, which has no boxes. Leave it out.")
+
+
 def export_onnx(
     weights: str | Path | nn.Module,
     out: str | Path,
-    imgsz: int,
+    imgsz: Size,
     *,
     opset: int | None = None,
     simplify: bool = True,
     dynamic: bool = False,
     batch: int = 1,
     end2end: bool = False,
+    nms: Mapping[str, Any] | None = None,
+    half: bool = False,
 ) -> Path:
-    """Export an Ultralytics model to FP32 ONNX with Ultralytics' exporter and metadata.
+    """Export an Ultralytics model to ONNX with Ultralytics' exporter and metadata.
 
     Args:
         weights: A ``.pt`` file or an Ultralytics model; neither is changed.
         out: File to write, ``.onnx``; replaced atomically.
-        imgsz: Square input size in pixels, a multiple of the largest stride.
+        imgsz: Input size in pixels, the side of a square or height and width, multiples of the largest stride.
         opset: ONNX opset; None takes Ultralytics' choice for the installed torch.
         simplify: Run onnxsim; the result is kept only if ONNX Runtime's outputs agree within 1e-5.
         dynamic: Leave batch, height and width open.
-        batch: Batch size of a static graph.
+        batch: Batch size of a static graph; with embedded NMS the largest one of an open graph.
         end2end: Export the NMS-free head of a dual-head model (YOLO26, YOLOv10) instead of the one-to-many head.
+        nms: Embed NMS as Ultralytics does, with these options (keys of `processing.NMS`); None leaves it out.
+        half: FP16 weights and activations, with FP32 input, output and box decode.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        UsageError: ``weights``, ``out`` or ``imgsz`` is not usable.
+        UsageError: ``weights``, ``out``, ``imgsz`` or ``nms`` is not usable.
         CheckFailed: Ultralytics' exporter failed.
     """
-    out = Path(out)
-    if out.suffix != ".onnx":
-        raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
-    model = float_model(weights)
-    stride = int(max(model.stride))
-    if imgsz < stride or imgsz % stride:
-        near = max(stride, round(imgsz / stride) * stride)
-        raise UsageError(f"imgsz={imgsz} is not a multiple of the model's stride {stride}. Try imgsz={near}.")
-    args = {"imgsz": imgsz, "batch": batch, "dynamic": dynamic, "opset": opset, **head_args(end2end)}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            proto = _ultralytics_onnx(model, Path(folder), args)
-        except Exception as error:
-            raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {error}).") from error
+    out, (h, w), model = Path(out), height_width(imgsz), float_model(weights)
+    _check(out, model, (h, w), nms)
+    args: dict[str, Any] = {"imgsz": [h, w], "batch": batch, "dynamic": dynamic, "opset": opset, **head_args(end2end)}
+    embedded = {**NMS, **nms} if nms is not None else {}
+    proto = _trace(model, {**args, **embedded, **({"nms": True} if embedded else {})})
     metadata = {p.key: p.value for p in proto.metadata_props}
+    if embedded:  # kept so that `verify` can suppress the same way; Ultralytics reads only its own keys
+        metadata["args"] = str({**ast.literal_eval(metadata["args"]), **embedded})
     if simplify:
-        proto = simplify_checked(proto, (batch, model.yaml.get("channels", 3), imgsz, imgsz))
+        channels = model.yaml.get("channels", 3)
+        other = (batch if embedded else batch + 2, channels, h + int(max(model.stride)), w)
+        proto = simplify_checked(proto, (batch, channels, h, w), *([other] if dynamic else []))
+    proto = to_half(proto) if half else proto
     del proto.metadata_props[:]  # onnxsim appends a second copy of every entry
     onnx.helper.set_model_props(proto, metadata)
     atomic_write(out, proto.SerializeToString())

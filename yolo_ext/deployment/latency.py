@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import TQDM
 
+from yolo_ext.deployment.processing import Size, height_width
 from yolo_ext.errors import UsageError
 
 MIN_ROUNDS = 10
@@ -97,22 +98,41 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _onnx_runner(path: Path, imgsz: int, threads: int, batch: int) -> Callable[[], Any]:
-    from yolo_ext.deployment.runtime import run, session
+def check_fits(path: Path, legal: list[Any], imgsz: Size, batch: int) -> None:
+    """Check that a graph of input shape ``legal`` (B, C, H, W), open where no number stands, takes such images.
 
-    model = session(path, threads)
-    want, legal = (batch, imgsz, imgsz), model.get_inputs()[0].shape
+    Raises:
+        UsageError: It does not.
+    """
+    want = (batch, *height_width(imgsz))
     if any(isinstance(size, int) and size != w for w, size in zip(want, (legal[0], *legal[2:]))):
         raise UsageError(
             f"'{path}' is a static graph of shape {legal}; batch={batch} and imgsz={imgsz} do not fit. "
-            "Use its own batch and imgsz, or export it anew."
+            "Use its own batch and imgsz, or export it anew, with dynamic=True for any."
         )
-    channels = legal[1] if isinstance(legal[1], int) else 3
-    x = np.random.default_rng(0).random((batch, channels, imgsz, imgsz), dtype=np.float32)
+
+
+def _onnx_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
+    from yolo_ext.deployment.runtime import run, session
+
+    model = session(path, threads)
+    legal = model.get_inputs()[0].shape
+    check_fits(path, legal, imgsz, batch)
+    x = noise(batch, legal[1] if isinstance(legal[1], int) else 3, imgsz)
     return lambda: run(model, x)
 
 
-def _torch_runner(path: Path, imgsz: int, batch: int) -> Callable[[], Any]:
+def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
+    from yolo_ext.deployment.intermediate import compiled
+
+    model = compiled(path, threads)
+    legal = [d.get_length() if d.is_static else None for d in model.input(0).partial_shape]
+    check_fits(path, legal, imgsz, batch)
+    x, request = noise(batch, legal[1] or 3, imgsz), model.create_infer_request()
+    return lambda: request.infer([x])
+
+
+def _torch_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
     import torch
 
     from yolo_ext.deployment.runtime import float_model, quiet
@@ -120,7 +140,7 @@ def _torch_runner(path: Path, imgsz: int, batch: int) -> Callable[[], Any]:
     with quiet():
         model = float_model(path).fuse()
     model.model[-1].export = True  # outputs as deployed, without the tensors that only training reads
-    x = torch.rand(batch, model.yaml.get("channels", 3), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    x = torch.from_numpy(noise(batch, model.yaml.get("channels", 3), imgsz))
 
     def runner() -> None:
         with torch.inference_mode():
@@ -129,9 +149,30 @@ def _torch_runner(path: Path, imgsz: int, batch: int) -> Callable[[], Any]:
     return runner
 
 
+def noise(batch: int, channels: int, imgsz: Size) -> np.ndarray:
+    """Return random images (batch, channels, height, width), float32 in 0..1."""
+    return np.random.default_rng(0).random((batch, channels, *height_width(imgsz)), dtype=np.float32)
+
+
+RUNNERS = {"ort": _onnx_runner, "torch": _torch_runner, "openvino": _openvino_runner}
+
+
+def runtime_of(path: str | Path) -> str:
+    """Return which runtime a file is measured in: "ort", "torch" or "openvino".
+
+    Raises:
+        UsageError: None of them reads it.
+    """
+    path = Path(path)
+    kinds = {".onnx": "ort", ".pt": "torch"}
+    if path.suffix not in kinds and not path.name.endswith("_openvino_model"):
+        raise UsageError(f"Cannot measure '{path}'. Legal: .onnx and .pt files and *_openvino_model folders.")
+    return kinds.get(path.suffix, "openvino")
+
+
 def bench(
     models: Mapping[str, str | Path],
-    imgsz: int,
+    imgsz: Size,
     *,
     threads: int = 1,
     batch: int = 1,
@@ -139,19 +180,21 @@ def bench(
     warmup: int = 10,
     seconds: float | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure files side by side on the CPU: ``.onnx`` in ONNX Runtime, ``.pt`` in torch (fused, eval, inference mode).
+    """Measure files side by side on the CPU.
+
+    ``.onnx`` runs in ONNX Runtime, ``.pt`` in torch (fused, eval, inference mode), ``*_openvino_model`` in OpenVINO.
 
     Args:
         models: Name to file.
-        imgsz: Square input size in pixels.
-        threads: Threads within an operator, for both runtimes.
+        imgsz: Input size in pixels: the side of a square, or height and width.
+        threads: Threads within an operator, for every runtime.
         batch: Images per call; a static ONNX file has a fixed one.
         rounds: Timed calls of each model.
         warmup: Untimed calls of each beforehand.
         seconds: Time limit of the timed part, see `measure`.
 
     Returns:
-        Per name what `measure` gives, in ms per call, and ``runtime`` ("ort" or "torch"), ``threads``, ``batch`` and
+        Per name what `measure` gives, in ms per call, and ``runtime`` (see `runtime_of`), ``threads``, ``batch`` and
         ``imgsz``.
 
     Raises:
@@ -159,16 +202,8 @@ def bench(
     """
     import torch
 
-    runners: dict[str, Callable[[], Any]] = {}
-    runtimes: dict[str, str] = {}
-    for name, file in models.items():
-        path = Path(file)
-        if path.suffix not in {".onnx", ".pt"}:
-            raise UsageError(f"Cannot measure '{path}'. Legal: .onnx and .pt files.")
-        runtimes[name] = "ort" if path.suffix == ".onnx" else "torch"
-        runners[name] = (
-            _onnx_runner(path, imgsz, threads, batch) if path.suffix == ".onnx" else _torch_runner(path, imgsz, batch)
-        )
+    runtimes = {name: runtime_of(file) for name, file in models.items()}
+    runners = {name: RUNNERS[runtimes[name]](Path(file), imgsz, threads, batch) for name, file in models.items()}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -14,23 +14,22 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import nn
-from ultralytics.data.augment import LetterBox
 from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import LOGGER
-from ultralytics.utils.nms import non_max_suppression
-from ultralytics.utils.patches import imread
 
 from yolo_ext.checkpoint import load_model
+from yolo_ext.deployment.processing import NMS, Predict, height_width
 from yolo_ext.errors import UsageError
 
 Source: TypeAlias = str | Path | nn.Module
-Predict = Callable[[np.ndarray], list[np.ndarray]]
 
 FLOAT_CONVS = {"Conv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
@@ -69,13 +68,16 @@ def float_model(weights: str | Path | nn.Module) -> Any:
     return model
 
 
-def session(model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False) -> ort.InferenceSession:
+def session(
+    model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False, profile: Path | None = None
+) -> ort.InferenceSession:
     """Open an ONNX model on ONNX Runtime's CPU provider.
 
     Args:
         model: An ``.onnx`` file, or the serialised model.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         simulate: Run Q/DQ nodes as written, in float, instead of fusing them into integer operators.
+        profile: Prefix of the file that ONNX Runtime's profiler writes.
 
     Returns:
         The session.
@@ -83,7 +85,10 @@ def session(model: str | Path | bytes, threads: int | None = None, *, simulate: 
     Raises:
         UsageError: The file is missing, or ONNX Runtime cannot load it.
     """
-    return _open(model, _options(threads, simulate))
+    options = _options(threads, simulate)
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return _open(model, options)
 
 
 def _options(threads: int | None, simulate: bool = False) -> ort.SessionOptions:
@@ -140,26 +145,6 @@ def metadata(model: ort.InferenceSession) -> dict[str, Any]:
     return parsed
 
 
-def load_image(path: str | Path, imgsz: int) -> np.ndarray:
-    """Read one image as the predictor does: letterbox, RGB, 0..1.
-
-    Args:
-        path: Image file.
-        imgsz: Square size in pixels.
-
-    Returns:
-        Array (1, 3, imgsz, imgsz), float32.
-
-    Raises:
-        UsageError: The file is not a readable image.
-    """
-    image = imread(str(path))
-    if image is None:
-        raise UsageError(f"Image '{path}' does not exist or cannot be read. Give readable image files.")
-    boxed: Any = LetterBox((imgsz, imgsz), auto=False)(image=image)
-    return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
-
-
 def describe(source: Source) -> dict[str, Any]:
     """Return what is needed to read a model's outputs.
 
@@ -167,7 +152,10 @@ def describe(source: Source) -> dict[str, Any]:
         source: Ultralytics model, ``.pt`` file or ``.onnx`` file.
 
     Returns:
-        ``task``, ``nc`` (number of classes), ``end2end`` (NMS-free output) and ``dual`` (torch: both heads are there).
+        ``task``, ``nc`` (number of classes), ``end2end`` (NMS-free output), ``dual`` (torch: both heads are there) and
+        ``nms``: the options of embedded NMS, None without. Of an ONNX file also ``shape``, (B, C, H, W) with None
+        where it is open, its ``outputs`` (names), ``imgsz`` (height, width), ``batch``, ``stride``, ``opset`` and
+        ``precision`` ("fp32", "fp16" or "int8").
 
     Raises:
         UsageError: The file is unusable or carries no Ultralytics metadata.
@@ -176,59 +164,80 @@ def describe(source: Source) -> dict[str, Any]:
         model = float_model(source)
         found = {"task": model.task, "nc": len(model.names), "end2end": bool(getattr(model, "end2end", False))}
         head = model.model[-1]
-        return {**found, "dual": None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None))}
-    meta = metadata(session(source))
+        dual = None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None))
+        return {**found, "dual": dual, "nms": None}
+    opened = session(source)
+    meta = metadata(opened)
     if not meta.get("names"):
         raise UsageError(
             f"ONNX model '{source}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
         )
-    return {"task": meta["task"], "nc": len(meta["names"]), "end2end": bool(meta.get("end2end")), "dual": False}
+    given: dict[str, Any] = meta["args"] if isinstance(meta.get("args"), dict) else {}
+    proto = onnx.load(source, load_external_data=False)
+    quantized = any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in proto.graph.node)
+    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
+    return {
+        "task": meta["task"],
+        "nc": len(meta["names"]),
+        "end2end": bool(meta.get("end2end")),
+        "dual": False,
+        "nms": {**NMS, **{k: given[k] for k in NMS if k in given}} if given.get("nms") is True else None,
+        "shape": [n if isinstance(n, int) else None for n in opened.get_inputs()[0].shape],
+        "outputs": [o.name for o in opened.get_outputs()],
+        "imgsz": height_width(meta.get("imgsz") or 640),
+        "batch": int(meta.get("batch") or 1),
+        "stride": int(meta.get("stride") or 32),
+        "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
+        "precision": "int8" if quantized else "fp16" if half else "fp32",
+    }
 
 
-def predictor(source: Source, *, end2end: bool = False, simulate: bool = False) -> Predict:
-    """Turn a model into a function from one image to raw head outputs.
+def predictor(
+    source: Source, *, end2end: bool = False, simulate: bool = False, nms: dict[str, Any] | None = None
+) -> Predict:
+    """Turn a model into a function from images to raw head outputs.
 
     Args:
         source: Ultralytics model, ``.pt`` file or ``.onnx`` file.
         end2end: Head of a dual-head torch model to run; an ONNX file has only one.
         simulate: ONNX only: run Q/DQ in float instead of in integer operators.
+        nms: Torch only: suppress as an export with these options of embedded NMS does, see `describe`.
 
     Returns:
-        Function of an image (1, C, H, W) that gives the exported outputs: boxes and scores first, then mask prototypes.
+        Function of images (B, C, H, W) that gives the exported outputs: boxes and scores first, then mask prototypes.
+        A static ONNX file is run as often as its batch size asks, the last batch filled up.
     """
     if not isinstance(source, nn.Module) and not str(source).endswith(".pt"):
         opened = session(source, simulate=simulate)
         size = opened.get_inputs()[0].shape[0]
-        batch = size if isinstance(size, int) else 1
-        return lambda x: [y[:1] for y in run(opened, np.repeat(x, batch, 0))]
+
+        def batches(x: np.ndarray) -> list[np.ndarray]:
+            n = size if isinstance(size, int) else len(x)
+            filled = np.concatenate([x, np.repeat(x[-1:], -len(x) % n, 0)])
+            parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
+            return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
+
+        return batches
     model = float_model(source)
     if getattr(model, "end2end", False) != end2end:
         model.end2end = end2end
     model.model[-1].export = True  # outputs as exported: no training tensors beside them
+    net = _with_nms(model, nms) if nms else model
 
     def forward(x: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            y = model(torch.from_numpy(x))
+            y = net(torch.from_numpy(x))
         return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
 
     return forward
 
 
-def detect(predict: Predict, x: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
-    """Run one image and Ultralytics' NMS, which only thresholds the output of an NMS-free head.
+def _with_nms(model: Any, nms: dict[str, Any]) -> nn.Module:
+    """Wrap a model as the exporter does to embed NMS."""
+    from ultralytics.engine.exporter import NMSModel
 
-    Args:
-        predict: From `predictor`.
-        x: Image (1, C, H, W), float32 in 0..1.
-        meta: From `describe`.
-        conf: Confidence threshold.
-        iou: NMS IoU threshold.
-
-    Returns:
-        Detections (N, 6+): x1, y1, x2, y2 in pixels of ``x``, score, class, and what the task adds.
-    """
-    y = torch.from_numpy(predict(x)[0])
-    return non_max_suppression(y, conf, iou, nc=meta["nc"], end2end=meta["end2end"], max_det=300)[0]
+    model.model[-1].xyxy = True
+    return NMSModel(model, SimpleNamespace(format="onnx", dynamic=False, batch=1, opset=None, quantize=None, **nms))
 
 
 def conv_report(path: str | Path) -> dict[str, Any]:
@@ -246,8 +255,6 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: The file is missing or cannot be loaded.
     """
-    import onnx
-
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]
@@ -306,19 +313,22 @@ def cpu_info() -> dict[str, Any]:
     """Describe the processor and the versions that a measurement depends on.
 
     Returns:
-        ``cpu`` (name), ``threads`` (logical processors), ``avx2`` and ``vnni`` (None where the system does not tell),
-        and the versions of ``python``, ``torch``, ``onnx``, ``onnxruntime`` and ``ultralytics``.
+        ``cpu`` (name), ``threads`` (logical processors), ``avx2``, ``vnni`` and ``governor`` (of the clock; None where
+        the system does not tell), and the versions of ``python``, ``torch``, ``onnx``, ``onnxruntime`` and
+        ``ultralytics``.
     """
     from ultralytics.utils.torch_utils import get_cpu_info
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="ignore").splitlines() if info.is_file() else []
     flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), None)
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
         "cpu": get_cpu_info(),
         "threads": os.cpu_count(),
         "avx2": None if flags is None else "avx2" in flags,
         "vnni": None if flags is None else bool(flags & {"avx512_vnni", "avx_vnni"}),
+        "governor": governor.read_text().strip() if governor.is_file() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "ultralytics")},
     }

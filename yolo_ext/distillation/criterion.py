@@ -51,7 +51,7 @@ class Distiller:
         """
         self.cfg, self.student, self.terms = cfg, student, terms(cfg)
         names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
-        how = {"imgsz": cfg.imgsz, "compiled": cfg.compile, "half": cfg.half}
+        how: dict[str, Any] = {"imgsz": cfg.imgsz, "compiled": cfg.compile, "half": cfg.half}
         self.guides = [make_guide(name, student, device, **how) for name in names]
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)

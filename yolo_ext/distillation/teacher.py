@@ -20,9 +20,7 @@ from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
 from yolo_ext.errors import UsageError
 
 
-def load_teacher(
-    path: str, student: nn.Module, device: torch.device, half: bool = False
-) -> tuple[nn.Module, str]:
+def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool = False) -> tuple[nn.Module, str]:
     """Load a teacher and check that it can teach this student.
 
     Args:

@@ -1,0 +1,214 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The command bench: models side by side in time, memory and accuracy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ultralytics.utils import LOGGER, TQDM
+
+from yolo_ext import runs
+from yolo_ext.checkpoint import atomic_write, load_model
+from yolo_ext.errors import UsageError
+
+BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
+TOP = 10  # operators of a profile that are printed
+
+
+def bench(
+    models: str | list[str], imgsz: int | None = None, threads: Any = 1, batch: Any = 1, rounds: int = 100,
+    data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure files side by side, print the tables and write them.
+
+    Args:
+        models: ``.pt`` and ``.onnx`` files and ``*_openvino_model`` folders, a list or separated by commas; the first
+            one is the reference.
+        imgsz: Side of the square input in pixels; by default that of the first model.
+        threads: Threads of each runtime, one number or several to try.
+        batch: Images per call, one number or several to try.
+        rounds: Timed calls of each model.
+        data: Dataset YAML; adds mAP and a plot of mAP against latency.
+        source: Image for which letterbox and NMS are timed, by default one of `data`, else noise.
+        profile: Also print and write the time of each operator inside ONNX Runtime.
+        memory: Also measure peak memory, each model in a process of its own.
+        place: `project`, `name`, `exist_ok`, `save_dir`.
+
+    Returns:
+        ``rows`` (one for each model, threads and batch), ``models`` (what does not depend on these), ``env`` and, if
+        asked, ``profile``; the contents of ``bench.json``.
+
+    Raises:
+        UsageError: If a file is missing or does not fit.
+    """
+    from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.deployment.runtime import cpu_info
+
+    files = [m.strip() for m in (models.split(",") if isinstance(models, str) else models)]
+    if missing := [f for f in files if not Path(f).exists()]:
+        raise UsageError(f"Model files do not exist: {', '.join(missing)}. Give models=a.pt,b.onnx.")
+    for file in files:
+        runtime_of(file)
+    size, counts, batches = int(imgsz or _trained_size(files[0])), _whole("threads", threads), _whole("batch", batch)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    env = {**cpu_info(), "load": load}
+    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
+    if (env["load"] or 0) > BUSY * (os.cpu_count() or 1):
+        LOGGER.warning(f"The machine is busy (load {env['load']:.1f}): ratios are fair, times in ms are too long.")
+    image = _image(data, source, size)
+    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, int(rounds))]
+    about = {f: _about(f, image, size, counts[0], batches[0], data, memory) for f in TQDM(files, desc="Models")}
+    _print(rows, about, f"{size} px, {rounds} interleaved rounds", image[1])
+    folder = runs.folder(place, task="detect", mode="bench")
+    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": image[1]}
+    found |= {"rows": rows, "models": about}
+    if profile:
+        found["profile"] = _profile(files, size, counts[0], batches[0])
+    runs.write_json(folder / "bench.json", found)
+    _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
+    if data:
+        _plot(rows, about, counts[0], batches[0], size, folder)
+    figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
+    runs.write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
+    return found
+
+
+def _whole(key: str, given: Any) -> list[int]:
+    """Read one or several whole numbers."""
+    items = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    try:
+        numbers = list(dict.fromkeys(int(str(i)) for i in items))
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"'{key}={given}' is illegal. Give whole numbers of at least 1, such as {key}=1,2.")
+    return numbers
+
+
+def _trained_size(file: str) -> int:
+    if file.endswith(".pt"):
+        return int((load_model(file)[1].get("train_args") or {}).get("imgsz") or 640)
+    if file.endswith(".onnx"):
+        from yolo_ext.deployment.runtime import describe
+
+        return describe(file)["imgsz"][0]
+    return 640
+
+
+def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Return one row for each model in one setting; the first model is the reference."""
+    from yolo_ext.deployment.latency import bench, speedup
+
+    found = bench({f: Path(f) for f in files}, size, threads=threads, batch=batch, rounds=rounds)
+    rows = []
+    for f in files:
+        ratio = speedup(found[files[0]], found[f])
+        keys = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
+        rows.append({"model": f, **{k: found[f][k] for k in keys}, "speedup": ratio["ratio"],
+                     "speedup_p10": ratio["p10"], "speedup_p90": ratio["p90"],
+                     "significant": bool(ratio["significant"])})  # fmt: skip
+    return rows
+
+
+def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray, str]:
+    """Return a picture (height, width, 3) for letterbox and NMS, and its name."""
+    from ultralytics.utils.patches import imread
+
+    from yolo_ext.data.calibration import list_images
+    from yolo_ext.data.check import check_data
+
+    if not data and not source:
+        noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, 3), dtype=np.uint8)
+        return noise, "noise, on which NMS has little to do: give source=image"
+    for file in list_images(source) if source else check_data(str(data))["images"]["val"]:
+        if (image := imread(str(file))) is not None:
+            return image, str(file)
+    raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
+
+
+def _about(file: str, image: tuple[np.ndarray, str], size: int, threads: int, batch: int, data: str | None,
+           memory: bool) -> dict[str, Any]:  # fmt: skip
+    """Return what is measured once for each model: size, surroundings, memory, accuracy."""
+    from yolo_ext.deployment.accuracy import map_onnx, map_torch
+    from yolo_ext.deployment.footprint import peak_memory
+    from yolo_ext.deployment.operators import around
+    from yolo_ext.deployment.runtime import conv_report
+
+    path = Path(file)
+    found: dict[str, Any] = {"size_mb": runs.size_mb(path) if path.is_file() else _folder_mb(path)}
+    if path.is_file():
+        found.update(around(path, image[0], size))
+    if path.suffix == ".onnx":
+        found.update({k: v for k, v in conv_report(path).items() if k in ("convs", "int8_convs")})
+    if memory:
+        found.update(peak_memory(path, size, threads, batch) or {})
+    if data:
+        found.update((map_torch if path.suffix == ".pt" else map_onnx)(path, data, size))
+    return found
+
+
+def _folder_mb(path: Path) -> float:
+    return sum(f.stat().st_size for f in path.rglob("*")) / 1e6
+
+
+def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
+    from yolo_ext.reporting.tables import ABSENT, align
+
+    cells = []
+    for r in rows:
+        verdict = f"{r['speedup']:.2f}x" if r["significant"] else "within the spread"
+        verdict = "reference" if r["model"] == rows[0]["model"] else verdict
+        times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
+        cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
+    LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
+    keys = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
+            "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
+    cells = [[f, *(ABSENT if a.get(k) is None else format(a[k], spec) for k, spec in keys.items())]
+             for f, a in about.items()]  # fmt: skip
+    head = ["Model", "Size MB", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime", "mAP50-95"]
+    LOGGER.info(align(cells, head) + f"\nImage: {image}\n")
+
+
+def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
+    from yolo_ext.deployment.operators import operators
+    from yolo_ext.reporting.tables import align
+
+    found = {f: operators(f, size, threads=threads, batch=batch) for f in files if f.endswith(".onnx")}
+    for file, each in found.items():
+        ops = [[r["op"], r["count"], f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each["ops"][:TOP]]
+        nodes = [[r["name"], r["op"], f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each["nodes"][:TOP]]
+        LOGGER.info(f"{file}: time by operator\n{align(ops, ['Operator', 'Nodes', 'ms', 'Share'])}\n")
+        LOGGER.info(f"{file}: slowest nodes\n{align(nodes, ['Node', 'Operator', 'ms', 'Share'])}\n")
+    return found
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    fields = list(dict.fromkeys(k for r in rows for k in r))
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue())
+
+
+def _plot(rows: list[dict[str, Any]], about: dict[str, Any], threads: int, batch: int, size: int, folder: Path) -> None:
+    from yolo_ext.reporting.tradeoff import plot_tradeoff
+
+    points = [
+        {"name": Path(r["model"]).name, "map": about[r["model"]]["map"], **{k: r[k] for k in ("median", "p10", "p90")}}
+        for r in rows
+        if (r["threads"], r["batch"]) == (threads, batch)
+    ]
+    plot_tradeoff(points, folder / "tradeoff.png", f"{size} px, batch {batch}, threads {threads}")
+
+
+def _figures(row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of `summary.json` of one model."""
+    key = {"torch": "torch", "ort": "ort_int8" if about.get("int8_convs") else "ort"}.get(row["runtime"])
+    found = {k: about.get(k) for k in ("size_mb", "map50", "map", "convs", "int8_convs")}
+    return {**found, "latency_ms": {key: row["median"]} if key else {}}

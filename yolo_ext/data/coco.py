@@ -1,0 +1,184 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""COCO: one JSON file of boxes and polygons for each split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
+from typing import Any
+
+from yolo_ext.data.files import walk_files
+from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite, unique_ids
+from yolo_ext.errors import UsageError
+
+WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
+
+
+def scan_coco(source: Path, images: Path | None = None) -> Source:
+    """Read the instances of a COCO dataset.
+
+    Args:
+        source: JSON file, or a folder of them; where some are called instances*, the others are captions and the like.
+        images: Folder that the file names start from; found beside the JSON files by default.
+
+    Raises:
+        UsageError: A file is not COCO, or no folder holds its images.
+    """
+    files = [source] if source.is_file() else walk_files(source, {"json"})
+    files = [f for f in files if f.stem.startswith("instances")] or files
+    if not files:
+        raise UsageError(f"'{source}' holds no JSON files. Give a COCO JSON file, or the folder of a COCO dataset.")
+    found: dict[str, list[tuple[str, Path]]] = {}
+    labels: dict[Path, Annotation] = {}
+    names: dict[str, None] = {}
+    problems: list[str] = []
+    for file in files:
+        content = _load(file)
+        classes = _classes(content, file)
+        names.update(dict.fromkeys(classes[c] for c in sorted(classes)))
+        folder = images or _image_folder(file, [str(i.get("file_name")) for i in content["images"][:1]])
+        members = found.setdefault(_split_of(file), [])
+        for image, annotation in _group(content, classes, problems):
+            name = PurePosixPath(str(image["file_name"]).replace("\\", "/"))
+            if name.is_absolute() or ".." in name.parts:
+                problems.append(f"{file.name}: file name '{name}' leads out of the image folder")
+                continue
+            members.append((name.with_suffix("").as_posix(), folder / name))
+            if labels.setdefault(folder / name, annotation) != annotation:
+                problems.append(f"{name} is annotated twice, in different ways")
+    unique, lists, same = unique_ids(found)
+    items = {i: Item(i, image, None) for i, image in unique.items()}
+
+    def read(item: Item, size: Size) -> Annotation:
+        return labels[item.image] if item.image else Annotation()
+
+    return Source(items, read, items.keys(), lists, [*names], problems=problems + same)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """Return the content of a COCO file."""
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"'{file}' is not valid JSON ({e}). Mend the file.") from e
+    keys = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
+        raise UsageError(
+            f"'{file}' is not a COCO file: it needs the lists {', '.join(keys)}. Give source= a COCO file."
+        )
+    return content
+
+
+def _classes(content: Mapping[str, Any], file: Path) -> dict[Any, str]:
+    """Return class names by category id, which may have gaps."""
+    try:
+        return {int(c["id"]): str(c["name"]) for c in content["categories"]}
+    except (KeyError, TypeError, ValueError) as e:
+        raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
+
+
+def _split_of(file: Path) -> str:
+    """Return the split that a file or its folder is called after, else its name."""
+    for text in (file.stem.lower(), file.parent.name.lower()):
+        if hits := {split for word, split in WORDS.items() if word in text}:
+            return hits.pop() if len(hits) == 1 else file.stem
+    return file.stem
+
+
+def _image_folder(file: Path, first: Sequence[str]) -> Path:
+    """Return the folder that the file names of a COCO file start from."""
+    part = file.stem.rpartition("_")[2]
+    roots = [file.parent, file.parent.parent]
+    tails = ("", part, f"images/{part}", f"images/{_split_of(file)}", "images", "JPEGImages", "data")
+    for folder in (root / tail for root in roots for tail in tails):
+        if first and (folder / first[0]).is_file():
+            return folder
+    raise UsageError(f"Cannot find the image '{(first or ['?'])[0]}' of '{file}'. Give images=FOLDER.")
+
+
+def _group(content: Mapping[str, Any], classes: Mapping[Any, str], problems: list[str]) -> list[tuple[Any, Annotation]]:
+    """Return each image with its annotation, noting what is broken."""
+    objects: dict[Any, list[Object]] = {}
+    crowds: dict[Any, int] = {}
+    for a in content["annotations"]:
+        try:
+            if a.get("iscrowd"):
+                crowds[a["image_id"]] = crowds.get(a["image_id"], 0) + 1
+                continue
+            objects.setdefault(a["image_id"], []).append(_object(a, classes))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            problems.append(f"annotation {a.get('id') if isinstance(a, dict) else a}: {e!r} is wrong or absent")
+    grouped = []
+    for image in content["images"]:
+        try:
+            i, size, _ = image["id"], (float(image["width"]), float(image["height"])), image["file_name"]
+        except (KeyError, TypeError, ValueError) as e:
+            problems.append(f"image {image.get('id') if isinstance(image, dict) else image}: {e!r} is wrong or absent")
+            continue
+        known = size if finite(size) and min(size) > 0 else None
+        grouped.append((image, Annotation(known, tuple(objects.pop(i, ())), crowds.pop(i, 0))))
+    problems += [f"{len(found)} annotations belong to no image: image_id {i}" for i, found in objects.items()]
+    return grouped
+
+
+def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
+    """Return the object of a COCO annotation; of a mask only the box is taken."""
+    x, y, w, h = map(float, a["bbox"])
+    parts = a.get("segmentation")
+    polygons = tuple(tuple(map(float, p)) for p in parts) if isinstance(parts, list) else ()
+    if not finite((x, y, w, h)) or w < 0 or h < 0 or not all(len(p) >= 6 and finite(p) for p in polygons):
+        raise ValueError(f"box {a['bbox']} or its polygon")
+    return Object(classes[a["category_id"]], (x, y, x + w, y + h), polygons)
+
+
+def coco_object(o: Object, category: int) -> dict[str, Any]:
+    """Return the COCO annotation of an object, without the ids of itself and its image.
+
+    Args:
+        o: Object inside the image.
+        category: Its category id.
+    """
+    x0, y0, x1, y1 = o.box
+    area = sum(_area(p) for p in o.polygons) if o.polygons else (x1 - x0) * (y1 - y0)
+    return {
+        "category_id": category,
+        "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+        "area": round(area, 3),
+        "iscrowd": 0,
+        "segmentation": [[round(v, 3) for v in p] for p in o.polygons],
+    }
+
+
+def _area(polygon: Sequence[float]) -> float:
+    """Return the area of a polygon in square pixels by the shoelace formula."""
+    points = list(zip(polygon[::2], polygon[1::2]))
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]))) / 2
+
+
+def write_coco(
+    file: Path, names: Sequence[str], images: Iterable[tuple[str, Size, Sequence[Mapping[str, Any]]]]
+) -> None:
+    """Write a COCO file image by image, so that no split is ever whole in memory.
+
+    Args:
+        file: JSON file.
+        names: Class names, numbered from 1 as COCO does.
+        images: (file name, (width, height) in pixels, annotations) of each image.
+    """
+    categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]
+    count = 0
+    with file.open("w", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as boxes:
+        out.write(f'{{"categories": {json.dumps(categories, ensure_ascii=False)},\n"images": [')
+        for i, (name, (w, h), objects) in enumerate(images, 1):
+            image = {"id": i, "file_name": name, "width": w, "height": h}
+            out.write(("," if i > 1 else "") + "\n" + json.dumps(image, ensure_ascii=False))
+            for o in objects:
+                count += 1
+                boxes.write(("," if count > 1 else "") + "\n" + json.dumps({"id": count, "image_id": i, **o}))
+        out.write('\n],\n"annotations": [')
+        boxes.seek(0)
+        shutil.copyfileobj(boxes, out)
+        out.write("\n]}\n")

@@ -1,0 +1,347 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Label images with a model: labels that are there are kept, and a run that was stopped goes on where it was.
+
+What the model found is kept in a journal, `detections.jsonl`, one line per image after a first line with the settings.
+Labels, previews and the review sheet come from it, so a second run predicts nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import uuid4
+
+import cv2
+import numpy as np
+from ultralytics.data.utils import IMG_FORMATS, img2label_paths
+from ultralytics.utils import TQDM, YAML
+from ultralytics.utils.patches import imread
+from ultralytics.utils.plotting import Annotator, colors
+
+from yolo_ext.checkpoint import atomic_write
+from yolo_ext.data import check
+from yolo_ext.data.files import link_or_copy
+from yolo_ext.data.label_formats import FORMATS, Format, Names, Store, coco_store, file_store
+from yolo_ext.data.records import class_names
+from yolo_ext.errors import UsageError
+
+Predict = Callable[[np.ndarray], list[dict[str, Any]]]
+JOURNAL, PREVIEWS = "detections.jsonl", "previews"
+PREVIEW_SIDE = 1280  # px
+
+
+@dataclass
+class Labelled:
+    """What a run found and did.
+
+    Attributes:
+        records: Of every image whose label is that of the model, by image.
+        kept: Images whose label is not the model's, or no longer: it was there before, or was edited.
+        skipped: Image to the reason why it cannot be read.
+        written: Labels written by this run.
+        predicted: Images that the model ran on in this run.
+    """
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    written: int = 0
+    predicted: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a run needs."""
+
+    out: Path
+    predict: Predict
+    names: Names
+    format: Format
+    store: Store
+    known: dict[str, dict[str, Any]]
+    journal: TextIO
+    overwrite: bool
+    save_conf: bool
+    previews: bool
+    files: str
+    done: Labelled
+
+
+def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
+    """List the images to label.
+
+    Args:
+        source: Image, folder, glob, text file with one path per line, or a list of these.
+        out: Output folder; what a run writes there is never taken for a source.
+
+    Returns:
+        The folder that the source starts at, and the images by their path relative to it.
+
+    Raises:
+        UsageError: There are no images, or `out` lies inside the source folder.
+    """
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    found = [_expand(str(s)) for s in sources]
+    files = sorted({f for _, part in found for f in part})
+    if not files:
+        raise UsageError(f"No images in '{source}'. Legal: {', '.join(sorted(IMG_FORMATS))}.")
+    roots = {root for root, _ in found if root} or {f.parent for f in files}
+    root = Path(os.path.commonpath([*roots, *(f.parent for f in files)]))
+    within = out != root and out.is_relative_to(root)
+    if within and any(Path(str(s)).is_dir() for s in sources):
+        raise UsageError(
+            f"Output folder '{out}' lies inside the source '{root}'. Give one outside it, or "
+            f"out={root} itself to write into the source."
+        )
+    for name in {f.images for f in FORMATS.values()}:
+        root = out / name if root.is_relative_to(out / name) else root  # labels then mirror the folders of a dataset
+    own = out if within else out / PREVIEWS
+    images = {f.relative_to(root).as_posix(): f for f in files if not f.is_relative_to(own)}
+    return root, images
+
+
+def _expand(source: str) -> tuple[Path | None, list[Path]]:
+    """Return the folder where a source starts, where that is plain, and its image files."""
+    path = Path(source).absolute()
+    try:
+        if path.is_dir():
+            return (path := path.resolve()), check.list_images(path)
+        if path.is_file() and path.suffix == ".txt":
+            return None, [f.absolute() for f in check.list_images(path)]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"Source '{source}' cannot be read ({e}). Give images, a folder, a glob or a list.") from e
+    if path.is_file():
+        return path.parent, [path] if path.suffix[1:].lower() in IMG_FORMATS else []
+    files = [Path(f) for f in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    if not files:
+        raise UsageError(f"Source '{source}' does not exist. Give an image, a folder, a glob or a text file of paths.")
+    fixed = Path(str(path)[: min(i for c in "*?[" if (i := str(path).find(c)) >= 0)])
+    return fixed if fixed.is_dir() else fixed.parent, [f for f in files if f.suffix[1:].lower() in IMG_FORMATS]
+
+
+def label_images(
+    images: Mapping[str, Path],
+    out: Path,
+    predict: Predict,
+    names: Names,
+    settings: Mapping[str, Any],
+    *,
+    format: str = "yolo",
+    beside: bool = False,
+    overwrite: bool = False,
+    save_conf: bool = False,
+    previews: bool = True,
+    files: str = "link",
+) -> Labelled:
+    """Label images; every file is written whole, and nothing that is there changes unless `overwrite`.
+
+    Args:
+        images: Image files by their relative path.
+        out: Output folder.
+        predict: Function of an image (H, W, 3), BGR, that gives its objects (see `label_formats`).
+        names: Class names by class index.
+        settings: What the detections depend on; a folder holds those of one model and one setting only.
+        format: `yolo`, `voc` or `coco`.
+        beside: Write each label where training looks for it (YOLO) or next to its image (VOC), instead of in `out`.
+        overwrite: Replace labels, and detections of other settings.
+        save_conf: Append the confidence to YOLO rows, which Ultralytics then cannot train on.
+        previews: Write a picture with boxes drawn for each image.
+        files: Make `out` a dataset with the images in it: `link` them where the file system allows it, or `copy` them;
+            `none` leaves them out.
+
+    Returns:
+        What was found, kept and skipped.
+
+    Raises:
+        UsageError: Two images share a label, or the folder holds detections of other settings, other class names or a
+            broken COCO file.
+    """
+    kind = FORMATS[format]
+    out.mkdir(parents=True, exist_ok=True)
+    files = "none" if beside else files
+    dataset = format == "yolo" and files != "none"
+    if dataset:
+        _check_names(out / "data.yaml", names)
+    journal = out / JOURNAL
+    known = _read_journal(journal, settings, overwrite)
+    store = _open_store(images, out, kind, names, beside)
+    done = Labelled()
+    _sweep(images, out)
+    update(journal, _journal_text(settings, known))  # without what a killed run left half written
+    with journal.open("a", encoding="utf-8") as file:
+        job = _Job(out, predict, names, kind, store, known, file, overwrite, save_conf, previews, files, done)
+        for name, path in TQDM(images.items(), "Labelling"):
+            _label(job, name, path)
+    store.close()
+    update(journal, _journal_text(settings, known))  # sorted: the bytes do not tell how often a run was stopped
+    if dataset and not (out / "data.yaml").exists():
+        content = {"path": str(out), "train": kind.images, "val": kind.images, "names": dict(names)}
+        YAML.save(out / ".data.yaml", content)
+        (out / ".data.yaml").replace(out / "data.yaml")
+    return done
+
+
+def _label(job: _Job, name: str, path: Path) -> None:
+    """Label one image, from the journal where it was seen before."""
+    existing = job.store.read(name)
+    stat, problem = check.attempt(Path.stat, path)
+    if stat is None:
+        job.done.skipped[name] = problem
+        return
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    record, image = job.known.get(name), None
+    preview = job.out / PREVIEWS / f"{name}.jpg"
+    if record is None or record["stamp"] != stamp:
+        if existing is not None and not job.overwrite:
+            job.done.kept.append(name)
+            return
+        image, problem = check.attempt(read_image, path)
+        if image is None:
+            job.done.skipped[name] = problem
+            return
+        preview.unlink(missing_ok=True)  # of an earlier picture or setting
+        size = [image.shape[1], image.shape[0]]
+        record = {"image": name, "stamp": stamp, "size": size, "objects": job.predict(image)}
+        job.known[name] = record
+        job.journal.write(json.dumps(record) + "\n")
+        job.journal.flush()
+        job.done.predicted += 1
+    text = job.format.render(record, job.names, job.save_conf)
+    if existing is not None and existing != text and not job.overwrite:
+        job.done.kept.append(name)
+        return
+    if existing != text:
+        job.store.write(name, text)
+        job.done.written += 1
+    job.done.records[name] = record
+    if job.files != "none":
+        _put(path, job.out / job.format.images / name, link=job.files == "link")
+    if job.previews and not preview.exists():
+        atomic_write(preview, draw(read_image(path) if image is None else image, record["objects"], job.names))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return an image (H, W, 3), BGR, upright, as the predictor sees it; the file is not touched and nothing fetched.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    check.image_size(path)
+    try:
+        image = imread(path)
+    except cv2.error as e:
+        raise ValueError(f"cannot be decoded ({e.err})") from e
+    if image is None:
+        raise ValueError("cannot be decoded")
+    return image
+
+
+def draw(image: np.ndarray, objects: list[dict[str, Any]], names: Names) -> bytes:
+    """Draw objects on a copy of an image, large ones reduced, and return it as JPEG."""
+    scale = min(1.0, PREVIEW_SIDE / max(image.shape[:2]))
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    annotator = Annotator(np.ascontiguousarray(image).copy())
+    for o in objects:
+        flat = [v * scale for v in o.get("polygon") or o["box"]]
+        shape = [[x, y] for x, y in zip(flat[::2], flat[1::2])] if o.get("polygon") else flat
+        annotator.box_label(shape, f"{names[o['class']]} {o['confidence']:.2f}", colors(o["class"], bgr=True))
+    return cv2.imencode(".jpg", annotator.result(), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def _put(source: Path, target: Path, link: bool) -> None:
+    """Put an image into the dataset, whole or not at all."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    try:
+        # Ultralytics rewrites a JPEG that is not whole at training; a link would let that reach the source
+        link_or_copy(source, part, link=link and check.jpeg_is_whole(source))
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sweep(images: Mapping[str, Path], out: Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote."""
+    known = {JOURNAL, "label.json", "review.html", "annotations.json"}
+    for path in map(Path, images):
+        known |= {path.name, f"{path.name}.jpg", f"{path.stem}.txt", f"{path.stem}.xml"}
+    for file in out.rglob(".*.????????"):
+        if file.name[1:-9] in known:
+            file.unlink()
+
+
+def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Names, beside: bool) -> Store:
+    """Return the store that labels of this format are kept in."""
+    if not kind.labels:
+        return coco_store(out / f"annotations{kind.suffix}", names)
+
+    def place(image: str) -> Path:
+        path = images[image] if beside else out / kind.images / image
+        if kind is FORMATS["yolo"]:
+            return Path(img2label_paths([str(path)])[0])
+        return (path if beside else out / kind.labels / image).with_suffix(kind.suffix)
+
+    owners: dict[Path, str] = {}
+    for image in images:
+        if (other := owners.setdefault(place(image), image)) != image:
+            raise UsageError(
+                f"Images '{other}' and '{image}' would share the label '{place(image)}'. Rename one of them."
+            )
+    return file_store(place)
+
+
+def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, dict[str, Any]]:
+    """Return the records of earlier runs with the same settings by image; a half line at the end is left out."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = [line for raw in text.splitlines() if (line := _parse(raw)) is not None]
+    if not lines:
+        return {}
+    if changed := [k for k in settings if lines[0].get(k) != settings[k]]:
+        if overwrite:
+            return {}
+        before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)
+        raise UsageError(
+            f"'{file.parent}' holds labels made with other settings ({before}). "
+            "Give another out=, or overwrite=True to replace them."
+        )
+    return {record["image"]: record for record in lines[1:]}
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return a line of the journal, None where a killed run left only half of it."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _journal_text(settings: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in (settings, *(known[k] for k in sorted(known))))
+
+
+def _check_names(file: Path, names: Names) -> None:
+    """Refuse to mix labels with those of a dataset that numbers its classes otherwise."""
+    if not file.is_file():
+        return
+    found = class_names(YAML.load(file).get("names"))
+    if found != list(names.values()):
+        raise UsageError(
+            f"'{file}' has the classes {found}, the model {list(names.values())}: labels of both must not be mixed. "
+            "Give another out=."
+        )
+
+
+def update(file: Path, content: str) -> None:
+    """Write a text file atomically, unless it holds that text already."""
+    data = content.encode("utf-8", "replace")
+    if not file.is_file() or file.read_bytes() != data:
+        atomic_write(file, data)

@@ -1,0 +1,162 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Summarise a YOLO dataset: classes, box sizes, duplicates, leaks between splits, broken files."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ultralytics.utils import LOGGER
+
+from yolo_ext.data.check import image_probe, quote
+from yolo_ext.data.duplicates import NEAR, fingerprint, near_pairs, same
+from yolo_ext.data.files import parallel
+from yolo_ext.data.records import Item, Source
+from yolo_ext.data.yolo import scan_yolo
+from yolo_ext.errors import UsageError
+
+AREAS = {"small": 32**2, "medium": 96**2, "large": math.inf}  # square pixels, as COCO counts
+KINDS = {  # what is wrong with a file, and how it is told
+    "broken": "images cannot be read",
+    "malformed": "label files are malformed",
+    "outside": "label files have boxes outside the image, Ultralytics leaves these images out",
+}
+
+
+class Seen(NamedTuple):
+    """What was seen in one image and its label file.
+
+    Attributes:
+        key: Hash of the file.
+        print: Fingerprint of the picture.
+        problem: (kind of `KINDS`, text), or None.
+        label: `labels`, `empty` or `absent`.
+        boxes: Count by (class, area name, power of two of the side in pixels).
+    """
+
+    key: bytes = b""
+    print: int = 0
+    problem: tuple[str, str] | None = None
+    label: str = "absent"
+    boxes: Mapping[tuple[str, str, int], int] = {}
+
+
+def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
+    """Look at every image and label of a dataset, changing nothing.
+
+    Args:
+        data: data.yaml, or the folder of one.
+        near: How many of 256 bits may differ between the fingerprints of images that are called nearly the same.
+
+    Returns:
+        `splits`, `classes`, `sizes`, `duplicates` and `leaks`, exact and near, files that are broken, malformed or
+        outside, and `passed`: no file is broken or malformed and train shares no image with val or test.
+
+    Raises:
+        UsageError: The data.yaml or a path in it is unusable.
+    """
+    if not 0 <= near <= 64:
+        raise UsageError(f"'near={near}' is illegal. Legal: 0 to 64 of 256 bits.")
+    if not Path(data).exists():
+        raise UsageError(f"'{data}' does not exist. Give check= the path of a data.yaml.")
+    source = scan_yolo(Path(data))
+    if source.problems:
+        LOGGER.warning(f"{len(source.problems)} images share a label file: {quote(source.problems)}")
+    items = list(source.items.values())
+    seen = dict(zip(source.items, parallel(partial(_look, source), items, "Checking images and labels")))
+    found: dict[str, Any] = {"data": str(data), "splits": _splits(source, seen), **_boxes(source, seen)}
+    for kind in KINDS:
+        wrong = {i: s.problem[1] for i, s in seen.items() if s.problem and s.problem[0] == kind}
+        found[kind] = {str(source.items[i].image): text for i, text in wrong.items()}
+    for suffix, groups in _groups(source, {i: s for i, s in seen.items() if s.key}, near).items():
+        found[f"duplicates{suffix}"], found[f"leaks{suffix}"] = _place(source, groups)
+    found["passed"] = not (found["broken"] or found["malformed"] or any(found["leaks"].values()))
+    return found
+
+
+def _look(source: Source, item: Item) -> Seen:
+    """Look at one image and its label file."""
+    image = item.image or Path()
+    try:
+        size, _ = image_probe(image)
+        key, bits = fingerprint(image)
+    except (ValueError, OSError) as e:
+        return Seen(problem=("broken", str(e)))
+    if item.label is None or not item.label.is_file():
+        return Seen(key, bits)
+    try:
+        objects = source.read(item, size).objects
+    except (ValueError, OSError) as e:
+        kind = "outside" if isinstance(e.__cause__, ArithmeticError) else "malformed"
+        return Seen(key, bits, (kind, f"{item.label.name} {e}"))
+    boxes: Counter[tuple[str, str, int]] = Counter()
+    for o in objects:
+        area = max((o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), 0.0)
+        boxes[o.name, next(n for n, a in AREAS.items() if area < a), int(math.log2(max(math.sqrt(area), 1)))] += 1
+    return Seen(key, bits, None, "labels" if objects else "empty", boxes)
+
+
+def _splits(source: Source, seen: Mapping[str, Seen]) -> dict[str, dict[str, int]]:
+    """Return the counts of each split."""
+    table = {}
+    for split, ids in source.lists.items():
+        members = [seen[i] for i in ids]
+        table[split] = {
+            "images": len(ids),
+            "boxes": sum(sum(s.boxes.values()) for s in members),
+            "unlabelled": sum(s.label == "absent" and not s.problem for s in members),
+            "empty": sum(s.label == "empty" for s in members),
+            **{kind: sum(s.problem[0] == kind for s in members if s.problem) for kind in KINDS},
+        }
+    return table
+
+
+def _boxes(source: Source, seen: Mapping[str, Seen]) -> dict[str, Any]:
+    """Return boxes by class, split and area, and the histogram of their sides."""
+    columns = [*source.lists, *AREAS]
+    classes = {name: dict.fromkeys(columns, 0) for name in source.names or ()}
+    sides: Counter[int] = Counter()
+    for split, ids in source.lists.items():
+        for i in ids:
+            for (name, area, side), n in seen[i].boxes.items():
+                classes[name][split] += n
+                classes[name][area] += n
+                sides[side] += n
+    powers = range(min(sides, default=0), max(sides, default=-1) + 1)
+    return {"classes": classes, "sizes": {f"{2**p}-{2 ** (p + 1)}": sides[p] for p in powers}}
+
+
+def _groups(source: Source, seen: Mapping[str, Seen], near: int) -> dict[str, list[list[str]]]:
+    """Return groups of images that are exactly and nearly the same; an image in two splits is a group of its own."""
+    exact = same({i: s.key for i, s in seen.items()})
+    member = Counter(i for ids in source.lists.values() for i in set(ids) if i in seen)
+    grouped = {i for g in exact for i in g}
+    exact += [[i] for i, n in member.items() if n > 1 and i not in grouped]
+    alone = {s.key: i for i, s in reversed([*seen.items()])}  # exact copies count once
+    prints = {i: seen[i].print for i in alone.values()}
+    first = {p: i for i, p in prints.items()}
+    return {"": exact, "_near": same(prints) + [[first[a], first[b]] for a, b in near_pairs(first, near)]}
+
+
+def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[str]], dict[str, list[list[str]]]]:
+    """Tell duplicates inside a split from leaks between splits; each is a pair of image files."""
+    splits = {split: set(ids) for split, ids in source.lists.items()}
+    inside: list[list[str]] = []
+    leaks: dict[str, list[list[str]]] = {f"{a}/{b}": [] for a, b in combinations(splits, 2)}
+    for group in groups:
+        members = {split: [i for i in group if i in ids] for split, ids in splits.items()}
+        for ids in members.values():
+            inside += [_files(source, ids[0], i) for i in ids[1:]]
+        for a, b in combinations(splits, 2):
+            if members[a]:
+                leaks[f"{a}/{b}"] += [_files(source, i if i in members[a] else members[a][0], i) for i in members[b]]
+    return inside, leaks
+
+
+def _files(source: Source, *ids: str) -> list[str]:
+    return [str(source.items[i].image) for i in ids]

@@ -1,0 +1,223 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands export and verify: a model out of training into files for a runtime, and proof that they are equal."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from ultralytics.utils import LOGGER
+
+from yolo_ext import compat, runs
+from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.config import parse
+from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.registry import suggest
+
+PLACE = ("project", "name", "exist_ok", "save_dir")
+PRECISION = {8: "int8", "int8": "int8", "w8a8": "int8", 16: "half", "fp16": "half", "w16a16": "half"}
+NMS_KEYS = ("conf", "iou", "max_det", "agnostic_nms")
+OURS = ("imgsz", "batch", "dynamic", "opset", "simplify", "half", "int8", "quantize", "data", "quant", "nms", *NMS_KEYS)
+
+
+def _size(model: str | Path, given: Any) -> Any:
+    """Return the image size given by the user, a whole number or (height, width), else that of the training."""
+    if given is None:
+        given = (load_model(model)[1].get("train_args") or {}).get("imgsz") or 640
+    sides = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
+        raise UsageError(f"'imgsz={given}' is illegal: give a whole number, or height and width as imgsz=[480,640].")
+    return sides[0] if len({*sides}) == 1 else tuple(sides)
+
+
+def export(model: str | Path, format: str = "onnx", out: str | Path | None = None, **options: Any) -> list[Path]:
+    """Export a model; ONNX and OpenVINO by us, every other format by Ultralytics with the weights of the model.
+
+    Args:
+        model: ``.pt``, pruned or not. A QAT model also gets its INT8 file.
+        format: ``onnx`` or a format of Ultralytics.
+        out: File or folder to write, by default beside the model; an INT8 file gets ``_int8`` added to its name.
+        options: `imgsz` (one number or height and width), `batch`, `dynamic`, `opset`, `simplify`, `half`, `int8` with
+            `data` for calibration and `quant` options, `nms` with `conf`, `iou`, `max_det`, `agnostic_nms`; for other
+            formats any export argument.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UsageError: If the model or an option is wrong.
+        CheckFailed: If the exporter failed.
+    """
+    from ultralytics.engine.exporter import export_formats
+
+    formats = [f for f in export_formats()["Argument"] if f != "-"]
+    if format not in formats:
+        raise UsageError(f"Unknown export format '{format}'.{suggest(format, formats)} Legal: {', '.join(formats)}.")
+    net, _ = load_model(model)
+    if format not in ("onnx", "openvino"):
+        return [_by_ultralytics(model, format, out, options)]
+    if unused := sorted(set(options) - {*OURS, *PLACE, "device", "mode"}):
+        raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(OURS)}, out.")
+    imgsz = _size(model, options.get("imgsz"))
+    files = (_onnx if format == "onnx" else _openvino)(Path(model), net, out, imgsz, options)
+    for file in files:
+        LOGGER.info(f"Export saved as {file} ({_megabytes(file):.1f} MB)")
+    side = imgsz if isinstance(imgsz, int) else max(imgsz)
+    figures = runs.model_figures(net, Path(model), side)
+    folder = runs.folder({k: options.get(k) for k in PLACE}, task=compat.task_of(net), mode="export")
+    before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
+    runs.write_summary(folder, before, {**figures, "size_mb": _megabytes(files[-1])})
+    return files
+
+
+def _megabytes(path: Path) -> float:
+    return sum(f.stat().st_size for f in path.rglob("*")) / 1e6 if path.is_dir() else runs.size_mb(path)
+
+
+def _precision(options: dict[str, Any]) -> str:
+    """Return "", "half" or "int8" from `half`, `int8` or Ultralytics' newer `quantize`."""
+    asked = {k for k in ("half", "int8") if options.get(k)}
+    given = options.get("quantize")
+    if given not in (None, 32, "32", "fp32"):
+        key = int(given) if str(given).isdigit() else str(given)
+        if key not in PRECISION:
+            raise UsageError(f"'quantize={given}' is illegal for ONNX and OpenVINO. Legal: 8, 16, 32.")
+        asked.add(PRECISION[key])
+    if len(asked) > 1:
+        raise UsageError("half=True and int8=True exclude each other: give one of them.")
+    return next(iter(asked), "")
+
+
+def _float_file(model: Path, out: Path, imgsz: Any, options: dict[str, Any], half: bool) -> Path:
+    from yolo_ext.deployment.export import export_onnx
+
+    ours = {k: options[k] for k in ("opset", "simplify", "dynamic", "batch") if options.get(k) is not None}
+    nms = {k: options[k] for k in NMS_KEYS if options.get(k) is not None}
+    if options.get("nms") is not True and nms:
+        raise UsageError(f"{', '.join(nms)}: only for embedded NMS. Add nms=True, or leave it out.")
+    embedded = nms if options.get("nms") is True else None
+    return export_onnx(model, out, imgsz, nms=embedded, end2end=options.get("nms") is False, half=half, **ours)
+
+
+def _ranges(net: nn.Module, imgsz: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return activation ranges and profile of a model: from its QAT, else calibrated on images."""
+    from yolo_ext.quantization.profiles import resolve_profile
+
+    known = manifest(net).get("quant")
+    if known and not options.get("quant"):
+        return known["ranges"], resolve_profile(known["profile"])
+    if not options.get("data"):
+        raise UsageError("int8=True needs images to calibrate on. Give data=data.yaml.")
+    from yolo_ext.data.check import check_data
+    from yolo_ext.quantization.fake_quant import get_ranges
+    from yolo_ext.quantization.qat import prepare
+
+    cfg = parse({"quant": options.get("quant") or {}})["quant"]
+    side = imgsz if isinstance(imgsz, int) else max(imgsz)
+    prepare(net, cfg, check_data(options["data"], task=compat.task_of(net)), side)
+    return get_ranges(net), resolve_profile(cfg.profile)
+
+
+def _onnx(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[str, Any]) -> list[Path]:
+    """Write the float file and, for a QAT model or if asked, its INT8 file."""
+    from yolo_ext.quantization.qdq import write_qdq
+
+    precision = _precision(options)
+    target = Path(out or model.with_name(f"{model.stem}{'_fp16' if precision == 'half' else ''}.onnx"))
+    wanted = precision == "int8" or (not precision and manifest(net).get("quant"))
+    quant = _ranges(net, imgsz, options) if wanted else None  # before anything is written
+    files = [_float_file(model, target, imgsz, options, precision == "half")]
+    if quant:
+        files.append(target.with_name(f"{target.stem}_int8.onnx"))
+        write_qdq(files[0], files[1], *quant)
+    return files
+
+
+def _openvino(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[str, Any]) -> list[Path]:
+    """Convert our ONNX file with OpenVINO's own converter."""
+    from yolo_ext.deployment.intermediate import SUFFIX, export_openvino, need_openvino
+    from yolo_ext.quantization.qdq import write_qdq
+
+    need_openvino()
+    precision = _precision(options)
+    kind = {"int8": "_int8", "half": "_fp16"}.get(precision, "")
+    quant = _ranges(net, imgsz, options) if precision == "int8" else None
+    with tempfile.TemporaryDirectory() as folder:
+        file = _float_file(model, Path(folder) / "fp32.onnx", imgsz, options, half=False)
+        if quant:
+            file = Path(folder) / "int8.onnx"
+            write_qdq(Path(folder) / "fp32.onnx", file, quant[0], replace(quant[1], fuse_silu=False))
+        return [export_openvino(file, out or model.with_name(f"{model.stem}{kind}{SUFFIX}"), half=precision == "half")]
+
+
+def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str, Any]) -> Path:
+    """Hand a format over to Ultralytics, which exports the module in the file, pruned or not; nothing is installed."""
+    from ultralytics import YOLO
+
+    if out:
+        raise UsageError(f"'out={out}' is only for onnx and openvino: Ultralytics writes '{format}' beside the model.")
+    args = {k: v for k, v in options.items() if k not in PLACE}
+    try:
+        with compat.no_autoinstall():
+            return Path(YOLO(str(model)).export(format=format, **args))
+    except ImportError as error:
+        name = error.name or str(error)
+        raise UsageError(f"Exporting '{format}' needs the package '{name}'. Run `pip install {name}`.") from error
+    except Exception as error:  # every backend has exceptions of its own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckFailed(f"Ultralytics could not export '{format}' ({type(error).__name__}: {reason}).") from error
+
+
+def verify(model: str, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
+           imgsz: int | None = None, **place: Any) -> dict[str, Any]:  # fmt: skip
+    """Compare an ONNX file with the model that it came from, print the checks and write them.
+
+    Args:
+        model: ``.pt`` of the float model.
+        onnx: Its FP32 or FP16 ONNX.
+        int8: Its INT8 ONNX, checked against its own simulation.
+        data: Dataset YAML whose val images are used; adds a comparison of mAP.
+        source: Folder, glob or list of images instead of `data`.
+        imgsz: Size of the input in pixels; by default that of the ONNX file.
+        place: `project`, `name`, `exist_ok`, `save_dir`.
+
+    Returns:
+        ``passed``, ``checks`` and what they measured.
+
+    Raises:
+        UsageError: If a file is missing or there are no images.
+    """
+    from yolo_ext.data.calibration import list_images
+    from yolo_ext.data.check import check_data
+    from yolo_ext.deployment.bisect import describe_difference
+    from yolo_ext.deployment.runtime import describe
+    from yolo_ext.deployment.verify import verify as run
+    from yolo_ext.reporting.tables import align
+
+    net, _ = load_model(model)
+    if not data and not source:
+        raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
+    size = _size(model, imgsz or describe(onnx)["imgsz"])
+    images = check_data(data, task=compat.task_of(net))["images"]["val"] if data else list_images(source)
+    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
+    rows = [
+        [c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"]
+        for c in found["checks"]
+    ]
+    LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
+    if "first_difference" in found:
+        LOGGER.info(describe_difference(found["first_difference"]))
+    folder = runs.folder(place, task=compat.task_of(net), mode="verify")
+    runs.write_json(folder / "verify.json", found)
+    figures = runs.model_figures(net, Path(model), size if isinstance(size, int) else max(size))
+    maps = found.get("map") or {}
+    after = {
+        **figures,
+        "size_mb": runs.size_mb(Path(int8 or onnx)),
+        "map_onnx": {"fp32": (maps.get("onnx") or {}).get("map") if found["precision"] == "fp32" else None},
+    }
+    runs.write_summary(folder, {**figures, **(maps.get("torch") or {})}, {**after, **(maps.get("onnx") or {})})
+    return found

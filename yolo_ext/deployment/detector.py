@@ -1,0 +1,320 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Run an exported YOLO on pictures with NumPy, OpenCV and ONNX Runtime alone: no torch, no Ultralytics."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import cv2
+import numpy as np
+
+from yolo_ext.deployment import detector_decode as decode
+from yolo_ext.errors import UsageError
+
+Image: TypeAlias = str | Path | np.ndarray
+TASKS = ("detect", "segment", "pose", "obb", "classify")
+GREY = 114  # of the border
+PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one picture, the best score first.
+
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the picture (N, 4), float32.
+        scores: Confidences (N,), float32.
+        classes: Class indices (N,), int64.
+        names: Class names by class index.
+        shape: Height and width of the picture in pixels.
+        masks: Segment: one mask of the picture's size for each box (N, height, width), bool.
+        keypoints: Pose: x, y in pixels of the picture and, where the model has it, visibility (N, K, 2 or 3).
+        rboxes: OBB: x, y, w, h in pixels of the picture and the angle in radians (N, 5); `boxes` lie upright around it.
+        probs: Classify: probability of each class; there are no boxes then.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    names: dict[int, str]
+    shape: tuple[int, int]
+    masks: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+    rboxes: np.ndarray | None = None
+    probs: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Return the number of boxes."""
+        return len(self.boxes)
+
+
+class Detector:
+    """An exported YOLO: call it with a picture, or a list of pictures.
+
+    Attributes:
+        task: Ultralytics task of the model.
+        names: Class names by class index.
+        imgsz: Height and width of the network's input in pixels.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        conf: float = 0.25,
+        iou: float = 0.7,
+        classes: Sequence[int | str] | None = None,
+        threads: int | None = None,
+        max_det: int = 300,
+        imgsz: int | Sequence[int] | None = None,
+    ) -> None:
+        """Open the file.
+
+        Args:
+            path: ``.onnx`` file written by yolo-ext or Ultralytics, FP32, FP16 or INT8.
+            conf: Confidence threshold.
+            iou: Overlap above which suppression drops the lower score.
+            classes: Class indices or names to keep; None keeps all.
+            threads: Threads of ONNX Runtime; None leaves the choice to it.
+            max_det: Largest number of boxes for one picture.
+            imgsz: Input size in pixels, one side or height and width, of a file with dynamic size; None takes the size
+                of the export.
+
+        Raises:
+            UsageError: The file or an option is not usable.
+        """
+        _check_range(conf, iou, threads, max_det)
+        self._session = _open(path, threads)
+        self._meta = _metadata(self._session, path)
+        self.task, self.names = self._meta["task"], self._meta["names"]
+        self.conf, self.iou, self.max_det = conf, iou, max_det
+        self.classes = None if classes is None else [_class_index(c, self.names) for c in classes]
+        entry = self._session.get_inputs()[0]
+        batch, self._channels, *size = entry.shape
+        self._name, self._half = entry.name, entry.type == "tensor(float16)"
+        self._fixed = all(isinstance(side, int) for side in size)
+        self._batch = batch if self._fixed and isinstance(batch, int) else 1
+        self.imgsz = _input_size(size if self._fixed else None, imgsz, self._meta)
+
+    @overload
+    def __call__(self, source: Image) -> Detections: ...
+
+    @overload
+    def __call__(self, source: list[Any]) -> list[Detections]: ...
+
+    def __call__(self, source: Image | list[Any]) -> Detections | list[Detections]:
+        """Detect.
+
+        Args:
+            source: Image file, array (height, width, 3) in BGR, uint8, as OpenCV reads it, or a list of these.
+
+        Returns:
+            Detections of the picture, or a list of them.
+
+        Raises:
+            UsageError: A picture is missing or broken.
+        """
+        if isinstance(source, (str, Path, np.ndarray)):
+            return self._detect([source])[0]
+        parts = (source[i : i + self._batch] for i in range(0, len(source), self._batch))
+        return [found for part in parts for found in self._detect(part)]
+
+    def _detect(self, sources: Sequence[Image]) -> list[Detections]:
+        images = [_read(source, self._channels) for source in sources]
+        x = np.stack([self._prepare(image) for image in images])
+        if self._batch > len(x):  # a graph of fixed batch size takes no fewer
+            x = np.concatenate([x, np.zeros((self._batch - len(x), *x.shape[1:]), x.dtype)])
+        outputs = [y.astype(np.float32, copy=False) for y in self._session.run(None, {self._name: x})]
+        return [self._decode([y[i] for y in outputs], x.shape[2:], image) for i, image in enumerate(images)]
+
+    def _prepare(self, image: np.ndarray) -> np.ndarray:
+        """Return a picture as network input (C, H, W), 0..1."""
+        if self.task == "classify":
+            image = _crop(image, self.imgsz)
+        elif self._meta["stretch"]:
+            image = cv2.resize(image, self.imgsz[::-1], interpolation=cv2.INTER_LINEAR)
+        else:
+            image = letterbox(image, self.imgsz, None if self._fixed else self._meta["stride"])
+        image = image.reshape(*image.shape[:2], -1)[..., ::-1].transpose(2, 0, 1)  # RGB
+        return np.ascontiguousarray(image, np.float16 if self._half else np.float32) / 255
+
+    def _decode(self, outputs: list[np.ndarray], size: tuple[int, ...], image: np.ndarray) -> Detections:
+        shape = image.shape[:2]
+        if self.task == "classify":
+            none: np.ndarray = np.zeros((0, 6), np.float32)
+            return Detections(none[:, :4], none[:, 4], none[:, 5].astype(np.int64), self.names, shape, probs=outputs[0])
+        rows = self._rows(outputs[0])
+        sx, sy, left, top = decode.fit(size, shape)
+        border, scale = np.float32([left, top]), np.float32([sx, sy])
+        limit = np.float32([shape[1], shape[0]])
+        extra: dict[str, np.ndarray] = {}
+        if self.task == "obb":
+            turned = np.concatenate([(rows[:, :2] - border) / scale, rows[:, 2:4] / scale, rows[:, -1:]], 1)
+            extra["rboxes"], boxes = turned, decode.around(turned)
+        elif self._meta["stretch"]:
+            boxes = decode.corners(rows[:, :4]) * np.tile(limit, 2)
+        else:
+            boxes = ((rows[:, :4] - np.tile(border, 2)) / np.tile(scale, 2)).clip(0, np.tile(limit, 2))
+        if self.task == "pose":
+            points = rows[:, 6:].reshape(len(rows), *self._meta["kpt_shape"]).copy()
+            points[..., :2] = ((points[..., :2] - border) / scale).clip(0, limit)
+            extra["keypoints"] = points
+        if self.task == "segment":
+            masks = decode.masks(outputs[1], rows[:, 6:], boxes, shape)
+            seen = masks.any((1, 2))
+            rows, boxes, extra["masks"] = rows[seen], boxes[seen], masks[seen]
+        return Detections(boxes, rows[:, 4].copy(), rows[:, 5].astype(np.int64), self.names, shape, **extra)
+
+    def _rows(self, output: np.ndarray) -> np.ndarray:
+        """Return one image's detections (N, 6 + extras) in input pixels: box, score, class, extras."""
+        rotated = self.task == "obb"
+        if final := self._meta["final"] or output.shape[-1] == 6:
+            rows = output[output[:, 4] > self.conf]
+        else:
+            nc = len(output) - 4 if self.task == "detect" else len(self.names)
+            rows = decode.dense(output, nc, self.conf, rotated=rotated)
+        if self.classes is not None:
+            rows = rows[np.isin(rows[:, 5], self.classes)]
+        return rows[: self.max_det] if final else decode.suppress(rows, self.iou, self.max_det, rotated=rotated)
+
+
+def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = None) -> np.ndarray:
+    """Scale a picture into a frame and fill the rest with grey, as Ultralytics does.
+
+    Args:
+        image: Picture (H, W, C), uint8.
+        size: Height and width of the frame in pixels.
+        stride: Cut the border down to the next multiple of this; None keeps the whole frame.
+
+    Returns:
+        Picture (h, w, C), uint8.
+    """
+    h, w = image.shape[:2]
+    gain = min(size[0] / h, size[1] / w)
+    inner = max(round(w * gain), 1), max(round(h * gain), 1)
+    dw, dh = size[1] - inner[0], size[0] - inner[1]
+    if stride:
+        dw, dh = dw % stride, dh % stride
+    if (w, h) != inner:
+        image = cv2.resize(image, inner, interpolation=cv2.INTER_LINEAR)
+    top, bottom, left, right = (round(side / 2 + shift) for side in (dh, dw) for shift in (-0.1, 0.1))
+    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
+
+
+def _crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale the shorter side to a square input and cut its centre; a rectangular input is filled as it is."""
+    h, w = image.shape[:2]
+    if size[0] == size[1]:
+        h, w = (size[0], int(size[0] * w / h)) if h <= w else (int(size[0] * h / w), size[0])
+    else:
+        h, w = size
+    image = _resize_smooth(_resize_smooth(image, w, 1), h, 0)
+    top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def _resize_smooth(image: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Resize one axis with Pillow's antialiasing triangle filter, in the same 22-bit arithmetic."""
+    image = image.swapaxes(0, axis)
+    scale = len(image) / size
+    support = max(scale, 1.0)
+    centre = (np.arange(size) + 0.5) * scale
+    first = (centre - support + 0.5).astype(int).clip(0)
+    last = (centre + support + 0.5).astype(int).clip(None, len(image))
+    taps = first[:, None] + np.arange((last - first).max())
+    weights = (1 - np.abs((taps - centre[:, None] + 0.5) / support)).clip(0) * (taps < last[:, None])
+    fixed = (weights / weights.sum(1, keepdims=True) * (1 << 22) + 0.5).astype(np.int32)
+    total = np.full((size, *image.shape[1:]), 1 << 21, np.int32)
+    for tap, weight in zip(taps.T.clip(None, len(image) - 1), fixed.T):
+        total += weight.reshape(-1, *[1] * (image.ndim - 1)) * image[tap].astype(np.int32)
+    return (total >> 22).clip(0, 255).astype(np.uint8).swapaxes(0, axis)
+
+
+def _read(source: Image, channels: int) -> np.ndarray:
+    """Return a picture (H, W, C), uint8, in BGR or grey."""
+    image: Any = source
+    if not isinstance(source, np.ndarray):
+        try:
+            flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+            image = cv2.imdecode(np.fromfile(source, np.uint8), flag)
+        except (OSError, cv2.error):
+            image = None
+        if image is None:
+            raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
+    image = np.atleast_3d(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
+        raise UsageError(
+            f"An image of shape {image.shape} and type {image.dtype} does not fit. "
+            f"Legal: (height, width, {channels}), uint8{', BGR' if channels == 3 else ''}."
+        )
+    return image
+
+
+def _open(path: str | Path, threads: int | None) -> Any:
+    """Return an ONNX Runtime session on the CPU."""
+    import onnxruntime as ort
+
+    if not Path(path).is_file():
+        raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise UsageError(f"ONNX Runtime cannot load '{path}' ({error}).") from error
+
+
+def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
+    """Return Ultralytics' metadata: task, names, stride, imgsz, kpt_shape, and how the output is to be read."""
+    found: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
+    if not found.get("names") or not found.get("task"):
+        raise UsageError(
+            f"ONNX model '{path}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
+        )
+    if found["task"] not in TASKS:
+        raise UsageError(f"Task '{found['task']}' of '{path}' is not supported. Legal: {', '.join(TASKS)}.")
+    try:
+        found |= {key: ast.literal_eval(found[key]) if key in found else None for key in PARSED}
+        names = found["names"]
+        names = names if isinstance(names, dict) else dict(enumerate(names))
+        found["names"] = {int(k): str(v) for k, v in names.items()}
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise UsageError(f"The metadata of '{path}' cannot be read ({error}). Export the model again.") from error
+    found["stride"] = found["stride"] or 32
+    found["stretch"] = found.get("head") == "RTDETRDecoder"
+    # Heads without NMS and exports with embedded NMS give finished rows.
+    found["final"] = bool(found["end2end"] or (found["args"] or {}).get("nms") or found["stretch"])
+    return found
+
+
+def _input_size(fixed: list[int] | None, given: int | Sequence[int] | None, meta: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width of the input: of the graph, else what was given, else what was exported."""
+    wanted: Any = next((size for size in (given, fixed, meta["imgsz"]) if size is not None), 640)
+    sides = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+    if fixed and list(sides) != fixed:
+        raise UsageError(f"imgsz={given} does not fit: this file takes {fixed[0]}x{fixed[1]} pixels only.")
+    step = 1 if meta["task"] == "classify" else meta["stride"]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % step == 0 for side in sides):
+        raise UsageError(f"imgsz={wanted} is illegal. Legal: one or two sides in pixels, multiples of {step}.")
+    return sides[0], sides[1]
+
+
+def _class_index(given: int | str, names: dict[int, str]) -> int:
+    """Return the index of a class given by index or name."""
+    found = [i for i, name in names.items() if given in (i, name)]
+    if not found:
+        raise UsageError(f"Unknown class '{given}'. Legal: {', '.join(f'{i} {n}' for i, n in names.items())}.")
+    return found[0]
+
+
+def _check_range(conf: float, iou: float, threads: int | None, max_det: int) -> None:
+    for key, value in (("conf", conf), ("iou", iou)):
+        if not 0 <= value <= 1:
+            raise UsageError(f"'{key}={value}' is illegal. Legal: 0 to 1.")
+    for key, count in (("threads", threads), ("max_det", max_det)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")

@@ -1,0 +1,161 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""From raw head outputs to detections in NumPy, step by step as Ultralytics' predictors do it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+
+MAX_CANDIDATES = 30000  # Ultralytics' max_nms
+CLASS_OFFSET = 7680  # px between the classes, so that boxes of two classes never overlap; Ultralytics' max_wh
+BLOCK = 1024  # columns of the overlap matrix at a time
+
+
+def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int, int]:
+    """Return where a letterboxed picture lies in the network's input.
+
+    Args:
+        inside: Height and width of the input in pixels.
+        image: Height and width of the picture in pixels.
+
+    Returns:
+        Scale in x and y (input over picture), and the left and top border in pixels.
+    """
+    gain = min(inside[0] / image[0], inside[1] / image[1])
+    h, w = (max(round(side * gain), 1) for side in image[:2])
+    return w / image[1], h / image[0], round((inside[1] - w) / 2 - 0.1), round((inside[0] - h) / 2 - 0.1)
+
+
+def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndarray:
+    """Return the anchors of a one-to-many head that score above a threshold, each with its best class only.
+
+    Args:
+        output: Boxes x, y, w, h, class scores and extras of one image (4 + nc + extras, anchors).
+        nc: Number of classes.
+        conf: Confidence threshold.
+        rotated: Leave boxes as x, y, w, h.
+
+    Returns:
+        Rows (N, 6 + extras): box in input pixels, score, class, extras.
+    """
+    rows = output[:, output[4 : 4 + nc].max(0) > conf].T
+    scores = rows[:, 4 : 4 + nc]
+    boxes = rows[:, :4] if rotated else corners(rows[:, :4])
+    best = scores.argmax(1)[:, None].astype(rows.dtype)
+    return np.concatenate([boxes, scores.max(1, keepdims=True), best, rows[:, 4 + nc :]], 1)
+
+
+def suppress(rows: np.ndarray, iou: float, max_det: int, *, rotated: bool) -> np.ndarray:
+    """Return the rows that survive class-aware non-maximum suppression, the best score first.
+
+    Args:
+        rows: From `dense`; of rotated boxes the last column is the angle in radians.
+        iou: Overlap above which the lower score goes.
+        max_det: Largest number of rows to return.
+        rotated: Boxes are x, y, w, h.
+    """
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")[:MAX_CANDIDATES]]
+    offset: np.ndarray = rows[:, 5:6] * CLASS_OFFSET
+    if rotated:
+        boxes = np.concatenate([rows[:, :2] + offset, rows[:, 2:4], rows[:, -1:]], 1)
+        return rows[_unrivalled(boxes, iou)][:max_det]
+    return rows[_greedy(rows[:, :4] + offset, iou, max_det)]
+
+
+def _greedy(boxes: np.ndarray, iou: float, max_det: int) -> list[int]:
+    """Return the indices of boxes (N, 4), sorted by score, that no kept box before them overlaps."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    left, kept = np.arange(len(boxes)), list[int]()
+    while left.size and len(kept) < max_det:
+        i, left = left[0], left[1:]
+        kept.append(int(i))
+        top, bottom = np.maximum(boxes[i, :2], boxes[left, :2]), np.minimum(boxes[i, 2:], boxes[left, 2:])
+        shared = (bottom - top).clip(0).prod(1)
+        with np.errstate(invalid="ignore"):  # two boxes without area overlap by NaN, and both stay
+            left = left[~(shared / (area[i] + area[left] - shared) > iou)]
+    return kept
+
+
+def _unrivalled(boxes: np.ndarray, iou: float) -> np.ndarray:
+    """Return for each rotated box (N, 5), sorted by score, whether no box before it, kept or not, overlaps it."""
+    index: np.ndarray = np.arange(len(boxes))
+    keep = index >= 0
+    for start in range(0, len(boxes), BLOCK):
+        part = slice(start, start + BLOCK)
+        rival = prob_iou(boxes[: start + BLOCK], boxes[part]) > iou
+        keep[part] = ~(rival & (index[: start + BLOCK, None] < index[part])).any(0)
+    return keep
+
+
+def prob_iou(a: np.ndarray, b: np.ndarray, eps: float = 1e-7) -> np.ndarray:
+    """Return the overlap of rotated boxes as Gaussians, ProbIoU (2021).
+
+    Args:
+        a: Boxes x, y, w, h, angle in radians (N, 5).
+        b: Boxes (M, 5).
+        eps: Keeps quotients finite.
+
+    Returns:
+        Overlaps (N, M), 0..1.
+    """
+
+    def covariance(box: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        w, h, cos, sin = box[:, 2] ** 2 / 12, box[:, 3] ** 2 / 12, np.cos(box[:, 4]), np.sin(box[:, 4])
+        return w * cos**2 + h * sin**2, w * sin**2 + h * cos**2, (w - h) * cos * sin
+
+    (a1, b1, c1), (a2, b2, c2) = ([v[:, None] for v in covariance(a)], covariance(b))
+    dx, dy = a[:, None, 0] - b[:, 0], a[:, None, 1] - b[:, 1]
+    u, v, w = a1 + a2, b1 + b2, c1 + c2
+    det = u * v - w**2
+    own = np.sqrt((a1 * b1 - c1**2).clip(0) * (a2 * b2 - c2**2).clip(0))
+    distance = (u * dy**2 + v * dx**2) / (det + eps) / 4 - w * dx * dy / (det + eps) / 2
+    distance += np.log(det / (4 * own + eps) + eps) / 2
+    return 1 - np.sqrt(1 - np.exp(-distance.clip(eps, 100)) + eps)
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    """Turn boxes x, y, w, h (N, 4) into x1, y1, x2, y2."""
+    return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+
+
+def around(rboxes: np.ndarray) -> np.ndarray:
+    """Return the upright boxes x1, y1, x2, y2 (N, 4) around rotated ones (N, 5)."""
+    turn = np.abs(np.stack([np.cos(rboxes[:, 4]), np.sin(rboxes[:, 4])], 1))
+    size = np.abs(rboxes[:, 2:4])
+    sides = (size * turn).sum(1), (size * turn[:, ::-1]).sum(1)
+    return corners(np.concatenate([rboxes[:, :2], np.stack(sides, 1)], 1))
+
+
+def masks(protos: np.ndarray, weights: np.ndarray, boxes: np.ndarray, image: Sequence[int]) -> np.ndarray:
+    """Return instance masks at the size of the picture, cut to their boxes.
+
+    Args:
+        protos: Prototypes (C, h, w) at a quarter of the input's size.
+        weights: Mask coefficients (N, C).
+        boxes: Boxes x1, y1, x2, y2 in pixels of the picture (N, 4).
+        image: Height and width of the picture in pixels.
+
+    Returns:
+        Masks (N, height, width), bool.
+    """
+    c, *small = protos.shape
+    height, width = image[:2]
+    gain = min(4 * small[0] / height, 4 * small[1] / width)
+    border = [4 * s - max(round(side * gain), 1) for s, side in zip(small, (height, width))]
+    odd = border[0] | border[1]
+    up = 4 // math.gcd(4, odd | odd // 2)  # the smallest enlargement that puts the border on whole pixels
+    size = [up * s for s in small]
+    sx, sy, left, top = fit(size, (height, width))
+    inside = slice(top, top + round(sy * height)), slice(left, left + round(sx * width))
+    logits = (weights @ protos.reshape(c, -1)).reshape(-1, *small)
+    found: np.ndarray = np.zeros((len(weights), height, width), bool)
+    y, x = np.arange(height)[:, None], np.arange(width)
+    resize: Callable[..., np.ndarray] = cv2.resize
+    for mask, logit, (x1, y1, x2, y2) in zip(found, logits, boxes):
+        part = resize(logit, size[::-1], interpolation=cv2.INTER_LINEAR)[inside]
+        mask[:] = resize(part, (width, height), interpolation=cv2.INTER_LINEAR) > 0
+        mask &= (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+    return found

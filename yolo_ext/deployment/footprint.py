@@ -1,0 +1,89 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Peak memory of a process that does nothing but run one model: ``python -m yolo_ext.deployment.footprint FILE ...``.
+
+Light on purpose: exported models are run without importing torch, as in deployment.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RUNS = 3
+
+
+def peak_memory(path: str | Path, imgsz: int, threads: int = 1, batch: int = 1) -> dict[str, float] | None:
+    """Run a model in a process of its own and return its memory.
+
+    Args:
+        path: ``.pt``, ``.onnx`` or ``*_openvino_model``.
+        imgsz: Side of the square input in pixels.
+        threads: Threads within an operator.
+        batch: Images per call.
+
+    Returns:
+        ``peak_mb`` (largest resident memory) and ``runtime_mb`` (that of the runtime before it loads the model), in MB
+        (10^6 bytes); None where the system does not tell (no /proc) or the process failed.
+    """
+    words = [sys.executable, "-m", "yolo_ext.deployment.footprint", str(Path(path).resolve())]
+    words += [str(n) for n in (imgsz, threads, batch)]
+    ran = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
+    last = ran.stdout.strip().splitlines()[-1:]
+    return json.loads(last[0]) if ran.returncode == 0 and last else None
+
+
+def _status(key: str) -> float:
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _run(path: Path, imgsz: int, threads: int, batch: int) -> dict[str, float]:
+    runner: Any
+    if path.is_dir():
+        import openvino
+
+        before = _status("VmRSS")
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        model = openvino.Core().compile_model(str(next(path.glob("*.xml"))), "CPU", options)
+        request = model.create_infer_request()
+        pixels: Any = np.zeros((batch, 3, imgsz, imgsz), np.float32)
+
+        def runner() -> None:
+            request.infer([pixels])
+    elif path.suffix == ".onnx":
+        import onnxruntime as ort
+
+        before = _status("VmRSS")
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        node = session.get_inputs()[0]
+        x: Any = np.zeros(
+            [n if isinstance(n, int) else d for n, d in zip(node.shape, (batch, 3, imgsz, imgsz))], np.float32
+        )
+
+        def runner() -> None:
+            session.run(None, {node.name: x})
+    else:
+        import torch
+
+        from yolo_ext.deployment.latency import RUNNERS
+
+        torch.set_num_threads(threads)
+        import ultralytics.nn.tasks  # noqa: F401  part of the runtime, not of the model
+
+        before = _status("VmRSS")
+        runner = RUNNERS["torch"](path, imgsz, threads, batch)
+    for _ in range(RUNS):
+        runner()
+    return {"peak_mb": _status("VmHWM"), "runtime_mb": before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(Path(sys.argv[1]), *(int(n) for n in sys.argv[2:5]))))
