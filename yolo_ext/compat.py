@@ -89,6 +89,19 @@ def head_prefix(model: nn.Module) -> str:
     return f"model.{len(model.model) - 1}."
 
 
+def refuse_rtdetr(net: nn.Module) -> None:
+    """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own.
+
+    Raises:
+        UsageError: If the model is one.
+    """
+    if isinstance(net.model[-1], OPAQUE):
+        raise UsageError(
+            "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know. "
+            "It can be pruned with epochs=0 and without data."
+        )
+
+
 def max_stride(model: nn.Module) -> int:
     """Return the largest stride in pixels."""
     stride = getattr(model, "stride", None)

@@ -17,7 +17,7 @@ from yolo_ext.errors import UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
-from yolo_ext.training import check_pruning_epochs, check_techniques, refuse_rtdetr
+from yolo_ext.training import check_pruning_epochs, check_techniques
 
 STAGES = ("base", "sparsify", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # in this order
 PICTURES = 4
@@ -74,7 +74,7 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
             hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
             raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
     if data:
-        refuse_rtdetr(base)
+        compat.refuse_rtdetr(base)
     info = _check_data(data, model, base) if data else {}
     size = check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
     # A target that cannot be reached or a teacher that does not fit must be known before hours of training.

@@ -94,6 +94,7 @@ def sensitivity(
     shares = _shares(ratios)
     net, _ = load_model(model)
     check_prunable(net)
+    compat.refuse_rtdetr(net)
     size = check_imgsz(_imgsz(model, imgsz), net)
     info = check_data(data, task=compat.task_of(net))
     probes = make_probes(info, size, cfg, compat.task_of(net), net)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.tasks import RTDETRDetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
@@ -44,7 +43,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
 
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
     base, ckpt = load_model(model)
-    refuse_rtdetr(base)
+    compat.refuse_rtdetr(base)
     task = task_of(base)
     resume = options.get("resume")
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
@@ -69,19 +68,6 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     best = Path(str(trainer.best if trainer.best.exists() else trainer.last))
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz, trained=True)
     return runs.write_summary(Path(trainer.save_dir), before, after, {"train": after})
-
-
-def refuse_rtdetr(net: nn.Module) -> None:
-    """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own.
-
-    Raises:
-        UsageError: If the model is one.
-    """
-    if isinstance(net, RTDETRDetectionModel):
-        raise UsageError(
-            "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know. "
-            "It can be pruned with epochs=0 and without data."
-        )
 
 
 def check_pruning_epochs(configs: dict[str, Any], given: Mapping[str, Any]) -> None:

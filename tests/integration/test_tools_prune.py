@@ -325,6 +325,7 @@ CASES = {
     "quantized": (S.replace("tiny", "quant"), ["quantized", "float .pt"]),
     "quantized for sensitivity": (SENSITIVITY.replace("tiny", "quant"), ["quantized"]),
     "RT-DETR with data": (f"prune model=yolov8n-rtdetr.yaml {D} imgsz=64 epochs=0 prune.speedup=1.2", ["RT-DETR"]),
+    "RT-DETR sensitivity": (f"sensitivity model=yolov8n-rtdetr.yaml {D} imgsz=64", ["RT-DETR", "epochs=0"]),
     "RT-DETR in training": (T.replace("tiny.pt", "yolov8n-rtdetr.yaml"), ["RT-DETR", "epochs=0"]),
     # while training
     "frozen": (TRAINED + "epochs=2 freeze=2 prune.speedup=1.5", ["frozen layers", "prune.exclude=[1]"]),

@@ -105,7 +105,8 @@ def _line(bundle: Bundle, groups: dict[str, dict[str, Any]], base: float) -> lis
         raise UsageError(
             f"The sensitivity file does not know {bundle.name} {problem}, so it belongs to another model."
             f"{suggest(bundle.name, list(groups)) if group is None else ''} "
-            "Run `yolo-ext sensitivity` on this model, with the same prune.include and prune.exclude."
+            "Run `yolo-ext sensitivity` on this model, with the same prune.include, prune.exclude, prune.min_channels "
+            "and prune.round_to."
         )
     points = sorted((p["ratio"], base - p["map"]) for p in group["curve"])
     # A drop below zero is noise; the tiny slope makes harmless bundles shrink step by step instead of all at once.

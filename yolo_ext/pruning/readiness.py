@@ -147,4 +147,4 @@ def _advice(cfg: PruneConfig, found: dict[str, Any]) -> tuple[str, str]:
     realistic = floor(found["speedup"] * 100) / 100
     if realistic > 1.01:
         remedy += f", lower the target to prune.speedup={realistic:g}"
-    return problem, f"{remedy}, take prune.method=lamp"
+    return problem, f"{remedy}, take prune.method=taylor or lamp"
