@@ -303,7 +303,7 @@ COMMANDS: dict[str, Command] = {
         native=True,
     ),
     "export": Command(_export, "Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format",
-                      ("model", "format", "out", "half", "int8", "quant"), native=True),
+                      ("model", "format", "out", "half", "int8", "quant", "save_dir"), native=True),
     "verify": Command(_verify, "Compare an ONNX file with its .pt; exit status 1 when they differ",
                       ("model", "onnx", "int8", "data", "source", "imgsz", "project", "name", "exist_ok", "save_dir")),
     "bench": Command(_bench, "Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side",
@@ -328,7 +328,7 @@ COMMANDS: dict[str, Command] = {
     "checks": Command(_checks, "Check the installation"),
     "cfg": Command(_cfg, "Print all options with their defaults"),
     "version": Command(_version, "Print the version"),
-    "help": Command(_help, "Print help: yolo-ext help [compress | prune | distill | quantize | ...]", ("topic",)),
+    "help": Command(_help, "Print help: yolo-ext help [COMMAND | sparsity]", ("topic",)),
 }  # fmt: skip
 
 

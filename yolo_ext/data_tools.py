@@ -22,9 +22,11 @@ def convert(source: str, out: str, **options: Any) -> Any:
     Args:
         source: Folder of a VOC dataset, COCO JSON file or folder, data.yaml or folder of a YOLO dataset.
         out: New folder.
-        options: `format`, `to`, `task`, `stratify`, `folds`, `seed`, `difficult`, `broken`, `files` and `images` of
-            `yolo_ext.data.write.Options`; `classes`, names as a list, with commas or in a text file; `ratio`, shares of
-            train, val and test such as ``0.8,0.2``; `train`, `val`, `test`, which list of the source feeds which split.
+        options: `format` of the source (voc, coco, yolo; voc by default) and `to` (yolo by default); `train`, `val`,
+            `test`: which list of the source feeds which split; or `ratio`, shares of train, val and test such as
+            ``0.8,0.2``, or `folds`, a number, with `stratify` and `seed`; `classes`, names with commas or a text file;
+            `task=segment` for polygons; `difficult=skip`; `broken=skip` leaves out and counts what else is refused;
+            `files=copy` instead of links; `images`, the folder of those of a COCO file.
 
     Returns:
         What was converted.

@@ -42,7 +42,7 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
         out: File or folder to write, by default beside the model; an INT8 file gets ``_int8`` added to its name.
         options: `imgsz` (one number or height and width), `batch`, `dynamic`, `opset`, `simplify`, `half`, `int8` with
             `data` for calibration and `quant` options, `nms` with `conf`, `iou`, `max_det`, `agnostic_nms`; for other
-            formats any export argument.
+            formats any export argument; `project`, `name`, `exist_ok`, `save_dir` for the run folder.
 
     Returns:
         The files written.

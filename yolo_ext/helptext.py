@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from yolo_ext.config import CONFIGS, help_lines
@@ -17,6 +21,12 @@ TOPICS = {
     "quantize": ("quant",),
     "quant": ("quant",),
 }
+FUNCTIONS = {  # whose docstrings are the help of a command
+    "export": "deploy_tools", "verify": "deploy_tools", "bench": "bench_tools", "analyze": "tools",
+    "sensitivity": "tools", "convert": "data_tools", "split": "data_tools", "data": "data_tools",
+    "label": "label_tools", "predict": "predict_tools", "demo": "demo",
+}  # fmt: skip
+FURTHER = {"options": "further", "native": "further", "place": "run folder"}  # what stands for several keys
 NEEDS = {
     "data": "needs data",
     "sparsity": "after sparsity training",
@@ -79,6 +89,22 @@ def technique_help(technique: str) -> str:
     return "\n\n".join(parts)
 
 
+def command_help(command: str) -> str:
+    """Return the keys of a command with their defaults, from the docstring of its function, as aligned text."""
+    function = getattr(import_module(f"yolo_ext.{FUNCTIONS[command]}"), command)
+    arguments = re.search(r"Args:\n(.*?)(?:\n\n|$)", inspect.getdoc(function) or "", re.DOTALL)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments[1] if arguments else "", re.MULTILINE)
+    given = inspect.signature(function).parameters
+    lines = []
+    for name, text in entries:
+        default = given[name].default if name in given else inspect.Parameter.empty
+        value = "" if default is inspect.Parameter.empty else str(default)
+        plain = " ".join(text.split()).replace("`", "").rstrip(".")
+        first, *rest = textwrap.wrap(plain, 88)
+        lines += [(FURTHER.get(name, name), value, first), *(("", "", more) for more in rest)]
+    return _aligned(lines)
+
+
 def help_text(topic: str | None, commands: Mapping[str, Any]) -> str:
     """Return the help for a command or technique, or the overview.
 
@@ -89,14 +115,15 @@ def help_text(topic: str | None, commands: Mapping[str, Any]) -> str:
 
     if topic is None:
         rows: list[tuple[str, ...]] = [(n, h) for n, h in commands.items()]
-        tail = "Options: yolo-ext help prune | distill | quantize | compress, or yolo-ext cfg"
+        tail = "Options: yolo-ext help COMMAND, yolo-ext help sparsity, or all of them with yolo-ext cfg"
         return f"{USAGE.format(version=__version__)}\nCommands:\n{_aligned(rows)}\n\n{tail}"
     if topic in TOPICS:
         techniques: tuple[str, ...] = TOPICS[topic]
     elif topic in ("compress", "train"):
         techniques = tuple(CONFIGS)
     elif topic in commands:
-        return f"yolo-ext {topic}: {commands[topic]}"
+        keys = f"\n\n{command_help(topic)}" if topic in FUNCTIONS else ""
+        return f"yolo-ext {topic}: {commands[topic]}{keys}"
     else:
         raise UsageError(f"There is no help on '{topic}'. Legal: {', '.join([*commands, *TOPICS])}.")
     head = f"yolo-ext {topic}: {commands[topic]}\n\n" if topic in commands else ""

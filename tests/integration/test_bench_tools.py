@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ultralytics.utils import SETTINGS
 
 from yolo_ext import cli
 from yolo_ext.deployment.export import export_onnx
@@ -18,7 +17,6 @@ from yolo_ext.deployment.export import export_onnx
 @pytest.fixture
 def place(tiny, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
     shutil.copy(tiny, "tiny.pt")
     export_onnx("tiny.pt", "tiny.onnx", 64, dynamic=True)
     return tmp_path
@@ -26,8 +24,8 @@ def place(tiny, tmp_path, monkeypatch) -> Path:
 
 def test_bench_writes_all_it_measures(place, shapes):
     words = ["models=tiny.onnx,tiny.pt", "threads=1,2", "batch=1,2", "rounds=3", f"data={shapes}", "profile=True"]
-    assert cli.main(["bench", *words, "imgsz=64"]) == 0
-    folder = place / "runs/detect/bench"
+    assert cli.main(["bench", *words, "imgsz=64", "save_dir=run"]) == 0
+    folder = place / "run"
     found = json.loads((folder / "bench.json").read_text())
     assert [(r["threads"], r["batch"]) for r in found["rows"]][::2] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(0 < r["p10"] <= r["median"] <= r["p90"] for r in found["rows"])
@@ -44,11 +42,11 @@ def test_bench_writes_all_it_measures(place, shapes):
 
 
 def test_size_comes_from_the_file_and_extras_can_be_left_out(place):
-    assert cli.main(["bench", "models=tiny.onnx", "rounds=2", "memory=False"]) == 0
-    found = json.loads((place / "runs/detect/bench/bench.json").read_text())
+    assert cli.main(["bench", "models=tiny.onnx", "rounds=2", "memory=False", "save_dir=run"]) == 0
+    found = json.loads((place / "run/bench.json").read_text())
     assert found["imgsz"] == 64 and "noise" in found["image"]
     assert "profile" not in found and "peak_mb" not in found["models"]["tiny.onnx"]
-    assert not (place / "runs/detect/bench/tradeoff.png").exists()
+    assert not (place / "run/tradeoff.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +63,6 @@ def test_size_comes_from_the_file_and_extras_can_be_left_out(place):
 def test_wrong_options_of_bench(words, text, place, capfd):
     Path("runs.txt").write_text("")
     before = set(place.rglob("*"))
-    assert cli.main(["bench", "models=tiny.onnx", "rounds=2", *words.split()]) == 2
+    assert cli.main(["bench", "models=tiny.onnx", "rounds=2", *words.split(), "save_dir=run"]) == 2
     assert text in capfd.readouterr().err
     assert set(place.rglob("*")) == before

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import CONFIGS, cfg_dir, help_lines
-from yolo_ext.helptext import TOPICS, method_tables
+from yolo_ext.helptext import FUNCTIONS, FURTHER, TOPICS, method_tables
 
 B = ["model=m.pt", "data=d.yaml"]
 
@@ -172,6 +173,19 @@ def test_overview_names_every_command(capsys, words):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in [*cli.COMMANDS, *cli.FORWARDED])
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_help_names_the_keys_of_a_command(capsys, command):
+    """What a docstring explains is legal, and what is legal is explained, alone or under `further`."""
+    assert cli.main(["help", command]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 120
+    if command in cli.COMMANDS:
+        explained = set(re.findall(r"^  (\w+) ", out, re.MULTILINE)) - {"run", *FURTHER.values()}
+        keys = cli.COMMANDS[command].keys
+        assert explained <= set(keys)
+        assert [key for key in keys if not re.search(rf"\b{key}\b", out)] == []
 
 
 @pytest.mark.parametrize("topic", [*cli.COMMANDS, *cli.FORWARDED, *TOPICS])

@@ -11,7 +11,6 @@ from pathlib import Path
 import onnx
 import pytest
 from ultralytics import YOLO
-from ultralytics.utils import SETTINGS
 
 from yolo_ext import cli
 from yolo_ext.deployment.runtime import describe
@@ -20,7 +19,6 @@ from yolo_ext.deployment.runtime import describe
 @pytest.fixture
 def place(tiny, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
     shutil.copy(tiny, "tiny.pt")
     return tmp_path
 
@@ -36,7 +34,7 @@ def place(tiny, tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_export(words, file, shape, precision, place):
-    assert cli.main(["export", "model=tiny.pt", *words.split(), *_size(words)]) == 0
+    assert cli.main(["export", "model=tiny.pt", *words.split(), *_size(words), "save_dir=run"]) == 0
     found = describe(place / file)
     assert (found["shape"], found["precision"]) == (shape, precision)
     assert (found["nms"] is not None) == ("nms" in words)
@@ -44,7 +42,7 @@ def test_export(words, file, shape, precision, place):
         assert found["nms"] == {"conf": 0.1, "iou": 0.7, "max_det": 7, "agnostic_nms": False}
     if "opset" in words:
         assert found["opset"] == 14
-    assert json.loads((place / "runs/detect/export/summary.json").read_text())["after"]["size_mb"] > 0
+    assert json.loads((place / "run/summary.json").read_text())["after"]["size_mb"] > 0
 
 
 def _size(words: str) -> list[str]:
@@ -53,24 +51,25 @@ def _size(words: str) -> list[str]:
 
 def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes):
     data = f"data={shapes}"
-    assert cli.main(["export", "model=tiny.pt", "int8=True", data, "imgsz=64", "quant.calib=4"]) == 0
+    assert cli.main(["export", "model=tiny.pt", "int8=True", data, "imgsz=64", "quant.calib=4", "save_dir=run"]) == 0
     assert describe("tiny_int8.onnx")["precision"] == "int8"
-    assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", "int8=tiny_int8.onnx", data]) == 0
-    found = json.loads((place / "runs/detect/verify/verify.json").read_text())
+    assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", "int8=tiny_int8.onnx", data, "save_dir=run"]) == 0
+    found = json.loads((place / "run/verify.json").read_text())
     assert {"map", "int8_box_mean", "weight_max"} <= {c["name"] for c in found["checks"]}
     assert YOLO("tiny_int8.onnx", task="detect").predict(str(shapes.parent / "images/val"), imgsz=64, verbose=False)
 
 
 def test_planted_fault_exits_with_1_and_is_named(place, shapes, capfd):
-    assert cli.main(["export", "model=tiny.pt", "imgsz=64"]) == 0
+    assert cli.main(["export", "model=tiny.pt", "imgsz=64", "save_dir=run"]) == 0
     proto = onnx.load("tiny.onnx")
     tensor = next(t for t in proto.graph.initializer if t.name == "model.3.conv.weight")
     values = onnx.numpy_helper.to_array(tensor).copy()
     values.reshape(-1)[5] *= 1.01
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(proto, "tiny.onnx")
-    assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", f"source={shapes.parent / 'images/val'}"]) == 1
-    found = json.loads((place / "runs/detect/verify/verify.json").read_text())
+    source = f"source={shapes.parent / 'images/val'}"
+    assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", source, "save_dir=run"]) == 1
+    found = json.loads((place / "run/verify.json").read_text())
     assert found["first_difference"]["module"] == "model.3.conv"
     assert list(found["weights"]["different"]) == ["model.3.conv.weight"]
 
@@ -94,7 +93,7 @@ def test_wrong_options_of_export(words, texts, place, capfd):
     if "ncnn" in words and importlib.util.find_spec("ncnn"):
         pytest.skip("ncnn is installed")
     before = set(place.rglob("*"))
-    assert cli.main(["export", "model=tiny.pt", *words.split()]) == 2
+    assert cli.main(["export", "model=tiny.pt", *words.split(), "save_dir=run"]) == 2
     message = capfd.readouterr().err
     assert all(t in message for t in texts), message
     assert set(place.rglob("*")) == before
