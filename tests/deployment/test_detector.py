@@ -130,10 +130,18 @@ def test_equals_the_predictor_of_ultralytics(name, options, pictures, tmp_path):
     assert equal_to_ultralytics(file, pictures) >= len(pictures)
 
 
+OTHERS = {"nms": {"nms": True, "conf": 0.5}, "fp16": {"quantize": 16}, "wide": {"imgsz": [32, 96]}}
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", ["yolov8n", "yolov8n-seg", "yolov8n-pose", "yolov8n-obb"])
 @pytest.mark.parametrize(
-    "options", [{"nms": True, "conf": 0.5}, {"quantize": 16}, {"imgsz": [32, 96]}], ids=["nms", "fp16", "wide"]
+    ("name", "options"),
+    [
+        pytest.param(name, options, id=f"{name}-{kind}")
+        for name in ("yolov8n", "yolov8n-seg", "yolov8n-pose", "yolov8n-obb")
+        for kind, options in OTHERS.items()
+        if (name, kind) != ("yolov8n-obb", "fp16")  # scores in FP16 tie, and the sort of rotated boxes is not stable
+    ],
 )
 def test_other_exports_of_ultralytics(name, options, pictures, tmp_path):
     from ultralytics.engine.exporter import Exporter

@@ -140,15 +140,21 @@ def test_wrong_input_is_one_line(words, text, place, lively, capsys):
 
 # The detector on real files ----------------------------------------------------------------------------------------
 def agree(detector: Detector, yolo: YOLO, images: list[Path], **options: Any) -> int:
-    """Check that both find the same boxes within a pixel; return how many."""
+    """Check that both find the same boxes within a pixel, whatever their order; return how many.
+
+    Where torch and ONNX Runtime round two nearly equal scores differently, the two boxes swap places.
+    """
     objects = 0
     for path in images:
         wanted = yolo.predict(str(path), conf=detector.conf, iou=0.7, device="cpu", verbose=False, **options)[0].boxes
         found = detector(path)
         assert len(wanted) == len(found), path
-        assert (wanted.cls.numpy() == found.classes).all(), path
-        assert np.abs(wanted.xyxy.numpy() - found.boxes).max(initial=0) < 1.0, path
-        assert np.abs(wanted.conf.numpy() - found.scores).max(initial=0) < 1e-3, path
+        gap = np.abs(wanted.xyxy.numpy()[:, None] - found.boxes).max(2)
+        gap[wanted.cls.numpy()[:, None] != found.classes] = np.inf
+        partner = gap.argmin(1) if len(found) else np.zeros(0, int)
+        assert sorted(partner) == list(range(len(found))), path
+        assert gap[range(len(found)), partner].max(initial=0) < 1.0, path
+        assert np.abs(wanted.conf.numpy() - found.scores[partner]).max(initial=0) < 1e-3, path
         objects += len(found)
     return objects
 
