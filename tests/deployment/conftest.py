@@ -37,7 +37,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
     for branch in (getattr(head, n, None) for n in ("cv3", "one2one_cv3")):
         for level in branch or []:
             nn.init.constant_(level[-1].bias, -1.0)
-            nn.init.normal_(level[-1].weight, std=0.6)
+            nn.init.normal_(level[-1].weight, std=0.3)
     for bn in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         bn.momentum = 1.0
         nn.init.constant_(bn.weight, 0.5)  # keeps the random net from amplifying rounding, as training does

@@ -151,10 +151,11 @@ def agree(detector: Detector, yolo: YOLO, images: list[Path], **options: Any) ->
         assert len(wanted) == len(found), path
         gap = np.abs(wanted.xyxy.numpy()[:, None] - found.boxes).max(2)
         gap[wanted.cls.numpy()[:, None] != found.classes] = np.inf
-        partner = gap.argmin(1) if len(found) else np.zeros(0, int)
+        score = np.abs(wanted.conf.numpy()[:, None] - found.scores)
+        partner = (gap + 1000 * score).argmin(1) if len(found) else np.zeros(0, int)
         assert sorted(partner) == list(range(len(found))), path
         assert gap[range(len(found)), partner].max(initial=0) < 1.0, path
-        assert np.abs(wanted.conf.numpy() - found.scores[partner]).max(initial=0) < 1e-3, path
+        assert score[range(len(found)), partner].max(initial=0) < 1e-3, path
         objects += len(found)
     return objects
 

@@ -98,8 +98,8 @@ def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.
     net.model[-1].export = True
     found: dict[str, np.ndarray] = {}
     for path, module in net.named_modules():
-        if isinstance(module, LAYERS):
-            module.register_forward_hook(lambda _m, _i, y, path=path: found.__setitem__(path, y.numpy()))
+        if isinstance(module, LAYERS):  # copied, because the activation that follows may work in place
+            module.register_forward_hook(lambda _m, _i, y, path=path: found.__setitem__(path, y.numpy().copy()))
     with torch.inference_mode():
         net(torch.from_numpy(x))
     return found

@@ -19,6 +19,7 @@ from yolo_ext.errors import UsageError
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there
+PIXELS = 10.0  # floor of the relative error of keypoints: a limit of 1e-3 then means 1e-2 px, as for boxes
 WEIGHT_FLOOR = 1e-3  # share of a tensor's largest weight; errors of smaller weights are measured against it
 
 
@@ -96,7 +97,8 @@ def _differences(
     scores = slice(4, 5 if final else 4 + meta["nc"])
     first_extra = 6 if final else 4 + meta["nc"]
     if p.shape[1] > first_extra and len(p):
-        rest = max(rest, max_relative_error([p[:, first_extra:]], [q[:, first_extra:]]))
+        floor = PIXELS if meta["task"] == "pose" else 1.0
+        rest = max(rest, max_relative_error([p[:, first_extra:]], [q[:, first_extra:]], floor))
     error = np.abs(p - q)
     rows = np.stack([error[:, :4].max(1), error[:, scores].max(1), p[:, scores].max(1)], 1)
     return np.concatenate([rows, ranked]), rest, [error, *others]

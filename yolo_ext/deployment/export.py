@@ -47,19 +47,20 @@ def _ultralytics_onnx(model: Any, folder: Path, args: dict[str, Any]) -> onnx.Mo
         return onnx.load(Exporter(overrides={**fixed, **args})(model))
 
 
-def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """Return the largest ``|a - b| / max(1, |a|)`` over paired arrays, infinite where shapes differ or a NaN is.
+def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray], floor: float = 1.0) -> float:
+    """Return the largest ``|a - b| / max(floor, |a|)`` over paired arrays, infinite where shapes differ or a NaN is.
 
     Args:
         reference: Arrays of any shape.
         other: Arrays of the same shapes.
+        floor: Magnitude below which the error is absolute, in units of this, so that zeros cannot blow it up.
 
     Returns:
-        The largest relative error; below 1 in magnitude the error is absolute, so zeros cannot blow it up.
+        The largest relative error.
     """
     if [a.shape for a in reference] != [b.shape for b in other]:
         return float("inf")
-    errors = [float((np.abs(a - b) / np.maximum(1.0, np.abs(a))).max(initial=0.0)) for a, b in zip(reference, other)]
+    errors = [float((np.abs(a - b) / np.maximum(floor, np.abs(a))).max(initial=0.0)) for a, b in zip(reference, other)]
     return float("inf") if any(np.isnan(errors)) else max(errors, default=0.0)
 
 
