@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from yolo_ext.arguments import check_native, check_whole, has_target, need
@@ -163,73 +164,17 @@ def _export(options: dict[str, Any]) -> int:
     return 0
 
 
-def _verify(options: dict[str, Any]) -> int:
-    from yolo_ext.deploy_tools import verify
+def _tool(home: str, *needed: str, **whole: int) -> Callable[[dict[str, Any]], int]:
+    """Return what runs ``module:function`` with the options: keys that it needs, and least values of whole numbers."""
 
-    need(options, "model", "onnx")
-    return 0 if verify(**options)["passed"] else 1
+    def run(options: dict[str, Any]) -> int:
+        module, name = home.split(":")
+        need(options, *needed)
+        check_whole(options, **whole)
+        found = getattr(import_module(f"yolo_ext.{module}"), name)(**options)
+        return 1 if isinstance(found, dict) and found.get("passed") is False else 0
 
-
-def _bench(options: dict[str, Any]) -> int:
-    from yolo_ext.bench_tools import bench
-
-    need(options, "models")
-    check_whole(options, imgsz=1, rounds=1)
-    bench(**options)
-    return 0
-
-
-def _analyze(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import analyze
-
-    need(options, "model")
-    check_whole(options, imgsz=1)
-    analyze(**options)
-    return 0
-
-
-def _sensitivity(options: dict[str, Any]) -> int:
-    from yolo_ext.tools import sensitivity
-
-    need(options, "model", "data")
-    check_whole(options, imgsz=1)
-    sensitivity(**options)
-    return 0
-
-
-def _convert(options: dict[str, Any]) -> int:
-    from yolo_ext.data_tools import convert
-
-    need(options, "source", "out")
-    check_whole(options, seed=0, folds=2)
-    convert(**options)
-    return 0
-
-
-def _split(options: dict[str, Any]) -> int:
-    from yolo_ext.data_tools import split
-
-    need(options, "source", "out")
-    check_whole(options, seed=0, folds=2)
-    split(**options)
-    return 0
-
-
-def _data(options: dict[str, Any]) -> int:
-    from yolo_ext.data_tools import data
-
-    need(options, "check")
-    check_whole(options, near=0)
-    return 0 if data(**options)["passed"] else 1
-
-
-def _label(options: dict[str, Any]) -> int:
-    from yolo_ext.label_tools import label
-
-    need(options, "model", "source", "out")
-    check_whole(options, imgsz=1, review=0)
-    label(**options)
-    return 0
+    return run
 
 
 def _demo(options: dict[str, Any]) -> int:
@@ -282,6 +227,7 @@ def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
     return 0
 
 
+_PLACE = ("project", "name", "exist_ok", "save_dir")
 _TECHNIQUE_KEYS = ("model", "data", *CONFIGS, "resume")
 COMMANDS: dict[str, Command] = {
     "compress": Command(
@@ -304,25 +250,48 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(_export, "Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format",
                       ("model", "format", "out", "half", "int8", "quant", "save_dir"), native=True),
-    "verify": Command(_verify, "Compare an ONNX file with its .pt; exit status 1 when they differ",
-                      ("model", "onnx", "int8", "data", "source", "imgsz", "project", "name", "exist_ok", "save_dir")),
-    "bench": Command(_bench, "Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side",
-                     ("models", "imgsz", "threads", "batch", "rounds", "data", "source", "profile", "memory", "project",
-                      "name", "exist_ok", "save_dir")),
-    "analyze": Command(_analyze, "Print every group of coupled channels: size, cost, prunable or the reason why not",
-                       ("model", "imgsz", "project", "name", "exist_ok", "save_dir")),
-    "sensitivity": Command(_sensitivity, "Measure mAP and losses against the share pruned, group by group",
-                           ("model", "data", "ratios", "prune", "imgsz", "project", "name", "exist_ok", "save_dir")),
-    "convert": Command(_convert, "Convert a dataset between YOLO, Pascal VOC and COCO",
-                       ("format", "to", "source", "out", "train", "val", "test", "classes", "ratio", "stratify",
-                        "folds", "seed", "task", "difficult", "broken", "files", "images")),
-    "split": Command(_split, "Split a YOLO dataset anew: shares or folds, at random or by class",
-                     ("source", "out", "classes", "ratio", "stratify", "folds", "seed", "broken", "files")),
-    "data": Command(_data, "Summarise a dataset; exit status 1 for leaks between splits or broken files",
-                    ("check", "near", "project", "name", "exist_ok", "save_dir")),
-    "label": Command(_label, "Label images with a model: labels, previews and a review sheet",
-                     ("model", "source", "out", "format", "classes", "conf", "iou", "imgsz", "device", "beside",
-                      "overwrite", "save_conf", "previews", "files", "review")),
+    "verify": Command(
+        _tool("deploy_tools:verify", "model", "onnx"),
+        "Compare an ONNX file with its .pt; exit status 1 when they differ",
+        ("model", "onnx", "int8", "data", "source", "imgsz", *_PLACE),
+    ),
+    "bench": Command(
+        _tool("bench_tools:bench", "models", imgsz=1, rounds=1),
+        "Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side",
+        ("models", "imgsz", "threads", "batch", "rounds", "data", "source", "profile", "memory", *_PLACE),
+    ),
+    "analyze": Command(
+        _tool("tools:analyze", "model", imgsz=1),
+        "Print every group of coupled channels: size, cost, prunable or the reason why not",
+        ("model", "imgsz", *_PLACE),
+    ),
+    "sensitivity": Command(
+        _tool("tools:sensitivity", "model", "data", imgsz=1),
+        "Measure mAP and losses against the share pruned, group by group",
+        ("model", "data", "ratios", "prune", "imgsz", *_PLACE),
+    ),
+    "convert": Command(
+        _tool("data_tools:convert", "source", "out", seed=0, folds=2),
+        "Convert a dataset between YOLO, Pascal VOC and COCO",
+        ("format", "to", "source", "out", "train", "val", "test", "classes", "ratio", "stratify", "folds", "seed",
+         "task", "difficult", "broken", "files", "images"),
+    ),
+    "split": Command(
+        _tool("data_tools:split", "source", "out", seed=0, folds=2),
+        "Split a YOLO dataset anew: shares or folds, at random or by class",
+        ("source", "out", "classes", "ratio", "stratify", "folds", "seed", "broken", "files"),
+    ),
+    "data": Command(
+        _tool("data_tools:data", "check", near=0),
+        "Summarise a dataset; exit status 1 for leaks between splits or broken files",
+        ("check", "near", *_PLACE),
+    ),
+    "label": Command(
+        _tool("label_tools:label", "model", "source", "out", imgsz=1, review=0),
+        "Label images with a model: labels, previews and a review sheet",
+        ("model", "source", "out", "format", "classes", "conf", "iou", "imgsz", "device", "beside", "overwrite",
+         "save_conf", "previews", "files", "review"),
+    ),
     "demo": Command(_demo, "Generate data, train a small YOLO and compress it; needs no network",
                     ("project", "name", "exist_ok", "seed")),
     "checks": Command(_checks, "Check the installation"),

@@ -95,7 +95,7 @@ def command_help(command: str) -> str:
     arguments = re.search(r"Args:\n(.*?)(?:\n\n|$)", inspect.getdoc(function) or "", re.DOTALL)
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments[1] if arguments else "", re.MULTILINE)
     given = inspect.signature(function).parameters
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, text in entries:
         default = given[name].default if name in given else inspect.Parameter.empty
         value = "" if default is inspect.Parameter.empty else str(default)

@@ -31,6 +31,7 @@ from yolo_ext.stage_common import (
 )
 
 CHECKS = {  # the checks of `deployment.verify` in words
+    "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",
     "score_max": "FP32 ONNX against PyTorch: largest score difference",
     "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
     "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
