@@ -229,7 +229,11 @@ def test_any_other_student_has_a_loss_and_a_gradient_and_the_teacher_none(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(
-    seed=st.integers(0, 10_000), spread=st.floats(0, 50), b=st.integers(1, 3), c=st.integers(1, 4), h=st.integers(1, 4)
+    seed=st.integers(0, 10_000),
+    spread=st.just(0.0) | st.floats(1e-3, 50),  # what is normalised is rounding below that
+    b=st.integers(1, 3),
+    c=st.integers(1, 4),
+    h=st.integers(1, 4),
 )
 @settings(max_examples=25, deadline=None)
 def test_is_never_negative_and_the_same_for_a_batch_repeated(name, seed, spread, b, c, h):

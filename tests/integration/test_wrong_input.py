@@ -118,7 +118,7 @@ CASES = {
     "export imgsz": ("export model=tiny.pt imgsz=big", ["imgsz=big"]),
     "export opset": ("export model=tiny.pt opset=x", ["opset=x"]),
     "export format": ("export model=tiny.pt format=onx", ["'onx'", "'onnx'"]),
-    "convert format": ("convert format=xml source=shapes out=o", ["'xml'", "voc"]),
+    "convert format": ("convert format=xml source=shapes out=o", ["'format=xml'", "voc"]),
     # files
     "model gone": ("train model=gone.pt data=shapes/data.yaml", ["gone.pt", "does not exist"]),
     "model junk": (f"train {B} model=junk.pt", ["junk.pt", "not a YOLO checkpoint"]),
