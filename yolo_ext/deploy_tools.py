@@ -219,5 +219,6 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
         "size_mb": runs.size_mb(Path(int8 or onnx)),
         "map_onnx": {"fp32": (maps.get("onnx") or {}).get("map") if found["precision"] == "fp32" else None},
     }
-    runs.write_summary(folder, {**figures, **(maps.get("torch") or {})}, {**after, **(maps.get("onnx") or {})})
+    before = {**figures, "size_mb": None, **(maps.get("torch") or {})}  # as in `export`
+    runs.write_summary(folder, before, {**after, **(maps.get("onnx") or {})})
     return found
