@@ -64,6 +64,7 @@ def test_staged_folder_and_links(tmp_path):
 
 SCRIPT = """
 import sys, time
+from pathlib import Path
 from yolo_ext.data import convert, files
 files.MANY = 10
 real = convert.write_split.__globals__["_write_one"]
