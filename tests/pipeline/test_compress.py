@@ -58,7 +58,7 @@ def test_result_is_smaller_and_integer(compressed):
 def test_fp32_onnx_is_the_float_model(compressed):
     checks = {c["name"]: c for c in compressed["checks"]}
     fp32 = [c for name, c in checks.items() if name.startswith("FP32 ONNX")]
-    assert len(fp32) == 5 and all(c["passed"] for c in fp32)
+    assert len(fp32) == 6 and all(c["passed"] for c in fp32)
 
 
 def test_delivered_files_work_with_plain_ultralytics(folder, data):
