@@ -136,7 +136,8 @@ def _disagreement(student: HeadOutput, teacher: HeadOutput, beta: float) -> tupl
 
 
 def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.Tensor:
-    return 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
+    loss = 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
+    return loss.clamp(min=0.0)  # rounding may leave it below
 
 
 L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
