@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Rate of the dataset tools on generated files.
 
-    python benchmarks/data.py files=100000 boxes=3 folder=/tmp/data_benchmark
+    python benchmarks/data.py files=100000 boxes=3 folder=scratch
 
 Writes `files` Pascal VOC annotations of `boxes` boxes each; the images are hard links to 16 JPEG files of 640x480
 pixels. Then converts VOC to YOLO, COCO and VOC, splits the YOLO set into stratified folds, and checks it. Prints wall

@@ -33,7 +33,7 @@ class Channels:
             the norm of all coupled weights, with BatchNorm folded in.
         coefficient: Pull over the whole run.
         ease: (C,) how easily each channel moves, 1 for the median one; 1.0 where nothing is known about the loss.
-        state: (C,) tensors that a penalty keeps between steps; they are saved with the run.
+        state: Tensors kept between steps, by name; they are saved with the run.
     """
 
     group: torch.Tensor
