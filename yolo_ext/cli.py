@@ -164,14 +164,15 @@ def _export(options: dict[str, Any]) -> int:
     return 0
 
 
-def _tool(home: str, *needed: str, **whole: int) -> Callable[[dict[str, Any]], int]:
-    """Return what runs ``module:function`` with the options: keys that it needs, and least values of whole numbers."""
+def _tool(name: str, *needed: str, **whole: int) -> Callable[[dict[str, Any]], int]:
+    """Return what runs the function of a command: keys that it needs, and least values of whole numbers."""
 
     def run(options: dict[str, Any]) -> int:
-        module, name = home.split(":")
+        from yolo_ext.helptext import FUNCTIONS
+
         need(options, *needed)
         check_whole(options, **whole)
-        found = getattr(import_module(f"yolo_ext.{module}"), name)(**options)
+        found = getattr(import_module(f"yolo_ext.{FUNCTIONS[name]}"), name)(**options)
         return 1 if isinstance(found, dict) and found.get("passed") is False else 0
 
     return run
@@ -251,43 +252,43 @@ COMMANDS: dict[str, Command] = {
     "export": Command(_export, "Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format",
                       ("model", "format", "out", "half", "int8", "quant", "save_dir"), native=True),
     "verify": Command(
-        _tool("deploy_tools:verify", "model", "onnx"),
+        _tool("verify", "model", "onnx"),
         "Compare an ONNX file with its .pt; exit status 1 when they differ",
         ("model", "onnx", "int8", "data", "source", "imgsz", *_PLACE),
     ),
     "bench": Command(
-        _tool("bench_tools:bench", "models", imgsz=1, rounds=1),
+        _tool("bench", "models", imgsz=1, rounds=1),
         "Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side",
         ("models", "imgsz", "threads", "batch", "rounds", "data", "source", "profile", "memory", *_PLACE),
     ),
     "analyze": Command(
-        _tool("tools:analyze", "model", imgsz=1),
+        _tool("analyze", "model", imgsz=1),
         "Print every group of coupled channels: size, cost, prunable or the reason why not",
         ("model", "imgsz", *_PLACE),
     ),
     "sensitivity": Command(
-        _tool("tools:sensitivity", "model", "data", imgsz=1),
+        _tool("sensitivity", "model", "data", imgsz=1),
         "Measure mAP and losses against the share pruned, group by group",
         ("model", "data", "ratios", "prune", "imgsz", *_PLACE),
     ),
     "convert": Command(
-        _tool("data_tools:convert", "source", "out", seed=0, folds=2),
+        _tool("convert", "source", "out", seed=0, folds=2),
         "Convert a dataset between YOLO, Pascal VOC and COCO",
         ("format", "to", "source", "out", "train", "val", "test", "classes", "ratio", "stratify", "folds", "seed",
          "task", "difficult", "broken", "files", "images"),
     ),
     "split": Command(
-        _tool("data_tools:split", "source", "out", seed=0, folds=2),
+        _tool("split", "source", "out", seed=0, folds=2),
         "Split a YOLO dataset anew: shares or folds, at random or by class",
         ("source", "out", "classes", "ratio", "stratify", "folds", "seed", "broken", "files"),
     ),
     "data": Command(
-        _tool("data_tools:data", "check", near=0),
+        _tool("data", "check", near=0),
         "Summarise a dataset; exit status 1 for leaks between splits or broken files",
         ("check", "near", *_PLACE),
     ),
     "label": Command(
-        _tool("label_tools:label", "model", "source", "out", imgsz=1, review=0),
+        _tool("label", "model", "source", "out", imgsz=1, review=0),
         "Label images with a model: labels, previews and a review sheet",
         ("model", "source", "out", "format", "classes", "conf", "iou", "imgsz", "device", "beside", "overwrite",
          "save_conf", "previews", "files", "review"),

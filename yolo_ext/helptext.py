@@ -21,7 +21,7 @@ TOPICS = {
     "quantize": ("quant",),
     "quant": ("quant",),
 }
-FUNCTIONS = {  # whose docstrings are the help of a command
+FUNCTIONS = {  # where the function of a command is; its docstring is the help
     "export": "deploy_tools", "verify": "deploy_tools", "bench": "bench_tools", "analyze": "tools",
     "sensitivity": "tools", "convert": "data_tools", "split": "data_tools", "data": "data_tools",
     "label": "label_tools", "predict": "predict_tools", "demo": "demo",
