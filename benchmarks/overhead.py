@@ -3,13 +3,16 @@
 
     python benchmarks/overhead.py model=best.pt data=data.yaml imgsz=192 batch=16 rounds=30 runs=slim,group_sl
     python benchmarks/overhead.py model=n.pt teacher=s.pt ... runs=teacher,builtin,default,default/2,cwd,bckd+pkd
+    python benchmarks/overhead.py model=best.pt data=data.yaml ... runs=qat,qat_moving,qat_learned,modelopt
 
 Every run is a real trainer with its own model and optimizer on the same batch; a round does one step of each, in random
 order. A step is forward, loss, backward, unscale, clip, optimizer, EMA and what the technique does around them. Runs
 are sparsity penalties, or distillation from `teacher` (`model` itself when not given): `default`, losses and stacks as
 in `distillation.py`, with `/2` to ask the teacher in every other step (the mean of two is counted); `builtin` is the
 stock trainer with `distill_model`; `teacher` is the forward pass of the teacher alone as we run it, and `forward` the
-same as `distill_model` runs it. Prints the median, 10 to 90 % of the rounds, and the medians of the paired ratios to
+same as `distill_model` runs it. `qat` is QAT behind the epochs in which ranges and BatchNorm statistics move,
+`qat_moving` within them, `qat_learned` with learned ranges, and `modelopt` the stock trainer with `quantize=8`, which
+needs nvidia-modelopt. Prints the median, 10 to 90 % of the rounds, and the medians of the paired ratios to
 the plain step, to the plain step and either forward pass together, and to the built-in.
 `clock=cpu` counts the time of this process, for a machine that others use too; give `threads=1` with it.
 """
@@ -36,6 +39,12 @@ from yolo_ext.trainers import trainer_for
 
 PENALTIES = penalties.names()
 FORWARD = {"teacher": "default", "forward": "builtin"}  # runs that are a forward pass only, of the teacher of which run
+QAT = {
+    "qat": {"observe_epochs": 0, "freeze_bn": 0.0},
+    "qat_moving": {"freeze_bn": 1.0},
+    "qat_learned": {"learned": True},
+}
+BUILTIN = {"modelopt": {"quantize": 8}}
 DISTILLATION = [*FORWARD, "builtin", "default", "default/2"]
 
 
@@ -43,6 +52,8 @@ def options_of(run: str, args: dict[str, str]) -> dict[str, Any]:
     """Return the training options that make up a run."""
     if run == "plain" or run in PENALTIES:
         return {"sparsity": {"method": run}} if run in PENALTIES else {}
+    if run in QAT or run in BUILTIN:
+        return {"quant": {"mode": "qat", "calib": 32, **QAT[run]}} if run in QAT else BUILTIN[run]
     name, _, every = run.partition("/")
     found = distillation.options_of(FORWARD.get(name, name), str(Path(args["teacher"]).resolve()))
     if every:
@@ -75,7 +86,7 @@ def ready(options: dict[str, Any], args: dict[str, str], folder: Path) -> tuple[
     sizes = {"imgsz": int(args["imgsz"]), "batch": int(args["batch"]), "nbs": int(args["batch"])}
     place = {"save_dir": str(folder), "exist_ok": True, "device": args.get("device", "cpu")}
     with suppress(Stop):
-        trainer = None if "distill_model" in options else trainer_for(yolo.task)
+        trainer = None if {"distill_model", "quantize"} & set(options) else trainer_for(yolo.task)
         yolo.train(trainer=trainer, data=args["data"], **fixed, **sizes, **place, **options)
     trainer = found[0]
     return trainer, trainer.preprocess_batch(next(iter(trainer.train_loader)))
@@ -113,8 +124,9 @@ def table(times: dict[str, list[float]]) -> str:
     for run in FORWARD:
         if run in times:
             against[f"Plain + {run}"] = [a + b for a, b in zip(times["plain"], times[run])]
-    if "builtin" in times:
-        against["Built-in"] = times["builtin"]
+    for run in ("builtin", "modelopt"):
+        if run in times:
+            against["Built-in"] = times[run]
     rows = []
     for run, found in times.items():
         low, *_, high = quantiles(found, n=10)

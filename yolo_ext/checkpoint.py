@@ -59,9 +59,9 @@ def manifest(model: nn.Module) -> dict[str, Any]:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """Tell whether this model was pruned or masked by us, so that it must not be rebuilt from its YAML."""
+    """Tell whether this model was pruned, masked or merged by us, so that it must not be rebuilt from its YAML."""
     found = getattr(model, MANIFEST, None) or {}
-    return bool(found.get("prune") or found.get("masks"))
+    return bool(found.get("prune") or found.get("masks") or found.get("merged"))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -267,9 +267,9 @@ COMMANDS: dict[str, Command] = {
         ("model", "imgsz", *_PLACE),
     ),
     "sensitivity": Command(
-        _tool("sensitivity", "model", "data", imgsz=1),
-        "Measure mAP and losses against the share pruned, group by group",
-        ("model", "data", "ratios", "prune", "imgsz", *_PLACE),
+        _tool("sensitivity", "model", "data", imgsz=1, images=1),
+        "Measure what each group of channels is worth to pruning; kind=quant: what each layer loses by INT8",
+        ("model", "data", "kind", "ratios", "prune", "quant", "by", "images", "map", "imgsz", *_PLACE),
     ),
     "convert": Command(
         _tool("convert", "source", "out", seed=0, folds=2),

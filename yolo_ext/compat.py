@@ -286,3 +286,34 @@ def freeze(model: nn.Module, layers: Any) -> None:
     for name, p in model.named_parameters():
         if prefixes and name.startswith(prefixes):
             p.requires_grad_(False)
+
+
+def native_bf16() -> bool:
+    """Return whether this processor computes in bfloat16 and does not only emulate it."""
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+
+
+def learned_fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    factor: float,
+) -> torch.Tensor:
+    """Fake-quantize with gradients for scale and zero point (LSQ, LSQ+), by the fused operators of torch.
+
+    Args:
+        x: Float32 tensor of any shape.
+        scale: Positive scale: a scalar, or one for each slice along `axis`.
+        zero: Zero point in the shape of `scale`, rounded inside.
+        axis: Axis of the channels, None for one scale.
+        qmin: Smallest code.
+        qmax: Largest code.
+        factor: What the gradients of scale and zero point are multiplied with.
+    """
+    if axis is None:
+        scale, zero = scale.reshape(1), zero.reshape(1)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, qmin, qmax, factor)
+    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, axis, qmin, qmax, factor)

@@ -38,9 +38,11 @@ def _problem(key: str, f: Field, value: Any) -> str | None:
         return None if "None" in kind else f"'{key}=None' is illegal: a value is needed ({m['help']})."
     if kind.startswith("Stack"):
         return _stack_problem(key, value)
+    if kind == "Entries":
+        return _entries_problem(key, value)
     if kind.startswith(("list", "dict")) or ("list" in kind and isinstance(value, (list, tuple))):
         return _collection_problem(key, kind, value, m)
-    if kind == "bool":
+    if kind.startswith("bool"):
         return None if isinstance(value, bool) else f"'{key}={value}' is illegal. Legal: True, False."
     if kind.startswith("str"):
         if not isinstance(value, str):
@@ -94,6 +96,30 @@ def _stack_problem(key: str, value: Any) -> str | None:
     if not items or not all(isinstance(v, (str, Mapping)) for v in items):
         return form
     return None if all(isinstance(v.get("name"), str) for v in items if isinstance(v, Mapping)) else form
+
+
+def _entries_problem(key: str, value: Any) -> str | None:
+    """Return what is wrong with the form of entries; what they say is looked up where the model is."""
+    try:
+        items = _entries(value)
+    except Exception as e:  # YAML has exceptions of its own
+        return f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give a list of dicts, or a YAML or JSON file."
+    legal = isinstance(items, list) and all(isinstance(v, Mapping) for v in items)
+    return None if legal else f"'{key}={value}' is illegal: give a list of dicts, or a YAML or JSON file with one."
+
+
+def _entries(value: Any) -> Any:
+    """Return a list of dicts as it is, or as it is in a file."""
+    import yaml  # Ultralytics' YAML.load reads .yaml files only
+
+    if isinstance(value, Mapping):
+        return [dict(value)]
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, tuple) else value
+    if not Path(value).is_file():
+        raise FileNotFoundError(f"there is no file '{value}'")
+    found = yaml.safe_load(Path(value).read_text())
+    return found.get("config_list") if isinstance(found, Mapping) else found
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +177,8 @@ def _cast(f: Field, value: Any) -> Any:
         return value
     if kind.startswith("Stack"):
         return [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, (list, tuple)) else value
+    if kind == "Entries":
+        return [dict(v) for v in _entries(value)]
     if kind.startswith("list") or ("list" in kind and not isinstance(value, str)):
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         return items if kind == "list[int]" else [str(v) for v in items]

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.utils import LOGGER
 
@@ -23,10 +25,24 @@ NMS_KEYS = ("conf", "iou", "max_det", "agnostic_nms")
 OURS = ("imgsz", "batch", "dynamic", "opset", "simplify", "half", "int8", "quantize", "data", "quant", "nms", *NMS_KEYS)
 
 
-def _size(model: str | Path, given: Any) -> Any:
+def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
+    from yolo_ext.quantization.modelopt import is_modelopt, load_modelopt
+
+    try:
+        net, ckpt = load_model(model)
+    except UsageError as error:  # such a file needs ModelOpt to load
+        try:
+            return load_modelopt(model)
+        except Exception:
+            raise error from None
+    return load_modelopt(model) if is_modelopt(ckpt) else (net, ckpt)
+
+
+def _size(ckpt: dict[str, Any], given: Any) -> Any:
     """Return the image size given by the user, a whole number or (height, width), else that of the training."""
     if given is None:
-        given = (load_model(model)[1].get("train_args") or {}).get("imgsz") or 640
+        given = (ckpt.get("train_args") or {}).get("imgsz") or 640
     sides = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
         raise UsageError(f"'imgsz={given}' is illegal: give a whole number, or height and width as imgsz=[480,640].")
@@ -37,7 +53,7 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     """Export a model; ONNX and OpenVINO by us, every other format by Ultralytics with the weights of the model.
 
     Args:
-        model: ``.pt``, pruned or not. A QAT model also gets its INT8 file.
+        model: ``.pt``, pruned or not. A QAT model, of ours or of Ultralytics (`quantize=8`), also gets its INT8 file.
         format: ``onnx`` or a format of Ultralytics.
         out: File or folder to write, by default beside the model; an INT8 file gets ``_int8`` added to its name.
         options: `imgsz` (one number or height and width), `batch`, `dynamic`, `opset`, `simplify`, `half`, `int8` with
@@ -56,12 +72,14 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     formats = [f for f in export_formats()["Argument"] if f != "-"]
     if format not in formats:
         raise UsageError(f"Unknown export format '{format}'.{suggest(format, formats)} Legal: {', '.join(formats)}.")
-    net, _ = load_model(model)
+    net, ckpt = _open(model)
     if format not in ("onnx", "openvino"):
         return [_by_ultralytics(model, format, out, options)]
     if unused := sorted(set(options) - {*OURS, *PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(OURS)}, out.")
-    imgsz = _size(model, options.get("imgsz"))
+    imgsz = _size(ckpt, options.get("imgsz"))
+    if "modelopt" in ckpt:
+        options = {**options, "modelopt": ckpt}
     files = (_onnx if format == "onnx" else _openvino)(Path(model), net, out, imgsz, options)
     for file in files:
         LOGGER.info(f"Export saved as {file} ({_megabytes(file):.1f} MB)")
@@ -91,7 +109,7 @@ def _precision(options: dict[str, Any]) -> str:
     return next(iter(asked), "")
 
 
-def _float_file(model: Path, out: Path, imgsz: Any, options: dict[str, Any], half: bool) -> Path:
+def _float_file(model: Path | nn.Module, out: Path, imgsz: Any, options: dict[str, Any], half: bool) -> Path:
     from yolo_ext.deployment.export import export_onnx
 
     ours = {k: options[k] for k in ("opset", "simplify", "dynamic", "batch") if options.get(k) is not None}
@@ -102,37 +120,80 @@ def _float_file(model: Path, out: Path, imgsz: Any, options: dict[str, Any], hal
     return export_onnx(model, out, imgsz, nms=embedded, end2end=options.get("nms") is False, half=half, **ours)
 
 
-def _ranges(net: nn.Module, imgsz: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return activation ranges and profile of a model: from its QAT, else calibrated on images."""
+def _quantized(net: nn.Module, imgsz: Any, options: dict[str, Any], profile: str) -> tuple[nn.Module, Any, Any]:
+    """Return float model, state and profile: from its own quantization where that is exact, else calibrated on images.
+
+    Args:
+        net: Float model, which may carry the state of a quantization.
+        imgsz: Input size in pixels.
+        options: Options of the export.
+        profile: Profile to use where the user names none.
+    """
+    from yolo_ext.quantization.convert import convert
     from yolo_ext.quantization.profiles import resolve_profile
 
+    given = options.get("quant") or {}
     known = manifest(net).get("quant")
-    if known and not options.get("quant"):
-        return known["ranges"], resolve_profile(known["profile"])
+    if "modelopt" in options:
+        return _imported(net, imgsz, options, given.get("profile") or profile)
+    if known and set(given) <= {"profile"}:
+        source = resolve_profile(known["profile"])
+        target = resolve_profile(given.get("profile") or (source.name if profile == "auto" else profile))
+        try:
+            return net, convert(known["state"], source, target), target
+        except UsageError:
+            if not options.get("data"):
+                raise
     if not options.get("data"):
         raise UsageError("int8=True needs images to calibrate on. Give data=data.yaml.")
     from yolo_ext.data.check import check_data
-    from yolo_ext.quantization.fake_quant import get_ranges
-    from yolo_ext.quantization.qat import prepare
+    from yolo_ext.quantization.qat import prepare, strip
 
-    cfg = parse({"quant": options.get("quant") or {}})["quant"]
+    cfg = parse({"quant": {"profile": profile, **given}})["quant"]
     side = imgsz if isinstance(imgsz, int) else max(imgsz)
+    manifest(net).pop("quant", None)  # calibrated anew
     prepare(net, cfg, check_data(options["data"], task=compat.task_of(net)), side)
-    return get_ranges(net), resolve_profile(cfg.profile)
+    return strip(net), manifest(net)["quant"]["state"], resolve_profile(cfg.profile)
+
+
+def _imported(net: nn.Module, imgsz: Any, options: dict[str, Any], profile: str) -> tuple[nn.Module, Any, Any]:
+    """Return model, state and profile from the ranges of Ultralytics' QAT, with those calibrated that it lacks."""
+    from yolo_ext.quantization import modelopt
+    from yolo_ext.quantization.branches import merge_branches
+    from yolo_ext.quantization.fake_quant import strip_fake_quant
+    from yolo_ext.quantization.profiles import resolve_profile
+
+    def batches() -> Iterator[torch.Tensor]:  # asked for where something is missing only
+        from yolo_ext.data.calibration import calibration_images, letterbox_batches
+        from yolo_ext.data.check import check_data
+
+        if not options.get("data"):
+            raise UsageError(
+                f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{target.name}' needs others "
+                "too. Give data=data.yaml to calibrate them."
+            )
+        images = calibration_images(check_data(options["data"], task=compat.task_of(net)))
+        crop, side = compat.task_of(net) == "classify", imgsz if isinstance(imgsz, int) else max(imgsz)
+        yield from letterbox_batches(images, side, crop=crop)
+
+    target = resolve_profile(profile)
+    merge_branches(net, batches())
+    state = modelopt.complete(net, modelopt.import_state(options["modelopt"], net), target, batches())
+    return strip_fake_quant(net), state, target
 
 
 def _onnx(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[str, Any]) -> list[Path]:
-    """Write the float file and, for a QAT model or if asked, its INT8 file."""
+    """Write the float file and, for a quantized model or if asked, its INT8 file."""
     from yolo_ext.quantization.qdq import write_qdq
 
     precision = _precision(options)
     target = Path(out or model.with_name(f"{model.stem}{'_fp16' if precision == 'half' else ''}.onnx"))
-    wanted = precision == "int8" or (not precision and manifest(net).get("quant"))
-    quant = _ranges(net, imgsz, options) if wanted else None  # before anything is written
-    files = [_float_file(model, target, imgsz, options, precision == "half")]
-    if quant:
-        files.append(target.with_name(f"{target.stem}_int8.onnx"))
-        write_qdq(files[0], files[1], *quant)
+    quantized = manifest(net).get("quant") or "modelopt" in options
+    if precision != "int8" and (precision or not quantized):
+        return [_float_file(net, target, imgsz, options, precision == "half")]
+    net, state, profile = _quantized(net, imgsz, options, "auto")  # before anything is written
+    files = [_float_file(net, target, imgsz, options, half=False), target.with_name(f"{target.stem}_int8.onnx")]
+    write_qdq(files[0], files[1], state, profile)
     return files
 
 
@@ -144,12 +205,14 @@ def _openvino(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[s
     need_openvino()
     precision = _precision(options)
     kind = {"int8": "_int8", "half": "_fp16"}.get(precision, "")
-    quant = _ranges(net, imgsz, options) if precision == "int8" else None
+    source: nn.Module = net
+    if precision == "int8":
+        source, state, profile = _quantized(net, imgsz, options, "openvino")
     with tempfile.TemporaryDirectory() as folder:
-        file = _float_file(model, Path(folder) / "fp32.onnx", imgsz, options, half=False)
-        if quant:
-            file = Path(folder) / "int8.onnx"
-            write_qdq(Path(folder) / "fp32.onnx", file, quant[0], replace(quant[1], fuse_silu=False))
+        file = _float_file(source, Path(folder) / "fp32.onnx", imgsz, options, half=False)
+        if precision == "int8":
+            fp32, file = file, Path(folder) / "int8.onnx"
+            write_qdq(fp32, file, state, replace(profile, fuse_silu=False))
         return [export_openvino(file, out or model.with_name(f"{model.stem}{kind}{SUFFIX}"), half=precision == "half")]
 
 
@@ -200,7 +263,7 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
     net, _ = load_model(model)
     if not data and not source:
         raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
-    size = _size(model, imgsz or describe(onnx)["imgsz"])
+    size = _size({}, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=compat.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
     rows = [

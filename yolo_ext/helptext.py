@@ -71,9 +71,9 @@ def method_tables(technique: str) -> list[Table]:
         from yolo_ext.distillation.schedules import schedules
 
         return [logit_losses, feature_losses, schedules]
-    from yolo_ext.quantization.observers import observers
+    from yolo_ext.quantization.observers import observers, weight_observers
 
-    return [observers]
+    return [observers, weight_observers]
 
 
 def technique_help(technique: str) -> str:

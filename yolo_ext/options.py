@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Stack = str | list[Any]  # a method, or several: names, or dicts with a name and options
+Entries = list[Any]  # dicts that each say something of some layers; a YAML or JSON file with them is read at once
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -132,7 +133,9 @@ class DistillConfig:
         None, "Longer side in pixels of the images as the teacher sees them; None: as they are", low=32
     )
     compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
-    half: bool = option(False, "Teacher in bfloat16 on a CPU as well; on a GPU it is in float16 anyway")
+    half: bool | None = option(
+        None, "Teacher in bfloat16 on a CPU too; None: where the processor computes in it. On a GPU it is in float16"
+    )
     preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
 
@@ -142,11 +145,36 @@ class QuantConfig:
 
     mode: str = option("auto", "auto: PTQ, then QAT if PTQ misses the budget", choices=("auto", "ptq", "qat"))
     profile: str = option("auto", "What runs the model; auto looks at this CPU. See `yolo-ext help quantize`")
-    calib: int = option(300, "Calibration images, taken from the train split", low=1)
-    source: str | None = option(None, "Calibration images from a folder, list or glob instead of the train split")
+    calib: int | None = option(None, "Calibration images; None takes up to 300 of the train split", low=1)
+    source: str | list[str] | None = option(
+        None, "Calibration images from a folder, list or glob instead of the train split"
+    )
+    seed: int = option(0, "Seed of the choice of calibration images", low=0)
+    cache: bool = option(True, "Keep calibrated ranges, and use them again for the same weights, images and options")
     observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
-    exclude: list[str] = option([], "Regular expressions of module names that stay float")
+    weight_observer: str = option("max", "How weight ranges are found; see `yolo-ext help quantize`")
+    exclude: list[str] = option([], "Regular expressions of layer paths that stay float")
+    config_list: Entries = option(
+        [], "Bits, scheme and float layers by layer: NNI-style entries (op_types, op_names, quant_bits, ...), or a file"
+    )
+    bn: bool = option(False, "PTQ: re-estimate BatchNorm of the quantized model")
+    bias_correction: bool = option(False, "PTQ: take the mean error of each channel out of its bias")
+    adaround: int = option(0, "PTQ: steps per block that learn the rounding of the weights (AdaRound); 0 is off", low=0)
     max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0)
+    mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried")
+    strict: bool = option(False, "Fail when a convolution that should run as INT8 does not, or when mAP collapses")
     epochs: int = option(10, "QAT epochs", low=1)
     lr0: float = option(2e-5, "QAT learning rate (AdamW)", above=0.0)
     observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)
+    freeze_bn: float = option(
+        0.5,
+        "Share of the QAT epochs after which BatchNorm statistics stay; 0 keeps them from the start",
+        low=0.0,
+        high=1.0,
+    )
+    learned: bool = option(False, "QAT: learn the ranges of weights and activations (LSQ+)")
+    supervision: str = option(
+        "labels",
+        "QAT learns from labels, or from the features of its float self (no labels)",
+        choices=("labels", "features"),
+    )

@@ -206,7 +206,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         "layers": layers,
         "checks": checks,
         "comparison": run.done.get("compare", {}).get("rows", []),
-        "notes": [note for d in run.done.values() for note in d.get("notes", [])],
+        "notes": [*(note for d in run.done.values() for note in d.get("notes", [])), *_quant_notes(run)],
         "plots": [{"path": str(p), "caption": c} for p, c in plots],
         "pictures": _pictures(run) if run.data else [],
         "plan": {k: v for k, v in as_plain(run.configs).items() if v},
@@ -218,19 +218,38 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
 def _quantization(run: Run) -> dict[str, Any]:
     """Return the report's sections on latency and on what runs in INT8."""
     ratio, record = run.done["latency"]["ratios"]["compressed INT8"], run.quantized()[1]
-    reasons = run.done["ptq"]["reasons"]
     return {
         "latency": {
             "rows": run.done["latency"]["rows"],
-            "note": f"1 thread, batch 1, {run.imgsz} px, interleaved in one process. INT8 against base FP32 in ONNX "
-            f"Runtime: {ratio['ratio']:.2f}x (10 to 90 % of rounds: {ratio['p10']:.2f} to {ratio['p90']:.2f}).",
+            "note": f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. INT8 against "
+            f"base FP32 in ONNX Runtime: {ratio['ratio']:.2f}x (10 to 90 %: {ratio['p10']:.2f} to {ratio['p90']:.2f}).",
         },
         "quantization": {
             "convs": record["metrics"]["convs"],
             "int8_convs": record["metrics"]["int8_convs"],
-            "float": {path: reasons.get(path, reason) for path, reason in record["float"].items()},
+            **{k: record[k] for k in ("float", "f1", "profile", "calibration")},
+            "parity": run.done["verify"]["parity"],
         },
     }
+
+
+def _quant_notes(run: Run) -> list[str]:
+    """Say what the INT8 file was calibrated on, how well its runtimes agree, and which threshold suits it."""
+    if not run.configs["quant"]:
+        return []
+    record, parity = run.quantized()[1], run.done["verify"]["parity"]
+    made, f1 = record["calibration"], record["f1"]
+    gaps = {"torch": "fake-quantized PyTorch", "simulation": "the INT8 kernels"}
+    notes = [
+        f"Profile {record['profile']}, calibrated on {made['images']} images ({made['hash']}, {made['observer']}).",
+        "Mean box difference to the simulation in ONNX Runtime: "
+        + ", ".join(f"{gaps[k]} {parity[k]['box_mean']:.3f} px" for k in gaps if k in parity)
+        + f". Quantization itself moves boxes by {parity['float']['box_mean']:.3f} px.",
+    ]
+    best = [
+        f"{f1[k]['f1']:.3f} at confidence {f1[k]['f1_conf']:.2f} ({k.upper()})" for k in ("fp32", "int8") if k in f1
+    ]
+    return [*notes, f"Best F1 {', '.join(best)}."] if best else notes
 
 
 def _pictures(run: Run) -> list[dict[str, str]]:

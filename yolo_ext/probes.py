@@ -64,7 +64,7 @@ def make_probes(
         n = cfg.recalibrate or cfg.images
         if task == "classify":  # seen cropped, not letterboxed
             return (b["img"] for b in read(n))
-        return letterbox_batches(calibration_images(info, n, cfg.seed), imgsz, batch)
+        return letterbox_batches(calibration_images(info, None, cfg.seed, at_most=n), imgsz, batch)
 
     def score(model: nn.Module) -> float:
         _check_classes(base, info)
@@ -105,7 +105,7 @@ def labelled_batches(
 
     from yolo_ext.deployment.runtime import quiet
 
-    chosen = {p.resolve() for p in calibration_images(info, n, seed)}
+    chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
     args = getattr(base, "args", None) or {}
     args = args if isinstance(args, dict) else vars(args)
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **{k: args[k] for k in LABEL_ARGS if k in args}})

@@ -23,6 +23,8 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext.checkpoint import atomic_write, finalize
+from yolo_ext.quantization.cache import OWN
+from yolo_ext.quantization.fake_quant import quantized_layers
 
 SIDECAR = "resume_epoch{}.pt"  # named by epoch: the one of the old last.pt must outlive the writing of the new one
 
@@ -100,7 +102,7 @@ def restore(trainer: Any) -> dict[str, Any] | None:
         _forget_later_rows(trainer.csv, trainer.start_epoch)
     path = _path(trainer, trainer.start_epoch - 1)
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    if state is None or not _belongs(state, trainer.ema.ema.state_dict()):
+    if state is None or not _belongs(state, trainer.ema.ema):
         LOGGER.warning(
             f"{colorstr('resume: ')}{path} is not there or not of this checkpoint: going on from fp16 weights, "
             "so figures will differ a little from those of a run that was never stopped"
@@ -192,10 +194,12 @@ def _loaders(trainer: Any) -> tuple[Any, Any]:
     return trainer.train_loader, trainer.test_loader
 
 
-def _belongs(state: dict[str, Any], ema: dict[str, torch.Tensor]) -> bool:
+def _belongs(state: dict[str, Any], ema: torch.nn.Module) -> bool:
     """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
-    saved = state["ema"]
-    return saved.keys() == ema.keys() and all(torch.equal(saved[k].half(), v.cpu().half()) for k, v in ema.items())
+    saved, loaded = state["ema"], ema.state_dict()
+    other = {f"{path}.weight" for path, *_ in quantized_layers(ema)}  # rounded to codes; ranges are in the manifest
+    names = [k for k in loaded if k not in other and not k.endswith(OWN)]
+    return saved.keys() == loaded.keys() and all(torch.equal(saved[k].half(), loaded[k].cpu().half()) for k in names)
 
 
 def _forget_later_rows(csv: Path, epochs: int) -> None:

@@ -7,7 +7,7 @@ A record may hold `metrics` (figures of `summary.json`), `weights` (newest float
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest, save_model
 from yolo_ext.config import PruneConfig, as_plain
+from yolo_ext.quant_stages import accuracy, ptq, qat, verify  # noqa: F401  the pipeline finds every stage here
 from yolo_ext.stage_common import (
     FINETUNE,
-    QAT,
     Record,
     Run,
     distill_config,
@@ -30,17 +30,6 @@ from yolo_ext.stage_common import (
     train,
 )
 
-CHECKS = {  # the checks of `deployment.verify` in words
-    "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",
-    "score_max": "FP32 ONNX against PyTorch: largest score difference",
-    "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
-    "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
-    "matched": "FP32 ONNX against PyTorch: share of matched detections",
-    "map": "FP32 ONNX against PyTorch: mAP50-95 difference",
-    "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
-    "int8_score_max": "INT8 against its simulation: largest score difference",
-}
-
 
 def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
@@ -48,10 +37,9 @@ def base(run: Run) -> Record:
     if run.configs["quant"]:
         from yolo_ext.deployment.export import export_onnx
         from yolo_ext.deployment.runtime import conv_report
-        from yolo_ext.deployment.verify import map_onnx
 
         file = export_onnx(run.base, run.folder / "base" / "fp32.onnx", run.imgsz)
-        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": map_onnx(file, run.data, run.imgsz)["map"]})
+        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": accuracy(run, file)["map"]})
         m.update({k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")})
     return {"metrics": m}
 
@@ -192,88 +180,8 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     return train(run, "compare/random", distill_options(run), finetune_arguments(run), file) if run.epochs else file
 
 
-def _emit(run: Run, stage: str, weights: Path, ranges: dict[str, Any]) -> Record:
-    """Write FP32 and INT8 ONNX of float weights and their ranges, and measure both."""
-    from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.runtime import conv_report
-    from yolo_ext.deployment.verify import map_onnx
-    from yolo_ext.quantization.profiles import resolve_profile
-    from yolo_ext.quantization.qdq import write_qdq
-
-    fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
-    int8 = run.folder / stage / "int8.onnx"
-    written = write_qdq(fp32, int8, ranges, resolve_profile(run.configs["quant"].profile))
-    integer = conv_report(int8)["int8_convs"]
-    convs = len(written["quantized"]) + len(written["float"])
-    maps = {name: map_onnx(file, run.data, run.imgsz)["map"] for name, file in (("fp32", fp32), ("int8", int8))}
-    m = measure(run, weights)
-    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
-    LOGGER.info(
-        f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime, "
-        f"mAP50-95 {maps['fp32']:.4f} FP32 -> {maps['int8']:.4f} INT8"
-    )
-    return {"metrics": m, "float": written["float"], "planned": len(written["quantized"]), "chosen": str(weights)}
-
-
-def ptq(run: Run) -> Record:
-    """Calibrate the newest float model and write it as INT8."""
-    from yolo_ext.quantization.fake_quant import get_ranges
-    from yolo_ext.quantization.qat import prepare
-
-    model, _ = load_model(run.weights())
-    reasons = prepare(model, run.configs["quant"], run.info, run.imgsz)
-    return {**_emit(run, "ptq", run.weights(), get_ranges(model)), "reasons": reasons}
-
-
-def _loss(record: Record, reference: float) -> float:
-    """Return how much mAP50-95 the INT8 file of a stage lost."""
-    return reference - record["metrics"]["map_onnx"]["int8"]
-
-
-def qat(run: Run) -> Record:
-    """Train with fake-quant if PTQ misses the budget or QAT was asked for, and keep the better of both."""
-    cfg, after_ptq = run.configs["quant"], run.done["ptq"]
-    reference = after_ptq["metrics"]["map_onnx"]["fp32"]
-    lost = _loss(after_ptq, reference)
-    if cfg.mode == "auto" and lost <= cfg.max_drop:
-        reason = f"PTQ loses {lost:.4f} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
-        LOGGER.info(f"{colorstr('quantize: ')}{reason}")
-        return {"skipped": reason}
-    native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
-    best = train(run, "qat", {**as_plain({"quant": cfg}), **distill_options(run)}, native)
-    record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"]["ranges"])
-    record["better"] = _loss(record, reference) < lost
-    if record["better"]:
-        record["weights"] = str(best.relative_to(run.folder))
-    verdict = "better than PTQ: keeping QAT" if record["better"] else "no better than PTQ: keeping PTQ"
-    LOGGER.info(f"{colorstr('quantize: ')}QAT is {verdict}")
-    return record
-
-
-def verify(run: Run) -> Record:
-    """Put the delivered ONNX files into onnx/ and check them."""
-    from yolo_ext.deployment import verify as deployed
-
-    stage, record = run.quantized()
-    files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
-    (run.folder / "onnx").mkdir(exist_ok=True)
-    for kind, file in files.items():
-        shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
-    images = run.info["images"]["val"][:32]
-    found = deployed.verify(record["chosen"], files["fp32"], images, run.imgsz, int8_onnx=files["int8"], data=run.data)
-    lost = _loss(record, run.done["ptq"]["metrics"]["map_onnx"]["fp32"])
-    limit, convs = run.configs["quant"].max_drop, record["metrics"]["int8_convs"]
-    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]] + [
-        {"name": "INT8 convolutions as planned", "value": convs, "limit": record["planned"],
-         "passed": convs >= record["planned"]},
-        {"name": "INT8 mAP50-95 loss (quant.max_drop)", "value": lost, "limit": limit, "passed": lost <= limit},
-    ]  # fmt: skip
-    runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
-    return {"checks": checks}
-
-
 def latency(run: Run) -> Record:
-    """Measure base and compressed files interleaved, on one thread."""
+    """Measure base and compressed files interleaved, on one thread and on all."""
     from yolo_ext.deployment.latency import bench, speedup
 
     onnx = {
@@ -289,5 +197,8 @@ def latency(run: Run) -> Record:
         spread = f"{r['ratio']:.2f}x ({r['p10']:.2f} to {r['p90']:.2f})"
         LOGGER.info(f"{colorstr('latency: ')}{name} is {spread} as fast as base FP32 in ONNX Runtime{verdict}")
     times.update(bench(torch, run.imgsz, threads=1, rounds=100, seconds=15))
+    if (threads := os.cpu_count() or 1) > 1:
+        wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10)
+        times.update({f"{name}, {threads} threads": found for name, found in wide.items()})
     rows = [{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()]
     return {"rows": rows, "ratios": ratios}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 from yolo_ext import compat, runs
-from yolo_ext.checkpoint import load_model
-from yolo_ext.config import parse
+from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.config import PruneConfig, parse
 from yolo_ext.errors import UsageError, YoloExtError
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
@@ -66,24 +67,38 @@ def analyze(model: str | Path, imgsz: int | None = None, **place: Any) -> list[d
 
 
 def sensitivity(
-    model: str | Path, data: str, ratios: Any = None, prune: Any = None, imgsz: int | None = None, **place: Any
-) -> dict[str, Any]:
-    """Measure mAP and losses against the share pruned, group by group, and write json, csv and a picture.
+    model: str | Path, data: str, kind: str = "prune", ratios: Any = None, prune: Any = None, quant: Any = None,
+    by: str = "layer", images: int = 32, map: bool = False, imgsz: int | None = None, **place: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure what each layer is worth to pruning or loses by quantization, and write json, csv and a picture.
 
     Args:
         model: Trained ``.pt``.
         data: Dataset YAML.
-        ratios: Shares to try, a list or separated by commas.
+        kind: `prune` for mAP and losses against the share pruned, group by group; `quant` for the error in boxes and
+            scores with one layer alone in INT8, and the ms that INT8 saves there.
+        ratios: Pruning: shares to try, a list or separated by commas.
         prune: Pruning options that matter: `method`, `include`, `exclude`, `images`, `recalibrate`, floors.
+        quant: Quantization options that matter: those of profile and calibration.
+        by: Quantization: `layer` or `block`.
+        images: Quantization: train images on which detections are compared.
+        map: Quantization: measure the mAP on the val split with each layer alone in INT8, too, which takes long.
         imgsz: Side of the square input in pixels.
         place: `project`, `name`, `exist_ok`, `save_dir`; a folder that holds an unfinished analysis is gone on with.
 
     Returns:
-        The contents of ``sensitivity.json``, which `prune.sensitivity` takes.
+        The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
 
     Raises:
         UsageError: If the input is wrong.
     """
+    if kind not in ("prune", "quant"):
+        raise UsageError(f"'kind={kind}' is illegal. Legal: prune, quant.")
+    strange = [k for k, v in {"ratios": ratios, "prune": prune}.items() if v] if kind == "quant" else [*(quant or ())]
+    if strange:
+        raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
+    if kind == "quant":
+        return _quant_sensitivity(model, data, quant or {}, by, images, map, imgsz, place)
     from yolo_ext.data.check import check_data
     from yolo_ext.probes import make_probes
     from yolo_ext.pruning import sensitivity as curves
@@ -108,6 +123,54 @@ def sensitivity(
     files = curves.write(found, folder)
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
     return found
+
+
+def _quant_sensitivity(
+    model: str | Path, data: str, quant: dict[str, Any], by: str, images: int, accuracy: bool, imgsz: int | None,
+    place: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
+    from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.data.check import check_data
+    from yolo_ext.probes import make_probes
+    from yolo_ext.quantization import sensitivity as errors
+    from yolo_ext.quantization.qat import prepare, strip
+
+    if by not in errors.BY:
+        raise UsageError(f"'by={by}' is illegal. Legal: {', '.join(errors.BY)}.")
+    cfg = parse({"quant": quant})["quant"]
+    net, _ = load_model(model)
+    compat.refuse_rtdetr(net)
+    size = check_imgsz(_imgsz(model, imgsz), net)
+    info = check_data(data, task=compat.task_of(net))
+    prepare(net, cfg, info, size)
+    found_in = manifest(strip(net))["quant"]
+    chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
+    batches = letterbox_batches(chosen, size, crop=compat.task_of(net) == "classify")
+    probes = make_probes(info, size, PruneConfig(ratio=0.5), compat.task_of(net), net)
+    score = probes.score if accuracy else None
+    found = errors.sensitivity(net, found_in["state"], batches, by, score, _ms_saved(net, found_in, size))
+    found = {"profile": found_in["profile"], **found}
+    LOGGER.info(errors.table(found))
+    files = errors.write(found, runs.folder(place, task=compat.task_of(net), mode="sensitivity"))
+    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}")
+    return found
+
+
+def _ms_saved(net: nn.Module, quant: dict[str, Any], imgsz: int) -> dict[str, float] | None:
+    """Return what INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.operators import saved_ms
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.qdq import write_qdq
+
+    profile = resolve_profile(quant["profile"])
+    if not profile.output:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = export_onnx(net, Path(folder) / "fp32.onnx", imgsz)
+        write_qdq(fp32, Path(folder) / "int8.onnx", quant["state"], profile)
+        return saved_ms(fp32, Path(folder) / "int8.onnx", quant["state"], imgsz)
 
 
 def _shares(ratios: Any) -> tuple[float, ...]:

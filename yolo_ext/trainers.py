@@ -15,7 +15,7 @@ from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, distill_loop, prune_loop, resume, sparse_loop
+from yolo_ext import compat, distill_loop, prune_loop, quant_loop, resume, sparse_loop
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.errors import UsageError
@@ -79,12 +79,12 @@ class CompressionMixin:
         Args:
             options: `sparsity`, `prune`, `distill` and `quant`, dicts, dataclasses or None.
         """
-        configs = parse(options)
+        configs = self.compression = parse(options)
+        quant_loop.setup(self)
         refuse_two_distillations(configs["distill"], getattr(self.args, "distill_model", None))
         if configs["distill"] and configs["distill"].teacher == "self":
             configs["distill"] = replace(configs["distill"], teacher=self_teacher(str(self.args.model)))
         vars(self.args).update(as_plain(configs))
-        self.compression = configs
         self.distiller: Any = None
         self.sparsifier: Any = None
         self.cadence = resume.Cadence()
@@ -111,8 +111,7 @@ class CompressionMixin:
                 setattr(model, MANIFEST, deepcopy(getattr(weights, MANIFEST)))
         if self.compression["prune"] and not self.resume:
             model = prune_loop.before_training(self, model, weights)
-        if self.compression["quant"]:
-            self._insert_fake_quant(model)
+        quant_loop.insert(self, model)
         return model
 
     def _keep(self, weights: nn.Module) -> nn.Module:
@@ -130,18 +129,8 @@ class CompressionMixin:
             LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
         return model.train()
 
-    # Quantization ---------------------------------------------------------------------------------------------------
-    def _insert_fake_quant(self, model: nn.Module) -> None:
-        from yolo_ext.quantization.qat import prepare
-
-        prepare(model.to(self.device), self.compression["quant"], self.data, prune_loop.imgsz(self, model))
-        model.cpu()
-
     def _stripped(self, model: nn.Module) -> nn.Module:
-        """Return a copy of stock classes that carries the quantizer ranges in its manifest."""
-        from yolo_ext.quantization.qat import strip
-
-        return strip(deepcopy(model), self.compression["quant"])
+        return quant_loop.stripped(model)
 
     # Life cycle -----------------------------------------------------------------------------------------------------
     def run_callbacks(self, event: str) -> None:
@@ -171,6 +160,8 @@ class CompressionMixin:
             model.criterion = LoggedLoss(model.criterion, lambda: sparse_loop.items(self))
         self._resumed = resume.restore(self)
         prune_loop.capture_masks(self)
+        if self.compression["quant"]:
+            quant_loop.report_start(self)
 
     def _before_epoch(self) -> None:
         if self._resumed:
@@ -182,19 +173,29 @@ class CompressionMixin:
         if self.distiller is not None:
             self.distiller.set_epoch(self.epoch, self.epochs, self.args.close_mosaic)
         if self.compression["quant"]:
-            from yolo_ext.quantization.qat import set_epoch
+            quant_loop.before_epoch(self)
 
-            for model in (unwrap_model(self.model), self.ema.ema):
-                set_epoch(model, self.epoch, self.compression["quant"])
+    def _model_train(self) -> None:
+        """Put the model into training mode, but for BatchNorm that QAT has frozen."""
+        super()._model_train()  # type: ignore[misc]
+        if self.compression["quant"]:
+            quant_loop.train_mode(self)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Build the stock optimizer, plus one group for distillation adapters (the scheduler needs it this early)."""
+        """Build the stock optimizer and our groups of parameters, which the scheduler needs this early."""
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
         if self.compression["sparsity"]:
             sparse_loop.attach(self, unwrap_model(model), optimizer)
         if self.compression["distill"]:
             distill_loop.attach(self, unwrap_model(model), optimizer)
+        if self.compression["quant"]:
+            quant_loop.attach(self, unwrap_model(model), optimizer)
         return optimizer
+
+    def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the stock dataset, where QAT by features takes one without labels too."""
+        with quant_loop.unlabelled(self):
+            return super().build_dataset(*args, **kwargs)  # type: ignore[misc]
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
         """Find the batch size that fits into memory together with the teachers."""
@@ -212,6 +213,8 @@ class CompressionMixin:
             self.distiller.sync()
             if adapters := list(self.distiller.adapters.parameters()):
                 torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0 * self.scaler.get_scale())
+        if self.compression["quant"]:
+            quant_loop.before_step(self)
         super().optimizer_step()  # type: ignore[misc]
         prune_loop.after_step(self)
         if self.sparsifier is not None:
@@ -219,6 +222,11 @@ class CompressionMixin:
         resume.stepped(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        super()._load_checkpoint_state(ckpt)  # type: ignore[misc]
+        if self.compression["quant"]:
+            quant_loop.reload(self, ckpt)
+
     def get_validator(self) -> Any:
         """Build the validator from arguments without our keys, which its own check would refuse."""
         own = self.args
@@ -241,7 +249,7 @@ class CompressionMixin:
         resume.save(self)
         live = self.ema.ema
         if self.compression["quant"]:
-            self.ema.ema = self._stripped(live)
+            self.ema.ema = quant_loop.stripped(live)
         try:
             saved = super().save_model()  # type: ignore[misc]
         finally:
@@ -260,7 +268,7 @@ class CompressionMixin:
 
     def final_eval(self) -> None:
         """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
-        with resume.whole_final_files():
+        with resume.whole_final_files(), quant_loop.quantized_validation(self):
             super().final_eval()  # type: ignore[misc]
         if RANK in {-1, 0}:
             resume.clear(self)

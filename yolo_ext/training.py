@@ -107,7 +107,7 @@ def check_techniques(
     from yolo_ext.pruning.surgery import check_plan
     from yolo_ext.pruning.unstructured import zero_weights
     from yolo_ext.quantization.fake_quant import insert_fake_quant
-    from yolo_ext.quantization.observers import observers
+    from yolo_ext.quantization.observers import observers, weight_observers
     from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.trainers import self_teacher
 
@@ -135,7 +135,8 @@ def check_techniques(
         Distiller(student, replace(distill, teacher=teacher), torch.device("cpu"))
     if quant := configs["quant"]:
         observers[quant.observer]
-        insert_fake_quant(student, resolve_profile(quant.profile), tuple(quant.exclude))
+        weight_observers[quant.weight_observer]
+        insert_fake_quant(student, resolve_profile(quant.profile), quant.exclude, quant.config_list)
 
 
 def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def inside(f) -> list:
         return [[], [0, 7], (1, 2)]
     if kind(f) == "Stack":
         return ["cwd", ["cwd", {"name": "pkd", "weight": 0.5}]]
+    if kind(f) == "Entries":
+        return [[], [{"op_types": ["Conv2d"], "exclude": True}], ({"op_names": "a"},)]
     if kind(f) == "list":
         return [[], ["a"], ("a", "b")]
     if kind(f) == "dict":
@@ -71,6 +73,8 @@ def outside(f) -> list:
     m = f.metadata
     if kind(f) == "Stack":
         return [3, 1.5, True, [], [1], [{"weight": 1.0}]]
+    if kind(f) == "Entries":
+        return [3, 1.5, True, [1], "nowhere.yaml", ["a"], None]
     if f.type == "list[int]":
         return ["a", 1.5, [-1], ["1"], {"a": 1}, [True]]
     if kind(f) == "list":
@@ -95,7 +99,7 @@ def test_legal_values(technique, option):
     for value in inside(option):
         got = getattr(parse(legal(technique, option.name, value))[technique], option.name)
         assert got == (list(value) if isinstance(value, tuple) else value)
-        assert type(got).__name__ == kind(option) or kind(option) == "Stack"
+        assert type(got).__name__ == kind(option) or kind(option) in ("Stack", "Entries")
 
 
 @pytest.mark.parametrize(("technique", "option"), EVERY, ids=IDS)
@@ -147,6 +151,14 @@ def test_messages(given_, near):
     with pytest.raises(UsageError) as e:
         parse(given_)
     assert str(e.value).startswith(near) or near in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_entries_come_from_a_file(tmp_path, name):
+    entries = [{"op_types": ["Conv2d"], "quant_bits": {"weight": 4}}]
+    file = tmp_path / name
+    file.write_text(json.dumps(entries if name == "c.json" else {"config_list": entries}))
+    assert parse({"quant": {"config_list": str(file)}})["quant"].config_list == entries
 
 
 def test_all_problems_in_one_message():

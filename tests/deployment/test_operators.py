@@ -7,7 +7,7 @@ import torch
 
 from yolo_ext.deployment.footprint import peak_memory
 from yolo_ext.deployment.latency import runtime_of
-from yolo_ext.deployment.operators import around, operators
+from yolo_ext.deployment.operators import around, module_path, operators, saved_ms
 from yolo_ext.errors import UsageError
 
 
@@ -23,6 +23,31 @@ def test_profile_adds_up(exported):
 def test_profile_refuses_another_size(exported):
     with pytest.raises(UsageError, match="static graph"):
         operators(exported("yolov8n")[1], 64)
+
+
+@pytest.mark.parametrize(
+    ("node", "path"),
+    [
+        ("/model.22/cv2.0/cv2.0.1/conv/Conv", "model.22.cv2.0.1.conv.Conv"),
+        ("/model.2/m/m.0/cv1/conv/Conv_token_55", "model.2.m.0.cv1.conv.Conv_token_55"),
+        ("/model.2/m.0/cv1/act/Mul", "model.2.m.0.cv1.act.Mul"),
+        ("model.2.cv2.conv.input_QuantizeLinear", "model.2.cv2.conv.input_QuantizeLinear"),
+        ("ReorderInput_token_133", "ReorderInput_token_133"),
+    ],
+)
+def test_module_path_of_a_node(node, path):
+    assert module_path(node) == path
+
+
+def test_time_saved_by_layer(exported):
+    small, large = exported("yolov8n")[1], exported("yolov8n", imgsz=192)[1]
+    layers = ["model.0.conv", "model.2.cv1.conv", "model.22.cv2.0.2"]
+    same = saved_ms(small, small, layers, 96, runs=5)
+    assert list(same) == layers
+    whole = {n["name"]: n["ms"] for n in operators(small, 96, runs=5)["nodes"]}
+    assert all(abs(ms) < 0.5 * sum(whole.values()) for ms in same.values())
+    with pytest.raises(UsageError, match="static graph"):
+        saved_ms(small, large, layers, 96)
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolov8n-cls"])

@@ -48,3 +48,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return file if file.exists() else save_model(random_model(yaml, seed, nc), file)
 
     return save
+
+
+@pytest.fixture(autouse=True)
+def _teachers_in_float32(monkeypatch):
+    """Tests state float32 tolerances; on a processor with bfloat16 a teacher would use that by default."""
+    from yolo_ext import compat
+
+    monkeypatch.setattr(compat, "native_bf16", lambda: False)

@@ -228,3 +228,14 @@ def test_precision_of_the_teacher(saved, build, half):
     images = torch.rand(2, 3, 64, 64)
     wanted, found = (g.ask(images)["scores"].float().sigmoid() for g in (full, guide))
     torch.testing.assert_close(found, wanted, atol=2e-2 if half else 0.0, rtol=0)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_processor_with_bfloat16_is_used_unless_asked_otherwise(saved, build, monkeypatch, native):
+    from yolo_ext import compat
+    from yolo_ext.distillation.teacher import load_teacher
+
+    monkeypatch.setattr(compat, "native_bf16", lambda: native)
+    file, student = saved("yolov8n.yaml"), build("yolov8n.yaml")
+    types = [next(load_teacher(file, student, CPU, half)[0].parameters()).dtype for half in (None, False, True)]
+    assert types == [torch.bfloat16 if native else torch.float32, torch.float32, torch.bfloat16]

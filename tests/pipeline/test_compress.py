@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from yolo_ext.pipeline import compress
 CONTRACT = (
     "compress.yaml", "args.yaml", "summary.json", "report.html", "report.json", "weights/best.pt", "onnx/fp32.onnx",
     "onnx/int8.onnx", "prune/plan.json", "prune/weights/pruned.pt", "finetune/results.csv", "ptq/int8.onnx",
-    "qat/int8.onnx", "verify/verify.json", "plots/channels.png", "plots/detections_0.png",
+    "ptq/quant.json",
+    "ptq/weights/ptq.pt", "qat/int8.onnx", "verify/verify.json", "plots/channels.png", "plots/detections_0.png",
 )  # fmt: skip
 FIGURES = {"params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs"}
 
@@ -59,6 +61,20 @@ def test_fp32_onnx_is_the_float_model(compressed):
     checks = {c["name"]: c for c in compressed["checks"]}
     fp32 = [c for name, c in checks.items() if name.startswith("FP32 ONNX")]
     assert len(fp32) == 6 and all(c["passed"] for c in fp32)
+
+
+def test_torch_simulation_and_int8_are_one_model(folder, compressed):
+    checks = {c["name"]: c for c in compressed["checks"]}
+    parity = [c for name, c in checks.items() if "simulation" in name]
+    assert len(parity) == 4 and all(c["passed"] for c in parity), parity
+    stage = "qat" if json.loads((folder / "qat" / "stage.json").read_text())["better"] else "ptq"
+    quant = json.loads((folder / stage / "quant.json").read_text())
+    record = json.loads((folder / stage / "stage.json").read_text())
+    assert len([s for s in quant["state"].values() if "weight" in s]) == record["planned"]
+    assert record["calibration"]["images"] == 32 and 0 <= record["f1"]["int8"]["f1_conf"] <= 1
+    rows = json.loads((folder / "latency" / "stage.json").read_text())["rows"]
+    threads = {r["name"].partition(", ")[2] for r in rows}
+    assert threads == ({"", f"{os.cpu_count()} threads"} if os.cpu_count() > 1 else {""})
 
 
 def test_delivered_files_work_with_plain_ultralytics(folder, data):

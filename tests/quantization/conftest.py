@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,27 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_ext.deployment.export import head_args
 
 SIZE = 96
+SMALL = {
+    "nc": 3,
+    "backbone": [
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [32, 3, 2]],
+        [-1, 1, "C2f", [32, True]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [-1, 1, "SPPF", [128, 5]],
+        [-1, 1, "C2PSA", [128]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 3], 1, "Concat", [1]],
+        [-1, 1, "C2f", [64]],
+        [[9, 6], 1, "Detect", ["nc"]],
+    ],
+}
 
 
-def random_net(yaml: str, nc: int = 3) -> DetectionModel:
+def random_net(yaml: str | dict[str, Any], nc: int = 3) -> DetectionModel:
     """Return a model whose BN statistics and class scores are not trivial."""
     torch.manual_seed(0)
     net = DetectionModel(yaml, nc=nc, verbose=False)
@@ -36,7 +57,16 @@ def random_net(yaml: str, nc: int = 3) -> DetectionModel:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[[str], DetectionModel]:
-    return random_net
+    """Return a function that gives a fresh copy of a model."""
+    made = cache(random_net)
+    return lambda yaml: deepcopy(made(yaml))
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[[], DetectionModel]:
+    """Return a function that gives a copy of a small model with a bottleneck, pooling, attention and a head."""
+    made = random_net(SMALL)
+    return lambda: deepcopy(made)
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.data.augment import LetterBox
+from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import imread
@@ -20,24 +20,30 @@ from ultralytics.utils.patches import imread
 from yolo_ext.data import check
 from yolo_ext.errors import UsageError
 
+USUAL = 300  # images; TensorRT and Ultralytics advise as many
 
-def calibration_images(data: dict[str, Any] | list[str | Path] | str | Path, n: int, seed: int = 0) -> list[Path]:
+
+def calibration_images(
+    data: dict[str, Any] | Sequence[str | Path] | str | Path, n: int | None = None, seed: int = 0, at_most: int = USUAL
+) -> list[Path]:
     """Choose calibration images.
 
     Args:
         data: A checked Ultralytics data dict (its train split is used), or image files, folders, globs and text files
             that list images, one or many.
-        n: How many images; fewer are used when there are fewer.
+        n: How many images; None takes what is there, up to `at_most`.
         seed: Seed of the choice, which does not depend on the order of the files on disk.
+        at_most: Most images where `n` is None.
 
     Returns:
         Sorted image files, none of them from the validation split: INT8 figures would be flattered.
 
     Raises:
-        UsageError: If there are no such images.
+        UsageError: If there are no such images, or fewer than `n`.
     """
-    if n < 1:
-        raise UsageError(f"Calibration needs at least 1 image, got {n}. 128 to 512 are usual.")
+    wanted = at_most if n is None else n
+    if wanted < 1:
+        raise UsageError(f"Calibration needs at least 1 image, got {wanted}. 128 to 512 are usual.")
     source, held_out = (data.get("train"), data.get("val")) if isinstance(data, dict) else (data, None)
     if not source:
         raise UsageError("The data has no train split to calibrate on. Give 'train' in the data YAML, or images.")
@@ -53,7 +59,12 @@ def calibration_images(data: dict[str, Any] | list[str | Path] | str | Path, n: 
         )
     if len(pool) < len(files):
         LOGGER.warning(f"Calibration leaves out {len(files) - len(pool)} train images that are validation images too")
-    return sorted(random.Random(seed).sample(pool, min(n, len(pool))))
+    if n is not None and n > len(pool):
+        raise UsageError(
+            f"{n} calibration images are wanted, but '{source}' has {len(pool)}. Ask for {len(pool)} or fewer, give no "
+            f"number to take up to {at_most}, or give more images. 128 to 512 are usual."
+        )
+    return sorted(random.Random(seed).sample(pool, min(wanted, len(pool))))
 
 
 def list_images(source: Any) -> list[Path]:
@@ -73,37 +84,47 @@ def list_images(source: Any) -> list[Path]:
     return [p for p in found if p.suffix[1:].lower() in IMG_FORMATS]
 
 
-def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16) -> Iterator[torch.Tensor]:
+def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
     """Yield images as a static ONNX file is fed: square letterbox, RGB, 0 to 1.
 
     Args:
         paths: Image files; those that cannot be read are skipped with a warning.
         imgsz: Side of the square in pixels.
         batch: Images per batch; the last one may be smaller.
+        crop: Cut the largest square out of the middle instead, as classification does.
 
     Yields:
         Float32 tensors of shape (batch, 3, imgsz, imgsz).
 
     Raises:
-        UsageError: If no image can be read.
+        UsageError: If more than half of the images cannot be read, or every image is of a single value.
     """
-    letterbox = LetterBox((imgsz, imgsz), auto=False)
+    letterbox, middle = LetterBox((imgsz, imgsz), auto=False), CenterCrop(imgsz)
     images: list[np.ndarray] = []
-    total = 0
+    broken = blank = 0
     for path in paths:
         image = imread(path)
         if image is None:
+            broken += 1
+            if 2 * broken > len(paths):
+                raise UsageError(
+                    f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'. "
+                    "`yolo-ext data check` names them all."
+                )
             LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
             continue
-        images.append(np.asarray(letterbox(image=image))[..., ::-1].transpose(2, 0, 1))
-        total += 1
+        blank += int(image.min() == image.max())
+        square = middle(image) if crop else letterbox(image=image)
+        images.append(np.asarray(square)[..., ::-1].transpose(2, 0, 1))
         if len(images) == batch:
             yield _tensor(images)
             images = []
     if images:
         yield _tensor(images)
-    if not total:
-        raise UsageError(f"None of the {len(paths)} calibration images can be read.")
+    if blank == len(paths) - broken:
+        raise UsageError(
+            f"Each of the {blank} calibration images is of a single value, '{paths[0]}' for one. Give real images."
+        )
 
 
 def _tensor(images: list[np.ndarray]) -> torch.Tensor:

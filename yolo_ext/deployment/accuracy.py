@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ultralytics.utils import YAML
+from ultralytics.utils.metrics import smooth
 
 from yolo_ext.deployment.export import head_args
 from yolo_ext.deployment.runtime import Source, describe, float_model, quiet
@@ -30,8 +32,19 @@ def _validate(module: Any, task: str, data: str | Path, imgsz: int, **args: Any)
             raise UsageError(f"Data set '{data}' cannot be used ({error}). Give a YAML of data on disk.") from error
         args |= {"task": task, "data": str(data), "imgsz": imgsz, "device": "cpu", "mode": "val", "save_dir": folder}
         args |= {"rect": False, "plots": False, "verbose": False}
-        found = validators[task](args=args, save_dir=Path(folder))(model=module)
-    return {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"])}
+        validator = validators[task](args=args, save_dir=Path(folder))
+        found = validator(model=module)
+    best = _best_f1(validator.metrics.box)
+    return {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"]), **best}
+
+
+def _best_f1(box: Any) -> dict[str, float]:
+    """Return the largest mean F1 and its confidence; Ultralytics smooths the curve in the same way."""
+    curve = np.asarray(box.f1_curve)
+    if not curve.size:
+        return {"f1": 0.0, "f1_conf": 0.0}
+    i = int(smooth(curve.mean(0), 0.1).argmax())
+    return {"f1": float(curve.mean(0)[i]), "f1_conf": float(box.px[i])}
 
 
 def map_torch(
@@ -47,7 +60,7 @@ def map_torch(
         batch: Images per forward pass.
 
     Returns:
-        ``map50`` and ``map`` (mAP50-95), both 0..1.
+        ``map50``, ``map`` (mAP50-95), ``f1`` (its largest mean over classes) and ``f1_conf`` (the confidence there).
 
     Raises:
         UsageError: The model, task or data set is not usable.
@@ -65,7 +78,7 @@ def map_onnx(path: str | Path, data: str | Path, imgsz: int) -> dict[str, float]
         imgsz: Square input size in pixels; a static file uses its own.
 
     Returns:
-        ``map50`` and ``map`` (mAP50-95), both 0..1.
+        ``map50``, ``map`` (mAP50-95), ``f1`` (its largest mean over classes) and ``f1_conf`` (the confidence there).
 
     Raises:
         UsageError: The file, task or data set is not usable.

@@ -20,14 +20,16 @@ from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
 from yolo_ext.errors import UsageError
 
 
-def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool = False) -> tuple[nn.Module, str]:
+def load_teacher(
+    path: str, student: nn.Module, device: torch.device, half: bool | None = False
+) -> tuple[nn.Module, str]:
     """Load a teacher and check that it can teach this student.
 
     Args:
         path: Teacher ``.pt``.
         student: The student, already pruned.
         device: Where to put the teacher, in channels_last.
-        half: Whether in bfloat16 on a CPU as well; on a GPU it is in float16 anyway.
+        half: Whether in bfloat16 on a CPU as well, None where the processor computes in it; on a GPU it is in float16.
 
     Returns:
         The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
@@ -49,7 +51,7 @@ def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool
         )
     teacher = compat.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     cuda = device.type == "cuda"
-    if half or cuda:
+    if cuda or (compat.native_bf16() if half is None else half):
         teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
     return compat.raw_outputs(teacher), parent
 
@@ -168,7 +170,7 @@ def make_guide(
     *,
     imgsz: int | None = None,
     compiled: bool = False,
-    half: bool = False,
+    half: bool | None = False,
 ) -> Guide:
     """Load a teacher and match it with the student.
 

@@ -1,9 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Apply a plan to a model, prove that the result is what the plan says, and recalibrate BatchNorm."""
+"""Apply a plan to a model and prove that the result is what the plan says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import compat
+from yolo_ext.batchnorm import recalibrate  # noqa: F401  part of what surgery offers
 from yolo_ext.checkpoint import manifest
 from yolo_ext.config import TARGETS, PruneConfig
 from yolo_ext.errors import CheckFailed, UsageError
@@ -271,33 +271,3 @@ def check_prunable(model: nn.Module) -> None:
         raise UsageError(
             "The model is quantized: its ranges belong to the channels that it has. Prune the float .pt, then quantize."
         )
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Re-estimate BatchNorm statistics from images (Li et al., EagleEye, 2020, arXiv:2007.02491).
-
-    Args:
-        model: Model on any device; its running means and variances are replaced.
-        batches: Image batches (B, C, H, W) in 0..1.
-
-    Returns:
-        Number of images used.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    momenta, training, seen = [m.momentum for m in norms], model.training, 0
-    device = next(model.parameters()).device
-    model.train()
-    try:
-        for x in batches:
-            if not seen:  # not before: without any image the old statistics stay
-                for m in norms:
-                    m.reset_running_stats()
-                    m.momentum = None  # cumulative average over all batches
-            model(x.to(device))
-            seen += len(x)
-    finally:
-        for m, momentum in zip(norms, momenta):
-            m.momentum = momentum
-        model.train(training)
-    return seen

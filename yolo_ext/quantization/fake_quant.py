@@ -1,153 +1,53 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Fake quantization by class swap: a stock model that computes what its INT8 graph will compute.
 
-A quantized `nn.Conv2d` keeps its identity, Parameters and state-dict keys; only its class changes and an input
-quantizer is added. The `act` of its Ultralytics block is wrapped by the quantizer of the convolution's output, which is
-behind the unfused BN, where the folded convolution ends. Weights carry no quantization state: their per-channel
-symmetric scale follows from the current weight, and that commutes with folding BN.
-
-Methods: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-2018; per-channel weights: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
+A quantized layer keeps its identity, Parameters and state-dict keys; only its class changes and quantizers are added.
+The `act` of its Ultralytics block is wrapped by the quantizer of the convolution's output, which is behind the unfused
+BN, where the folded convolution ends.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from yolo_ext.errors import UsageError
-from yolo_ext.quantization.observers import Histogram, with_zero
-from yolo_ext.quantization.profiles import Profile, float_modules, quantizable_blocks
+from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
+from yolo_ext.quantization.plan import make_plan
+from yolo_ext.quantization.profiles import Profile
+from yolo_ext.quantization.spec import SITES, Plan, Spec, State
 
 MODES = ("float", "off", "observe", "on")
 SILU_LOWER = -6.0  # SiLU(-6) = -0.015: spending codes below that costs more than it brings
-Ranges = dict[str, dict[str, list[float]]]
+SILU_MIN = -0.27846456  # smallest value of SiLU
 
 
-class RangeQuantizer(nn.Module):
-    """Per-tensor asymmetric fake quantizer of a range, with clipped straight-through gradients.
-
-    Attributes:
-        lo: Low end of the range, a float32 scalar buffer; never above zero.
-        hi: High end of the range, a float32 scalar buffer; never below zero.
-        qmax: Largest code; the smallest is 0.
-        mode: One of `MODES`.
-        momentum: Weight of the current batch when training updates the range; 0 keeps it fixed.
-        ready: Whether the range has been set; until then values pass unchanged.
-        lower: Limit below which the range never extends.
-        fixed: Whether the range is known beforehand and never observed.
-        histogram: What calibration has seen, only while it runs.
-    """
-
-    lo: torch.Tensor
-    hi: torch.Tensor
-
-    def __init__(self, qmax: int, lower: float = -math.inf) -> None:
-        """Make an uncalibrated quantizer."""
-        super().__init__()
-        self.register_buffer("lo", torch.zeros(()))
-        self.register_buffer("hi", torch.zeros(()))
-        self.qmax, self.lower = qmax, lower
-        self.mode, self.momentum, self.ready, self.fixed = "on", 0.0, False, False
-        self.histogram: Histogram | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize and dequantize `x` (any shape and float type), or pass it on as the mode says."""
-        if self.mode == "observe":
-            if self.histogram is not None and not self.fixed:
-                self.histogram.update(x)
-            return x
-        if self.mode != "on":
-            return x
-        if self.training and self.momentum and not self.fixed:
-            self._follow(x.detach())
-        if not self.ready:
-            return x
-        scale = (self.hi - self.lo) / self.qmax
-        zero = (-self.lo / scale).round().int()
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, self.qmax).to(x.dtype)
-
-    @torch.no_grad()
-    def _follow(self, x: torch.Tensor) -> None:
-        lo, hi = (v.float() for v in torch.aminmax(x))
-        m = self.momentum if self.ready else 1.0
-        # A batch with NaN or inf must not poison the range.
-        valid = lo.isfinite() & hi.isfinite()
-        lo = torch.where(valid, lo.clamp(min=max(self.lower, -3e38), max=0), self.lo)
-        hi = torch.where(valid, hi.clamp(min=1e-5), self.hi)
-        self.lo.lerp_(lo, m)
-        self.hi.lerp_(hi, m)
-        self.ready = self.ready or bool(valid)
-
-    def set_range(self, lo: float, hi: float) -> None:
-        """Set the range, widened to hold zero and clipped at `lower`."""
-        lo, hi = with_zero(max(lo, self.lower), hi)
-        self.lo.fill_(lo)
-        self.hi.fill_(hi)
-        self.ready = True
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> RangeQuantizer:
-        kept = {k: v for k, v in self._buffers.items() if v is not None}
-        super()._apply(fn, recurse)
-        # .half() must not round the ranges, only .to(device) may move them. The EMA holds on to the tensors themselves.
-        for k, v in kept.items():
-            self._buffers[k] = v.to(self._buffers[k].device)  # type: ignore[union-attr]
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A stripped checkpoint has no ranges in its state dict (they came from its manifest): they stay as they are.
-        if f"{prefix}lo" in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self.ready = bool(self.hi > self.lo)
+def _quantize_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (module.residual_quantizer(args[0]), *args[1:])
 
 
-class QuantConv2d(nn.Conv2d):
-    """An `nn.Conv2d` that quantizes its input and its weight; made only by `insert_fake_quant`."""
-
-    input_quantizer: RangeQuantizer
-    weight_qmax: int
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `x` of shape (batch, in, height, width) as the INT8 kernel does."""
-        x = self.input_quantizer(x)
-        quantized = self.input_quantizer.mode in ("off", "on")
-        return self._conv_forward(x, self.quantized_weight() if quantized else self.weight, self.bias)
-
-    def quantized_weight(self) -> torch.Tensor:
-        """Return the fake-quantized weight, per-channel symmetric; nothing is clipped, so gradients pass unchanged."""
-        w = self.weight.float()
-        scale = w.detach().abs().amax((1, 2, 3)).clamp_min(1e-12) / self.weight_qmax
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        q = torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -self.weight_qmax, self.weight_qmax)
-        return q.to(self.weight.dtype)
+def _quantize_sum(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return module.add_quantizer(out)
 
 
-class QuantAct(nn.Module):
-    """The activation of a block behind the quantizer of its convolution's output."""
-
-    def __init__(self, act: nn.Module, quantizer: RangeQuantizer) -> None:
-        """Wrap `act`."""
-        super().__init__()
-        self.act = act
-        self.output_quantizer = quantizer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize the pre-activation `x` of shape (batch, channels, height, width), then activate it."""
-        return self.act(self.output_quantizer(x))
-
-
-def insert_fake_quant(model: nn.Module, profile: Profile, exclude: tuple[str, ...] = ()) -> dict[str, str]:
+def insert_fake_quant(
+    model: nn.Module,
+    profile: Profile,
+    exclude: Sequence[str] = (),
+    config_list: Sequence[Mapping[str, Any]] = (),
+    learned: bool = False,
+) -> dict[str, str]:
     """Insert fake quantizers in place for what the profile runs in INT8.
 
     Args:
         model: An Ultralytics model, fused or not.
         profile: What the runtime executes.
-        exclude: Regular expressions searched in module paths; a match keeps the convolution float.
+        exclude: Regular expressions searched in layer paths; a match keeps the layer float.
+        config_list: Changes in the style of NNI, see `make_plan`.
+        learned: Make ranges Parameters that training moves.
 
     Returns:
         Path -> reason of every convolution and linear layer that stays float.
@@ -155,48 +55,81 @@ def insert_fake_quant(model: nn.Module, profile: Profile, exclude: tuple[str, ..
     Raises:
         UsageError: If the model carries fake quantizers already, or an expression is broken or matches nothing.
     """
-    if any(isinstance(m, QuantConv2d) for m in model.modules()):
-        raise UsageError("This model carries fake quantizers already. Strip them first.")
-    reasons = float_modules(model)
-    blocks = {
-        f"{path}.conv": block for path, block in quantizable_blocks(model).items() if f"{path}.conv" not in reasons
-    }
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    stem = [path for path, block in blocks.items() if block.conv is first]
-    reasons.update({path: "image input: faster and more accurate in float" for path in stem if profile.float_stem})
-    for pattern in exclude:
-        matches = _search(pattern, [*blocks, *reasons])
-        reasons.update({path: f"excluded by '{pattern}'" for path in matches if path in blocks})
-    for path, block in blocks.items():
-        if path not in reasons:
-            _swap(block, profile, reads_image=block.conv is first)
+    refuse_quantized(model)
+    plan, reasons = make_plan(model, profile, exclude, config_list)
+    insert_plan(model, plan, learned)
     return reasons
 
 
-def _swap(block: Any, profile: Profile, reads_image: bool) -> None:
-    conv = block.conv
-    conv.__class__ = QuantConv2d
-    conv.weight_qmax = profile.weight_qmax
-    conv.input_quantizer = RangeQuantizer(profile.activation_qmax).to(conv.weight.device).train(conv.training)
-    if reads_image:  # images are k / 255, which this range represents without any error
-        conv.input_quantizer.set_range(0.0, 1.0)
-        conv.input_quantizer.fixed = True
-    if profile.output_quantizers:
-        lower = SILU_LOWER if isinstance(block.act, nn.SiLU) else -math.inf
-        quantizer = RangeQuantizer(profile.activation_qmax, lower).to(conv.weight.device)
-        block.act = QuantAct(block.act, quantizer).train(block.training)
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse a model that carries fake quantizers.
+
+    Raises:
+        UsageError: If it does.
+    """
+    if any(isinstance(m, (QuantLayer, QuantAct)) for m in model.modules()):
+        raise UsageError("This model carries fake quantizers already. Strip them first.")
 
 
-def _search(pattern: str, paths: list[str]) -> list[str]:
-    try:
-        matches = [path for path in paths if re.search(pattern, path)]
-    except re.error as e:
-        raise UsageError(f"The exclude pattern '{pattern}' is not a regular expression: {e}.") from e
-    if not matches:
+def insert_plan(model: nn.Module, plan: Plan, learned: bool = False) -> None:
+    """Insert uncalibrated fake quantizers in place where a plan has them.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What is quantized and how.
+        learned: Make ranges Parameters that training moves (LSQ+; Bhalgat et al., 2020).
+
+    Raises:
+        UsageError: If the model has no such layer.
+    """
+    modules = dict(model.named_modules())
+    if missing := [path for path in plan if path not in modules]:
         raise UsageError(
-            f"The exclude pattern '{pattern}' matches none of the {len(paths)} layers, such as {paths[:2]}."
+            f"{len(missing)} quantized layers, such as '{missing[0]}', are not in this model. "
+            "Quantize the model that the ranges were made for."
         )
-    return matches
+    first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
+    for path, sites in plan.items():
+        layer, block = modules[path], modules.get(path.rpartition(".")[0])
+        device = next(layer.parameters()).device
+        made = {
+            site: RangeQuantizer(spec, learned=learned).to(device) for site, spec in sites.items() if site != "weight"
+        }
+        for q in made.values():
+            q.train(layer.training)
+        if "residual" in made:
+            layer.residual_quantizer = made["residual"]
+            layer.register_forward_pre_hook(_quantize_input)
+        if "add" in made:
+            layer.add_quantizer = made["add"]
+            layer.register_forward_hook(_quantize_sum)
+        if type(layer) in SWAPS:
+            _swap(layer, sites.get("weight"), made, block, learned, reads_image=layer is first)
+
+
+def _swap(
+    layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any, learned: bool, reads_image: bool
+) -> None:
+    layer.__class__ = SWAPS[type(layer)]
+    layer.input_quantizer, layer.weight_spec, layer.mode = made.get("input"), weight, "on"
+    in_block = getattr(block, "conv", None) is layer
+    layer.fold = (block,) if in_block else ()
+    layer.output_quantizer = None if in_block else made.get("output")
+    channels = layer.weight.shape[channel_axis(layer)] if weight is None or weight.per_channel else 1
+    ratio = torch.ones(channels, device=layer.weight.device)
+    if learned and weight is not None:
+        layer.weight_ratio = nn.Parameter(ratio)
+    else:
+        layer.register_buffer("weight_ratio", ratio)
+    if reads_image and "input" in made:  # images are k / 255, which this range represents without any error
+        made["input"].set_range(0.0, 1.0)
+        made["input"].fixed = True
+    if in_block and {"output", "activation"} & set(made):
+        if isinstance(block.act, nn.SiLU):
+            for site, lower in (("output", SILU_LOWER), ("activation", SILU_MIN)):
+                if site in made:
+                    made[site].lower = lower
+        block.act = QuantAct(block.act, made.get("output"), made.get("activation")).train(block.training)
 
 
 def strip_fake_quant(model: nn.Module) -> nn.Module:
@@ -205,20 +138,45 @@ def strip_fake_quant(model: nn.Module) -> nn.Module:
         act = getattr(module, "act", None)
         if isinstance(act, QuantAct):
             module.act = act.act
-        if isinstance(module, QuantConv2d):
-            del module.input_quantizer, module.weight_qmax
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        if type(module) in STOCK:
+            for name in ("input_quantizer", "output_quantizer", "weight_spec", "weight_ratio", "fold", "mode"):
+                delattr(module, name)
+            module.__class__ = STOCK[type(module)]
+        for name, hooks, ours in (
+            ("residual_quantizer", module._forward_pre_hooks, _quantize_input),
+            ("add_quantizer", module._forward_hooks, _quantize_sum),
+        ):
+            if hasattr(module, name):
+                delattr(module, name)
+                for key in [k for k, h in hooks.items() if h is ours]:
+                    del hooks[key]
     return model
 
 
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, layer and, where it is the convolution of one, the Ultralytics block of every quantized layer."""
+    blocks = {id(m.conv): m for m in model.modules() if isinstance(getattr(m, "conv", None), QuantLayer)}
+    for path, m in model.named_modules():
+        if isinstance(m, QuantLayer):
+            yield path, m, blocks.get(id(m))
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, Any]]:
-    """Yield convolution path, `input` or `output`, quantizer and the block's activation for every quantizer."""
-    for path, block in model.named_modules():
-        conv, act = getattr(block, "conv", None), getattr(block, "act", None)
-        if isinstance(conv, QuantConv2d):
-            yield f"{path}.conv", "input", conv.input_quantizer, act
-            if isinstance(act, QuantAct):
-                yield f"{path}.conv", "output", act.output_quantizer, act.act
+    """Yield layer path, site, quantizer and the block's activation (or None) for every quantizer of activations."""
+    blocks = {path: block for path, _, block in quantized_layers(model)}
+    for path, m in model.named_modules():
+        act = getattr(blocks.get(path), "act", None)
+        wrapped = act if isinstance(act, QuantAct) else None
+        found = {
+            "input": getattr(m, "input_quantizer", None),
+            "output": getattr(wrapped or (m if isinstance(m, QuantLayer) else None), "output_quantizer", None),
+            "activation": wrapped and wrapped.activation_quantizer,
+            "residual": getattr(m, "residual_quantizer", None),
+            "add": getattr(m, "add_quantizer", None),
+        }
+        for site, q in found.items():
+            if isinstance(q, RangeQuantizer):
+                yield path, site, q, wrapped.act if wrapped else act
 
 
 def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None:
@@ -235,37 +193,60 @@ def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None
     """
     if mode not in MODES:
         raise UsageError(f"Unknown fake-quant mode '{mode}'. Legal: {', '.join(MODES)}.")
+    for _, layer, _ in quantized_layers(model):
+        layer.mode = mode
     for *_, q, _ in quantizers(model):
         q.mode = mode
         q.momentum = q.momentum if momentum is None else momentum
 
 
-def get_ranges(model: nn.Module) -> Ranges:
-    """Return `{convolution path: {"input": [lo, hi], "output": [lo, hi]}}` of all calibrated quantizers, as floats."""
-    ranges: Ranges = {}
-    for path, site, q, _ in quantizers(model):
-        if q.ready:
-            ranges.setdefault(path, {})[site] = [float(q.lo), float(q.hi)]
-    return ranges
+@torch.no_grad()
+def get_state(model: nn.Module) -> State:
+    """Return specs and ranges of a model as plain data: `{layer path: {site: {...}}}`.
+
+    Activations have `lo` and `hi` once they are calibrated; weights a list `ratio` unless all are 1.
+    """
+    state: State = {}
+    found = {(path, site): q for path, site, q, _ in quantizers(model)}
+    layers = {path: layer for path, layer, _ in quantized_layers(model)}
+    for path, _ in model.named_modules():
+        for site in SITES:
+            if (path, site) in found:
+                q = found[path, site]
+                ends = {k: float(v) for k, v in zip(("lo", "hi"), q.ends())} if q.ready else {}
+                state.setdefault(path, {})[site] = {**q.spec.as_dict(), **ends}
+            elif site == "weight" and path in layers and layers[path].weight_spec is not None:
+                ratio = layers[path].weight_ratio.detach().abs().float()
+                extra = {} if bool((ratio == 1).all()) else {"ratio": ratio.tolist()}
+                state.setdefault(path, {})[site] = {**layers[path].weight_spec.as_dict(), **extra}
+    return state
 
 
-def load_ranges(model: nn.Module, ranges: Ranges) -> None:
-    """Set the ranges returned by `get_ranges`.
+def load_state(model: nn.Module, state: State) -> None:
+    """Set the ranges returned by `get_state`.
 
     Args:
-        model: A model with fake quantizers for the same convolutions.
-        ranges: Ranges keyed by convolution path.
+        model: A model with fake quantizers of the same plan.
+        state: What `get_state` returned.
 
     Raises:
         UsageError: If a range has no quantizer in this model.
     """
-    sites = {(path, site): q for path, site, q, _ in quantizers(model)}
-    unknown = sorted({path for path, r in ranges.items() for site in r if (path, site) not in sites})
+    sites: dict[tuple[str, str], Any] = {(path, site): q for path, site, q, _ in quantizers(model)}
+    sites |= {(path, "weight"): layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
+    unknown = sorted({path for path, r in state.items() for site in r if (path, site) not in sites})
     if unknown:
         raise UsageError(
-            f"Ranges of {len(unknown)} convolutions, such as '{unknown[0]}', have no quantizer in this model. "
+            f"Ranges of {len(unknown)} layers, such as '{unknown[0]}', have no quantizer in this model. "
             "Insert fake quantizers with the same profile and exclude list, and fuse both models or neither."
         )
-    for path, r in ranges.items():
-        for site, (lo, hi) in r.items():
-            sites[path, site].set_range(lo, hi)
+    for path, r in state.items():
+        for site, entry in r.items():
+            target = sites[path, site]
+            if site != "weight":
+                if "lo" in entry:
+                    target.set_range(entry["lo"], entry["hi"])
+                continue
+            ratio = entry.get("ratio")
+            with torch.no_grad():
+                target.weight_ratio.copy_(torch.tensor(ratio) if ratio else torch.ones_like(target.weight_ratio))

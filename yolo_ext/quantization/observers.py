@@ -1,5 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Range observers: a streaming histogram per tensor and the rules that turn it into a quantization range."""
+"""Range observers: a streaming histogram per tensor and the rules that turn it into a quantization range.
+
+A rule gets the histogram, the `Spec` of the tensor and, for a tensor before an activation, that activation; it returns
+the low and the high end. A weight rule gets a weight of shape (channels, n) and the largest code; it returns the share
+of the largest magnitude that the range covers, shape (channels,).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from yolo_ext.quantization.spec import Spec
 from yolo_ext.registry import Table
 
 observers = Table("observer")
+weight_observers = Table("weight observer")
 
 BINS = 2048  # per side of zero
+SILU_MINIMUM = -0.2786  # just below that of SiLU: many values are near it and none are lower
+SHRINK = np.linspace(1.0, 0.05, 96)  # searched shares of a range
+WEIGHT_SHRINK = np.linspace(1.0, 0.3, 71)
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Histogram:
         mean_lo: Mean over the batches of the smallest value.
         mean_hi: Mean over the batches of the largest value.
         batches: Number of updates.
+        ignored: Number of values that were NaN or infinite.
     """
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS))
@@ -41,13 +52,15 @@ class Histogram:
     mean_lo: float = 0.0
     mean_hi: float = 0.0
     batches: int = 0
+    ignored: int = 0
 
     def update(self, x: torch.Tensor) -> None:
         """Add the finite values of `x` (any shape)."""
         x = x.detach().float().flatten()
         lo, hi = (v.item() for v in torch.aminmax(x)) if x.numel() else (math.nan, math.nan)
         if not (math.isfinite(lo) and math.isfinite(hi)):
-            x = x[x.isfinite()]
+            total, x = x.numel(), x[x.isfinite()]
+            self.ignored += total - x.numel()
             if not x.numel():
                 return
             lo, hi = (v.item() for v in torch.aminmax(x))
@@ -73,12 +86,17 @@ class Histogram:
         """Return the centre of every bin, shape (2 * BINS,)."""
         return (np.arange(-BINS, BINS) + 0.5) * self.width
 
+    @property
+    def bounded(self) -> bool:
+        """Return whether these are results of SiLU, as far as their low end can tell."""
+        return SILU_MINIMUM <= self.lo < 0
+
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
 @observers.row("minmax", "Smallest and largest value seen")
-def minmax(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[float, float]:
+def minmax(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range of all values seen."""
     return h.lo, h.hi
 
@@ -86,26 +104,27 @@ def minmax(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple
 @observers.row(
     "moving_average", "Mean over the batches of their smallest and largest values", paper="Jacob et al., 2018"
 )
-def moving_average(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[float, float]:
+def moving_average(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the average range of a batch, which forgives single outliers."""
     return h.mean_lo, h.mean_hi
 
 
 @observers.row("percentile", "Range that leaves 0.005 % of the values outside on either side", paper="Wu et al., 2020")
-def percentile(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[float, float]:
+def percentile(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range between the 0.005 and the 99.995 percentile."""
     below = np.cumsum(h.counts) / h.counts.sum()
     first, last = np.searchsorted(below, 5e-5, side="right"), np.searchsorted(below, 1 - 5e-5)
-    return max(h.lo, (first - BINS) * h.width), min(h.hi, (last + 1 - BINS) * h.width)
+    lo = h.lo if h.bounded else max(h.lo, (first - BINS) * h.width)
+    return lo, min(h.hi, (last + 1 - BINS) * h.width)
 
 
 @observers.row("mse", "Range with the least mean squared error after the activation", paper="Choukroun et al., 2019")
-def mse(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[float, float]:
+def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range that minimises the mean squared quantization error.
 
     Args:
         h: What was seen.
-        qmax: Largest activation code.
+        spec: How the tensor is quantized.
         transform: The activation between the quantizer and its consumers; the error is taken behind it.
 
     Returns:
@@ -116,19 +135,64 @@ def mse(h: Histogram, qmax: int, transform: Transform | None = None) -> tuple[fl
     target = transform(x) if transform else x
 
     def error(lo: float, hi: float) -> float:
-        scale = max(hi - lo, 1e-8) / qmax
-        zero = round(-lo / scale)
-        y = (np.clip(np.rint(x / scale) + zero, 0, qmax) - zero) * scale
+        span = max(-lo, hi) if spec.symmetric else hi - lo
+        scale = max(span, 1e-8) / spec.qmax
+        zero = 0 if spec.symmetric else round(-lo / scale)
+        y = (np.clip(np.rint(x / scale) + zero, spec.qmin, spec.qmax) - zero) * scale
         return float(weight @ ((transform(y) if transform else y) - target) ** 2)
 
+    return _search(h, spec, error)
+
+
+@observers.row("entropy", "Range whose codes lose the least information (KL divergence)", paper="Migacz, 2017")
+def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
+    """Return the range with the least KL divergence between the clipped values and their codes.
+
+    As in Migacz, "8-bit inference with TensorRT", 2017, values outside go to the end bins of the reference only, so
+    that clipping costs something; a range of fewer bins than codes would cost nothing else and is no candidate.
+
+    Args:
+        h: What was seen.
+        spec: How the tensor is quantized.
+        transform: Not used: information is counted where the quantizer is.
+
+    Returns:
+        Low and high end; those of the data when there are more codes than bins.
+    """
+    levels = spec.qmax - spec.qmin + 1
+
+    def divergence(lo: float, hi: float) -> float:
+        first, last = math.floor(lo / h.width) + BINS, math.ceil(hi / h.width) + BINS
+        inside = h.counts[first:last]
+        if inside.size < levels or not inside.any():
+            return math.inf
+        p = inside.copy()
+        p[0] += h.counts[:first].sum()
+        p[-1] += h.counts[last:].sum()
+        code = np.arange(p.size) * levels // p.size
+        share = np.bincount(code, inside) / np.maximum(np.bincount(code, p > 0), 1)
+        kept = p > 0
+        p, q = p[kept] / p.sum(), np.maximum(share[code][kept] / inside.sum(), 1e-12)
+        return float(p @ np.log(p / q))
+
+    return _search(h, spec, divergence)
+
+
+def _search(h: Histogram, spec: Spec, error: Callable[[float, float], float]) -> tuple[float, float]:
+    """Return the range within the data with the least error; the low end of SiLU results stays where it is.
+
+    Fixing that end is the unilateral search of Q-YOLO (Wang et al., 2023, arXiv:2307.04816).
+    """
     low, high = with_zero(h.lo, h.hi)
-    shrink = np.linspace(1.0, 0.2, 81)
+    if spec.symmetric:
+        end = min(max(-low, high) * SHRINK, key=lambda v: error(-v, v))
+        return max(low, -float(end)), min(high, float(end))
     # Two rounds of one end at a time: a grid over both ends gives the same range for 40 times the work.
     lo, hi = low, high
     for _ in range(2):
-        hi = min((high * s for s in shrink), key=lambda v: error(lo, v)) if high > 0 else hi
-        lo = min((low * s for s in shrink), key=lambda v: error(v, hi)) if low < 0 else lo
-    return lo, hi
+        hi = min(high * SHRINK, key=lambda v: error(lo, v)) if high > 0 else hi
+        lo = min(low * SHRINK, key=lambda v: error(v, hi)) if low < 0 and not h.bounded else lo
+    return float(lo), float(hi)
 
 
 def with_zero(lo: float, hi: float) -> tuple[float, float]:
@@ -138,3 +202,31 @@ def with_zero(lo: float, hi: float) -> tuple[float, float]:
     """
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     return lo, max(hi, lo + 1e-5)
+
+
+@weight_observers.row("max", "The largest magnitude of the channel: nothing is clipped")
+def weight_max(weight: torch.Tensor, qmax: int) -> torch.Tensor:
+    """Return 1 for every channel."""
+    return torch.ones(len(weight), device=weight.device)
+
+
+@weight_observers.row("mse", "Range of the channel with the least mean squared error", paper="Choukroun et al., 2019")
+def weight_mse(weight: torch.Tensor, qmax: int) -> torch.Tensor:
+    """Return the range of each channel that minimises the squared quantization error.
+
+    Args:
+        weight: Weight of shape (channels, n).
+        qmax: Largest code; the smallest is its negative.
+
+    Returns:
+        Share of the largest magnitude, 0.3 to 1, shape (channels,).
+    """
+    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    best = torch.full((len(weight),), math.inf, device=weight.device)
+    ratio = torch.ones_like(best)
+    for share in WEIGHT_SHRINK.tolist():
+        scale = share * largest / qmax
+        error = ((weight / scale).round().clamp(-qmax, qmax) * scale - weight).square().sum(1)
+        better = error < best
+        best, ratio = torch.where(better, error, best), torch.where(better, share, ratio)
+    return ratio

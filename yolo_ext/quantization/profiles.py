@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 from ultralytics.nn.modules import DFL, Conv, RepConv
-from ultralytics.nn.modules.block import RepVGGDW
+from ultralytics.nn.modules.block import CIB, SPPF, Bottleneck, RepVGGDW
 from ultralytics.nn.modules.conv import Conv2
 
 from yolo_ext.errors import UsageError
@@ -24,38 +24,57 @@ class Profile:
         name: Name of the row.
         summary: One line for help and reports.
         weight_bits: Bits of the symmetric per-channel weights, stored as INT8 in narrow range.
-        activation_bits: Bits of the asymmetric per-tensor activations, stored as UINT8.
-        output_quantizers: Quantize convolution outputs too (before the activation).
+        activation_bits: Bits of the per-tensor activations.
+        symmetric: Zero is the middle activation code; otherwise it has a code of its own anywhere.
+        signed: Store activations as signed integers.
+        output: Quantize convolution outputs too, before the activation.
+        functional: Quantize what lies between the convolutions too: activations, additions, concatenations.
+        residual: Quantize what an addition reads beside its convolution.
         float_stem: Keep the convolution that reads the image float: with 3 input channels its float kernel is the
             faster one, and its error is one of the largest.
+        stem_bits: Bits of the weights of the convolution that reads the image; None is `weight_bits`.
         fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
+        int32_bias: Write biases as INT32 with a scale; otherwise they stay float.
     """
 
     name: str
     summary: str
-    weight_bits: int
+    weight_bits: int = 8
     activation_bits: int = 8
-    output_quantizers: bool = True
+    symmetric: bool = False
+    signed: bool = False
+    output: bool = True
+    functional: bool = False
+    residual: bool = False
     float_stem: bool = True
+    stem_bits: int | None = None
     fuse_silu: bool = True
-
-    @property
-    def weight_qmax(self) -> int:
-        """Return the largest weight code; the smallest is its negative, so that a negative BN gain flips exactly."""
-        return 2 ** (self.weight_bits - 1) - 1
-
-    @property
-    def activation_qmax(self) -> int:
-        """Return the largest activation code; the smallest is 0."""
-        return 2**self.activation_bits - 1
+    int32_bias: bool = True
 
 
+X86 = "ONNX Runtime on any x86-64 CPU: 7-bit weights cannot saturate"
+VNNI = "ONNX Runtime on x86-64 with VNNI: 8-bit weights"
+FULL = {"functional": True, "fuse_silu": False}
+# TensorRT and OpenVINO fuse the activation into the convolution: a Q between the two would only cost accuracy.
+BESIDE = {"output": False, "residual": True, "fuse_silu": False, "int32_bias": False}
 PROFILES = {
     p.name: p
     for p in (
         # Without VNNI, VPMADDUBSW sums two u8*s8 products in int16 and saturates unless weights stay within 7 bits.
-        Profile("ort-x86", "ONNX Runtime on any x86-64 CPU: 7-bit weights cannot saturate", weight_bits=7),
-        Profile("ort-x86-vnni", "ONNX Runtime on x86-64 with VNNI: 8-bit weights", weight_bits=8),
+        Profile("ort-x86", X86, weight_bits=7),
+        Profile("ort-x86-vnni", VNNI),
+        Profile("ort-x86-full", f"{X86}; activations, sums and concatenations too", weight_bits=7, **FULL),
+        Profile("ort-x86-full-vnni", f"{VNNI}; activations, sums and concatenations too", **FULL),
+        Profile("ort-arm", "ONNX Runtime on ARM64: signed activations", signed=True),
+        Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", float_stem=False, stem_bits=7, **BESIDE),
+        Profile(
+            "tensorrt",
+            "TensorRT 8.5 and later: symmetric, Q/DQ before convolutions only",
+            symmetric=True,
+            signed=True,
+            float_stem=False,
+            **BESIDE,
+        ),
     )
 }
 
@@ -146,3 +165,10 @@ def float_modules(model: nn.Module) -> dict[str, str]:
         else:
             reasons[path] = "bare convolution outside a Conv block"
     return reasons
+
+
+def sums(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that return their input plus what they made of it, in one addition."""
+    return [
+        path for path, m in model.named_modules() if isinstance(m, (Bottleneck, CIB, SPPF)) and getattr(m, "add", False)
+    ]

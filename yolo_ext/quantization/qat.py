@@ -1,63 +1,149 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Quantization-aware training: PTQ is the starting point, ranges follow the data for a while, then stay."""
+"""From a float model to a calibrated fake-quantized one and back, and what training with that does by epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
+from yolo_ext import compat
 from yolo_ext.checkpoint import manifest
 from yolo_ext.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
-from yolo_ext.quantization.calibration import calibrate
-from yolo_ext.quantization.fake_quant import get_ranges, insert_fake_quant, load_ranges, set_mode, strip_fake_quant
+from yolo_ext.quantization import cache
+from yolo_ext.quantization.adaround import adaround
+from yolo_ext.quantization.branches import merge_branches
+from yolo_ext.quantization.calibration import calibrate, weight_rows
+from yolo_ext.quantization.fake_quant import (
+    get_state,
+    insert_fake_quant,
+    insert_plan,
+    load_state,
+    quantized_layers,
+    refuse_quantized,
+    set_mode,
+    strip_fake_quant,
+)
+from yolo_ext.quantization.improve import correct_bias, reestimate_bn
 from yolo_ext.quantization.profiles import resolve_profile
+from yolo_ext.quantization.spec import plan_of
 
 MOMENTUM = 0.01  # of the moving average of ranges
+MERGE_BATCHES = 4  # images on which merged branches get their BatchNorm statistics, in batches of 16
 
 
-def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int) -> dict[str, str]:
+def prepare(
+    model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int, training: bool = False
+) -> dict[str, str]:
     """Insert fake-quant into a model in place, with ranges from its manifest or else from calibration.
 
     Args:
-        model: Float model of stock classes.
+        model: Float model of stock classes. Blocks of several branches are merged, and the improvements that `cfg` asks
+            for change its weights.
         cfg: Quantization options.
         data: Checked dataset dict; calibration images come from its train split unless `cfg.source` is given.
         imgsz: Side of the square input in pixels.
+        training: Whether quantization-aware training follows, which may learn the ranges.
 
     Returns:
         Paths of the layers that stay float, with the reason.
+
+    Raises:
+        UsageError: If there are no images, or an option matches nothing.
     """
     profile = resolve_profile(cfg.profile)
-    kept_float = insert_fake_quant(model, profile, tuple(cfg.exclude))
-    known = manifest(model).get("quant")
-    if known and known["profile"] == profile.name and known["exclude"] == list(cfg.exclude):
-        load_ranges(model, known["ranges"])
-        set_mode(model, "on")
-        return kept_float
-    images = calibration_images(cfg.source or data, cfg.calib)
-    LOGGER.info(
-        f"{colorstr('quantize: ')}calibrating {profile.name} on {len(images)} images ({list_hash(images)[:12]})"
-    )
-    calibrate(model, letterbox_batches(images, imgsz), cfg.observer)
+    refuse_quantized(model)
+    learned, known = cfg.learned and training, manifest(model).get("quant")
+    options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
+    if known and known["profile"] == profile.name and known["options"] == options:
+        replay(model, known, learned)
+        return known["float"]
+    images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
+    batches = partial(letterbox_batches, images, imgsz, crop=compat.task_of(model) == "classify")
+    merge_branches(model, islice(batches(), MERGE_BATCHES))
+    kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list, learned)
+    what = f"{profile.name} on {len(images)} images of {imgsz} px"
+    key = cache.key(model, plan_of(get_state(model)), images, imgsz, cfg) if cfg.cache else ""
+    if found := cache.cached(key) if key else None:
+        load_state(model, found)
+        LOGGER.info(f"{colorstr('quantize: ')}ranges for {what} come from the cache (quant.cache=False measures anew)")
+    else:
+        LOGGER.info(f"{colorstr('quantize: ')}calibrating {what}")
+        state = calibrate(model, batches(), cfg.observer, cfg.weight_observer)
+        if key:
+            cache.remember(key, state)
+    _improve(model, cfg, batches)
     set_mode(model, "on")
+    record = {"images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed}
+    manifest(model)["quant"] = {
+        "profile": profile.name,
+        "options": options,
+        "float": kept_float,
+        "calibration": {**record, "weights": cfg.weight_observer, "imgsz": imgsz},
+    }
     return kept_float
 
 
-def strip(model: nn.Module, cfg: QuantConfig) -> nn.Module:
-    """Remove fake-quant in place and write its ranges, in full precision, into the manifest."""
-    ranges = get_ranges(model)
+def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
+    """Do what the options ask for beyond ranges; where weights move, activations are measured once more."""
+    if cfg.adaround:
+        adaround(model, batches(), cfg.adaround)
+    if cfg.bn:
+        reestimate_bn(model, batches())
+    if cfg.bias_correction:
+        correct_bias(model, batches())
+    if cfg.adaround or cfg.bn or cfg.bias_correction:
+        calibrate(model, batches(), cfg.observer, None)  # another weight range would lose the roundings
+
+
+def replay(model: nn.Module, record: dict[str, Any], learned: bool = False) -> None:
+    """Insert the fake quantizers that a manifest describes into the float model that carries it, exactly as they were.
+
+    Args:
+        model: Float model of stock classes.
+        record: The entry `quant` of its manifest.
+        learned: Make ranges Parameters that training moves.
+    """
+    insert_plan(model, plan_of(record["state"]), learned)
+    load_state(model, record["state"])
+    set_mode(model, "on")
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Remove fake-quant in place and write specs and ranges, in full precision, into the manifest."""
+    state = get_state(model)
     strip_fake_quant(model)
-    manifest(model)["quant"] = {
-        "profile": resolve_profile(cfg.profile).name,
-        "exclude": list(cfg.exclude),
-        "ranges": ranges,
-    }
+    manifest(model)["quant"] = {**manifest(model).get("quant", {}), "state": state}
     return model
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> None:
+    """Replace the weights that are quantized, in place, by the values of their codes.
+
+    Training leaves many weights close to the border between two codes (Nagel et al., "Overcoming Oscillations in
+    Quantization-Aware Training", 2022), where rounding to fp16, in which checkpoints are kept, would move them across.
+    """
+    for _, layer, _ in quantized_layers(model):
+        if layer.weight_spec is None:
+            continue
+        before, weight = weight_rows(layer).abs().amax(1), layer.quantized_weight()
+        layer.weight.copy_(weight)
+        after = weight_rows(layer).abs().amax(1)
+        layer.weight_ratio.mul_(torch.where(after > 0, before / after, 1.0))  # the scale stays
+
+
+def observes(cfg: QuantConfig, epoch: int) -> bool:
+    """Tell whether ranges follow the data in this epoch, counted from 0."""
+    return epoch < cfg.observe_epochs and not cfg.learned
 
 
 def set_epoch(model: nn.Module, epoch: int, cfg: QuantConfig) -> None:
     """Let ranges follow the data in the first `cfg.observe_epochs` epochs, counted from 0, and fix them afterwards."""
-    set_mode(model, "on", momentum=MOMENTUM if epoch < cfg.observe_epochs else 0.0)
+    set_mode(model, "on", momentum=MOMENTUM if observes(cfg, epoch) else 0.0)

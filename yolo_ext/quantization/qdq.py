@@ -1,9 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Write calibrated ranges into an FP32 ONNX file as Q/DQ nodes that ONNX Runtime turns into INT8 convolutions."""
+"""Write a calibrated state into an FP32 ONNX file as Q/DQ nodes that the runtime of a profile turns into INT8."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,80 +15,87 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.quantization.profiles import Profile
+from yolo_ext.quantization.qdq_nodes import Editor, Params, quant_params
+from yolo_ext.quantization.qdq_rewrites import fuse_silu, transpose_dfl
+from yolo_ext.quantization.spec import State
 
-Ranges = dict[str, dict[str, list[float]]]
-BIAS_LIMIT = 2**29  # leaves the INT32 accumulator room for the products
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+# Results have codes of the first input: integer kernels if the same parameters stand before and behind.
+PASS = {"Split", "Slice", "MaxPool", "Resize", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather"}
+WIDE_OPSET = 21  # the first with 16-bit Q/DQ
 
 
-def write_qdq(fp32: Path, out: Path, ranges: dict[str, dict[str, list[float]]], profile: Profile) -> dict[str, Any]:
-    """Write the INT8 version of an FP32 ONNX file.
+def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str, Any]:
+    """Write the quantized version of an FP32 ONNX file.
 
-    Every convolution in `ranges` gets U8 Q/DQ on its input and on its output before the activation, an INT8 weight with
-    per-channel scales and an INT32 bias. Everything else, the metadata included, stays as it is.
+    Each site of the state becomes a Q/DQ pair, each weight integer codes with a DQ. Tensors that pass Split, MaxPool,
+    Resize and the like on their way to another quantized layer keep their parameters behind it, so that ONNX Runtime
+    moves codes only. Everything else, the metadata included, stays as it is.
 
     Args:
         fp32: File exported by Ultralytics from the fused float model; names of nodes or weights follow module paths.
         out: File to write.
-        ranges: `{convolution path: {"input": [lo, hi], "output": [lo, hi]}}` of the fused or the unfused model.
+        state: Specs and ranges of the fused or the unfused model.
         profile: What the runtime executes.
 
     Returns:
-        `{"quantized": [paths], "float": {path: reason}}` over all convolutions of the file.
+        `{"quantized": [paths], "float": {path: reason}}` over all convolutions and linear layers of the file.
 
     Raises:
-        UsageError: If the file is missing, not ONNX, or older than opset 13.
-        CheckFailed: If a convolution in `ranges` is not in the file.
+        UsageError: If the file is missing, not ONNX, not float32 or of too old an opset, or a range is empty.
+        CheckFailed: If a layer of `state` is not in the file, or reads a float tensor where it expects a quantized one.
     """
-    model = _load(Path(fp32))
+    wide = any(entry["bits"] > 8 for sites in state.values() for entry in sites.values())
+    model = _load(Path(fp32), wide)
     graph = model.graph
-    todo = deployed_ranges(ranges, {_conv_path(n, ranges) for n in graph.node if n.op_type == "Conv"})
-    editor = _Editor(profile, _constants(graph))
-    quantized, kept = [], {}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        path = _conv_path(node, todo) if node.op_type == "Conv" else ""
-        if path in todo:
-            nodes += editor.quantize_conv(node, path, todo.pop(path))
-            quantized.append(path)
-            continue
-        if path:
-            kept[path] = "no calibrated range"
-        nodes.append(node)
-    if todo:
+    writer = _Writer(graph, Editor(profile, _constants(graph)), state)
+    if missing := writer.missing():
         raise CheckFailed(
-            f"{fp32} lacks {len(todo)} convolutions that have calibrated ranges, such as '{next(iter(todo))}'. "
+            f"{fp32} lacks {len(missing)} layers that have calibrated ranges, such as '{missing[0]}'. "
             "Export the model that was calibrated, and calibrate again after any change of its structure."
         )
-    nodes = _fuse_silu(nodes, graph) if profile.fuse_silu else nodes
-    _replace(graph, _transpose_dfl(nodes, editor), editor.initializers)
+    nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
+    nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
+    editor = writer.editor
+    _replace(graph, transpose_dfl(nodes, editor.constants, editor.initializers), editor.initializers)
     if profile.fuse_silu and all(o.domain != "com.microsoft" for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.checker.check_model(model, full_check=True)
     atomic_write(Path(out), model.SerializeToString())
+    quantized = list(dict.fromkeys(path for path in writer.layers.values() if path in writer.state))
+    kept = {path: "no calibrated range" for path in writer.layers.values() if path not in writer.state}
     return {"quantized": quantized, "float": kept}
 
 
-def deployed_ranges(ranges: Ranges, present: Collection[str]) -> Ranges:
-    """Return the ranges of a model without those of a head branch that was not exported.
+def deployed(state: State, present: Collection[str]) -> State:
+    """Return the state of a model without that of a head branch that was not exported.
 
     Args:
-        ranges: Ranges of a model that may have a one-to-many and a one-to-one head.
-        present: Convolution paths of the exported file, which holds one of the two.
+        state: State of a model that may have a one-to-many and a one-to-one head.
+        present: Layer paths of the exported file, which holds one of the two.
     """
-    dual = {p for path in ranges if "one2one_" in path for p in (path, path.replace("one2one_", ""))}
-    return {path: r for path, r in ranges.items() if path in present or path not in dual}
+    dual = {p for path in state if "one2one_" in path for p in (path, path.replace("one2one_", ""))}
+    return {path: sites for path, sites in state.items() if path in present or path not in dual}
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def _load(path: Path, wide: bool) -> onnx.ModelProto:
     if not path.is_file():
         raise UsageError(f"There is no ONNX file '{path}'.")
     try:
         model = onnx.load(path)
     except Exception as e:  # protobuf raises its own DecodeError, which has no stable import path
         raise UsageError(f"Cannot read '{path}' as ONNX: {e}.") from e
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < 13:
-        raise UsageError(f"'{path}' has opset {opset}; per-channel Q/DQ needs 13 or later. Export again with opset=18.")
+    default = next((o for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    opset, needed = default.version if default else 0, 18 if wide else 13
+    if default is None or opset < needed:
+        what = "Q/DQ of more than 8 bits" if wide else "per-channel Q/DQ"
+        raise UsageError(f"'{path}' has opset {opset}; {what} needs {needed} or later. Export again with opset=18.")
+    if wide and opset < WIDE_OPSET:
+        if any(n.op_type == "GridSample" for n in model.graph.node):  # the one operator here whose meaning changed
+            raise UsageError(
+                f"'{path}' samples grids; more than 8 bits need opset {WIDE_OPSET} there. Export again with it."
+            )
+        default.version, model.ir_version = WIDE_OPSET, max(model.ir_version, 10)
     return model
 
 
@@ -100,146 +107,165 @@ def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     return constants
 
 
-def _conv_path(node: NodeProto, known: dict[str, Any]) -> str:
-    """Return the module path of a Conv node, from its name (`/model.2/m/m.0/cv1/conv/Conv`) or from its weight's."""
+def _module_path(node: NodeProto) -> str:
+    """Return the path of the module that a node belongs to, from its name (`/model.2/m/m.0/cv1/conv/Conv`)."""
     parts: list[str] = []
     for part in node.name.strip("/").split("/")[:-1]:
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()
         parts.append(part)
-    path, by_weight = ".".join(parts), node.input[1].removesuffix(".weight")
-    return path if path in known or not by_weight or by_weight not in known else by_weight
+    return ".".join(parts)
 
 
-def quant_params(ends: Sequence[float], qmax: int) -> tuple[np.float32, np.uint8]:
-    """Return scale and zero point of an asymmetric range, in the float32 arithmetic of the fake quantizers."""
-    lo, hi = ends
-    scale = (np.float32(hi) - np.float32(lo)) / np.float32(qmax)
-    return scale, np.uint8(np.rint(-np.float32(lo) / scale))
+def _layers(graph: onnx.GraphProto, known: Collection[str], constants: Collection[str]) -> dict[int, str]:
+    """Return node number -> path of the layers with constant weights; attention products are no layers."""
+    layers = {}
+    for i, node in enumerate(graph.node):
+        if node.op_type not in LAYERS or node.input[1] not in constants:
+            continue
+        path, by_weight = _module_path(node), node.input[1].removesuffix(".weight")
+        path = path if path in known or not by_weight or by_weight not in known else by_weight
+        if path in known or node.op_type != "MatMul":
+            layers[i] = path
+    return layers
 
 
 @dataclass
-class _Editor:
-    """Makes the nodes and initializers of quantized convolutions."""
+class _Writer:
+    """Knows where in a graph the sites of a state are.
 
-    profile: Profile
-    constants: dict[str, np.ndarray]
-    initializers: list[TensorProto] = field(default_factory=list)
-    shared: dict[tuple[str, float, int], str] = field(default_factory=dict)
+    Attributes:
+        graph: The float graph.
+        editor: Makes the new nodes.
+        state: The state, less a head branch that was not exported.
+        layers: Node number -> path of layers.
+        before: Node number -> input tensor -> path, site: what is quantized where a node reads it.
+        behind: Tensor -> start of names, parameters: what is quantized where a node makes it.
+        wanted: Tensors that some quantized node reads.
+        quantized: Tensor -> parameters of what is quantized already.
+    """
 
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        return name
+    graph: onnx.GraphProto
+    editor: Editor
+    state: State
+    layers: dict[int, str] = field(default_factory=dict)
+    before: dict[int, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    behind: dict[str, tuple[str, Params]] = field(default_factory=dict)
+    wanted: set[str] = field(default_factory=set)
+    quantized: dict[str, Params] = field(default_factory=dict)
 
-    def qdq(self, x: str, y: str, params: tuple[np.float32, np.uint8], base: str) -> list[NodeProto]:
-        scale = self.constant(f"{base}_scale", np.asarray(params[0]))
-        zero = self.constant(f"{base}_zero_point", np.asarray(params[1]))
-        return [
-            helper.make_node("QuantizeLinear", [x, scale, zero], [f"{base}_quantized"], f"{base}_QuantizeLinear"),
-            helper.make_node("DequantizeLinear", [f"{base}_quantized", scale, zero], [y], f"{base}_DequantizeLinear"),
-        ]
+    def __post_init__(self) -> None:
+        self.layers = _layers(self.graph, self.state, self.editor.constants)
+        self.state = deployed(self.state, set(self.layers.values()))
+        self.paths = [_module_path(n) for n in self.graph.node]
+        self.found = {path for path in self.layers.values() if path in self.state}
+        for i, path in self.layers.items():
+            if path in self.state:
+                self._place_layer(i, path)
+        for path, sites in self.state.items():
+            if "add" in sites or "residual" in sites:
+                self._place_sum(path, sites)
+        self._want()
 
-    def input(self, x: str, params: tuple[np.float32, np.uint8], path: str) -> tuple[str, list[NodeProto]]:
-        """Return the name of `x` quantized with these parameters, and its Q/DQ pair unless it exists already."""
-        key = (x, float(params[0]), int(params[1]))
-        if key in self.shared:
-            return self.shared[key], []
-        self.shared[key] = y = f"{path}.input_dequantized"
-        return y, self.qdq(x, y, params, f"{path}.input")
+    def missing(self) -> list[str]:
+        """Return the paths of the state that the graph lacks."""
+        return [path for path in self.state if path not in self.found]
 
-    def weights(self, node: NodeProto, path: str, scale_x: np.float32) -> tuple[list[str], list[NodeProto]]:
-        """Return names and DQ nodes of the INT8 weight and the INT32 bias."""
-        w = self.constants[node.input[1]]
-        if w.dtype != np.float32:
-            raise UsageError(f"The weight of '{path}' is {w.dtype}; INT8 starts from a float32 export (half=False).")
-        bias = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
-        qmax = np.float32(self.profile.weight_qmax)
-        scale = np.maximum(np.abs(w).reshape(len(w), -1).max(1), np.float32(1e-12)) / qmax
-        if bias is not None:  # a nearly dead channel must not push its bias beyond INT32
-            scale = np.maximum(scale, np.abs(bias) / (scale_x * np.float32(BIAS_LIMIT)))
-        shape = (-1,) + (1,) * (w.ndim - 1)
-        codes = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax).astype(np.int8)
-        values = {"weight": (codes, scale)}
-        if bias is not None:
-            values["bias"] = (np.rint(bias / (scale * scale_x)).astype(np.int32), scale * scale_x)
-        names, nodes = [], []
-        for kind, (code, s) in values.items():
-            base = f"{path}.{kind}"
-            zero = self.constant(f"{base}_zero_point", np.zeros(len(w), code.dtype))
-            inputs = [self.constant(f"{base}_quantized", code), self.constant(f"{base}_scale", s), zero]
-            nodes.append(
-                helper.make_node(
-                    "DequantizeLinear", inputs, [f"{base}_dequantized"], f"{base}_DequantizeLinear", axis=0
-                )
+    def params(self, path: str, site: str) -> Params:
+        """Return scale and zero point of a site."""
+        return quant_params(self.state[path][site], self.editor.profile.signed, f"the {site} of '{path}'")
+
+    def _place_layer(self, i: int, path: str) -> None:
+        sites, node = self.state[path], self.graph.node[i]
+        if "input" in sites:
+            self.before.setdefault(i, {})[node.input[0]] = path, "input"
+        if "output" in sites:
+            self.behind[node.output[0]] = f"{path}.output", self.params(path, "output")
+        if "activation" not in sites:
+            return
+        scope = f"{path.rpartition('.')[0]}.act"
+        act = [n for p, n in zip(self.paths, self.graph.node) if p == scope]
+        if not act:
+            raise CheckFailed(
+                f"The file has no activation '{scope}' to quantize. Export the model that was calibrated."
             )
-            names.append(f"{base}_dequantized")
-        return names, nodes
+        self.behind[act[-1].output[0]] = f"{path}.activation", self.params(path, "activation")
+        if self.editor.profile.functional and [n.op_type for n in act] == ["Sigmoid", "Mul"]:
+            gate = quant_params({**sites["activation"], "lo": 0.0, "hi": 1.0}, self.editor.profile.signed)
+            self.behind[act[0].output[0]] = f"{path}.gate", gate
 
-    def quantize_conv(self, node: NodeProto, path: str, ranges: dict[str, list[float]]) -> list[NodeProto]:
-        """Return the nodes that replace the Conv `node`; its output keeps its name behind the new Q/DQ pair."""
-        params = quant_params(ranges["input"], self.profile.activation_qmax)
-        x, nodes = self.input(node.input[0], params, path)
-        names, dequantize = self.weights(node, path, params[0])
-        conv = NodeProto()
-        conv.CopyFrom(node)
-        conv.input[:] = [x, *names]
-        nodes += [*dequantize, conv]
-        if "output" in ranges:
-            conv.output[0] = f"{path}.output_float"
-            output = quant_params(ranges["output"], self.profile.activation_qmax)
-            nodes += self.qdq(conv.output[0], node.output[0], output, f"{path}.output")
+    def _place_sum(self, path: str, sites: dict[str, Any]) -> None:
+        inside = [i for i, p in enumerate(self.paths) if p == path or p.startswith(f"{path}.")]
+        add = next((i for i in inside if self.graph.node[i].op_type == "Add" and self.paths[i] == path), None)
+        if add is None:
+            return
+        self.found.add(path)
+        if "add" in sites:
+            self.behind[self.graph.node[add].output[0]] = f"{path}.add", self.params(path, "add")
+        if "residual" in sites:
+            made = {name for i in inside for name in self.graph.node[i].output}
+            residual = next(name for name in self.graph.node[add].input if name not in made)
+            for i in inside:
+                if residual in self.graph.node[i].input:
+                    self.before.setdefault(i, {})[residual] = path, "residual"
+
+    def _want(self) -> None:
+        """Find what must be quantized where it passes, from its readers backwards."""
+        joined = {name for reads in self.before.values() for name in reads}
+        functional = any({"activation", "add"} & set(sites) for sites in self.state.values())
+        for i, node in reversed(list(enumerate(self.graph.node))):
+            concatenates = node.op_type == "Concat" and functional and joined & set(node.output)
+            if (path := self.layers.get(i, "")) in self.state:
+                # Beside a range of its own, codes of the producer would be a second pair, which ONNX Runtime merges.
+                self.wanted.update(node.input[:1] if "input" not in self.state[path] else ())
+            elif concatenates or (node.op_type == "Add" and node.output[0] in self.behind):
+                self.wanted.update(node.input)
+            elif node.op_type in PASS and self.wanted & set(node.output):
+                self.wanted.add(node.input[0])
+
+    def rewrite(self, i: int, node: NodeProto) -> list[NodeProto]:
+        """Return the nodes that replace node number `i`; call in order. Tensors keep their names behind a Q/DQ pair."""
+        new, nodes = NodeProto(), []
+        new.CopyFrom(node)
+        for tensor, (path, site) in self.before.get(i, {}).items():
+            params = self.params(path, site)
+            name, pair = self.editor.input(tensor, params, f"{path}.{site}")
+            self.quantized[name] = params
+            new.input[:] = [name if x == tensor else x for x in new.input]
+            nodes += pair
+        if (path := self.layers.get(i, "")) in self.state:
+            nodes += self._quantize_weights(new, path)
+        nodes.append(new)
+        passed = self.quantized.get(node.input[0]) if _keeps_codes(node) else None
+        for k, tensor in enumerate(node.output):
+            made = self.behind.get(tensor) or ((tensor, passed) if passed and tensor in self.wanted else None)
+            if made is None:
+                continue
+            base, self.quantized[tensor] = made
+            new.output[k] = f"{base}_float"
+            nodes += self.editor.qdq(new.output[k], tensor, made[1], base, clip_behind=base.endswith(".output"))
+        return nodes
+
+    def _quantize_weights(self, node: NodeProto, path: str) -> list[NodeProto]:
+        sites, x = self.state[path], self.quantized.get(node.input[0])
+        if x is None and "output" in sites and "input" not in sites and self.editor.profile.functional:
+            raise CheckFailed(
+                f"'{path}' has no input range because it should read a quantized tensor, but '{node.input[0]}' is "
+                "float. Calibrate again with the same exclude list, or exclude this layer too."
+            )
+        if "weight" not in sites:
+            return []
+        names, nodes = self.editor.weights(node, path, sites["weight"], x)
+        node.input[1:] = names
         return nodes
 
 
-def _fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
-    """Return the nodes with every `x * sigmoid(x)` as one QuickGelu.
-
-    ONNX Runtime does this itself in float graphs only: in a Q/DQ graph it gives each consumer its own DQ first.
-    """
-    uses: dict[str, int] = {o.name: 1 for o in graph.output}
-    for n in nodes:
-        for name in n.input:
-            uses[name] = uses.get(name, 0) + 1
-    sigmoids = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and uses.get(n.output[0]) == 1}
-    fused, drop = [], set()
-    for n in nodes:
-        gate = next((i for i in n.input if i in sigmoids), None) if n.op_type == "Mul" else None
-        if gate and {sigmoids[gate].input[0], gate} == set(n.input):
-            drop.add(gate)
-            n = helper.make_node(
-                "QuickGelu", [sigmoids[gate].input[0]], list(n.output), n.name, domain="com.microsoft", alpha=1.0
-            )
-        fused.append(n)
-    return [n for n in fused if n.output[0] not in drop]
+def _keeps_codes(node: NodeProto) -> bool:
+    linear = any(a.name == "mode" and a.s not in (b"nearest", b"") for a in node.attribute)
+    return node.op_type in PASS and not (node.op_type == "Resize" and linear)
 
 
-def _transpose_dfl(nodes: list[NodeProto], editor: _Editor) -> list[NodeProto]:
-    """Return the nodes with the DFL softmax over the last axis, where ONNX Runtime is about ten times faster.
-
-    Transpose to (batch, 16, 4, anchors), Softmax(axis=1) and Conv become Transpose to (batch, 4, anchors, 16),
-    Softmax(axis=3) and MatMul: the same numbers in the same order.
-    """
-    makers = {n.output[0]: n for n in nodes}
-    for conv in nodes:
-        softmax = makers.get(conv.input[0]) if conv.op_type == "Conv" and "dfl" in conv.name else None
-        if softmax is None or softmax.op_type != "Softmax":
-            continue
-        transpose = makers.get(softmax.input[0])
-        if transpose is None or [list(a.ints) for a in transpose.attribute] != [[0, 2, 1, 3]]:
-            continue
-        weight = editor.constants[conv.input[1]].reshape(1, 1, -1, 1)
-        renamed = {n.output[0]: f"{n.output[0]}_last_axis" for n in (transpose, softmax)}
-        transpose.attribute[0].ints[:] = [0, 1, 3, 2]
-        softmax.attribute[0].i = 3
-        conv.op_type, conv.input[1] = "MatMul", editor.constant(f"{conv.input[1]}_last_axis", weight)
-        del conv.attribute[:]
-        for n in (transpose, softmax, conv):
-            n.input[0] = renamed.get(n.input[0], n.input[0])
-            n.output[0] = renamed.get(n.output[0], n.output[0])
-    return nodes
-
-
-def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
+def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: Iterable[TensorProto]) -> None:
     used = {name for n in nodes for name in n.input} | {o.name for o in graph.output}
     nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in used]
     used = {name for n in nodes for name in n.input} | {o.name for o in graph.output}

@@ -1,0 +1,310 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The stages of `compress` that quantize: PTQ, mixed precision where PTQ misses its budget, QAT, and the proof."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_ext import runs
+from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.config import QuantConfig, as_plain
+from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.errors import CheckFailed
+from yolo_ext.stage_common import QAT, Record, Run, distill_options, measure, train
+
+CHECKS = {  # the checks of `deployment.verify` in words
+    "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",
+    "score_max": "FP32 ONNX against PyTorch: largest score difference",
+    "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
+    "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
+    "matched": "FP32 ONNX against PyTorch: share of matched detections",
+    "map": "FP32 ONNX against PyTorch: mAP50-95 difference",
+    "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
+    "int8_score_max": "INT8 against its simulation: largest score difference",
+    "torch_box_mean": "Fake-quantized PyTorch against the simulation: mean box difference (px)",
+    "torch_score_max": "Fake-quantized PyTorch against the simulation: largest score difference",
+}
+PLANNED, BUDGET = "INT8 convolutions as planned", "INT8 mAP50-95 loss (quant.max_drop)"
+COLLAPSE = 0.05  # mAP50-95 lost, or five budgets if that is more: no tuning of ranges brings this back
+SHIFT = 0.1  # of the confidence with the best F1; its curve is flat there, and half as much is noise
+LOOKED_AT = 32  # images for sensitivity, detectors and parity
+
+
+def ptq(run: Run) -> Record:
+    """Calibrate the newest float model and write it as INT8, with the fewest layers float that hold the budget."""
+    from yolo_ext.quantization.detect import findings, inspect
+    from yolo_ext.quantization.qat import prepare, strip
+
+    cfg = run.configs["quant"]
+    model, ckpt = load_model(run.weights())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    prepare(model, cfg, run.info, run.imgsz)
+    notes = findings(inspect(model, _batches(run)()))
+    for note in notes:
+        LOGGER.warning(f"quantize: {note}")
+    strip(model)
+    model.args = dict(ckpt.get("train_args") or {})
+    file = save_model(model, run.folder / "ptq" / "weights" / "ptq.pt")
+    changed = not _same(before, model.state_dict())
+    weights = file if changed else run.weights()
+    record = _emit(run, "ptq", weights, manifest(model)["quant"])
+    lost = _loss(record, record)
+    if cfg.mixed and cfg.mode != "qat" and lost is not None and lost > cfg.max_drop:
+        mixed, more = _mixed(run, model, record, lost)
+        if mixed:
+            save_model(model, file)
+            record = _emit(run, "ptq", weights, manifest(model)["quant"])
+        notes.append(more)
+    _judge(cfg, record)
+    return {**record, "notes": notes + record["notes"], **({"weights": _relative(run, file)} if changed else {})}
+
+
+def _relative(run: Run, file: Path) -> str:
+    return str(file.relative_to(run.folder))
+
+
+def _batches(run: Run) -> Callable[[], Iterator[torch.Tensor]]:
+    """Return what gives the first calibration images as batches."""
+    cfg = run.configs["quant"]
+    images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
+    crop = not runs.has_boxes(load_model(run.base)[0])  # a classifier sees the middle of an image
+    return lambda: letterbox_batches(images, run.imgsz, crop=crop)
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v.float(), b[k].float()) for k, v in a.items())
+
+
+def _loss(record: Record, reference: Record) -> float | None:
+    """Return how much mAP50-95 the INT8 file of a stage lost against the FP32 file of another; None without boxes."""
+    int8, fp32 = record["metrics"]["map_onnx"]["int8"], reference["metrics"]["map_onnx"]["fp32"]
+    return None if int8 is None or fp32 is None else fp32 - int8
+
+
+def accuracy(run: Run, file: Path) -> dict[str, Any]:
+    """Return mAP50-95 (`map`) and best F1 of an ONNX file; a classifier has neither, and parity alone is checked."""
+    from yolo_ext.deployment import verify as deployed
+
+    if not runs.has_boxes(load_model(run.base)[0]):
+        return {"map": None, "f1": None}
+    return deployed.map_onnx(file, run.data, run.imgsz)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+def _emit(run: Run, stage: str, weights: Path, quant: dict[str, Any]) -> Record:
+    """Write FP32 and INT8 ONNX of float weights and their ranges, measure both, and keep what was quantized how."""
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.qdq import write_qdq
+
+    fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
+    int8 = run.folder / stage / "int8.onnx"
+    written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
+    found = {name: accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
+    maps = {name: f["map"] for name, f in found.items()}
+    integer, planned, accidents = _proof(int8, weights, quant, written)
+    convs = conv_report(fp32)["convs"]  # the INT8 file has the DFL as a MatMul
+    m = measure(run, weights)
+    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
+    f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
+    runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
+    LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
+    if f1:
+        a, b = (f"mAP50-95 {maps[k]:.4f}, F1 {v['f1']:.3f} at confidence {v['f1_conf']:.2f}" for k, v in f1.items())
+        LOGGER.info(f"{colorstr('quantize: ')}FP32 {a}; INT8 {b}")
+    return {
+        "metrics": m, "f1": f1, "float": {p: quant["float"].get(p, r) for p, r in written["float"].items()},
+        "planned": planned, "accidents": accidents, "chosen": str(weights), "calibration": quant.get("calibration"),
+        "profile": quant["profile"], "notes": _threshold(f1),
+    }  # fmt: skip
+
+
+def _threshold(f1: dict[str, dict[str, float]]) -> list[str]:
+    """Say that confidences moved, which mAP does not show."""
+    if not f1 or abs(f1["int8"]["f1_conf"] - f1["fp32"]["f1_conf"]) <= SHIFT:
+        return []
+    fp32, int8 = (f1[k]["f1_conf"] for k in ("fp32", "int8"))
+    return [f"INT8 moved the confidence of the best F1 from {fp32:.2f} to {int8:.2f}: change conf= by as much."]
+
+
+def _proof(
+    int8: Path, weights: Path, quant: dict[str, Any], written: dict[str, Any]
+) -> tuple[int, int, dict[str, str]]:
+    """Return how many convolutions ONNX Runtime runs in integers, how many were planned, and which failed and why."""
+    from yolo_ext.deployment.operators import module_path
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.quantization.profiles import resolve_profile
+
+    report, modules = conv_report(int8), dict(load_model(weights)[0].named_modules())
+
+    def integer(path: str) -> bool:
+        sites = quant["state"][path]
+        narrow = all(entry["bits"] <= 8 for entry in sites.values())
+        return isinstance(modules.get(path), nn.Conv2d) and narrow and {"weight", "output"} <= set(sites)
+
+    # Files for TensorRT and OpenVINO have no Q behind a convolution, which ONNX Runtime needs to run it in integers.
+    on_ort = resolve_profile(quant["profile"]).output
+    planned = {path for path in written["quantized"] if on_ort and integer(path)}
+    floats = {module_path(node).rpartition(".")[0]: reason for node, reason in report["float_convs"].items()}
+    accidents = {path: reason for path, reason in floats.items() if path in planned}
+    return report["int8_convs"], len(planned), accidents
+
+
+def _judge(cfg: QuantConfig, record: Record) -> None:
+    """Warn of convolutions that are float by accident and of mAP that collapsed; with `quant.strict` they fail."""
+    problems = []
+    if accidents := record["accidents"]:
+        path, reason = next(iter(accidents.items()))
+        problems.append(
+            f"{len(accidents)} of {record['planned']} convolutions that should run as INT8 are float in ONNX Runtime, "
+            f"such as '{path}': {reason}. Take the profile of this CPU (quant.profile=auto)."
+        )
+    lost, limit = _loss(record, record), max(5 * cfg.max_drop, COLLAPSE)
+    if lost is not None and lost > limit:
+        problems.append(
+            f"INT8 loses {lost:.4f} mAP50-95 (limit {limit:g}). Calibrate on more images like those of the val split, "
+            "or find the layer with `yolo-ext sensitivity kind=quant`."
+        )
+    if problems and cfg.strict:
+        raise CheckFailed(" ".join(problems))
+    for problem in problems:
+        LOGGER.warning(f"quantize: {problem}")
+    record["notes"] = [*record["notes"], *problems]
+
+
+# Mixed precision -----------------------------------------------------------------------------------------------------
+def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool, str]:
+    """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better.
+
+    With QAT to follow, at most half of the layers: more would give most of the speed away.
+    """
+    from yolo_ext.deployment.operators import saved_ms
+    from yolo_ext.quantization import mixed
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.qdq import write_qdq
+    from yolo_ext.quantization.sensitivity import order, sensitivity, table, write
+
+    cfg, quant, folder = run.configs["quant"], manifest(model)["quant"], run.folder / "ptq"
+    profile, reference = resolve_profile(quant["profile"]), plain["metrics"]["map_onnx"]["fp32"]
+    batches = _batches(run)
+    LOGGER.info(
+        f"{colorstr('quantize: ')}PTQ loses {lost:.4f} mAP50-95, more than quant.max_drop={cfg.max_drop:g}: "
+        "looking for the fewest layers to leave float"
+    )
+    layers = [path for path, sites in quant["state"].items() if "weight" in sites]
+    costs = saved_ms(folder / "fp32.onnx", folder / "int8.onnx", layers, run.imgsz) if profile.output else None
+    found = sensitivity(model, quant["state"], batches(), costs=costs)
+    write(found, folder)
+    LOGGER.info(table(found, 5))
+    states: dict[int, Any] = {0: quant["state"]}
+
+    def evaluate(excluded: list[str]) -> float:
+        if not excluded:
+            return lost
+        states[len(excluded)] = mixed.leave_float(model, quant["state"], excluded, profile, cfg, batches)
+        file = folder / "trial.onnx"
+        write_qdq(folder / "fp32.onnx", file, states[len(excluded)], profile)
+        drop = reference - accuracy(run, file)["map"]
+        file.unlink()
+        LOGGER.info(f"{colorstr('quantize: ')}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
+        return drop
+
+    ranked = order(found)
+    most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2
+    excluded, trace = mixed.fewest_float(ranked[:most], evaluate, cfg.max_drop)
+    drop = next(t["drop"] for t in trace if t["float"] == len(excluded))
+    runs.write_json(folder / "mixed.json", {"excluded": excluded, "drop": drop, "trace": trace})
+    if drop > cfg.max_drop and cfg.mode != "ptq":
+        return False, f"No {most} layers left float bring PTQ within quant.max_drop={cfg.max_drop:g}."
+    files = mixed.write_config_list(excluded, folder)
+    reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
+    quant.update(state=states[len(excluded)], float={**quant["float"], **dict.fromkeys(excluded, reason)})
+    said = f"{len(excluded)} of {len(layers)} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
+    LOGGER.info(f"{colorstr('quantize: ')}{said}; use them again with quant.config_list={files[0]}")
+    return bool(excluded), f"{said} (config_list.yaml)."
+
+
+# QAT and proof -------------------------------------------------------------------------------------------------------
+def qat(run: Run) -> Record:
+    """Train with fake-quant if PTQ misses the budget or QAT was asked for, and keep the better of both."""
+    cfg, after_ptq = run.configs["quant"], run.done["ptq"]
+    lost = _loss(after_ptq, after_ptq)
+    if cfg.mode == "auto" and (lost is None or lost <= cfg.max_drop):
+        reason = "No mAP tells whether PTQ is good enough: no QAT without quant.mode=qat"
+        if lost is not None:
+            reason = f"PTQ loses {lost:.4f} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
+        LOGGER.info(f"{colorstr('quantize: ')}{reason}")
+        return {"skipped": reason}
+    native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
+    best = train(run, "qat", {**as_plain({"quant": cfg}), **distill_options(run)}, native)
+    record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"])
+    after = _loss(record, after_ptq)
+    record["better"] = after is None or lost is None or after < lost
+    if record["better"]:
+        _judge(cfg, record)
+        record["weights"] = _relative(run, best)
+    verdict = "better than PTQ: keeping QAT" if record["better"] else "no better than PTQ: keeping PTQ"
+    LOGGER.info(f"{colorstr('quantize: ')}QAT is {verdict}")
+    return record
+
+
+def verify(run: Run) -> Record:
+    """Put the delivered ONNX files into onnx/ and check them."""
+    from yolo_ext.deployment import verify as deployed
+
+    stage, record = run.quantized()
+    files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
+    (run.folder / "onnx").mkdir(exist_ok=True)
+    for kind, file in files.items():
+        shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
+    images = run.info["images"]["val"][:LOOKED_AT]
+    found = deployed.verify(
+        record["chosen"], files["fp32"], images, run.imgsz, int8_onnx=files["int8"], data=run.data,
+        fake_quant=_fake_quantized(Path(record["chosen"]), run.folder / stage / "quant.json"),
+    )  # fmt: skip
+    lost = _loss(record, run.done["ptq"])
+    limit, convs = run.configs["quant"].max_drop, record["metrics"]["int8_convs"]
+    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]] + [
+        {"name": PLANNED, "value": convs, "limit": record["planned"], "passed": convs >= record["planned"]},
+    ]  # fmt: skip
+    if lost is not None:
+        checks.append({"name": BUDGET, "value": lost, "limit": limit, "passed": lost <= limit})
+    runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
+    parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
+    return {"checks": checks, "parity": parity, "notes": _saturation(found["checks"], record["profile"])}
+
+
+def _fake_quantized(weights: Path, file: Path) -> nn.Module:
+    """Return the model of a stage with the quantizers that its INT8 file was written from."""
+    import json
+
+    from yolo_ext.quantization.fake_quant import insert_plan, load_state
+    from yolo_ext.quantization.spec import plan_of
+
+    model, state = load_model(weights)[0].float(), json.loads(file.read_text(encoding="utf-8"))["state"]
+    insert_plan(model, plan_of(state))
+    load_state(model, state)
+    return model
+
+
+def _saturation(checks: list[dict[str, Any]], profile: str) -> list[str]:
+    """Say what to do about 8-bit weights that this CPU cannot multiply without saturation."""
+    from yolo_ext.quantization.profiles import resolve_profile
+
+    sound = all(c["passed"] for c in checks if c["name"].startswith("int8_"))
+    if sound or resolve_profile(profile).weight_bits < 8:
+        return []
+    note = (
+        "The INT8 kernels of this CPU compute something else than the file says: without VNNI, sums of 8-bit weights "
+        "saturate. Take quant.profile=ort-x86, whose weights have 7 bits."
+    )
+    LOGGER.warning(f"quantize: {note}")
+    return [note]

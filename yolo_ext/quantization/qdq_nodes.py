@@ -1,0 +1,199 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The ONNX nodes and initializers of quantized tensors: scales, zero points, codes, Q/DQ pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.quantization.profiles import Profile
+from yolo_ext.quantization.spec import Spec
+
+BIAS_LIMIT = 2**29  # leaves the INT32 accumulator room for the products
+DTYPES = {(8, False): np.uint8, (8, True): np.int8, (16, False): np.uint16, (16, True): np.int16}
+
+
+@dataclass(frozen=True)
+class Params:
+    """How ONNX quantizes one activation tensor.
+
+    Attributes:
+        scale: Step between two codes, float32.
+        zero: Code of zero, a scalar of the storage type.
+        clip: Ends of the range where the storage type has more codes than the spec, else None.
+    """
+
+    scale: np.float32
+    zero: np.ndarray
+    clip: tuple[np.float32, np.float32] | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Return what makes two of them the same."""
+        return float(self.scale), int(self.zero), str(self.zero.dtype), self.clip
+
+
+def quant_params(entry: dict[str, Any], signed: bool = False, name: str = "a tensor") -> Params:
+    """Return scale and zero point of a calibrated range, in the float32 arithmetic of the fake quantizers.
+
+    At 8 and 16 bits a symmetric tensor also has the code below its narrow range, as in TensorRT; only values beyond
+    the range reach it.
+
+    Args:
+        entry: Spec and range of an activation site: `bits`, `symmetric`, `lo`, `hi`.
+        signed: Store signed integers: the same codes less half their number.
+        name: What the range is of, for messages.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        UsageError: If there is no range, or it is empty or infinite.
+    """
+    spec = Spec.of(entry)
+    lo, hi = (np.float32(entry.get(end, np.nan)) for end in ("lo", "hi"))
+    with np.errstate(over="ignore"):
+        scale = (max(-lo, hi) if spec.symmetric else hi - lo) / np.float32(spec.qmax)
+    if not (np.isfinite(scale) and scale > 0 and lo <= 0 <= hi):
+        raise UsageError(
+            f"The range of {name} is [{entry.get('lo', 'none')}, {entry.get('hi', 'none')}]; quantization needs a "
+            "finite one that is not empty and holds zero. Calibrate with images that resemble those of training."
+        )
+    width = 8 if spec.bits <= 8 else 16
+    zero = 0 if spec.symmetric else int(np.rint(-lo / scale))
+    clip = None
+    if spec.bits != width:
+        clip = np.float32(spec.qmin - zero) * scale, np.float32(spec.qmax - zero) * scale
+    half = 2 ** (width - 1)
+    stored = zero + (0 if signed else half) if spec.symmetric else zero - (half if signed else 0)
+    return Params(scale, np.asarray(stored, DTYPES[width, signed]), clip)
+
+
+@dataclass
+class Editor:
+    """Makes nodes, and collects their initializers.
+
+    Attributes:
+        profile: What the runtime executes.
+        constants: Arrays of the float file by name.
+        initializers: What the new nodes need.
+        shared: Name of the dequantized tensor by tensor and parameters.
+    """
+
+    profile: Profile
+    constants: dict[str, np.ndarray]
+    initializers: list[TensorProto] = field(default_factory=list)
+    shared: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def constant(self, name: str, value: Any) -> str:
+        """Add an initializer and return its name."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def qdq(self, x: str, y: str, params: Params, base: str, clip_behind: bool = False) -> list[NodeProto]:
+        """Return the nodes that make `y` of `x` by quantizing and dequantizing it.
+
+        Args:
+            x: Name of the float tensor.
+            y: Name of the result.
+            params: Scale and zero point.
+            base: Start of the names of nodes and initializers.
+            clip_behind: Where codes are fewer than the storage type has, clip behind the pair: the Q stays next to
+                the convolution that it makes an integer one. Otherwise clip before it.
+        """
+        scale, zero = self.constant(f"{base}_scale", params.scale), self.constant(f"{base}_zero_point", params.zero)
+        source, result, nodes = x, y, []
+        if params.clip:
+            ends = [self.constant(f"{base}_{end}", v) for end, v in zip(("min", "max"), params.clip)]
+            if clip_behind:
+                result = f"{base}_unclipped"
+                nodes = [helper.make_node("Clip", [result, *ends], [y], f"{base}_Clip")]
+            else:
+                source = f"{base}_clipped"
+                nodes = [helper.make_node("Clip", [x, *ends], [source], f"{base}_Clip")]
+        pair = [
+            helper.make_node("QuantizeLinear", [source, scale, zero], [f"{base}_quantized"], f"{base}_QuantizeLinear"),
+            helper.make_node(
+                "DequantizeLinear", [f"{base}_quantized", scale, zero], [result], f"{base}_DequantizeLinear"
+            ),
+        ]
+        return [*pair, *nodes] if clip_behind else [*nodes, *pair]
+
+    def input(self, x: str, params: Params, base: str) -> tuple[str, list[NodeProto]]:
+        """Return the name of `x` quantized with these parameters, and its Q/DQ pair unless it exists already."""
+        key = (x, *params.key)
+        if key in self.shared:
+            return self.shared[key], []
+        self.shared[key] = y = f"{base}_dequantized"
+        return y, self.qdq(x, y, params, base)
+
+    def weights(
+        self, node: NodeProto, path: str, entry: dict[str, Any], x: Params | None
+    ) -> tuple[list[str], list[NodeProto]]:
+        """Return the names of weight and bias of a layer as it reads them quantized, and their DQ nodes.
+
+        Args:
+            node: Conv, ConvTranspose, Gemm or MatMul.
+            path: Path of the layer.
+            entry: Spec and ratio of the weight.
+            x: Parameters of its quantized input, None if that is float. The bias becomes INT32 where the profile wants
+                it and both operands have 8 bits at most.
+
+        Raises:
+            UsageError: If the weight is not float32.
+            CheckFailed: If the ratios are of another number of channels.
+        """
+        w, spec = self.constants[node.input[1]], Spec.of(entry)
+        if w.dtype != np.float32:
+            raise UsageError(f"The weight of '{path}' is {w.dtype}; INT8 starts from a float32 export (half=False).")
+        axis, qmax = channel_axis(node) % w.ndim, np.float32(spec.qmax)
+        ratio = np.asarray(entry.get("ratio", [1.0]), np.float32)
+        if ratio.size not in (1, w.shape[axis] if spec.per_channel else 1):
+            raise CheckFailed(
+                f"The weight of '{path}' has {w.shape[axis]} channels, its state {ratio.size}. Calibrate again after "
+                "any change of the structure."
+            )
+        dims = tuple(d for d in range(w.ndim) if d != axis or not spec.per_channel)
+        scale = np.maximum(np.abs(w).max(dims).reshape(-1) * ratio, np.float32(1e-12)) / qmax
+        bias = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        integer = x is not None and self.profile.int32_bias and spec.bits <= 8 and x.zero.itemsize == 1
+        if bias is not None and integer:  # a nearly dead channel must not push its bias beyond INT32
+            largest = np.abs(bias).reshape(-1, scale.size).max(0)
+            scale = np.maximum(scale, largest / (x.scale * np.float32(BIAS_LIMIT)))  # type: ignore[union-attr]
+        shape = [-1 if d == axis else 1 for d in range(w.ndim)]
+        codes = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax).astype(
+            DTYPES[8 if spec.bits <= 8 else 16, True]
+        )
+        name, nodes = self._dequantized(path, "weight", codes, scale if spec.per_channel else scale[0], axis)
+        names = [name]
+        if bias is not None and integer:
+            step = np.tile(scale, len(bias) // scale.size) * x.scale  # type: ignore[union-attr]
+            name, more = self._dequantized(path, "bias", np.rint(bias / step).astype(np.int32), step, 0)
+            names, nodes = [*names, name], [*nodes, *more]
+        elif bias is not None:
+            names.append(node.input[2])
+        return names, nodes
+
+    def _dequantized(
+        self, path: str, kind: str, codes: np.ndarray, scale: Any, axis: int
+    ) -> tuple[str, list[NodeProto]]:
+        base = f"{path}.{kind}"
+        y = f"{base}_dequantized"
+        inputs = [
+            self.constant(f"{base}_quantized", codes),
+            self.constant(f"{base}_scale", scale),
+            self.constant(f"{base}_zero_point", np.zeros_like(scale, codes.dtype)),
+        ]
+        along = {"axis": axis} if np.ndim(scale) else {}
+        return y, [helper.make_node("DequantizeLinear", inputs, [y], f"{base}_DequantizeLinear", **along)]
+
+
+def channel_axis(node: NodeProto) -> int:
+    """Return the axis of the output channels in the weight of a layer's node."""
+    if node.op_type == "Gemm":
+        return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+    return 0 if node.op_type == "Conv" else -1 if node.op_type == "MatMul" else 1

@@ -1,0 +1,223 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What each layer's quantization costs and gains: detection error with that layer alone quantized, and ms saved."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import TQDM
+
+from yolo_ext import compat
+from yolo_ext.checkpoint import atomic_write
+from yolo_ext.errors import UsageError
+from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
+from yolo_ext.quantization.spec import State, plan_of
+from yolo_ext.reporting.quant import plot_quant_sensitivity
+from yolo_ext.reporting.tables import ABSENT, align
+
+BY = ("layer", "block")
+CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections; so many are looked at in any case
+COLUMNS = ("name", "layers", "error", "box_mean", "score_max", "score_mean", "sqnr", "map_drop", "ms", "error_per_ms")
+EXACT = 200.0  # dB where no score changed at all
+FLOOR = 0.25  # share of the mean ms of a group below which a gain in time is noise
+
+
+def sensitivity(
+    model: nn.Module,
+    state: State,
+    batches: Iterable[torch.Tensor],
+    by: str = "layer",
+    score: Callable[[nn.Module], float] | None = None,
+    costs: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Quantize each layer alone and compare what is detected with the float model.
+
+    Args:
+        model: Float model that the state belongs to; not changed.
+        state: Calibrated state of all layers.
+        batches: Images (B, C, H, W), 0 to 1.
+        by: `layer`, or `block` for all layers of one entry of the model YAML (of one branch in the head) together.
+        score: Accuracy of a model, 0 to 1; measured for each group if given.
+        costs: Layer path -> ms that INT8 saves there.
+
+    Returns:
+        `by`, `images`, `anchors` (number compared), `base` (`map` of the float model), `all` (errors with everything
+        quantized) and `groups`, the worst first: `name`, `layers`, `error` (box and score error as shares of those with
+        everything quantized, averaged), `box_mean` (px), `score_max` and `score_mean` at confident anchors, `sqnr` (dB,
+        class scores before the sigmoid; 200 where none changed), `map` and `map_drop` with a score, `ms` and
+        `error_per_ms` with costs.
+
+    Raises:
+        UsageError: If there are no images or no quantized layers, or `by` is illegal.
+    """
+    if by not in BY:
+        raise UsageError(f"'by={by}' is illegal. Legal: {', '.join(BY)}.")
+    net = _evaluated(model)
+    images = [b.to(next(net.parameters()).device) for b in batches]
+    made = _groups(net, state, by)
+    if not images or not made:
+        raise UsageError(
+            "Sensitivity needs images and at least one quantized layer: give data= and check quant.exclude."
+        )
+    reference = _Reference(net, images)
+    found: dict[str, Any] = {
+        "by": by, "images": sum(len(b) for b in images), "anchors": reference.anchors,
+        "base": {"map": score(model) if score else None}, "groups": [],
+    }  # fmt: skip
+    found["all"] = _measure(net, state, list(state), reference, score)
+    for name, paths in TQDM(made.items(), desc="Quantization sensitivity"):
+        errors = _measure(net, state, paths, reference, score)
+        shares = [errors[k] / found["all"][k] for k in ("box_mean", "score_mean") if found["all"][k] > 0]
+        row = {"name": name, "layers": paths, "error": sum(shares) / max(len(shares), 1), **errors}
+        if score:
+            row["map_drop"] = found["base"]["map"] - row["map"]
+        if costs is not None:
+            row["ms"] = sum(costs.get(p, 0.0) for p in paths)
+        found["groups"].append(row)
+    if costs is not None:
+        gained = [max(g["ms"], 0.0) for g in found["groups"]]
+        least = max(FLOOR * sum(gained) / len(gained), 1e-6)
+        for g in found["groups"]:
+            g["error_per_ms"] = g["error"] / max(g["ms"], least)
+    found["groups"].sort(key=lambda g: (-g["error"], g["name"]))
+    return found
+
+
+def order(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the layers of each group, those first whose INT8 costs most accuracy for the time that it saves.
+
+    Args:
+        found: What `sensitivity` returned.
+    """
+    by_value = sorted(found["groups"], key=lambda g: (-g.get("error_per_ms", g["error"]), g["name"]))
+    return [g["layers"] for g in by_value]
+
+
+def _evaluated(model: nn.Module) -> Any:
+    """Return a float copy in eval mode that runs the head which an export holds."""
+    net: Any = deepcopy(model).float().eval().requires_grad_(False)
+    if getattr(net, "end2end", False):
+        net.end2end = False  # anchors keep their places; a list of detections has no order to compare
+    return net
+
+
+def _groups(net: nn.Module, state: State, by: str) -> dict[str, list[str]]:
+    """Return name -> layer paths; layers of a head that is not exported, and sums by themselves, are no group."""
+    head = compat.head_prefix(net)
+    dual = {path.replace("one2one_", "") for path in state if "one2one_" in path} & set(state)
+    groups: dict[str, list[str]] = {}
+    for path, sites in state.items():
+        if "weight" not in sites or ("one2one_" in path and path.replace("one2one_", "") in dual):
+            continue
+        name = ".".join(path.split(".")[: 3 if path.startswith(head) else 2]) if by == "block" else path
+        groups.setdefault(name, []).append(path)
+    return groups
+
+
+class _Reference:
+    """Outputs of the float model at its confident anchors."""
+
+    def __init__(self, net: Any, images: list[torch.Tensor]) -> None:
+        self.images, self.final = images, bool(getattr(net, "end2end", False))
+        self.classify = compat.task_of(net) == "classify"
+        self.nc = len(net.names) if hasattr(net, "names") else compat.detection_head(net).nc
+        rows = list(self._rows(net))
+        tops = torch.cat([self.scores(r).amax(1) for r in rows])
+        least = min(CONFIDENT, float(tops.topk(min(LEAST, len(tops))).values[-1]))
+        self.keep = [self.scores(r).amax(1) >= least for r in rows]
+        self.rows = torch.cat([r[k] for r, k in zip(rows, self.keep)])
+        self.anchors = len(self.rows)
+
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.classify else rows[:, 4:5] if self.final else rows[:, 4 : 4 + self.nc]
+
+    @torch.inference_mode()
+    def _rows(self, net: nn.Module) -> Iterator[torch.Tensor]:
+        for x in self.images:
+            y: Any = net(x)
+            while isinstance(y, (tuple, list)):
+                y = y[0]
+            yield y if y.ndim == 2 else (y if self.final else y.transpose(1, 2)).flatten(0, 1)
+
+    def compared(self, net: nn.Module) -> dict[str, float]:
+        """Return the errors of another model at the same anchors."""
+        rows = torch.cat([r[k] for r, k in zip(self._rows(net), self.keep)])
+        box = torch.zeros(1) if self.classify else (rows - self.rows)[:, :4].abs().amax(1)
+        score = (self.scores(rows) - self.scores(self.rows)).abs().amax(1)
+        a, b = (torch.logit(self.scores(r).double(), eps=1e-6) for r in (self.rows, rows))
+        noise = float((a - b).square().sum())
+        return {
+            "box_mean": float(box.mean()),
+            "score_max": float(score.max()),
+            "score_mean": float(score.mean()),
+            "sqnr": 10 * math.log10(float(a.square().sum()) / noise) if noise > 0 else EXACT,
+        }
+
+
+def _measure(
+    net: nn.Module, state: State, paths: list[str], reference: _Reference, score: Callable[[nn.Module], float] | None
+) -> dict[str, float]:
+    """Return the errors with only these layers quantized."""
+    part = {path: state[path] for path in paths}
+    insert_plan(net, plan_of(part))
+    try:
+        load_state(net, part)
+        return {**reference.compared(net), **({"map": score(net)} if score else {})}
+    finally:
+        strip_fake_quant(net)
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+def table(found: Mapping[str, Any], rows: int = 15) -> str:
+    """Return the worst groups as an aligned table.
+
+    Args:
+        found: What `sensitivity` returned.
+        rows: How many groups.
+    """
+    heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "SQNR dB", "map_drop": "mAP drop",
+             "ms": "ms saved"}  # fmt: skip
+    shown = [k for k in heads if any(k in g for g in found["groups"])]
+    lines = [{"name": "everything", "error": 1.0, **found["all"]}, *found["groups"][:rows]]
+    cells = [[g["name"], *(_cell(g, key) for key in shown)] for g in lines]
+    more = len(found["groups"]) - rows
+    tail = f"\n{more} more {found['by']}s with smaller errors" if more > 0 else ""
+    return align(cells, [f"Quantized {found['by']}", *(heads[k] for k in shown)]) + tail
+
+
+def _cell(group: Mapping[str, Any], key: str) -> str:
+    if key not in group:
+        return ABSENT
+    if key == "sqnr":
+        return "exact" if group[key] >= EXACT else f"{group[key]:.1f}"
+    return f"{group[key]:.4f}"
+
+
+def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write an analysis as JSON, as CSV with one row for each group, and as a picture.
+
+    Args:
+        found: What `sensitivity` returned.
+        folder: Where to write.
+
+    Returns:
+        The files written.
+    """
+    atomic_write(folder / "quant_sensitivity.json", json.dumps(found, indent=2))
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for g in found["groups"]:
+        lines.writerow([" ".join(g[k]) if k == "layers" else g.get(k, "") for k in COLUMNS])
+    atomic_write(folder / "quant_sensitivity.csv", text.getvalue())
+    picture = plot_quant_sensitivity(found, folder / "quant_sensitivity.png")
+    return [folder / "quant_sensitivity.json", folder / "quant_sensitivity.csv", picture]
