@@ -109,13 +109,21 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             ) from e
         return model.float().eval(), {}
     if p.suffix != ".pt":
-        raise UsageError(f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'.")
+        raise UsageError(
+            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the .pt "
+            "that it was written from."
+        )
     if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
     try:
         with no_autoinstall():
             model, ckpt = load_checkpoint(str(p))
     except Exception as e:
+        if isinstance(e, ImportError) and "modelopt" in str(e):
+            raise UsageError(
+                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
+                "elsewhere give the float .pt that it was trained from."
+            ) from e
         raise UsageError(
             f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
             "Give a .pt written by Ultralytics or yolo-ext."
@@ -124,7 +132,17 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UsageError(
             f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
         )
+    if foreign := _foreign(model):
+        raise UsageError(
+            f"'{path}' holds fake quantizers or adapters of yolo_ext ({foreign[0]}), as only a model in training does. "
+            "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
+        )
     return model.float().eval().requires_grad_(True), ckpt
+
+
+def _foreign(model: nn.Module) -> list[str]:
+    """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
+    return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
 
 
 def _brief(e: Exception) -> str:
@@ -144,9 +162,8 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
     """
     from ultralytics import __version__
 
-    foreign = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")}
-    if foreign:
-        raise ValueError(f"Checkpoint would hold classes of yolo_ext: {sorted(foreign)}.")
+    if foreign := _foreign(model):
+        raise ValueError(f"Checkpoint would hold classes of yolo_ext: {foreign}.")
     m = deepcopy(model).cpu()
     m.criterion = None
     args = getattr(m, "args", None)

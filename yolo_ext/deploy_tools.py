@@ -69,6 +69,8 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     """
     from ultralytics.engine.exporter import export_formats
 
+    from yolo_ext.quantization.modelopt import is_modelopt
+
     formats = [f for f in export_formats()["Argument"] if f != "-"]
     if format not in formats:
         raise UsageError(f"Unknown export format '{format}'.{suggest(format, formats)} Legal: {', '.join(formats)}.")
@@ -78,8 +80,11 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     if unused := sorted(set(options) - {*OURS, *PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(OURS)}, out.")
     imgsz = _size(ckpt, options.get("imgsz"))
-    if "modelopt" in ckpt:
+    if is_modelopt(ckpt):  # the key alone is in every checkpoint of Ultralytics
         options = {**options, "modelopt": ckpt}
+    carries = format == "onnx" and (manifest(net).get("quant") or "modelopt" in options)
+    if options.get("quant") and not carries and _precision(options) != "int8":
+        raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
     files = (_onnx if format == "onnx" else _openvino)(Path(model), net, out, imgsz, options)
     for file in files:
         LOGGER.info(f"Export saved as {file} ({_megabytes(file):.1f} MB)")

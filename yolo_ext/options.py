@@ -164,17 +164,14 @@ class QuantConfig:
     mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried")
     strict: bool = option(False, "Fail when a convolution that should run as INT8 does not, or when mAP collapses")
     epochs: int = option(10, "QAT epochs", low=1)
-    lr0: float = option(2e-5, "QAT learning rate (AdamW)", above=0.0)
-    observe_epochs: int = option(1, "QAT epochs in which activation ranges still move", low=0)
+    lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0)
+    observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0)
     freeze_bn: float = option(
-        0.5,
-        "Share of the QAT epochs after which BatchNorm statistics stay; 0 keeps them from the start",
-        low=0.0,
-        high=1.0,
+        0.0, "Share of the QAT epochs after which BatchNorm statistics stay as they are", low=0.0, high=1.0
     )
     learned: bool = option(False, "QAT: learn the ranges of weights and activations (LSQ+)")
     supervision: str = option(
-        "labels",
-        "QAT learns from labels, or from the features of its float self (no labels)",
-        choices=("labels", "features"),
+        "auto",
+        "QAT learns from labels, or from the features of its float self; auto: from features unless distill.* is given",
+        choices=("auto", "labels", "features"),
     )

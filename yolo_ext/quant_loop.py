@@ -50,6 +50,10 @@ def setup(trainer: Any) -> None:
                 f"'{name}={value}' of Ultralytics and 'quant.*' of yolo_ext are both set. {why}: leave {name} out"
                 + (", and give distill.teacher instead." if name == "distill_model" else ".")
             )
+    if cfg.supervision == "auto":
+        by_labels = trainer.compression["distill"] or trainer.args.task == "classify"  # which has no neck to learn from
+        cfg = replace(cfg, supervision="labels" if by_labels else "features")
+        trainer.compression["quant"] = cfg
     if cfg.supervision == "features":
         trainer.compression["distill"] = without_labels(trainer.compression["distill"])
     args = trainer.args

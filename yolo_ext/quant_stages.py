@@ -244,7 +244,10 @@ def qat(run: Run) -> Record:
         LOGGER.info(f"{colorstr('quantize: ')}{reason}")
         return {"skipped": reason}
     native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
-    best = train(run, "qat", {**as_plain({"quant": cfg}), **distill_options(run)}, native)
+    # Distillation belongs to the fine-tuning, where there is one; QAT learns from its float self then.
+    taught = cfg.supervision == "labels" or (cfg.supervision == "auto" and not run.epochs)
+    options = distill_options(run) if taught else {}
+    best = train(run, "qat", {**as_plain({"quant": cfg}), **options}, native)
     record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"])
     after = _loss(record, after_ptq)
     record["better"] = after is None or lost is None or after < lost

@@ -54,7 +54,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     stride = compat.max_stride(base)
     imgsz = ultralytics_imgsz(imgsz, stride=stride, floor=stride, max_dim=1)  # rounded as the trainer will
     if options.get("data") and not resume:
-        info = check_data(str(options["data"]), task=task)
+        free = configs["quant"] and configs["quant"].supervision == "features"  # needs no labels
+        info = check_data(str(options["data"]), task=task, labels=not free)
         refuse_two_distillations(configs["distill"], options.get("distill_model"))
         given = {**DEFAULT_CFG_DICT, **(YAML.load(options["cfg"]) if options.get("cfg") else {}), **options}
         check_pruning_epochs(configs, given)

@@ -67,6 +67,23 @@ def calibration_images(
     return sorted(random.Random(seed).sample(pool, min(wanted, len(pool))))
 
 
+def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
+    """Refuse calibration images that cannot serve, before hours of training; in most cases one image is read.
+
+    Args:
+        source: As `data` of `calibration_images`.
+        n: How many images.
+        seed: Seed of the choice.
+
+    Raises:
+        UsageError: As `calibration_images` and `letterbox_batches` do.
+    """
+    images = calibration_images(source, n, seed)
+    if not any((image := imread(path)) is not None and image.min() < image.max() for path in images):
+        for _ in letterbox_batches(images, 32):  # says what is wrong
+            pass
+
+
 def list_images(source: Any) -> list[Path]:
     """Return the image files of a file, folder, glob or text file, or of a list of such.
 

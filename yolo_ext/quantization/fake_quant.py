@@ -53,10 +53,19 @@ def insert_fake_quant(
         Path -> reason of every convolution and linear layer that stays float.
 
     Raises:
-        UsageError: If the model carries fake quantizers already, or an expression is broken or matches nothing.
+        UsageError: If the model carries fake quantizers already, if a weight of it is not finite, if an expression is
+            broken or matches nothing, or if nothing is left to quantize.
     """
     refuse_quantized(model)
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise UsageError(f"'{name}' holds NaN or infinite values: this model is broken. Give an earlier checkpoint.")
     plan, reasons = make_plan(model, profile, exclude, config_list)
+    if not plan:
+        raise UsageError(
+            f"There is nothing left to quantize for profile '{profile.name}': all {len(reasons)} layers stay float. "
+            "Leave out some of quant.exclude or quant.config_list."
+        )
     insert_plan(model, plan, learned)
     return reasons
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from yolo_ext.errors import UsageError
 from yolo_ext.quantization.flow import drop_needless
+from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.profiles import Profile, float_modules, quantizable_blocks, sums
 from yolo_ext.quantization.spec import SITES, Plan, Spec
 from yolo_ext.registry import suggest
@@ -210,9 +211,9 @@ def _changed(spec: Spec, site: str, entry: Mapping[str, Any], where: str) -> Spe
         if site != "weight" and per_channel and isinstance(entry["granularity"], Mapping):
             raise UsageError(f"{where}: only weights can be per_channel; no runtime has activations of that kind.")
         changes["per_channel"] = per_channel and site == "weight"
-    if site != "weight" and (observer := value("observer")) is not None:
-        changes["observer"] = str(observer)
     try:
+        if site != "weight" and (observer := value("observer")) is not None:
+            changes["observer"] = observers[str(observer)].name
         return replace(spec, **changes)
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e

@@ -43,7 +43,7 @@ class Spec:
     def __post_init__(self) -> None:
         """Refuse bits that cannot be simulated."""
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not BITS[0] <= self.bits <= BITS[1]:
-            raise UsageError(f"{self.bits} quantization bits are illegal. Legal: {BITS[0]} to {BITS[1]}.")
+            raise UsageError(f"quant_bits={self.bits!r} is illegal. Legal: a whole number, {BITS[0]} to {BITS[1]}.")
 
     @property
     def qmax(self) -> int:

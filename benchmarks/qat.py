@@ -1,0 +1,87 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What quantization-aware training wins back: fake-quantized mAP of PTQ and after QAT, by seed.
+
+    python benchmarks/qat.py model=best.pt data=data.yaml imgsz=192 bits=4 epochs=3 seeds=0,1,2 out=results \
+        [runs=features,labels,learned] [profile=ort-x86] [threads=1] [shard=0/2]
+
+`bits` are those of the weights. A run is how QAT is supervised, or `learned`: features with learned ranges. Each result is
+a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ that
+is recovered.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from ultralytics import YOLO
+
+from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.deployment.verify import map_torch
+from yolo_ext.quant_loop import quantized
+from yolo_ext.reporting.tables import align
+from yolo_ext.stage_common import QAT
+from yolo_ext.trainers import trainer_for
+
+RATES = {4: 1e-4}  # the fewer bits, the further weights have to move
+
+
+def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, Any]:
+    bits, size = int(args["bits"]), int(args["imgsz"])
+    quant = {
+        "mode": "qat",
+        "profile": args["profile"],
+        "learned": run == "learned",
+        "supervision": "features" if run == "learned" else run,
+        "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": bits}}],
+    }
+    native = {
+        **QAT,
+        "epochs": int(args["epochs"]),
+        "lr0": float(args.get("lr0", RATES.get(bits, 5e-5))),
+        "nbs": QAT["batch"],
+    }
+    YOLO(args["model"]).train(
+        trainer=trainer_for("detect"), **native, quant=quant, data=args["data"], imgsz=size, seed=seed, plots=False,
+        save_dir=str(folder), exist_ok=True, device="cpu", workers=0, verbose=False,
+    )  # fmt: skip
+    best = folder / "weights" / "best.pt"
+    record = manifest(load_model(best)[0])["quant"]
+    after = map_torch(quantized(best), args["data"], size)["map"]
+    return {"run": run, "seed": seed, "float": record["base"], "ptq": record["ptq"], "map": after, "lr0": native["lr0"]}
+
+
+def main() -> None:
+    args = {"bits": "4", "epochs": "3", "seeds": "0,1,2", "runs": "features,labels,learned", "profile": "ort-x86",
+            **dict(a.split("=", 1) for a in sys.argv[1:])}  # fmt: skip
+    torch.set_num_threads(int(args.get("threads", torch.get_num_threads())))
+    log = Path(args["out"]) / f"qat_{args['bits']}_{args['epochs']}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    read = lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # noqa: E731
+    shard, shards = (int(x) for x in args.get("shard", "0/1").split("/"))
+    todo = [(r, int(s)) for s in args["seeds"].split(",") for r in args["runs"].split(",") if r]
+    for run, seed in todo[shard::shards]:
+        if any((r["run"], r["seed"]) == (run, seed) for r in read()):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = one(run, seed, args, Path(folder))
+        with log.open("a") as f:
+            f.write(json.dumps(found) + "\n")
+        print("RESULT", json.dumps(found), flush=True)
+    rows = []
+    for run in dict.fromkeys(r["run"] for r in read()):
+        found = sorted((r for r in read() if r["run"] == run), key=lambda r: r["seed"])
+        base, ptq, after = (mean(r[k] for r in found) for k in ("float", "ptq", "map"))
+        share = f"{100 * (after - ptq) / (base - ptq):.0f} %" if base > ptq else "-"
+        seeds = " ".join(f"{r['map']:.4f}" for r in found)
+        rows.append([run, f"{base:.4f}", f"{ptq:.4f}", seeds, f"{after:.4f}", share])
+    print(align(rows, ["QAT by", "Float", "PTQ", "Seeds", "Mean", "Loss recovered"]))
+
+
+if __name__ == "__main__":
+    main()
