@@ -4,9 +4,9 @@
     python benchmarks/qat.py model=best.pt data=data.yaml imgsz=192 bits=4 epochs=3 seeds=0,1,2 out=results \
         [runs=features,labels,learned] [profile=ort-x86] [threads=1] [shard=0/2]
 
-`bits` are those of the weights. A run is how QAT is supervised, or `learned`: features with learned ranges. Each result is
-a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ that
-is recovered.
+`bits` are those of the weights. A run is how QAT is supervised, or `learned`: features with learned ranges. Each result
+is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ
+that is recovered.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from typing import Any
 import torch
 from ultralytics import YOLO
 
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import load_model
+from yolo_ext.config import parse
+from yolo_ext.data.check import check_data
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.quant_loop import quantized
+from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
 from yolo_ext.stage_common import QAT
 from yolo_ext.trainers import trainer_for
@@ -51,9 +54,11 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
         save_dir=str(folder), exist_ok=True, device="cpu", workers=0, verbose=False,
     )  # fmt: skip
     best = folder / "weights" / "best.pt"
-    record = manifest(load_model(best)[0])["quant"]
-    after = map_torch(quantized(best), args["data"], size)["map"]
-    return {"run": run, "seed": seed, "float": record["base"], "ptq": record["ptq"], "map": after, "lr0": native["lr0"]}
+    start, _ = load_model(args["model"])
+    base = map_torch(start, args["data"], size)["map"]
+    prepare(start, parse({"quant": {**quant, "mode": "ptq"}})["quant"], check_data(args["data"]), size)
+    ptq, after = (map_torch(m, args["data"], size)["map"] for m in (start, quantized(best)))
+    return {"run": run, "seed": seed, "float": base, "ptq": ptq, "map": after, "lr0": native["lr0"]}
 
 
 def main() -> None:

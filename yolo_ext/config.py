@@ -105,8 +105,10 @@ def _entries_problem(key: str, value: Any) -> str | None:
     except Exception as e:  # YAML has exceptions of its own
         return f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give a list of dicts, or a YAML or JSON file."
     legal = isinstance(items, list) and all(isinstance(v, Mapping) for v in items)
-    return None if legal else f"'{key}={value}' is illegal: give a list of dicts such as [{{'op_types': ['Conv2d'], 'quant_bits': 4}}], "
-    "or a YAML or JSON file with one."
+    if legal:
+        return None
+    example = "[{'op_types': ['Conv2d'], 'quant_bits': 4}]"
+    return f"'{key}={value}' is illegal: give a list of dicts such as {example}, or a YAML or JSON file with one."
 
 
 def _entries(value: Any) -> Any:

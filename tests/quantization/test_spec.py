@@ -22,7 +22,7 @@ def test_codes(bits, symmetric, ends):
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32, 7.0, "8", None, True], ids=repr)
 def test_bits_out_of_range(bits):
-    with pytest.raises(UsageError, match=f"quant_bits={bits} is illegal. Legal: a whole number, 2 to 16"):
+    with pytest.raises(UsageError, match=f"quant_bits={bits!r} is illegal. Legal: a whole number, 2 to 16"):
         Spec(bits)
 
 
