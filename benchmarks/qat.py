@@ -2,11 +2,12 @@
 """What quantization-aware training wins back: fake-quantized mAP of PTQ and after QAT, by seed.
 
     python benchmarks/qat.py model=best.pt data=data.yaml imgsz=192 bits=4 epochs=3 seeds=0,1,2 out=results \
-        [runs=features,labels,learned] [profile=ort-x86] [threads=1] [shard=0/2]
+        [runs=kd,features,labels] [profile=ort-x86] [threads=1] [shard=0/2]
 
-`bits` are those of the weights. A run is how QAT is supervised, or `learned`: features with learned ranges. Each result
-is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ
-that is recovered.
+`bits` are those of the weights. A run is how QAT is supervised, `kd` (labels and, by the default losses, the float
+self) or `learned` (features, with learned ranges); `/0.5` lets BatchNorm follow in half of the epochs. Each result is a
+line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ that
+is recovered.
 """
 
 from __future__ import annotations
@@ -36,19 +37,23 @@ RATES = {4: 1e-4}  # the fewer bits, the further weights have to move
 
 def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, Any]:
     bits, size = int(args["bits"]), int(args["imgsz"])
+    name, _, freeze = run.partition("/")
     quant = {
         "mode": "qat",
         "profile": args["profile"],
-        "learned": run == "learned",
-        "supervision": "features" if run == "learned" else run,
+        "learned": name == "learned",
+        "supervision": {"learned": "features", "kd": "labels"}.get(name, name),
+        "freeze_bn": float(freeze or 0),
         "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": bits}}],
     }
-    native = {
+    native: dict[str, Any] = {
         **QAT,
         "epochs": int(args["epochs"]),
         "lr0": float(args.get("lr0", RATES.get(bits, 5e-5))),
         "nbs": QAT["batch"],
     }
+    if name == "kd":
+        native["distill"] = {"teacher": "self", "schedule": "constant", "preflight": False}
     YOLO(args["model"]).train(
         trainer=trainer_for("detect"), **native, quant=quant, data=args["data"], imgsz=size, seed=seed, plots=False,
         save_dir=str(folder), exist_ok=True, device="cpu", workers=0, verbose=False,
@@ -62,7 +67,7 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
 
 
 def main() -> None:
-    args = {"bits": "4", "epochs": "3", "seeds": "0,1,2", "runs": "features,labels,learned", "profile": "ort-x86",
+    args = {"bits": "4", "epochs": "3", "seeds": "0,1,2", "runs": "kd,features,labels", "profile": "ort-x86",
             **dict(a.split("=", 1) for a in sys.argv[1:])}  # fmt: skip
     torch.set_num_threads(int(args.get("threads", torch.get_num_threads())))
     log = Path(args["out"]) / f"qat_{args['bits']}_{args['epochs']}.jsonl"

@@ -110,8 +110,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         return model.float().eval(), {}
     if p.suffix != ".pt":
         raise UsageError(
-            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the .pt "
-            "that it was written from."
+            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
+            ".pt that it was written from."
         )
     if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")

@@ -103,7 +103,8 @@ def _entries_problem(key: str, value: Any) -> str | None:
     try:
         items = _entries(value)
     except Exception as e:  # YAML has exceptions of its own
-        return f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give a list of dicts, or a YAML or JSON file."
+        reason = str(e).splitlines()[0] if isinstance(e, OSError) else "the file is not valid YAML or JSON"
+        return f"'{key}={value}' is illegal: {reason}. Give a list of dicts, or a YAML or JSON file with one."
     legal = isinstance(items, list) and all(isinstance(v, Mapping) for v in items)
     if legal:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import compat, runs
 from yolo_ext.checkpoint import load_model, manifest
@@ -189,6 +189,7 @@ def _imported(net: nn.Module, imgsz: Any, options: dict[str, Any], profile: str)
 
 def _onnx(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[str, Any]) -> list[Path]:
     """Write the float file and, for a quantized model or if asked, its INT8 file."""
+    from yolo_ext.deployment.runtime import conv_report
     from yolo_ext.quantization.qdq import write_qdq
 
     precision = _precision(options)
@@ -199,6 +200,9 @@ def _onnx(model: Path, net: nn.Module, out: Any, imgsz: Any, options: dict[str, 
     net, state, profile = _quantized(net, imgsz, options, "auto")  # before anything is written
     files = [_float_file(net, target, imgsz, options, half=False), target.with_name(f"{target.stem}_int8.onnx")]
     write_qdq(files[0], files[1], state, profile)
+    if profile.output:  # made for ONNX Runtime
+        integer, convs = conv_report(files[1])["int8_convs"], conv_report(files[0])["convs"]
+        LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
     return files
 
 

@@ -107,7 +107,9 @@ class DistillConfig:
         "Teacher .pt, or several; 'self' is the model before pruning or quantization, 'ema' the student's own average",
     )
     features: Stack | None = option("cwd", "Feature loss: name, or list of names and {name, weight, layers, ...}")
-    logits: Stack | None = option("bckd", "Loss on the outputs of the head: name, or list as for features")
+    logits: Stack | None = option(
+        "auto", "Loss on the outputs of the head, as for features; auto: kl_binary and ld, or bckd where bins differ"
+    )
     feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0)
     logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
     temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)

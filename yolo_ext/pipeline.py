@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from yolo_ext.errors import UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
-from yolo_ext.training import check_pruning_epochs, check_techniques
+from yolo_ext.training import check_pruning_epochs, check_quantization, check_techniques
 
 STAGES = ("base", "sparsify", "prune", "finetune", "compare", "ptq", "qat", "verify", "latency")  # in this order
+TRAININGS = {"sparsify", "finetune", "qat"}
 PICTURES = 4
 
 
@@ -49,8 +51,8 @@ def compress(
         try:
             run.done[name] = runs.stage(run.folder, name, lambda stage=stage: stage(run))  # type: ignore[misc]
         except UsageError:
-            # A target that only a measurement shows to be out of reach; what a training has made is kept.
-            if run.fresh and name in ("base", "prune") and "sparsify" not in run.done:
+            # What only a measurement shows to be out of reach or broken; what a training has made is kept.
+            if run.fresh and not TRAININGS & {*run.done, name}:
                 shutil.rmtree(run.folder)
             raise
     return _finish(run)
@@ -81,6 +83,9 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     sparse = configs["sparsity"].epochs if configs["sparsity"] else 0
     check_techniques(model, base, info.get("names") or base.names, configs, options.get("freeze"), size, sparse)
     _check_pruning_epochs(configs, options, epochs)
+    if quant := configs["quant"]:  # whose QAT learns from labels and a teacher of its own
+        alone = {"quant": replace(quant, mode="qat"), "distill": None}
+        check_quantization(alone, options, compat.task_of(base), info)
     folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
     fresh = not any(folder.iterdir())
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
@@ -206,7 +211,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         "layers": layers,
         "checks": checks,
         "comparison": run.done.get("compare", {}).get("rows", []),
-        "notes": [*(note for d in run.done.values() for note in d.get("notes", [])), *_quant_notes(run)],
+        "notes": [note for d in run.done.values() for note in d.get("notes", [])],
         "plots": [{"path": str(p), "caption": c} for p, c in plots],
         "pictures": _pictures(run) if run.data else [],
         "plan": {k: v for k, v in as_plain(run.configs).items() if v},
@@ -231,25 +236,6 @@ def _quantization(run: Run) -> dict[str, Any]:
             "parity": run.done["verify"]["parity"],
         },
     }
-
-
-def _quant_notes(run: Run) -> list[str]:
-    """Say what the INT8 file was calibrated on, how well its runtimes agree, and which threshold suits it."""
-    if not run.configs["quant"]:
-        return []
-    record, parity = run.quantized()[1], run.done["verify"]["parity"]
-    made, f1 = record["calibration"], record["f1"]
-    gaps = {"torch": "fake-quantized PyTorch", "simulation": "the INT8 kernels"}
-    notes = [
-        f"Profile {record['profile']}, calibrated on {made['images']} images ({made['hash']}, {made['observer']}).",
-        "Mean box difference to the simulation in ONNX Runtime: "
-        + ", ".join(f"{gaps[k]} {parity[k]['box_mean']:.3f} px" for k in gaps if k in parity)
-        + f". Quantization itself moves boxes by {parity['float']['box_mean']:.3f} px.",
-    ]
-    best = [
-        f"{f1[k]['f1']:.3f} at confidence {f1[k]['f1_conf']:.2f} ({k.upper()})" for k in ("fp32", "int8") if k in f1
-    ]
-    return [*notes, f"Best F1 {', '.join(best)}."] if best else notes
 
 
 def _pictures(run: Run) -> list[dict[str, str]]:

@@ -40,7 +40,9 @@ LOOKED_AT = 32  # images for sensitivity, detectors and parity
 def ptq(run: Run) -> Record:
     """Calibrate the newest float model and write it as INT8, with the fewest layers float that hold the budget."""
     from yolo_ext.quantization.detect import findings, inspect
+    from yolo_ext.quantization.plan import table
     from yolo_ext.quantization.qat import prepare, strip
+    from yolo_ext.quantization.spec import plan_of
 
     cfg = run.configs["quant"]
     model, ckpt = load_model(run.weights())
@@ -50,6 +52,8 @@ def ptq(run: Run) -> Record:
     for note in notes:
         LOGGER.warning(f"quantize: {note}")
     strip(model)
+    if cfg.config_list:
+        LOGGER.info(table(plan_of(manifest(model)["quant"]["state"]), manifest(model)["quant"]["float"]))
     model.args = dict(ckpt.get("train_args") or {})
     file = save_model(model, run.folder / "ptq" / "weights" / "ptq.pt")
     changed = not _same(before, model.state_dict())
@@ -224,7 +228,7 @@ def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool
     runs.write_json(folder / "mixed.json", {"excluded": excluded, "drop": drop, "trace": trace})
     if drop > cfg.max_drop and cfg.mode != "ptq":
         return False, f"No {most} layers left float bring PTQ within quant.max_drop={cfg.max_drop:g}."
-    files = mixed.write_config_list(excluded, folder)
+    files = mixed.write_config_list(excluded, folder, cfg.config_list)
     reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
     quant.update(state=states[len(excluded)], float={**quant["float"], **dict.fromkeys(excluded, reason)})
     said = f"{len(excluded)} of {len(layers)} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
@@ -240,7 +244,8 @@ def qat(run: Run) -> Record:
     if cfg.mode == "auto" and (lost is None or lost <= cfg.max_drop):
         reason = "No mAP tells whether PTQ is good enough: no QAT without quant.mode=qat"
         if lost is not None:
-            reason = f"PTQ loses {lost:.4f} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
+            change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f}"
+            reason = f"PTQ {change} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
         LOGGER.info(f"{colorstr('quantize: ')}{reason}")
         return {"skipped": reason}
     native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
@@ -281,6 +286,8 @@ def verify(run: Run) -> Record:
     if lost is not None:
         checks.append({"name": BUDGET, "value": lost, "limit": limit, "passed": lost <= limit})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
+    passed = f"{sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
+    LOGGER.info(f"{colorstr('verify: ')}{passed}; the file to deploy: {files['int8']}")
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
     return {"checks": checks, "parity": parity, "notes": _saturation(found["checks"], record["profile"])}
 

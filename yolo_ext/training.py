@@ -16,9 +16,10 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
-from yolo_ext import compat, distill_loop, prune_loop, runs
+from yolo_ext import compat, distill_loop, prune_loop, quant_loop, runs
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import EXT_DEFAULTS, parse
+from yolo_ext.data.calibration import check_calibration
 from yolo_ext.errors import UsageError
 
 
@@ -59,6 +60,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         refuse_two_distillations(configs["distill"], options.get("distill_model"))
         given = {**DEFAULT_CFG_DICT, **(YAML.load(options["cfg"]) if options.get("cfg") else {}), **options}
         check_pruning_epochs(configs, given)
+        check_quantization(configs, given, task, info)
         epochs = int(options.get("epochs") or 100)
         check_techniques(str(model), base, info["names"], configs, options.get("freeze"), imgsz, epochs)
         options["data"] = str(info.get("yaml_file") or options["data"])
@@ -83,6 +85,26 @@ def check_pruning_epochs(configs: dict[str, Any], given: Mapping[str, Any]) -> N
     """
     args = SimpleNamespace(compile=given.get("compile"))
     prune_loop.setup(SimpleNamespace(compression=configs, epochs=given["epochs"], args=args))
+
+
+def check_quantization(configs: dict[str, Any], given: Mapping[str, Any], task: str, info: dict[str, Any]) -> None:
+    """Refuse what contradicts QAT, and images that cannot calibrate, before there is a trainer.
+
+    Args:
+        configs: Parsed technique options.
+        given: Ultralytics options; `quantize` and `distill_model` count.
+        task: Ultralytics task.
+        info: Checked dataset dict.
+
+    Raises:
+        UsageError: If there is such a thing.
+    """
+    if not (cfg := configs["quant"]):
+        return
+    clashes = {k: given.get(k) for k in ("quantize", "distill_model")}
+    args = SimpleNamespace(task=task, optimizer="AdamW", lr0=0.0, warmup_bias_lr=0.0, **clashes)
+    quant_loop.setup(SimpleNamespace(compression=dict(configs), args=args))
+    check_calibration(cfg.source or info, cfg.calib, cfg.seed)
 
 
 def check_techniques(

@@ -196,7 +196,7 @@ def test_balance_keeps_the_share(setup, batch):
     model, distiller = setup("yolov8n", "yolov8s", balance="auto", share=0.25)
     loss, _ = model(batch)
     assert (loss[3:].sum() / loss[:3].sum()).item() == pytest.approx(0.25, rel=1e-3)
-    distiller.factors = [0.1, 0.1]
+    distiller.factors = [0.1] * len(distiller.terms)
     loss, _ = model(batch)
     assert (loss[3:].sum() / loss[:3].sum()).item() == pytest.approx(0.025, rel=0.1)
     assert "means" in " ".join(distiller.adapters.state_dict())
@@ -270,8 +270,31 @@ def test_classifiers_are_distilled_as_means_over_images(classifiers, name):
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [({}, "classifier"), ({"features": None}, "kl_binary")], ids=["maps", "boxes"]
+    ("options", "word"),
+    [({}, "classifier"), ({"features": None, "logits": "bckd"}, "kl_binary")],
+    ids=["maps", "boxes"],
 )
 def test_classifiers_have_no_neck_and_no_boxes(classifiers, options, word):
     with pytest.raises(UsageError, match=word):
         Distiller(classifiers[0], parse({"distill": {"teacher": classifiers[1], **options}})["distill"], CPU)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "expected"),
+    [
+        ("yolov8n", "yolov8s", {}, ["kl_binary", "ld"]),
+        ("yolov8n", "yolov8s", {"imgsz": 96}, ["bckd"]),
+        ("yolo26n", "yolov8n", {}, ["bckd"]),
+        ("yolo26n", "yolo26n", {}, ["bckd"]),
+        ("yolov8n", "yolov8s", {"logits": "l1"}, ["l1"]),
+    ],
+    ids=["equal bins", "another grid", "other bins", "no bins", "asked for"],
+)
+def test_auto_takes_what_the_pair_allows(setup, student, teacher, options, expected):
+    _, distiller = setup(student, teacher, **options)
+    assert [t.row.name for t in distiller.terms if t.kind == "logits"] == expected
+
+
+def test_auto_of_classifiers_is_a_softmax(classifiers):
+    cfg = parse({"distill": {"teacher": classifiers[1], "features": None}})["distill"]
+    assert [t.row.name for t in Distiller(classifiers[0], cfg, CPU).terms] == ["kl"]

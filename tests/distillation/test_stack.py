@@ -16,7 +16,7 @@ def read(**options):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [("bckd", 1.0, {}), ("cwd", 1.0, {})]),
+        ({}, [("kl_binary", 1.0, {}), ("ld", 1.0, {}), ("cwd", 1.0, {})]),
         ({"logits": ["bckd", "ld"], "features": None}, [("bckd", 1.0, {}), ("ld", 1.0, {})]),
         ({"logits": None, "feature_weight": 2.0, "features": [{"name": "cwd", "weight": 0.5, "temperature": 3}]},
          [("cwd", 1.0, {"temperature": 3})]),
@@ -51,7 +51,7 @@ def test_layers_and_timing_of_a_loss_go_before_the_common_ones():
         ({"features": [{"name": "cwd", "temperature": 0}]}, ["temperature=0"]),
         ({"features": [{"name": "cwd", "schedule": "cosin"}]}, ["'cosin'", "'cosine'"]),
         ({"features": [{"name": "cwd", "start": 3, "end": 2}]}, ["end=2", "start=3"]),
-        ({"features": "pkd", "temperature": 2.0}, ["temperature=2.0", "no effect"]),
+        ({"features": "pkd", "logits": "bckd", "temperature": 2.0}, ["temperature=2.0", "no effect"]),
         ({"start": 3, "end": 3}, ["distill.end=3"]),
         ({"features": None, "layers": ["neck"]}, ["distill.layers"]),
         ({"teacher": ["a.pt", "self"]}, ["distill.teacher"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,10 +50,11 @@ def _size(words: str) -> list[str]:
     return [] if "imgsz" in words else ["imgsz=64"]
 
 
-def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes):
+def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes, caplog):
     data = f"data={shapes}"
     assert cli.main(["export", "model=tiny.pt", "int8=True", data, "imgsz=64", "quant.calib=4", "save_dir=run"]) == 0
     assert describe("tiny_int8.onnx")["precision"] == "int8"
+    assert re.search(r"[1-9]\d* of 3\d convolutions run as INT8", caplog.text)
     assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", "int8=tiny_int8.onnx", data, "save_dir=run"]) == 0
     found = json.loads((place / "run/verify.json").read_text())
     assert {"map", "int8_box_mean", "weight_max"} <= {c["name"] for c in found["checks"]}

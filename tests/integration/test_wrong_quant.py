@@ -18,6 +18,8 @@ from yolo_ext.quantization.fake_quant import insert_fake_quant
 from yolo_ext.quantization.profiles import resolve_profile
 
 B = "model=tiny.pt data=shapes/data.yaml imgsz=64"
+X = "export model=tiny.pt int8=True data=shapes/data.yaml imgsz=64"
+L = "quant.config_list"
 Q, T, S = f"quantize {B} quant.mode=ptq", f"train {B} epochs=1 device=cpu", f"sensitivity kind=quant {B}"
 
 
@@ -49,7 +51,10 @@ def made(tiny, shapes, tmp_path_factory) -> Path:
 def _models(folder: Path) -> None:
     (folder / "tiny_int8.onnx").write_bytes(b"an INT8 file is refused by its name already")
     model, ckpt = load_model(folder / "tiny.pt")
-    modelopt = {"modelopt": {"modelopt_state_dict": []}, "ranges": {"model.1.conv.input_quantizer._amax": torch.ones(())}}
+    modelopt = {
+        "modelopt": {"modelopt_state_dict": []},
+        "ranges": {"model.1.conv.input_quantizer._amax": torch.ones(())},
+    }
     torch.save({**ckpt, "model": model.half(), "ema": None, "modelopt": modelopt}, folder / "modelopt.pt")
     model.float()
     with torch.no_grad():
@@ -81,13 +86,11 @@ CASES = {
     "fewer images than asked": (f"{Q} quant.calib=500", ["500", "has 8", "Ask for 8 or fewer"]),
     "black images": (f"{Q} quant.source=black", ["3 calibration images", "single value", "real"]),
     "black images for train": (f"{T} quant.mode=qat quant.source=black", ["single value"]),
-    "black images for export": (
-        "export model=tiny.pt int8=True data=shapes/data.yaml imgsz=64 quant.source=black", ["single value"]
-    ),
+    "black images for export": (f"{X} quant.source=black", ["single value"]),
     "no train split": (f"{Q} data=notrain.yaml", ["notrain.yaml", "train"]),
     "train is val": (f"{Q} data=notrain_val.yaml", ["validation images"]),
     # models
-    "an INT8 file": (f"{Q} model=tiny_int8.onnx", ["tiny_int8.onnx", "float", ".pt"]),
+    "an INT8 file": (f"{Q} model=tiny_int8.onnx", ["tiny_int8.onnx", "written from"]),
     "an INT8 file in train": (f"{T} quant.mode=qat model=tiny_int8.onnx", ["tiny_int8.onnx", ".pt"]),
     "fake quantizers": (f"{Q} model=fake.pt", ["fake.pt", "fake quantizers", "best.pt"]),
     "fake quantizers in train": (f"{T} quant.mode=qat model=fake.pt", ["fake.pt", "fake quantizers"]),
@@ -96,36 +99,30 @@ CASES = {
     "weights with infinity": (f"{Q} model=inf.pt", ["model.1.conv.weight", "infinite"]),
     "weights with infinity in train": (f"{T} quant.mode=qat model=inf.pt", ["model.1.conv.weight", "infinite"]),
     # layers
-    "bits 1": (f"{Q} quant.config_list=[{{op_types:['Conv2d'],quant_bits:1}}]", ["Entry 1", "1 ", "2 to 16"]),
-    "bits 17 from a file": (f"{Q} quant.config_list=bits.yaml", ["Entry 1", "17", "2 to 16"]),
-    "bits a": (f"{Q} quant.config_list=[{{op_types:['Conv2d'],quant_bits:'a'}}]", ["Entry 1", "'a'", "2 to 16"]),
-    "name matches nothing": (
-        f"{Q} quant.config_list=[{{op_names:['model.99'],quant_bits:4}}]", ["Entry 1", "'model.99'"]
-    ),
-    "pattern matches nothing": (f"{T} quant.mode=qat quant.config_list=[{{op_names_re:['zz'],quant_bits:4}}]", ["'zz'"]),
+    "bits 1": (f"{Q} {L}=[{{'op_types':['Conv2d'],'quant_bits':1}}]", ["Entry 1", "quant_bits=1 is", "2 to 16"]),
+    "bits 17 from a file": (f"{Q} {L}=bits.yaml", ["Entry 1", "17", "2 to 16"]),
+    "bits a": (f"{Q} {L}=[{{'op_types':['Conv2d'],'quant_bits':'a'}}]", ["Entry 1", "'a'", "2 to 16"]),
+    "name matches nothing": (f"{Q} {L}=[{{'op_names':['model.99'],'quant_bits':4}}]", ["Entry 1", "'model.99'"]),
+    "pattern matches nothing": (f"{T} quant.mode=qat {L}=[{{'op_names_re':['zz'],'quant_bits':4}}]", ["'zz'"]),
     "pattern no expression": (f"{Q} quant.exclude=['(']", ["'('", "regular expression"]),
-    "unknown key": (f"{Q} quant.config_list=[{{op_type:['Conv2d'],quant_bits:4}}]", ["'op_type'", "'op_types'"]),
-    "list gone": (f"{Q} quant.config_list=gone.yaml", ["gone.yaml", "no file"]),
-    "list of words": (f"{Q} quant.config_list=word.yaml", ["word.yaml", "list of dicts"]),
-    "list of numbers": (f"{Q} quant.config_list=numbers.yaml", ["numbers.yaml", "list of dicts"]),
-    "list broken": (f"{Q} quant.config_list=broken.yaml", ["broken.yaml", "list of dicts"]),
+    "unknown key": (f"{Q} {L}=[{{'op_type':['Conv2d'],'quant_bits':4}}]", ["'op_type'", "'op_types'"]),
+    "list gone": (f"{Q} {L}=gone.yaml", ["gone.yaml", "no file"]),
+    "list of words": (f"{Q} {L}=word.yaml", ["word.yaml", "list of dicts"]),
+    "list of numbers": (f"{Q} {L}=numbers.yaml", ["numbers.yaml", "list of dicts"]),
+    "list broken": (f"{Q} {L}=broken.yaml", ["broken.yaml", "not valid YAML"]),
     "nothing left": (f"{Q} quant.exclude=['.']", ["nothing", "quant.exclude"]),
-    "nothing left of a list": (
-        f"{Q} quant.config_list=[{{op_types:['default'],exclude:True}}]", ["nothing", "config_list"]
-    ),
+    "nothing left of a list": (f"{Q} {L}=[{{'op_types':['default'],'exclude':True}}]", ["nothing", "config_list"]),
     "nothing left in train": (f"{T} quant.mode=qat quant.exclude=['.']", ["nothing"]),
     # methods
     "profile": (f"{Q} quant.profile=ort-arm64", ["'ort-arm64'", "'ort-arm'"]),
-    "profile for export": ("export model=tiny.pt int8=True data=shapes/data.yaml quant.profile=ort", ["'ort'", "auto"]),
+    "profile for export": (f"{X} quant.profile=ort", ["'ort'", "auto"]),
     "profile for sensitivity": (f"{S} quant.profile=ort", ["'ort'", "auto"]),
     "observer": (f"{Q} quant.observer=msee", ["'msee'", "'mse'"]),
-    "observer of an entry": (f"{Q} quant.config_list=[{{op_types:['Conv2d'],observer:'maxmin'}}]", ["maxmin", "minmax"]),
+    "observer of an entry": (f"{Q} {L}=[{{'op_types':['Conv2d'],'observer':'maxmin'}}]", ["maxmin", "minmax"]),
     "weight observer": (f"{Q} quant.weight_observer=mse2", ["'mse2'", "'mse'"]),
     "mode": (f"{Q} quant.mode=qta", ["quant.mode=qta", "'qat'"]),
     "PTQ in train": (f"{T} quant.mode=ptq", ["quant.mode=ptq", "yolo-ext quantize", "qat"]),
-    "labels that are not there": (
-        f"{T} quant.mode=qat quant.supervision=features distill.alpha=1", ["supervision=features", "distill.alpha=1"]
-    ),
+    "labels that are not there": (f"{T} quant.mode=qat quant.supervision=features distill.alpha=1", ["alpha=1"]),
     "two quantizations": (f"{T} quant.mode=qat quantize=8", ["quantize=8", "leave quantize out"]),
     # export
     "INT8 without data": ("export model=tiny.pt int8=True", ["int8=True", "data=data.yaml"]),

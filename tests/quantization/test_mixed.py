@@ -64,3 +64,6 @@ def test_files_hold_the_list(excluded, tmp_path):
     files = write_config_list(excluded, tmp_path / "new")
     assert yaml.safe_load(files[0].read_text()) == json.loads(files[1].read_text()) == config_list(excluded)
     assert config_list(excluded) == ([{"op_names": excluded, "exclude": True}] if excluded else [])
+    own = [{"op_types": ["Conv2d"], "quant_bits": 4}]
+    files = write_config_list(excluded, tmp_path / "new", own)
+    assert json.loads(files[1].read_text()) == own + config_list(excluded)

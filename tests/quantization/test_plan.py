@@ -6,7 +6,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from yolo_ext.errors import UsageError
-from yolo_ext.quantization.plan import make_plan, rows
+from yolo_ext.quantization.plan import make_plan, rows, table
 from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.spec import SITES, Spec
 
@@ -283,10 +283,12 @@ def test_branches_are_refused_by_name_before_they_are_merged(build):
 
 def test_resolved_rows(net):
     plan, reasons = make_plan(net, PROFILES["openvino"], config_list=[{"op_names": [A], "granularity": "per_tensor"}])
-    table = rows(plan, reasons)
-    assert len(table) == len(plan) + len(reasons) and {len(row) for row in table} == {len(SITES) + 2}
-    found = {row[0]: row[1:] for row in table}
+    resolved = rows(plan, reasons)
+    assert len(resolved) == len(plan) + len(reasons) and {len(row) for row in resolved} == {len(SITES) + 2}
+    found = {row[0]: row[1:] for row in resolved}
     assert found["model.0.conv"] == ["8u", "7sc", "-", "-", "-", "-", ""]
     assert found[A] == ["8u", "8s", "-", "-", "-", "-", ""]
     assert found["model.2.m.0"] == ["-", "-", "-", "-", "8u", "-", ""]
     assert found[DFL] == ["-"] * 6 + [reasons[DFL]]
+    lines = table(plan, reasons).splitlines()
+    assert lines[0].split(" | ")[1:4] == ["input", "weight", "residual"] and len(lines) == len(found) + 3

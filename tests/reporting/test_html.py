@@ -86,7 +86,22 @@ def report(tmp_path: Path) -> dict:
             "rows": [{"name": "base", "median": 10.0, "p10": 9.0, "p90": 12.0}, {"name": "int8", "median": None}],
             "note": "1 thread, 200 runs",
         },
-        "quantization": {"convs": 64, "int8_convs": 61, "float": {"model.22.dfl.conv": "constant weights"}},
+        "quantization": {
+            "convs": 64,
+            "int8_convs": 61,
+            "float": {"model.22.dfl.conv": "constant weights"},
+            "profile": "ort-x86",
+            "calibration": {
+                "images": 292,
+                "hash": "ef53",
+                "observer": "mse",
+                "seed": 0,
+                "weights": "max",
+                "imgsz": 192,
+            },
+            "f1": {"fp32": {"f1": 0.835, "f1_conf": 0.287}, "int8": {"f1": 0.834, "f1_conf": None}},
+            "parity": {"torch": {"box_mean": 0.1077, "score_max": 0.0368}, "simulation": {"box_max": 0.3826}},
+        },
         "plan": {"model.0.conv": [1, 5]},
         "notes": ["PTQ missed the budget, so QAT ran."],
         "comparison": [
@@ -105,6 +120,8 @@ def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) 
         *("YOLOv8n, twice as fast", "-50.0%", "-0.0088", "2.50x faster", "Latency ORT INT8 (ms), before: ORT FP32"),
         *("model.22.cv3", "Detect output", "1 of 2 layers pruned, 80 → 72 output channels", "model.0.conv: [1, 5]"),
         *("run in INT8: 61 of 64", "constant weights", "1 thread, 200 runs", "PTQ missed the budget"),
+        *("ort-x86", "292 images of 192 px, seed 0, hash ef53", "mse; of weights max"),
+        *("0.835 at 0.287 (FP32), 0.834 at not measured (INT8)", "Fake-quantized PyTorch", "0.108", "0.037", "0.383"),
         *("yolo-ext compress model=base.pt", "lost: picture gone.jpg not found"),
     ):
         assert text in page.text, text
@@ -179,7 +196,15 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
             "pictures": [{"path": "p", "caption": "c"}],
             "plots": [{"path": "p"}],
             "latency": {"rows": [{"name": "n", "median": 1.0}], "note": "n"},
-            "quantization": {"convs": "1", "int8_convs": "1", "float": {"a": "r"}},
+            "quantization": {
+                "convs": "1",
+                "int8_convs": "1",
+                "float": {"a": "r"},
+                "profile": "p",
+                "calibration": {"images": "i", "hash": "h", "observer": "o", "weights": "w", "imgsz": "s", "seed": "s"},
+                "f1": {"fp32": {"f1": "f"}},
+                "parity": {"torch": {"box_mean": "b"}},
+            },
             "notes": ["n"],
         }
     )

@@ -19,7 +19,7 @@ from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
 from yolo_ext.distillation.features import Align, modules
 from yolo_ext.distillation.grids import resized
 from yolo_ext.distillation.pairs import Site, sites
-from yolo_ext.distillation.preflight import check, summary
+from yolo_ext.distillation.preflight import check, summary, with_logits
 from yolo_ext.distillation.schedules import scale
 from yolo_ext.distillation.stack import terms
 from yolo_ext.distillation.taps import Taps
@@ -49,10 +49,11 @@ class Distiller:
         Raises:
             UsageError: If a teacher does not fit or a loss cannot work with this pair.
         """
-        self.cfg, self.student, self.terms = cfg, student, terms(cfg)
         names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
         how: dict[str, Any] = {"imgsz": cfg.imgsz, "compiled": cfg.compile, "half": cfg.half}
         self.guides = [make_guide(name, student, device, **how) for name in names]
+        self.student, self.cfg = student, with_logits(cfg, student, self.guides)
+        self.terms = terms(self.cfg)
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)
         self.direct = any(g.kept is not None for g in self.guides)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from yolo_ext import compat
-from yolo_ext.distillation.stack import Term, title
+from yolo_ext.config import DistillConfig
+from yolo_ext.distillation.stack import AUTO, Term, title
 from yolo_ext.distillation.teacher import Guide
 from yolo_ext.errors import UsageError
 from yolo_ext.reporting.tables import ABSENT, align
@@ -80,6 +81,23 @@ def check(terms: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool)
     for term in terms:
         if problem := _problem(term, guide, student, shrinks):
             raise UsageError(f"The loss '{term.row.name}' cannot be used here: {problem}")
+
+
+def with_logits(cfg: DistillConfig, student: nn.Module, guides: list[Guide]) -> DistillConfig:
+    """Return the options with the logit losses that `auto` means for a pair.
+
+    Args:
+        cfg: Distillation options.
+        student: The student.
+        guides: Its teachers.
+    """
+    if cfg.logits != "auto":
+        return cfg
+    if any(not g.levels for g in guides):
+        return replace(cfg, logits="kl")
+    bins = {compat.detection_head(m).reg_max for m in (student, *(g.model for g in guides))}
+    equal = len(bins) == 1 and bins != {1} and not cfg.imgsz
+    return replace(cfg, logits=AUTO if equal else "bckd")
 
 
 def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str | None:

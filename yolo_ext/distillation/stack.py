@@ -17,6 +17,7 @@ from yolo_ext.registry import Row, Table, suggest
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
 GIVEN = {"student", "teacher", "module", "boxes", "random", "cross"}  # what the criterion passes, not the user
+AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
 
 
@@ -61,6 +62,7 @@ def terms(cfg: DistillConfig) -> list[Term]:
     found = []
     for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
         stack = getattr(cfg, kind) or []
+        stack = AUTO if stack == "auto" else stack
         entries = [{"name": e} if isinstance(e, str) else dict(e) for e in _listed(stack)]
         found += [_term(kind, entry, weight, cfg) for entry in entries]
     if cfg.temperature is not None and not any("temperature" in t.options for t in found):

@@ -59,7 +59,9 @@ def insert_fake_quant(
     refuse_quantized(model)
     for name, value in model.named_parameters():
         if not value.isfinite().all():
-            raise UsageError(f"'{name}' holds NaN or infinite values: this model is broken. Give an earlier checkpoint.")
+            raise UsageError(
+                f"'{name}' holds NaN or infinite values: this model is broken. Give an earlier checkpoint."
+            )
     plan, reasons = make_plan(model, profile, exclude, config_list)
     if not plan:
         raise UsageError(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,18 @@ def config_list(excluded: Sequence[str]) -> list[dict[str, Any]]:
     return [{"op_names": list(excluded), "exclude": True}] if excluded else []
 
 
-def write_config_list(excluded: Sequence[str], folder: Path) -> list[Path]:
+def write_config_list(excluded: Sequence[str], folder: Path, before: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
     """Write the layers that stay float as ``config_list.yaml``, which `quant.config_list` takes, and as JSON.
 
     Args:
         excluded: Layer paths.
         folder: Where to write.
+        before: The user's own entries, which the file goes on saying.
 
     Returns:
         The two files.
     """
-    entries = config_list(excluded)
+    entries = [*map(dict, before), *config_list(excluded)]
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "config_list.yaml", folder / "config_list.json"]
     atomic_write(files[0], yaml.safe_dump(entries, sort_keys=False))

@@ -16,6 +16,7 @@ from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.profiles import Profile, float_modules, quantizable_blocks, sums
 from yolo_ext.quantization.spec import SITES, Plan, Spec
 from yolo_ext.registry import suggest
+from yolo_ext.reporting.tables import align
 
 LAYERS: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 KEYS = [
@@ -54,7 +55,7 @@ def make_plan(
     if profile.float_stem and first in candidates:
         reasons[first] = "image input: faster and more accurate in float"
     for pattern in exclude:
-        for path in _search(pattern, {**candidates, **reasons}, "exclude pattern"):
+        for path in _search(pattern, {**candidates, **reasons}, "The exclude pattern"):
             if path in candidates:
                 reasons[path] = f"excluded by '{pattern}'"
     plan = {path: _sites(profile, block.act) for path, block in candidates.items() if path not in reasons}
@@ -89,9 +90,9 @@ def _search(pattern: str, paths: Iterable[str], what: str) -> list[str]:
     try:
         matches = [path for path in paths if re.search(pattern, path)]
     except re.error as e:
-        raise UsageError(f"The {what} '{pattern}' is not a regular expression: {e}.") from e
+        raise UsageError(f"{what} '{pattern}' is not a regular expression: {e}.") from e
     if not matches:
-        raise UsageError(f"The {what} '{pattern}' matches none of the {len(paths)} layers, such as {paths[:2]}.")
+        raise UsageError(f"{what} '{pattern}' matches none of the {len(paths)} layers, such as {paths[:2]}.")
     return matches
 
 
@@ -237,3 +238,17 @@ def rows(plan: Plan, reasons: Mapping[str, str]) -> list[list[str]]:
 
     table = [[path, *(cell(sites.get(s)) for s in SITES), ""] for path, sites in plan.items()]
     return table + [[path, *("-" for _ in SITES), reason] for path, reason in reasons.items()]
+
+
+def table(plan: Plan, reasons: Mapping[str, str]) -> str:
+    """Return the rows as text, without the sites that are nowhere quantized.
+
+    Args:
+        plan: What is quantized and how.
+        reasons: Path -> reason of every layer that stays float.
+    """
+    columns = list(zip(["Layer", *SITES, "Float because"], *rows(plan, reasons)))
+    shown = [c for c in columns if c[0] not in SITES or set(c[1:]) - {"-"}]
+    header, *body = zip(*shown)
+    legend = "Bits; s: zero in the middle, u: zero anywhere, c: a scale for each channel, -: float"
+    return f"{align(body, header)}\n{legend}"

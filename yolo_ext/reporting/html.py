@@ -15,6 +15,12 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.reporting import markup as ui
 from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, comparison_rows, figure, stage_rows
 
+DIFFERENCES = ("box_mean", "box_max", "score_mean", "score_max")
+PARITY = {
+    "torch": "Fake-quantized PyTorch and the INT8 file simulated in float",
+    "simulation": "The INT8 file as it runs and simulated in float",
+    "float": "The INT8 file as it runs and FP32: what quantization does",
+}
 Report = Mapping[str, Any]
 Render = Callable[[Report, Path], str]
 
@@ -215,7 +221,35 @@ def _quantization(report: Report, _: Path) -> str:
     text = f"<p>Convolutions that run in INT8: <b>{integer}</b> of <b>{total}</b>.</p>"
     rows = [(ui.text(name), ui.text(reason)) for name, reason in (quantization.get("float") or {}).items()]
     floats = ui.fold(ui.table(("Left in float", "|text|Reason"), rows), len(rows), "float layers")
-    return text + (floats if rows else "")
+    return text + _made_with(quantization) + _parity(quantization.get("parity") or {}) + (floats if rows else "")
+
+
+def _made_with(quantization: Mapping[str, Any]) -> str:
+    """Show what an INT8 file was made with, and the threshold that suits it."""
+    made, f1, rows = quantization.get("calibration") or {}, quantization.get("f1") or {}, []
+    if quantization.get("profile"):
+        rows.append(("Profile", ui.text(quantization["profile"])))
+    if made:
+        images, imgsz, seed, digest = (ui.text(made.get(k)) for k in ("images", "imgsz", "seed", "hash"))
+        rows.append(("Calibration", f"{images} images of {imgsz} px, seed {seed}, hash {digest}"))
+        rows.append(("Observers", f"{ui.text(made.get('observer'))}; of weights {ui.text(made.get('weights'))}"))
+    if best := [
+        f"{_fixed(f1[k], 'f1')} at {_fixed(f1[k], 'f1_conf')} ({k.upper()})" for k in ("fp32", "int8") if k in f1
+    ]:
+        rows.append(("Best F1 at confidence", ", ".join(best)))
+    return ui.table(("INT8 file", "|text|"), rows) if rows else ""
+
+
+def _parity(found: Mapping[str, Any]) -> str:
+    """Show how far what should be equal lies apart, and what quantization itself does."""
+    rows = [(name, *(_fixed(found[key], k) for k in DIFFERENCES)) for key, name in PARITY.items() if found.get(key)]
+    header = ("Difference between", "Mean box (px)", "Largest box (px)", "Mean score", "Largest score")
+    return ui.table(header, rows) if rows else ""
+
+
+def _fixed(found: Any, key: str) -> str:
+    value = figure(found, key)
+    return ui.MISSING if value is None else f"{value:.3f}"
 
 
 def _plots(report: Report, run_dir: Path) -> str:
@@ -224,7 +258,7 @@ def _plots(report: Report, run_dir: Path) -> str:
 
 def _plan(report: Report, _: Path) -> str:
     lines = "\n".join(f"{name}: {json.dumps(step)}" for name, step in (report.get("plan") or {}).items())
-    return f"<details><summary>Show the plan</summary><pre>{escape(lines)}</pre></details>" if lines else ""
+    return f"<details><summary>Show the options</summary><pre>{escape(lines)}</pre></details>" if lines else ""
 
 
 def _reproduce(report: Report, _: Path) -> str:
@@ -246,7 +280,7 @@ SECTIONS: dict[str, Render] = {
     "Channels per layer": _channels,
     "Quantization": _quantization,
     "Plots": _plots,
-    "Pruning plan": _plan,
+    "Options": _plan,
     "Reproduce": _reproduce,
 }
 
