@@ -384,5 +384,7 @@ def test_classification_cannot_be_distilled(fit, randomise, shapes, tmp_path):
     model = randomise(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False))
     model.names = {0: "bright", 1: "dark"}
     base = save_model(model, tmp_path / "base-cls.pt")
-    with pytest.raises(UsageError, match="a classifier has no boxes"):
-        fit(base, TRAINERS["classify"], epochs=1, data=str(folders(shapes, tmp_path / "data")), distill=DISTILL)
+    for options, reason in ((DISTILL, "A classifier has no neck"), ({"logits": "bckd"}, "a classifier has no boxes")):
+        with pytest.raises(UsageError, match=reason):
+            data = str(folders(shapes, tmp_path / "data"))
+            fit(base, TRAINERS["classify"], epochs=1, data=data, distill={**DISTILL, **options})

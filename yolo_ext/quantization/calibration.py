@@ -26,7 +26,11 @@ EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the intege
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[torch.Tensor], observer: str = "mse", weight_observer: str | None = "max"
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    observer: str = "mse",
+    weight_observer: str | None = "max",
+    total: int | None = None,
 ) -> State:
     """Set the ranges of a model and switch its fake quantization on; memory does not grow with the number of images.
 
@@ -36,6 +40,7 @@ def calibrate(
         observer: Name of the observer, or `package.module:function`; a tensor with one of its own uses that.
         weight_observer: Name of the rule for weights, or `package.module:function`; None keeps their ranges, as after
             AdaRound.
+        total: Number of batches, for the progress bar; None where it is not known.
 
     Returns:
         The specs and ranges, as `get_state` gives them.
@@ -50,7 +55,7 @@ def calibrate(
         raise UsageError("This model has no fake quantizers to calibrate. Insert them first.")
     rules = [observers[q.spec.observer or observer] for *_, q, _ in sites]
     weight_rule = weight_observers[weight_observer].fn if weight_observer else None
-    histograms = _observe(model, batches)
+    histograms = _observe(model, batches, total)
     for layer in layers:
         if weight_rule is not None:
             layer.weight_ratio.copy_(weight_rule(weight_rows(layer), layer.weight_spec.qmax).clamp(1e-3, 1.0))
@@ -68,7 +73,7 @@ def calibrate(
     return get_state(model)
 
 
-def _observe(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Histogram]:
+def _observe(model: nn.Module, batches: Iterable[torch.Tensor], total: int | None) -> list[Histogram]:
     """Run the images through the float model and return what each of its quantizers saw."""
     sites = [q for *_, q, _ in quantizers(model)]
     histograms = [Histogram() for _ in sites]
@@ -78,7 +83,7 @@ def _observe(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Histogra
     set_mode(model, "observe")
     try:
         with evaluating(model):
-            for x in TQDM(batches, desc="calibrating"):
+            for x in TQDM(batches, desc="calibrating", total=total):
                 images += len(x)
                 blank += int((x.amax((1, 2, 3)) == x.amin((1, 2, 3))).sum())
                 model(x.to(device))

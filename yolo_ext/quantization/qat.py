@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
@@ -35,7 +36,8 @@ from yolo_ext.quantization.profiles import resolve_profile
 from yolo_ext.quantization.spec import plan_of
 
 MOMENTUM = 0.01  # of the moving average of ranges
-MERGE_BATCHES = 4  # images on which merged branches get their BatchNorm statistics, in batches of 16
+BATCH = 16  # calibration images at once
+MERGE_BATCHES = 4  # of them, on which merged branches get their BatchNorm statistics
 
 
 def prepare(
@@ -65,7 +67,7 @@ def prepare(
         replay(model, known, learned)
         return known["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
-    batches = partial(letterbox_batches, images, imgsz, crop=compat.task_of(model) == "classify")
+    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=compat.task_of(model) == "classify")
     merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list, learned)
     what = f"{profile.name} on {len(images)} images of {imgsz} px"
@@ -75,7 +77,7 @@ def prepare(
         LOGGER.info(f"{colorstr('quantize: ')}ranges for {what} come from the cache (quant.cache=False measures anew)")
     else:
         LOGGER.info(f"{colorstr('quantize: ')}calibrating {what}")
-        state = calibrate(model, batches(), cfg.observer, cfg.weight_observer)
+        state = calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
         if key:
             cache.remember(key, state)
     _improve(model, cfg, batches)

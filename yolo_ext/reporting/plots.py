@@ -76,7 +76,7 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
         path: Picture to write.
 
     Returns:
-        The path written; a panel for which nothing was measured says so.
+        The path written; there is a panel of latency only if one was measured, and one of mAP says if none was.
 
     Raises:
         UsageError: There are no stages.
@@ -85,8 +85,10 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
 
     if not stages:
         raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
-    figure_, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for ax, title, kind in zip(axes, ("mAP", "latency (ms)"), ("score", "latency")):
+    timed = any(figure(m, f.key) is not None for m in stages.values() for f in FIELDS if f.kind == "latency")
+    panels = [("mAP", "score"), ("latency (ms)", "latency")][: 1 + timed]
+    figure_, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for ax, (title, kind) in zip(grid[0], panels):
         for field in (f for f in FIELDS if f.kind == kind):
             # NaN leaves a gap: a line across a stage would show a value that was never measured there.
             values = [math.nan if (v := figure(m, field.key)) is None else v for m in stages.values()]
@@ -101,7 +103,8 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
             ax.legend(frameon=False)
         else:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#64748b")
-    axes[1].set_ylim(bottom=0)
+    if timed:
+        grid[0, 1].set_ylim(bottom=0)
     return _save(figure_, path)
 
 
