@@ -103,8 +103,8 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
             ax.legend(frameon=False)
         else:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#64748b")
-    if timed:
-        grid[0, 1].set_ylim(bottom=0)
+        if kind == "latency":
+            ax.set_ylim(bottom=0)
     return _save(figure_, path)
 
 
