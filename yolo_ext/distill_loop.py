@@ -62,7 +62,7 @@ def teachers_along(trainer: Any) -> Iterator[None]:
         yield
         return
     student = deepcopy(unwrap_model(trainer.model)).eval()
-    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half}
+    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
     guides = [make_guide(name, student, trainer.device, **how) for name in _names(cfg)]
     held: list[Any] = []
 
@@ -111,16 +111,22 @@ def _facts(trainer: Any) -> list[Facts]:
     cfg, size = trainer.compression["distill"], trainer.args.imgsz
     live = unwrap_model(trainer.model)
     student = trainer._stripped(live) if trainer.compression["quant"] else deepcopy(live)
-    models = {"student": (student, size)}
+    models, other = {"student": (student, size)}, set()
     for name in _names(cfg):
-        if name != "ema":
-            models[name] = (with_classes(load_model(name)[0], live.names, name), cfg.imgsz or size)
+        if name == "ema":
+            continue
+        teacher = load_model(name)[0]
+        if cfg.logits or {*teacher.names.values()} & {*live.names.values()}:
+            teacher = with_classes(teacher, live.names, name)
+        else:  # whose features teach all the same, but whose boxes have no meaning here
+            other.add(name)
+        models[name] = (teacher, cfg.imgsz or size)
     if cfg.preflight and RANK in {-1, 0}:
         LOGGER.info(f"{colorstr(PREFIX)}measuring on the val split (distill.preflight=False leaves it out)")
     found = []
     for name, (model, imgsz) in models.items():
         figures = runs.model_figures(model, None, imgsz)
-        score = _accuracy(trainer, model, imgsz) if cfg.preflight else None
+        score = _accuracy(trainer, model, imgsz) if cfg.preflight and name not in other else None
         found.append(Facts(name, imgsz, figures["params"], figures["gflops"], score))
     return found
 

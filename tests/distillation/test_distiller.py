@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -298,3 +299,13 @@ def test_auto_takes_what_the_pair_allows(setup, student, teacher, options, expec
 def test_auto_of_classifiers_is_a_softmax(classifiers):
     cfg = parse({"distill": {"teacher": classifiers[1], "features": None}})["distill"]
     assert [t.row.name for t in Distiller(classifiers[0], cfg, CPU).terms] == ["kl"]
+
+
+def test_features_alone_need_no_common_classes(setup):
+    model, distiller = setup("yolov8n", "yolov8s", logits=None)
+    other = {i: f"other {i}" for i in range(len(model.names))}
+    model.names = other
+    found = Distiller(model, replace(distiller.cfg, logits=None), CPU)
+    assert found.guides[0].classes == ([], [])
+    with pytest.raises(UsageError, match="knows none of the classes"):
+        Distiller(model, replace(distiller.cfg, logits="kl_binary"), CPU)

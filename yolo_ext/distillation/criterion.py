@@ -50,7 +50,12 @@ class Distiller:
             UsageError: If a teacher does not fit or a loss cannot work with this pair.
         """
         names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
-        how: dict[str, Any] = {"imgsz": cfg.imgsz, "compiled": cfg.compile, "half": cfg.half}
+        how: dict[str, Any] = {
+            "imgsz": cfg.imgsz,
+            "compiled": cfg.compile,
+            "half": cfg.half,
+            "classes": bool(cfg.logits),
+        }
         self.guides = [make_guide(name, student, device, **how) for name in names]
         self.student, self.cfg = student, with_logits(cfg, student, self.guides)
         self.terms = terms(self.cfg)

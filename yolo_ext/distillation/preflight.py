@@ -136,7 +136,7 @@ def summary(distiller: Any) -> str:
     cfg, lines = distiller.cfg, []
     for g, guide in enumerate(distiller.guides):
         n, known = len(guide.classes[0]), len(distiller.student.names)
-        classes = "" if n == known else f", {n} of {known} classes shared"
+        classes = "" if n in (known, 0) else f", {n} of {known} classes shared"
         strides = compat.detection_head(distiller.student).stride.tolist() if guide.levels else []
         shared = [int(strides[i]) for i, _ in guide.levels]
         partly = "" if len(shared) == len(strides) else f", strides {shared} only"

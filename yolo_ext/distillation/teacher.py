@@ -145,7 +145,7 @@ class Guide:
             return HeadOutput(scores, scores.new_zeros(len(scores), 1, 4), scores.new_zeros(1, 2))
         levels = [pair[side] for pair in self.levels]
         raw = pick_levels(raw, levels)
-        same = classes == list(range(raw["scores"].shape[1]))
+        same = classes in ([], list(range(raw["scores"].shape[1])))  # none where only features are compared
         index = None if same else torch.tensor(classes, device=raw["scores"].device)
         return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
 
@@ -171,6 +171,7 @@ def make_guide(
     imgsz: int | None = None,
     compiled: bool = False,
     half: bool | None = False,
+    classes: bool = True,
 ) -> Guide:
     """Load a teacher and match it with the student.
 
@@ -181,6 +182,7 @@ def make_guide(
         imgsz: Longer side in pixels of the images as the teacher sees them, None for that of the batch.
         compiled: Compile a teacher that is a file when it is first asked.
         half: As for `load_teacher`.
+        classes: Whether losses compare classes; features do not, and then the names may differ.
 
     Raises:
         UsageError: If they have no task, class or stride in common.
@@ -194,4 +196,5 @@ def make_guide(
             teacher.compile()
     classify = compat.task_of(student) == "classify"
     levels = [] if classify else level_map(student, teacher, name)
-    return Guide(name, get, kept, class_map(teacher, student, name), levels, imgsz, compiled)
+    shared = class_map(teacher, student, name) if classes else ([], [])
+    return Guide(name, get, kept, shared, levels, imgsz, compiled)
