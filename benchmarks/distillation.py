@@ -138,7 +138,7 @@ def equal_time(results: list[Result], epochs: int) -> int:
     if best is None or not any(r["run"] == "none" for r in results):
         raise SystemExit("'time=equal' needs results of 'none' and of a run with a teacher: do those first.")
     longer = round(epochs * pace(results, best) / pace(results, "none"))
-    print(f"none@time: {longer} epochs in the time of {epochs} with {ours[0]}", flush=True)
+    print(f"none@time: {longer} epochs in the time of {epochs} with {best}", flush=True)
     return longer
 
 

@@ -8,12 +8,12 @@
 Every run is a real trainer with its own model and optimizer on the same batch; a round does one step of each, in random
 order. A step is forward, loss, backward, unscale, clip, optimizer, EMA and what the technique does around them. Runs
 are sparsity penalties, or distillation from `teacher` (`model` itself when not given): `default`, losses and stacks as
-in `distillation.py`, with `/2` to ask the teacher in every other step (the mean of two is counted); `builtin` is the
-stock trainer with `distill_model`; `teacher` is the forward pass of the teacher alone as we run it, and `forward` the
-same as `distill_model` runs it. `qat` is QAT behind the epochs in which ranges and BatchNorm statistics move,
-`qat_moving` within them, `qat_learned` with learned ranges, and `modelopt` the stock trainer with `quantize=8`, which
-needs nvidia-modelopt. Prints the median, 10 to 90 % of the rounds, and the medians of the paired ratios to
-the plain step, to the plain step and either forward pass together, and to the built-in.
+in `distillation.py`, with `@float` for a teacher in float32 and `/2` to ask the teacher in every other step (the mean
+of two is counted); `builtin` is the stock trainer with `distill_model`; `teacher` is the forward pass of the teacher
+alone as we run it, and `forward` the same as `distill_model` runs it. `qat` is QAT behind the epochs in which ranges
+and BatchNorm statistics move, `qat_moving` within them, `qat_learned` with learned ranges, and `modelopt` the stock
+trainer with `quantize=8`, which needs nvidia-modelopt. Prints the median, 10 to 90 % of the rounds, and the medians of
+the paired ratios to the plain step, to the plain step and either forward pass together, and to the built-in.
 `clock=cpu` counts the time of this process, for a machine that others use too; give `threads=1` with it.
 """
 
@@ -54,10 +54,12 @@ def options_of(run: str, args: dict[str, str]) -> dict[str, Any]:
         return {"sparsity": {"method": run}} if run in PENALTIES else {}
     if run in QAT or run in BUILTIN:
         return {"quant": {"mode": "qat", "calib": 32, **QAT[run]}} if run in QAT else BUILTIN[run]
-    name, _, every = run.partition("/")
+    name, _, every = run.removesuffix("@float").partition("/")
     found = distillation.options_of(FORWARD.get(name, name), str(Path(args["teacher"]).resolve()))
     if every:
         found["distill"]["every"] = int(every)
+    if run.endswith("@float"):
+        found["distill"]["half"] = False
     return found
 
 

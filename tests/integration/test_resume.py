@@ -14,7 +14,7 @@ from ultralytics.utils import YAML
 import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import MANIFEST, load_model
-from yolo_ext.quantization.fake_quant import get_ranges
+from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.resume import SIDECAR
 
 PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86"}
@@ -128,11 +128,11 @@ def test_adapters_come_back(stopped, wide):
 
 def test_ranges_come_back_in_full_precision_without_calibration(stopped, monkeypatch):
     last = stopped(quant=QUANT)
-    ranges = load_model(last)[0].yolo_ext["quant"]["ranges"]
+    ranges = load_model(last)[0].yolo_ext["quant"]["state"]
     monkeypatch.setattr("yolo_ext.quantization.qat.calibrate", None)  # a call would fail
     seen = {}
     yolo = YOLO(str(last))
-    yolo.add_callback("on_train_start", lambda t: seen.update(get_ranges(t.ema.ema)))
+    yolo.add_callback("on_train_start", lambda t: seen.update(get_state(t.ema.ema)))
     yolo.train(trainer=yolo_ext.DetectionTrainer, resume=True)
     assert seen == ranges
 

@@ -44,8 +44,8 @@ def model(build, images):
 
 @pytest.mark.parametrize(
     ("options", "moving"),
-    [({}, 1), ({"observe_epochs": 0}, 0), ({"observe_epochs": 3}, 3), ({"observe_epochs": 3, "learned": True}, 0)],
-    ids=["default", "0", "3", "learned"],
+    [({}, 0), ({"observe_epochs": 1}, 1), ({"observe_epochs": 3}, 3), ({"observe_epochs": 3, "learned": True}, 0)],
+    ids=["default", "1", "3", "learned"],
 )
 def test_ranges_follow_the_data_in_the_first_epochs(model, options, moving):
     for epoch in range(4):
@@ -149,9 +149,25 @@ def test_what_qat_cannot_be_combined_with(quant, native, why):
 )
 def test_learning_rates_are_those_of_a_trained_model(optimizer, lr0, expected):
     """Ultralytics starts biases at 0.1 otherwise, which cost 0.02 mAP50-95 on BCCD."""
-    args = SimpleNamespace(optimizer=optimizer, lr0=lr0, warmup_bias_lr=0.1)
-    quant_loop.setup(SimpleNamespace(args=args, compression={"quant": QuantConfig(lr0=3e-5)}))
+    args = SimpleNamespace(optimizer=optimizer, lr0=lr0, warmup_bias_lr=0.1, task="detect")
+    quant_loop.setup(SimpleNamespace(args=args, compression={"quant": QuantConfig(lr0=3e-5), "distill": None}))
     assert (args.optimizer, args.lr0, args.warmup_bias_lr) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "distill", "supervision"),
+    [
+        ("detect", None, "features"),
+        ("detect", DistillConfig(teacher="a.pt"), "labels"),
+        ("classify", None, "labels"),
+    ],
+)
+def test_auto_supervision_follows_from_what_else_is_asked(task, distill, supervision):
+    args = SimpleNamespace(optimizer="SGD", lr0=0.01, warmup_bias_lr=0.1, task=task)
+    trainer = SimpleNamespace(args=args, compression={"quant": QuantConfig(), "distill": distill})
+    quant_loop.setup(trainer)
+    assert trainer.compression["quant"].supervision == supervision
+    assert (trainer.compression["distill"] == distill) == (supervision == "labels")
 
 
 def two_ranks(rank: int, file: str, found: dict) -> None:
