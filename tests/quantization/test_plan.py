@@ -36,7 +36,7 @@ def bits(plan, site="weight"):
         ("ort-x86-vnni", {"input": 56, "weight": 56, "output": 56}, {8}, Spec(8)),
         ("ort-x86-full", {"input": 14, "weight": 56, "output": 56, "activation": 50, "add": 6}, {7}, Spec(8)),
         ("ort-arm", {"input": 56, "weight": 56, "output": 56}, {8}, Spec(8)),
-        ("openvino", {"input": 51, "weight": 57, "residual": 6}, {7, 8}, Spec(8)),
+        ("openvino", {"input": 50, "weight": 56, "residual": 6}, {8}, Spec(8)),
         ("tensorrt", {"input": 51, "weight": 57, "residual": 6}, {8}, Spec(8, True)),
     ],
 )
@@ -282,13 +282,13 @@ def test_branches_are_refused_by_name_before_they_are_merged(build):
 
 
 def test_resolved_rows(net):
-    plan, reasons = make_plan(net, PROFILES["openvino"], config_list=[{"op_names": [A], "granularity": "per_tensor"}])
+    plan, reasons = make_plan(net, PROFILES["tensorrt"], config_list=[{"op_names": [A], "granularity": "per_tensor"}])
     resolved = rows(plan, reasons)
     assert len(resolved) == len(plan) + len(reasons) and {len(row) for row in resolved} == {len(SITES) + 2}
     found = {row[0]: row[1:] for row in resolved}
-    assert found["model.0.conv"] == ["8u", "7sc", "-", "-", "-", "-", ""]
-    assert found[A] == ["8u", "8s", "-", "-", "-", "-", ""]
-    assert found["model.2.m.0"] == ["-", "-", "-", "-", "8u", "-", ""]
+    assert found["model.0.conv"] == ["8s", "8sc", "-", "-", "-", "-", ""]
+    assert found[A] == ["8s", "8s", "-", "-", "-", "-", ""]
+    assert found["model.2.m.0"] == ["-", "-", "-", "-", "8s", "-", ""]
     assert found[DFL] == ["-"] * 6 + [reasons[DFL]]
     lines = table(plan, reasons).splitlines()
     assert lines[0].split(" | ")[1:4] == ["input", "weight", "residual"] and len(lines) == len(found) + 3

@@ -88,7 +88,7 @@ def test_storage_and_biases_are_those_of_the_profile(written, name):
     biases = [k for k in tensors if k.endswith("bias_quantized")]
     assert len(biases) == (len(report["quantized"]) if profile.int32_bias else 0)
     largest = {np.abs(v).max() for k, v in tensors.items() if k.endswith("weight_quantized")}
-    assert largest == {2 ** (b - 1) - 1 for b in {profile.weight_bits, profile.stem_bits or profile.weight_bits}}
+    assert largest == {2 ** (profile.weight_bits - 1) - 1}
 
 
 @pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml"])

@@ -66,7 +66,7 @@ PROFILES = {
         Profile("ort-x86-full", f"{X86}; activations, sums and concatenations too", weight_bits=7, **FULL),
         Profile("ort-x86-full-vnni", f"{VNNI}; activations, sums and concatenations too", **FULL),
         Profile("ort-arm", "ONNX Runtime on ARM64: signed activations", signed=True),
-        Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", float_stem=False, stem_bits=7, **BESIDE),
+        Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", stem_bits=7, **BESIDE),
         Profile(
             "tensorrt",
             "TensorRT 8.5 and later: symmetric, Q/DQ before convolutions only",
