@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from ultralytics.utils import SETTINGS, YAML
+from ultralytics.utils import SETTINGS, YAML, torch_utils
 
 from yolo_ext import cli
 from yolo_ext.checkpoint import load_model, save_model
@@ -133,6 +133,8 @@ CASES = {
 
 @pytest.mark.parametrize(("words", "fragments"), CASES.values(), ids=CASES)
 def test_wrong_input_to_quantization(place, made, capsys, words, fragments):
+    if "modelopt.pt" in words and not hasattr(torch_utils, "restore_qat"):
+        pytest.skip("this Ultralytics has no QAT and loads such a file as the float model that it holds")
     before = set(place.rglob("*")), set(made.rglob("*"))
     assert cli.main(words.split()) == 2
     err = capsys.readouterr().err

@@ -42,6 +42,8 @@ def bits(plan, site="weight"):
 )
 def test_profiles(net, name, counts, weights, activations):
     plan, reasons = make_plan(net, PROFILES[name])
+    if "activation" in counts and isinstance(net.model[9].cv1.act, nn.Identity):  # SPPF of Ultralytics 8.4.140
+        counts = {**counts, "activation": counts["activation"] - 1}
     assert {site: n for site in SITES if (n := sum(site in s for s in plan.values()))} == counts
     assert set(bits(plan).values()) == weights
     assert {spec for s in plan.values() for site, spec in s.items() if site != "weight"} == {activations}

@@ -21,7 +21,7 @@ from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.qdq import write_qdq
+from yolo_ext.quantization.qdq import deployed, write_qdq
 from yolo_ext.quantization.spec import Spec, State
 
 INTEGER_OPS = ("QLinearConv", "QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearConcat")
@@ -68,7 +68,8 @@ ATTENTION = [("yolo26n.yaml", name) for name in ("ort-x86-full", "tensorrt")]
 @pytest.mark.parametrize(("yaml", "name"), [("yolov8n.yaml", name) for name in PROFILES] + ATTENTION)
 def test_every_profile_computes_what_was_simulated(written, images, yaml, name):
     net, state, out, report = written(yaml, name)
-    assert set(report["quantized"]) == {path for path, sites in state.items() if "weight" in sites}
+    present = deployed(state, set(report["quantized"])).items()
+    assert set(report["quantized"]) == {path for path, sites in present if "weight" in sites}
     with torch.no_grad():
         fake = net(images).numpy()
     simulated, real = outputs(out, images, simulate=True), outputs(out, images)
