@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import YAML
+from ultralytics.utils import SETTINGS, YAML
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.data.shapes import NAMES, make_shapes
@@ -95,6 +96,17 @@ def settings() -> Callable[[Path, Path], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def randomise() -> Callable[..., nn.Module]:
     return randomise_
+
+
+@pytest.fixture
+def place(tiny, shapes, tmp_path, monkeypatch) -> Path:
+    """Work in a folder with a model and a dataset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
+    shutil.copy(tiny, "tiny.pt")
+    shutil.copytree(shapes.parent, "shapes")
+    YAML.save("shapes/data.yaml", {**YAML.load("shapes/data.yaml"), "path": str(tmp_path / "shapes")})
+    return tmp_path
 
 
 @pytest.fixture

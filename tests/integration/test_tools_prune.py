@@ -27,17 +27,6 @@ SENSITIVITY = f"sensitivity model=tiny.pt {D} imgsz=64 ratios=0.5 prune.include=
 
 
 @pytest.fixture
-def place(tiny, shapes, tmp_path, monkeypatch) -> Path:
-    """Work in a folder with a model and a dataset."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
-    shutil.copy(tiny, "tiny.pt")
-    shutil.copytree(shapes.parent, "shapes")
-    YAML.save("shapes/data.yaml", {**YAML.load("shapes/data.yaml"), "path": str(tmp_path / "shapes")})
-    return tmp_path
-
-
-@pytest.fixture
 def prune(place, monkeypatch, capsys):
     """Return a function that runs a command, without the comparison with other models, and returns its run folder."""
     monkeypatch.setattr("yolo_ext.stages.compare", lambda run: {})

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from ultralytics.utils import SETTINGS, YAML
 
 from yolo_ext import cli, quant_stages
 
@@ -16,16 +14,6 @@ D = "data=shapes/data.yaml imgsz=64"
 Q = "quant.calib=8 quant.cache=False"
 SENSITIVITY = f"sensitivity kind=quant model=tiny.pt {D} {Q} images=8"
 QUANTIZE = f"quantize model=tiny.pt {D} {Q} quant.mode=ptq quant.profile=ort-x86"
-
-
-@pytest.fixture
-def place(tiny, shapes, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
-    shutil.copy(tiny, "tiny.pt")
-    shutil.copytree(shapes.parent, "shapes")
-    YAML.save("shapes/data.yaml", {**YAML.load("shapes/data.yaml"), "path": str(tmp_path / "shapes")})
-    return tmp_path
 
 
 @pytest.fixture

@@ -59,8 +59,6 @@ def make_plan(
             if path in candidates:
                 reasons[path] = f"excluded by '{pattern}'"
     plan = {path: _sites(profile, block.act) for path, block in candidates.items() if path not in reasons}
-    if first in plan and profile.stem_bits:
-        plan[first]["weight"] = replace(plan[first]["weight"], bits=profile.stem_bits)
     layers = {path: m for path, m in model.named_modules() if type(m) in LAYERS}
     for number, entry in enumerate(config_list, 1):
         _apply(entry, number, plan, reasons, layers, candidates, profile)

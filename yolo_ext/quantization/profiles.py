@@ -32,7 +32,7 @@ class Profile:
         residual: Quantize what an addition reads beside its convolution.
         float_stem: Keep the convolution that reads the image float: with 3 input channels its float kernel is the
             faster one, and its error is one of the largest.
-        stem_bits: Bits of the weights of the convolution that reads the image; None is `weight_bits`.
+        stem_bits: Most bits of weights with which a conversion keeps the convolution that reads the image; None is any.
         fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
         int32_bias: Write biases as INT32 with a scale; otherwise they stay float.
     """
