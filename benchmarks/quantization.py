@@ -7,7 +7,7 @@
 Rows: `fp32` (ONNX), `order` (FP32 with our node order), `builtin` (Ultralytics `quantize=8`), `static`
 (`quantize_static` of ONNX Runtime as one who knows it would call it), any profile of ours (PTQ), `openvino` (FP32,
 Ultralytics' NNCF INT8 and our `openvino` profile in OpenVINO, which needs openvino and nncf), and of `qat`, a file
-of our QAT, its INT8 ONNX.
+of our QAT, its INT8 ONNX. With the runtimes of avx2.py first on PYTHONPATH all of it is run as on an AVX2 CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 
 import numpy as np
 import onnx
+import onnxruntime
 from ultralytics import YOLO
 
 from yolo_ext.checkpoint import load_model, manifest
@@ -70,6 +71,11 @@ def built_in(model: Path, data: str, imgsz: int, folder: Path, format: str) -> P
     )
 
 
+def masked() -> bool:
+    """Return whether ONNX Runtime is a copy made by avx2.py, which sees no VNNI."""
+    return (Path(onnxruntime.__file__).parents[1] / "cpuid.so").exists()
+
+
 def static(fp32: Path, images: list[Path], imgsz: int, out: Path) -> Path:
     """Quantize as ONNX Runtime's documentation advises for x86-64, with head outputs and box decode in float."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -84,8 +90,8 @@ def static(fp32: Path, images: list[Path], imgsz: int, out: Path) -> Path:
             and not (n.name.count("/") > 4 and any(s in n.name for s in stems))]  # fmt: skip
     quantize_static(
         str(ready), str(out), Reader(graph.input[0].name, images, imgsz), quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True, reduce_range=not has_vnni(),
-        nodes_to_exclude=kept,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=kept,
+        reduce_range=masked() or not has_vnni(),
     )  # fmt: skip
     return out
 
@@ -145,7 +151,7 @@ def main() -> None:
             print(
                 align(rows, ["File", "mAP50-95", "F1 conf", "INT8 convs", "MB", "ms median (p10-p90)", "x first row"])
             )
-        print({**cpu_info(), "imgsz": imgsz, "calibration": len(images)})
+        print({**cpu_info(), "imgsz": imgsz, "calibration": len(images), "avx2.py": masked()})
         if "json" in args:
             Path(args["json"]).write_text(json.dumps(figures, indent=1))
 
