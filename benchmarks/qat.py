@@ -5,9 +5,10 @@
         [runs=kd,features,labels] [profile=ort-x86] [threads=1] [shard=0/2]
 
 `bits` are those of the weights. A run is how QAT is supervised, `kd` (labels and, by the default losses, the float
-self) or `learned` (features, with learned ranges); `/0.5` lets BatchNorm follow in half of the epochs. Each result is a
-line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ that
-is recovered.
+self) or `learned` (features, with learned ranges); `/0.5` lets BatchNorm follow in half of the epochs. `builtin` is
+Ultralytics' own QAT in 8 bits, which needs nvidia-modelopt, with its defaults, and `builtin/ours` the same with our
+rate, batch, augmentation and warm-up. Each result is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there
+are not repeated. Prints the share of the loss by PTQ that is recovered.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ RATES = {4: 1e-4}  # the fewer bits, the further weights have to move
 def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, Any]:
     bits, size = int(args["bits"]), int(args["imgsz"])
     name, _, freeze = run.partition("/")
+    common: dict[str, Any] = {
+        "epochs": int(args["epochs"]), "data": args["data"], "imgsz": size, "seed": seed, "plots": False,
+        "save_dir": str(folder), "exist_ok": True, "device": "cpu", "workers": 0, "verbose": False,
+    }  # fmt: skip
+    recipe = {**QAT, "lr0": float(args.get("lr0", RATES.get(bits, 5e-5))), "nbs": QAT["batch"]}
+    start, _ = load_model(args["model"])
+    base = map_torch(start, args["data"], size)["map"]
+    if name == "builtin":
+        same = {**recipe, "optimizer": "AdamW", "warmup_bias_lr": recipe["lr0"]} if freeze == "ours" else {}
+        model = YOLO(args["model"])
+        model.train(**same, **common, quantize=8)
+        found = model.trainer.metrics["metrics/mAP50-95(B)"]  # of best.pt, fake-quantized, by its last validation
+        return {"run": run, "seed": seed, "float": base, "ptq": None, "map": found, "lr0": same.get("lr0")}
     quant = {
         "mode": "qat",
         "profile": args["profile"],
@@ -46,24 +60,13 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
         "freeze_bn": float(freeze or 0),
         "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": bits}}],
     }
-    native: dict[str, Any] = {
-        **QAT,
-        "epochs": int(args["epochs"]),
-        "lr0": float(args.get("lr0", RATES.get(bits, 5e-5))),
-        "nbs": QAT["batch"],
-    }
     if name == "kd":
-        native["distill"] = {"teacher": "self", "schedule": "constant", "preflight": False}
-    YOLO(args["model"]).train(
-        trainer=trainer_for("detect"), **native, quant=quant, data=args["data"], imgsz=size, seed=seed, plots=False,
-        save_dir=str(folder), exist_ok=True, device="cpu", workers=0, verbose=False,
-    )  # fmt: skip
+        common["distill"] = {"teacher": "self", "schedule": "constant", "preflight": False}
+    YOLO(args["model"]).train(trainer=trainer_for("detect"), **recipe, **common, quant=quant)
     best = folder / "weights" / "best.pt"
-    start, _ = load_model(args["model"])
-    base = map_torch(start, args["data"], size)["map"]
     prepare(start, parse({"quant": {**quant, "mode": "ptq"}})["quant"], check_data(args["data"]), size)
     ptq, after = (map_torch(m, args["data"], size)["map"] for m in (start, quantized(best)))
-    return {"run": run, "seed": seed, "float": base, "ptq": ptq, "map": after, "lr0": native["lr0"]}
+    return {"run": run, "seed": seed, "float": base, "ptq": ptq, "map": after, "lr0": recipe["lr0"]}
 
 
 def main() -> None:
@@ -86,10 +89,11 @@ def main() -> None:
     rows = []
     for run in dict.fromkeys(r["run"] for r in read()):
         found = sorted((r for r in read() if r["run"] == run), key=lambda r: r["seed"])
-        base, ptq, after = (mean(r[k] for r in found) for k in ("float", "ptq", "map"))
-        share = f"{100 * (after - ptq) / (base - ptq):.0f} %" if base > ptq else "-"
+        base, after = (mean(r[k] for r in found) for k in ("float", "map"))
+        ptq = None if found[0]["ptq"] is None else mean(r["ptq"] for r in found)
+        share = "-" if ptq is None or base <= ptq else f"{100 * (after - ptq) / (base - ptq):.0f} %"
         seeds = " ".join(f"{r['map']:.4f}" for r in found)
-        rows.append([run, f"{base:.4f}", f"{ptq:.4f}", seeds, f"{after:.4f}", share])
+        rows.append([run, f"{base:.4f}", "-" if ptq is None else f"{ptq:.4f}", seeds, f"{after:.4f}", share])
     print(align(rows, ["QAT by", "Float", "PTQ", "Seeds", "Mean", "Loss recovered"]))
 
 

@@ -193,6 +193,19 @@ def test_hard_and_soft_weights(setup, batch):
     assert x["box_loss"].item() == pytest.approx(y["box_loss"].item(), rel=1e-4)  # logged as without a teacher
 
 
+@pytest.mark.parametrize("logits", [None, "auto"])
+def test_labels_without_weight_cost_no_backward_pass(setup, batch, logits):
+    model, distiller = setup("yolov8n", "yolov8s", alpha=0.0, logits=logits, features="mimic")
+    loss, items = model(batch)
+    loss.sum().backward()
+    head = [p.grad is not None for n, p in model.named_parameters() if n.startswith("model.22.cv")]
+    assert model.model[0].conv.weight.grad.abs().sum() > 0 and items["box_loss"] > 0
+    assert all(head) if logits else not any(head)  # maps before the head alone teach it nothing
+    distiller.factors = [0.0] * len(distiller.terms)
+    loss, _ = model(batch)
+    loss.sum().backward()  # a batch without a teacher still has a gradient, of zeros
+
+
 def test_balance_keeps_the_share(setup, batch):
     model, distiller = setup("yolov8n", "yolov8s", balance="auto", share=0.25)
     loss, _ = model(batch)

@@ -304,5 +304,7 @@ class DistillationLoss(CriterionProxy):
         gains = {"one2many": self.base.o2m, "one2one": self.base.o2o} if ends else {"": 1.0}
         found = self.distiller.losses(raw, batch, gains, loss.detach().sum() / size)
         hard = self.distiller.cfg.alpha * loss.reshape(-1)
+        if not self.distiller.cfg.alpha and any(v.requires_grad for v in found.values()):
+            hard = hard.detach()  # zero gradients need no backward pass through the head
         vector = torch.cat([hard, torch.stack(list(found.values())) * size])
         return vector, {**items, **{k: v.detach() for k, v in found.items()}}
