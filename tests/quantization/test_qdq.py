@@ -139,15 +139,18 @@ def test_file_is_small_and_keeps_its_metadata(exported, images, tmp_path, fuse_s
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize(
+    ("profile", "axis"), [("ort-x86", 3), ("ort-x86-full", 3), ("ort-arm", 3), ("openvino", 1), ("tensorrt", 1)]
+)
 @pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml"])
-def test_rewrites_without_ranges_change_no_number(exported, images, tmp_path, yaml):
+def test_rewrites_without_ranges_change_no_number(exported, images, tmp_path, yaml, profile, axis):
     _, fp32 = exported(yaml)
-    report = write_qdq(fp32, tmp_path / "float.onnx", {}, PROFILES["ort-x86"])
+    report = write_qdq(fp32, tmp_path / "float.onnx", {}, PROFILES[profile])
     assert not report["quantized"] and set(report["float"].values()) == {"no calibrated range"}
     (expected,), (got,) = run(session(fp32), images), run(session(tmp_path / "float.onnx"), images)
     assert np.abs(got - expected).max() < 1e-3  # pixels; the class scores are far below
     for softmax in (n for n in onnx.load(tmp_path / "float.onnx").graph.node if "dfl/Softmax" in n.name):
-        assert softmax.attribute[0].i == 3
+        assert softmax.attribute[0].i == axis  # the last one costs OpenVINO 4 % of the time of YOLOv8n
 
 
 def test_the_state_of_an_unfused_end_to_end_model_find_their_branch(exported, images, tmp_path):

@@ -34,6 +34,7 @@ class Profile:
             faster one, and its error is one of the largest.
         stem_bits: Most bits of weights with which a conversion keeps the convolution that reads the image; None is any.
         fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
+        transpose_dfl: Take the softmax of the box distances over the last axis, which is the fast one in ONNX Runtime.
         int32_bias: Write biases as INT32 with a scale; otherwise they stay float.
     """
 
@@ -49,6 +50,7 @@ class Profile:
     float_stem: bool = True
     stem_bits: int | None = None
     fuse_silu: bool = True
+    transpose_dfl: bool = True
     int32_bias: bool = True
 
 
@@ -56,7 +58,7 @@ X86 = "ONNX Runtime on any x86-64 CPU: 7-bit weights cannot saturate"
 VNNI = "ONNX Runtime on x86-64 with VNNI: 8-bit weights"
 FULL = {"functional": True, "fuse_silu": False}
 # TensorRT and OpenVINO fuse the activation into the convolution: a Q between the two would only cost accuracy.
-BESIDE = {"output": False, "residual": True, "fuse_silu": False, "int32_bias": False}
+BESIDE = {"output": False, "residual": True, "fuse_silu": False, "transpose_dfl": False, "int32_bias": False}
 PROFILES = {
     p.name: p
     for p in (

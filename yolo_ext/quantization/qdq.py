@@ -57,7 +57,9 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
     nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
     nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
     editor = writer.editor
-    _replace(graph, transpose_dfl(nodes, editor.constants, editor.initializers), editor.initializers)
+    if profile.transpose_dfl:
+        nodes = transpose_dfl(nodes, editor.constants, editor.initializers)
+    _replace(graph, nodes, editor.initializers)
     if profile.fuse_silu and all(o.domain != "com.microsoft" for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.checker.check_model(model, full_check=True)
