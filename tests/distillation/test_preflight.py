@@ -111,9 +111,8 @@ def test_timing_a_step_leaves_the_student_as_it_is(build):
 
 
 def test_costs_grow_with_the_teacher(build, saved):
-    student, images = build("yolov8n.yaml", 3), costs.sample((1, 3, 64, 64), CPU)
-    small, large = (
-        costs.teacher_cost(make_guide(str(saved(f"{t}.yaml")), student, CPU), images) for t in ("yolov8n", "yolov8s")
-    )
-    assert 0 < small[0] < large[0]
+    student, images = build("yolov8n.yaml", 3), costs.sample((2, 3, 160, 160), CPU)
+    guides = [make_guide(str(saved(f"{t}.yaml")), student, CPU) for t in ("yolov8n", "yolov8s")]
+    small, large = (min(costs.teacher_cost(guide, images) for _ in range(3)) for guide in guides)
+    assert 0 < small[0] < large[0]  # the fastest of three: another process may take the cores meanwhile
     assert small[1] == pytest.approx(12.0, abs=0.2) and large[1] == pytest.approx(44.5, abs=0.5)  # 4 bytes a weight
