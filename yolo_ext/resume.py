@@ -161,14 +161,18 @@ def stepped(trainer: Any) -> None:
 @contextmanager
 def whole_final_files() -> Iterator[None]:
     """Have Ultralytics strip final checkpoints beside the old ones, which are then replaced as a whole."""
+    from yolo_ext.deployment.runtime import quiet
+
     stock = engine.strip_optimizer
 
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
-        part = Path(str(f)).with_name(f".{Path(f).name}")
-        stripped = stock(f, part, updates)
+        part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
+        with quiet():  # it would name the file beside
+            stripped = stock(f, part, updates)
         if stripped:
             finalize(part)
-            part.replace(s or str(f))
+            part.replace(result)
+            LOGGER.info(f"Optimizer stripped from {f}, {result.stat().st_size / 1e6:.1f}MB")
         return stripped
 
     engine.strip_optimizer = strip

@@ -184,8 +184,8 @@ def table(found: Mapping[str, Any], rows: int = 15) -> str:
         found: What `sensitivity` returned.
         rows: How many groups.
     """
-    heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "SQNR dB", "map_drop": "mAP drop",
-             "ms": "ms saved"}  # fmt: skip
+    heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "Score SQNR dB",
+             "map_drop": "mAP drop", "ms": "ms saved"}  # fmt: skip
     shown = [k for k in heads if any(k in g for g in found["groups"])]
     lines = [{"name": "everything", "error": 1.0, **found["all"]}, *found["groups"][:rows]]
     cells = [[g["name"], *(_cell(g, key) for key in shown)] for g in lines]
