@@ -28,7 +28,7 @@ def number(value: object) -> str:
     """Format a figure of any kind, None as not measured."""
     if value is None:
         return MISSING
-    return f"{value:.6g}" if isinstance(value, float) else text(value)
+    return f"{value:.4g}" if isinstance(value, float) else text(value)
 
 
 def value(text: str, missing: str = MISSING) -> str:
