@@ -164,11 +164,11 @@ def _wanted(run: Run) -> list[tuple[str, Callable[[Run], Record]]]:
 def _finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
     before = dict(run.done["base"]["metrics"])
-    after = dict(before)
-    for name in ("sparsify", "prune", "finetune"):
-        after = dict(run.done.get(name, {}).get("metrics", after))
+    last = [n for n in ("base", "sparsify", "prune", "finetune") if "metrics" in run.done.get(n, {})][-1]
     if run.configs["quant"]:
-        after = dict(run.quantized()[1]["metrics"])
+        last = run.quantized()[0]
+    after = dict(run.done[last]["metrics"])
+    if run.configs["quant"]:
         times = {r["name"]: r["median"] for r in run.done["latency"]["rows"]}
         before["latency_ms"] = {"torch": times["base torch"], "ort": times["base FP32"]}
         after["latency_ms"] = {
@@ -182,6 +182,7 @@ def _finish(run: Run) -> dict[str, Any]:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
     figures = {name: d["metrics"] for name, d in run.done.items() if "metrics" in d}
+    figures.update({last: after, "base": before})  # with the latencies, which are measured at the end
     summary = runs.write_summary(run.folder, before, after, figures)
     checks = [c for d in run.done.values() for c in d.get("checks", [])]
     page = _report(run, summary, checks)

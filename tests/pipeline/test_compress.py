@@ -46,6 +46,8 @@ def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, co
     assert summary["stages"]["prune"]["int8_convs"] is None
     assert summary["before"]["latency_ms"]["ort_int8"] is None
     assert summary["after"]["latency_ms"]["ort_int8"] > 0
+    assert summary["stages"]["base"] == summary["before"]  # latencies too, though they are measured at the end
+    assert summary["after"] in (summary["stages"]["ptq"], summary["stages"]["qat"])
 
 
 def test_result_is_smaller_and_integer(compressed):

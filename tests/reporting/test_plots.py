@@ -62,23 +62,14 @@ def test_stages_are_drawn(stages: dict, tmp_path: Path) -> None:
     [
         pytest.param(lambda d: plots.plot_channels([], d / "x.png"), id="channels"),
         pytest.param(lambda d: plots.plot_stages({}, d / "x.png"), id="stages"),
-        pytest.param(lambda d: plots.draw_detections(d / "none.jpg", [], NAMES, d / "x.png"), id="no picture"),
-        pytest.param(lambda d: plots.draw_detections(d, [], NAMES, d / "x.png"), id="folder"),
+        pytest.param(lambda d: plots.side_by_side(d / "none.jpg", [], [], NAMES, d / "x.png"), id="no picture"),
+        pytest.param(lambda d: plots.side_by_side(d, [], [], NAMES, d / "x.png"), id="folder"),
     ],
 )
 def test_wrong_input_is_a_usage_error(call, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         call(tmp_path)
     assert not (tmp_path / "x.png").exists()
-
-
-def test_draw_detections_draws_on_a_copy(picture: Path, tmp_path: Path) -> None:
-    original = picture.read_bytes()
-    boxes = [(20, 40, 120, 140, 0.9, 0), (150, 60, 300, 200, 0.8, 1), (10, 150, 60, 200, 0.5, 7)]
-    image = cv2.imread(str(plots.draw_detections(picture, boxes, NAMES, tmp_path / "drawn.png")))
-    assert image.shape == (480, 640, 3)  # enlarged to the smallest width labels fit in
-    assert (image[80, 60:220] != GREY).any() and (image[460, 400] == GREY).all()
-    assert picture.read_bytes() == original
 
 
 @pytest.mark.parametrize(

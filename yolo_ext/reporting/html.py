@@ -131,7 +131,7 @@ def _stages(report: Report, _: Path) -> str:
         stages = {"base": _side(report, "before"), **stages}
     header, rows = stage_rows(stages)
     cells = [[ui.text(name), *(ui.value(v, "–") for v in values)] for name, *values in rows]
-    latencies = [f for f in FIELDS if f.kind == "latency"]
+    latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
     fields = [f for f in FIELDS if f.key in ("gflops", "map", latency.key)]
     charts = [ui.line_chart(f.label, [(n, figure(m, f.key)) for n, m in stages.items()], f.spec) for f in fields]

@@ -108,25 +108,6 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
     return _save(figure_, path)
 
 
-def draw_detections(image_path: str | Path, boxes: Sequence[Box], names: Names, path: str | Path) -> Path:
-    """Draw detections on a copy of a picture.
-
-    Args:
-        image_path: Picture the boxes belong to.
-        boxes: Detections (x1, y1, x2, y2 in pixels, confidence, class).
-        names: Class names by class index.
-        path: Picture to write.
-
-    Returns:
-        The path written.
-
-    Raises:
-        UsageError: The picture cannot be read.
-    """
-    image, boxes = _enlarge(_read(image_path), boxes)
-    return _write(path, _draw(image, boxes, names, {}, len(boxes) <= MAX_LABELS))
-
-
 def side_by_side(
     image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
 ) -> tuple[int, int]:

@@ -183,19 +183,6 @@ def stage_rows(stages: dict[str, dict[str, Any] | None]) -> tuple[list[str], lis
     return ["Stage", *(f.column for f in fields)], rows
 
 
-def stage_table(stages: dict[str, dict[str, Any] | None]) -> str:
-    """Write the figures of each stage as aligned text.
-
-    Args:
-        stages: Measurement of each stage by stage name, in order.
-
-    Returns:
-        Aligned text with one line per stage.
-    """
-    header, rows = stage_rows(stages)
-    return align(rows, header)
-
-
 def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
     """Align cells in columns, the first to the left and the others to the right.
 
