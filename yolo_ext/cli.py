@@ -229,7 +229,7 @@ def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
 
 
 _PLACE = ("project", "name", "exist_ok", "save_dir")
-_TECHNIQUE_KEYS = ("model", "data", *CONFIGS, "resume")
+_TECHNIQUE_KEYS = ("model", "data", *CONFIGS, "resume", "save_dir")
 COMMANDS: dict[str, Command] = {
     "compress": Command(
         lambda o: _compress(o, "compress", tuple(COMPRESS_DEFAULTS)),

@@ -180,7 +180,7 @@ def bccd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_detector_equals_ultralytics_on_blood_cells(name, bccd, tmp_path):
     from yolo_ext.config import QuantConfig
     from yolo_ext.data.check import check_data
-    from yolo_ext.quantization.fake_quant import get_ranges
+    from yolo_ext.quantization.fake_quant import get_state
     from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qat import prepare
     from yolo_ext.quantization.qdq import write_qdq
@@ -203,5 +203,5 @@ def test_the_detector_equals_ultralytics_on_blood_cells(name, bccd, tmp_path):
         net, _ = load_model(weights)
         net.end2end = end2end
         prepare(net, QuantConfig(profile="auto", calib=32), check_data(bccd), imgsz)
-        write_qdq(fp32, int8, get_ranges(net), resolve_profile("auto"))
+        write_qdq(fp32, int8, get_state(net), resolve_profile("auto"))
         assert agree(Detector(int8, conf=conf), YOLO(str(int8)), images) > 50

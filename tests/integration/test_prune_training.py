@@ -9,6 +9,7 @@ import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, SegmentationModel
+from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext import cli, compat
@@ -134,7 +135,8 @@ def test_other_tasks(fit, shapes, randomise, tmp_path, kind):
         )
     else:
         labels = tmp_path / "seg"
-        shutil.copytree(shapes.parent, labels)
+        shutil.copytree(shapes.parent, labels, ignore=shutil.ignore_patterns("*.cache"))
+        YAML.save(labels / shapes.name, {**YAML.load(shapes), "path": str(labels)})
         for f in labels.rglob("labels/**/*.txt"):
             rows = [[float(v) for v in line.split()] for line in f.read_text().splitlines()]
             f.write_text("\n".join(f"{int(c)} {x - w / 2} {y - h / 2} {x + w / 2} {y - h / 2} {x + w / 2} {y + h / 2}"
