@@ -26,7 +26,6 @@ from yolo_ext.pruning.schedules import progress
 from yolo_ext.pruning.surgery import Kept, apply_plan, cut, parameter_slices, prune_with_plan, recalibrate
 
 ENOUGH = 1.005  # a step that would gain less than this is left out
-Slices = dict[str, list[tuple[int, list[int]]]]
 
 
 def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probes: Probes) -> PruneConfig | None:
