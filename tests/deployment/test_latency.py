@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_ext.deployment import latency
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, measure, speedup
 from yolo_ext.errors import UsageError
@@ -83,6 +84,17 @@ def files(tmp_path_factory):
     model = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
     torch.save({"model": model}, folder / "m.pt")
     return {"torch": folder / "m.pt", "ort": export_onnx(model, folder / "m.onnx", 64)}
+
+
+def test_bench_opens_a_session_more_behind_the_others(files, monkeypatch):
+    opened = []
+    stock = latency.RUNNERS["ort"]
+    monkeypatch.setitem(latency.RUNNERS, "ort", lambda path, *args: opened.append(path) or stock(path, *args))
+    onnx, pt = files["ort"], files["torch"]
+    assert list(bench({"a": onnx, "b": onnx, "c": pt}, 64, rounds=2, warmup=0)) == ["a", "b", "c"]
+    assert opened == [onnx] * 3  # the one that is opened last is faster than copies of it
+    bench({"c": pt}, 64, rounds=2, warmup=0)
+    assert len(opened) == 3
 
 
 def test_bench_both_runtimes(files):
