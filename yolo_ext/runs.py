@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,12 @@ def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = Fal
         raise UsageError(f"Nothing to resume in '{path}'. Give the name= (and project=) of an unfinished compress run.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that was refused, unless it holds more than Ultralytics puts there at once."""
+    if {p.name for p in folder.rglob("*")} <= {"args.yaml", "weights"}:
+        shutil.rmtree(folder)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -66,7 +66,12 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         options["data"] = str(info.get("yaml_file") or options["data"])
     before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not resume)
     yolo = YOLO(str(model), task=task)
-    yolo.train(trainer=trainer_for(task), **options)
+    try:
+        yolo.train(trainer=trainer_for(task), **options)
+    except UsageError:  # such as a size that turns out to be out of reach
+        if yolo.trainer:
+            runs.discard(Path(str(yolo.trainer.save_dir)))
+        raise
     trainer: Any = yolo.trainer
     best = Path(str(trainer.best if trainer.best.exists() else trainer.last))
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz, trained=True)

@@ -163,6 +163,18 @@ def test_wrong_input(place, capsys, words, fragments):
     assert not left and before <= files(place), "wrong input must not leave anything behind"
 
 
+@pytest.mark.parametrize("kept", [[], ["note.txt"]], ids=["new folder", "folder in use"])
+def test_a_training_that_is_refused_late_takes_its_folder_along(place, capsys, kept):
+    run = place / "mine"
+    for name in kept:
+        run.mkdir()
+        (run / name).write_text("of the user")
+    words = f"train {B} imgsz=64 epochs=1 device=cpu prune.size_mb=0.001 save_dir={run}".split()
+    assert cli.main(words) == 2
+    assert "'prune.size_mb=0.001' cannot be reached" in capsys.readouterr().err
+    assert run.exists() == bool(kept) and all((run / name).read_text() == "of the user" for name in kept)
+
+
 def test_wrong_input_is_answered_with_the_same_words_in_python(place):
     from yolo_ext.errors import UsageError
     from yolo_ext.training import train

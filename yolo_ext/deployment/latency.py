@@ -205,7 +205,7 @@ def bench(
     runtimes = {name: runtime_of(file) for name, file in models.items()}
     runners = {name: RUNNERS[runtimes[name]](Path(file), imgsz, threads, batch) for name, file in models.items()}
     # The last session that is opened runs 1 to 3 % faster than copies of it; here that is one which is not measured.
-    last = next((name for name in reversed(models) if runtimes[name] == "ort"), None)
+    last = next((name for name in reversed(list(models)) if runtimes[name] == "ort"), None)
     spare = RUNNERS["ort"](Path(models[last]), imgsz, threads, batch) if last else None
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
