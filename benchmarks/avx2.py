@@ -7,7 +7,8 @@
 A runtime chooses its kernels by the CPUID instruction, which no setting of ONNX Runtime covers. In the copies every
 CPUID of the shared libraries is an undefined instruction of the same length; a handler, loaded by the folder's
 `sitecustomize`, answers in its place and clears the bits of what an AVX2 CPU lacks. All other code runs natively, so
-that times and the saturation of `vpmaddubsw` are real ones of the AVX2 kernels. Linux on x86-64 with gcc and objdump.
+that times and the saturation of `vpmaddubsw` are real ones of the AVX2 kernels. The same instruction as a trap of
+their own, where a compiler marks what cannot be reached, would go unnoticed. Linux on x86-64 with gcc and objdump.
 """
 
 from __future__ import annotations

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
 from ultralytics.cfg import smart_value
 
 from yolo_ext.checkpoint import load_model
@@ -24,8 +20,7 @@ from yolo_ext.config import parse
 from yolo_ext.data.calibration import letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.compare import compare, summary
-from yolo_ext.deployment.processing import Predict
-from yolo_ext.deployment.runtime import describe
+from yolo_ext.deployment.runtime import describe, predictor
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
@@ -34,24 +29,13 @@ RUNS = "plain,bn=True,bias_correction=True,adaround=100,adaround=100+bias_correc
 CONFIDENT = 0.25
 
 
-def predictor(net: nn.Module) -> Predict:
-    @torch.inference_mode()
-    def predict(x: np.ndarray) -> list[np.ndarray]:
-        y: Any = net(torch.from_numpy(x))
-        while isinstance(y, (tuple, list)):
-            y = y[0]
-        return [y.numpy()]
-
-    return predict
-
-
 def main() -> None:
     args = {"bits": "8", "calib": "128", "profile": "ort-x86-vnni", "runs": RUNS, "images": "32",
             **dict(a.split("=", 1) for a in sys.argv[1:])}  # fmt: skip
     imgsz, info = int(args["imgsz"]), check_data(args["data"])
     images = [Path(p) for p in info["images"]["val"][: int(args["images"])]]
     batches = [b.numpy() for b in letterbox_batches(images, imgsz, batch=1)]
-    base = load_model(args["model"])[0].float().eval()
+    base = load_model(args["model"])[0]
     rows = [["float", "", "", f"{map_torch(base, args['data'], imgsz)['map']:.4f}"]]
     for run in args["runs"].split(","):
         given = dict(o.split("=", 1) for o in run.split("+") if o != "plain")
@@ -60,9 +44,8 @@ def main() -> None:
             "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": int(args["bits"])}}],
             **{k: smart_value(v) for k, v in given.items()},
         }  # fmt: skip
-        net = load_model(args["model"])[0].float()
+        net = load_model(args["model"])[0]
         prepare(net, parse({"quant": options})["quant"], info, imgsz)
-        net.eval()
         found = compare(predictor(base), predictor(net), batches, describe(base))["rows"]
         errors = summary(found[found[:, 2] > CONFIDENT])
         accuracy = map_torch(net, args["data"], imgsz)["map"]

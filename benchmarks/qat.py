@@ -7,8 +7,9 @@
 `bits` are those of the weights. A run is how QAT is supervised, `kd` (labels and, by the default losses, the float
 self) or `learned` (features, with learned ranges); `/0.5` lets BatchNorm follow in half of the epochs. `builtin` is
 Ultralytics' own QAT in 8 bits, which needs nvidia-modelopt, with its defaults, and `builtin/ours` the same with our
-rate, batch, augmentation and warm-up. Each result is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there
-are not repeated. Prints the share of the loss by PTQ that is recovered.
+rate, batch, augmentation and warm-up; their lines say how many convolutions of its ONNX export run as INT8. Each result
+is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ
+that is recovered.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ultralytics import YOLO
 from yolo_ext.checkpoint import load_model
 from yolo_ext.config import parse
 from yolo_ext.data.check import check_data
+from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.quant_loop import quantized
 from yolo_ext.quantization.qat import prepare
@@ -38,7 +40,7 @@ RATES = {4: 1e-4}  # the fewer bits, the further weights have to move
 
 def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, Any]:
     bits, size = int(args["bits"]), int(args["imgsz"])
-    name, _, freeze = run.partition("/")
+    name, _, variant = run.partition("/")
     common: dict[str, Any] = {
         "epochs": int(args["epochs"]), "data": args["data"], "imgsz": size, "seed": seed, "plots": False,
         "save_dir": str(folder), "exist_ok": True, "device": "cpu", "workers": 0, "verbose": False,
@@ -47,17 +49,19 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
     start, _ = load_model(args["model"])
     base = map_torch(start, args["data"], size)["map"]
     if name == "builtin":
-        same = {**recipe, "optimizer": "AdamW", "warmup_bias_lr": recipe["lr0"]} if freeze == "ours" else {}
+        same = {**recipe, "optimizer": "AdamW", "warmup_bias_lr": recipe["lr0"]} if variant == "ours" else {}
         model = YOLO(args["model"])
         model.train(**same, **common, quantize=8)
         found = model.trainer.metrics["metrics/mAP50-95(B)"]  # of best.pt, fake-quantized, by its last validation
-        return {"run": run, "seed": seed, "float": base, "ptq": None, "map": found, "lr0": same.get("lr0")}
+        file = YOLO(folder / "weights" / "best.pt").export(format="onnx", imgsz=size, simplify=False)
+        integer = conv_report(file)["int8_convs"]
+        return {"run": run, "seed": seed, "float": base, "ptq": None, "map": found, "int8_convs": integer}
     quant = {
         "mode": "qat",
         "profile": args["profile"],
         "learned": name == "learned",
         "supervision": {"learned": "features", "kd": "labels"}.get(name, name),
-        "freeze_bn": float(freeze or 0),
+        "freeze_bn": float(variant or 0),
         "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": bits}}],
     }
     if name == "kd":

@@ -6,8 +6,9 @@
 
 Rows: `fp32` (ONNX), `order` (FP32 with our node order), `builtin` (Ultralytics `quantize=8`), `static`
 (`quantize_static` of ONNX Runtime as one who knows it would call it), any profile of ours (PTQ), `openvino` (FP32,
-Ultralytics' NNCF INT8 and our `openvino` profile in OpenVINO, which needs openvino and nncf), and of `qat`, a file
-of our QAT, its INT8 ONNX. With the runtimes of avx2.py first on PYTHONPATH all of it is run as on an AVX2 CPU.
+behind `order` also in our node order, Ultralytics' NNCF INT8 and our `openvino` profile in OpenVINO, which needs
+openvino and nncf), and of `qat`, a file of our QAT, its INT8 ONNX. With the runtimes of avx2.py first on PYTHONPATH
+all of it is run as on an AVX2 CPU.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def main() -> None:
                 files["quantize_static"] = static(fp32, images, imgsz, folder / "static.onnx")
             elif run == "openvino":
                 files["OpenVINO FP32"] = export_openvino(fp32, folder / f"fp32{SUFFIX}")
+                if reordered := files.get("FP32, our node order"):
+                    files["OpenVINO, our node order"] = export_openvino(reordered, folder / f"reordered{SUFFIX}")
                 files["OpenVINO, Ultralytics NNCF"] = built_in(model, data, imgsz, folder, "openvino")
                 out = ours(model, info, imgsz, fp32, "openvino", calib, folder / "ov.onnx")
                 files["OpenVINO, yolo_ext"] = export_openvino(out, folder / f"ours_int8{SUFFIX}")

@@ -22,7 +22,7 @@ from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.distillation.pairs import with_classes
 from yolo_ext.distillation.preflight import Facts, doubts, table
-from yolo_ext.distillation.teacher import make_guide
+from yolo_ext.distillation.teacher import make_guides, teachers
 
 _known: dict[tuple[str, str, int], float] = {}  # accuracy by weights, data and size, within this process
 PREFIX = "distill: "
@@ -62,8 +62,7 @@ def teachers_along(trainer: Any) -> Iterator[None]:
         yield
         return
     student = deepcopy(unwrap_model(trainer.model)).eval()
-    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
-    guides = [make_guide(name, student, trainer.device, **how) for name in _names(cfg)]
+    guides = make_guides(cfg, student, trainer.device)
     held: list[Any] = []
 
     def ask(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
@@ -75,10 +74,6 @@ def teachers_along(trainer: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _names(cfg: Any) -> list[str]:
-    return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
 
 
 # Preflight ----------------------------------------------------------------------------------------------------------
@@ -112,7 +107,7 @@ def _facts(trainer: Any) -> list[Facts]:
     live = unwrap_model(trainer.model)
     student = trainer._stripped(live) if trainer.compression["quant"] else deepcopy(live)
     models, other = {"student": (student, size)}, set()
-    for name in _names(cfg):
+    for name in teachers(cfg):
         if name == "ema":
             continue
         teacher = load_model(name)[0]

@@ -164,11 +164,11 @@ def _wanted(run: Run) -> list[tuple[str, Callable[[Run], Record]]]:
 def _finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
     before = dict(run.done["base"]["metrics"])
-    last = [n for n in ("base", "sparsify", "prune", "finetune") if "metrics" in run.done.get(n, {})][-1]
-    if run.configs["quant"]:
-        last = run.quantized()[0]
+    quant = run.configs["quant"]
+    floats = [n for n in ("base", "sparsify", "prune", "finetune") if "metrics" in run.done.get(n, {})]
+    last = run.quantized()[0] if quant else floats[-1]
     after = dict(run.done[last]["metrics"])
-    if run.configs["quant"]:
+    if quant:
         times = {r["name"]: r["median"] for r in run.done["latency"]["rows"]}
         before["latency_ms"] = {"torch": times["base torch"], "ort": times["base FP32"]}
         after["latency_ms"] = {

@@ -380,7 +380,7 @@ def test_other_tasks_prune_and_distill(fit, randomise, shapes, tmp_path, task):
     assert widths(tmp_path / "again/weights/best.pt") == widths(best)
 
 
-def test_classification_cannot_be_distilled(fit, randomise, shapes, tmp_path):
+def test_a_classifier_has_no_neck_and_no_boxes_to_distil(fit, randomise, shapes, tmp_path):
     model = randomise(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False))
     model.names = {0: "bright", 1: "dark"}
     base = save_model(model, tmp_path / "base-cls.pt")

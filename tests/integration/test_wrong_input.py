@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from ultralytics.utils import SETTINGS, YAML
+from ultralytics.utils import YAML
 
 from yolo_ext import cli
 from yolo_ext.config import CONFIGS
@@ -20,18 +19,13 @@ B = "model=tiny.pt data=shapes/data.yaml"
 
 
 @pytest.fixture
-def place(tiny, shapes, tmp_path, monkeypatch) -> Path:
+def place(place, tmp_path, monkeypatch) -> Path:
     """Work in a folder with a model, a dataset and all kinds of broken files."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
     monkeypatch.setattr("ultralytics.cfg.TESTS_RUNNING", False)  # it would send run folders elsewhere
-    shutil.copy(tiny, "tiny.pt")
-    shutil.copytree(shapes.parent, "shapes")
     for cache in Path("shapes").rglob("*.cache"):
         cache.unlink()
-    data = {**YAML.load("shapes/data.yaml"), "path": str(tmp_path / "shapes")}
+    data = YAML.load("shapes/data.yaml")
     for name, change in {
-        "shapes/data.yaml": {},
         "noval.yaml": {"val": None},
         "nowhere.yaml": {"path": str(tmp_path / "gone")},
         "empty.yaml": {"train": str(tmp_path / "void")},
@@ -50,7 +44,7 @@ def place(tiny, shapes, tmp_path, monkeypatch) -> Path:
     Path("junk.pt").write_bytes(b"junk")
     Path("none.pt").touch()
     torch.save({"model": torch.nn.Linear(1, 1)}, "linear.pt")
-    Path("cut.pt").write_bytes(tiny.read_bytes()[:50_000])
+    Path("cut.pt").write_bytes(Path("tiny.pt").read_bytes()[:50_000])
     Path("list.yaml").write_text("- 1\n- 2\n")
     return tmp_path
 

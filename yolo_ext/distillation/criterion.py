@@ -23,7 +23,7 @@ from yolo_ext.distillation.preflight import check, summary, with_logits
 from yolo_ext.distillation.schedules import scale
 from yolo_ext.distillation.stack import terms
 from yolo_ext.distillation.taps import Taps
-from yolo_ext.distillation.teacher import Guide, make_guide
+from yolo_ext.distillation.teacher import Guide, make_guides
 from yolo_ext.proxy import CriterionProxy
 
 
@@ -49,14 +49,7 @@ class Distiller:
         Raises:
             UsageError: If a teacher does not fit or a loss cannot work with this pair.
         """
-        names = [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
-        how: dict[str, Any] = {
-            "imgsz": cfg.imgsz,
-            "compiled": cfg.compile,
-            "half": cfg.half,
-            "classes": bool(cfg.logits),
-        }
-        self.guides = [make_guide(name, student, device, **how) for name in names]
+        self.guides = make_guides(cfg, student, device, compiled=cfg.compile)
         self.student, self.cfg = student, with_logits(cfg, student, self.guides)
         self.terms = terms(self.cfg)
         for guide in self.guides:

@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import compat
 from yolo_ext.checkpoint import fingerprint, load_model, manifest
+from yolo_ext.config import DistillConfig
 from yolo_ext.distillation.grids import regrid
 from yolo_ext.distillation.logits import HeadOutput, decode
 from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
@@ -198,3 +199,14 @@ def make_guide(
     levels = [] if classify else level_map(student, teacher, name)
     shared = class_map(teacher, student, name) if classes else ([], [])
     return Guide(name, get, kept, shared, levels, imgsz, compiled)
+
+
+def teachers(cfg: DistillConfig) -> list[str]:
+    """Return the teachers of a run by name, in the order of the user."""
+    return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
+
+
+def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *, compiled: bool = False) -> list[Guide]:
+    """Load the teachers of a run and match each with the student, as `make_guide` does."""
+    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits), "compiled": compiled}
+    return [make_guide(name, student, device, **how) for name in teachers(cfg)]
