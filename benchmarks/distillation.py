@@ -36,10 +36,10 @@ import torch
 from ultralytics import YOLO
 
 from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.core.options import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.distillation.stack import TABLES
-from yolo_ext.options import PruneConfig
 from yolo_ext.probes import make_probes
 from yolo_ext.pruning.surgery import prune_model, recalibrate
 from yolo_ext.reporting.tables import align

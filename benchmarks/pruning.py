@@ -25,7 +25,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, load_model, manifest, save_model, set_tripwire
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.pruning.criteria import criteria
@@ -58,7 +58,7 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
 
         dense = load_model(base)[0]
         file = folder / "smaller.yaml"
-        YAML.save(file, smaller_yaml(dense, compat.gflops(dense, imgsz) / speedup, imgsz))
+        YAML.save(file, smaller_yaml(dense, stock.gflops(dense, imgsz) / speedup, imgsz))
         best = train(str(file), args, seed, int(args["smaller"]), folder, **SCRATCH)
     elif run.startswith("tp:"):
         pruned = by_torch_pruning(base, run[3:], speedup, folder)
@@ -70,8 +70,8 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
         prune = {"method": run.removesuffix("+kd"), "speedup": speedup, "seed": seed}
         best = train(base, args, seed, epochs, folder, prune=prune, **options)
     model = load_model(best)[0]
-    params = sum(p.numel() for p in compat.deployed(model).parameters())
-    return {"params": params, "gflops": compat.gflops(model, imgsz), "before": before,
+    params = sum(p.numel() for p in stock.deployed(model).parameters())
+    return {"params": params, "gflops": stock.gflops(model, imgsz), "before": before,
             "map": map_torch(best, args["data"], imgsz)["map"]}  # fmt: skip
 
 
@@ -87,17 +87,17 @@ def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Pa
         "random": tp.importance.RandomImportance(),
     }[method]
     dense = load_model(base)[0]
-    start, low, high, best = compat.gflops(dense), 0.0, 0.9, None
+    start, low, high, best = stock.gflops(dense), 0.0, 0.9, None
     for _ in range(10):  # bisection over the ratio, each time on a fresh model
         ratio = (low + high) / 2
         model = load_model(base)[0].requires_grad_(True)
         pruner = tp.pruner.MetaPruner(
             model, torch.rand(1, 3, 64, 64), importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
-            ignored_layers=[compat.detection_head(model)], pruning_ratio_dict={}, in_channel_groups={},
+            ignored_layers=[stock.detection_head(model)], pruning_ratio_dict={}, in_channel_groups={},
             out_channel_groups={}, num_heads={}, customized_pruners={}, max_pruning_ratio=0.8,
         )  # fmt: skip
         pruner.step()
-        reached = start / compat.gflops(model)
+        reached = start / stock.gflops(model)
         if best is None or abs(reached - speedup) < abs(best[0] - speedup):
             best = (reached, model)
         low, high = (ratio, high) if reached < speedup else (low, ratio)

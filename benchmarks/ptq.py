@@ -16,7 +16,7 @@ from pathlib import Path
 from ultralytics.cfg import smart_value
 
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import parse
+from yolo_ext.core.config import parse
 from yolo_ext.data.calibration import letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.compare import compare, summary

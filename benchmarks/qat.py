@@ -25,7 +25,7 @@ import torch
 from ultralytics import YOLO
 
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import parse
+from yolo_ext.core.config import parse
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.deployment.verify import map_torch

@@ -28,7 +28,7 @@ import onnxruntime
 from ultralytics import YOLO
 
 from yolo_ext.checkpoint import load_model, manifest
-from yolo_ext.config import QuantConfig
+from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.export import export_onnx

@@ -14,8 +14,8 @@ _NAMES = {
         "SegmentationTrainer", "trainer_for",
     ),
     "callbacks": ("attach",),
-    "config": ("DistillConfig", "PruneConfig", "QuantConfig", "SparsityConfig"),
-    "errors": ("CheckFailed", "UsageError", "YoloExtError"),
+    "core.config": ("DistillConfig", "PruneConfig", "QuantConfig", "SparsityConfig"),
+    "core.errors": ("CheckFailed", "UsageError", "YoloExtError"),
     "pipeline": ("compress",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.config import CONFIGS, TARGETS
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import suggest
+from yolo_ext.core.config import CONFIGS, TARGETS
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 

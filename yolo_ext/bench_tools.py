@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext import runs
 from yolo_ext.checkpoint import atomic_write, load_model
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
 TOP = 10  # operators of a profile that are printed

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from yolo_ext import compat
-from yolo_ext.config import EXT_DEFAULTS, parse
-from yolo_ext.errors import UsageError
+from yolo_ext import stock
+from yolo_ext.core.config import EXT_DEFAULTS, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.trainers import TRAINERS, CompressionMixin
 
 
@@ -30,7 +30,7 @@ def attach(model: Any, **options: Any) -> Any:
         >>> yolo_ext.attach(model, prune={"speedup": 2}, distill={"teacher": "self"})
         >>> model.train(data="data.yaml", epochs=30)
     """
-    compat.check_version()
+    stock.check_version()
     parse(options)
 
     def on_pretrain_routine_start(trainer: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 MANIFEST = "yolo_ext"
 TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
@@ -96,7 +96,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
-    from yolo_ext.compat import no_autoinstall
+    from yolo_ext.stock.model import no_autoinstall
 
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:

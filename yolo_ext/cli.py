@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any
 
 from yolo_ext.arguments import check_native, check_whole, has_target, need
-from yolo_ext.config import COMPRESS_DEFAULTS, CONFIGS, default_yaml, help_lines, load_recipe
-from yolo_ext.errors import UsageError, YoloExtError
-from yolo_ext.registry import suggest
+from yolo_ext.core.config import COMPRESS_DEFAULTS, CONFIGS, default_yaml, help_lines, load_recipe
+from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.core.registry import suggest
 
 FORWARDED = {
     "val": "Validate a model (Ultralytics)",
@@ -137,7 +137,7 @@ def _compress(options: dict[str, Any], mode: str, techniques: tuple[str, ...]) -
 
 def _check_task(options: dict[str, Any]) -> None:
     from yolo_ext.checkpoint import load_model
-    from yolo_ext.compat import task_of
+    from yolo_ext.stock.model import task_of
 
     task = options.pop("task", None)
     if task and (found := task_of(load_model(options["model"])[0])) != task:
@@ -213,7 +213,7 @@ def _help(options: dict[str, Any]) -> int:
 
 
 def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
-    from yolo_ext.compat import yolo_entrypoint
+    from yolo_ext.stock.model import yolo_entrypoint
 
     try:
         if command == "predict" and "compare" in options:

@@ -10,7 +10,7 @@ from typing import Any
 from ultralytics.utils import LOGGER
 
 from yolo_ext import runs
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting.tables import align
 
 SPLITS = ("train", "val", "test")

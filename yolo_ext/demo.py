@@ -9,7 +9,7 @@ from typing import Any
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
-from yolo_ext.config import cfg_dir
+from yolo_ext.core.config import cfg_dir
 
 IMGSZ = 128
 COMMON: dict[str, Any] = {"batch": 8, "nbs": 8, "device": "cpu"}

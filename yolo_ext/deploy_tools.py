@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import compat, runs
+from yolo_ext import runs, stock
 from yolo_ext.checkpoint import load_model, manifest
-from yolo_ext.config import parse
-from yolo_ext.errors import CheckFailed, UsageError
-from yolo_ext.registry import suggest
+from yolo_ext.core.config import parse
+from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.core.registry import suggest
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
 PRECISION = {8: "int8", "int8": "int8", "w8a8": "int8", 16: "half", "fp16": "half", "w16a16": "half"}
@@ -90,7 +90,7 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
         LOGGER.info(f"Export saved as {file} ({_megabytes(file):.1f} MB)")
     side = imgsz if isinstance(imgsz, int) else max(imgsz)
     figures = runs.model_figures(net, Path(model), side)
-    folder = runs.folder({k: options.get(k) for k in PLACE}, task=compat.task_of(net), mode="export")
+    folder = runs.folder({k: options.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
     runs.write_summary(folder, before, {**figures, "size_mb": _megabytes(files[-1])})
     return files
@@ -157,7 +157,7 @@ def _quantized(net: nn.Module, imgsz: Any, options: dict[str, Any], profile: str
     cfg = parse({"quant": {"profile": profile, **given}})["quant"]
     side = imgsz if isinstance(imgsz, int) else max(imgsz)
     manifest(net).pop("quant", None)  # calibrated anew
-    prepare(net, cfg, check_data(options["data"], task=compat.task_of(net)), side)
+    prepare(net, cfg, check_data(options["data"], task=stock.task_of(net)), side)
     return strip(net), manifest(net)["quant"]["state"], resolve_profile(cfg.profile)
 
 
@@ -177,8 +177,8 @@ def _imported(net: nn.Module, imgsz: Any, options: dict[str, Any], profile: str)
                 f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{target.name}' needs others "
                 "too. Give data=data.yaml to calibrate them."
             )
-        images = calibration_images(check_data(options["data"], task=compat.task_of(net)))
-        crop, side = compat.task_of(net) == "classify", imgsz if isinstance(imgsz, int) else max(imgsz)
+        images = calibration_images(check_data(options["data"], task=stock.task_of(net)))
+        crop, side = stock.task_of(net) == "classify", imgsz if isinstance(imgsz, int) else max(imgsz)
         yield from letterbox_batches(images, side, crop=crop)
 
     target = resolve_profile(profile)
@@ -233,7 +233,7 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
         raise UsageError(f"'out={out}' is only for onnx and openvino: Ultralytics writes '{format}' beside the model.")
     args = {k: v for k, v in options.items() if k not in PLACE}
     try:
-        with compat.no_autoinstall():
+        with stock.no_autoinstall():
             return Path(YOLO(str(model)).export(format=format, **args))
     except ImportError as error:
         name = error.name or str(error)
@@ -273,7 +273,7 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
     if not data and not source:
         raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
     size = _size({}, imgsz or describe(onnx)["imgsz"])
-    images = check_data(data, task=compat.task_of(net))["images"]["val"] if data else list_images(source)
+    images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
     rows = [
         [c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"]
@@ -282,7 +282,7 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
     LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
     if "first_difference" in found:
         LOGGER.info(describe_difference(found["first_difference"]))
-    folder = runs.folder(place, task=compat.task_of(net), mode="verify")
+    folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
     figures = runs.model_figures(net, Path(model), size if isinstance(size, int) else max(size))
     maps = found.get("map") or {}

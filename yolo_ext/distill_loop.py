@@ -16,7 +16,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, runs
+from yolo_ext import runs, stock
 from yolo_ext.checkpoint import fingerprint, load_model
 from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import Distiller
@@ -149,7 +149,7 @@ def _step(trainer: Any) -> str:
     """Return in words how long a step takes with and without teachers, and what memory they hold."""
     model, guides = unwrap_model(trainer.model), trainer.distiller.guides
     batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
-    images = costs.sample((batch, compat.input_channels(model), size, size), trainer.device)
+    images = costs.sample((batch, stock.input_channels(model), size, size), trainer.device)
     amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
     plain = costs.student_seconds(model, images, amp)
     parts = [costs.teacher_cost(guide, images) for guide in guides]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from yolo_ext.config import CONFIGS, help_lines
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Table
+from yolo_ext.core.config import CONFIGS, help_lines
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table
 
 TOPICS = {
     "sparsity": ("sparsity",),

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import LOGGER
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import load_model
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.data.check import quote
 from yolo_ext.data.label import PREVIEWS, Labelled, Predict, find_images, label_images, update
 from yolo_ext.data.label_formats import FORMATS
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import suggest
 from yolo_ext.reporting.review import LOW, class_counts, in_order, lowest, render_review
 from yolo_ext.reporting.tables import align
 
@@ -82,7 +82,7 @@ def label(
     settings = {"model": _digest(model), "imgsz": about["imgsz"], "conf": conf, "iou": iou, "classes": wanted,
                 "names": list(names.values())}  # fmt: skip
     predict = _predictor(model, about, conf=conf, iou=iou, classes=wanted, device=device)
-    with compat.no_autoinstall():
+    with stock.no_autoinstall():
         done = label_images(
             images, folder, predict, names, settings, format=format, beside=beside or folder == root,
             overwrite=overwrite, save_conf=save_conf, previews=previews, files=files or "none",
@@ -126,7 +126,7 @@ def _about(model: str | Path, imgsz: int | None) -> dict[str, Any]:
     elif Path(model).suffix == ".pt":
         net, ckpt = load_model(model)
         trained = (ckpt.get("train_args") or {}).get("imgsz")
-        found = {"task": compat.task_of(net), "names": net.names, "imgsz": imgsz or trained or 640}
+        found = {"task": stock.task_of(net), "names": net.names, "imgsz": imgsz or trained or 640}
     else:
         raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
     if found["task"] not in TASKS:
@@ -169,7 +169,7 @@ def _predictor(model: str | Path, about: dict[str, Any], **options: Any) -> Pred
     """Return a function from an image to its objects, through Ultralytics' own predictor."""
     from ultralytics import YOLO
 
-    with compat.no_autoinstall():
+    with stock.no_autoinstall():
         yolo = YOLO(str(model), task=about["task"])
 
     def predict(image: np.ndarray) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, YAML, colorstr
 
-from yolo_ext import compat, runs, stages
+from yolo_ext import runs, stages, stock
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.tools import check_imgsz
@@ -43,7 +43,7 @@ def compress(
     Raises:
         UsageError: If the input is wrong; nothing has been written then.
     """
-    compat.check_version()
+    stock.check_version()
     run = _open(str(model), str(data or ""), resume, dict(options))
     todo = _wanted(run)
     for i, (name, stage) in enumerate(todo, 1):
@@ -76,7 +76,7 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
             hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
             raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
     if data:
-        compat.refuse_rtdetr(base)
+        stock.refuse_rtdetr(base)
     info = _check_data(data, model, base) if data else {}
     size = check_imgsz(imgsz or (ckpt.get("train_args") or {}).get("imgsz") or 640, base)
     # A target that cannot be reached or a teacher that does not fit must be known before hours of training.
@@ -85,8 +85,8 @@ def _open(model: str, data: str, resume: bool, options: dict[str, Any]) -> Run:
     _check_pruning_epochs(configs, options, epochs)
     if quant := configs["quant"]:  # whose QAT learns from labels and a teacher of its own
         alone = {"quant": replace(quant, mode="qat"), "distill": None}
-        check_quantization(alone, options, compat.task_of(base), info)
-    folder = runs.folder(place, task=compat.task_of(base), mode=mode, resume=resume)
+        check_quantization(alone, options, stock.task_of(base), info)
+    folder = runs.folder(place, task=stock.task_of(base), mode=mode, resume=resume)
     fresh = not any(folder.iterdir())
     plain = {"model": model, "data": data, "imgsz": size, **options, **as_plain(configs)}
     _check_resume(folder, plain) if resume else _start_over(folder)
@@ -121,7 +121,7 @@ def _check_pruning_epochs(configs: dict[str, Any], options: dict[str, Any], epoc
 def _check_data(data: str, model: str, base: Any) -> dict[str, Any]:
     from yolo_ext.data.check import check_data
 
-    info = check_data(data, task=compat.task_of(base))
+    info = check_data(data, task=stock.task_of(base))
     if info["nc"] != len(base.names):
         raise UsageError(
             f"'{model}' knows {len(base.names)} classes, '{data}' has {info['nc']}. Give the data it was trained on."
@@ -247,7 +247,7 @@ def _pictures(run: Run) -> list[dict[str, str]]:
     from yolo_ext.reporting.plots import side_by_side
 
     new = run.folder / "onnx" / "int8.onnx" if run.configs["quant"] else run.weights()
-    task, made = compat.task_of(load_model(run.base)[0]), []
+    task, made = stock.task_of(load_model(run.base)[0]), []
     if task not in ("detect", "segment", "pose") or new == run.base:
         return []
     with quiet():

@@ -12,7 +12,7 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
 from yolo_ext import runs
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting.plots import Box, side_by_side
 
 TASKS = ("detect", "segment", "pose")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
-from yolo_ext.config import PruneConfig
+from yolo_ext import stock
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.errors import UsageError
 from yolo_ext.pruning.probes import Probes
 
 ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
@@ -114,7 +114,7 @@ def labelled_batches(
             dataset: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
             files = [sample[0] for sample in dataset.samples]
         else:
-            stride = compat.max_stride(base) if base is not None else 32
+            stride = stock.max_stride(base) if base is not None else 32
             dataset = build_yolo_dataset(hyp, info["train"], batch, info, mode="val", rect=False, stride=stride)
             files = dataset.im_files
     places = [i for i, file in enumerate(files) if Path(file).resolve() in chosen]
@@ -157,11 +157,11 @@ def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     from yolo_ext.deployment.latency import measure, speedup
     from yolo_ext.deployment.runtime import float_model, quiet
 
-    x = torch.rand(1, compat.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
     runners: dict[str, Callable[[], Any]] = {}
     for name, model in (("dense", dense), ("pruned", pruned)):
-        fused = compat.deployed(float_model(model))
-        compat.detection_head(fused).export = True  # outputs as deployed, without those that training reads
+        fused = stock.deployed(float_model(model))
+        stock.detection_head(fused).export = True  # outputs as deployed, without those that training reads
         runners[name] = partial(fused, x)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

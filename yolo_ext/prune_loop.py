@@ -11,10 +11,10 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.probes import make_probes
 from yolo_ext.pruning import during, unstructured
 from yolo_ext.pruning.probes import Probes
@@ -46,7 +46,7 @@ def setup(trainer: Any) -> None:
 
 def imgsz(trainer: Any, model: nn.Module) -> int:
     """Return the image size as `_setup_train` is going to round it."""
-    stride = compat.max_stride(model)
+    stride = stock.max_stride(model)
     return check_imgsz(trainer.args.imgsz, stride=stride, floor=stride, max_dim=1)
 
 
@@ -70,7 +70,7 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
     cfg = trainer.compression["prune"]
     if weights is None:
         LOGGER.warning(f"{colorstr('prune: ')}the model has no trained weights, so magnitudes say nothing")
-    compat.freeze(model, trainer.args.freeze)
+    stock.freeze(model, trainer.args.freeze)
     if cfg.kind != "structured":
         if not trainer.prune_epochs:
             unstructured.zero_weights(model, cfg, cfg.ratio)
@@ -82,7 +82,7 @@ def before_training(trainer: Any, model: nn.Module, weights: nn.Module | None) -
     seen = probes(trainer, model)
     pruned = _prune(trainer, model, seen).train()
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
-    head = type(compat.detection_head(model)).__name__
+    head = type(stock.detection_head(model)).__name__
     LOGGER.info(f"{colorstr('prune: ')}{before:,} -> {after:,} parameters ({head} outputs unchanged)")
     if cfg.recalibrate and seen.images:
         n = recalibrate(pruned, seen.images())

@@ -20,9 +20,9 @@ from ultralytics.utils import LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from yolo_ext.checkpoint import MANIFEST, load_model, manifest
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import DistillConfig
 from yolo_ext.distillation.costs import undisturbed
-from yolo_ext.errors import UsageError
-from yolo_ext.options import DistillConfig
 from yolo_ext.prune_loop import imgsz
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import load_state, quantizers, set_mode

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, YAML
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
 NESTED = {"latency_ms": ("torch", "ort", "ort_int8"), "map_onnx": ("fp32", "int8")}
@@ -93,7 +93,7 @@ def size_mb(path: Path) -> float:
 
 def has_boxes(model: nn.Module) -> bool:
     """Tell whether mAP can be measured: classification has none."""
-    return compat.task_of(model) != "classify"
+    return stock.task_of(model) != "classify"
 
 
 def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, 
         path: Its file, None when it has none.
         imgsz: Side of the square input in pixels, for the FLOPs.
     """
-    params = sum(p.numel() for p in compat.deployed(model).parameters())
+    params = sum(p.numel() for p in stock.deployed(model).parameters())
     size = size_mb(path) if path and Path(path).suffix != ".yaml" and Path(path).is_file() else None
-    return {"params": params, "gflops": compat.gflops(model, imgsz), "size_mb": size}
+    return {"params": params, "gflops": stock.gflops(model, imgsz), "size_mb": size}
 
 
 def metrics(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext.checkpoint import fingerprint, is_pruned, manifest
-from yolo_ext.options import PruneConfig
+from yolo_ext.core.options import PruneConfig
 from yolo_ext.prune_loop import imgsz
 from yolo_ext.pruning.during import forget_best
 from yolo_ext.sparsity import monitor

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import compat, runs
+from yolo_ext import runs, stock
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.config import PruneConfig, as_plain
+from yolo_ext.core.config import PruneConfig, as_plain
 from yolo_ext.quant_stages import accuracy, ptq, qat, verify  # noqa: F401  the pipeline finds every stage here
 from yolo_ext.stage_common import (
     FINETUNE,
@@ -64,7 +64,7 @@ def prune(run: Run) -> Record:
 
     cfg = run.configs["prune"]
     model, ckpt = load_model(run.weights())
-    probes = make_probes(run.info, run.imgsz, cfg, compat.task_of(model), model)
+    probes = make_probes(run.info, run.imgsz, cfg, stock.task_of(model), model)
     if cfg.kind != "structured":
         from yolo_ext.pruning.unstructured import zero_weights
 
@@ -144,7 +144,7 @@ def compare(run: Run) -> Record:
     from yolo_ext.reporting.tables import ABSENT, align
 
     pruned = load_model(run.weights())[0]
-    width, narrow = smaller(pruned, compat.gflops(pruned, run.imgsz), run.imgsz)
+    width, narrow = smaller(pruned, stock.gflops(pruned, run.imgsz), run.imgsz)
     rows = {"base": run.base, "pruned": run.weights(), width: narrow}
     if run.configs["prune"].compare:
         rows["random criterion, same FLOPs and epochs"] = _random_baseline(run, pruned)
@@ -170,10 +170,10 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     from yolo_ext.pruning.surgery import prune_model, recalibrate
 
     model, ckpt = load_model(run.base)
-    ratio = compat.gflops(model, run.imgsz) / compat.gflops(pruned, run.imgsz)
+    ratio = stock.gflops(model, run.imgsz) / stock.gflops(pruned, run.imgsz)
     cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.configs["prune"].round_to)
     made = prune_model(model, cfg, run.imgsz)
-    if images := make_probes(run.info, run.imgsz, cfg, compat.task_of(model)).images:
+    if images := make_probes(run.info, run.imgsz, cfg, stock.task_of(model)).images:
         recalibrate(made, images())
     made.args = dict(ckpt.get("train_args") or {})
     file = save_model(made, run.folder / "compare" / "random.pt")

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from ultralytics.utils import LOGGER
 
-from yolo_ext import compat, runs
+from yolo_ext import runs, stock
 from yolo_ext.checkpoint import load_model, manifest
-from yolo_ext.config import PruneConfig, parse
-from yolo_ext.errors import UsageError, YoloExtError
+from yolo_ext.core.config import PruneConfig, parse
+from yolo_ext.core.errors import UsageError, YoloExtError
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
 
@@ -30,7 +30,7 @@ def check_imgsz(imgsz: Any, net: nn.Module) -> int:
     Raises:
         UsageError: If it is no multiple of the largest stride.
     """
-    stride = compat.max_stride(net)
+    stride = stock.max_stride(net)
     if not isinstance(imgsz, int) or imgsz <= 0 or imgsz % stride:
         near = max(round(imgsz / stride), 1) * stride if isinstance(imgsz, (int, float)) else 640
         raise UsageError(f"'imgsz={imgsz}' is illegal. Legal: a multiple of {stride}, such as {near}.")
@@ -59,7 +59,7 @@ def analyze(model: str | Path, imgsz: int | None = None, **place: Any) -> list[d
     size = check_imgsz(_imgsz(model, imgsz), net)
     rows = groups.analyze(net, size)
     LOGGER.info(groups.table(rows))
-    folder = runs.folder(place, task=compat.task_of(net), mode="analyze")
+    folder = runs.folder(place, task=stock.task_of(net), mode="analyze")
     runs.write_json(folder / "groups.json", rows)
     figures = runs.model_figures(net, Path(model), size)
     runs.write_summary(folder, figures, figures)
@@ -109,11 +109,11 @@ def sensitivity(
     shares = _shares(ratios)
     net, _ = load_model(model)
     check_prunable(net)
-    compat.refuse_rtdetr(net)
+    stock.refuse_rtdetr(net)
     size = check_imgsz(_imgsz(model, imgsz), net)
-    info = check_data(data, task=compat.task_of(net))
-    probes = make_probes(info, size, cfg, compat.task_of(net), net)
-    folder = runs.folder(place, task=compat.task_of(net), mode="sensitivity")
+    info = check_data(data, task=stock.task_of(net))
+    probes = make_probes(info, size, cfg, stock.task_of(net), net)
+    folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     try:
         found = curves.sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
     except UsageError:
@@ -140,19 +140,19 @@ def _quant_sensitivity(
         raise UsageError(f"'by={by}' is illegal. Legal: {', '.join(errors.BY)}.")
     cfg = parse({"quant": quant})["quant"]
     net, _ = load_model(model)
-    compat.refuse_rtdetr(net)
+    stock.refuse_rtdetr(net)
     size = check_imgsz(_imgsz(model, imgsz), net)
-    info = check_data(data, task=compat.task_of(net))
+    info = check_data(data, task=stock.task_of(net))
     prepare(net, cfg, info, size)
     found_in = manifest(strip(net))["quant"]
     chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
-    batches = letterbox_batches(chosen, size, crop=compat.task_of(net) == "classify")
-    probes = make_probes(info, size, PruneConfig(ratio=0.5), compat.task_of(net), net)
+    batches = letterbox_batches(chosen, size, crop=stock.task_of(net) == "classify")
+    probes = make_probes(info, size, PruneConfig(ratio=0.5), stock.task_of(net), net)
     score = probes.score if accuracy else None
     found = errors.sensitivity(net, found_in["state"], batches, by, score, _ms_saved(net, found_in, size))
     found = {"profile": found_in["profile"], **found}
     LOGGER.info(errors.table(found))
-    files = errors.write(found, runs.folder(place, task=compat.task_of(net), mode="sensitivity"))
+    files = errors.write(found, runs.folder(place, task=stock.task_of(net), mode="sensitivity"))
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}")
     return found
 
@@ -205,8 +205,8 @@ def checks() -> bool:
     except PackageNotFoundError:
         pass
     try:
-        compat.check_version()
-        compat.gflops(load_model("yolov8n.yaml")[0], 64)
+        stock.check_version()
+        stock.gflops(load_model("yolov8n.yaml")[0], 64)
     except YoloExtError as e:
         problems.append(str(e))
     for p in problems:

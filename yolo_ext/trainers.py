@@ -15,10 +15,10 @@ from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat, distill_loop, prune_loop, quant_loop, resume, sparse_loop
+from yolo_ext import distill_loop, prune_loop, quant_loop, resume, sparse_loop, stock
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
-from yolo_ext.config import EXT_DEFAULTS, as_plain, parse
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.proxy import LoggedLoss
 
 
@@ -66,7 +66,7 @@ class CompressionMixin:
         Raises:
             UsageError: If an option is unknown or illegal.
         """
-        compat.check_version()
+        stock.check_version()
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
@@ -115,7 +115,7 @@ class CompressionMixin:
         return model
 
     def _keep(self, weights: nn.Module) -> nn.Module:
-        head, classes = compat.detection_head(weights), self.data["nc"]
+        head, classes = stock.detection_head(weights), self.data["nc"]
         have = getattr(head, "nc", None) or head.linear.out_features
         if have != classes:
             raise UsageError(

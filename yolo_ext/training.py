@@ -16,11 +16,11 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
-from yolo_ext import compat, distill_loop, prune_loop, quant_loop, runs
+from yolo_ext import distill_loop, prune_loop, quant_loop, runs, stock
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import EXT_DEFAULTS, parse
+from yolo_ext.core.config import EXT_DEFAULTS, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import check_calibration
-from yolo_ext.errors import UsageError
 
 
 def train(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -38,13 +38,13 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     """
     from ultralytics import YOLO
 
-    from yolo_ext.compat import task_of
     from yolo_ext.data.check import check_data
+    from yolo_ext.stock.model import task_of
     from yolo_ext.trainers import refuse_two_distillations, trainer_for
 
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
     base, ckpt = load_model(model)
-    compat.refuse_rtdetr(base)
+    stock.refuse_rtdetr(base)
     task = task_of(base)
     resume = options.get("resume")
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
@@ -52,7 +52,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
             f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
         )
     imgsz = int(options.get("imgsz") or (ckpt.get("train_args") or {}).get("imgsz") or 640)
-    stride = compat.max_stride(base)
+    stride = stock.max_stride(base)
     imgsz = ultralytics_imgsz(imgsz, stride=stride, floor=stride, max_dim=1)  # rounded as the trainer will
     if options.get("data") and not resume:
         free = configs["quant"] and configs["quant"].supervision == "features"  # needs no labels
@@ -141,7 +141,7 @@ def check_techniques(
 
     student = deepcopy(base)
     if prune := configs["prune"]:
-        compat.freeze(student, freeze)
+        stock.freeze(student, freeze)
         level = LOGGER.level
         LOGGER.setLevel(logging.ERROR)  # the pruning itself will say the same once more
         try:
@@ -153,7 +153,7 @@ def check_techniques(
         if prune.kind != "structured":
             zero_weights(student, prune, 0.0)
     if sparsity := configs["sparsity"]:
-        from yolo_ext.options import PruneConfig
+        from yolo_ext.core.options import PruneConfig
         from yolo_ext.sparsity.sparsifier import Sparsifier
 
         Sparsifier(student, sparsity, configs["prune"] or PruneConfig(ratio=0.5), epochs)

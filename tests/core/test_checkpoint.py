@@ -24,7 +24,7 @@ from yolo_ext.checkpoint import (
     save_model,
     set_tripwire,
 )
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 PLAIN = {"prune": {"kept": {"model.0.conv": {"out": [0, 2]}}, "gap": 1e-16}, "note": "text", "none": None}
 

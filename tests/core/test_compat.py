@@ -12,8 +12,8 @@ from ultralytics.nn.modules import block
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import torch_utils
 
-from yolo_ext import compat
-from yolo_ext.errors import UsageError
+from yolo_ext import stock
+from yolo_ext.core.errors import UsageError
 
 NAMES = ["yolov5n", "yolov8n", "yolo11n", "yolo26n"]
 MORE = [pytest.param(n, marks=pytest.mark.matrix) for n in ("yolov3-tiny", "yolov6n", "yolov9t", "yolov10n", "yolo12n")]
@@ -31,19 +31,19 @@ def make(name: str) -> DetectionModel:
 def test_supported_versions(monkeypatch, version, legal):
     monkeypatch.setattr(ultralytics, "__version__", version)
     if legal:
-        compat.check_version()
+        stock.check_version()
     else:
         with pytest.raises(UsageError, match=rf"{version} is not supported.*pip install"):
-            compat.check_version()
+            stock.check_version()
 
 
 def test_the_installed_version_is_supported():
-    compat.check_version()
+    stock.check_version()
 
 
 def test_natural_order():
     paths = ["model.10.cv1", "model.2.cv2", "model.2.cv1.conv", "model.2.cv1", "model"]
-    assert sorted(paths, key=compat.natural_key) == [
+    assert sorted(paths, key=stock.natural_key) == [
         *("model", "model.2.cv1", "model.2.cv1.conv", "model.2.cv2", "model.10.cv1")
     ]
 
@@ -63,9 +63,9 @@ def test_natural_order():
 )
 def test_task_by_class(cls, yaml, task):
     model = getattr(tasks, cls)(f"{yaml}.yaml", verbose=False)
-    assert compat.task_of(model) == task
-    assert compat.detection_head(model) is model.get_submodule(compat.head_prefix(model).rstrip("."))
-    assert compat.max_stride(model) == 32 and compat.input_channels(model) == 3
+    assert stock.task_of(model) == task
+    assert stock.detection_head(model) is model.get_submodule(stock.head_prefix(model).rstrip("."))
+    assert stock.max_stride(model) == 32 and stock.input_channels(model) == 3
 
 
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
@@ -73,8 +73,8 @@ def test_deployed_layers_are_those_of_the_fused_model(name):
     """Same number of layers with the same kernels and widths as after fusing, named as before it."""
     model = make(name)
     shape = lambda m: tuple(m.weight.shape)  # noqa: E731
-    fused = [m for m in compat.deployed(model).modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    named = [model.get_submodule(p) for p in compat.deployed_layers(model)]
+    fused = [m for m in stock.deployed(model).modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    named = [model.get_submodule(p) for p in stock.deployed_layers(model)]
     assert sorted(map(shape, named)) == sorted(map(shape, fused))
 
 
@@ -82,7 +82,7 @@ def test_deployed_layers_are_those_of_the_fused_model(name):
 def test_deployed_layers_of_reparameterised_blocks(name):
     """Of several branches that fusing makes one, only the widest counts."""
     model = make(name)
-    found = compat.deployed_layers(model)
+    found = stock.deployed_layers(model)
     kinds = {"RepConv": ("conv1.conv", "conv2.conv"), "RepVGGDW": ("conv.conv", "conv1.conv")}
     blocks = [(p, *kinds[type(m).__name__]) for p, m in model.named_modules() if type(m).__name__ in kinds]
     for path, stays, merged in blocks:
@@ -94,7 +94,7 @@ def test_deployed_layers_of_reparameterised_blocks(name):
 def test_deployed_layers_have_one_branch_of_a_dual_head(end2end):
     model = make("yolo26n")
     model.end2end = end2end
-    found = compat.deployed_layers(model)
+    found = stock.deployed_layers(model)
     counts = [sum(p.startswith(f"model.23.{branch}.") for p in found) for branch in ("one2one_cv2", "cv2")]
     assert counts in ([[9, 0]] if end2end else [[0, 9], [9, 9]])  # older releases never drop the one-to-one branch
 
@@ -103,32 +103,32 @@ def test_deployed_layers_have_one_branch_of_a_dual_head(end2end):
 def test_deployed_is_a_copy(name):
     model = make(name)
     before = deepcopy(model.state_dict())
-    fused = compat.deployed(model.train())
+    fused = stock.deployed(model.train())
     assert model.training and not fused.training and fused.is_fused() and not model.is_fused()
     assert model.state_dict().keys() == before.keys()
 
 
 def test_gflops_are_those_ultralytics_prints():
     model = make("yolov8n")
-    assert compat.gflops(model, 640) == pytest.approx(torch_utils.get_flops(compat.deployed(model), 640))
-    assert compat.gflops(model, 320) == pytest.approx(compat.gflops(model, 640) / 4, rel=0.01)
+    assert stock.gflops(model, 640) == pytest.approx(torch_utils.get_flops(stock.deployed(model), 640))
+    assert stock.gflops(model, 320) == pytest.approx(stock.gflops(model, 640) / 4, rel=0.01)
 
 
 def test_zero_gflops_are_an_error(monkeypatch):
     monkeypatch.setattr(torch_utils, "get_flops", lambda *a: 0.0)
     with pytest.raises(UsageError, match="pip uninstall -y thop"):
-        compat.gflops(make("yolov8n"))
+        stock.gflops(make("yolov8n"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_blocks_give_the_same_raw_outputs(name):
     model = make(name)
-    fused = compat.fuse_blocks(deepcopy(model))
+    fused = stock.fuse_blocks(deepcopy(model))
     assert not any(hasattr(m, "bn") and hasattr(m, "forward_fuse") and "Rep" not in type(m).__name__
                    for m in fused.modules())  # fmt: skip
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        a, b = (list(compat.returned_tensors(compat.raw_outputs(m)(x))) for m in (model, fused))
+        a, b = (list(stock.returned_tensors(stock.raw_outputs(m)(x))) for m in (model, fused))
     assert len(a) == len(b) > 0
     for s, t in zip(a, b):
         torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-4)
@@ -136,10 +136,10 @@ def test_fused_blocks_give_the_same_raw_outputs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_raw_outputs_by_branch(name):
-    model = compat.raw_outputs(make(name).train())
+    model = stock.raw_outputs(make(name).train())
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     with torch.no_grad():
-        branches = compat.branches(model(torch.rand(1, 3, 64, 64)))
+        branches = stock.branches(model(torch.rand(1, 3, 64, 64)))
     assert set(branches) == ({"one2many", "one2one"} if name == "yolo26n" else {""})
     assert all(b["boxes"].shape[2] == b["scores"].shape[2] == 84 for b in branches.values())
 
@@ -148,16 +148,16 @@ def test_raw_outputs_by_branch(name):
 def test_level_inputs_are_what_the_neck_hands_over(name):
     model = make(name)
     seen = []
-    compat.detection_head(model).register_forward_pre_hook(lambda m, args: seen.append([x.shape[1] for x in args[0]]))
+    stock.detection_head(model).register_forward_pre_hook(lambda m, args: seen.append([x.shape[1] for x in args[0]]))
     with torch.no_grad():
         model(torch.zeros(1, 3, 64, 64))
-    assert compat.level_widths(model) == seen[0]
+    assert stock.level_widths(model) == seen[0]
 
 
 def test_returned_tensors_skip_the_neck_maps():
     t = [torch.zeros(i + 1) for i in range(4)]
     out = ({"boxes": t[0], "feats": [t[1]], "one2one": {"scores": t[2], "feats": t[1]}}, [t[3]], None, 3)
-    assert [len(x) for x in compat.returned_tensors(out)] == [1, 3, 4]
+    assert [len(x) for x in stock.returned_tensors(out)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_probe_size_is_enough(name, size):
     kind = next(k for k in ("rtdetr", "cls", "") if k in name)
     model = {"rtdetr": tasks.RTDETRDetectionModel, "cls": tasks.ClassificationModel, "": DetectionModel}[kind]
     model = model(f"{name}.yaml", verbose=False).eval()
-    assert compat.probe_size(model) == size
+    assert stock.probe_size(model) == size
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
 
@@ -177,9 +177,9 @@ def test_refresh_widths_of_parts_that_shrink_on_their_own():
     model = nn.Module()
     model.cut = block.CBLinear(4, [3, 5, 2])
     model.model = nn.ModuleList([model.cut])
-    compat.refresh_widths(model)
+    stock.refresh_widths(model)
     assert model.cut.c2s == [3, 5, 2]
-    compat.refresh_widths(model, {"cut.conv": {"out": [0, 2, 3, 4, 7, 9]}})
+    stock.refresh_widths(model, {"cut.conv": {"out": [0, 2, 3, 4, 7, 9]}})
     assert model.cut.c2s == [2, 3, 1]
 
 
@@ -187,8 +187,8 @@ def test_refresh_widths_after_a_cut():
     model = make("yolo11n")
     block, attention = model.model[2], model.model[10].m[0].attn
     block.cv1.conv.out_channels, attention.proj.conv.in_channels = 10, 2 * attention.num_heads
-    compat.refresh_widths(model)
-    assert block.c == 5 and attention.head_dim == 2 and compat.detection_head(model).shape is None
+    stock.refresh_widths(model)
+    assert block.c == 5 and attention.head_dim == 2 and stock.detection_head(model).shape is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -197,7 +197,7 @@ def test_no_autoinstall_is_put_back(monkeypatch, fails):
 
     monkeypatch.setattr(checks, "AUTOINSTALL", True)
     try:
-        with compat.no_autoinstall():
+        with stock.no_autoinstall():
             assert checks.AUTOINSTALL is False
             if fails:
                 raise RuntimeError

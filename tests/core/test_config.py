@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_ext.config import (
+from yolo_ext.core.config import (
     CONFIGS,
     EXT_DEFAULTS,
     TARGETS,
@@ -22,7 +22,7 @@ from yolo_ext.config import (
     help_lines,
     parse,
 )
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 EVERY = [(t, f) for t, cls in CONFIGS.items() for f in fields(cls)]
 IDS = [f"{t}.{f.name}" for t, f in EVERY]

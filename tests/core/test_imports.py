@@ -13,10 +13,8 @@ import yolo_ext
 PACKAGE = Path(yolo_ext.__file__).parent
 # Imports run from right to left only; areas of one rank do not know each other.
 ORDER = [
-    {"errors"},
-    {"registry", "options"},
-    {"config"},
-    {"compat"},
+    {"core"},
+    {"stock"},
     {"checkpoint", "proxy", "batchnorm"},
     {"data", "reporting"},
     {"pruning", "distillation", "quantization", "deployment"},

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Row, Table, suggest
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Row, Table, suggest
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.convert import convert
 from yolo_ext.data.summary import summarise
-from yolo_ext.errors import UsageError
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
 JPEG = cv2.imencode(".jpg", PICTURE)[1].tobytes()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
-from yolo_ext.errors import UsageError
 
 
 @pytest.fixture

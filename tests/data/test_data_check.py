@@ -15,9 +15,9 @@ from PIL import Image
 from ultralytics.data.utils import verify_image_label
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data, check_label, image_size, list_images, quote
 from yolo_ext.data.convert import convert
-from yolo_ext.errors import UsageError
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
 JPEG = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))[1].tobytes()

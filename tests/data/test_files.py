@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data import files
 from yolo_ext.data.files import link_or_copy, parallel, staged_folder, walk_files
-from yolo_ext.errors import UsageError
 
 
 def test_walk(tmp_path):

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.utils import YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label
 from yolo_ext.data.label import JOURNAL, find_images, label_images
 from yolo_ext.data.label_formats import FORMATS, coco_entry, coco_store, voc_annotation, yolo_text
 from yolo_ext.data.voc import read_voc
-from yolo_ext.errors import UsageError
 
 NAMES = {0: "cell", 1: "näme & <x>"}
 SETTINGS = {"model": "m", "conf": 0.25, "names": list(NAMES.values())}

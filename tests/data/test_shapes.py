@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.shapes import NAMES, _cover, _outline, _paint, draw_scene, make_shapes
-from yolo_ext.errors import UsageError
 
 SMALL = {"train": 6, "val": 3, "imgsz": 64}
 

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.utils import LOGGER, YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
 from yolo_ext.data.files import staged_folder
 from yolo_ext.data.records import Annotation, Object, to_image
 from yolo_ext.data.voc import read_voc, voc_text
 from yolo_ext.data.yolo import yolo_row
-from yolo_ext.errors import UsageError
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
 

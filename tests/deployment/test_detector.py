@@ -24,10 +24,10 @@ from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywhr2xyxyxyxy
 
 import yolo_ext
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.shapes import draw_scene
 from yolo_ext.deployment import Detections, Detector, detector, detector_decode
 from yolo_ext.deployment.export import export_onnx
-from yolo_ext.errors import UsageError
 
 SIZE = 64
 KINDS = {"-seg": "SegmentationModel", "-pose": "PoseModel", "-obb": "OBBModel", "-cls": "ClassificationModel"}
@@ -391,7 +391,7 @@ def test_needs_neither_torch_nor_ultralytics_and_starts_in_a_second(tmp_path):
         "for name in ('torch', 'torchvision', 'ultralytics', 'onnx', 'PIL', 'yaml', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"  # makes every import of it fail
         "from yolo_ext.deployment import Detector\n"
-        "from yolo_ext.errors import UsageError\n"
+        "from yolo_ext.core.errors import UsageError\n"
         f"found = Detector({str(file)!r})({str(tmp_path / 'a.png')!r})\n"
         "print(len(found), time.process_time())\n"
     )

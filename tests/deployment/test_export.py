@@ -11,10 +11,10 @@ import torch
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, SegmentationModel
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment import export
 from yolo_ext.deployment.export import export_onnx, max_relative_error, simplify_checked
 from yolo_ext.deployment.runtime import metadata, run, session
-from yolo_ext.errors import CheckFailed, UsageError
 
 KEYS = {
     *("description", "author", "date", "version", "license", "docs", "stride", "task", "head", "batch", "imgsz"),

@@ -6,10 +6,10 @@ import importlib.util
 import numpy as np
 import pytest
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.intermediate import compiled, export_openvino
 from yolo_ext.deployment.latency import bench
 from yolo_ext.deployment.runtime import run, session
-from yolo_ext.errors import UsageError
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment import latency
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, measure, speedup
-from yolo_ext.errors import UsageError
 
 
 def test_every_model_runs_once_per_round_in_changing_order():

@@ -5,10 +5,10 @@ import cv2
 import pytest
 import torch
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.footprint import peak_memory
 from yolo_ext.deployment.latency import runtime_of
 from yolo_ext.deployment.operators import around, module_path, operators, saved_ms
-from yolo_ext.errors import UsageError
 
 
 def test_profile_adds_up(exported):

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.processing import detect, load_image
 from yolo_ext.deployment.runtime import (
     conv_report,
@@ -26,7 +27,6 @@ from yolo_ext.deployment.runtime import (
     run,
     session,
 )
-from yolo_ext.errors import UsageError
 
 
 def conv_graph(tmp_path, *, x=True, w=True, q=True, users=1, relu=False, act=TensorProto.UINT8, named=True):

@@ -13,6 +13,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.processing import load_image
 from yolo_ext.deployment.verify import (
@@ -24,7 +25,6 @@ from yolo_ext.deployment.verify import (
     verify_int8,
     verify_tensors,
 )
-from yolo_ext.errors import UsageError
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, load_state
 from yolo_ext.quantization.profiles import PROFILES

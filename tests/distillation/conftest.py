@@ -53,6 +53,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def _teachers_in_float32(monkeypatch):
     """Tests state float32 tolerances; on a processor with bfloat16 a teacher would use that by default."""
-    from yolo_ext import compat
+    from yolo_ext import stock
 
-    monkeypatch.setattr(compat, "native_bf16", lambda: False)
+    monkeypatch.setattr(stock, "native_bf16", lambda: False)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
 
-from yolo_ext.config import DistillConfig, PruneConfig
+from yolo_ext.core.config import DistillConfig, PruneConfig
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.stack import terms
 from yolo_ext.pruning.surgery import prune_model

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.crosskd import cross_adapters, cross_head, head_stacks
 from yolo_ext.distillation.logits import crosskd, decode
-from yolo_ext.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def teachers(build):
 
     def make(yaml: str) -> nn.Module:
         if yaml not in made:
-            made[yaml] = compat.raw_outputs(compat.fuse_blocks(build(yaml, 1)).requires_grad_(False))
+            made[yaml] = stock.raw_outputs(stock.fuse_blocks(build(yaml, 1)).requires_grad_(False))
         return made[yaml]
 
     return make
@@ -49,7 +49,7 @@ FAMILIES = [("yolov8n.yaml", ""), ("yolov5n.yaml", ""), ("yolov10n.yaml", "one2o
 def test_on_its_own_features_the_head_says_what_it_always_says(teachers, yaml, branch, split):
     model, x = teachers(yaml), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        raw = compat.branches(model(x))
+        raw = stock.branches(model(x))
         expected = raw.get(branch) or raw[""]
         got = cross_head(model.model[-1], hidden(model, split, branch, x), split, branch)
     assert set(got) == {"boxes", "scores", "feats"}
@@ -73,7 +73,7 @@ def test_gradients_reach_student_and_adapters_but_not_the_teacher(build, teacher
     features = {k: [f.to(dtype) for f in v] for k, v in hidden(model, 2, branches[0], x).items()}
     raw = cross_head(detect, features, 2, branches[1], adapters)
     with torch.no_grad():
-        out = compat.branches(theirs(x))
+        out = stock.branches(theirs(x))
     taught = decode(out[branches[1]], detect.stride, detect.reg_max)
     sum(crosskd(taught, taught, cross=decode(raw, detect.stride, detect.reg_max))).backward()
     ours = model.model[-1]

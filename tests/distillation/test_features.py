@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.features import (
     SCALE_FREE,
     Align,
@@ -25,7 +26,6 @@ from yolo_ext.distillation.features import (
     spkd,
     standardize,
 )  # fmt: skip
-from yolo_ext.errors import UsageError
 
 NAMES = [row.name for row in feature_losses]
 BOXES = torch.tensor([[0, 0.1, 0.1, 0.5, 0.6], [0, 0.3, 0.3, 0.4, 0.4], [1, 0.0, 0.5, 1.0, 1.0]])

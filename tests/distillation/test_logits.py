@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.logits import (
     HeadOutput,
     ast,
@@ -25,7 +26,6 @@ from yolo_ext.distillation.logits import (
     ld,
     logit_losses,
 )  # fmt: skip
-from yolo_ext.errors import UsageError
 
 ROWS = [pytest.param(row, id=row.name) for row in logit_losses]
 SILENT = {"kl": 1, "kl_binary": 1, "ld": 0}  # the part that these losses leave out

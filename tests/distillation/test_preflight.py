@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from yolo_ext.config import parse
+from yolo_ext.core.config import parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.distillation.preflight import Facts, doubts, table
 from yolo_ext.distillation.teacher import make_guide
-from yolo_ext.errors import UsageError
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import parse
+from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
@@ -215,7 +215,7 @@ PAIRS = {
 @pytest.mark.parametrize(("student", "teacher", "nc", "without", "strides"), PAIRS.values(), ids=PAIRS)
 def test_every_loss_that_a_pair_allows_learns_on_shared_strides(rig, batch, student, teacher, nc, without, strides):
     found = rig(student, teacher, nc, without)
-    head = compat.detection_head(found.model)
+    head = stock.detection_head(found.model)
     assert [int(head.stride[i]) for i, _ in found.distiller.guides[0].levels] == strides
     for name in found.names:
         found.model.zero_grad()

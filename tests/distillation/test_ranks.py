@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import parse
+from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import Distiller
 
 OPTIONS = {"logits": "bckd", "features": ["cwd", "mgd", {"name": "fgd", "start": 5}], "balance": "auto"}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolo_ext.config import DistillConfig
+from yolo_ext.core.config import DistillConfig
 from yolo_ext.distillation.schedules import constant, cosine, linear, schedules
 
 ROWS = [pytest.param(row.fn, id=row.name) for row in schedules]
@@ -31,6 +31,6 @@ def test_values(schedule, progress, expected):
 
 @pytest.mark.parametrize("name", schedules.names())
 def test_every_row_can_be_chosen(name):
-    from yolo_ext.config import parse
+    from yolo_ext.core.config import parse
 
     assert parse({"distill": {"schedule": name}})["distill"] == DistillConfig(schedule=name)

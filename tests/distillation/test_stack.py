@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_ext.config import DistillConfig, parse
+from yolo_ext.core.config import DistillConfig, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.schedules import scale
 from yolo_ext.distillation.stack import terms, title
-from yolo_ext.errors import UsageError
 
 
 def read(**options):
@@ -65,7 +65,7 @@ def test_what_is_illegal_is_refused_in_one_message(options, words):
 
 
 def test_plain_options_are_read_as_the_same():
-    from yolo_ext.config import as_plain
+    from yolo_ext.core.config import as_plain
 
     given = {"distill": {"logits": ["bckd", {"name": "ld", "weight": 0.5}], "teacher": ["a.pt", "b.pt"], "layers": [4]}}
     once = parse(given)

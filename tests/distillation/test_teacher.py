@@ -12,10 +12,10 @@ from torch import nn
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 from yolo_ext.checkpoint import save_model
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.pairs import class_map, with_classes
 from yolo_ext.distillation.teacher import kept_channels, load_teacher, make_guide
-from yolo_ext.errors import UsageError
 from yolo_ext.pruning.surgery import prune_model
 
 CPU = torch.device("cpu")
@@ -232,10 +232,10 @@ def test_precision_of_the_teacher(saved, build, half):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_processor_with_bfloat16_is_used_unless_asked_otherwise(saved, build, monkeypatch, native):
-    from yolo_ext import compat
+    from yolo_ext import stock
     from yolo_ext.distillation.teacher import load_teacher
 
-    monkeypatch.setattr(compat, "native_bf16", lambda: native)
+    monkeypatch.setattr(stock, "native_bf16", lambda: native)
     file, student = saved("yolov8n.yaml"), build("yolov8n.yaml")
     types = [next(load_teacher(file, student, CPU, half)[0].parameters()).dtype for half in (None, False, True)]
     assert types == [torch.bfloat16 if native else torch.float32, torch.float32, torch.bfloat16]

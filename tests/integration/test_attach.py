@@ -9,7 +9,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer as StockTrainer
 from ultralytics.utils import YAML
 
 import yolo_ext
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.trainers import CompressionMixin, DetectionTrainer
 
 PRUNE = {"speedup": 1.5}

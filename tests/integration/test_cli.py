@@ -16,7 +16,7 @@ from ultralytics.utils import SETTINGS, YAML
 import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import CONFIGS, cfg_dir, help_lines
+from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
 from yolo_ext.helptext import FUNCTIONS, FURTHER, TOPICS, method_tables
 
 B = ["model=m.pt", "data=d.yaml"]
@@ -74,7 +74,7 @@ def test_words_override_the_recipe_key_by_key(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (cfg_dir() / "recipes").glob("*.yaml")))
 def test_bundled_recipes_are_legal(recipe):
-    from yolo_ext.config import parse
+    from yolo_ext.core.config import parse
 
     options = parsed(f"recipe={recipe}")
     assert options == parsed(f"recipe={recipe}.yaml")
@@ -145,7 +145,7 @@ def test_a_missed_budget_is_exit_status_1(monkeypatch, capsys):
 @pytest.mark.parametrize("command", cli.FORWARDED)
 def test_stock_commands_are_handed_on_word_by_word(monkeypatch, command):
     seen = []
-    monkeypatch.setattr("yolo_ext.compat.yolo_entrypoint", lambda argv: seen.extend(argv))
+    monkeypatch.setattr("yolo_ext.stock.model.yolo_entrypoint", lambda argv: seen.extend(argv))
     words = ["segment", command, "model=m.pt", "source=x", "conf=0.3"]
     assert cli.main(words) == 0
     assert seen == words

@@ -14,7 +14,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel
 
 import yolo_ext
-from yolo_ext import cli, compat
+from yolo_ext import cli, stock
 from yolo_ext.checkpoint import MANIFEST, load_model, manifest, save_model
 
 KD = ["train/kd_cls_loss", "train/kd_box_loss", "train/kd_feat_loss"]
@@ -47,7 +47,7 @@ def test_recipes_run_to_the_end(recipe, tiny, wide, shapes, tmp_path):
     assert recipe == "kd_qat" or (table[seen[0]] > 0).any()
     best = next(folder.rglob("best.pt"))
     model = load_model(best)[0]
-    share = compat.gflops(model) / compat.gflops(load_model(tiny)[0])
+    share = stock.gflops(model) / stock.gflops(load_model(tiny)[0])
     assert share == pytest.approx(0.5 if pruned else 1.0, rel=0.05)
     known = {"kd_sparse": {"sparsity"}, "kd_qat": {"quant"}}.get(recipe, {"prune"} if pruned else set())
     assert known <= set(manifest(model))

@@ -178,7 +178,7 @@ def bccd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.bccd
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
 def test_the_detector_equals_ultralytics_on_blood_cells(name, bccd, tmp_path):
-    from yolo_ext.config import QuantConfig
+    from yolo_ext.core.config import QuantConfig
     from yolo_ext.data.check import check_data
     from yolo_ext.quantization.fake_quant import get_state
     from yolo_ext.quantization.profiles import resolve_profile

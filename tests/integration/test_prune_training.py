@@ -12,23 +12,23 @@ from ultralytics.nn.tasks import ClassificationModel, SegmentationModel
 from ultralytics.utils import YAML
 
 import yolo_ext
-from yolo_ext import cli, compat
+from yolo_ext import cli, stock
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.unstructured import sparsity
 
 LATER = {"speedup": 2.0, "at": [1, 2], "images": 4, "recalibrate": 4}
 
 
 def flops(path) -> float:
-    return compat.gflops(load_model(path)[0])
+    return stock.gflops(load_model(path)[0])
 
 
 def test_a_run_ends_with_the_target_and_a_best_that_is_pruned(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=4, prune=LATER, distill={"teacher": "self"})
     for name in ("best.pt", "last.pt"):
         model = load_model(trainer.save_dir / "weights" / name)[0]
-        assert flops(tiny) / compat.gflops(model) == pytest.approx(2.0, rel=0.03)
+        assert flops(tiny) / stock.gflops(model) == pytest.approx(2.0, rel=0.03)
         record = manifest(model)["prune"]
         assert [s["epoch"] for s in record["steps"]] == [1, 2] and record["gap"] <= 1e-9
         assert record["steps"][0]["gflops"] > record["steps"][1]["gflops"]
@@ -105,7 +105,7 @@ def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny)
     trainer = fit(yolo, yolo_ext.DetectionTrainer, epochs=3, prune={**LATER, "at": [1]})
     assert poisoned and trainer.nan_recovery_attempts == 0  # it recovered and went on
     model = load_model(trainer.save_dir / "weights" / "last.pt")[0]
-    assert flops(tiny) / compat.gflops(model) == pytest.approx(2.0, rel=0.03)
+    assert flops(tiny) / stock.gflops(model) == pytest.approx(2.0, rel=0.03)
     assert [s["epoch"] for s in manifest(model)["prune"]["steps"]] == [1]
 
 

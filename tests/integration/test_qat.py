@@ -18,7 +18,7 @@ from ultralytics.utils import LOGGER, YAML
 import yolo_ext
 from yolo_ext import quant_loop
 from yolo_ext.checkpoint import MANIFEST, load_model, save_model
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, load_state, quantizers
 from yolo_ext.quantization.layers import QuantConv2d, RangeQuantizer
 from yolo_ext.quantization.spec import plan_of

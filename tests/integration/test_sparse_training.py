@@ -12,9 +12,9 @@ from torch import nn
 from ultralytics import YOLO
 
 import yolo_ext
-from yolo_ext import cli, compat
+from yolo_ext import cli, stock
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 PULL = {"coefficient": 5.0, "warmup": 0}  # most scale factors are about 1, so they all go but for the protected ones
 COLUMNS = ["sparsity/share", "sparsity/speedup", "sparsity/coefficient"]
@@ -106,7 +106,7 @@ def test_sparsify_prune_and_fine_tune_in_one_training_with_its_own_teacher(fit, 
     )  # fmt: skip
     model = load_model(trainer.save_dir / "weights" / "best.pt")[0]
     assert manifest(model)["prune"]["config"]["method"] == "slim"  # the criterion that goes with the penalty
-    assert compat.gflops(load_model(tiny)[0]) / compat.gflops(model) == pytest.approx(1.5, rel=0.05)
+    assert stock.gflops(load_model(tiny)[0]) / stock.gflops(model) == pytest.approx(1.5, rel=0.05)
     assert trainer.distiller.direct and trainer.sparsifier.pull == 0
 
 

@@ -14,7 +14,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, RTDETRDetectionModel, SegmentationModel
 from ultralytics.utils import SETTINGS, YAML
 
-from yolo_ext import cli, compat
+from yolo_ext import cli, stock
 from yolo_ext.checkpoint import load_model, manifest, save_model
 from yolo_ext.pruning import sensitivity as curves
 from yolo_ext.pruning.unstructured import sparsity
@@ -65,7 +65,7 @@ def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime
 
     def clock(dense, pruned, imgsz):
         seen.append(imgsz)
-        return compat.gflops(dense, imgsz) / compat.gflops(pruned, imgsz)
+        return stock.gflops(dense, imgsz) / stock.gflops(pruned, imgsz)
 
     monkeypatch.setattr(f"yolo_ext.probes._speed_{runtime}", clock)
     monkeypatch.setattr(f"yolo_ext.probes._speed_{'ort' if runtime == 'torch' else 'torch'}", None)
@@ -222,7 +222,7 @@ def test_masks_without_training(prune, words, share):
     assert not (folder / "compare").exists()  # no smaller structure to compare
 
 
-def stock(file: Path, task: str):
+def by_ultralytics(file: Path, task: str):
     return YOLO(str(file), task=task).predict(torch.rand(1, 3, 64, 64), imgsz=64, device="cpu", verbose=False)[0]
 
 
@@ -248,7 +248,7 @@ def test_other_tasks(place, prune, randomise, kind, epochs):
     save_model(randomise(model), Path("model.pt"))
     words = TRAINED.replace("tiny.pt", "model.pt").replace(D, f"data={data}")
     folder = prune(words + f"epochs={epochs} prune.speedup=1.5")
-    assert stock(folder / "weights/best.pt", kind) is not None
+    assert by_ultralytics(folder / "weights/best.pt", kind) is not None
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.01)
     assert list(summary["stages"]) == ["base", "prune", *["finetune"] * epochs]

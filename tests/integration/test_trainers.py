@@ -23,9 +23,9 @@ from ultralytics.utils import YAML
 import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, load_model, save_model
-from yolo_ext.config import DistillConfig, PruneConfig
+from yolo_ext.core.config import DistillConfig, PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss
-from yolo_ext.errors import UsageError
 from yolo_ext.resume import SIDECAR
 from yolo_ext.trainers import TRAINERS, _AtomicPath
 

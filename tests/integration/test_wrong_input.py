@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ultralytics.utils import YAML
 
 from yolo_ext import cli
-from yolo_ext.config import CONFIGS
+from yolo_ext.core.config import CONFIGS
 from yolo_ext.trainers import TRAINERS
 
 B = "model=tiny.pt data=shapes/data.yaml"
@@ -170,7 +170,7 @@ def test_a_training_that_is_refused_late_takes_its_folder_along(place, capsys, k
 
 
 def test_wrong_input_is_answered_with_the_same_words_in_python(place):
-    from yolo_ext.errors import UsageError
+    from yolo_ext.core.errors import UsageError
     from yolo_ext.training import train
 
     before = files(place)

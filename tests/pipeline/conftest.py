@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ultralytics import YOLO
 
-from yolo_ext.config import cfg_dir
+from yolo_ext.core.config import cfg_dir
 from yolo_ext.data.shapes import make_shapes
 from yolo_ext.pipeline import compress
 

@@ -15,7 +15,7 @@ from ultralytics.utils import YAML
 
 from yolo_ext import stages
 from yolo_ext.checkpoint import load_model, manifest
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pipeline import compress
 
 CONTRACT = (

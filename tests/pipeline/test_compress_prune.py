@@ -12,7 +12,7 @@ import torch
 
 from yolo_ext import stages
 from yolo_ext.checkpoint import load_model, manifest
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.pipeline import compress
 from yolo_ext.probes import make_probes

@@ -11,9 +11,9 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
-from yolo_ext.errors import UsageError
 from yolo_ext.probes import labelled_batches, make_probes
 from yolo_ext.pruning.evidence import task_losses
 

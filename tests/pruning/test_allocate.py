@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.allocate import from_sensitivity, isomorphic, ranked, read_sensitivity, scopes
 from yolo_ext.pruning.bundles import Bundle, bundles
 from yolo_ext.pruning.graph import Group, Member, build_graph

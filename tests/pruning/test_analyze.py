@@ -5,8 +5,8 @@ import pytest
 import torch
 from ultralytics.nn.tasks import ClassificationModel
 
-from yolo_ext import compat
-from yolo_ext.config import PruneConfig
+from yolo_ext import stock
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.analyze import analyze, group_shares, layer_flops, layer_times, table
 from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.graph import build_graph
@@ -71,11 +71,9 @@ def test_figures_of_a_family(yolo, name: str) -> None:
     model = yolo(name)
     graph = build_graph(model, 64)
     costs = layer_flops(model, graph)
-    assert sum(costs.values()) == pytest.approx(
-        compat.gflops(model, 64) * 1e9, rel=0.03
-    )  # which counts norms and pools
+    assert sum(costs.values()) == pytest.approx(stock.gflops(model, 64) * 1e9, rel=0.03)  # which counts norms and pools
     times, whole = layer_times(model, 64, runs=2)
-    assert set(costs) <= set(times) <= compat.deployed_layers(model)
+    assert set(costs) <= set(times) <= stock.deployed_layers(model)
     assert 0.2 < sum(times.values()) / whole < 1.0
     assert (
         0.95 < sum(group_shares(graph, costs, sum(costs.values()))) <= 1.0 + 1e-9

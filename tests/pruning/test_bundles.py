@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning import bundles as module
 from yolo_ext.pruning.bundles import Bundle, bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph

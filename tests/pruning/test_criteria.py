@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights, score
 from yolo_ext.pruning.graph import Group, Member, build_graph
 from yolo_ext.pruning.targets import plan

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, size_mb
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import CheckFailed
 from yolo_ext.distillation.features import Align
-from yolo_ext.errors import CheckFailed
 from yolo_ext.pruning.during import agreed, apply_to_run, follow, prune_run, remember_dense, sizes, step_config
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.surgery import cut, prune_model, prune_with_plan
@@ -33,7 +33,7 @@ def run_of(model: nn.Module, optimizer) -> SimpleNamespace:
     live = deepcopy(model).train().requires_grad_(True)
     made = optimizer(list(live.parameters()))
     ema = ModelEMA(live)
-    sum(t.pow(2).mean() for t in compat.returned_tensors(live(torch.rand(2, 3, 64, 64)))).backward()
+    sum(t.pow(2).mean() for t in stock.returned_tensors(live(torch.rand(2, 3, 64, 64)))).backward()
     made.step()
     ema.update(live)
     return SimpleNamespace(
@@ -105,11 +105,11 @@ def test_channels_last_stays(yolo):
 
 def test_adapters_follow_the_student(yolo):
     run = run_of(yolo("yolov8n"), OPTIMIZERS["AdamW"])
-    adapters = nn.ModuleList(Align(w, 2 * w, None) for w in compat.level_widths(run.model))
-    adapters[2] = Align(compat.level_widths(run.model)[2], 256, list(range(256)))
+    adapters = nn.ModuleList(Align(w, 2 * w, None) for w in stock.level_widths(run.model))
+    adapters[2] = Align(stock.level_widths(run.model)[2], 256, list(range(256)))
     run.distiller = SimpleNamespace(adapters=adapters, levels=[0, 1, 2])
     run.optimizer.add_param_group({"params": list(adapters.parameters())})
-    x = [torch.rand(1, w, 4, 4) for w in compat.level_widths(run.model)]
+    x = [torch.rand(1, w, 4, 4) for w in stock.level_widths(run.model)]
     sum(a.conv(m).pow(2).sum() for a, m in zip(adapters[:2], x)).backward()
     run.optimizer.step()
     weights, moments = (
@@ -118,11 +118,11 @@ def test_adapters_follow_the_student(yolo):
     )
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
     apply_to_run(run, kept, manifest(pruned)["prune"])
-    index = [kept[p]["in"] for p in compat.level_inputs(yolo("yolov8n"))]
+    index = [kept[p]["in"] for p in stock.level_inputs(yolo("yolov8n"))]
     assert torch.equal(adapters[0].conv.weight, weights[:, index[0]])
     assert torch.equal(run.optimizer.state[adapters[0].conv.weight]["exp_avg"], moments[:, index[0]])
     assert adapters[2].kept.tolist() == index[2]
-    for adapter, width in zip(adapters, compat.level_widths(run.model)):
+    for adapter, width in zip(adapters, stock.level_widths(run.model)):
         adapter(
             torch.rand(2, width, 4, 4),
             torch.rand(2, 256, 4, 4) if adapter.kept is not None else torch.rand(2, adapter.conv.out_channels, 4, 4),
@@ -223,7 +223,7 @@ def test_ddp_is_wrapped_anew(yolo, group):
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
     apply_to_run(run, kept, manifest(pruned)["prune"])
     assert run.model is not old and run.model.module is old.module and run.model.find_unused_parameters
-    sum(t.mean() for t in compat.returned_tensors(run.model(torch.rand(2, 3, 64, 64)))).backward()
+    sum(t.mean() for t in stock.returned_tensors(run.model(torch.rand(2, 3, 64, 64)))).backward()
     run.optimizer.step()
 
 

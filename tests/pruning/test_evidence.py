@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ultralytics import RTDETR, YOLO
 
 from yolo_ext.checkpoint import fingerprint
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import criteria, score
 from yolo_ext.pruning.evidence import _single, collect, task_losses
 from yolo_ext.pruning.graph import Group, build_graph

@@ -21,9 +21,9 @@ from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, load_model, manifest, save_model
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, prune_model, verify
 from yolo_ext.pruning.targets import plan
@@ -47,22 +47,22 @@ def pruned(yolo):
 
 @pytest.fixture(scope="module")
 def dense_gflops(yolo):
-    return cache(lambda name: compat.gflops(yolo(name), 64))
+    return cache(lambda name: stock.gflops(yolo(name), 64))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_target_and_gate(name, dense_gflops, pruned):
     model = pruned(name)
-    assert dense_gflops(name) / compat.gflops(model, 64) == pytest.approx(2.0, rel=0.03)
+    assert dense_gflops(name) / stock.gflops(model, 64) == pytest.approx(2.0, rel=0.03)
     assert manifest(model)["prune"]["gap"] <= TOLERANCE
-    stock = ("ultralytics.", "torch.")
-    assert all(type(m).__module__.startswith(stock) for m in model.modules())
+    homes = ("ultralytics.", "torch.")
+    assert all(type(m).__module__.startswith(homes) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains_fuses_and_copies(name, pruned):
     model, x = deepcopy(pruned(name)), torch.rand(2, 3, 64, 64)
-    sum(t.mean() for t in compat.returned_tensors(model.train()(x))).backward()
+    sum(t.mean() for t in stock.returned_tensors(model.train()(x))).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     model = deepcopy(pruned(name)).requires_grad_(False).eval()
     expected = model(x)[0]
@@ -114,7 +114,7 @@ def test_other_tasks(name, calibrate):
     model = calibrate(YOLO(f"{name}.yaml").model)
     small = prune_model(model, PruneConfig(speedup=2.0))
     assert manifest(small)["prune"]["gap"] <= TOLERANCE
-    assert compat.gflops(model, 64) / compat.gflops(small, 64) == pytest.approx(2.0, rel=0.03)
+    assert stock.gflops(model, 64) / stock.gflops(small, 64) == pytest.approx(2.0, rel=0.03)
 
 
 # Modules of the user --------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, yaml_model_load
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import predictor
 from yolo_ext.pruning.criteria import criteria
@@ -88,7 +88,7 @@ def dense(name: str) -> nn.Module:
             m.weight.uniform_(0.5, 1.5)
             m.bias.normal_(0, 0.3)
             m.momentum = 1.0
-        model.train()(torch.rand(16, 3, compat.probe_size(model), compat.probe_size(model)))
+        model.train()(torch.rand(16, 3, stock.probe_size(model), stock.probe_size(model)))
     for m in norms:
         m.momentum = 0.03
     return model.eval()
@@ -121,15 +121,15 @@ def test_pruned_equals_masked_and_trains(name, method):
     "name", marked([(n.rstrip("*"),) for n in NAMES], {("yolov9t",), ("yolo11n-cls",), ("yolo26n-pose",)})
 )
 def test_pruned_loads_in_stock_ultralytics_and_exports(name, tmp_path):
-    model, size = pruned(name, "l2"), compat.probe_size(dense(name))
+    model, size = pruned(name, "l2"), stock.probe_size(dense(name))
     file = save_model(model, tmp_path / "pruned.pt")
-    stock = YOLO(file)
-    assert ("rtdetr" in name) == (type(stock).__name__ == "RTDETR")
+    loaded = YOLO(file)
+    assert ("rtdetr" in name) == (type(loaded).__name__ == "RTDETR")
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected = list(compat.returned_tensors(deepcopy(model).half().float()(x)))
-    for a, b in zip(expected, compat.returned_tensors(stock.model.float().eval()(x)), strict=True):
+    expected = list(loaded.returned_tensors(deepcopy(model).half().float()(x)))
+    for a, b in zip(expected, loaded.returned_tensors(loaded.model.float().eval()(x)), strict=True):
         assert torch.equal(a, b)
-    stock.predict(np.zeros((size, size, 3), np.uint8), imgsz=size, verbose=False, device="cpu")
+    loaded.predict(np.zeros((size, size, 3), np.uint8), imgsz=size, verbose=False, device="cpu")
     if any(word in name for word in NEED_TEXT) or name.endswith("sem"):  # the export of the latter is a map of classes
         return
     onnx = export_onnx(file, tmp_path / "pruned.onnx", size, simplify=False)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolo_ext.checkpoint import load_model
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
-from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.probes import make_probes
 from yolo_ext.pruning import pagcp as module
 from yolo_ext.pruning.bundles import bundles, kept_of, widths_of

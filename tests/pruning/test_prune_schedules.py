@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolo_ext.config import PruneConfig, parse
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig, parse
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.schedules import epochs_of, progress, schedules
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.readiness import near_zero, near_zero_share, readiness, spare_units
@@ -99,7 +99,7 @@ def test_the_predicted_speed_up_is_that_of_the_pruned_model(plant, traced, optio
     units = spare_units(made, 0.01)
     found = readiness(planted, graph, cfg, made, units, 640)
     pruned = apply_plan(deepcopy(planted), kept_of(graph, made, units))
-    measured = compat.gflops(planted) / compat.gflops(pruned)
+    measured = stock.gflops(planted) / stock.gflops(pruned)
     assert found["speedup"] == pytest.approx(measured, rel=0.02) and measured > 2.5
     assert found["share"] == pytest.approx(0.5, abs=0.01)
     assert found["in_use"] == 0 and found["removed"] == pytest.approx(0.5 * found["channels"], rel=0.02)

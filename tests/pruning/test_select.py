@@ -8,8 +8,8 @@ from torch import nn
 from ultralytics.nn.tasks import ClassificationModel
 
 from yolo_ext.checkpoint import set_tripwire
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.select import matches, producers, refuse_frozen, restrict, shares
 

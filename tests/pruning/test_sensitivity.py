@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.allocate import from_sensitivity, read_sensitivity
 from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.graph import build_graph

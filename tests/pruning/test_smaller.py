@@ -9,14 +9,14 @@ from ultralytics import YOLO
 from ultralytics.nn import tasks
 from ultralytics.utils import LOGGER, YAML
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import set_tripwire
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.smaller import smaller, smaller_yaml
 
 
 def gflops(model) -> float:
-    return compat.gflops(model, 64)
+    return stock.gflops(model, 64)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext.checkpoint import fingerprint, manifest
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning import surgery
 from yolo_ext.pruning.record import layer_report
 from yolo_ext.pruning.surgery import apply_plan, check_trainable, prune_model, recalibrate

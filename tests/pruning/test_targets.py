@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.tasks import ClassificationModel, SegmentationModel
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import save_model
-from yolo_ext.config import TARGETS, PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import TARGETS, PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
@@ -41,10 +41,10 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 
 def params(model: nn.Module) -> int:
-    return sum(p.numel() for p in compat.deployed(model).parameters())
+    return sum(p.numel() for p in stock.deployed(model).parameters())
 
 
-FIGURES = {"speedup": compat.gflops, "params": params}
+FIGURES = {"speedup": stock.gflops, "params": params}
 
 
 def flops(model: nn.Module) -> float:
@@ -168,7 +168,7 @@ def test_a_share_is_kept_whatever_the_target(traced):
     small = apply_plan(deepcopy(model), plan(model, graph(), cfg))
     assert widths(small)["model.9.cv2.conv"] == 128
     assert widths(small)["model.7.conv"] == 256
-    assert compat.gflops(model) / compat.gflops(small) == pytest.approx(2.0, rel=0.01)
+    assert stock.gflops(model) / stock.gflops(small) == pytest.approx(2.0, rel=0.01)
 
 
 # Analytic figures ----------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_figures_are_those_of_the_cut_model(made_of, name):
     for imgsz in (64, 640):
         figures = measure(model, graph, imgsz)
         found = figures(widths_of(graph, made, units))
-        assert found[0] == pytest.approx(compat.gflops(small, imgsz) * 1e9, rel=1e-3)
+        assert found[0] == pytest.approx(stock.gflops(small, imgsz) * 1e9, rel=1e-3)
         assert found[1] == params(small)
     assert figures({})[1] == params(model)
 
@@ -322,7 +322,7 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     file.write_text(json.dumps({"base": {"map": 0.5}, "groups": groups}))
     cfg = PruneConfig(speedup=2.0, sensitivity=str(file))
     small = apply_plan(deepcopy(model), plan(model, graph(), cfg))
-    assert compat.gflops(model) / compat.gflops(small) == pytest.approx(2.0, rel=0.01)
+    assert stock.gflops(model) / stock.gflops(small) == pytest.approx(2.0, rel=0.01)
     before, after = widths(model), widths(small)
     lost = {n: 1 - after[n] / before[n] for n in before if "dfl" not in n}
     spared = [v for n, v in lost.items() if n.startswith("model.6.")]

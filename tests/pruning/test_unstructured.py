@@ -14,8 +14,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from yolo_ext.checkpoint import load_model, manifest, save_model
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.schedules import progress
 from yolo_ext.pruning.unstructured import (
     _largest,

@@ -11,7 +11,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from yolo_ext.batchnorm import recalibrate
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization import adaround as module
 from yolo_ext.quantization.adaround import adaround, bake, start
 from yolo_ext.quantization.branches import merge_branches

@@ -12,7 +12,7 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.utils import LOGGER
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.calibration import calibrate, weight_rows
 from yolo_ext.quantization.fake_quant import (
     get_state,

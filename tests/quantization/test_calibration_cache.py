@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.utils import USER_CONFIG_DIR
 
-from yolo_ext.config import QuantConfig
+from yolo_ext.core.config import QuantConfig
 from yolo_ext.quantization import cache
 from yolo_ext.quantization.fake_quant import insert_plan
 from yolo_ext.quantization.spec import Spec

@@ -12,8 +12,8 @@ from torch import nn
 from ultralytics.nn.modules import Conv
 from ultralytics.utils.torch_utils import ModelEMA
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.surgery import prune_model
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.profiles import PROFILES

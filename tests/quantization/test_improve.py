@@ -8,7 +8,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from yolo_ext.batchnorm import recalibrate
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan, set_mode, strip_fake_quant
 from yolo_ext.quantization.improve import correct_bias, reestimate_bn

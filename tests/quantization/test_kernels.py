@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.quantization.kernels import fake_quantize, fake_quantize_weight
 
 GRIDS = [(0, 255, 0.03, 40.0), (-127, 127, 0.02, 0.0), (0, 15, 0.2, 3.0), (0, 65535, 1e-4, 30000.0), (0, 3, 1.5, 0.0)]
@@ -35,7 +35,7 @@ def test_learned_ranges_are_those_of_torch(qmin, qmax, scale, zero):
     for run in (fake_quantize, None):
         s, z = torch.tensor(scale, requires_grad=True), torch.tensor(zero, requires_grad=True)
         factor = 1 / math.sqrt(x.numel() * qmax)
-        y = run(x, s, z, qmin, qmax) if run else compat.learned_fake_quantize(x, s, z, None, qmin, qmax, factor)
+        y = run(x, s, z, qmin, qmax) if run else stock.learned_fake_quantize(x, s, z, None, qmin, qmax, factor)
         found.append((y, *torch.autograd.grad(y, (x, s, z), upstream)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -53,7 +53,7 @@ def test_weights_are_those_of_torch(qmax, share):
         y = (
             fake_quantize_weight(w, scale, qmax)
             if ours
-            else compat.learned_fake_quantize(w, flat, zero, 0, -qmax, qmax, factor)
+            else stock.learned_fake_quantize(w, flat, zero, 0, -qmax, qmax, factor)
         )
         found.append((y, *torch.autograd.grad(y, (w, scale), upstream)))
     for a, b in zip(*found, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 
 from yolo_ext import quant_loop
-from yolo_ext.options import QuantConfig
+from yolo_ext.core.options import QuantConfig
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, insert_plan, quantizers
 from yolo_ext.quantization.profiles import resolve_profile
 from yolo_ext.quantization.spec import Spec

@@ -11,8 +11,8 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.modules import Conv, RepConv
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
-from yolo_ext.errors import UsageError
 from yolo_ext.quantization.branches import merge_branches
 from yolo_ext.quantization.modelopt import complete, import_state, is_modelopt, load_modelopt
 from yolo_ext.quantization.profiles import PROFILES

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.observers import BINS, Histogram, observers, weight_observers, with_zero
 from yolo_ext.quantization.spec import Spec
 

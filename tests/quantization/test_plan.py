@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.plan import make_plan, rows, table
 from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.spec import SITES, Spec

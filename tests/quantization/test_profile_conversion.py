@@ -10,8 +10,8 @@ import torch
 from onnx import numpy_helper
 from ultralytics import YOLO
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
-from yolo_ext.errors import UsageError
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.convert import convert
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan, load_state

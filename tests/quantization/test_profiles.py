@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization import profiles
 from yolo_ext.quantization.profiles import PROFILES, float_modules, has_vnni, quantizable_blocks, resolve_profile, sums
 

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from yolo_ext import quant_loop
-from yolo_ext.errors import UsageError
-from yolo_ext.options import DistillConfig, QuantConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import DistillConfig, QuantConfig
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, quantized_layers, quantizers
 from yolo_ext.quantization.profiles import resolve_profile

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from ultralytics import YOLO
 
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.profiles import PROFILES, Profile

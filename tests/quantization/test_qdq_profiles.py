@@ -15,8 +15,8 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.modules import Bottleneck, Conv
 
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
-from yolo_ext.errors import CheckFailed, UsageError
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan
 from yolo_ext.quantization.plan import make_plan

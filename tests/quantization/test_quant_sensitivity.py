@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import ClassificationModel
 
-from yolo_ext.errors import UsageError
-from yolo_ext.options import QuantConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import QuantConfig
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, strip_fake_quant
 from yolo_ext.quantization.mixed import config_list, leave_float

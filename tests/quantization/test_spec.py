@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.spec import Spec, plan_of
 
 

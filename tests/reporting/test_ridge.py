@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting import ridge
 from yolo_ext.reporting.ridge import plot_layers, plot_ridge
 

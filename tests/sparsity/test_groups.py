@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.criteria import score
 from yolo_ext.pruning.graph import build_graph

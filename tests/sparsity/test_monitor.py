@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_ext import compat
-from yolo_ext.config import PruneConfig, SparsityConfig
+from yolo_ext import stock
+from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.pruning.bundles import bundles, kept_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.readiness import spare_units
@@ -82,8 +82,8 @@ def test_the_predicted_size_is_that_of_the_pruned_model(dense, planted, threshol
     graph = build_graph(planted)
     made = bundles(planted, graph, PruneConfig(method="slim"))
     pruned = apply_plan(deepcopy(planted), kept_of(graph, made, spare_units(made, threshold)))
-    assert found["speedup"] == pytest.approx(compat.gflops(planted, 64) / compat.gflops(pruned, 64), rel=0.02)
-    sizes = [sum(p.numel() for p in compat.deployed(m).parameters()) for m in (planted, pruned)]
+    assert found["speedup"] == pytest.approx(stock.gflops(planted, 64) / stock.gflops(pruned, 64), rel=0.02)
+    sizes = [sum(p.numel() for p in stock.deployed(m).parameters()) for m in (planted, pruned)]
     assert found["params"] == pytest.approx(sizes[0] / sizes[1], rel=0.02)
     assert found["speedup"] > 1.02
 

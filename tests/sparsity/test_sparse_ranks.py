@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_ext.config import PruneConfig, SparsityConfig
+from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.sparsity.penalties import penalties
 from yolo_ext.sparsity.sparsifier import Sparsifier
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.utils import LOGGER
 
-from yolo_ext.config import PruneConfig, SparsityConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig, SparsityConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.surgery import prune_with_plan
 from yolo_ext.sparsity.penalties import penalties
 from yolo_ext.sparsity.schedules import pulls

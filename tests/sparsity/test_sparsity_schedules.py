@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_ext.config import SparsityConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import SparsityConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.sparsity.schedules import Controller, pulls
 
 

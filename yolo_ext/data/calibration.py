@@ -17,8 +17,8 @@ from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import imread
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data import check
-from yolo_ext.errors import UsageError
 
 USUAL = 300  # images; TensorRT and Ultralytics advise as many
 

@@ -23,8 +23,8 @@ from ultralytics.data.utils import (
 from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML, patches
 from ultralytics.utils.checks import check_file
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.files import walk_files
-from yolo_ext.errors import UsageError
 
 T = TypeVar("T")
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met

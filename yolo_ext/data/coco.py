@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.files import walk_files
 from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite, unique_ids
-from yolo_ext.errors import UsageError
 
 WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.data.check import image_probe, quote
 from yolo_ext.data.coco import scan_coco
 from yolo_ext.data.files import parallel, staged_folder
@@ -21,8 +23,6 @@ from yolo_ext.data.split import by_folds, by_ratio, from_lists
 from yolo_ext.data.voc import scan_voc
 from yolo_ext.data.write import LEGAL, Options, Plan, Tally, write_lists, write_split
 from yolo_ext.data.yolo import scan_yolo
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import suggest
 
 NOTES = {  # what may be changed or left out, and how it is told
     "clipped": "boxes clipped at the image border",

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from ultralytics.utils import NUM_THREADS, TQDM
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")

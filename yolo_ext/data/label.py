@@ -24,11 +24,11 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data import check
 from yolo_ext.data.files import link_or_copy
 from yolo_ext.data.label_formats import FORMATS, Format, Names, Store, coco_store, file_store
 from yolo_ext.data.records import class_names
-from yolo_ext.errors import UsageError
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"

@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.coco import coco_object
 from yolo_ext.data.records import Object
 from yolo_ext.data.voc import voc_text
 from yolo_ext.data.yolo import yolo_row
-from yolo_ext.errors import UsageError
 
 Record = Mapping[str, Any]
 Names = Mapping[int, str]

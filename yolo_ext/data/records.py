@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]

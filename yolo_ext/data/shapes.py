@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from ultralytics.utils import LOGGER, YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.files import staged_folder
-from yolo_ext.errors import UsageError
 
 NAMES = ("circle", "square", "triangle")
 MARK = "shapes.json"  # says which parameters made a folder, and that it is ours to replace

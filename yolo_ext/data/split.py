@@ -10,8 +10,8 @@ from itertools import combinations
 
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import quote
-from yolo_ext.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 

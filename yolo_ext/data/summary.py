@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from ultralytics.utils import LOGGER
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import image_probe, quote
 from yolo_ext.data.duplicates import NEAR, fingerprint, near_pairs, same
 from yolo_ext.data.files import parallel
 from yolo_ext.data.records import Item, Source
 from yolo_ext.data.yolo import scan_yolo
-from yolo_ext.errors import UsageError
 
 AREAS = {"small": 32**2, "medium": 96**2, "large": math.inf}  # square pixels, as COCO counts
 KINDS = {  # what is wrong with a file, and how it is told

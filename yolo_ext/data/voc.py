@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape
 
 from ultralytics.data.utils import IMG_FORMATS
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.files import walk_files
 from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite
-from yolo_ext.errors import UsageError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

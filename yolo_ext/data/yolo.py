@@ -13,10 +13,10 @@ from ultralytics.data.converter import merge_multi_segment
 from ultralytics.data.utils import IMG_FORMATS, img2label_paths
 from ultralytics.utils import DATASETS_DIR, YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label, keypoints, label_rows, list_images
 from yolo_ext.data.files import walk_files
 from yolo_ext.data.records import Annotation, Item, Object, Size, Source, class_names, unique_ids
-from yolo_ext.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, when it is split

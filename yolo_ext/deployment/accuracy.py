@@ -11,9 +11,9 @@ import numpy as np
 from ultralytics.utils import YAML
 from ultralytics.utils.metrics import smooth
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import head_args
 from yolo_ext.deployment.runtime import Source, describe, float_model, quiet
-from yolo_ext.errors import UsageError
 
 
 def _validate(module: Any, task: str, data: str | Path, imgsz: int, **args: Any) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias, overload
 import cv2
 import numpy as np
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment import detector_decode as decode
-from yolo_ext.errors import UsageError
 
 Image: TypeAlias = str | Path | np.ndarray
 TASKS = ("detect", "segment", "pose", "obb", "classify")

@@ -15,10 +15,10 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.compat import no_autoinstall
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.processing import NMS, Size, height_width
 from yolo_ext.deployment.runtime import float_model, quiet, run, session
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.stock.model import no_autoinstall
 
 SIMPLIFY_TOLERANCE = 1e-5
 

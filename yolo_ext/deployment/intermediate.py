@@ -11,8 +11,8 @@ from typing import Any
 
 from ultralytics.utils import YAML
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import metadata, session
-from yolo_ext.errors import UsageError
 
 SUFFIX = "_openvino_model"  # by which Ultralytics knows such a folder
 

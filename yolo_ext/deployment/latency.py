@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import TQDM
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.processing import Size, height_width
-from yolo_ext.errors import UsageError
 
 MIN_ROUNDS = 10
 

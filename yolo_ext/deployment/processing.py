@@ -13,7 +13,7 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.patches import imread
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 Size: TypeAlias = int | Sequence[int]  # side of a square, or height and width, in pixels
 Predict = Callable[[np.ndarray], list[np.ndarray]]

@@ -26,8 +26,8 @@ from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import LOGGER
 
 from yolo_ext.checkpoint import load_model
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.processing import NMS, Predict, height_width
-from yolo_ext.errors import UsageError
 
 Source: TypeAlias = str | Path | nn.Module
 

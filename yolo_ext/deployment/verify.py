@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from ultralytics.utils.metrics import batch_probiou, box_iou
 
+from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.accuracy import map_onnx, map_torch
 from yolo_ext.deployment.bisect import first_difference
 from yolo_ext.deployment.compare import compare, compare_weights, inputs, summary
 from yolo_ext.deployment.processing import Size, detect, height_width, load_image
 from yolo_ext.deployment.runtime import Source, conv_report, describe, predictor
-from yolo_ext.errors import UsageError
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
 # saturating AVX2 kernel (5 px, 0.39) and a sound one (0.23 px, 0.02 to 0.04: single codes that round differently).

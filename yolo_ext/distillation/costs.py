@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.distillation.teacher import Guide
 
 STEPS = 2  # timed ones, behind one to warm up
@@ -58,7 +58,7 @@ def student_seconds(student: nn.Module, images: torch.Tensor, amp: bool | torch.
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=bool(amp)):
-            found = list(compat.returned_tensors(copy(images)))
+            found = list(stock.returned_tensors(copy(images)))
         torch.stack([x.float().sum() for x in found]).sum().backward()
 
     return seconds(step, images.device)

@@ -12,8 +12,8 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.ops import xywh2xyxy
 
-from yolo_ext import compat
-from yolo_ext.config import DistillConfig
+from yolo_ext import stock
+from yolo_ext.core.config import DistillConfig
 from yolo_ext.distillation.balance import Balance
 from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
 from yolo_ext.distillation.features import Align, modules
@@ -91,19 +91,19 @@ class Distiller:
                     kept = self.aligns[g, site].kept
                     self.extras[g, t, site] = modules[term.row.name](site.widths[1] if kept is None else len(kept))
                 if term.needs("cross head"):
-                    student_head, teacher_head = (compat.detection_head(m) for m in (self.student, guide.model))
+                    student_head, teacher_head = (stock.detection_head(m) for m in (self.student, guide.model))
                     for ours, theirs in self._cross_branches(guide):
                         self.extras[g, t, ours] = cross_adapters(student_head, teacher_head, term.split, (ours, theirs))
         self.adapters.extend(self.extras.values())
 
     def _cross_branches(self, guide: Guide) -> list[tuple[str, str]]:
         """Return the branches that a cross head joins: as `losses` pairs them."""
-        both = [hasattr(compat.detection_head(m), "one2one_cv2") for m in (self.student, guide.model)]
+        both = [hasattr(stock.detection_head(m), "one2one_cv2") for m in (self.student, guide.model)]
         return [("", ""), *([("one2one", "one2one")] if all(both) else [])]
 
     def _tapped(self) -> list[list[str]]:
         """Return the layers to listen to: of the student, then of each teacher."""
-        ours, head = set(), compat.head_prefix(self.student)
+        ours, head = set(), stock.head_prefix(self.student)
         theirs: list[set[str]] = [set() for _ in self.guides]
         for g, guide in enumerate(self.guides):
             for term, found in zip(self.terms, self.sites[g]):
@@ -225,11 +225,11 @@ class Distiller:
         return torch.stack(parts).sum()
 
     def _cross(self, g: int, t: int, branch: str, taken: dict[str, torch.Tensor]) -> Any:
-        guide, term, head = self.guides[g], self.terms[t], compat.head_prefix(self.student)
+        guide, term, head = self.guides[g], self.terms[t], stock.head_prefix(self.student)
         hidden = {k: [taken[f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}"] for i, _ in guide.levels]
                   for k in STACKS}  # fmt: skip
         adapters = self.extras[g, t, branch]
-        raw = cross_head(compat.detection_head(guide.model), hidden, term.split, branch, adapters)
+        raw = cross_head(stock.detection_head(guide.model), hidden, term.split, branch, adapters)
         return guide.output(raw, guide.model, 1)
 
     def sync(self) -> None:
@@ -267,7 +267,7 @@ def _processes() -> int:
 
 
 def _branches(raw: Any) -> dict[str, dict[str, Any]]:
-    return {"": {"scores": raw}} if isinstance(raw, torch.Tensor) else compat.branches(raw)
+    return {"": {"scores": raw}} if isinstance(raw, torch.Tensor) else stock.branches(raw)
 
 
 def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:

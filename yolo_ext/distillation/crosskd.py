@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 STACKS = {"boxes": "cv2", "scores": "cv3"}
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table, suggest
 from yolo_ext.distillation.blocks import contexts, generator
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Table, suggest
 
 feature_losses = Table("feature loss")
 modules: dict[str, Callable[[int], nn.Module]] = {"mgd": generator, "fgd": contexts}

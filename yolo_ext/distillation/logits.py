@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import make_anchors
 
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Table, suggest
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table, suggest
 
 logit_losses = Table("logit loss")
 Parts = tuple[torch.Tensor, torch.Tensor]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.distillation.stack import Term
 from yolo_ext.distillation.taps import layer_shapes
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import suggest
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def level_map(student: nn.Module, teacher: nn.Module, name: str) -> list[tuple[i
     Raises:
         UsageError: If they share none.
     """
-    ours, theirs = ([int(s) for s in compat.detection_head(m).stride] for m in (student, teacher))
+    ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
     found = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
     if not found:
         raise UsageError(f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with a common stride.")
@@ -86,7 +86,7 @@ def with_classes(teacher: nn.Module, names: dict[int, str], path: str) -> nn.Mod
     Raises:
         UsageError: If they share no class.
     """
-    head = compat.detection_head(teacher)
+    head = stock.detection_head(teacher)
     ours, theirs = class_map(teacher, SimpleNamespace(names=names), path)
     if ours == theirs == list(range(len(teacher.names))) and len(names) == len(ours):
         return teacher
@@ -121,7 +121,7 @@ def sites(term: Term, student: nn.Module, teacher: nn.Module, levels: list[tuple
         if layer == "neck":
             if not levels:
                 raise UsageError("A classifier has no neck: give 'distill.features=None', or layers such as [4, 6].")
-            widths = [compat.level_widths(m) for m in (student, teacher)]
+            widths = [stock.level_widths(m) for m in (student, teacher)]
             found += [Site(i, j, (widths[0][i], widths[1][j])) for i, j in levels]
         elif layer == "backbone":
             found += _backbone(student, teacher)
@@ -132,7 +132,7 @@ def sites(term: Term, student: nn.Module, teacher: nn.Module, levels: list[tuple
 
 
 def _shapes(model: nn.Module, paths: list[str]) -> dict[str, Any]:
-    return layer_shapes(model, paths, 2 * compat.max_stride(model), compat.input_channels(model))
+    return layer_shapes(model, paths, 2 * stock.max_stride(model), stock.input_channels(model))
 
 
 def _layer(student: nn.Module, teacher: nn.Module, ours: str, theirs: str) -> Site:

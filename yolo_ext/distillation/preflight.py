@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from yolo_ext import compat
-from yolo_ext.config import DistillConfig
+from yolo_ext import stock
+from yolo_ext.core.config import DistillConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.stack import AUTO, Term, title
 from yolo_ext.distillation.teacher import Guide
-from yolo_ext.errors import UsageError
 from yolo_ext.reporting.tables import ABSENT, align
 
 TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student
@@ -95,13 +95,13 @@ def with_logits(cfg: DistillConfig, student: nn.Module, guides: list[Guide]) -> 
         return cfg
     if any(not g.levels for g in guides):
         return replace(cfg, logits="kl")
-    bins = {compat.detection_head(m).reg_max for m in (student, *(g.model for g in guides))}
+    bins = {stock.detection_head(m).reg_max for m in (student, *(g.model for g in guides))}
     equal = len(bins) == 1 and bins != {1} and not cfg.imgsz
     return replace(cfg, logits=AUTO if equal else "bckd")
 
 
 def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str | None:
-    heads = [compat.detection_head(m) for m in (student, guide.model)]
+    heads = [stock.detection_head(m) for m in (student, guide.model)]
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
     inner = term.needs("cross head") or set(term.layers) - {"neck"}
@@ -137,7 +137,7 @@ def summary(distiller: Any) -> str:
     for g, guide in enumerate(distiller.guides):
         n, known = len(guide.classes[0]), len(distiller.student.names)
         classes = "" if n in (known, 0) else f", {n} of {known} classes shared"
-        strides = compat.detection_head(distiller.student).stride.tolist() if guide.levels else []
+        strides = stock.detection_head(distiller.student).stride.tolist() if guide.levels else []
         shared = [int(strides[i]) for i, _ in guide.levels]
         partly = "" if len(shared) == len(strides) else f", strides {shared} only"
         found = dict.fromkeys(s for term in distiller.sites[g] for s in term)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from yolo_ext.registry import Table
+from yolo_ext.core.registry import Table
 
 schedules = Table("distillation schedule")
 

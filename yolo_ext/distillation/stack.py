@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from yolo_ext.config import DistillConfig
+from yolo_ext.core.config import DistillConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Row, Table, suggest
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
 from yolo_ext.distillation.schedules import schedules
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Row, Table, suggest
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
 GIVEN = {"student", "teacher", "module", "boxes", "random", "cross"}  # what the criterion passes, not the user

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, load_model, manifest
-from yolo_ext.config import DistillConfig
+from yolo_ext.core.config import DistillConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.grids import regrid
 from yolo_ext.distillation.logits import HeadOutput, decode
 from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
-from yolo_ext.errors import UsageError
 
 
 def load_teacher(
@@ -40,21 +40,21 @@ def load_teacher(
     """
     teacher, _ = load_model(path)
     parent = fingerprint(teacher)
-    tasks = [compat.task_of(m) for m in (teacher, student)]
+    tasks = [stock.task_of(m) for m in (teacher, student)]
     if tasks[0] != tasks[1]:
         raise UsageError(
             f"Teacher '{path}' is a '{tasks[0]}' model, the student is '{tasks[1]}'. Give one of the same task."
         )
-    heads = [compat.detection_head(m) for m in (teacher, student)]
+    heads = [stock.detection_head(m) for m in (teacher, student)]
     if tasks[0] != "classify" and not all(hasattr(h, "reg_max") for h in heads):
         raise UsageError(
             f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
         )
-    teacher = compat.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     cuda = device.type == "cuda"
-    if cuda or (compat.native_bf16() if half is None else half):
+    if cuda or (stock.native_bf16() if half is None else half):
         teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
-    return compat.raw_outputs(teacher), parent
+    return stock.raw_outputs(teacher), parent
 
 
 def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
@@ -68,10 +68,10 @@ def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
         Kept channels by level, or None when the teacher is not the model that the student was pruned from.
     """
     record = manifest(student).get("prune") or {"parent": manifest(student).get("parent"), "kept": {}}
-    if record["parent"] != parent or compat.task_of(student) == "classify":
+    if record["parent"] != parent or stock.task_of(student) == "classify":
         return None
     levels = []
-    for path in compat.level_inputs(student):
+    for path in stock.level_inputs(student):
         width = dict(student.named_modules())[path].in_channels
         levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
     return levels
@@ -108,7 +108,7 @@ class Guide:
     def ask(self, images: torch.Tensor) -> Any:
         """Return the raw output of the teacher on (B, C, H, W) images, on the grid of a student that sees them."""
         model = self.model
-        head, size = compat.detection_head(model), self.size(images)
+        head, size = stock.detection_head(model), self.size(images)
         seen = images
         if size != images.shape[2:]:
             seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
@@ -120,7 +120,7 @@ class Guide:
         if size == images.shape[2:] or not self.levels:
             return raw
         grids = [(-(-images.shape[2] // s), -(-images.shape[3] // s)) for s in head.stride.int().tolist()]
-        found = {k: regrid(v, head.stride, grids) for k, v in compat.branches(raw).items()}
+        found = {k: regrid(v, head.stride, grids) for k, v in stock.branches(raw).items()}
         return found.get("", found)
 
     def size(self, images: torch.Tensor) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class Guide:
         h, w = images.shape[2:]
         if self.imgsz is None:
             return h, w
-        stride = compat.max_stride(self.model)
+        stride = stock.max_stride(self.model)
         scaled = [max(round(x * self.imgsz / max(h, w) / stride), 1) * stride for x in (h, w)]
         return scaled[0], scaled[1]
 
@@ -140,7 +140,7 @@ class Guide:
             model: Whose output it is, or whose head made it.
             side: 0 for an output with the levels and classes of the student, 1 for the teacher's.
         """
-        classes, head = self.classes[side], compat.detection_head(model)
+        classes, head = self.classes[side], stock.detection_head(model)
         if not self.levels:
             scores = raw["scores"][:, classes].unsqueeze(-1)
             return HeadOutput(scores, scores.new_zeros(len(scores), 1, 4), scores.new_zeros(1, 2))
@@ -195,7 +195,7 @@ def make_guide(
         kept, get = kept_channels(student, parent), lambda: teacher
         if compiled:
             teacher.compile()
-    classify = compat.task_of(student) == "classify"
+    classify = stock.task_of(student) == "classify"
     levels = [] if classify else level_map(student, teacher, name)
     shared = class_map(teacher, student, name) if classes else ([], [])
     return Guide(name, get, kept, shared, levels, imgsz, compiled)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table, suggest
 from yolo_ext.pruning.bundles import Bundle
-from yolo_ext.registry import Table, suggest
 
 Steps = Callable[[float], list[int]]  # share of units to remove, 0..1 -> kept units of each bundle
 scopes = Table("pruning scope")  # row: (bundles, model) -> the class of each bundle; units are ranked in their class

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.reporting.tables import align
@@ -76,7 +76,7 @@ def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
         model: The model that the graph was built from.
         graph: Its couplings.
     """
-    deployed, modules, found = compat.deployed_layers(model), dict(model.named_modules()), {}
+    deployed, modules, found = stock.deployed_layers(model), dict(model.named_modules()), {}
     for path, (positions, kernel) in graph.convs.items():
         if path in deployed and path in graph.shapes:
             n_out, n_in = graph.shapes[path]
@@ -98,8 +98,8 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     Returns:
         Median seconds of each layer with weights, in the names of the unfused model, and of the whole model.
     """
-    fused = compat.deployed(model).float().cpu()
-    compat.detection_head(fused).export = True  # without the outputs that only training reads
+    fused = stock.deployed(model).float().cpu()
+    stock.detection_head(fused).export = True  # without the outputs that only training reads
     samples: dict[str, list[float]] = defaultdict(list)
     began: list[float] = []
 
@@ -113,7 +113,7 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
         if layer_channels(m):
             m.register_forward_pre_hook(before)
             m.register_forward_hook(partial(after, _unfused(fused, path)))
-    x = torch.rand(1, compat.input_channels(model), imgsz, imgsz)
+    x = torch.rand(1, stock.input_channels(model), imgsz, imgsz)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -133,7 +133,7 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
 def _unfused(fused: nn.Module, path: str) -> str:
     """Return the name that a layer had before fusing; a reparameterised block takes that of its widest branch."""
     parent, _, _ = path.rpartition(".")
-    branch = compat.WIDEST_BRANCH.get(type(fused.get_submodule(parent)).__name__)
+    branch = stock.WIDEST_BRANCH.get(type(fused.get_submodule(parent)).__name__)
     return f"{parent}.{branch}" if branch else path
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import resolved, score
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Graph, Group

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
-from yolo_ext.registry import Table
 
 criteria = Table("pruning criterion")
 AUTO, WITH_DATA, WITHOUT_DATA = "auto", "taylor", "lamp"  # the best ones of benchmarks/RESULTS.md

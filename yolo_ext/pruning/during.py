@@ -17,10 +17,10 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, set_tripwire, size_mb
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import YoloExtError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import YoloExtError
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.schedules import progress
 from yolo_ext.pruning.surgery import Kept, apply_plan, cut, parameter_slices, prune_with_plan, recalibrate
@@ -71,8 +71,8 @@ def _relative(ratio: float, now: float, before: float) -> float:
 def sizes(model: nn.Module, imgsz: int = 640) -> dict[str, float]:
     """Return `gflops` and `params` of the deployed model."""
     return {
-        "gflops": compat.gflops(model, imgsz),
-        "params": sum(p.numel() for p in compat.deployed(model).parameters()),
+        "gflops": stock.gflops(model, imgsz),
+        "params": sum(p.numel() for p in stock.deployed(model).parameters()),
     }
 
 
@@ -187,8 +187,8 @@ def apply_to_run(trainer: Any, kept: Kept, record: dict[str, Any]) -> None:
     follow(trainer.optimizer, [(old[n], new[n], s) for n, s in slices.items()])
     if trainer.distiller is not None:
         _cut_adapters(trainer, live, kept)
-    compat.restart_ema(trainer.ema)
-    compat.rewrap(trainer)
+    stock.restart_ema(trainer.ema)
+    stock.rewrap(trainer)
 
 
 def follow(
@@ -214,7 +214,7 @@ def follow(
 
 def _cut_adapters(trainer: Any, live: nn.Module, kept: Kept) -> None:
     """Cut the student's side of the distillation adapters."""
-    paths = compat.level_inputs(live)
+    paths = stock.level_inputs(live)
     for adapter, level in zip(trainer.distiller.adapters, trainer.distiller.levels):
         index = kept.get(paths[level], {}).get("in")
         if index is None:

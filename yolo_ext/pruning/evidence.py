@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
-from yolo_ext.errors import UsageError
+from yolo_ext import stock
+from yolo_ext.core.errors import UsageError
 
 Evidence = dict[str, torch.Tensor]  # parameter name -> salience of each element, or layer path -> of each output
 Batch = dict[str, Any]
@@ -78,10 +78,10 @@ def _observed(model: nn.Module) -> nn.Module:
     copy.args = IterableSimpleNamespace(**{**vars(DEFAULT_CFG), **own})
     if hasattr(copy, "criterion"):  # it may be a module, whose place only another module could take
         del copy.criterion
-    head = compat.detection_head(copy)
+    head = stock.detection_head(copy)
     if not hasattr(copy, "nc"):  # the trainer sets it, and the loss of RT-DETR reads it
         copy.nc = getattr(head, "nc", None)
-    copy.train(not isinstance(head, compat.OPAQUE))  # the training mode of a transformer head adds random queries
+    copy.train(not isinstance(head, stock.OPAQUE))  # the training mode of a transformer head adds random queries
     for m in copy.modules():
         if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             m.eval()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.pruning.labels import FIXED, Labels, layer_channels
 from yolo_ext.pruning.rules import trace
 
@@ -86,7 +86,7 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
     Returns:
         The couplings, with a reason for every group that cannot be pruned.
     """
-    tracer = trace(model, max(imgsz, compat.probe_size(model)), custom)
+    tracer = trace(model, max(imgsz, stock.probe_size(model)), custom)
     lab = tracer.labels
     for parts in lab.ties:
         if reason := next((r for part in parts for c in part if (r := lab.reason(c))), ""):
@@ -96,7 +96,7 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
     shapes = {p: s for p, m in modules.items() if (s := layer_channels(m)) and p in lab.inp}
     groups = _groups(lab, _places(lab))
     for g in groups:
-        if g.frozen.startswith("is reshaped") and g.name.startswith(compat.head_prefix(model)):
+        if g.frozen.startswith("is reshaped") and g.name.startswith(stock.head_prefix(model)):
             g.frozen += " (head output)"
     graph = Graph(groups, _bundles(lab, groups), shapes=shapes)
     for path, positions in tracer.positions.items():
@@ -143,9 +143,9 @@ def _groups(lab: Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[
         for (path, dim), _repeat in signature:
             rows = [[i for p, d, i in places[r] if (p, d) == (path, dim)] for r in roots]
             members.append(Member(path, dim, torch.tensor(rows)))
-        members.sort(key=lambda m: (m.dim != "out", m.module not in lab.inp, compat.natural_key(m.module)))
+        members.sort(key=lambda m: (m.dim != "out", m.module not in lab.inp, stock.natural_key(m.module)))
         groups.append(Group(members[0].module, members, reason))
-    return sorted(groups, key=lambda g: compat.natural_key(g.name))
+    return sorted(groups, key=lambda g: stock.natural_key(g.name))
 
 
 def _bundles(lab: Labels, groups: list[Group]) -> list[list[int]]:

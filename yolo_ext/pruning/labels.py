@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from yolo_ext import compat
+from yolo_ext import stock
 
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
 ARITHMETIC = (
@@ -120,7 +120,7 @@ class Tracer(TorchFunctionMode):
         self.depth = 0
         self.stack: list[nn.Module] = []
         self.paths = {m: name for name, m in model.named_modules()}
-        self.head = compat.detection_head(model)
+        self.head = stock.detection_head(model)
         self.owner: dict[int, str] = {}
         self.touched: set[str] = set()  # layers whose weights are used outside of them as well
         self.positions: dict[str, int] = {}
@@ -223,9 +223,9 @@ class Tracer(TorchFunctionMode):
             self.put(o, parts[-1], self.lifted(x))
             start += o.shape[1]
         block = self.stack[-1] if self.stack else None
-        if isinstance(block, compat.FREE_CUTS):
+        if isinstance(block, stock.FREE_CUTS):
             return  # it holds the width of each part, which surgery brings up to date
-        if name != "chunk" and not isinstance(block, compat.WIDTH_ATTRIBUTES):
+        if name != "chunk" and not isinstance(block, stock.WIDTH_ATTRIBUTES):
             self.labels.freeze(labels, f"is cut at places written in the code{self.where()}")
         if len({len(part) for part in parts}) > 1:
             self.labels.freeze(labels, f"is cut into unequal parts{self.where()}")

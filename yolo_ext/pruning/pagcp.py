@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
-from yolo_ext.config import TARGETS, PruneConfig
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.config import TARGETS, PruneConfig
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.bundles import Bundle, kept_of, widths_of
 from yolo_ext.pruning.evidence import task_losses
 from yolo_ext.pruning.graph import Graph

@@ -16,8 +16,8 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import TARGETS, PruneConfig, SparsityConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import TARGETS, PruneConfig, SparsityConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.bundles import Bundle, widths_of
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
-from yolo_ext.config import PruneConfig
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.bundles import Kept
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.labels import layer_channels
@@ -48,7 +48,7 @@ def coupled_layers(model: nn.Module, graph: Graph) -> dict[str, list[str]]:
     for bundle in graph.bundles:
         members = (m for i in bundle for m in graph.groups[i].members if m.dim == "out")
         layers = {m.module for m in members if layer_channels(modules[m.module])}
-        found.update({p: sorted(layers - {p}, key=compat.natural_key) for p in layers if len(layers) > 1})
+        found.update({p: sorted(layers - {p}, key=stock.natural_key) for p in layers if len(layers) > 1})
     return found
 
 
@@ -61,7 +61,7 @@ def layer_report(model: nn.Module) -> list[dict[str, Any]]:
     found = manifest(model).get("prune") or {"shapes": {}, "frozen": {}}
     modules = dict(model.named_modules())
     rows = []
-    for path in sorted(found["shapes"], key=compat.natural_key):
+    for path in sorted(found["shapes"], key=stock.natural_key):
         before = found["shapes"][path][0]
         after = getattr(modules[path], "out_channels", None) or getattr(modules[path], "out_features", before)
         reason = found["frozen"].get(path, "") if after == before else ""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext import compat
-from yolo_ext.errors import UsageError
+from yolo_ext import stock
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.labels import FIXED, Labels, Tracer, layer_channels, tensors_in
 
 PASS_MODULES = (nn.Upsample, nn.ZeroPad2d, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -82,8 +82,8 @@ def _attention_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: to
 RULES: list[tuple[tuple[type[nn.Module], ...], Callable[..., None]]] = [
     ((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), _weights_rule),
     ((nn.BatchNorm2d,), _norm_rule),
-    (compat.ATTENTION, _attention_rule),
-    (PASS_MODULES + compat.ACTIVATIONS, _pass_rule),
+    (stock.ATTENTION, _attention_rule),
+    (PASS_MODULES + stock.ACTIVATIONS, _pass_rule),
 ]
 
 
@@ -108,7 +108,7 @@ def _fuse(t: Tracer, m: nn.Module, xs: list[Any], out: torch.Tensor) -> None:
 # Tracing -------------------------------------------------------------------------------------------------------------
 def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
     """Let the tracer know when a module runs, and apply its rule to what it returns."""
-    rule, fuses = rule_of(m), isinstance(m, compat.FUSIONS)
+    rule, fuses = rule_of(m), isinstance(m, stock.FUSIONS)
     followed = custom or rule is not None or fuses or type(m).__module__.startswith(STOCK) or not path
     silent = rule is not None or fuses or not followed
 
@@ -179,14 +179,14 @@ def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             torch.manual_seed(0)
             try:
-                out = model(torch.rand(2, compat.input_channels(model), imgsz, imgsz))
+                out = model(torch.rand(2, stock.input_channels(model), imgsz, imgsz))
             except Exception as e:  # whatever the code of the user's modules raises
                 mode = "training" if training else "eval"
                 raise UsageError(
                     f"The model does not run in {mode} mode on an image of {imgsz}x{imgsz} pixels "
                     f"({type(e).__name__}: {' '.join(str(e).split())[:200]}), so it cannot be pruned. Mend its code."
                 ) from e
-        for x in compat.returned_tensors(out):
+        for x in stock.returned_tensors(out):
             tracer.freeze([x], "is an output of the model")
     _finish(tracer.labels, tracer.touched)
     return tracer

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import Table
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table
 
 schedules = Table("pruning schedule")
 

@@ -8,11 +8,11 @@ import re
 from torch import nn
 
 from yolo_ext.checkpoint import manifest
-from yolo_ext.compat import natural_key
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.pruning.graph import Graph, Group
-from yolo_ext.registry import suggest
+from yolo_ext.stock.model import natural_key
 
 SECTIONS = ("backbone", "neck", "head")
 

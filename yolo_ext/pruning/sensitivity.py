@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write, fingerprint
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.analyze import group_shares, layer_flops, producers
 from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
 from yolo_ext.pruning.criteria import criteria, resolved
@@ -72,7 +72,7 @@ def sensitivity(
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")
     images = list(probes.images()) if cfg.recalibrate else []
     found: dict[str, Any] = {
-        "metric": "top-1" if compat.task_of(model) == "classify" else "mAP50-95",
+        "metric": "top-1" if stock.task_of(model) == "classify" else "mAP50-95",
         "ratios": sorted(ratios),
         "trained": probes.score(model),
         "base": _measure(deepcopy(model), probes, images),

@@ -12,9 +12,9 @@ from torch import nn
 from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import make_divisible
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 STEP = 8 / 1024  # between two multiples of this no layer of up to 1024 channels changes
 # Positions of channel counts that Ultralytics does not multiply by the width.
@@ -44,7 +44,7 @@ def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
     found: dict[float, float] = {}
 
     def measure(width: float) -> float:
-        found[width] = compat.gflops(_build(model, _scaled(full, width)), imgsz)
+        found[width] = stock.gflops(_build(model, _scaled(full, width)), imgsz)
         return found[width]
 
     try:
@@ -111,7 +111,7 @@ def _build(model: nn.Module, yaml: dict[str, Any]) -> nn.Module:
     LOGGER.setLevel("ERROR")
     try:
         with torch.random.fork_rng(devices=[]):
-            built = type(model)(deepcopy(yaml), ch=compat.input_channels(model), verbose=False)
+            built = type(model)(deepcopy(yaml), ch=stock.input_channels(model), verbose=False)
     finally:
         LOGGER.setLevel(level)
     built.names = deepcopy(model.names)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.allocate import Steps
 from yolo_ext.pruning.bundles import Bundle
 

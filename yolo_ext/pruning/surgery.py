@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.batchnorm import recalibrate  # noqa: F401  part of what surgery offers
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import TARGETS, PruneConfig
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.config import TARGETS, PruneConfig
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.criteria import AUTO, criteria, resolved
 from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
@@ -88,7 +88,7 @@ def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     modules = dict(model.named_modules())
     for path, dims in kept.items():
         _shrink(modules[path], dims)
-    compat.refresh_widths(model, kept)
+    stock.refresh_widths(model, kept)
     return model
 
 
@@ -128,12 +128,12 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
     reference = masked(dense, kept).double().cpu().eval()
     other = deepcopy(pruned).double().cpu().eval()
     x = torch.rand(
-        1, compat.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        1, stock.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        a = list(compat.returned_tensors(_raw(reference(x))))
+        a = list(stock.returned_tensors(_raw(reference(x))))
         try:
-            b = list(compat.returned_tensors(_raw(other(x))))
+            b = list(stock.returned_tensors(_raw(other(x))))
         except Exception as e:  # whatever a user's block raises
             raise CheckFailed(f"The pruned model does not run: {type(e).__name__}: {str(e)[:200]} {ADVICE}") from e
     if [t.shape for t in a] != [t.shape for t in b]:
@@ -156,8 +156,8 @@ def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
     copy = deepcopy(model).float().cpu().train()
     copy.requires_grad_(True)
     try:
-        out = copy(torch.rand(2, compat.input_channels(model), imgsz, imgsz))
-        sum(t.float().mean() for t in compat.returned_tensors(out)).backward()  # type: ignore[union-attr]
+        out = copy(torch.rand(2, stock.input_channels(model), imgsz, imgsz))
+        sum(t.float().mean() for t in stock.returned_tensors(out)).backward()  # type: ignore[union-attr]
     except Exception as e:  # whatever a user's block raises
         raise CheckFailed(f"The pruned model cannot be trained: {e}") from e
     if any(p.grad is not None and not p.grad.isfinite().all() for p in copy.parameters()):
@@ -178,7 +178,7 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
     Raises:
         CheckFailed: If the outputs differ by more than `TOLERANCE`, or training steps fail.
     """
-    size = compat.probe_size(dense)
+    size = stock.probe_size(dense)
     gap = equivalence_gap(dense, pruned, kept, size)
     if not gap <= TOLERANCE:
         raise CheckFailed(

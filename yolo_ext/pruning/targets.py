@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, size_mb
-from yolo_ext.config import TARGETS, PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import TARGETS, PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table
 from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
 from yolo_ext.pruning.bundles import Bundle, Kept, Widths, bundles, kept_of, widths_of
 from yolo_ext.pruning.criteria import criteria, resolved
@@ -21,7 +22,6 @@ from yolo_ext.pruning.evidence import Evidence, collect
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
 from yolo_ext.pruning.solve import Target, solve
-from yolo_ext.registry import Table
 
 targets = Table("pruning target")  # row: Job -> Target
 
@@ -65,7 +65,7 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
     Returns:
         The function; `{}` stands for the whole model, `bundles.widths_of` gives the widths of a plan.
     """
-    deployed, modules = compat.deployed_layers(model), dict(model.named_modules())
+    deployed, modules = stock.deployed_layers(model), dict(model.named_modules())
     layers = {p: c for p, c in graph.convs.items() if p in deployed and p in graph.shapes}
     biased = {p for p in layers if modules[p].bias is not None or f"{p.rpartition('.')[0]}.bn" in modules}
     area = _area(modules, graph, imgsz)
@@ -74,7 +74,7 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
         stride = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
         work[path] = positions * (area if positions > 1 else 1) / (stride[0] * stride[1])
         depth[path] = getattr(modules[path], "groups", 1)
-    values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, compat.ATTENTION)} & set(layers)
+    values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, stock.ATTENTION)} & set(layers)
 
     def counted(widths: Widths) -> tuple[float, float]:
         flops = params = 0.0
@@ -87,8 +87,8 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
         return flops, params
 
     whole = counted({})
-    other_flops = compat.gflops(model, imgsz) * 1e9 - whole[0]
-    other_params = sum(p.numel() for p in compat.deployed(model).parameters()) - whole[1]
+    other_flops = stock.gflops(model, imgsz) * 1e9 - whole[0]
+    other_params = sum(p.numel() for p in stock.deployed(model).parameters()) - whole[1]
 
     def figures(widths: Widths) -> tuple[float, float]:
         flops, params = counted(widths)

@@ -17,10 +17,10 @@ from torch import nn
 from ultralytics.nn.modules import DFL
 
 from yolo_ext.checkpoint import manifest, set_tripwire
-from yolo_ext.compat import WIDEST_BRANCH
-from yolo_ext.config import PruneConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.select import matches, refuse_frozen
+from yolo_ext.stock.model import WIDEST_BRANCH
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out

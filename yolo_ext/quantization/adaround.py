@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.calibration import evaluating, weight_rows
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import channel_axis

@@ -14,8 +14,8 @@ from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 
 from yolo_ext import __version__
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import list_hash
-from yolo_ext.errors import UsageError
 from yolo_ext.quantization.spec import Plan, State, plan_of
 
 FOLDER = Path(USER_CONFIG_DIR) / "yolo_ext" / "calibration"

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Row
 from yolo_ext.quantization.fake_quant import channel_axis, get_state, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
 from yolo_ext.quantization.spec import State
-from yolo_ext.registry import Row
 
 SHOWN = 3  # layer names in a message
 EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the integer bias of a kernel overflows

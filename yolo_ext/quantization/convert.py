@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.profiles import Profile
 from yolo_ext.quantization.spec import State
 

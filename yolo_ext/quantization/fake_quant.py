@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.profiles import Profile

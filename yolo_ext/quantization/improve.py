@@ -13,7 +13,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext.batchnorm import recalibrate
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.calibration import evaluating
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import QuantAct

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from yolo_ext import compat
+from yolo_ext import stock
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin
     if x.device.type == "cpu":
         return _Tensor.apply(x, scale, zero, qmin, qmax, factor)
     if scale.requires_grad and torch.is_grad_enabled():
-        return compat.learned_fake_quantize(x.float(), scale, zero, None, qmin, qmax, factor).to(x.dtype)
+        return stock.learned_fake_quantize(x.float(), scale, zero, None, qmin, qmax, factor).to(x.dtype)
     y = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero.round().int(), qmin, qmax)
     return y.to(x.dtype)
 

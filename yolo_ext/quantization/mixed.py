@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.config import QuantConfig
+from yolo_ext.core.config import QuantConfig
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import insert_plan
 from yolo_ext.quantization.plan import make_plan

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from yolo_ext.compat import no_autoinstall
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.convert import convert
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, set_mode
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.profiles import PROFILES, Profile
 from yolo_ext.quantization.spec import Spec, State, plan_of
+from yolo_ext.stock.model import no_autoinstall
 
 SOURCE = "tensorrt"  # the profile whose rules ModelOpt trains by
 INPUT, WEIGHT = "input_quantizer", "weight_quantizer"

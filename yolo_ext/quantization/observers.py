@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from yolo_ext.core.registry import Table
 from yolo_ext.quantization.spec import Spec
-from yolo_ext.registry import Table
 
 observers = Table("observer")
 weight_observers = Table("weight observer")

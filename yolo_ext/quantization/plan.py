@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.quantization.flow import drop_needless
 from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.profiles import Profile, float_modules, quantizable_blocks, sums
 from yolo_ext.quantization.spec import SITES, Plan, Spec
-from yolo_ext.registry import suggest
 from yolo_ext.reporting.tables import align
 
 LAYERS: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)

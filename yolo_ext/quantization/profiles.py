@@ -12,8 +12,8 @@ from ultralytics.nn.modules import DFL, Conv, RepConv
 from ultralytics.nn.modules.block import CIB, SPPF, Bottleneck, RepVGGDW
 from ultralytics.nn.modules.conv import Conv2
 
-from yolo_ext.errors import UsageError
-from yolo_ext.registry import suggest
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
-from yolo_ext.config import QuantConfig
+from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
 from yolo_ext.quantization import cache
 from yolo_ext.quantization.adaround import adaround
@@ -67,7 +67,7 @@ def prepare(
         replay(model, known, learned)
         return known["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
-    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=compat.task_of(model) == "classify")
+    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=stock.task_of(model) == "classify")
     merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list, learned)
     what = f"{profile.name} on {len(images)} images of {imgsz} px"

@@ -13,7 +13,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization.profiles import Profile
 from yolo_ext.quantization.qdq_nodes import Editor, Params, quant_params
 from yolo_ext.quantization.qdq_rewrites import fuse_silu, transpose_dfl

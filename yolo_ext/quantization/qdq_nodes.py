@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from yolo_ext.errors import CheckFailed, UsageError
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization.profiles import Profile
 from yolo_ext.quantization.spec import Spec
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from ultralytics.utils import TQDM
 
-from yolo_ext import compat
+from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
 from yolo_ext.quantization.spec import State, plan_of
 from yolo_ext.reporting.quant import plot_quant_sensitivity
@@ -112,7 +112,7 @@ def _evaluated(model: nn.Module) -> Any:
 
 def _groups(net: nn.Module, state: State, by: str) -> dict[str, list[str]]:
     """Return name -> layer paths; layers of a head that is not exported, and sums by themselves, are no group."""
-    head = compat.head_prefix(net)
+    head = stock.head_prefix(net)
     dual = {path.replace("one2one_", "") for path in state if "one2one_" in path} & set(state)
     groups: dict[str, list[str]] = {}
     for path, sites in state.items():
@@ -128,8 +128,8 @@ class _Reference:
 
     def __init__(self, net: Any, images: list[torch.Tensor]) -> None:
         self.images, self.final = images, bool(getattr(net, "end2end", False))
-        self.classify = compat.task_of(net) == "classify"
-        self.nc = len(net.names) if hasattr(net, "names") else compat.detection_head(net).nc
+        self.classify = stock.task_of(net) == "classify"
+        self.nc = len(net.names) if hasattr(net, "names") else stock.detection_head(net).nc
         rows = list(self._rows(net))
         tops = torch.cat([self.scores(r).amax(1) for r in rows])
         least = min(CONFIDENT, float(tops.topk(min(LEAST, len(tops))).values[-1]))

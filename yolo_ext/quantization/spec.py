@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 SITES = ("input", "weight", "output", "activation", "residual", "add")
 BITS = (2, 16)

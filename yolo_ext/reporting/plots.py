@@ -16,7 +16,7 @@ from ultralytics.utils.metrics import bbox_ioa
 from ultralytics.utils.patches import imread, imwrite
 from ultralytics.utils.plotting import Annotator, colors
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting.tables import FIELDS, figure
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import plt_settings
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 RIDGES = 15  # more cannot be told apart
 LABELLED = 120  # rows of the heat map; of more, not each has a name

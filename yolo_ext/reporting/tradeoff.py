@@ -9,7 +9,7 @@ from typing import Any
 
 from ultralytics.utils import plt_settings
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 LEAST_RANGE = 0.02  # of mAP; a finer axis would blow up noise of the validation set
 FRONT, BEATEN = "#2563eb", "#94a3b8"

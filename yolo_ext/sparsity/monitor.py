@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.config import PruneConfig, SparsityConfig
+from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.pruning.bundles import Bundle, bundles, widths_of
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph

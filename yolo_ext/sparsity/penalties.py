@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from yolo_ext.registry import Table
+from yolo_ext.core.registry import Table
 
 penalties = Table("sparsity penalty")
 TINY = 1e-12

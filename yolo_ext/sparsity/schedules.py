@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yolo_ext.config import SparsityConfig
+from yolo_ext.core.config import SparsityConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.schedules import schedules
-from yolo_ext.errors import UsageError
 
 RAISE, LOWER = 1.5, 0.5  # what `auto` multiplies the pull by after an epoch
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext.config import PruneConfig, SparsityConfig
-from yolo_ext.errors import UsageError
+from yolo_ext.core.config import PruneConfig, SparsityConfig
+from yolo_ext.core.errors import UsageError
 from yolo_ext.sparsity.groups import SparseGroup, sparse_groups
 from yolo_ext.sparsity.layout import (
     Layout,

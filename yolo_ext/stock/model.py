@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import block, head
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 SUPPORTED = ("8.4.140", "8.5")  # tested lower bound, excluded upper bound
 

@@ -10,14 +10,14 @@ from dataclasses import MISSING, Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.errors import UsageError
-from yolo_ext.options import TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig
-from yolo_ext.registry import suggest
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig
+from yolo_ext.core.registry import suggest
 
 
 def cfg_dir() -> Path:
     """Return the folder with recipes, model and dataset YAMLs: inside the wheel, or beside the package in a clone."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
 
 

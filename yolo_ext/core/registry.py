@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from yolo_ext.errors import UsageError
+from yolo_ext.core.errors import UsageError
 
 
 def suggest(name: str, legal: list[str]) -> str:
