@@ -126,8 +126,8 @@ def test_pruned_loads_in_stock_ultralytics_and_exports(name, tmp_path):
     loaded = YOLO(file)
     assert ("rtdetr" in name) == (type(loaded).__name__ == "RTDETR")
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected = list(loaded.returned_tensors(deepcopy(model).half().float()(x)))
-    for a, b in zip(expected, loaded.returned_tensors(loaded.model.float().eval()(x)), strict=True):
+    expected = list(stock.returned_tensors(deepcopy(model).half().float()(x)))
+    for a, b in zip(expected, stock.returned_tensors(loaded.model.float().eval()(x)), strict=True):
         assert torch.equal(a, b)
     loaded.predict(np.zeros((size, size, 3), np.uint8), imgsz=size, verbose=False, device="cpu")
     if any(word in name for word in NEED_TEXT) or name.endswith("sem"):  # the export of the latter is a map of classes
