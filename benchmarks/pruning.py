@@ -26,11 +26,12 @@ from ultralytics import YOLO
 from ultralytics.utils import YAML
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, load_model, manifest, save_model, set_tripwire
+from yolo_ext.checkpoint import fingerprint, manifest, save_model, set_tripwire
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
 from yolo_ext.stage_common import FINETUNE
+from yolo_ext.stock.load import load_model
 from yolo_ext.trainers import trainer_for
 
 SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}
@@ -117,7 +118,7 @@ def recalibrated(file: Path, args: dict[str, str]) -> float:
     """Give a pruned file the BatchNorm re-estimation that ours get, and return its mAP."""
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
     from yolo_ext.data.check import check_data
-    from yolo_ext.pruning.surgery import recalibrate
+    from yolo_ext.stock.context import recalibrate
 
     model = load_model(file)[0]
     images = calibration_images(check_data(args["data"]), 128, 0)

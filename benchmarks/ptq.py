@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ultralytics.cfg import smart_value
 
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import parse
 from yolo_ext.data.calibration import letterbox_batches
 from yolo_ext.data.check import check_data
@@ -24,6 +23,7 @@ from yolo_ext.deployment.runtime import describe, predictor
 from yolo_ext.deployment.verify import map_torch
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.load import load_model
 
 RUNS = "plain,bn=True,bias_correction=True,adaround=100,adaround=100+bias_correction=True"
 CONFIDENT = 0.25

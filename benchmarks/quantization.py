@@ -27,20 +27,22 @@ import onnx
 import onnxruntime
 from ultralytics import YOLO
 
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.intermediate import SUFFIX, export_openvino
 from yolo_ext.deployment.latency import bench, speedup
-from yolo_ext.deployment.runtime import conv_report, cpu_info
+from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.deployment.verify import map_onnx
 from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.quantization.profiles import has_vnni, resolve_profile
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.context import cpu_info
+from yolo_ext.stock.load import load_model
 
 RUNS = "fp32,order,builtin,static,ort-x86,ort-x86-vnni,ort-x86-full,ort-x86-full-vnni,openvino"
 

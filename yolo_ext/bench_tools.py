@@ -13,8 +13,9 @@ import numpy as np
 from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext import runs
-from yolo_ext.checkpoint import atomic_write, load_model
+from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.load import load_model
 
 BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
 TOP = 10  # operators of a profile that are printed
@@ -47,7 +48,7 @@ def bench(
         UsageError: If a file is missing or does not fit.
     """
     from yolo_ext.deployment.latency import runtime_of
-    from yolo_ext.deployment.runtime import cpu_info
+    from yolo_ext.stock.context import cpu_info
 
     files = [m.strip() for m in (models.split(",") if isinstance(models, str) else models)]
     if missing := [f for f in files if not Path(f).exists()]:

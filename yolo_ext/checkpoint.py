@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.load import foreign_classes
 
 MANIFEST = "yolo_ext"
 TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
@@ -80,76 +80,6 @@ def set_tripwire(model: nn.Module) -> None:
     model.yaml["backbone"][0][2] = TRIPWIRE
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a YOLO or RT-DETR from a ``.pt`` or build one from a ``.yaml``.
-
-    Args:
-        path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
-
-    Returns:
-        The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
-
-    Raises:
-        UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
-    """
-    from ultralytics import RTDETR, YOLO
-    from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
-
-    from yolo_ext.stock.model import no_autoinstall
-
-    p = Path(path)
-    if p.suffix in {".yaml", ".yml"}:
-        try:
-            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
-            model = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
-        except Exception as e:
-            raise UsageError(
-                f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
-            ) from e
-        return model.float().eval(), {}
-    if p.suffix != ".pt":
-        raise UsageError(
-            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
-            ".pt that it was written from."
-        )
-    if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
-        raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
-    try:
-        with no_autoinstall():
-            model, ckpt = load_checkpoint(str(p))
-    except Exception as e:
-        if isinstance(e, ImportError) and "modelopt" in str(e):
-            raise UsageError(
-                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
-                "elsewhere give the float .pt that it was trained from."
-            ) from e
-        raise UsageError(
-            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
-            "Give a .pt written by Ultralytics or yolo-ext."
-        ) from e
-    if not isinstance(model, BaseModel):
-        raise UsageError(
-            f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
-        )
-    if foreign := _foreign(model):
-        raise UsageError(
-            f"'{path}' holds fake quantizers or adapters of yolo_ext ({foreign[0]}), as only a model in training does. "
-            "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
-        )
-    return model.float().eval().requires_grad_(True), ckpt
-
-
-def _foreign(model: nn.Module) -> list[str]:
-    """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
-    return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
-
-
-def _brief(e: Exception) -> str:
-    """Return an exception as one short line."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-
-
 def serialised(model: nn.Module, **extra: Any) -> bytes:
     """Return the bytes of a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO``.
 
@@ -162,7 +92,7 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
     """
     from ultralytics import __version__
 
-    if foreign := _foreign(model):
+    if foreign := foreign_classes(model):
         raise ValueError(f"Checkpoint would hold classes of yolo_ext: {foreign}.")
     m = deepcopy(model).cpu()
     m.criterion = None

@@ -136,7 +136,7 @@ def _compress(options: dict[str, Any], mode: str, techniques: tuple[str, ...]) -
 
 
 def _check_task(options: dict[str, Any]) -> None:
-    from yolo_ext.checkpoint import load_model
+    from yolo_ext.stock.load import load_model
     from yolo_ext.stock.model import task_of
 
     task = options.pop("task", None)

@@ -14,10 +14,11 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
+from yolo_ext.stock.load import load_model
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
 PRECISION = {8: "int8", "int8": "int8", "w8a8": "int8", 16: "half", "fp16": "half", "w16a16": "half"}

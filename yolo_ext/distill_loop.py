@@ -17,12 +17,13 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import fingerprint, load_model
+from yolo_ext.checkpoint import fingerprint
 from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.distillation.pairs import with_classes
 from yolo_ext.distillation.preflight import Facts, doubts, table
 from yolo_ext.distillation.teacher import make_guides, teachers
+from yolo_ext.stock.load import load_model
 
 _known: dict[tuple[str, str, int], float] = {}  # accuracy by weights, data and size, within this process
 PREFIX = "distill: "
@@ -132,7 +133,8 @@ def _same_file(a: Any, b: Any) -> bool:
 
 def _accuracy(trainer: Any, model: nn.Module, imgsz: int) -> float | None:
     """Return mAP50-95, or top-1 of a classifier, on the val split; on several GPUs all take part, and one knows."""
-    from yolo_ext.deployment.runtime import float_model, quiet
+    from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.load import float_model
 
     key = (fingerprint(model), str(Path(trainer.args.data).resolve()), imgsz)
     if key not in _known:

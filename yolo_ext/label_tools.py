@@ -12,7 +12,6 @@ import numpy as np
 from ultralytics.utils import LOGGER
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 from yolo_ext.data.check import quote
@@ -20,6 +19,7 @@ from yolo_ext.data.label import PREVIEWS, Labelled, Predict, find_images, label_
 from yolo_ext.data.label_formats import FORMATS
 from yolo_ext.reporting.review import LOW, class_counts, in_order, lowest, render_review
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.load import load_model
 
 TASKS = ("detect", "segment")
 

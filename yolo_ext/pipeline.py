@@ -12,11 +12,11 @@ from typing import Any
 from ultralytics.utils import LOGGER, YAML, colorstr
 
 from yolo_ext import runs, stages, stock
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
+from yolo_ext.stock.load import load_model
 from yolo_ext.tools import check_imgsz
 from yolo_ext.training import check_pruning_epochs, check_quantization, check_techniques
 
@@ -243,8 +243,8 @@ def _pictures(run: Run) -> list[dict[str, str]]:
     """Draw base and compressed detections side by side on the first val images."""
     from ultralytics import YOLO
 
-    from yolo_ext.deployment.runtime import quiet
     from yolo_ext.reporting.plots import side_by_side
+    from yolo_ext.stock.context import quiet
 
     new = run.folder / "onnx" / "int8.onnx" if run.configs["quant"] else run.weights()
     task, made = stock.task_of(load_model(run.base)[0]), []

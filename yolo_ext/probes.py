@@ -103,7 +103,7 @@ def labelled_batches(
     from ultralytics.cfg import get_cfg
     from ultralytics.data import ClassificationDataset, build_yolo_dataset
 
-    from yolo_ext.deployment.runtime import quiet
+    from yolo_ext.stock.context import quiet
 
     chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
     args = getattr(base, "args", None) or {}
@@ -143,7 +143,8 @@ def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, bat
         return map_torch(model, info["yaml_file"], imgsz, batch=batch)["map"]
     from ultralytics.models.yolo.classify import ClassificationValidator
 
-    from yolo_ext.deployment.runtime import float_model, quiet
+    from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.load import float_model
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = {"task": task, "data": str(Path(info["train"]).parent), "imgsz": imgsz, "batch": batch, "device": "cpu"}
@@ -155,7 +156,8 @@ def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, bat
 def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
     from yolo_ext.deployment.latency import measure, speedup
-    from yolo_ext.deployment.runtime import float_model, quiet
+    from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.load import float_model
 
     x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
     runners: dict[str, Callable[[], Any]] = {}
@@ -177,7 +179,7 @@ def _speed_ort(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in ONNX Runtime, on one thread, taking turns."""
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.latency import bench, speedup
-    from yolo_ext.deployment.runtime import quiet
+    from yolo_ext.stock.context import quiet
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         files = {

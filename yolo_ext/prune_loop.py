@@ -19,7 +19,8 @@ from yolo_ext.probes import make_probes
 from yolo_ext.pruning import during, unstructured
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.schedules import epochs_of, progress
-from yolo_ext.pruning.surgery import Kept, apply_plan, prune_with_plan, recalibrate
+from yolo_ext.pruning.surgery import Kept, apply_plan, prune_with_plan
+from yolo_ext.stock.context import recalibrate
 
 
 def setup(trainer: Any) -> None:

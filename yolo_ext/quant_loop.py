@@ -19,13 +19,14 @@ from ultralytics.data import YOLODataset
 from ultralytics.utils import LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
-from yolo_ext.checkpoint import MANIFEST, load_model, manifest
+from yolo_ext.checkpoint import MANIFEST, manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig
-from yolo_ext.distillation.costs import undisturbed
 from yolo_ext.prune_loop import imgsz
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import load_state, quantizers, set_mode
+from yolo_ext.stock.context import undisturbed
+from yolo_ext.stock.load import load_model
 
 FEATURES = "mimic"  # what the float self teaches where there are no labels (NVIDIA's QAT of YOLOv7)
 GROUP = "ranges"  # name of the parameter group of learned ranges
@@ -210,7 +211,8 @@ def report_start(trainer: Any) -> None:
 
 def _accuracy(trainer: Any, model: nn.Module) -> float:
     """Return mAP50-95, or top-1 of a classifier, on the val split; on several GPUs all take part, and one knows."""
-    from yolo_ext.deployment.runtime import float_model, quiet
+    from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.load import float_model
 
     own = trainer.validator
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -13,11 +13,12 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
-from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import QuantConfig, as_plain
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.stage_common import QAT, Record, Run, distill_options, measure, train
+from yolo_ext.stock.load import load_model
 
 CHECKS = {  # the checks of `deployment.verify` in words
     "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",

@@ -161,7 +161,7 @@ def stepped(trainer: Any) -> None:
 @contextmanager
 def whole_final_files() -> Iterator[None]:
     """Have Ultralytics strip final checkpoints beside the old ones, which are then replaced as a whole."""
-    from yolo_ext.deployment.runtime import quiet
+    from yolo_ext.stock.context import quiet
 
     stock = engine.strip_optimizer
 

@@ -139,8 +139,8 @@ def write_summary(
     Returns:
         What was written.
     """
-    from yolo_ext.deployment.runtime import cpu_info
     from yolo_ext.reporting.tables import comparison_table
+    from yolo_ext.stock.context import cpu_info
 
     summary: dict[str, Any] = {
         "before": metrics(before),

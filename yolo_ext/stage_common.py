@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from yolo_ext import distill_loop, runs
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import as_plain
 from yolo_ext.core.options import DistillConfig
+from yolo_ext.stock.load import load_model
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
 COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}

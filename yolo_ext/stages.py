@@ -16,7 +16,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import PruneConfig, as_plain
 from yolo_ext.quant_stages import accuracy, ptq, qat, verify  # noqa: F401  the pipeline finds every stage here
 from yolo_ext.stage_common import (
@@ -29,6 +29,7 @@ from yolo_ext.stage_common import (
     measure,
     train,
 )
+from yolo_ext.stock.load import load_model
 
 
 def base(run: Run) -> Record:
@@ -60,7 +61,8 @@ def sparsify(run: Run) -> Record:
 def prune(run: Run) -> Record:
     """Prune the newest model to the target and re-estimate BatchNorm."""
     from yolo_ext.probes import make_probes
-    from yolo_ext.pruning.surgery import prune_model, recalibrate
+    from yolo_ext.pruning.surgery import prune_model
+    from yolo_ext.stock.context import recalibrate
 
     cfg = run.configs["prune"]
     model, ckpt = load_model(run.weights())
@@ -167,7 +169,8 @@ def compare(run: Run) -> Record:
 def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     """Prune the base by the random criterion to the same FLOPs and train it as the delivered model was."""
     from yolo_ext.probes import make_probes
-    from yolo_ext.pruning.surgery import prune_model, recalibrate
+    from yolo_ext.pruning.surgery import prune_model
+    from yolo_ext.stock.context import recalibrate
 
     model, ckpt = load_model(run.base)
     ratio = stock.gflops(model, run.imgsz) / stock.gflops(pruned, run.imgsz)

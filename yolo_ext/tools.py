@@ -12,9 +12,10 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.stock.load import load_model
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
 
@@ -189,8 +190,8 @@ def _shares(ratios: Any) -> tuple[float, ...]:
 
 def checks() -> bool:
     """Print versions and the state of the installation; return whether all is well."""
-    from yolo_ext.deployment.runtime import cpu_info
     from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.stock.context import cpu_info
 
     for key, value in cpu_info().items():
         LOGGER.info(f"{key:<14}{value}")

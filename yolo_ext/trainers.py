@@ -19,7 +19,7 @@ from yolo_ext import distill_loop, prune_loop, quant_loop, resume, sparse_loop, 
 from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.proxy import LoggedLoss
+from yolo_ext.stock.trainer import LoggedLoss
 
 
 class _AtomicPath(type(Path())):  # type: ignore[misc]

@@ -17,10 +17,10 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_imgsz as ultralytics_imgsz
 
 from yolo_ext import distill_loop, prune_loop, quant_loop, runs, stock
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import EXT_DEFAULTS, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import check_calibration
+from yolo_ext.stock.load import load_model
 
 
 def train(model: str | Path, **options: Any) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from yolo_ext.checkpoint import (
     finalize,
     fingerprint,
     is_pruned,
-    load_model,
     manifest,
     save_model,
     set_tripwire,
 )
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.load import load_model
 
 PLAIN = {"prune": {"kept": {"model.0.conv": {"out": [0, 2]}}, "gap": 1e-16}, "note": "text", "none": None}
 

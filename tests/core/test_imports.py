@@ -15,7 +15,7 @@ PACKAGE = Path(yolo_ext.__file__).parent
 ORDER = [
     {"core"},
     {"stock"},
-    {"checkpoint", "proxy", "batchnorm"},
+    {"checkpoint"},
     {"data", "reporting"},
     {"pruning", "distillation", "quantization", "deployment"},
     {"sparsity"},

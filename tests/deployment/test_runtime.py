@@ -16,17 +16,9 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.processing import detect, load_image
-from yolo_ext.deployment.runtime import (
-    conv_report,
-    cpu_info,
-    describe,
-    float_model,
-    metadata,
-    predictor,
-    quiet,
-    run,
-    session,
-)
+from yolo_ext.deployment.runtime import conv_report, describe, metadata, predictor, run, session
+from yolo_ext.stock.context import cpu_info, quiet
+from yolo_ext.stock.load import float_model
 
 
 def conv_graph(tmp_path, *, x=True, w=True, q=True, users=1, relu=False, act=TensorProto.UINT8, named=True):

@@ -48,7 +48,7 @@ def setup(build, saved):
 
 # What is built -----------------------------------------------------------------------------------------------------
 def test_pruned_self_is_compared_on_kept_channels(build, saved):
-    from yolo_ext.checkpoint import load_model
+    from yolo_ext.stock.load import load_model
 
     dense, _ = load_model(saved("yolov8n.yaml"))
     student = prune_model(dense, PruneConfig(ratio=0.3))
@@ -94,7 +94,7 @@ def test_pairs_of_families_learn(setup, batch, student, teacher, adapters):
 
 def test_identical_student_has_no_distillation_loss(build, saved, batch):
     """Teacher and student from one file, both in eval mode, so that BatchNorm does the same on both sides."""
-    from yolo_ext.checkpoint import load_model
+    from yolo_ext.stock.load import load_model
 
     model, _ = load_model(saved("yolov8n.yaml"))
     distiller = Distiller(model, DistillConfig(teacher=str(saved("yolov8n.yaml"))), CPU)
@@ -104,7 +104,8 @@ def test_identical_student_has_no_distillation_loss(build, saved, batch):
 
 
 def test_classes_in_another_order_are_mapped(setup, saved, build, batch, tmp_path):
-    from yolo_ext.checkpoint import load_model, save_model
+    from yolo_ext.checkpoint import save_model
+    from yolo_ext.stock.load import load_model
 
     turned = load_model(saved("yolov8n.yaml"))[0]
     order = [2, 0, 1]

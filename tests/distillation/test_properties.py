@@ -14,11 +14,11 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.stock.load import load_model
 
 LOGITS, FEATURES = [r.name for r in logit_losses], [r.name for r in feature_losses]
 EVERY = pytest.mark.parametrize("name", [*LOGITS, *FEATURES])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import Distiller
+from yolo_ext.stock.load import load_model
 
 OPTIONS = {"logits": "bckd", "features": ["cwd", "mgd", {"name": "fgd", "start": 5}], "balance": "auto"}
 

@@ -15,9 +15,9 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
 from yolo_ext.helptext import FUNCTIONS, FURTHER, TOPICS, method_tables
+from yolo_ext.stock.load import load_model
 
 B = ["model=m.pt", "data=d.yaml"]
 

@@ -15,9 +15,10 @@ from ultralytics.utils import LOGGER
 
 import yolo_ext
 from yolo_ext import distill_loop
-from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.checkpoint import save_model
 from yolo_ext.distillation.preflight import Facts
 from yolo_ext.distillation.teacher import Guide
+from yolo_ext.stock.load import load_model
 
 QUANT = {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 

@@ -15,7 +15,8 @@ from ultralytics.nn.tasks import ClassificationModel
 
 import yolo_ext
 from yolo_ext import cli, stock
-from yolo_ext.checkpoint import MANIFEST, load_model, manifest, save_model
+from yolo_ext.checkpoint import MANIFEST, manifest, save_model
+from yolo_ext.stock.load import load_model
 
 KD = ["train/kd_cls_loss", "train/kd_box_loss", "train/kd_feat_loss"]
 PRUNE = ["prune.images=4", "prune.recalibrate=4"]

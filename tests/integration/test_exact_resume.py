@@ -17,8 +17,9 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 import yolo_ext
-from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.checkpoint import save_model
 from yolo_ext.resume import SIDECAR, _forget_later_rows, whole_final_files
+from yolo_ext.stock.load import load_model
 
 PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86", "observe_epochs": 3}
 EPOCHS, DONE = 4, 2  # of all, and before the kill

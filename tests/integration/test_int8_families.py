@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.data.check import check_data
@@ -25,6 +25,7 @@ from yolo_ext.quantization.profiles import PROFILES, resolve_profile
 from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.quantization.spec import plan_of
+from yolo_ext.stock.load import load_model
 
 SIZE = 128
 FAMILIES = ["yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"]

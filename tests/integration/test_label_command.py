@@ -17,11 +17,12 @@ from ultralytics.data.utils import img2label_paths
 from ultralytics.nn.tasks import OBBModel
 from ultralytics.utils.metrics import bbox_ioa
 
-from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.checkpoint import save_model
 from yolo_ext.cli import main
 from yolo_ext.data.check import check_label
 from yolo_ext.data.voc import read_voc
 from yolo_ext.label_tools import label
+from yolo_ext.stock.load import load_model
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 BCCD, WEIGHTS = SHARED / "data/bccd", SHARED / "weights/bccd_yolov8n_192.pt"

@@ -15,9 +15,10 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER, SETTINGS
 
 from yolo_ext import cli, predict_tools
-from yolo_ext.checkpoint import load_model, save_model
+from yolo_ext.checkpoint import save_model
 from yolo_ext.deployment import Detector
 from yolo_ext.deployment.export import export_onnx
+from yolo_ext.stock.load import load_model
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 BCCD, WEIGHTS = SHARED / "data" / "bccd", SHARED / "weights" / "bccd_yolov8n_192.pt"

@@ -17,11 +17,12 @@ from ultralytics.utils import LOGGER, YAML
 
 import yolo_ext
 from yolo_ext import quant_loop
-from yolo_ext.checkpoint import MANIFEST, load_model, save_model
+from yolo_ext.checkpoint import MANIFEST, save_model
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, load_state, quantizers
 from yolo_ext.quantization.layers import QuantConv2d, RangeQuantizer
 from yolo_ext.quantization.spec import plan_of
+from yolo_ext.stock.load import load_model
 
 QUANT = {"mode": "qat", "calib": 8, "profile": "ort-x86"}
 FEW = {"images": 4, "recalibrate": 4}  # of pruning

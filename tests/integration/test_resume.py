@@ -13,9 +13,10 @@ from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.checkpoint import MANIFEST, load_model
+from yolo_ext.checkpoint import MANIFEST
 from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.resume import SIDECAR
+from yolo_ext.stock.load import load_model
 
 PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 

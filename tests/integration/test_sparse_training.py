@@ -13,8 +13,9 @@ from ultralytics import YOLO
 
 import yolo_ext
 from yolo_ext import cli, stock
-from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.load import load_model
 
 PULL = {"coefficient": 5.0, "warmup": 0}  # most scale factors are about 1, so they all go but for the protected ones
 COLUMNS = ["sparsity/share", "sparsity/speedup", "sparsity/coefficient"]

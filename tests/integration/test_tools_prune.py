@@ -15,9 +15,10 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel, RTDETRDete
 from ultralytics.utils import SETTINGS, YAML
 
 from yolo_ext import cli, stock
-from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.pruning import sensitivity as curves
 from yolo_ext.pruning.unstructured import sparsity
+from yolo_ext.stock.load import load_model
 
 D = "data=shapes/data.yaml"
 NO_DATA = "prune model=tiny.pt imgsz=64 epochs=0 "

@@ -97,7 +97,8 @@ def test_record_and_report_hold_the_proof(run, place, quick):
 
 
 def test_improvements_deliver_the_weights_that_they_changed(run, quick):
-    from yolo_ext.checkpoint import load_model, manifest
+    from yolo_ext.checkpoint import manifest
+    from yolo_ext.stock.load import load_model
 
     status, folder, _ = run(f"{QUANTIZE} quant.max_drop=1.0 quant.bias_correction=True")
     assert status == 0

@@ -22,11 +22,12 @@ from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, load_model, save_model
+from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, save_model
 from yolo_ext.core.config import DistillConfig, PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss
 from yolo_ext.resume import SIDECAR
+from yolo_ext.stock.load import load_model
 from yolo_ext.trainers import TRAINERS, _AtomicPath
 
 PRUNE, DISTILL = {"speedup": 1.5}, {"teacher": "self"}

@@ -14,9 +14,10 @@ from ultralytics import YOLO
 from ultralytics.utils import YAML
 
 from yolo_ext import stages
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pipeline import compress
+from yolo_ext.stock.load import load_model
 
 CONTRACT = (
     "compress.yaml", "args.yaml", "summary.json", "report.html", "report.json", "weights/best.pt", "onnx/fp32.onnx",

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from yolo_ext import stages
-from yolo_ext.checkpoint import load_model, manifest
+from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.pipeline import compress
 from yolo_ext.probes import make_probes
-from yolo_ext.pruning.surgery import recalibrate
 from yolo_ext.pruning.unstructured import sparsity
+from yolo_ext.stock.context import recalibrate
+from yolo_ext.stock.load import load_model
 from yolo_ext.trainers import CompressionMixin
 
 SMALL: dict[str, Any] = {"imgsz": 64, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "plots": False}

@@ -22,11 +22,12 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import TRIPWIRE, load_model, manifest, save_model
+from yolo_ext.checkpoint import TRIPWIRE, manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, prune_model, verify
 from yolo_ext.pruning.targets import plan
+from yolo_ext.stock.load import load_model
 
 FAST = ("yolov5n", "yolov8n", "yolo11n", "yolo26n")
 MATRIX = ("yolov3-tiny", "yolov6n", "yolov9t", "yolov10n", "yolo12n")

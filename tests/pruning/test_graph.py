@@ -15,12 +15,12 @@ from torch import nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.nn.modules.transformer import AIFI
 
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap
 from yolo_ext.pruning.targets import plan
+from yolo_ext.stock.load import load_model
 
 OUTPUT = "is an output of the model"
 

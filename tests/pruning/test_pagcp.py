@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.data.check import check_data
@@ -21,8 +20,10 @@ from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.pagcp import budget_decay, pagcp, search
 from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import apply_plan, recalibrate
+from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.pruning.targets import measure
+from yolo_ext.stock.context import recalibrate
+from yolo_ext.stock.load import load_model
 
 TEN = list(range(10, 1, -1))  # ten units, of which two must stay
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "bccd_yolov8n_192.pt"

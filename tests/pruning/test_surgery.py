@@ -15,7 +15,8 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning import surgery
 from yolo_ext.pruning.record import layer_report
-from yolo_ext.pruning.surgery import apply_plan, check_trainable, prune_model, recalibrate
+from yolo_ext.pruning.surgery import apply_plan, check_trainable, prune_model
+from yolo_ext.stock.context import recalibrate
 
 CFG = PruneConfig(ratio=0.4)
 

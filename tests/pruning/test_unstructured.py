@@ -13,7 +13,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
-from yolo_ext.checkpoint import load_model, manifest, save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.schedules import progress
@@ -27,6 +27,7 @@ from yolo_ext.pruning.unstructured import (
     sparsity,
     zero_weights,
 )
+from yolo_ext.stock.load import load_model
 
 GLOBAL = PruneConfig(kind="unstructured", ratio=0.8)
 LOCAL = PruneConfig(kind="unstructured", ratio=0.6, scope="local")

@@ -10,7 +10,6 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
-from yolo_ext.batchnorm import recalibrate
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization import adaround as module
 from yolo_ext.quantization.adaround import adaround, bake, start
@@ -26,6 +25,7 @@ from yolo_ext.quantization.fake_quant import (
 )
 from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.spec import Spec, plan_of
+from yolo_ext.stock.context import recalibrate
 
 FAMILIES = ["yolov5n", "yolov9t", "yolov10n", "yolo11n-seg", "yolo12n", "yolo26n", "yolo26n-pose", "yolo11n-cls"]
 TINY = {

@@ -15,13 +15,14 @@ from ultralytics.nn.modules.conv import Conv2
 from ultralytics.nn.tasks import DetectionModel
 
 import yolo_ext
-from yolo_ext.batchnorm import recalibrate
-from yolo_ext.checkpoint import TRIPWIRE, is_pruned, load_model, manifest, save_model
+from yolo_ext.checkpoint import TRIPWIRE, is_pruned, manifest, save_model
 from yolo_ext.data.shapes import NAMES, make_shapes
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.branches import branched, merge_branches
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.profiles import PROFILES, float_modules
+from yolo_ext.stock.context import recalibrate
+from yolo_ext.stock.load import load_model
 
 MODELS = [("yolov9t.yaml", 42), ("yolov10s.yaml", 2)]
 

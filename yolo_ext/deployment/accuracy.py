@@ -13,7 +13,9 @@ from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import head_args
-from yolo_ext.deployment.runtime import Source, describe, float_model, quiet
+from yolo_ext.deployment.runtime import Source, describe
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.load import float_model
 
 
 def _validate(module: Any, task: str, data: str | Path, imgsz: int, **args: Any) -> dict[str, float]:

@@ -20,7 +20,9 @@ from torch import nn
 
 from yolo_ext.deployment.compare import weight_name
 from yolo_ext.deployment.export import export_onnx
-from yolo_ext.deployment.runtime import Source, describe, float_model, quiet, run, session
+from yolo_ext.deployment.runtime import Source, describe, run, session
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.load import float_model
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 STEP = 64  # tensors read at once, which bounds memory

@@ -15,7 +15,9 @@ from onnx import numpy_helper
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import max_relative_error
 from yolo_ext.deployment.processing import Predict, Size, height_width, load_image
-from yolo_ext.deployment.runtime import Source, float_model, quiet
+from yolo_ext.deployment.runtime import Source
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.load import float_model
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there

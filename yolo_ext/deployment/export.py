@@ -17,8 +17,9 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.processing import NMS, Size, height_width
-from yolo_ext.deployment.runtime import float_model, quiet, run, session
-from yolo_ext.stock.model import no_autoinstall
+from yolo_ext.deployment.runtime import run, session
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.load import float_model, no_autoinstall
 
 SIMPLIFY_TOLERANCE = 1e-5
 

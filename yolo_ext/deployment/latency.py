@@ -135,7 +135,8 @@ def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Calla
 def _torch_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
     import torch
 
-    from yolo_ext.deployment.runtime import float_model, quiet
+    from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.load import float_model
 
     with quiet():
         model = float_model(path).fuse()

@@ -5,14 +5,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import logging
-import os
-import platform
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from copy import deepcopy
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -22,50 +16,15 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import nn
-from ultralytics.nn.tasks import guess_model_task
-from ultralytics.utils import LOGGER
 
-from yolo_ext.checkpoint import load_model
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.processing import NMS, Predict, height_width
+from yolo_ext.stock.load import float_model
 
 Source: TypeAlias = str | Path | nn.Module
 
 FLOAT_CONVS = {"Conv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide Ultralytics' info lines and progress bars and torch's trace warnings; restore the logger afterwards."""
-    level = LOGGER.level
-    LOGGER.setLevel(max(logging.WARNING, level))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        LOGGER.setLevel(level)
-
-
-def float_model(weights: str | Path | nn.Module) -> Any:
-    """Return an FP32 CPU copy in eval mode; the module or file it comes from is not touched.
-
-    Args:
-        weights: A ``.pt`` file, a model YAML, or an Ultralytics model.
-
-    Returns:
-        The copy, unfused if the source is.
-
-    Raises:
-        UsageError: The file is missing or holds no Ultralytics model.
-    """
-    with quiet():
-        model: Any = deepcopy(weights) if isinstance(weights, nn.Module) else load_model(weights)[0]
-    model = model.cpu().float().eval().requires_grad_(False)
-    model.criterion = None
-    model.task = getattr(model, "task", None) or guess_model_task(model)  # absent on a module built from YAML
-    return model
 
 
 def session(
@@ -307,28 +266,3 @@ def _reasons(graph: Any) -> Callable[[Any], str]:
         return "not fused by ONNX Runtime on this CPU (x86 needs unsigned activations)"
 
     return reason
-
-
-def cpu_info() -> dict[str, Any]:
-    """Describe the processor and the versions that a measurement depends on.
-
-    Returns:
-        ``cpu`` (name), ``threads`` (logical processors), ``avx2``, ``vnni`` and ``governor`` (of the clock; None where
-        the system does not tell), and the versions of ``python``, ``torch``, ``onnx``, ``onnxruntime`` and
-        ``ultralytics``.
-    """
-    from ultralytics.utils.torch_utils import get_cpu_info
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="ignore").splitlines() if info.is_file() else []
-    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), None)
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return {
-        "cpu": get_cpu_info(),
-        "threads": os.cpu_count(),
-        "avx2": None if flags is None else "avx2" in flags,
-        "vnni": None if flags is None else bool(flags & {"avx512_vnni", "avx_vnni"}),
-        "governor": governor.read_text().strip() if governor.is_file() else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "onnx", "onnxruntime", "ultralytics")},
-    }

@@ -24,7 +24,7 @@ from yolo_ext.distillation.schedules import scale
 from yolo_ext.distillation.stack import terms
 from yolo_ext.distillation.taps import Taps
 from yolo_ext.distillation.teacher import Guide, make_guides
-from yolo_ext.proxy import CriterionProxy
+from yolo_ext.stock.trainer import CriterionProxy
 
 
 class Distiller:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from yolo_ext.stock.context import evaluating
+
 
 class Taps:
     """Keeps what chosen layers of a model return in its latest forward pass.
@@ -49,15 +51,10 @@ def layer_shapes(model: nn.Module, paths: list[str], size: int, channels: int) -
         size: Side of the image in pixels.
         channels: Channels of the image.
     """
-    modes = [(m, m.training) for m in model.modules()]
     like = next(model.parameters())
     taps = Taps(model, paths)
-    try:
-        model.eval()
+    with evaluating(model):
         model(torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype))
-    finally:
-        for m, mode in modes:
-            m.training = mode
     found = taps.take()
     if paths:
         taps.close()

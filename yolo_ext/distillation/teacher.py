@@ -13,12 +13,13 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, load_model, manifest
+from yolo_ext.checkpoint import fingerprint, manifest
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.grids import regrid
 from yolo_ext.distillation.logits import HeadOutput, decode
 from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
+from yolo_ext.stock.load import load_model
 
 
 def load_teacher(

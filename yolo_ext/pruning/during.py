@@ -23,7 +23,8 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import YoloExtError
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.schedules import progress
-from yolo_ext.pruning.surgery import Kept, apply_plan, cut, parameter_slices, prune_with_plan, recalibrate
+from yolo_ext.pruning.surgery import Kept, apply_plan, cut, parameter_slices, prune_with_plan
+from yolo_ext.stock.context import recalibrate
 
 ENOUGH = 1.005  # a step that would gain less than this is left out
 

@@ -24,8 +24,9 @@ from yolo_ext.pruning.bundles import Bundle, kept_of, widths_of
 from yolo_ext.pruning.evidence import task_losses
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import apply_plan, recalibrate
+from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.pruning.targets import measure
+from yolo_ext.stock.context import recalibrate
 
 Losses = Callable[[list[int]], dict[str, float]]  # kept units of each bundle -> loss of each task
 Flops = Callable[[list[int]], float]  # kept units of each bundle -> FLOPs relative to the dense model

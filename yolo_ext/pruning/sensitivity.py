@@ -26,8 +26,9 @@ from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import collect, task_losses
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import apply_plan, recalibrate
+from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.reporting.curves import plot_sensitivity
+from yolo_ext.stock.context import recalibrate
 
 FILE = "sensitivity.json"
 RATIOS = (0.25, 0.5, 0.75)

@@ -12,7 +12,6 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
-from yolo_ext.batchnorm import recalibrate  # noqa: F401  part of what surgery offers
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import TARGETS, PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError

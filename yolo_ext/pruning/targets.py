@@ -163,7 +163,7 @@ def latency(job: Job) -> Target:
 @targets.row("max_drop", "Largest loss of mAP50-95 right after pruning and BatchNorm recalibration", needs="data")
 def max_drop(job: Job) -> Target:
     """Prune as far as the recalibrated mAP stays within a drop; EagleEye, Li et al., 2020, arXiv:2007.02491."""
-    from yolo_ext.pruning.surgery import recalibrate
+    from yolo_ext.stock.context import recalibrate
 
     score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
     if score is None or images is None:

@@ -18,9 +18,10 @@ from torch import nn
 from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.calibration import evaluating, weight_rows
+from yolo_ext.quantization.calibration import weight_rows
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import channel_axis
+from yolo_ext.stock.context import evaluating
 
 IMAGES = 64  # kept in memory, with the maps that later blocks read
 CHUNK = 8  # images per forward pass and per step

@@ -13,6 +13,7 @@ from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.modules.conv import Conv2
 
 from yolo_ext.checkpoint import manifest, set_tripwire
+from yolo_ext.stock.context import evaluating
 
 
 def branched(model: nn.Module) -> list[str]:
@@ -82,16 +83,14 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
         return see
 
     handles = [b.bn.register_forward_pre_hook(hook(b)) for b in blocks]
-    training, device = [m for m in model.modules() if m.training], next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        for images in batches if blocks else ():
-            model(images.to(device))
+        with evaluating(model):
+            for images in batches if blocks else ():
+                model(images.to(device))
     finally:
         for handle in handles:
             handle.remove()
-        for m in training:
-            m.training = True
     for b in blocks:
         (total, squares), n = sums[id(b)]
         if n < 2:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from yolo_ext.core.registry import Row
 from yolo_ext.quantization.fake_quant import channel_axis, get_state, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
 from yolo_ext.quantization.spec import State
+from yolo_ext.stock.context import evaluating
 
 SHOWN = 3  # layer names in a message
 EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the integer bias of a kernel overflows
@@ -96,18 +96,6 @@ def _observe(model: nn.Module, batches: Iterable[torch.Tensor], total: int | Non
     if images == blank:
         raise UsageError(f"Each of the {images} calibration images has a single value. Give images of real scenes.")
     return histograms
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and each of its modules back into its own mode afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def weight_rows(layer: Any) -> torch.Tensor:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_ext.quantization.calibration import evaluating, weight_rows
+from yolo_ext.quantization.calibration import weight_rows
 from yolo_ext.quantization.fake_quant import quantized_layers, quantizers
 from yolo_ext.quantization.layers import channel_axis
 from yolo_ext.quantization.spec import Spec
+from yolo_ext.stock.context import evaluating
 
 Row = dict[str, Any]
 CLIPPED = 0.02  # share of values outside the range; 0.1 % is usual

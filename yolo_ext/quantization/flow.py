@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from yolo_ext.quantization.spec import Plan
+from yolo_ext.stock.context import evaluating
 
 MARK = "_yolo_ext_quantized"  # on a tensor: path of the layer whose quantizer made its codes
 PASS: set[Callable] = {  # operations whose results have codes of their argument
@@ -83,19 +84,15 @@ def drop_needless(model: nn.Module, plan: Plan) -> None:
 
     modules = dict(model.named_modules())
     handles += [modules[path].register_forward_pre_hook(arrives(path)) for path, s in plan.items() if "input" in s]
-    training = [m for m in model.modules() if m.training]
     parameter = next(model.parameters())
     side = 2 * int(max(getattr(model, "stride", torch.tensor([32.0])).max(), 32))
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    model.eval()
     try:
-        with _Marks(read):
+        with evaluating(model), _Marks(read):
             model(torch.zeros(1, channels, side, side, device=parameter.device, dtype=parameter.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for m in training:
-            m.training = True
     direct = set()
     for path, mark in arrived.items():
         made = plan[mark]

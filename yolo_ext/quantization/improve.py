@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM
 
-from yolo_ext.batchnorm import recalibrate
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.calibration import evaluating
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import QuantAct
+from yolo_ext.stock.context import evaluating, recalibrate
 
 DEAD = 1e-6  # added to variances: that of a dead channel stays as it is
 CHANGE = (0.1, 10.0)  # of a variance, at most

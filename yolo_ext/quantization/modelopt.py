@@ -24,7 +24,7 @@ from yolo_ext.quantization.fake_quant import insert_plan, load_state, set_mode
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.profiles import PROFILES, Profile
 from yolo_ext.quantization.spec import Spec, State, plan_of
-from yolo_ext.stock.model import no_autoinstall
+from yolo_ext.stock.load import no_autoinstall
 
 SOURCE = "tensorrt"  # the profile whose rules ModelOpt trains by
 INPUT, WEIGHT = "input_quantizer", "weight_quantizer"

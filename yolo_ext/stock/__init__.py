@@ -1,6 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Every touch of Ultralytics internals."""
 
+from yolo_ext.stock.context import cpu_info, evaluating, native_bf16, quiet, recalibrate, undisturbed
+from yolo_ext.stock.load import float_model, load_model, no_autoinstall
 from yolo_ext.stock.model import (
     ACTIVATIONS,
     ATTENTION,
@@ -24,9 +26,7 @@ from yolo_ext.stock.model import (
     level_inputs,
     level_widths,
     max_stride,
-    native_bf16,
     natural_key,
-    no_autoinstall,
     probe_size,
     raw_outputs,
     refresh_widths,
@@ -49,9 +49,12 @@ __all__ = [
     "WIDTH_ATTRIBUTES",
     "branches",
     "check_version",
+    "cpu_info",
     "deployed",
     "deployed_layers",
     "detection_head",
+    "evaluating",
+    "float_model",
     "freeze",
     "fuse_blocks",
     "gflops",
@@ -60,17 +63,21 @@ __all__ = [
     "learned_fake_quantize",
     "level_inputs",
     "level_widths",
+    "load_model",
     "max_stride",
     "native_bf16",
     "natural_key",
     "no_autoinstall",
     "probe_size",
+    "quiet",
     "raw_outputs",
+    "recalibrate",
     "refresh_widths",
     "refuse_rtdetr",
     "restart_ema",
     "returned_tensors",
     "rewrap",
     "task_of",
+    "undisturbed",
     "yolo_entrypoint",
 ]

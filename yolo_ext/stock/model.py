@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,19 +48,6 @@ def check_version() -> None:
             f"Ultralytics {__version__} is not supported. Legal: >={low},<{high}. "
             f"Run: pip install 'ultralytics>={low},<{high}'"
         )
-
-
-@contextmanager
-def no_autoinstall() -> Iterator[None]:
-    """Keep Ultralytics from running pip for a module that a checkpoint names."""
-    from ultralytics.utils import checks
-
-    before = checks.AUTOINSTALL
-    checks.AUTOINSTALL = False
-    try:
-        yield
-    finally:
-        checks.AUTOINSTALL = before
 
 
 def natural_key(path: str) -> list[Any]:
@@ -286,11 +272,6 @@ def freeze(model: nn.Module, layers: Any) -> None:
     for name, p in model.named_parameters():
         if prefixes and name.startswith(prefixes):
             p.requires_grad_(False)
-
-
-def native_bf16() -> bool:
-    """Return whether this processor computes in bfloat16 and does not only emulate it."""
-    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
 
 
 def learned_fake_quantize(

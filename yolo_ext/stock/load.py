@@ -1,0 +1,118 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Models read from files: stock checkpoints and model YAMLs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.context import quiet
+
+
+@contextmanager
+def no_autoinstall() -> Iterator[None]:
+    """Keep Ultralytics from running pip for a module that a checkpoint names."""
+    from ultralytics.utils import checks
+
+    before = checks.AUTOINSTALL
+    checks.AUTOINSTALL = False
+    try:
+        yield
+    finally:
+        checks.AUTOINSTALL = before
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a YOLO or RT-DETR from a ``.pt`` or build one from a ``.yaml``.
+
+    Args:
+        path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
+
+    Returns:
+        The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
+
+    Raises:
+        UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
+    """
+    from ultralytics import RTDETR, YOLO
+    from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    p = Path(path)
+    if p.suffix in {".yaml", ".yml"}:
+        try:
+            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
+            model = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
+        except Exception as e:
+            raise UsageError(
+                f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
+            ) from e
+        return model.float().eval(), {}
+    if p.suffix != ".pt":
+        raise UsageError(
+            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
+            ".pt that it was written from."
+        )
+    if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
+        raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
+    try:
+        with no_autoinstall():
+            model, ckpt = load_checkpoint(str(p))
+    except Exception as e:
+        if isinstance(e, ImportError) and "modelopt" in str(e):
+            raise UsageError(
+                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
+                "elsewhere give the float .pt that it was trained from."
+            ) from e
+        raise UsageError(
+            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
+            "Give a .pt written by Ultralytics or yolo-ext."
+        ) from e
+    if not isinstance(model, BaseModel):
+        raise UsageError(
+            f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
+        )
+    if foreign := foreign_classes(model):
+        raise UsageError(
+            f"'{path}' holds fake quantizers or adapters of yolo_ext ({foreign[0]}), as only a model in training does. "
+            "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
+        )
+    return model.float().eval().requires_grad_(True), ckpt
+
+
+def foreign_classes(model: nn.Module) -> list[str]:
+    """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
+    return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
+
+
+def _brief(e: Exception) -> str:
+    """Return an exception as one short line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
+def float_model(weights: str | Path | nn.Module) -> Any:
+    """Return an FP32 CPU copy in eval mode; the module or file it comes from is not touched.
+
+    Args:
+        weights: A ``.pt`` file, a model YAML, or an Ultralytics model.
+
+    Returns:
+        The copy, unfused if the source is.
+
+    Raises:
+        UsageError: The file is missing or holds no Ultralytics model.
+    """
+    from ultralytics.nn.tasks import guess_model_task
+
+    with quiet():
+        model: Any = deepcopy(weights) if isinstance(weights, nn.Module) else load_model(weights)[0]
+    model = model.cpu().float().eval().requires_grad_(False)
+    model.criterion = None
+    model.task = getattr(model, "task", None) or guess_model_task(model)  # absent on a module built from YAML
+    return model
