@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,18 +15,6 @@ from yolo_ext import stock
 from yolo_ext.distillation.teacher import Guide
 
 STEPS = 2  # timed ones, behind one to warm up
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Put back every random generator afterwards, so that a run goes on as if nothing had been in between."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
