@@ -213,7 +213,7 @@ def _help(options: dict[str, Any]) -> int:
 
 
 def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
-    from yolo_ext.stock.model import yolo_entrypoint
+    from yolo_ext.stock.cfg import yolo_entrypoint
 
     try:
         if command == "predict" and "compare" in options:
@@ -223,6 +223,8 @@ def _forward(command: str, argv: list[str], options: dict[str, Any]) -> int:
             predict(**options)
         else:
             yolo_entrypoint(argv)
+    except UsageError:
+        raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
         raise UsageError(f"yolo {command}: {str(e).strip().splitlines()[0]}") from e
     return 0

@@ -27,12 +27,6 @@ FUNCTIONS = {  # where the function of a command is; its docstring is the help
     "label": "label_tools", "predict": "predict_tools", "demo": "demo",
 }  # fmt: skip
 FURTHER = {"options": "further", "native": "further", "place": "run folder"}  # what stands for several keys
-NEEDS = {
-    "data": "needs data",
-    "sparsity": "after sparsity training",
-    "scales": "BatchNorm scales",
-    "weights": "all weights",
-}
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 
 Usage: yolo-ext [TASK] COMMAND key=value ...
@@ -80,7 +74,7 @@ def technique_help(technique: str) -> str:
     """Return options and method tables of a technique as aligned text."""
     parts = [f"{CONFIGS[technique].__doc__}\n{_aligned(help_lines(technique))}"]  # type: ignore[arg-type]
     for table in method_tables(technique):
-        rows = [(r.name, r.summary, NEEDS.get(r.needs, r.needs), r.paper) for r in table]
+        rows = [(r.name, r.summary, ", ".join(n.value for n in r.needs), r.paper) for r in table]
         parts.append(f"{table.kind}:\n{_aligned(rows)}")  # type: ignore[arg-type]
     if technique == "quant":
         from yolo_ext.quantization.profiles import PROFILES

@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER, YAML, colorstr
 from yolo_ext import runs, stages, stock
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stage_common import FINETUNE, Record, Run
 from yolo_ext.stock.load import load_model
@@ -104,7 +105,7 @@ def _learns_from_data(configs: dict[str, Any], epochs: int) -> str:
         "'quant'": configs["quant"],
     }
     if prune and prune.kind == "structured":
-        found[f"'prune.method={prune.method}'"] = prune.method != "auto" and criteria[prune.method].needs == "data"
+        found[f"'prune.method={prune.method}'"] = prune.method != "auto" and Need.DATA in criteria[prune.method].needs
         found["'prune.max_drop'"] = prune.max_drop is not None
         found["'prune.scope=pagcp'"] = prune.scope == "pagcp"
     return next((name for name, needs in found.items() if needs), "")
@@ -192,7 +193,7 @@ def _finish(run: Run) -> dict[str, Any]:
 
 # Report --------------------------------------------------------------------------------------------------------------
 def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> Path:
-    from yolo_ext.reporting.html import write_report
+    from yolo_ext.reporting.pages import write_report
     from yolo_ext.reporting.plots import plot_channels, plot_stages
 
     (run.folder / "plots").mkdir(exist_ok=True)

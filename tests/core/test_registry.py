@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Row, Table, suggest
+from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.core.registry import Need, Row, Table, suggest
 
 
 @pytest.fixture
 def table() -> Table:
     made = Table("pruning criterion")
 
-    @made.row("lamp", "Relative magnitude", paper="Lee et al., 2021", needs="weights")
+    @made.row("lamp", "Relative magnitude", paper="Lee et al., 2021", needs=[Need.WEIGHTS])
     def lamp(x):
         return x
 
@@ -23,7 +23,7 @@ def test_rows_in_order_with_their_facts(table):
     assert table.names() == ["lamp", "random"] == [row.name for row in table]
     row = table["lamp"]
     assert isinstance(row, Row) and row.fn(3) == 3
-    assert (row.summary, row.paper, row.needs) == ("Relative magnitude", "Lee et al., 2021", "weights")
+    assert (row.summary, row.paper, row.needs) == ("Relative magnitude", "Lee et al., 2021", (Need.WEIGHTS,))
 
 
 def test_the_decorator_returns_the_function(table):
@@ -31,6 +31,18 @@ def test_the_decorator_returns_the_function(table):
         """Nothing."""
 
     assert table.row("mine", "Mine")(fn) is fn and table["mine"].fn is fn
+
+
+def test_a_name_is_taken_once(table):
+    with pytest.raises(ValueError, match="two of the pruning criterion 'lamp'"):
+        table.row("lamp", "Another")(lambda x: 1)
+    assert table["lamp"].fn(3) == 3 and table.names() == ["lamp", "random"]
+
+
+def test_a_wrong_name_is_also_the_error_that_python_expects(table):
+    with pytest.raises(ValueError, match="Unknown pruning criterion 'lmap'") as e:
+        table["lmap"]
+    assert isinstance(e.value, YoloExtError) and e.value.exit_status == 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.distillation.features import (
     SCALE_FREE,
     Align,
@@ -31,7 +32,7 @@ NAMES = [row.name for row in feature_losses]
 BOXES = torch.tensor([[0, 0.1, 0.1, 0.5, 0.6], [0, 0.3, 0.3, 0.4, 0.4], [1, 0.0, 0.5, 1.0, 1.0]])
 # Without a mask and with a generator that changes nothing, the only case in which MGD is 0 for equal maps.
 OPTIONS = {"mgd": {"module": nn.Identity(), "masked": 0.0, "alpha": 1.0, "norm": "mean"}, "fgd": {"boxes": BOXES}}
-ANY_WIDTH = [row.name for row in feature_losses if "equal width" not in row.needs]
+ANY_WIDTH = [row.name for row in feature_losses if Need.EQUAL_WIDTH not in row.needs]
 
 
 def run(name: str, s: torch.Tensor, t: torch.Tensor, **options) -> torch.Tensor:
@@ -202,8 +203,8 @@ def test_fgd_learns_its_context_blocks():
 def test_rows_say_what_they_need(row):
     options = inspect.signature(row.fn).parameters
     assert row.paper and row.summary and list(options)[:2] == ["student", "teacher"]
-    assert ("boxes" in options) == ("boxes" in row.needs)
-    assert ("module" in options) == ("module" in row.needs) == (row.name in modules)
+    assert ("boxes" in options) == (Need.BOXES in row.needs)
+    assert ("module" in options) == (Need.MODULE in row.needs) == (row.name in modules)
     assert ("scale-free" in row.summary) == (row.name in SCALE_FREE)
 
 

@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from yolo_ext.pruning.prune import plan
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights, score
 from yolo_ext.pruning.graph import Group, Member, build_graph
-from yolo_ext.pruning.targets import plan
 
 DATA_FREE = [row.name for row in criteria if not row.needs and row.name != "random"]
 GENERATOR = torch.Generator()
@@ -79,7 +80,7 @@ def test_a_group_without_batchnorm_cannot_be_ranked_by_it(method):
     assert score(net, Group("conv", [member("conv", "out", [0], [1])]), method, GENERATOR) is None
 
 
-@pytest.mark.parametrize("method", [row.name for row in criteria if row.needs == "data"])
+@pytest.mark.parametrize("method", [row.name for row in criteria if Need.DATA in row.needs])
 def test_channels_that_no_loss_depends_on_score_zero(method):
     assert criteria[method].fn(group([[1.0], [2.0]])).tolist() == [0.0, 0.0]
 

@@ -11,12 +11,13 @@ from ultralytics import RTDETR, YOLO
 
 from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import criteria, score
 from yolo_ext.pruning.evidence import _single, collect, task_losses
 from yolo_ext.pruning.graph import Group, build_graph
 from yolo_ext.pruning.surgery import masked
 
-DATA_DRIVEN = [row.name for row in criteria if row.needs == "data"]
+DATA_DRIVEN = [row.name for row in criteria if Need.DATA in row.needs]
 
 
 # A model whose gradients can be had by other means -------------------------------------------------------------------

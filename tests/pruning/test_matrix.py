@@ -15,17 +15,19 @@ import ultralytics
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, yaml_model_load
+from yolo_ext.pruning.prune import prune_model
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.registry import Need
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import predictor
 from yolo_ext.pruning.criteria import criteria
-from yolo_ext.pruning.surgery import TOLERANCE, prune_model
+from yolo_ext.pruning.surgery import TOLERANCE
 from yolo_ext.stock.load import load_model
 
-CRITERIA = [row.name for row in criteria if row.needs != "data"]
+CRITERIA = [row.name for row in criteria if Need.DATA not in row.needs]
 
 # YAML in Ultralytics -> the models to build from it. "*" marks those that are too large for every criterion.
 MODELS = {

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolo_ext.core.registry import Need
 from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
 
 PULLS = st.floats(0, 3, allow_nan=False, width=32)
@@ -24,7 +25,7 @@ def channels(norms, group=None, gammas=None, owner=None, coefficient=1.0):
 
 def test_every_row_has_a_default_paper_and_target():
     assert set(DEFAULTS) == set(penalties.names()) == {"slim", "group_slim", "group_sl", "group_reg"}
-    assert all(r.paper and r.needs in ("scales", "weights") for r in penalties)
+    assert all(r.paper and r.needs in ((Need.SCALES,), (Need.WEIGHTS,)) for r in penalties)
 
 
 @settings(deadline=None)
@@ -103,7 +104,7 @@ def test_every_row_draws_in_proportion_to_ease(name):
     ch.ease = torch.tensor([4.0, 0.5, 1.0, 1.0])
     first, second, *_ = penalties[name].fn(ch, 0.2).tolist()
     assert first < second <= 1
-    if penalties[name].needs == "scales":
+    if Need.SCALES in penalties[name].needs:
         assert (first, second) == pytest.approx((0.2, 0.9))
 
 

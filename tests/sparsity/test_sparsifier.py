@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from ultralytics.utils import LOGGER
+from yolo_ext.pruning.prune import prune_with_plan
 
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.surgery import prune_with_plan
+from yolo_ext.core.registry import Need
 from yolo_ext.sparsity.penalties import penalties
 from yolo_ext.sparsity.schedules import pulls
 from yolo_ext.sparsity.sparsifier import FEWEST, Sparsifier
 
 PRUNE = PruneConfig()
 METHODS = penalties.names()
-SCALES = [r.name for r in penalties if r.needs == "scales"]
+SCALES = [r.name for r in penalties if Need.SCALES in r.needs]
 
 
 def make(model, method="slim", epochs=4, prune_epochs=(), prune=PRUNE, **options):

@@ -14,8 +14,11 @@ class YoloExtError(Exception):
     exit_status = 1
 
 
-class UsageError(YoloExtError):
-    """Wrong input: an unknown option, an illegal value, a missing or broken file. Exit status 2."""
+class UsageError(YoloExtError, ValueError):
+    """Wrong input: an unknown option, an illegal value, a missing or broken file. Exit status 2.
+
+    A `ValueError` too, which is what a caller in Python expects of wrong input.
+    """
 
     exit_status = 2
 

@@ -5,17 +5,35 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 from yolo_ext.core.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def suggest(name: str, legal: list[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest legal name, or an empty string."""
     near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+class Need(Enum):
+    """What a method needs besides its first arguments; the value is what the help says."""
+
+    DATA = "needs data"
+    SPARSITY = "after sparsity training"
+    SCALES = "BatchNorm scales"
+    WEIGHTS = "all weights"
+    EQUAL_WIDTH = "equal width"
+    BOXES = "boxes"
+    MODULE = "module"
+    SEVERAL_CLASSES = "several classes"
+    EQUAL_BINS = "equal bins"
+    CROSS_HEAD = "cross head"
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class Row:
     fn: Callable[..., Any]
     summary: str
     paper: str = ""
-    needs: str = ""
+    needs: tuple[Need, ...] = ()
 
 
 class Table:
@@ -43,11 +61,17 @@ class Table:
         self.kind = kind
         self._rows: dict[str, Row] = {}
 
-    def row(self, name: str, summary: str, *, paper: str = "", needs: str = "") -> Callable:
-        """Register the decorated function under `name`."""
+    def row(self, name: str, summary: str, *, paper: str = "", needs: Sequence[Need] = ()) -> Callable[[F], F]:
+        """Register the decorated function under `name`.
 
-        def add(fn: Callable) -> Callable:
-            self._rows[name] = Row(name, fn, summary, paper, needs)
+        Raises:
+            ValueError: If the table has that name already.
+        """
+
+        def add(fn: F) -> F:
+            if name in self._rows:
+                raise ValueError(f"There are two of the {self.kind} '{name}'. Give one of them another name.")
+            self._rows[name] = Row(name, fn, summary, paper, tuple(needs))
             return fn
 
         return add

@@ -14,6 +14,7 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
+from yolo_ext.core.registry import Need
 from yolo_ext.distillation.balance import Balance
 from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
 from yolo_ext.distillation.features import Align, modules
@@ -78,7 +79,7 @@ class Distiller:
         """Fill `adapters`: first what brings maps to one width, then what single losses need."""
         for g, guide in enumerate(self.guides):
             for term, found in zip(self.terms, self.sites[g]):
-                for site in found if term.needs("equal width") else []:
+                for site in found if term.needs(Need.EQUAL_WIDTH) else []:
                     if (g, site) not in self.aligns:
                         level = site.student if isinstance(site.student, int) else None
                         kept = guide.kept[level] if guide.kept and level is not None else None
@@ -87,10 +88,10 @@ class Distiller:
         self.adapters.extend(self.aligns.values())
         for g, guide in enumerate(self.guides):
             for t, term in enumerate(self.terms):
-                for site in self.sites[g][t] if term.needs("module") else []:
+                for site in self.sites[g][t] if term.needs(Need.MODULE) else []:
                     kept = self.aligns[g, site].kept
                     self.extras[g, t, site] = modules[term.row.name](site.widths[1] if kept is None else len(kept))
-                if term.needs("cross head"):
+                if term.needs(Need.CROSS_HEAD):
                     student_head, teacher_head = (stock.detection_head(m) for m in (self.student, guide.model))
                     for ours, theirs in self._cross_branches(guide):
                         self.extras[g, t, ours] = cross_adapters(student_head, teacher_head, term.split, (ours, theirs))
@@ -109,7 +110,7 @@ class Distiller:
             for term, found in zip(self.terms, self.sites[g]):
                 ours |= {s.student for s in found if isinstance(s.student, str)}
                 theirs[g] |= {s.teacher for s in found if isinstance(s.teacher, str)}
-                for branch, _ in self._cross_branches(guide) if term.needs("cross head") else []:
+                for branch, _ in self._cross_branches(guide) if term.needs(Need.CROSS_HEAD) else []:
                     for i, _ in guide.levels:
                         ours |= {f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}" for k in STACKS}
         return [sorted(ours), *map(sorted, theirs)]
@@ -202,7 +203,7 @@ class Distiller:
             cls = box = batch["img"].new_zeros((), dtype=torch.float32)
             for name, gain, ours, theirs in pairs:
                 options = dict(term.options)
-                if term.needs("cross head"):
+                if term.needs(Need.CROSS_HEAD):
                     options["cross"] = self._cross(g, t, "one2one" if name == "one2one" else "", taken)
                 if not guide.levels and "norm" in inspect.signature(term.row.fn).parameters:
                     options.setdefault("norm", "mean")  # a classifier has no objects to weight
@@ -215,11 +216,11 @@ class Distiller:
         for site in self.sites[g][t]:
             pair, options = (maps[0][site.student], maps[1][site.teacher]), dict(term.options)
             pair = (pair[0], resized(pair[1], pair[0].shape[2:]))  # of a teacher that sees images of another size
-            if term.needs("equal width"):
+            if term.needs(Need.EQUAL_WIDTH):
                 pair = self.aligns[g, site](*pair)
-            if term.needs("module"):
+            if term.needs(Need.MODULE):
                 options["module"] = self.extras[g, t, site]
-            if term.needs("boxes"):
+            if term.needs(Need.BOXES):
                 options["boxes"] = batch_boxes(batch)
             parts.append(term.row.fn(*pair, **options))
         return torch.stack(parts).sum()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Table, suggest
+from yolo_ext.core.registry import Need, Table, suggest
 from yolo_ext.distillation.blocks import contexts, generator
 
 feature_losses = Table("feature loss")
@@ -49,7 +49,7 @@ def _norm(norm: str, legal: tuple[str, str]) -> bool:
     return norm == legal[1]
 
 
-@feature_losses.row("mimic", "Mean squared difference", paper="Li et al., 2017, CVPR", needs="equal width")
+@feature_losses.row("mimic", "Mean squared difference", paper="Li et al., 2017, CVPR", needs=[Need.EQUAL_WIDTH])
 @full_precision
 def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute feature mimicking, on whole maps where the paper samples regions.
@@ -65,7 +65,7 @@ def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @feature_losses.row("mgd", "A small network restores the teacher from randomly masked student features",
-                    paper="Yang et al., 2022, arXiv:2205.01529", needs="equal width, module")  # fmt: skip
+                    paper="Yang et al., 2022, arXiv:2205.01529", needs=[Need.EQUAL_WIDTH, Need.MODULE])  # fmt: skip
 @full_precision
 def mgd(
     student: torch.Tensor, teacher: torch.Tensor, *, module: nn.Module, masked: float = 0.65, alpha: float = 2e-5,
@@ -93,7 +93,7 @@ def mgd(
 
 
 @feature_losses.row("cwd", "KL between the spatial distributions of each channel",
-                    paper="Shu et al., 2021, arXiv:2011.13256", needs="equal width")  # fmt: skip
+                    paper="Shu et al., 2021, arXiv:2011.13256", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Compute channel-wise distillation.
@@ -134,7 +134,7 @@ def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> to
 
 
 @feature_losses.row("pkd", "1 - Pearson correlation of each channel; scale-free",
-                    paper="Cao et al., 2022, arXiv:2207.02039", needs="equal width")  # fmt: skip
+                    paper="Cao et al., 2022, arXiv:2207.02039", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute Pearson distillation: features are standardised per channel over images and positions.
@@ -171,7 +171,8 @@ def _object_scale(boxes: torch.Tensor, b: int, h: int, w: int) -> torch.Tensor:
 
 
 @feature_losses.row("fgd", "Objects and background apart, weighted by the teacher's attention, and global relations",
-                    paper="Yang et al., 2022, arXiv:2111.11837", needs="equal width, boxes, module")  # fmt: skip
+                    paper="Yang et al., 2022, arXiv:2111.11837",
+                    needs=[Need.EQUAL_WIDTH, Need.BOXES, Need.MODULE])  # fmt: skip
 @full_precision
 def fgd(
     student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
@@ -226,7 +227,7 @@ def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -
 
 
 @feature_losses.row("chsim", "Which channels of an image resemble one another; scale-free",
-                    paper="Liu et al., 2021, arXiv:2202.03680", needs="equal width")  # fmt: skip
+                    paper="Liu et al., 2021, arXiv:2202.03680", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") -> torch.Tensor:
     """Compute inter-channel correlation distillation.

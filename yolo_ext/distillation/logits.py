@@ -16,7 +16,7 @@ from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import make_anchors
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Table, suggest
+from yolo_ext.core.registry import Need, Table, suggest
 
 logit_losses = Table("logit loss")
 Parts = tuple[torch.Tensor, torch.Tensor]
@@ -171,7 +171,7 @@ def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight
 
 
 @logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
-                  needs="several classes")  # fmt: skip
+                  needs=[Need.SEVERAL_CLASSES])  # fmt: skip
 def kl(
     student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
     weight: torch.Tensor | None = None,
@@ -277,7 +277,7 @@ def ast(
 
 
 @logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
-                  paper="Zheng et al., 2022, arXiv:2102.12252", needs="equal bins")  # fmt: skip
+                  paper="Zheng et al., 2022, arXiv:2102.12252", needs=[Need.EQUAL_BINS])  # fmt: skip
 def ld(
     student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight",
     weight: torch.Tensor | None = None,
@@ -310,7 +310,7 @@ def ld(
 
 
 @logit_losses.row("crosskd", "The teacher's head on the student's hidden features must predict what the teacher does",
-                  paper="Wang et al., 2024, arXiv:2306.11369", needs="cross head")  # fmt: skip
+                  paper="Wang et al., 2024, arXiv:2306.11369", needs=[Need.CROSS_HEAD])  # fmt: skip
 def crosskd(
     student: HeadOutput, teacher: HeadOutput, *, cross: HeadOutput, beta: float = 1.0, temperature: float = 1.0,
     weight: torch.Tensor | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Row, Table, suggest
+from yolo_ext.core.registry import Need, Row, Table, suggest
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
 from yolo_ext.distillation.schedules import schedules
@@ -43,11 +43,11 @@ class Term:
     layers: tuple[str, ...] = ()
     split: int = 1
 
-    def needs(self, what: str) -> bool:
+    def needs(self, what: Need) -> bool:
         """Tell whether the method needs this, in the words of its table; your own feature loss gets equal widths."""
-        if what == "equal width" and self.kind == "features" and ":" in self.row.name:
+        if what is Need.EQUAL_WIDTH and self.kind == "features" and ":" in self.row.name:
             return True
-        return what in self.row.needs.split(", ")
+        return what in self.row.needs
 
 
 def terms(cfg: DistillConfig) -> list[Term]:
@@ -84,7 +84,7 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
     _check_timing(key, timing)
     layers = entry.pop("layers", cfg.layers) if kind == "features" else []
-    split = entry.pop("split", 1) if row.needs == "cross head" else 1
+    split = entry.pop("split", 1) if Need.CROSS_HEAD in row.needs else 1
     legal = _options(row)
     for name, value in entry.items():
         if legal is not None and name not in legal:

@@ -15,7 +15,7 @@ from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Table
+from yolo_ext.core.registry import Need, Table
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
 
@@ -116,7 +116,7 @@ def fpgm(group: GroupWeights) -> torch.Tensor:
     "slim",
     "Scale of BatchNorm, over the whole model",
     paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
-    needs="sparsity",
+    needs=[Need.SPARSITY],
 )
 def slim(group: GroupWeights) -> torch.Tensor | None:
     """Return (n,) mean |gamma| over the BatchNorms, None without BatchNorm."""
@@ -127,7 +127,7 @@ def slim(group: GroupWeights) -> torch.Tensor | None:
     "group_slim",
     "Norm of all coupled BatchNorm scales, over the whole model",
     paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
-    needs="sparsity",
+    needs=[Need.SPARSITY],
 )
 def group_slim(group: GroupWeights) -> torch.Tensor | None:
     """Return (n,) root mean squares of gamma over the BatchNorms, None without BatchNorm."""
@@ -138,13 +138,13 @@ def group_slim(group: GroupWeights) -> torch.Tensor | None:
     "group_reg",
     "Norm of all coupled weights after growing regularization, relative to the largest",
     paper="Wang et al., 2021, arXiv:2012.09243",
-    needs="sparsity",
+    needs=[Need.SPARSITY],
 )
 @criteria.row(
     "group_sl",
     "Norm of all coupled weights after group sparse learning, relative to the largest",
     paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
-    needs="sparsity",
+    needs=[Need.SPARSITY],
 )
 def group_sparse(group: GroupWeights) -> torch.Tensor:
     """Return (n,) L2 norms over all coupled layers, divided by the largest: the penalty made the rest small."""
@@ -156,19 +156,19 @@ def group_sparse(group: GroupWeights) -> torch.Tensor:
     "obd",
     "Loss increase by the Kronecker-factored Fisher of the channel's outputs",
     paper="Wang et al., EigenDamage (OBD-C), 2019, arXiv:1905.05934",
-    needs="data",
+    needs=[Need.DATA],
 )
 @criteria.row(
     "hessian",
     "Loss increase by squared weights and the Fisher diagonal of single images",
     paper="LeCun et al., Optimal Brain Damage, 1989",
-    needs="data",
+    needs=[Need.DATA],
 )
 @criteria.row(
     "taylor",
     "Loss change by weight times gradient",
     paper="Molchanov et al., 2019, arXiv:1906.10771",
-    needs="data",
+    needs=[Need.DATA],
 )
 def salience(group: GroupWeights) -> torch.Tensor:
     """Return (n,) salience summed over all coupled tensors; zero where no loss depends on the channels.
@@ -264,7 +264,7 @@ def score(
         UsageError: If the criterion is unknown, lacks its data, or returns anything else.
     """
     row = criteria[method]
-    if row.needs == "data" and evidence is None:
+    if Need.DATA in row.needs and evidence is None:
         raise UsageError(
             f"'prune.method={method}' needs labelled train images. Give data=..., "
             f"or a criterion that needs none: {', '.join(r.name for r in criteria if not r.needs)}."

@@ -18,6 +18,7 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import TARGETS, PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.bundles import Bundle, widths_of
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph
@@ -115,7 +116,7 @@ def check_readiness(
     Raises:
         UsageError: If more than half of the channels that the plan removes are still in use.
     """
-    if criteria[cfg.method].needs != "sparsity":
+    if Need.SPARSITY not in criteria[cfg.method].needs:
         return
     found = readiness(model, graph, cfg, made, units, imgsz)
     LOGGER.info(

@@ -20,6 +20,7 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write, fingerprint
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.analyze import group_shares, layer_flops, producers
 from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
 from yolo_ext.pruning.criteria import criteria, resolved
@@ -67,7 +68,7 @@ def sensitivity(
     if not ratios or not all(0 < r < 1 for r in ratios):
         raise UsageError(f"Sensitivity ratios {list(ratios)} are illegal. Legal: above 0 and below 1, at least one.")
     cfg = resolved(cfg, data=True)
-    evidence = collect(model, cfg.method, probes.batches()) if criteria[cfg.method].needs == "data" else None
+    evidence = collect(model, cfg.method, probes.batches()) if Need.DATA in criteria[cfg.method].needs else None
     made = bundles(model, graph, replace(cfg, ratios={}), evidence)
     if not made:
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")

@@ -15,11 +15,12 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import TARGETS, PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import AUTO, criteria, resolved
-from yolo_ext.pruning.graph import Graph, build_graph
+from yolo_ext.pruning.graph import Graph, Kept, build_graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
+from yolo_ext.pruning.prune import plan
 from yolo_ext.pruning.record import record
-from yolo_ext.pruning.targets import Kept, plan
 
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
 ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
@@ -251,7 +252,7 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
         return
     analytic = bool(cfg.speedup or cfg.params or cfg.ratio or cfg.ratios)
     cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
-    if cfg.method == AUTO or criteria[cfg.method].needs == "data":
+    if cfg.method == AUTO or Need.DATA in criteria[cfg.method].needs:
         cheap = replace(cheap, method="l2")
     if not analytic:
         cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)

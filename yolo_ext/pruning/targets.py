@@ -14,12 +14,12 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, size_mb
 from yolo_ext.core.config import TARGETS, PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import Table
+from yolo_ext.core.registry import Need, Table
 from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
-from yolo_ext.pruning.bundles import Bundle, Kept, Widths, bundles, kept_of, widths_of
+from yolo_ext.pruning.bundles import Bundle, Widths, bundles, kept_of, widths_of
 from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import Evidence, collect
-from yolo_ext.pruning.graph import Graph
+from yolo_ext.pruning.graph import Graph, Kept
 from yolo_ext.pruning.probes import NO_PROBES, Probes
 from yolo_ext.pruning.solve import Target, solve
 
@@ -150,7 +150,7 @@ def size(job: Job) -> Target:
     return Target(megabytes, job.cfg.size_mb or 0.0, rises=False, trials=16, slow=True)
 
 
-@targets.row("latency", "Measured latency before / after", needs="clock")
+@targets.row("latency", "Measured latency before / after")
 def latency(job: Job) -> Target:
     """Aim at a latency ratio, measured for each trial."""
     if (speed := job.probes.speed) is None:
@@ -160,7 +160,7 @@ def latency(job: Job) -> Target:
     return Target(figure, job.cfg.latency or 1.0, tolerance=0.05, trials=8, slow=True, noisy=True)
 
 
-@targets.row("max_drop", "Largest loss of mAP50-95 right after pruning and BatchNorm recalibration", needs="data")
+@targets.row("max_drop", "Largest loss of mAP50-95 right after pruning and BatchNorm recalibration", needs=[Need.DATA])
 def max_drop(job: Job) -> Target:
     """Prune as far as the recalibrated mAP stays within a drop; EagleEye, Li et al., 2020, arXiv:2007.02491."""
     from yolo_ext.stock.context import recalibrate
@@ -230,7 +230,7 @@ def plan(
         target = targets[name].fn(Job(model, graph, made, cfg, probes, imgsz))
         units = solve(name, target, lambda share: _settled(made, spread(share)), made, cfg)
     if ready:
-        from yolo_ext.pruning.readiness import check_readiness
+        from yolo_ext.pruning.prune import check_readiness
 
         check_readiness(model, graph, cfg, made, units, imgsz)
     return kept_of(graph, made, units)
@@ -238,7 +238,7 @@ def plan(
 
 def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
     """Measure what a data-driven criterion needs; without data the criterion itself says so."""
-    if criteria[cfg.method].needs != "data" or probes.batches is None:
+    if Need.DATA not in criteria[cfg.method].needs or probes.batches is None:
         return None
     return collect(model, cfg.method, probes.batches())
 

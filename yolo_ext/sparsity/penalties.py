@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from yolo_ext.core.registry import Table
+from yolo_ext.core.registry import Need, Table
 
 penalties = Table("sparsity penalty")
 TINY = 1e-12
@@ -75,7 +75,7 @@ def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> 
     "slim",
     "L1 on the scale of BatchNorm, each one by itself",
     paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
-    needs="scales",
+    needs=[Need.SCALES],
 )
 def slim(channels: Channels, pull: float) -> torch.Tensor:
     """Return (m,) factors of the soft threshold: |gamma| shrinks by `pull` times its ease, down to exactly zero."""
@@ -87,7 +87,7 @@ def slim(channels: Channels, pull: float) -> torch.Tensor:
     "group_slim",
     "Group lasso on the coupled scales of a channel, which vanish together",
     paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
-    needs="scales",
+    needs=[Need.SCALES],
 )
 def group_slim(channels: Channels, pull: float) -> torch.Tensor:
     """Return (m,) factors of the block soft threshold: the root mean square of a channel's gammas shrinks likewise."""
@@ -98,7 +98,7 @@ def group_slim(channels: Channels, pull: float) -> torch.Tensor:
     "group_sl",
     "Decay of all coupled weights, up to 16 times stronger for the weakest channel of a group",
     paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
-    needs="weights",
+    needs=[Need.WEIGHTS],
 )
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
@@ -109,7 +109,7 @@ def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     "group_reg",
     "L2 on all coupled weights that grows for the channels that stay weak",
     paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243",
-    needs="weights",
+    needs=[Need.WEIGHTS],
 )
 def group_reg(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors whose decay grows with the weakness so far; over a run they come to exp(-coefficient * rank).

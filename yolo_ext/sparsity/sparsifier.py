@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need
 from yolo_ext.sparsity.groups import SparseGroup, sparse_groups
 from yolo_ext.sparsity.layout import (
     Layout,
@@ -62,9 +63,9 @@ class Sparsifier:
         """
         self.cfg, self.prune_cfg = cfg, prune_cfg
         self.row = penalties[cfg.method]
-        self.scales = self.row.needs == "scales"
+        self.scales = Need.SCALES in self.row.needs
         if cfg.mode == "gradient" and not self.scales:
-            legal = ", ".join(r.name for r in penalties if r.needs == "scales")
+            legal = ", ".join(r.name for r in penalties if Need.SCALES in r.needs)
             raise UsageError(
                 f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'. "
                 f"Leave it out, or use one of {legal}."
