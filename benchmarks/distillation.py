@@ -34,14 +34,14 @@ from typing import Any
 
 import torch
 from ultralytics import YOLO
+from yolo_ext.pruning.prune import prune_model
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.data.check import check_data
-from yolo_ext.deployment.verify import map_torch
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.distillation.stack import TABLES
 from yolo_ext.probes import make_probes
-from yolo_ext.pruning.surgery import prune_model
 from yolo_ext.reporting.tables import align
 from yolo_ext.stage_common import FINETUNE
 from yolo_ext.stock.context import recalibrate
@@ -112,7 +112,7 @@ def one(run: str, seed: int, epochs: int, args: dict[str, str], student: str, fo
         data=args["data"], imgsz=int(args["imgsz"]), seed=seed, close_mosaic=min(10, epochs // 3), plots=False,
         save_dir=str(folder), exist_ok=True, device=args["device"], workers=0, verbose=False,
     )  # fmt: skip
-    maps = {w: map_torch(folder / "weights" / f"{w}.pt", args["data"], int(args["imgsz"]))["map"]
+    maps = {w: accuracy(folder / "weights" / f"{w}.pt", args["data"], int(args["imgsz"]))["map"]
             for w in ("best", "last")}  # fmt: skip
     return {"run": run, "seed": seed, "epochs": epochs, "map": maps["best"], "last": maps["last"],
             "wall": round(spent[0], 2), "cpu": round(spent[1], 2), "device": args["device"]}  # fmt: skip
@@ -192,7 +192,7 @@ def main() -> None:
         print("RESULT", json.dumps(found), flush=True)
         longest = max(longest, time.monotonic() - start)
     if results := read():
-        teacher = map_torch(Path(args["teacher"]), args["data"], int(args["imgsz"]))["map"]
+        teacher = accuracy(Path(args["teacher"]), args["data"], int(args["imgsz"]))["map"]
         print(f"teacher: {teacher:.4f}\n" + table(results, teacher))
 
 

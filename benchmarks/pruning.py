@@ -27,7 +27,7 @@ from ultralytics.utils import YAML
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest, save_model, set_tripwire
-from yolo_ext.deployment.verify import map_torch
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
 from yolo_ext.stage_common import FINETUNE
@@ -73,7 +73,7 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
     model = load_model(best)[0]
     params = sum(p.numel() for p in stock.deployed(model).parameters())
     return {"params": params, "gflops": stock.gflops(model, imgsz), "before": before,
-            "map": map_torch(best, args["data"], imgsz)["map"]}  # fmt: skip
+            "map": accuracy(best, args["data"], imgsz)["map"]}  # fmt: skip
 
 
 def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Path:
@@ -124,7 +124,7 @@ def recalibrated(file: Path, args: dict[str, str]) -> float:
     images = calibration_images(check_data(args["data"]), 128, 0)
     recalibrate(model, letterbox_batches(images, int(args["imgsz"])))
     save_model(model, file)
-    return map_torch(file, args["data"], int(args["imgsz"]))["map"]
+    return accuracy(file, args["data"], int(args["imgsz"]))["map"]
 
 
 def table(results: list[dict[str, Any]], base: float, picture: Path) -> str:
@@ -188,7 +188,7 @@ def main() -> None:
         with log.open("a") as f:
             f.write(json.dumps(found) + "\n")
         print("RESULT", json.dumps(found), flush=True)
-    base = map_torch(Path(args["model"]), args["data"], int(args["imgsz"]))["map"]
+    base = accuracy(Path(args["model"]), args["data"], int(args["imgsz"]))["map"]
     print(f"unpruned: {base:.4f}\n" + table(read(), base, out / "pruning.png"))
 
 

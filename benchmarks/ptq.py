@@ -20,7 +20,7 @@ from yolo_ext.data.calibration import letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.compare import compare, summary
 from yolo_ext.deployment.runtime import describe, predictor
-from yolo_ext.deployment.verify import map_torch
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.load import load_model
@@ -36,7 +36,7 @@ def main() -> None:
     images = [Path(p) for p in info["images"]["val"][: int(args["images"])]]
     batches = [b.numpy() for b in letterbox_batches(images, imgsz, batch=1)]
     base = load_model(args["model"])[0]
-    rows = [["float", "", "", f"{map_torch(base, args['data'], imgsz)['map']:.4f}"]]
+    rows = [["float", "", "", f"{accuracy(base, args['data'], imgsz)['map']:.4f}"]]
     for run in args["runs"].split(","):
         given = dict(o.split("=", 1) for o in run.split("+") if o != "plain")
         options = {
@@ -48,8 +48,8 @@ def main() -> None:
         prepare(net, parse({"quant": options})["quant"], info, imgsz)
         found = compare(predictor(base), predictor(net), batches, describe(base))["rows"]
         errors = summary(found[found[:, 2] > CONFIDENT])
-        accuracy = map_torch(net, args["data"], imgsz)["map"]
-        rows.append([run, f"{errors['box_mean']:.3f}", f"{errors['score_mean']:.4f}", f"{accuracy:.4f}"])
+        score = accuracy(net, args["data"], imgsz)["map"]
+        rows.append([run, f"{errors['box_mean']:.3f}", f"{errors['score_mean']:.4f}", f"{score:.4f}"])
     print(align(rows, ["PTQ", "Mean box error px", "Mean score error", "mAP50-95"]))
 
 

@@ -27,7 +27,7 @@ from ultralytics import YOLO
 from yolo_ext.core.config import parse
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.deployment.verify import map_torch
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.quant_loop import quantized
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
@@ -47,7 +47,7 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
     }  # fmt: skip
     recipe = {**QAT, "lr0": float(args.get("lr0", RATES.get(bits, 5e-5))), "nbs": QAT["batch"]}
     start, _ = load_model(args["model"])
-    base = map_torch(start, args["data"], size)["map"]
+    base = accuracy(start, args["data"], size)["map"]
     if name == "builtin":
         same = {**recipe, "optimizer": "AdamW", "warmup_bias_lr": recipe["lr0"]} if variant == "ours" else {}
         model = YOLO(args["model"])
@@ -69,7 +69,7 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
     YOLO(args["model"]).train(trainer=trainer_for("detect"), **recipe, **common, quant=quant)
     best = folder / "weights" / "best.pt"
     prepare(start, parse({"quant": {**quant, "mode": "ptq"}})["quant"], check_data(args["data"]), size)
-    ptq, after = (map_torch(m, args["data"], size)["map"] for m in (start, quantized(best)))
+    ptq, after = (accuracy(m, args["data"], size)["map"] for m in (start, quantized(best)))
     return {"run": run, "seed": seed, "float": base, "ptq": ptq, "map": after, "lr0": recipe["lr0"]}
 
 

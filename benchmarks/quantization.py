@@ -35,7 +35,7 @@ from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.intermediate import SUFFIX, export_openvino
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.deployment.verify import map_onnx
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.quantization.profiles import has_vnni, resolve_profile
 from yolo_ext.quantization.qat import prepare
@@ -138,7 +138,7 @@ def main() -> None:
         for name, file in files.items():
             counts = {} if file.is_dir() else conv_report(file)
             size = sum(f.stat().st_size for f in file.rglob("*")) if file.is_dir() else file.stat().st_size
-            figures[name] = {**map_onnx(file, data, imgsz), "mb": size / 1e6, **counts}
+            figures[name] = {**accuracy(file, data, imgsz), "mb": size / 1e6, **counts}
         for given in args["threads"].split(","):
             threads = (os.cpu_count() or 1) if given == "all" else int(given)
             times = bench(files, imgsz, threads=threads, rounds=int(args["rounds"]))

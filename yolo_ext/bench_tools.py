@@ -120,8 +120,8 @@ def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray,
     """Return a picture (height, width, 3) for letterbox and NMS, and its name."""
     from ultralytics.utils.patches import imread
 
-    from yolo_ext.data.calibration import list_images
     from yolo_ext.data.check import check_data
+    from yolo_ext.data.records import list_images
 
     if not data and not source:
         noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, 3), dtype=np.uint8)
@@ -135,10 +135,10 @@ def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray,
 def _about(file: str, image: tuple[np.ndarray, str], size: int, threads: int, batch: int, data: str | None,
            memory: bool) -> dict[str, Any]:  # fmt: skip
     """Return what is measured once for each model: size, surroundings, memory, accuracy."""
-    from yolo_ext.deployment.accuracy import map_onnx, map_torch
     from yolo_ext.deployment.footprint import peak_memory
     from yolo_ext.deployment.operators import around
     from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.stock.accuracy import accuracy
 
     path = Path(file)
     found: dict[str, Any] = {"size_mb": runs.size_mb(path) if path.is_file() else _folder_mb(path)}
@@ -149,7 +149,7 @@ def _about(file: str, image: tuple[np.ndarray, str], size: int, threads: int, ba
     if memory:
         found.update(peak_memory(path, size, threads, batch) or {})
     if data:
-        found.update((map_torch if path.suffix == ".pt" else map_onnx)(path, data, size))
+        found.update(accuracy(path, data, size))
     return found
 
 
@@ -198,7 +198,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], about: dict[str, Any], threads: int, batch: int, size: int, folder: Path) -> None:
-    from yolo_ext.reporting.tradeoff import plot_tradeoff
+    from yolo_ext.reporting.figures import plot_tradeoff
 
     points = [
         {"name": Path(r["model"]).name, "map": about[r["model"]]["map"], **{k: r[k] for k in ("median", "p10", "p90")}}

@@ -17,9 +17,9 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.pruning.probes import Probes
+from yolo_ext.stock.data import labelled_dataset
 
 ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
-LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
 
 
 def make_probes(
@@ -100,24 +100,13 @@ def labelled_batches(
         UsageError: If none of the chosen images has usable labels.
     """
     from torch.utils.data import DataLoader, Subset
-    from ultralytics.cfg import get_cfg
-    from ultralytics.data import ClassificationDataset, build_yolo_dataset
-
-    from yolo_ext.stock.context import quiet
 
     chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
     args = getattr(base, "args", None) or {}
-    args = args if isinstance(args, dict) else vars(args)
-    hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **{k: args[k] for k in LABEL_ARGS if k in args}})
-    with quiet():
-        if task == "classify":
-            dataset: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
-            files = [sample[0] for sample in dataset.samples]
-        else:
-            stride = stock.max_stride(base) if base is not None else 32
-            dataset = build_yolo_dataset(hyp, info["train"], batch, info, mode="val", rect=False, stride=stride)
-            files = dataset.im_files
-    places = [i for i, file in enumerate(files) if Path(file).resolve() in chosen]
+    given = args if isinstance(args, dict) else vars(args)
+    stride = stock.max_stride(base) if base is not None else 32
+    dataset, files = labelled_dataset(info, task, imgsz, batch, stride, given)
+    places = [i for i, file in enumerate(files) if file.resolve() in chosen]
     if not places:
         raise UsageError(f"None of the {len(chosen)} chosen train images has usable labels. Mend the train split.")
     loader = DataLoader(Subset(dataset, places), batch, collate_fn=getattr(dataset, "collate_fn", None))
@@ -137,33 +126,23 @@ def _check_classes(base: nn.Module | None, info: dict[str, Any]) -> None:
 
 def _accuracy(model: nn.Module, info: dict[str, Any], imgsz: int, task: str, batch: int) -> float:
     """Return box mAP50-95, or the top-1 accuracy of a classifier, of a copy on the val split."""
-    if task != "classify":
-        from yolo_ext.deployment.verify import map_torch
+    from yolo_ext.stock.accuracy import accuracy, score
 
-        return map_torch(model, info["yaml_file"], imgsz, batch=batch)["map"]
-    from ultralytics.models.yolo.classify import ClassificationValidator
-
-    from yolo_ext.stock.context import quiet
-    from yolo_ext.stock.load import float_model
-
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        args = {"task": task, "data": str(Path(info["train"]).parent), "imgsz": imgsz, "batch": batch, "device": "cpu"}
-        args |= {"mode": "val", "plots": False, "verbose": False, "save_dir": folder}
-        found = ClassificationValidator(args=args, save_dir=Path(folder))(model=float_model(model))
-    return float(found["metrics/accuracy_top1"])
+    data = Path(info["train"]).parent if task == "classify" else info["yaml_file"]
+    return score(accuracy(model, data, imgsz, batch=batch)) or 0.0
 
 
 def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
     from yolo_ext.deployment.latency import measure, speedup
     from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.exporter import as_exported
     from yolo_ext.stock.load import float_model
 
     x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
     runners: dict[str, Callable[[], Any]] = {}
     for name, model in (("dense", dense), ("pruned", pruned)):
-        fused = stock.deployed(float_model(model))
-        stock.detection_head(fused).export = True  # outputs as deployed, without those that training reads
+        fused = as_exported(stock.deployed(float_model(model)))
         runners[name] = partial(fused, x)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -95,11 +95,11 @@ def _loss(record: Record, reference: Record) -> float | None:
 
 def accuracy(run: Run, file: Path) -> dict[str, Any]:
     """Return mAP50-95 (`map`) and best F1 of an ONNX file; a classifier has neither, and parity alone is checked."""
-    from yolo_ext.deployment import verify as deployed
+    from yolo_ext.stock import accuracy as stock_accuracy
 
     if not runs.has_boxes(load_model(run.base)[0]):
         return {"map": None, "f1": None}
-    return deployed.map_onnx(file, run.data, run.imgsz)
+    return stock_accuracy.accuracy(file, run.data, run.imgsz)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def qat(run: Run) -> Record:
 
 def verify(run: Run) -> Record:
     """Put the delivered ONNX files into onnx/ and check them."""
-    from yolo_ext.deployment import verify as deployed
+    from yolo_ext.stock import accuracy as stock_accuracy
 
     stage, record = run.quantized()
     files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}

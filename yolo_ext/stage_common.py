@@ -73,9 +73,9 @@ def measure(run: Run, weights: Path) -> dict[str, Any]:
     model, _ = load_model(weights)
     found = runs.model_figures(model, weights, run.imgsz)
     if run.data and runs.has_boxes(model):
-        from yolo_ext.deployment.verify import map_torch
+        from yolo_ext.stock.accuracy import accuracy
 
-        found.update(map_torch(weights, run.data, run.imgsz))
+        found.update(accuracy(weights, run.data, run.imgsz))
         distill_loop.remember(model, run.data, run.imgsz, found["map"])
     return found
 

@@ -132,7 +132,7 @@ def check_techniques(
     """
     from yolo_ext.distillation.criterion import Distiller
     from yolo_ext.pruning.allocate import read_sensitivity
-    from yolo_ext.pruning.surgery import check_plan
+    from yolo_ext.pruning.prune import check_plan
     from yolo_ext.pruning.unstructured import zero_weights
     from yolo_ext.quantization.fake_quant import insert_fake_quant
     from yolo_ext.quantization.observers import observers, weight_observers
@@ -169,11 +169,11 @@ def check_techniques(
 
 def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:
     """Return size figures, and mAP where the model is trained and its task has boxes."""
-    from yolo_ext.deployment.verify import map_torch
+    from yolo_ext.stock.accuracy import accuracy
 
     found = runs.model_figures(model, path, imgsz)
     if trained and data and runs.has_boxes(model) and len(model.names) == _classes(data):
-        found.update(map_torch(path, data, imgsz))
+        found.update(accuracy(path, data, imgsz))
         distill_loop.remember(model, data, imgsz, found["map"])
     return found
 

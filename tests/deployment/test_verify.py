@@ -16,19 +16,12 @@ from ultralytics.utils import YAML
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.processing import load_image
-from yolo_ext.deployment.verify import (
-    LIMITS,
-    map_onnx,
-    map_torch,
-    verify,
-    verify_detections,
-    verify_int8,
-    verify_tensors,
-)
+from yolo_ext.deployment.verify import LIMITS, verify, verify_detections, verify_int8, verify_tensors
 from yolo_ext.quantization.calibration import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, load_state
 from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.qdq import write_qdq
+from yolo_ext.stock.accuracy import accuracy
 
 SIZE = 96
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -305,15 +298,10 @@ def test_map_agrees_and_leaves_nothing(end2end, exported, images, tmp_path, monk
     data = write_dataset(tmp_path / "set", images, labels, ["a", "b", "c"])
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    a, b = map_torch(model, data, SIZE, end2end=end2end), map_onnx(path, data, SIZE)
+    a, b = accuracy(model, data, SIZE, end2end=end2end), accuracy(path, data, SIZE)
     assert a == pytest.approx(b, abs=2e-3)
     assert set(a) == {"map50", "map", "f1", "f1_conf"} and 0 <= a["f1"] <= 1 and 0 <= a["f1_conf"] <= 1
     assert not list(Path().iterdir())
-
-
-def test_map_needs_boxes(exported, tmp_path):
-    with pytest.raises(UsageError, match="no box mAP"):
-        map_torch(exported("yolov8n-cls")[0], tmp_path / "data.yaml", SIZE)
 
 
 @pytest.mark.bccd

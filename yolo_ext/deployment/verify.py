@@ -13,11 +13,11 @@ from torch import nn
 from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.accuracy import map_onnx, map_torch
 from yolo_ext.deployment.bisect import first_difference
 from yolo_ext.deployment.compare import compare, compare_weights, inputs, summary
 from yolo_ext.deployment.processing import Size, detect, height_width, load_image
 from yolo_ext.deployment.runtime import Source, conv_report, describe, predictor
+from yolo_ext.stock.accuracy import accuracy
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
 # saturating AVX2 kernel (5 px, 0.39) and a sound one (0.23 px, 0.02 to 0.04: single codes that round differently).
@@ -265,7 +265,7 @@ def verify(
         result["detections"], values["matched"] = found, found["matched"]
     if data is not None and meta["task"] != "classify" and not meta["nms"] and len({*height_width(imgsz)}) == 1:
         size = height_width(imgsz)[0]
-        pair = map_torch(weights, data, size, end2end=meta["end2end"]), map_onnx(onnx_path, data, size)
+        pair = accuracy(weights, data, size, end2end=meta["end2end"]), accuracy(onnx_path, data, size)
         result["map"] = dict(zip(("torch", "onnx"), pair))
         values["map"] = abs(pair[0]["map"] - pair[1]["map"])
     if int8_onnx is not None:

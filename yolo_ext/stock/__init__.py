@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Every touch of Ultralytics internals."""
 
+from yolo_ext.stock.cfg import yolo_entrypoint
 from yolo_ext.stock.context import cpu_info, evaluating, native_bf16, quiet, recalibrate, undisturbed
 from yolo_ext.stock.load import float_model, load_model, no_autoinstall
 from yolo_ext.stock.model import (
@@ -21,6 +22,7 @@ from yolo_ext.stock.model import (
     fuse_blocks,
     gflops,
     head_prefix,
+    image_size,
     input_channels,
     learned_fake_quantize,
     level_inputs,
@@ -35,7 +37,6 @@ from yolo_ext.stock.model import (
     returned_tensors,
     rewrap,
     task_of,
-    yolo_entrypoint,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "fuse_blocks",
     "gflops",
     "head_prefix",
+    "image_size",
     "input_channels",
     "learned_fake_quantize",
     "level_inputs",

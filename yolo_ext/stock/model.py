@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.nn.modules import block, head
+from ultralytics.utils.checks import check_imgsz
 
 from yolo_ext.core.errors import UsageError
 
@@ -92,6 +93,29 @@ def max_stride(model: nn.Module) -> int:
     """Return the largest stride in pixels."""
     stride = getattr(model, "stride", None)
     return max(int(stride.max()) if stride is not None else 32, 32)
+
+
+def image_size(net: nn.Module, ckpt: Mapping[str, Any], given: Any = None, *, rounded: bool = False) -> int:
+    """Return the side in pixels of the square input: as given, else that of the checkpoint's training, else 640.
+
+    Args:
+        net: The model, whose largest stride the side has to be a multiple of.
+        ckpt: Its checkpoint dict, empty for a model from YAML.
+        given: What the user asks for, None for the default.
+        rounded: Round what is given up and say so, as a training of Ultralytics does, instead of refusing it.
+
+    Raises:
+        UsageError: If `given` is no multiple of the stride.
+    """
+    stride = max_stride(net)
+    whole = isinstance(given, int) and not isinstance(given, bool) and given > 0
+    if given is None or (rounded and whole):
+        size = given or (ckpt.get("train_args") or {}).get("imgsz") or 640
+        return check_imgsz(size, stride=stride, floor=stride, max_dim=1)
+    if not whole or given % stride:
+        near = max(round(given / stride), 1) * stride if isinstance(given, (int, float)) else 640
+        raise UsageError(f"'imgsz={given}' is illegal. Legal: a multiple of {stride}, such as {near}.")
+    return given
 
 
 def probe_size(model: nn.Module) -> int:
@@ -226,23 +250,6 @@ def level_widths(model: nn.Module) -> list[int]:
     """Return the channels of the neck map of each level."""
     modules = dict(model.named_modules())
     return [modules[p].in_channels for p in level_inputs(model)]
-
-
-def yolo_entrypoint(argv: list[str]) -> None:
-    """Run Ultralytics' own command line with these words, as if `yolo` had been called."""
-    import sys
-
-    from ultralytics import cfg
-
-    words, before = ["yolo", *argv], list(sys.argv)
-    seen = [sys.argv, getattr(cfg, "ARGV", [])]
-    try:
-        for argv_ in seen:
-            argv_[:] = words  # predict tells the command line from Python by the program name
-        cfg.entrypoint()
-    finally:  # or every later predict() of this process would take itself for the command line
-        for argv_ in seen:
-            argv_[:] = before
 
 
 def restart_ema(ema: Any) -> None:

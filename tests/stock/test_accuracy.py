@@ -1,0 +1,94 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel
+from ultralytics.utils import YAML
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.accuracy import accuracy, score
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Return a data.yaml with six pictures of noise and a box in each."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for sub in ("images", "labels"):
+        (folder / sub).mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        (folder / "labels" / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.9 0.9")
+    YAML.save(folder / "data.yaml", {"path": str(folder), "train": "images", "val": "images", "names": ["a", "b"]})
+    return folder / "data.yaml"
+
+
+@pytest.fixture(scope="module")
+def model() -> DetectionModel:
+    torch.manual_seed(0)
+    net = DetectionModel("yolov8n.yaml", nc=2, verbose=False).eval()
+    for level in net.model[-1].cv3:
+        torch.nn.init.constant_(level[-1].bias, -1.0)  # scores on both sides of any threshold
+    return net
+
+
+def test_is_what_ultralytics_measures(model, data, tmp_path):
+    torch.save({"model": model}, tmp_path / "net.pt")
+    found = accuracy(tmp_path / "net.pt", data, SIZE)
+    stock = YOLO(tmp_path / "net.pt").val(data=str(data), imgsz=SIZE, rect=False, plots=False, save_dir=str(tmp_path))
+    assert (found["map50"], found["map"]) == (stock.box.map50, stock.box.map) and score(found) == found["map"]
+    assert accuracy(model, data, SIZE) == found
+
+
+def test_like_a_validator_of_a_trainer(model, data, tmp_path):
+    args = {"task": "detect", "data": str(data), "imgsz": SIZE, "rect": False, "device": "cpu", "save_dir": tmp_path}
+    own = DetectionValidator(args=args, save_dir=tmp_path)
+    found = accuracy(model, like=own)
+    assert found == accuracy(model, data, SIZE)
+    own(model=model)
+    assert accuracy(model, like=own, loader=own.dataloader) == found
+    assert accuracy(model, like=own, imgsz=96) == accuracy(model, data, 96)
+
+
+def test_top1_of_a_classifier(tmp_path):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+            picture.save(tmp_path / split / name / "0.png")
+    net = ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False).eval()
+    net.names = {0: "a", 1: "b"}
+    found = accuracy(net, tmp_path, 32)
+    assert found == {"top1": 0.5} and score(found) == 0.5  # an untrained one gives all images one class
+
+
+def test_nothing_on_other_ranks_is_no_figure():
+    assert score({}) is None
+
+
+def test_what_cannot_be_measured_is_refused(model, data, tmp_path):
+    with pytest.raises(UsageError, match="cannot be used"):
+        accuracy(model, tmp_path / "absent.yaml", SIZE)
+    with pytest.raises(UsageError, match="Give a folder"):
+        accuracy(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False), tmp_path / "absent", SIZE)
+    with pytest.raises(UsageError, match="does not exist"):
+        accuracy(tmp_path / "absent.onnx", data, SIZE)
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "foreign.onnx")
+    with pytest.raises(UsageError, match="no Ultralytics metadata"):
+        accuracy(tmp_path / "foreign.onnx", data, SIZE)
+    model.task = "semantic"
+    with pytest.raises(UsageError, match="'semantic' has no"):
+        accuracy(model, data, SIZE)
+    model.task = "detect"

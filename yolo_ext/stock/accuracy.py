@@ -1,0 +1,127 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Accuracy of a model over a split by Ultralytics' validators: torch and exported files on the same pixels."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from ultralytics.models.yolo import classify, detect, obb, pose, segment
+from ultralytics.utils import YAML
+from ultralytics.utils.metrics import smooth
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.data import check_det_dataset
+from yolo_ext.stock.exporter import head_args
+from yolo_ext.stock.load import float_model
+
+VALIDATORS: dict[str, Any] = {
+    "detect": detect.DetectionValidator,
+    "obb": obb.OBBValidator,
+    "segment": segment.SegmentationValidator,
+    "pose": pose.PoseValidator,
+    "classify": classify.ClassificationValidator,
+}
+
+
+def accuracy(
+    model: str | Path | nn.Module,
+    data: str | Path | None = None,
+    imgsz: int | None = None,
+    *,
+    batch: int = 16,
+    end2end: bool = False,
+    like: Any = None,
+    loader: Any = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Measure a model on the val split by the validator of its task.
+
+    Without rectangular batches, a torch model and its static export see the same pixels.
+
+    Args:
+        model: Ultralytics model or ``.pt`` file, which is not changed, or an ``.onnx`` file or ``*_openvino_model``
+            folder with Ultralytics' metadata, which runs at its own size and batch.
+        data: Data set YAML, or the folder of a classification set. Nothing is downloaded.
+        imgsz: Square input size in pixels.
+        batch: Images per forward pass of a torch model.
+        end2end: Use the NMS-free head of a dual-head torch model.
+        like: Validator of a trainer: its class and arguments (data, size, batch, device) count instead of the above.
+        loader: Loader of the images in place of a new one.
+        options: More Ultralytics arguments.
+
+    Returns:
+        ``map50``, ``map`` (mAP50-95), ``f1`` (its largest mean over classes) and ``f1_conf`` (the confidence there) of
+        boxes, or ``top1`` of a classifier; on several GPUs nothing but on the first one.
+
+    Raises:
+        UsageError: The model, task or data set is not usable.
+    """
+    net = float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        if like is not None:
+            cls, args = type(like), {**vars(like.args), "compile": False}
+        else:
+            task = _task(Path(str(model))) if net is None else net.task
+            cls, args = _validator(task, str(data)), {"task": task, "data": str(data), "imgsz": imgsz, "rect": False}
+            args |= {"model": str(model), "batch": 1} if net is None else {"batch": batch, **head_args(end2end)}
+            args |= {"device": "cpu", "mode": "val"}
+        args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
+        validator = cls(dataloader=loader, save_dir=Path(folder), args=args)
+        return _figures(validator, validator(model=net))
+
+
+def score(found: dict[str, float]) -> float | None:
+    """Return the figure that `accuracy` is judged by: mAP50-95, or top-1 of a classifier; None where there is none."""
+    return found.get("map", found.get("top1"))
+
+
+def _task(path: Path) -> str:
+    """Return the task of an exported model from its metadata."""
+    import onnx
+
+    if path.is_dir():
+        return YAML.load(path / "metadata.yaml")["task"]
+    if not path.is_file():
+        raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
+    try:
+        props = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
+    except Exception as error:  # protobuf's error is of a class of its own
+        raise UsageError(f"'{path}' is not an ONNX model ({error}).") from error
+    if "task" not in props:
+        raise UsageError(
+            f"ONNX model '{path}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
+        )
+    return props["task"]
+
+
+def _validator(task: str, data: str) -> Any:
+    """Return the validator class of a task, after a look at the data."""
+    if task not in VALIDATORS:
+        raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
+    try:
+        if task != "classify":
+            check_det_dataset(data, autodownload=False)
+        elif not Path(data).is_dir():
+            raise NotADirectoryError("not a folder")
+    except Exception as error:
+        what = "a folder" if task == "classify" else "a YAML"
+        raise UsageError(f"Data set '{data}' cannot be used ({error}). Give {what} of data on disk.") from error
+    return VALIDATORS[task]
+
+
+def _figures(validator: Any, found: dict[str, Any]) -> dict[str, float]:
+    """Return our figures of what a validator returned; Ultralytics smooths the F1 curve in the same way."""
+    if "metrics/accuracy_top1" in found:
+        return {"top1": float(found["metrics/accuracy_top1"])}
+    if "metrics/mAP50(B)" not in found:
+        return {}
+    box, best = validator.metrics.box, {"f1": 0.0, "f1_conf": 0.0}
+    if (curve := np.asarray(box.f1_curve)).size:
+        i = int(smooth(curve.mean(0), 0.1).argmax())
+        best = {"f1": float(curve.mean(0)[i]), "f1_conf": float(box.px[i])}
+    return {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"]), **best}
