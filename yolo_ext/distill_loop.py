@@ -37,6 +37,8 @@ def remember(weights: nn.Module, data: Any, imgsz: int, accuracy: float) -> None
 def attach(trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the teachers of a run, and give their adapters a parameter group.
 
+    Out of memory, Ultralytics may come here once more with a new optimizer: teachers and adapters stay.
+
     Args:
         trainer: The trainer.
         model: The live model, not wrapped.
@@ -46,8 +48,9 @@ def attach(trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         UsageError: If a teacher does not fit.
     """
     cfg = trainer.compression["distill"]
-    trainer.distiller = Distiller(model, cfg, trainer.device, shrinks=bool(trainer.prune_epochs))
-    LOGGER.info(f"{colorstr(PREFIX)}{trainer.distiller.summary()}")
+    if trainer.distiller is None:
+        trainer.distiller = Distiller(model, cfg, trainer.device, shrinks=bool(trainer.prune_epochs))
+        LOGGER.info(f"{colorstr(PREFIX)}{trainer.distiller.summary()}")
     if adapters := list(trainer.distiller.adapters.parameters()):
         like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         like.update(weight_decay=0.0, param_group="distill")

@@ -23,6 +23,8 @@ GROUP = "sparse"  # name of the parameter group without weight decay
 def attach(trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make the sparsifier of a run, put its steps around those of the optimizer, and switch off weight decay for it.
 
+    Out of memory, Ultralytics may come here once more with a new optimizer: the sparsifier stays.
+
     Args:
         trainer: The trainer.
         model: The live model, not wrapped.
@@ -32,15 +34,21 @@ def attach(trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         UsageError: If nothing of the model can become sparse.
     """
     cfg = trainer.compression["sparsity"]
-    if not trainer.resume and not is_pruned(model):
-        manifest(model)["parent"] = fingerprint(model)  # channels keep their meaning: its own teacher stays comparable
-    trainer.sparsifier = Sparsifier(model, cfg, _prune_config(trainer), trainer.epochs, trainer.prune_epochs)
+    if trainer.sparsifier is None:
+        _make(trainer, model)
     _without_decay(model, optimizer, trainer.sparsifier.penalised(model))
     # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
     if cfg.mode == "gradient":
         optimizer.register_step_pre_hook(lambda o, *_: trainer.sparsifier.gradient(_live(trainer), _part(trainer), o))
     else:
         optimizer.register_step_post_hook(lambda *_: trainer.sparsifier.shrink(_live(trainer), _part(trainer)))
+
+
+def _make(trainer: Any, model: nn.Module) -> None:
+    cfg = trainer.compression["sparsity"]
+    if not trainer.resume and not is_pruned(model):
+        manifest(model)["parent"] = fingerprint(model)  # channels keep their meaning: its own teacher stays comparable
+    trainer.sparsifier = Sparsifier(model, cfg, _prune_config(trainer), trainer.epochs, trainer.prune_epochs)
     if RANK in {-1, 0}:
         LOGGER.info(
             f"{colorstr('sparsity: ')}{cfg.method}, pull {trainer.sparsifier.coefficient:g} over the run, "

@@ -90,6 +90,7 @@ class CompressionMixin:
         self.cadence = resume.Cadence()
         prune_loop.setup(self)
         self._resumed: dict[str, Any] | None = None
+        self._epoch = -1
         if RANK in {-1, 0}:
             YAML.save(self.save_dir / "args.yaml", vars(self.args))
         self.wdir = _AtomicPath(self.wdir)
@@ -167,6 +168,9 @@ class CompressionMixin:
         if self._resumed:
             resume.begin(self, self._resumed)
             self._resumed = None
+        elif self.epoch == self._epoch:  # started again, out of memory or after NaN: gradients have been dropped
+            self.cadence = resume.Cadence()
+        self._epoch = self.epoch
         prune_loop.before_epoch(self)
         if self.sparsifier is not None:
             sparse_loop.before_epoch(self)
@@ -188,8 +192,6 @@ class CompressionMixin:
             sparse_loop.attach(self, unwrap_model(model), optimizer)
         if self.compression["distill"]:
             distill_loop.attach(self, unwrap_model(model), optimizer)
-        if self.compression["quant"]:
-            quant_loop.attach(self, unwrap_model(model), optimizer)
         return optimizer
 
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
