@@ -267,7 +267,7 @@ def qat(run: Run) -> Record:
 
 def verify(run: Run) -> Record:
     """Put the delivered ONNX files into onnx/ and check them."""
-    from yolo_ext.stock import accuracy as stock_accuracy
+    from yolo_ext.deployment import verify as deployed
 
     stage, record = run.quantized()
     files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
