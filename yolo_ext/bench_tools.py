@@ -15,6 +15,7 @@ from ultralytics.utils import LOGGER, TQDM
 from yolo_ext import runs
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.reporting.tables import write_summary
 from yolo_ext.stock.load import load_model
 
 BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
@@ -75,7 +76,7 @@ def bench(
     if data:
         _plot(rows, about, counts[0], batches[0], size, folder)
     figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
-    runs.write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
+    write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
     return found
 
 

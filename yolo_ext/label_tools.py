@@ -14,9 +14,9 @@ from ultralytics.utils import LOGGER
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.data.check import quote
 from yolo_ext.data.label import PREVIEWS, Labelled, Predict, find_images, label_images, update
-from yolo_ext.data.label_formats import FORMATS
+from yolo_ext.data.records import quote
+from yolo_ext.data.write import FORMATS
 from yolo_ext.reporting.review import LOW, class_counts, in_order, lowest, render_review
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.load import load_model

@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext import runs
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.plots import Box, side_by_side
+from yolo_ext.reporting.figures import Box, side_by_side
 
 TASKS = ("detect", "segment", "pose")
 COUNTS = ("base", "new", "missed", "added")

@@ -21,7 +21,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
 from yolo_ext.quantization.spec import State, plan_of
-from yolo_ext.reporting.quant import plot_quant_sensitivity
+from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
 
 BY = ("layer", "block")

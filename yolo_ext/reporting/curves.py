@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Figure of a sensitivity analysis: a heat map over all layers and the curves of the most sensitive ones."""
+"""Figures of layers: sensitivity to pruning and to quantization, and scale factors over sparsity training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ import numpy as np
 from ultralytics.utils import plt_settings
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.reporting.figures import save
 
-SHOWN = 10  # curves; more cannot be told apart
-LABELLED = 120  # rows of the heat map; of more, not each has a name
+CURVES, BARS, RIDGES = 10, 40, 15  # more cannot be told apart or read
+LABELLED = 120  # rows of a heat map; of more, not each has a name
+LEFT = 1e-2  # left end of the axis of ridges, unless there are smaller scores that are not zero
+VISIBLE = 0.01  # of the highest ridge; a few channels below that do not stretch the axis
+OVERLAP = 1.9  # height of the highest ridge in rows
+SHARE, SPEEDUP = "#2563eb", "#ea580c"
 
 
 def drops(found: Mapping[str, Any]) -> np.ndarray:
-    """Return how far mAP falls below the base.
-
-    Args:
-        found: What `pruning.sensitivity.sensitivity` returned.
-
-    Returns:
-        (groups, ratios) drops; NaN where a group is too narrow for a point of its own.
-    """
+    """Return how far mAP falls below the base (groups, ratios), NaN where a group is too narrow for such a point."""
     ratios = np.array(found["ratios"])
     table = np.full((len(found["groups"]), len(ratios)), math.nan)
     for row, group in zip(table, found["groups"]):
@@ -36,48 +34,43 @@ def drops(found: Mapping[str, Any]) -> np.ndarray:
 
 @plt_settings({"font.size": 9})
 def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
-    """Plot the mAP drop of every layer by the share of its channels that is removed.
-
-    Args:
-        found: What `pruning.sensitivity.sensitivity` returned.
-        path: Picture to write.
-
-    Returns:
-        The path written.
-
-    Raises:
-        UsageError: There are no groups.
-    """
+    """Plot the mAP drop of every layer by the share of its channels that is removed."""
     import matplotlib.pyplot as plt
 
     groups = found["groups"]
     if not groups:
         raise UsageError("No layers to plot: the sensitivity analysis holds no groups. Analyse at least one.")
     table = drops(found)
-    height = min(max(4.0, 1.6 + 0.17 * len(groups)), 26.0)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
-    _heat_map(figure, left, table, [g["name"] for g in groups], found["ratios"])
-    _curves(right, table, groups, found["base"]["map"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, _height(len(groups))), layout="constrained")
+    _drops(figure, left, table, [g["name"] for g in groups], found["ratios"])
+    _worst(right, table, groups, found["base"]["map"])
     left.set_title(f"{found['metric']} drop")
     right.set_ylabel(found["metric"])
     figure.suptitle(
         f"Sensitivity to pruning: {found['metric']} {found['base']['map']:.3f} unpruned after BatchNorm recalibration, "
         f"{found['trained']:.3f} as trained"
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
-def _heat_map(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[float]) -> None:
-    top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
+def _height(rows: int) -> float:
+    """Return the height in inches of a heat map with this many rows."""
+    return min(max(4.0, 1.6 + 0.17 * rows), 26.0)
+
+
+def _heat_map(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], top: float, **bar: Any) -> Any:
+    """Draw a table (rows, columns) from 0 to `top`, NaN in grey; return its colour bar."""
     image = ax.imshow(table, aspect="auto", cmap="YlOrRd", vmin=0, vmax=top, interpolation="nearest")
-    figure.colorbar(image, ax=ax, pad=0.02)
     ax.set_facecolor("#e2e8f0")  # not measured
-    every = math.ceil(len(names) / LABELLED)
+    every = max(1, math.ceil(len(names) / LABELLED))
     ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=6.5, parse_math=False)
+    return figure.colorbar(image, ax=ax, pad=0.02, **bar)
+
+
+def _drops(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[float]) -> None:
+    """Draw the drops (groups, ratios), with their values where there is room."""
+    top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
+    _heat_map(figure, ax, table, names, top)
     ax.set_xticks(range(len(ratios)), [f"{r:.0%}" for r in ratios])
     ax.set_xlabel("channels removed")
     if len(names) <= LABELLED:
@@ -87,8 +80,9 @@ def _heat_map(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], rat
                 ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6, color=color)
 
 
-def _curves(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base: float) -> None:
-    worst = np.argsort(-np.nan_to_num(table, nan=-1.0).max(1), kind="stable")[:SHOWN]
+def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base: float) -> None:
+    """Draw mAP by the share removed for the layers that lose most."""
+    worst = np.argsort(-np.nan_to_num(table, nan=-1.0).max(1), kind="stable")[:CURVES]
     for color, i in zip(("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink",
                          "tab:gray", "tab:olive", "tab:cyan"), worst):  # fmt: skip
         curve = groups[i]["curve"]
@@ -100,3 +94,124 @@ def _curves(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], bas
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=7.5)
+
+
+@plt_settings({"font.size": 9})
+def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
+    """Plot box error, score error and, where it was measured, ms saved of each layer, the worst on top."""
+    import matplotlib.pyplot as plt
+
+    groups = found["groups"][:BARS][::-1]
+    bars = [("box_mean", "box error (px)", "tab:blue"), ("score_mean", "score error", "tab:orange")]
+    bars += [("ms", "ms saved by INT8", "tab:green")] if any("ms" in g for g in groups) else []
+    height = min(max(3.0, 1.4 + 0.18 * len(groups)), 12.0)
+    figure, axes = plt.subplots(1, len(bars), figsize=(4 * len(bars), height), sharey=True, layout="constrained")
+    for ax, (key, label, color) in zip(axes, bars):
+        ax.barh(range(len(groups)), [g.get(key, 0.0) for g in groups], color=color)
+        ax.set_xlabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7, parse_math=False)
+    figure.suptitle(f"Error with one {found['by']} quantized, {found['images']} images")
+    return save(figure, path)
+
+
+@plt_settings({"font.size": 9})
+def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
+    """Plot the scores of prunable channels over the epochs of a `sparsity.json`, and what pruning them would save."""
+    import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    records, last = _records(history), history["epochs"][-1]
+    figure = plt.figure(figsize=(12, 5.2), layout=ConstrainedLayoutEngine(w_pad=0.12))
+    zero, ridges, curves = figure.subplots(1, 3, width_ratios=(0.75, 3, 2.6))
+    shown = [records[i] for i in sorted({round(k) for k in np.linspace(0, len(records) - 1, RIDGES)})]
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(shown)))
+    _zero(zero, shown, colors, history["edges"][1])
+    _ridges(ridges, shown, colors, np.array(history["edges"][1:]))
+    _progress(curves, records)
+    for ax in (zero, ridges):
+        ax.set_ylim(len(shown) - 0.5, -OVERLAP)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    figure.suptitle(f"Sparsity training with '{last['method']}': {sum(last['histogram']):,} prunable channels")
+    return save(figure, path)
+
+
+def _zero(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edge: float) -> None:
+    """Draw the share of channels in the first bin as bars: as part of a ridge it would dwarf all others."""
+    shares = [r["histogram"][0] / max(sum(r["histogram"]), 1) for r in shown]
+    rows = np.arange(len(shown)) - 0.22
+    ax.barh(rows, shares, 0.44, color=colors)
+    for row, share in zip(rows, shares):
+        ax.text(share, row, f" {share:.0%}", va="center", fontsize=7, color="#475569")
+    ax.set_yticks(range(len(shown)), [str(r["epoch"] + 1) for r in shown])
+    ax.set(xlim=(0, 1.35 * max(*shares, 0.05)), xticks=[], ylabel="epoch", xlabel=f"zero\n(below {edge:g})")
+    ax.tick_params(axis="y", length=0)
+
+
+def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edges: np.ndarray) -> None:
+    """Draw a ridge for each epoch over a logarithmic axis, later epochs in front."""
+    centres = np.sqrt(edges[1:] * edges[:-1])
+    counts = np.array([r["histogram"][1:] for r in shown], dtype=float)
+    counts /= max(counts.max(), 1.0) / OVERLAP
+    for row, (heights, color) in enumerate(zip(counts, colors)):
+        ax.fill_between(centres, row - heights, row, color=color, alpha=0.8, lw=0, zorder=row)
+        ax.plot(centres, row - heights, color="white", lw=1.0, zorder=row)
+        ax.axhline(row, color=color, lw=0.6, zorder=row)
+    used = edges[1:][counts.max(0) > VISIBLE * OVERLAP]
+    left, right = min(LEFT, used.min(initial=LEFT) / 2), used.max(initial=LEFT * 10)
+    ax.set(
+        xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{shown[-1]['scores']} of a channel"
+    )
+    if shown[-1]["scores"] != "|gamma|":  # where that of gamma lies depends on the group
+        ax.axvline(shown[-1]["threshold"], color="#475569", lw=0.9, ls="--", zorder=len(shown))
+        ax.text(shown[-1]["threshold"], -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
+
+
+def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
+    """Draw the share below the threshold and the speed-up over the epochs."""
+    epochs = [r["epoch"] + 1 for r in records]
+    marker = "o" if len(records) <= 30 else None
+    ax.plot(epochs, [r["share"] for r in records], color=SHARE, marker=marker, ms=3.5)
+    ax.set(ylim=(0, 1), xlabel="epoch")
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    ax.set_ylabel("channels below the threshold", color=SHARE)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    other = ax.twinx()
+    other.plot(epochs, [r["speedup"] for r in records], color=SPEEDUP, marker=marker, ms=3.5)
+    other.set_ylim(1, max(2.0, 1.1 * max(r["speedup"] for r in records)))
+    other.yaxis.set_major_formatter(lambda v, _: f"{v:g}x")
+    other.set_ylabel("FLOPs before / after if pruned now", color=SPEEDUP)
+    for axis in (ax, other):
+        axis.spines["top"].set_visible(False)
+
+
+@plt_settings({"font.size": 9})
+def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
+    """Plot the share of channels below the threshold of each layer over the epochs; where kept whole, grey."""
+    import matplotlib.pyplot as plt
+
+    records = _records(history)
+    names = list(dict.fromkeys(name for r in records for name in r["layers"]))
+    if not names:
+        raise UsageError("No layers to plot: the sparsity history holds no layer that can be pruned.")
+    table = np.array([[r["layers"].get(name, math.nan) for r in records] for name in names]).reshape(-1, len(records))
+    figure, ax = plt.subplots(figsize=(8.5, _height(len(names))), layout="constrained")
+    bar = _heat_map(figure, ax, table, names, 1, aspect=40)
+    bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    step = math.ceil(len(records) / 20)
+    ax.set_xticks(range(0, len(records), step), [str(r["epoch"] + 1) for r in records[::step]])
+    for row, name in enumerate(names):
+        if name in records[-1]["collapsed"]:
+            ax.text(len(records) - 0.45, row, "◂", va="center", fontsize=7, color="#475569", clip_on=False)
+    note = " (◂ collapsed: only a few channels left)" if records[-1]["collapsed"] else ""
+    ax.set(xlabel="epoch", title=f"Channels below the threshold{note}")
+    return save(figure, path)
+
+
+def _records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the epochs of a history, of which there has to be one."""
+    if not history["epochs"]:
+        raise UsageError("Nothing to plot: the sparsity history holds no epochs. Train at least one.")
+    return list(history["epochs"])

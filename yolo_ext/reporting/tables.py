@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
+
+from ultralytics.utils import LOGGER
+
+from yolo_ext import runs
 
 NOISE = 0.05  # latency ratios below this are not called a difference
 ABSENT = "-"
@@ -47,6 +52,7 @@ class Row:
     verdict: Verdict
 
 
+_FP32, _ORT = ("map_onnx.fp32", "ONNX FP32"), ("latency_ms.ort", "ORT FP32")
 FIELDS = (
     Field("params", "Parameters", "Params", "share", ",.0f"),
     Field("gflops", "GFLOPs", "GFLOPs", "share", ",.2f"),
@@ -54,39 +60,17 @@ FIELDS = (
     Field("map50", "mAP50", "mAP50", "score", ".4f"),
     Field("map", "mAP50-95", "mAP50-95", "score", ".4f"),
     Field("map_onnx.fp32", "mAP50-95 ONNX FP32", "mAP ONNX FP32", "score", ".4f", (("map", "PyTorch"),)),
-    Field(
-        "map_onnx.int8",
-        "mAP50-95 ONNX INT8",
-        "mAP ONNX INT8",
-        "score",
-        ".4f",
-        (("map_onnx.fp32", "ONNX FP32"), ("map", "PyTorch")),
-    ),
+    Field("map_onnx.int8", "mAP50-95 ONNX INT8", "mAP ONNX INT8", "score", ".4f", (_FP32, ("map", "PyTorch"))),
     Field("latency_ms.torch", "Latency PyTorch (ms)", "PyTorch (ms)", "latency", ",.2f"),
     Field("latency_ms.ort", "Latency ORT FP32 (ms)", "ORT FP32 (ms)", "latency", ",.2f"),
-    Field(
-        "latency_ms.ort_int8",
-        "Latency ORT INT8 (ms)",
-        "ORT INT8 (ms)",
-        "latency",
-        ",.2f",
-        (("latency_ms.ort", "ORT FP32"),),
-    ),
+    Field("latency_ms.ort_int8", "Latency ORT INT8 (ms)", "ORT INT8 (ms)", "latency", ",.2f", (_ORT,)),
     Field("convs", "Convolutions", "Convs", "count", ",.0f"),
     Field("int8_convs", "INT8 convolutions", "INT8 convs", "count", ",.0f"),
 )
 
 
 def figure(measurement: dict[str, Any] | None, key: str) -> float | None:
-    """Read one figure of a measurement.
-
-    Args:
-        measurement: A measurement of `summary.json`, or None.
-        key: Dotted path, such as `latency_ms.ort`.
-
-    Returns:
-        The figure, or None where it is absent or not a finite number.
-    """
+    """Return the figure at a dotted path of a measurement, such as `latency_ms.ort`; None where it is not finite."""
     value: Any = measurement
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -96,16 +80,7 @@ def figure(measurement: dict[str, Any] | None, key: str) -> float | None:
 
 
 def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Row]:
-    """Compare two measurements figure by figure.
-
-    Args:
-        before: Measurement of the base model.
-        after: Measurement of the compressed model.
-
-    Returns:
-        One row per figure that at least one side has. A figure the base lacks is compared with the base figure its
-        label then names: INT8 in ONNX Runtime with FP32 in ONNX Runtime.
-    """
+    """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
     rows = []
     for field in FIELDS:
         old, new, label = figure(before, field.key), figure(after, field.key), field.label
@@ -121,17 +96,7 @@ def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None)
 
 
 def compare(before: float | None, after: float | None, kind: str) -> tuple[str, Verdict]:
-    """Say how far, and which way, a figure moved.
-
-    Args:
-        before: Value of the base model.
-        after: Value of the compressed model.
-        kind: `share` (lower is better, percent), `score` (higher is better, absolute), `latency` (lower is better,
-            ratio) or `count` (neither is better).
-
-    Returns:
-        The delta as text and the verdict; a move that rounds to nothing is `same`.
-    """
+    """Return how far a figure of a `kind` moved, as text, and the verdict; a move that rounds to nothing is `same`."""
     if before is None or after is None or (kind in ("share", "latency") and min(before, after) <= 0):
         return ABSENT, ""
     if kind == "latency":
@@ -169,30 +134,38 @@ def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None
     return align(rows, ("", "Before", "After", "Delta"))
 
 
-def stage_rows(stages: dict[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
-    """Lay out the figures of each stage.
+def write_summary(
+    root: Path,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Write `summary.json` into a run folder and print the same as one table Before | After | Delta.
 
     Args:
-        stages: Measurement of each stage by stage name, in order.
+        root: Run folder.
+        before: Figures of the base model.
+        after: Figures of the result.
+        stages: Figures by stage.
 
     Returns:
-        Header and rows; figures that no stage has get no column.
+        What was written.
     """
+    summary = runs.summary(root, before, after, stages)
+    LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
+    LOGGER.info(f"Results saved to {root}")
+    return summary
+
+
+def stage_rows(stages: dict[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the figures of each stage; figures that no stage has get no column."""
     fields = [f for f in FIELDS if any(figure(m, f.key) is not None for m in stages.values())]
     rows = [[name, *(_text(figure(m, f.key), f.spec) for f in fields)] for name, m in stages.items()]
     return ["Stage", *(f.column for f in fields)], rows
 
 
 def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
-    """Align cells in columns, the first to the left and the others to the right.
-
-    Args:
-        rows: Cells, row by row; every row is as long as the header.
-        header: Column titles.
-
-    Returns:
-        The table as text, a rule below the header, no spaces at the end of a line.
-    """
+    """Align cells below a header, the first column to the left, the others to the right, no spaces at line ends."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
     widths = [max(len(c) for c in column) for column in zip(*cells)]
 

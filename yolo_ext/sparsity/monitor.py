@@ -21,12 +21,11 @@ from torch import nn
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import PruneConfig, SparsityConfig
-from yolo_ext.pruning.bundles import Bundle, bundles, widths_of
+from yolo_ext.pruning.bundles import Bundle, bundles, near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
-from yolo_ext.pruning.readiness import near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.targets import measure
-from yolo_ext.reporting.ridge import plot_layers, plot_ridge
+from yolo_ext.reporting.curves import plot_layers, plot_ridge
 from yolo_ext.sparsity.sparsifier import FEWEST
 
 FILE = "sparsity.json"

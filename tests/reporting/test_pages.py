@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolo_ext.reporting.html import SECTIONS, render, write_report
-from yolo_ext.reporting.plots import imwrite
+from yolo_ext.reporting.figures import imwrite
+from yolo_ext.reporting.pages import SECTIONS, render, write_report
 
 BEFORE = {
     **{"params": 3_000_000, "gflops": 8.2, "size_mb": 6.2, "map50": 0.9, "map": 0.6, "convs": 64, "int8_convs": 0},

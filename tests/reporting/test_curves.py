@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting import ridge
-from yolo_ext.reporting.ridge import plot_layers, plot_ridge
+from yolo_ext.reporting import curves
+from yolo_ext.reporting.curves import plot_layers, plot_ridge
 
 EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]
 
@@ -27,8 +27,8 @@ def history(*records: dict) -> dict:
 def figures(monkeypatch):
     """Keep what is drawn, to look into it."""
     made = []
-    save = ridge._save
-    monkeypatch.setattr(ridge, "_save", lambda figure, path: (made.append(figure), save(figure, path))[1])
+    save = curves.save
+    monkeypatch.setattr(curves, "save", lambda figure, path: (made.append(figure), save(figure, path))[1])
     return made
 
 

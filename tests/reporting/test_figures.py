@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting import plots
+from yolo_ext.reporting import figures
 
 NAMES = {0: "cell", 1: "Zelle ü"}
 GREY = 127
@@ -23,7 +23,7 @@ GREY = 127
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "picture ü.png"
-    plots.imwrite(path, np.full((240, 320, 3), GREY, np.uint8))
+    figures.imwrite(path, np.full((240, 320, 3), GREY, np.uint8))
     return path
 
 
@@ -41,7 +41,7 @@ def layer(i: int, before: int, after: int) -> dict:
     ],
 )
 def test_channels_height_follows_the_number_of_layers(layers: list[dict], tmp_path: Path) -> None:
-    image = cv2.imread(str(plots.plot_channels(layers, tmp_path / "new" / "channels.png")))
+    image = cv2.imread(str(figures.plot_channels(layers, tmp_path / "new" / "channels.png")))
     assert image.shape[0] == pytest.approx(150 * (1.1 + 0.19 * len(layers)), abs=2)
     assert image.std() > 5
 
@@ -54,16 +54,16 @@ def test_channels_height_follows_the_number_of_layers(layers: list[dict], tmp_pa
     ],
 )
 def test_stages_are_drawn(stages: dict, tmp_path: Path) -> None:
-    assert cv2.imread(str(plots.plot_stages(stages, tmp_path / "stages.png"))).std() > 5
+    assert cv2.imread(str(figures.plot_stages(stages, tmp_path / "stages.png"))).std() > 5
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda d: plots.plot_channels([], d / "x.png"), id="channels"),
-        pytest.param(lambda d: plots.plot_stages({}, d / "x.png"), id="stages"),
-        pytest.param(lambda d: plots.side_by_side(d / "none.jpg", [], [], NAMES, d / "x.png"), id="no picture"),
-        pytest.param(lambda d: plots.side_by_side(d, [], [], NAMES, d / "x.png"), id="folder"),
+        pytest.param(lambda d: figures.plot_channels([], d / "x.png"), id="channels"),
+        pytest.param(lambda d: figures.plot_stages({}, d / "x.png"), id="stages"),
+        pytest.param(lambda d: figures.side_by_side(d / "none.jpg", [], [], NAMES, d / "x.png"), id="no picture"),
+        pytest.param(lambda d: figures.side_by_side(d, [], [], NAMES, d / "x.png"), id="folder"),
     ],
 )
 def test_wrong_input_is_a_usage_error(call, tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_wrong_input_is_a_usage_error(call, tmp_path: Path) -> None:
     ],
 )
 def test_class_names(name, cls: int, expected: str) -> None:
-    assert plots._name(name, cls) == expected
+    assert figures._name(name, cls) == expected
 
 
 def test_side_by_side_marks_missed_and_added(picture: Path, tmp_path: Path) -> None:
     same, missed, added = (10, 20, 60, 70, 0.9, 0), (100, 40, 180, 120, 0.8, 0), (220, 140, 300, 220, 0.7, 0)
     path = tmp_path / "side.png"
-    assert plots.side_by_side(picture, [same, missed], [added, same], NAMES, path) == (1, 1)
+    assert figures.side_by_side(picture, [same, missed], [added, same], NAMES, path) == (1, 1)
     image = cv2.imread(str(path))
     assert image.shape == (480 + 34, 640 * 2 + 8, 3)
     left, right = image[34:, :640], image[34:, 648:]
@@ -98,14 +98,14 @@ def test_side_by_side_marks_missed_and_added(picture: Path, tmp_path: Path) -> N
         x, y = round(2 * box[2]), round(box[1] + box[3])  # middle of the right edge, enlarged twice
         return bool((half[y, x - 2 : x + 3] == color).all(-1).any())
 
-    assert has(right, plots.MISSED, missed) and not has(left, plots.MISSED, missed)
-    assert has(right, plots.ADDED, added) and not has(left, plots.ADDED, added)
-    assert not has(right, plots.MISSED, same) and not has(right, plots.ADDED, same)
+    assert has(right, figures.MISSED, missed) and not has(left, figures.MISSED, missed)
+    assert has(right, figures.ADDED, added) and not has(left, figures.ADDED, added)
+    assert not has(right, figures.MISSED, same) and not has(right, figures.ADDED, same)
 
 
 def test_side_by_side_takes_an_array_and_leaves_it_alone(tmp_path: Path) -> None:
     array = np.full((700, 700, 3), GREY, np.uint8)
-    assert plots.side_by_side(array, [], [], NAMES, tmp_path / "side.jpg") == (0, 0)
+    assert figures.side_by_side(array, [], [], NAMES, tmp_path / "side.jpg") == (0, 0)
     assert (array == GREY).all()
 
 
@@ -124,7 +124,7 @@ def test_side_by_side_takes_an_array_and_leaves_it_alone(tmp_path: Path) -> None
     ],
 )
 def test_match_boxes(base: list, new: list, expected: tuple) -> None:
-    assert plots.match_boxes(base, new) == expected
+    assert figures.match_boxes(base, new) == expected
 
 
 box = st.tuples(*[st.integers(0, 50)] * 2, *[st.integers(51, 99)] * 2, st.floats(0, 1), st.integers(0, 2))
@@ -133,12 +133,48 @@ boxes = st.lists(box, max_size=8)
 
 @given(boxes, boxes)
 def test_matching_is_one_to_one(base: list, new: list) -> None:
-    missed, added = plots.match_boxes(base, new)
+    missed, added = figures.match_boxes(base, new)
     assert len(base) - len(missed) == len(new) - len(added)
-    assert plots.match_boxes(base, base) == ([], [])
+    assert figures.match_boxes(base, base) == ([], [])
 
 
 def test_importing_plots_does_not_import_matplotlib() -> None:
-    modules = "yolo_ext.reporting.plots, yolo_ext.reporting.html"
+    modules = "yolo_ext.reporting.figures, yolo_ext.reporting.pages"
     code = f"import sys, {modules}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+A, B, C = {"median": 1.0, "map": 0.4}, {"median": 2.0, "map": 0.5}, {"median": 2.0, "map": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        pytest.param([A], [True], id="one"),
+        pytest.param([A, B], [True, True], id="trade"),
+        pytest.param([A, B, C], [True, True, False], id="beaten-twice"),
+        pytest.param([A, A], [True, True], id="equal"),
+        pytest.param([B, C], [True, False], id="as-fast"),
+    ],
+)
+def test_pareto(points, front):
+    assert figures.pareto(points) == front
+
+
+@given(st.lists(st.fixed_dictionaries({"median": st.floats(0.1, 9), "map": st.floats(0, 1)}), min_size=1, max_size=8))
+def test_the_fastest_and_the_best_are_never_both_beaten(points):
+    front = [p for p, best in zip(points, figures.pareto(points)) if best]
+    assert min(p["median"] for p in points) in [p["median"] for p in front]
+    assert max(p["map"] for p in points) in [p["map"] for p in front]
+
+
+def test_tradeoff(tmp_path):
+    points = [{"name": f"m{i}_$.onnx", **p, "p10": 0.9 * p["median"], "p90": 1.2 * p["median"]} for i, p in
+              enumerate((A, B, C))]  # fmt: skip
+    file = figures.plot_tradeoff(points, tmp_path / "plots" / "t.png", "96 px")
+    assert file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_models_to_plot(tmp_path):
+    with pytest.raises(UsageError, match="No models"):
+        figures.plot_tradeoff([], tmp_path / "t.png")

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Figures of a run: channels per layer, stages, and detections of two models side by side."""
+"""Figures of models: channels per layer, stages, accuracy against latency, detections of two side by side."""
 
 from __future__ import annotations
 
@@ -21,27 +21,18 @@ from yolo_ext.reporting.tables import FIELDS, figure
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
 Names = Mapping[int, str] | Sequence[str]
+Mark = tuple[str, tuple[int, int, int]]  # word, colour in BGR
 
 BEFORE, AFTER, KEPT = "#d5dbe3", "#2563eb", "#94a3b8"
 MISSED, ADDED = (40, 40, 230), (0, 140, 255)  # BGR
 MIN_WIDTH = 640  # px; narrower pictures are enlarged so that captions and labels fit
+LEAST_RANGE = 0.02  # of mAP; a finer axis would blow up noise of the validation set
 MAX_LABELS = 15  # more boxes than this are drawn without class labels, which would hide the objects
 
 
 @plt_settings({"font.size": 9})
 def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Plot the channels of every layer before and after pruning.
-
-    Args:
-        layers: Dicts with `name`, `before`, `after` (channels) and, where a layer was kept, `reason`.
-        path: Picture to write.
-
-    Returns:
-        The path written.
-
-    Raises:
-        UsageError: There are no layers.
-    """
+    """Plot the channels of layers (`name`, `before`, `after`, `reason` if kept) before and after pruning."""
     import matplotlib.pyplot as plt
 
     if not layers:
@@ -49,7 +40,7 @@ def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     rows = np.arange(len(layers))
     before = np.array([layer["before"] for layer in layers])
     after = np.array([layer["after"] for layer in layers])
-    figure_, ax = plt.subplots(figsize=(9, 1.1 + 0.19 * len(layers)), layout="constrained")
+    drawn, ax = plt.subplots(figsize=(9, 1.1 + 0.19 * len(layers)), layout="constrained")
     pruned = after < before
     ax.barh(rows, before, 0.72, color=BEFORE, label=f"before ({before.sum():,} channels)")
     ax.barh(rows[pruned], after[pruned], 0.72, color=AFTER, label=f"after ({after.sum():,} channels)")
@@ -63,31 +54,20 @@ def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     ax.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, before.max() * 1.3), xlabel="output channels")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    figure_.legend(loc="outside upper center", ncols=3, frameon=False)
-    return _save(figure_, path)
+    drawn.legend(loc="outside upper center", ncols=3, frameon=False)
+    return save(drawn, path)
 
 
 @plt_settings({"font.size": 10})
 def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -> Path:
-    """Plot accuracy and latency after each stage.
-
-    Args:
-        stages: Measurement of each stage (the keys of `summary.json`) by stage name, in order.
-        path: Picture to write.
-
-    Returns:
-        The path written; there is a panel of latency only if one was measured, and one of mAP says if none was.
-
-    Raises:
-        UsageError: There are no stages.
-    """
+    """Plot accuracy and, where it was measured, latency after each stage (name: measurement, in order)."""
     import matplotlib.pyplot as plt
 
     if not stages:
         raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
     timed = any(figure(m, f.key) is not None for m in stages.values() for f in FIELDS if f.kind == "latency")
     panels = [("mAP", "score"), ("latency (ms)", "latency")][: 1 + timed]
-    figure_, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    drawn, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), layout="constrained", squeeze=False)
     for ax, (title, kind) in zip(grid[0], panels):
         for field in (f for f in FIELDS if f.kind == kind):
             # NaN leaves a gap: a line across a stage would show a value that was never measured there.
@@ -105,55 +85,71 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#64748b")
         if kind == "latency":
             ax.set_ylim(bottom=0)
-    return _save(figure_, path)
+    return save(drawn, path)
+
+
+def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Tell for each point (`median` in ms, `map`) whether no other is as fast and as accurate and better in one."""
+    return [
+        not any(
+            q["median"] <= p["median"] and q["map"] >= p["map"] and (q["median"] < p["median"] or q["map"] > p["map"])
+            for q in points
+        )
+        for p in points
+    ]
+
+
+@plt_settings({"font.size": 10})
+def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "") -> Path:
+    """Plot mAP50-95 of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
+    import matplotlib.pyplot as plt
+
+    if not points:
+        raise UsageError("No models to plot: nothing has both a latency and a mAP. Pass at least one model.")
+    front = pareto(points)
+    drawn, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    line = sorted((p["median"], p["map"]) for p, best in zip(points, front) if best)
+    ax.plot(*zip(*line), color=AFTER, linewidth=1, alpha=0.5, label="Pareto front")
+    for p, best in zip(points, front):
+        spread = [[p["median"] - p["p10"]], [p["p90"] - p["median"]]]
+        ax.errorbar(p["median"], p["map"], xerr=spread, fmt="o", color=AFTER if best else KEPT, capsize=3)
+        place: Any = {"xytext": (6, 6), "textcoords": "offset points"}
+        ax.annotate(str(p["name"]), (p["median"], p["map"]), parse_math=False, **place)
+    ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel="mAP50-95")
+    ax.set_xlim(left=0)
+    ax.margins(x=0.15, y=0.15)
+    low, high = ax.get_ylim()
+    room = max(0.0, LEAST_RANGE - (high - low)) / 2
+    ax.set_ylim(low - room, high + room)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, loc="lower right")
+    return save(drawn, path)
 
 
 def side_by_side(
     image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
 ) -> tuple[int, int]:
-    """Draw the detections of the base and of the compressed model on one picture, differences marked.
-
-    Args:
-        image: Picture, as a file or an array (height, width, 3) in BGR.
-        base_boxes: Detections of the base model (x1, y1, x2, y2 in pixels, confidence, class).
-        new_boxes: Detections of the compressed model.
-        names: Class names by class index.
-        path: Picture to write.
-
-    Returns:
-        How many boxes of the base the compressed model missed, and how many it added.
-
-    Raises:
-        UsageError: The picture cannot be read.
-    """
+    """Draw boxes of base and compressed model on a picture (file or BGR array); return the counts missed and added."""
     picture = image if isinstance(image, np.ndarray) else _read(image)
     missed, added = match_boxes(base_boxes, new_boxes)
     scaled, left = _enlarge(picture, base_boxes)
     _, right = _enlarge(picture, new_boxes)
     labels = max(len(left), len(right)) <= MAX_LABELS
-    marks: dict[int, tuple[str, tuple[int, int, int]]] = {i: ("added", ADDED) for i in added}
+    marks: dict[int, Mark] = {i: ("added", ADDED) for i in added}
     marks |= {len(right) + n: ("missed", MISSED) for n in range(len(missed))}
     base = _draw(scaled.copy(), left, names, {}, labels)
     new = _draw(scaled.copy(), [*right, *(left[i] for i in missed)], names, marks, labels)
-    captions = (f"base: {len(left)} objects", f"compressed: {len(right)} objects")
     note = f"{len(missed)} missed, {len(added)} added"
-    halves = [_caption(base, captions[0], ""), _caption(new, captions[1], note)]
+    halves = _caption(base, f"base: {len(left)} objects", ""), _caption(new, f"compressed: {len(right)} objects", note)
     gap = np.full((halves[0].shape[0], 8, 3), 255, np.uint8)
-    _write(path, np.hstack([halves[0], gap, halves[1]]))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    imwrite(str(path), np.hstack([halves[0], gap, halves[1]]))
     return len(missed), len(added)
 
 
 def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tuple[list[int], list[int]]:
-    """Pair the boxes of two models one to one, the best overlap of the same class first.
-
-    Args:
-        base: Boxes of the base model (x1, y1, x2, y2 in pixels, confidence, class).
-        new: Boxes of the compressed model.
-        iou: Smallest overlap of a pair.
-
-    Returns:
-        Indices of the base boxes that were missed, and of the new boxes that were added.
-    """
+    """Pair boxes one to one, the best overlap of a class first; return indices of missed and of added boxes."""
     missed, added = list(range(len(base))), list(range(len(new)))
     if base and new:
         a, b = np.asarray(base, dtype=np.float64), np.asarray(new, dtype=np.float64)
@@ -168,13 +164,7 @@ def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tu
     return missed, added
 
 
-def _draw(
-    image: np.ndarray,
-    boxes: Sequence[Box],
-    names: Names,
-    marks: Mapping[int, tuple[str, tuple[int, int, int]]],
-    labels: bool,
-) -> np.ndarray:
+def _draw(image: np.ndarray, boxes: Sequence[Box], names: Names, marks: Mapping[int, Mark], labels: bool) -> np.ndarray:
     """Draw boxes, the marked ones last and with a thicker outline."""
     annotator = Annotator(image, line_width=2)
     for index in sorted(range(len(boxes)), key=lambda i: i in marks):
@@ -206,6 +196,7 @@ def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
 
 
 def _enlarge(image: np.ndarray, boxes: Sequence[Box]) -> tuple[np.ndarray, list[Box]]:
+    """Return a picture of at least `MIN_WIDTH` and the boxes in its pixels."""
     scale = max(MIN_WIDTH / image.shape[1], 1.0)
     if scale > 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -213,26 +204,19 @@ def _enlarge(image: np.ndarray, boxes: Sequence[Box]) -> tuple[np.ndarray, list[
 
 
 def _read(path: str | Path) -> np.ndarray:
+    """Return a picture (height, width, 3) in BGR."""
     image = imread(str(path)) if Path(path).is_file() else None
     if image is None:
-        raise UsageError(
-            f"Cannot read the picture {str(path)!r}. Pass an image file that exists, such as a .jpg or .png."
-        )
+        raise UsageError(f"Cannot read the picture {str(path)!r}. Pass an image file that exists, such as a .jpg.")
     return image
 
 
-def _write(path: str | Path, image: np.ndarray) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imwrite(str(path), image)
-    return path
-
-
-def _save(figure_: Any, path: str | Path) -> Path:
+def save(drawn: Any, path: str | Path) -> Path:
+    """Write a matplotlib figure and close it; return the path."""
     import matplotlib.pyplot as plt
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure_.savefig(path, dpi=150)
-    plt.close(figure_)
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
     return path
