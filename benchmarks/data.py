@@ -24,9 +24,9 @@ import cv2
 import numpy as np
 
 from yolo_ext.data.convert import convert
+from yolo_ext.data.formats import voc_text
 from yolo_ext.data.records import Object
 from yolo_ext.data.summary import summarise
-from yolo_ext.data.voc import voc_text
 from yolo_ext.reporting.tables import align
 
 SIZE = (640, 480)

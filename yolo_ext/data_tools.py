@@ -78,8 +78,7 @@ def data(check: str, near: int | None = None, **place: Any) -> dict[str, Any]:
     Raises:
         UsageError: If the data.yaml is unusable.
     """
-    from yolo_ext.data.duplicates import NEAR
-    from yolo_ext.data.summary import summarise
+    from yolo_ext.data.summary import NEAR, summarise
 
     found = summarise(check, NEAR if near is None else near)
     show(found)
@@ -92,7 +91,7 @@ def data(check: str, near: int | None = None, **place: Any) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any]) -> None:
     """Print what `summarise` found as tables, a histogram and warnings."""
-    from yolo_ext.data.check import quote
+    from yolo_ext.data.records import quote
     from yolo_ext.data.summary import AREAS, KINDS
 
     splits, classes = found["splits"], found["classes"]

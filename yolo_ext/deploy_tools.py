@@ -18,6 +18,7 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
+from yolo_ext.reporting.tables import write_summary
 from yolo_ext.stock.load import load_model
 
 PLACE = ("project", "name", "exist_ok", "save_dir")
@@ -93,7 +94,7 @@ def export(model: str | Path, format: str = "onnx", out: str | Path | None = Non
     figures = runs.model_figures(net, Path(model), side)
     folder = runs.folder({k: options.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
-    runs.write_summary(folder, before, {**figures, "size_mb": _megabytes(files[-1])})
+    write_summary(folder, before, {**figures, "size_mb": _megabytes(files[-1])})
     return files
 
 
@@ -263,8 +264,8 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
     Raises:
         UsageError: If a file is missing or there are no images.
     """
-    from yolo_ext.data.calibration import list_images
     from yolo_ext.data.check import check_data
+    from yolo_ext.data.records import list_images
     from yolo_ext.deployment.bisect import describe_difference
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.deployment.verify import verify as run
@@ -293,5 +294,5 @@ def verify(model: str, onnx: str, int8: str | None = None, data: str | None = No
         "map_onnx": {"fp32": (maps.get("onnx") or {}).get("map") if found["precision"] == "fp32" else None},
     }
     before = {**figures, "size_mb": None, **(maps.get("torch") or {})}  # as in `export`
-    runs.write_summary(folder, before, {**after, **(maps.get("onnx") or {})})
+    write_summary(folder, before, {**after, **(maps.get("onnx") or {})})
     return found

@@ -15,11 +15,10 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext import cli, data_tools
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_data, list_images
+from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
-from yolo_ext.data.records import Object
-from yolo_ext.data.voc import voc_text
-from yolo_ext.data.yolo import yolo_row
+from yolo_ext.data.formats import voc_text, yolo_row
+from yolo_ext.data.records import Object, list_images
 
 JPEG = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))[1].tobytes()
 BOX, POLYGON, POSE = "1 0.5 0.5 0.25 0.5", "0 0.1 0.1 0.5 0.1 0.5 0.6", "0 .5 .5 .2 .2 .4 .4 2 .6 .6 0"

@@ -16,7 +16,7 @@ from ultralytics.data.utils import verify_image_label
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_data, check_label, image_size, list_images, quote
+from yolo_ext.data.check import check_data, check_label, image_size
 from yolo_ext.data.convert import convert
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
@@ -236,22 +236,6 @@ def test_image_size_follows_exif(tmp_path):
     exif[274] = 6
     Image.new("RGB", (48, 32)).save(tmp_path / "a.jpg", exif=exif)
     assert image_size(tmp_path / "a.jpg") == (32, 48)
-
-
-def test_list_images(tmp_path):
-    for name in ("b.JPG", "sub/a.png", ".hidden/c.jpg", "note.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(JPEG)
-    assert [p.name for p in list_images(tmp_path)] == ["b.JPG", "a.png"]
-    (tmp_path / "list.txt").write_text("\ufeff./b.JPG\nsub/x.md\n\n")
-    assert list_images([tmp_path / "list.txt"]) == [tmp_path / "b.JPG"]
-    with pytest.raises(FileNotFoundError):
-        list_images(tmp_path / "none")
-
-
-def test_quote():
-    assert quote(["a", "b"]) == "a, b"
-    assert quote(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
 @pytest.mark.bccd

@@ -17,9 +17,9 @@ from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label
+from yolo_ext.data.formats import read_voc
 from yolo_ext.data.label import JOURNAL, find_images, label_images
-from yolo_ext.data.label_formats import FORMATS, coco_entry, coco_store, voc_annotation, yolo_text
-from yolo_ext.data.voc import read_voc
+from yolo_ext.data.write import FORMATS, coco_entry, coco_store, voc_annotation, yolo_text
 
 NAMES = {0: "cell", 1: "näme & <x>"}
 SETTINGS = {"model": "m", "conf": 0.25, "names": list(NAMES.values())}

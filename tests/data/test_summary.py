@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from yolo_ext.data.convert import convert
-from yolo_ext.data.duplicates import fingerprint, near_pairs
 from yolo_ext.data.shapes import make_shapes
-from yolo_ext.data.summary import summarise
+from yolo_ext.data.summary import fingerprint, near_pairs, summarise
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
 

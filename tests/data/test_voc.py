@@ -16,10 +16,8 @@ from ultralytics.utils import LOGGER, YAML
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
-from yolo_ext.data.files import staged_folder
-from yolo_ext.data.records import Annotation, Object, to_image
-from yolo_ext.data.voc import read_voc, voc_text
-from yolo_ext.data.yolo import yolo_row
+from yolo_ext.data.formats import read_voc, voc_text, yolo_row
+from yolo_ext.data.records import Annotation, Object, staged_folder, to_image
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
 

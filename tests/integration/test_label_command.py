@@ -20,7 +20,7 @@ from ultralytics.utils.metrics import bbox_ioa
 from yolo_ext.checkpoint import save_model
 from yolo_ext.cli import main
 from yolo_ext.data.check import check_label
-from yolo_ext.data.voc import read_voc
+from yolo_ext.data.formats import read_voc
 from yolo_ext.label_tools import label
 from yolo_ext.stock.load import load_model
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data import check
+from yolo_ext.data.records import list_images
 
 USUAL = 300  # images; TensorRT and Ultralytics advise as many
 
@@ -68,37 +67,11 @@ def calibration_images(
 
 
 def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
-    """Refuse calibration images that cannot serve, before hours of training; in most cases one image is read.
-
-    Args:
-        source: As `data` of `calibration_images`.
-        n: How many images.
-        seed: Seed of the choice.
-
-    Raises:
-        UsageError: As `calibration_images` and `letterbox_batches` do.
-    """
+    """Refuse what `calibration_images` and `letterbox_batches` refuse; in most cases one image is read."""
     images = calibration_images(source, n, seed)
     if not any((image := imread(path)) is not None and image.min() < image.max() for path in images):
         for _ in letterbox_batches(images, 32):  # says what is wrong
             pass
-
-
-def list_images(source: Any) -> list[Path]:
-    """Return the image files of a file, folder, glob or text file, or of a list of such.
-
-    Raises:
-        UsageError: If something of it does not exist.
-    """
-    if isinstance(source, (list, tuple)):
-        return [p for s in source for p in list_images(s)]
-    path = Path(str(source))
-    if path.is_dir() or (path.is_file() and path.suffix == ".txt"):
-        return check.list_images(path)
-    found = [path] if path.is_file() else [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    if not found:
-        raise UsageError(f"Cannot find calibration images '{source}'. Give a file, a folder, a glob or a list.")
-    return [p for p in found if p.suffix[1:].lower() in IMG_FORMATS]
 
 
 def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
@@ -145,6 +118,7 @@ def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool
 
 
 def _tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """Return images of 0 to 255 as one batch of 0 to 1."""
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 255
 
 

@@ -24,12 +24,11 @@ from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAM
 from ultralytics.utils.checks import check_file
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.files import walk_files
+from yolo_ext.data.records import list_images, quote
 
 T = TypeVar("T")
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
 open_image = getattr(patches, "_image_open", Image.open)
-SHOWN = 5  # problems quoted in one message
 
 
 def check_data(
@@ -55,31 +54,21 @@ def check_data(
     if shared := len(total) - len(set(total)):
         LOGGER.warning(f"{data}: {' and '.join(need)} share {shared} images, so accuracy is overstated.")
     if labels and task in {"detect", "segment", "pose", "obb"}:
-        columns = 5 + int(np.prod(keypoints(info, str(data)))) if task == "pose" else 0
+        columns = pose_columns(info, str(data)) if task == "pose" else 0
         for split, images in info["images"].items():
             info["images"][split] = _check_labels(split, images, info["nc"], columns)
     return info
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Return the (width, height) in pixels that training will see, after EXIF rotation.
-
-    Args:
-        file: Image to read.
-
-    Raises:
-        ValueError: Ultralytics would skip this image as corrupt, or stop at it.
-    """
+    """Return the (width, height) in pixels as `image_probe` does."""
     return image_probe(file)[0]
 
 
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
-    """Return the (width, height) in pixels that training will see, and the EXIF orientation, 1 where there is none.
+    """Return the (width, height) in pixels that training will see, after EXIF rotation, and the EXIF orientation or 1.
 
     Unlike Ultralytics' `check_image` this never rewrites a damaged JPEG.
-
-    Args:
-        file: Image to read.
 
     Raises:
         ValueError: Ultralytics would skip this image as corrupt, or stop at it.
@@ -116,19 +105,18 @@ def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
         return None, str(e)
 
 
-def quote(items: Sequence[object], shown: int = SHOWN) -> str:
-    """Return the first items as text, followed by how many more there are."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(map(str, items[:shown])) + more
+def load_yaml(file: Path) -> Any:
+    """Return the content of a data.yaml; UsageError where it is no YAML."""
+    try:
+        return YAML.load(file)
+    except Exception as e:
+        raise UsageError(f"Data file '{file}' is not valid YAML: {' '.join(str(e).split())}. Mend the file.") from e
 
 
 def _check_yaml(data: str) -> dict[str, Any]:
     """Resolve and parse a data.yaml with Ultralytics, every failure as one UsageError."""
     file = _find_yaml(data)
-    try:
-        content = YAML.load(file)
-    except Exception as e:
-        raise UsageError(f"Data file '{file}' is not valid YAML: {' '.join(str(e).split())}. Mend the file.") from e
+    content = load_yaml(file)
     if not content:
         raise UsageError(f"Data file '{file}' holds no keys. It needs path, train, val and names.")
     absent = [k for k in ("train", "val") if not content.get(k) and not (k == "val" and content.get("validation"))]
@@ -190,48 +178,25 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
 
 
-def keypoints(info: dict[str, Any], data: str) -> list[int]:
-    """Return kpt_shape, (count, dimensions)."""
+def pose_columns(info: dict[str, Any], data: str) -> int:
+    """Return how many columns a label row of a pose dataset has, from its kpt_shape, (count, dimensions)."""
     shape = info.get("kpt_shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(x, int) for x in shape)):
         raise UsageError(f"Data file '{data}' has kpt_shape {shape}. A pose set needs two integers, e.g. [17, 3].")
-    return shape
-
-
-def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the sorted images of folders, and of text files with one path per line, as Ultralytics finds them.
-
-    Args:
-        source: A folder, a text file, or a list of these.
-
-    Raises:
-        FileNotFoundError: A source does not exist.
-        UsageError: A folder holds a link back to itself.
-    """
-    files: list[str | Path] = []
-    for p in map(Path, [source] if isinstance(source, str | Path) else source):
-        if p.is_dir():
-            files += walk_files(p, IMG_FORMATS)
-        elif p.is_file():
-            lines = p.read_text(encoding="utf-8-sig").splitlines()
-            files += [str(p.parent / x[2:]) if x.startswith("./") else x for x in map(str.strip, lines)]
-        else:
-            raise FileNotFoundError(str(p))
-    return sorted(Path(f) for f in files if str(f).rpartition(".")[-1].lower() in IMG_FORMATS)
+    return 5 + shape[0] * shape[1]
 
 
 def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
     """Return the readable images of a split; warn about the others."""
     if not info.get(split):
         raise UsageError(f"Data '{data}' has no '{split}' split. Add the key '{split}' with its image folder.")
-    try:
-        images = list_images(info[split])
-    except FileNotFoundError as e:
-        raise UsageError(f"Split '{split}' of '{data}' points to '{e}', which does not exist. Mend the path.") from e
+    places = info[split] if isinstance(info[split], list) else [info[split]]
+    if missing := [p for p in places if not Path(p).exists()]:
+        raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
+    images = sorted(list_images(places))
     if not images:
         formats = ", ".join(sorted(IMG_FORMATS))
         raise UsageError(f"Split '{split}' of '{data}' holds no images: {info[split]}. Legal formats: {formats}.")
-
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(lambda file: attempt(image_size, file)[1], images)
         found = list(TQDM(results, f"Checking {split}", len(images), disable=len(images) < 2000))
@@ -244,27 +209,15 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
 
 
 def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
-    """Return the images of a split whose labels Ultralytics will accept.
-
-    Args:
-        split: Name of the split.
-        images: Readable images.
-        nc: Number of classes.
-        columns: Exact columns per row; 0 for boxes (5) or polygons (odd, from 7).
-    """
+    """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
     files = [Path(p) for p in img2label_paths([*map(str, images)])]
-    rows, wrong, outside = 0, [], []
-    kept = []
+    rows, wrong, outside, kept = 0, [], [], []
     for image, file in zip(images, files):
         try:
-            count = check_label(file, nc, columns) if file.is_file() else 0
-        except ArithmeticError as e:
-            outside.append(f"{file}: {e}")
+            rows += check_label(file, nc, columns) if file.is_file() else 0
+        except (ArithmeticError, ValueError) as e:
+            (outside if isinstance(e, ArithmeticError) else wrong).append(f"{file}: {e}")
             continue
-        except ValueError as e:
-            wrong.append(f"{file}: {e}")
-            continue
-        rows += count
         kept.append(image)
     if wrong:
         raise UsageError(f"Split '{split}' has {len(wrong)} malformed label files: {quote(wrong)}. Mend these files.")
@@ -276,12 +229,9 @@ def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list
 
 
 def check_label(file: Path, nc: int, columns: int = 0) -> int:
-    """Return the number of objects in a YOLO label file after checking every row.
+    """Return the number of objects in a YOLO label file of a dataset with `nc` classes after checking every row.
 
-    Args:
-        file: Text file with rows `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised.
-        nc: Number of classes.
-        columns: Exact number of columns; 0 for 5 (box) or an odd number from 7 (polygon).
+    Rows are `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised, or have just `columns` columns if not 0.
 
     Raises:
         ValueError: A row is malformed or its class is not one of the dataset.

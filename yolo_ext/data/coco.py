@@ -11,8 +11,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.files import walk_files
-from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite, unique_ids
+from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite, unique_ids, walk_files
 
 WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
@@ -51,11 +50,9 @@ def scan_coco(source: Path, images: Path | None = None) -> Source:
                 problems.append(f"{name} is annotated twice, in different ways")
     unique, lists, same = unique_ids(found)
     items = {i: Item(i, image, None) for i, image in unique.items()}
-
-    def read(item: Item, size: Size) -> Annotation:
-        return labels[item.image] if item.image else Annotation()
-
-    return Source(items, read, items.keys(), lists, [*names], problems=problems + same)
+    annotations = {i: labels[image] for i, image in unique.items()}
+    problems += same
+    return Source(items, lambda item, _: annotations[item.id], items.keys(), lists, [*names], problems=problems)
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -135,12 +132,7 @@ def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
 
 
 def coco_object(o: Object, category: int) -> dict[str, Any]:
-    """Return the COCO annotation of an object, without the ids of itself and its image.
-
-    Args:
-        o: Object inside the image.
-        category: Its category id.
-    """
+    """Return the COCO annotation of an object inside its image, without the ids of itself and of the image."""
     x0, y0, x1, y1 = o.box
     area = sum(_area(p) for p in o.polygons) if o.polygons else (x1 - x0) * (y1 - y0)
     return {
@@ -161,14 +153,8 @@ def _area(polygon: Sequence[float]) -> float:
 def write_coco(
     file: Path, names: Sequence[str], images: Iterable[tuple[str, Size, Sequence[Mapping[str, Any]]]]
 ) -> None:
-    """Write a COCO file image by image, so that no split is ever whole in memory.
-
-    Args:
-        file: JSON file.
-        names: Class names, numbered from 1 as COCO does.
-        images: (file name, (width, height) in pixels, annotations) of each image.
-    """
-    categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]
+    """Write a COCO file from (file name, (width, height), annotations), so that no split is ever whole in memory."""
+    categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does
     count = 0
     with file.open("w", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as boxes:
         out.write(f'{{"categories": {json.dumps(categories, ensure_ascii=False)},\n"images": [')

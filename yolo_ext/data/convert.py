@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,20 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.data.check import image_probe, quote
+from yolo_ext.data.check import image_probe
 from yolo_ext.data.coco import scan_coco
-from yolo_ext.data.files import parallel, staged_folder
-from yolo_ext.data.records import Item, Size, Source
-from yolo_ext.data.split import by_folds, by_ratio, from_lists
-from yolo_ext.data.voc import scan_voc
-from yolo_ext.data.write import LEGAL, Options, Plan, Tally, write_lists, write_split
-from yolo_ext.data.yolo import scan_yolo
+from yolo_ext.data.formats import SPLITS, scan_voc, scan_yolo
+from yolo_ext.data.records import Item, Size, Source, parallel, quote, staged_folder
+from yolo_ext.data.write import Options, Plan, Tally, write_lists, write_split
 
+LEGAL = {
+    "format": ("voc", "coco", "yolo"),
+    "to": ("yolo", "voc", "coco"),
+    "task": ("detect", "segment"),
+    "difficult": ("keep", "skip"),
+    "broken": ("refuse", "skip"),
+    "files": ("link", "copy", "list"),
+}
 NOTES = {  # what may be changed or left out, and how it is told
     "clipped": "boxes clipped at the image border",
     "swapped": "boxes with swapped corners turned round",
@@ -155,11 +162,7 @@ def _listed(data: Source, o: Options) -> dict[str, list[str]]:
 
 
 def _probe(data: Source, used: Sequence[str]) -> tuple[dict[str, tuple[Size, int]], dict[str, set[str]], list[str]]:
-    """Read every image header and annotation.
-
-    Returns:
-        Size and orientation by id, classes by id, and what is broken.
-    """
+    """Read every image header and annotation; return size and orientation, and classes, by id, and what is broken."""
     items = [data.items.get(i) or Item(i, None, None) for i in used]
     found, kinds, problems = {}, {}, list(data.problems)
     for item, (probe, names, problem) in zip(items, parallel(partial(_probe_one, data), items, "Reading")):
@@ -221,3 +224,92 @@ def _report(s: Summary) -> None:
     for kind, counted in s.notes.items():
         named = [f"{i} ({n})" if n > 1 else i for i, n in counted.items()]
         LOGGER.warning(f"{sum(counted.values())} {NOTES[kind]}: {quote(named)}")
+
+
+def from_lists(
+    lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str] = ("train", "val")
+) -> dict[str, list[str]]:
+    """Return the image ids of each split of the lists in a dataset, named by `splits` (ours to theirs) or alike."""
+    splits = splits or {s: s for s in SPLITS if s in lists}
+    wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
+    if wrong or not set(needed) <= splits.keys():
+        raise UsageError(
+            f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, legal: "
+            f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}. Give e.g. train=trainval "
+            "val=test, or ratio=0.8,0.2."
+        )
+    chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
+    if empty := [splits[s] for s, members in chosen.items() if not members]:
+        raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
+    for a, b in combinations(chosen, 2):
+        shared = set(chosen[a]) & set(chosen[b])
+        if shared and {a, b} == {"train", "val"} and set(chosen[a]) == set(chosen[b]):
+            raise UsageError(
+                f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images, so validation would repeat "
+                f"the training set. Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2."
+            )
+        if shared:
+            LOGGER.warning(
+                f"{a} ('{splits[a]}') and {b} ('{splits[b]}') share {len(shared)} images, so accuracy will be "
+                f"overstated: {quote(sorted(shared))}"
+            )
+    return chosen
+
+
+def by_ratio(
+    ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> dict[str, list[str]]:
+    """Return a seeded random split by shares that sum to 1, the `classes` of each image spread alike if given."""
+    legal = {"train", "val"} <= ratios.keys() <= set(SPLITS) and all(r > 0 for r in ratios.values())
+    if not legal or abs(sum(ratios.values()) - 1) > 1e-6:
+        raise UsageError(f"Ratios {dict(ratios)} are not legal. Give positive shares that sum to 1, e.g. 0.8,0.2.")
+    names = [s for s in SPLITS if s in ratios]
+    chosen = dict(zip(names, deal(ids, [ratios[s] for s in names], seed, classes)))
+    if empty := [s for s, members in chosen.items() if not members]:
+        raise UsageError(
+            f"Ratios {dict(ratios)} leave {quote(empty)} empty with {len(ids)} images. Give a larger share."
+        )
+    return chosen
+
+
+def by_folds(
+    ids: Collection[str], folds: int, seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> list[dict[str, list[str]]]:
+    """Return `folds` seeded splits into train and val, in which every image is validated once."""
+    if not 2 <= folds <= len(ids):
+        raise UsageError(f"'folds={folds}' is illegal with {len(ids)} images. Legal: 2 to {max(len(ids), 2)}.")
+    parts = deal(ids, [1 / folds] * folds, seed, classes)
+    return [{"train": sorted(i for p in parts if p is not part for i in p), "val": part} for part in parts]
+
+
+def deal(
+    ids: Collection[str], shares: Sequence[float], seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> list[list[str]]:
+    """Return the sorted ids of parts of the given shares, which sum to 1, dealt at random or class by class.
+
+    Class by class follows iterative stratification (Sechidis et al., 2011): the rarest class comes first, and each
+    image goes to the part that lacks most images of that class. Every part keeps its share of all images.
+    """
+    order = sorted(ids)
+    random.Random(seed).shuffle(order)
+    stops = [round(sum(shares[: k + 1]) * len(order)) for k in range(len(shares))]
+    free = [stop - start for start, stop in zip([0, *stops], stops)]
+    if classes is None:
+        return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
+    members: dict[str, list[str]] = {}
+    for i in order:
+        for name in classes.get(i, ()):
+            members.setdefault(name, []).append(i)
+    rarest = sorted(members, key=lambda name: (len(members[name]), name))
+    lack = [Counter({name: share * len(members[name]) for name in rarest}) for share in shares]  # type: ignore[misc]
+    parts: list[list[str]] = [[] for _ in shares]
+    done: set[str] = set()
+    for i, name in [(i, n) for n in rarest for i in members[n]] + [(i, "") for i in order]:
+        if i in done:
+            continue
+        done.add(i)
+        k = max((k for k, n in enumerate(free) if n), key=lambda k: (lack[k][name], free[k]))
+        parts[k].append(i)
+        free[k] -= 1
+        lack[k].subtract(classes.get(i, ()))
+    return [sorted(part) for part in parts]

@@ -7,9 +7,9 @@ Labels, previews and the review sheet come from it, so a second run predicts not
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,9 @@ from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data import check
-from yolo_ext.data.files import link_or_copy
-from yolo_ext.data.label_formats import FORMATS, Format, Names, Store, coco_store, file_store
-from yolo_ext.data.records import class_names
+from yolo_ext.data.check import attempt, image_size, jpeg_is_whole
+from yolo_ext.data.records import class_names, is_image, link_or_copy, list_images
+from yolo_ext.data.write import FORMATS, Format, Names, Store, coco_store, file_store
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"
@@ -85,15 +84,15 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
     Raises:
         UsageError: There are no images, or `out` lies inside the source folder.
     """
-    sources = list(source) if isinstance(source, (list, tuple)) else [source]
-    found = [_expand(str(s)) for s in sources]
-    files = sorted({f for _, part in found for f in part})
+    sources = [Path(str(s)).absolute() for s in (source if isinstance(source, (list, tuple)) else [source])]
+    sources = [s.resolve() if s.is_dir() else s for s in sources]
+    files = sorted({f.absolute() for f in list_images(sources)})
     if not files:
         raise UsageError(f"No images in '{source}'. Legal: {', '.join(sorted(IMG_FORMATS))}.")
-    roots = {root for root, _ in found if root} or {f.parent for f in files}
+    roots = {root for s in sources if (root := _start(s))} or {f.parent for f in files}
     root = Path(os.path.commonpath([*roots, *(f.parent for f in files)]))
     within = out != root and out.is_relative_to(root)
-    if within and any(Path(str(s)).is_dir() for s in sources):
+    if within and any(s.is_dir() for s in sources):
         raise UsageError(
             f"Output folder '{out}' lies inside the source '{root}'. Give one outside it, or "
             f"out={root} itself to write into the source."
@@ -105,23 +104,14 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
     return root, images
 
 
-def _expand(source: str) -> tuple[Path | None, list[Path]]:
-    """Return the folder where a source starts, where that is plain, and its image files."""
-    path = Path(source).absolute()
-    try:
-        if path.is_dir():
-            return (path := path.resolve()), check.list_images(path)
-        if path.is_file() and path.suffix == ".txt":
-            return None, [f.absolute() for f in check.list_images(path)]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"Source '{source}' cannot be read ({e}). Give images, a folder, a glob or a list.") from e
-    if path.is_file():
-        return path.parent, [path] if path.suffix[1:].lower() in IMG_FORMATS else []
-    files = [Path(f) for f in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    if not files:
-        raise UsageError(f"Source '{source}' does not exist. Give an image, a folder, a glob or a text file of paths.")
-    fixed = Path(str(path)[: min(i for c in "*?[" if (i := str(path).find(c)) >= 0)])
-    return fixed if fixed.is_dir() else fixed.parent, [f for f in files if f.suffix[1:].lower() in IMG_FORMATS]
+def _start(source: Path) -> Path | None:
+    """Return the folder where a source starts, None for a text file of paths."""
+    if source.is_dir():
+        return source
+    if source.is_file():
+        return source.parent if is_image(source) else None
+    fixed = Path(re.split(r"[*?[]", str(source))[0])
+    return fixed if fixed.is_dir() else fixed.parent
 
 
 def label_images(
@@ -189,7 +179,7 @@ def label_images(
 def _label(job: _Job, name: str, path: Path) -> None:
     """Label one image, from the journal where it was seen before."""
     existing = job.store.read(name)
-    stat, problem = check.attempt(Path.stat, path)
+    stat, problem = attempt(Path.stat, path)
     if stat is None:
         job.done.skipped[name] = problem
         return
@@ -200,7 +190,7 @@ def _label(job: _Job, name: str, path: Path) -> None:
         if existing is not None and not job.overwrite:
             job.done.kept.append(name)
             return
-        image, problem = check.attempt(read_image, path)
+        image, problem = attempt(read_image, path)
         if image is None:
             job.done.skipped[name] = problem
             return
@@ -226,12 +216,8 @@ def _label(job: _Job, name: str, path: Path) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Return an image (H, W, 3), BGR, upright, as the predictor sees it; the file is not touched and nothing fetched.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
-    check.image_size(path)
+    """Return an image (H, W, 3), BGR, upright, as the predictor sees it, or raise ValueError; nothing is fetched."""
+    image_size(path)
     try:
         image = imread(path)
     except cv2.error as e:
@@ -262,7 +248,7 @@ def _put(source: Path, target: Path, link: bool) -> None:
     part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
         # Ultralytics rewrites a JPEG that is not whole at training; a link would let that reach the source
-        link_or_copy(source, part, link=link and check.jpeg_is_whole(source))
+        link_or_copy(source, part, link=link and jpeg_is_whole(source))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -325,6 +311,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _journal_text(settings: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """Return the journal: a line of settings, then the records sorted by image."""
     return "".join(json.dumps(line) + "\n" for line in (settings, *(known[k] for k in sorted(known))))
 
 

@@ -1,54 +1,60 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What every dataset format is read into and written from: images, and objects in pixels."""
+"""What every dataset format is read into and written from, images with objects in pixels, and the files that hold them.
+
+Files come by the hundred thousand: they are found without endless links, worked on in parallel, and written whole or
+not at all.
+"""
 
 from __future__ import annotations
 
+import glob
 import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
+
+from ultralytics.data.utils import IMG_FORMATS
+from ultralytics.utils import NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError
 
+T = TypeVar("T")
+R = TypeVar("R")
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 Point = Callable[[float, float], tuple[float, float]]
+MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
+SHOWN = 5  # problems quoted in one message
+_task: tuple[Callable[[Any], Any], Sequence[Any]]
 
 
 class Object(NamedTuple):
-    """One object of an image.
+    """One object of an image, in pixels counted from 0."""
 
-    Attributes:
-        name: Class name.
-        box: (xmin, ymin, xmax, ymax) in pixels, counted from 0.
-        polygons: Outlines, each x1, y1, x2, y2, ... in pixels.
-        difficult: VOC flag: left out of the evaluation.
-        truncated: VOC flag: goes on outside the image.
-        row: The YOLO label row behind its class, to be written as it was read.
-    """
-
-    name: str
-    box: Box
-    polygons: tuple[tuple[float, ...], ...] = ()
-    difficult: bool = False
-    truncated: bool = False
-    row: str = ""
+    name: str  # of its class
+    box: Box  # xmin, ymin, xmax, ymax
+    polygons: tuple[tuple[float, ...], ...] = ()  # outlines, each x1, y1, x2, y2, ...
+    difficult: bool = False  # VOC flag: left out of the evaluation
+    truncated: bool = False  # VOC flag: goes on outside the image
+    row: str = ""  # the YOLO label row behind its class, to be written as it was read
 
 
 class Annotation(NamedTuple):
-    """The annotation of one image.
+    """The annotation of one image."""
 
-    Attributes:
-        size: (width, height) in pixels that the objects refer to, or None where the source does not say.
-        objects: All objects.
-        crowds: How many crowd regions, which are no single objects, were left out.
-    """
-
-    size: tuple[float, float] | None = None
+    size: tuple[float, float] | None = None  # (width, height) that the objects refer to, where the source says it
     objects: tuple[Object, ...] = ()
-    crowds: int = 0
+    crowds: int = 0  # crowd regions, which are no single objects, that were left out
 
 
 class Item(NamedTuple):
@@ -61,36 +67,19 @@ class Item(NamedTuple):
 
 @dataclass
 class Source:
-    """A dataset that was found but not yet read.
+    """A dataset that was found but not yet read."""
 
-    Attributes:
-        items: Images by id.
-        read: Annotation of an item whose image has the given size in pixels; raises ValueError where it is broken.
-        annotated: Ids to be split where there are no lists.
-        lists: Ids by name of a split or list.
-        names: Class names in label order, None where they are found by reading.
-        extra: Keys of a data.yaml to be kept.
-        problems: What is wrong already.
-    """
-
-    items: dict[str, Item]
-    read: Callable[[Item, Size], Annotation]
-    annotated: Collection[str]
-    lists: dict[str, list[str]] = field(default_factory=dict)
-    names: list[str] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    items: dict[str, Item]  # by id
+    read: Callable[[Item, Size], Annotation]  # of an image of that size; raises ValueError where it is broken
+    annotated: Collection[str]  # ids to be split where there are no lists
+    lists: dict[str, list[str]] = field(default_factory=dict)  # ids by name of a split or list
+    names: list[str] | None = None  # classes in label order, None where they are found by reading
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a data.yaml to be kept
+    problems: list[str] = field(default_factory=list)  # what is wrong already
 
 
 def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], dict[str, list[str]], list[str]]:
-    """Give images of several splits ids that differ.
-
-    Args:
-        files: (wanted id, image) by split.
-
-    Returns:
-        Image by id, ids by split, and what is wrong: two images of one split with the same id would share a label.
-    """
+    """Return image by id, ids by split and clashes within a split, from the (wanted id, image) of each split."""
     owner: dict[str, Path] = {}
     clash = any(owner.setdefault(i, f) != f for members in files.values() for i, f in members)
     images: dict[str, Path] = {}
@@ -106,15 +95,10 @@ def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path
 
 
 def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list[Object], Counter[str]]:
-    """Bring objects into the pixels of the image as training sees it, upright and cut at its border.
+    """Bring objects into the pixels of the upright image of (width, height) `size`, cut at its border.
 
-    Args:
-        annotation: Objects as annotated.
-        size: (width, height) of the upright image in pixels.
-        orientation: EXIF orientation; an annotation made on the stored pixels of a turned photo is turned with it.
-
-    Returns:
-        Objects that have an area, and how many were clipped, swapped, degenerate, resized, rotated or crowds.
+    An annotation made on the stored pixels of a photo that its EXIF orientation turns is turned with it. Returned are
+    the objects that have an area, and how many were clipped, swapped, degenerate, resized, rotated or crowds.
     """
     tally = Counter({"crowd": annotation.crowds}) if annotation.crowds else Counter()
     w, h = annotation.size or size
@@ -135,8 +119,7 @@ def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list
             tally["degenerate"] += 1
             continue
         tally["clipped"] += any(abs(a - b) > 1e-5 * max(size) for a, b in zip(box, whole))  # six digits were rounded
-        polygons = tuple(_outline(p, move, size) for p in o.polygons)
-        objects.append(o._replace(box=box, polygons=polygons))
+        objects.append(o._replace(box=box, polygons=tuple(_outline(p, move, size) for p in o.polygons)))
     return objects, tally
 
 
@@ -152,13 +135,141 @@ def finite(values: Collection[float]) -> bool:
 
 
 def class_names(given: Any) -> list[str]:
-    """Return class names of a data.yaml's `names`, a list or numbers from 0 to names.
-
-    Raises:
-        UsageError: It is neither.
-    """
+    """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
     if isinstance(given, dict) and sorted(given) == list(range(len(given))):
         given = [given[i] for i in range(len(given))]
     if not isinstance(given, list) or not given:
         raise UsageError(f"Class names '{given}' are illegal. Legal: a list, or one name for each number from 0.")
     return [str(n) for n in given]
+
+
+def quote(items: Sequence[object], shown: int = SHOWN) -> str:
+    """Return the first items as text, followed by how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(map(str, items[:shown])) + more
+
+
+def list_images(source: Any) -> list[Path]:
+    """Return the images of an image file, folder, glob or text file of paths, each sorted, or of a list of such.
+
+    Raises:
+        UsageError: One of them does not exist or cannot be read, or a folder holds a link back to itself.
+    """
+    if isinstance(source, (list, tuple)):
+        return [image for s in source for image in list_images(s)]
+    path = Path(str(source))
+    try:
+        if path.is_dir():
+            return walk_files(path, IMG_FORMATS)
+        if path.is_file():
+            files = [path] if is_image(path) else _listed(path)
+        else:
+            files = [Path(f) for f in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"'{source}' cannot be read ({e}). Give images, a folder, a glob or a text file.") from e
+    if not files and not path.is_file():
+        raise UsageError(
+            f"Cannot find '{source}', which does not exist. Give an image, a folder, a glob or a text file of paths."
+        )
+    return sorted(filter(is_image, files))
+
+
+def is_image(file: Path) -> bool:
+    """Return whether a file is called like an image that Ultralytics reads."""
+    return file.suffix[1:].lower() in IMG_FORMATS
+
+
+def _listed(file: Path) -> list[Path]:
+    """Return the paths in a text file, those that begin with ``./`` from its own folder, as Ultralytics reads them."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    return [file.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
+
+
+def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the sorted regular files below a folder, hidden ones left out and linked folders followed.
+
+    Args:
+        folder: Folder to walk.
+        suffixes: Wanted endings in lower case, without the dot.
+
+    Raises:
+        UsageError: A link leads back to a folder above it, which Ultralytics would follow over and over.
+    """
+    found: list[Path] = []
+    stack: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]
+    while stack:
+        path, above = stack.pop()
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                file, link = Path(entry.path), entry.is_symlink()
+                if file.is_dir() if link else entry.is_dir():
+                    real = os.path.realpath(file)
+                    if real in above:
+                        raise UsageError(f"'{file}' links back to its own parent '{real}'. Remove the link.")
+                    stack.append((entry.path, (*above, real)))
+                    continue
+                wanted = entry.name.rpartition(".")[2].lower() in suffixes
+                if wanted and ((file.is_file() or not file.exists()) if link else entry.is_file()):
+                    found.append(file)  # dead links too, to be named as unreadable, but no pipe, which would block
+    return sorted(found)
+
+
+def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[R]:
+    """Yield `work(item)` of every item, in order and with a progress bar called `text`.
+
+    Many items go to processes where the system forks them, which saves pickling the work, but the work must not touch
+    torch there, whose threads do not survive a fork; all else goes to threads.
+    """
+    if len(items) < MANY or sys.platform != "linux":
+        with ThreadPool(NUM_THREADS) as pool:
+            yield from TQDM(pool.imap(work, items), text, len(items))
+        return
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(len(os.sched_getaffinity(0)), _start, (work, items)) as processes:
+        yield from TQDM(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))
+
+
+def _start(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    """Keep the work in a new process, and leave Ctrl-C to the parent."""
+    global _task
+    _task = work, items
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _call(index: int) -> Any:
+    """Return the work done on one item of the process's task."""
+    work, items = _task
+    return work(items[index])
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside `out` that becomes `out`, or replaces it, on success and vanishes on failure."""
+    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if out.exists():
+            old = stage.with_suffix(".old")
+            out.rename(old)
+            stage.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            stage.rename(out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path, link: bool = True) -> None:
+    """Hard-link a file, or copy it where the file system cannot link or `link` is False."""
+    if link:
+        try:
+            os.link(os.path.realpath(source), target)
+            return
+        except FileExistsError:  # another image has this name: nothing may be lost
+            raise
+        except OSError:
+            pass
+    shutil.copy2(source, target)

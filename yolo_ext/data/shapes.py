@@ -11,7 +11,7 @@ import numpy as np
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.files import staged_folder
+from yolo_ext.data.records import staged_folder
 
 NAMES = ("circle", "square", "triangle")
 MARK = "shapes.json"  # says which parameters made a folder, and that it is ours to replace

@@ -1,25 +1,32 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Summarise a YOLO dataset: classes, box sizes, duplicates, leaks between splits, broken files."""
+"""Summarise a YOLO dataset: classes, box sizes, duplicates, leaks between splits, broken files.
+
+Images are the same byte by byte, or nearly the same to the eye.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import image_probe, quote
-from yolo_ext.data.duplicates import NEAR, fingerprint, near_pairs, same
-from yolo_ext.data.files import parallel
-from yolo_ext.data.records import Item, Source
-from yolo_ext.data.yolo import scan_yolo
+from yolo_ext.data.check import image_probe, open_image
+from yolo_ext.data.formats import scan_yolo
+from yolo_ext.data.records import Item, Source, parallel, quote
 
+BITS = 256
+NEAR = 10  # bits of the fingerprint that may differ
 AREAS = {"small": 32**2, "medium": 96**2, "large": math.inf}  # square pixels, as COCO counts
 KINDS = {  # what is wrong with a file, and how it is told
     "broken": "images cannot be read",
@@ -29,21 +36,13 @@ KINDS = {  # what is wrong with a file, and how it is told
 
 
 class Seen(NamedTuple):
-    """What was seen in one image and its label file.
+    """What was seen in one image and its label file."""
 
-    Attributes:
-        key: Hash of the file.
-        print: Fingerprint of the picture.
-        problem: (kind of `KINDS`, text), or None.
-        label: `labels`, `empty` or `absent`.
-        boxes: Count by (class, area name, power of two of the side in pixels).
-    """
-
-    key: bytes = b""
-    print: int = 0
-    problem: tuple[str, str] | None = None
-    label: str = "absent"
-    boxes: Mapping[tuple[str, str, int], int] = {}
+    key: bytes = b""  # hash of the file
+    print: int = 0  # fingerprint of the picture
+    problem: tuple[str, str] | None = None  # (kind of `KINDS`, text)
+    label: str = "absent"  # or `labels` or `empty`
+    boxes: Mapping[tuple[str, str, int], int] = {}  # by (class, area name, power of two of the side in pixels)
 
 
 def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
@@ -159,4 +158,50 @@ def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[s
 
 
 def _files(source: Source, *ids: str) -> list[str]:
+    """Return the image files of ids."""
     return [str(source.items[i].image) for i in ids]
+
+
+def fingerprint(file: Path) -> tuple[bytes, int]:
+    """Return a hash of an image's bytes, and 256 bits that say where its picture gets brighter to the right (dHash).
+
+    Raises:
+        ValueError: The picture cannot be decoded.
+    """
+    raw = file.read_bytes()
+    try:
+        with open_image(BytesIO(raw)) as im:
+            im.draft("L", (64, 64))  # JPEG: decode to an eighth
+            deep = im.mode.startswith("I") or im.mode == "F"
+            gray = im.convert("I").convert("F") if deep else im.convert("L")
+            small = np.asarray(gray.resize((17, 16), Image.Resampling.BOX))
+    except Exception as e:  # PIL raises many kinds
+        raise ValueError(f"cannot be decoded ({e})") from e
+    bits = np.packbits(small[:, 1:] > small[:, :-1])
+    return hashlib.blake2b(raw, digest_size=16).digest(), int.from_bytes(bits.tobytes(), "big")
+
+
+def same(keys: Mapping[str, Hashable]) -> list[list[str]]:
+    """Return the groups of names with the same key."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def near_pairs(prints: Iterable[int], limit: int = NEAR) -> list[tuple[int, int]]:
+    """Return the pairs of different fingerprints of 256 bits of which at most `limit` bits differ.
+
+    The bits are cut into `limit` + 1 bands; a pair within the limit has at least one band in common, so that only
+    those are compared.
+    """
+    distinct = sorted(set(prints))
+    width = -(-BITS // (limit + 1))
+    found: set[tuple[int, int]] = set()
+    for start in range(0, BITS, width):
+        bands: dict[int, list[int]] = {}
+        for p in distinct:
+            bands.setdefault(p >> start & (1 << width) - 1, []).append(p)
+        for members in bands.values():
+            found.update((a, b) for a, b in combinations(members, 2) if (a ^ b).bit_count() <= limit)
+    return sorted(found)

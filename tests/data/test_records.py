@@ -12,8 +12,8 @@ import time
 import pytest
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data import files
-from yolo_ext.data.files import link_or_copy, parallel, staged_folder, walk_files
+from yolo_ext.data import records
+from yolo_ext.data.records import link_or_copy, list_images, parallel, quote, staged_folder, walk_files
 
 
 def test_walk(tmp_path):
@@ -25,6 +25,26 @@ def test_walk(tmp_path):
     (tmp_path / "dead.jpg").symlink_to(tmp_path / "none")
     found = [p.relative_to(tmp_path).as_posix() for p in walk_files(tmp_path, {"jpg", "png"})]
     assert found == ["b.JPG", "dead.jpg", "linked/a.png", "sub/a.png", "x.jpg/d.png"]
+
+
+def test_list_images(tmp_path):
+    for name in ("b.JPG", "sub/a.png", ".hidden/c.jpg", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in list_images(tmp_path)] == ["b.JPG", "a.png"]
+    (tmp_path / "list.txt").write_text("\ufeff./b.JPG\nsub/x.md\n\n")
+    assert list_images([tmp_path / "list.txt"]) == [tmp_path / "b.JPG"]
+    assert list_images([f"{tmp_path}/*/*.png", tmp_path / "b.JPG"]) == [tmp_path / "sub/a.png", tmp_path / "b.JPG"]
+    with pytest.raises(UsageError, match=r"Cannot find .*none"):
+        list_images(tmp_path / "none")
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(UsageError, match="cannot be read"):
+        list_images(tmp_path / "list.txt")
+
+
+def test_quote():
+    assert quote(["a", "b"]) == "a, b"
+    assert quote(list("abcdefg")) == "a, b, c, d, e and 2 more"
 
 
 @pytest.mark.timeout(10)
@@ -40,7 +60,7 @@ def test_loops_are_refused(tmp_path, links):
 
 @pytest.mark.parametrize("many", [False, True], ids=["threads", "processes"])
 def test_parallel_keeps_order_and_errors(monkeypatch, many):
-    monkeypatch.setattr(files, "MANY", 10 if many else 1000)
+    monkeypatch.setattr(records, "MANY", 10 if many else 1000)
     offset = 1
     assert list(parallel(lambda x: x + offset, range(200), "Counting")) == list(range(1, 201))
     pids = set(parallel(lambda x: time.sleep(0.002) or os.getpid(), range(100), "Asking"))
@@ -65,15 +85,15 @@ def test_staged_folder_and_links(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from yolo_ext.data import convert, files
-files.MANY = 10
-real = convert.write_split.__globals__["_write_one"]
+from yolo_ext.data import convert, records, write
+records.MANY = 10
+real = write._write_one
 def slow(*a):
     time.sleep(0.05)
     return real(*a)
-convert.write_split.__globals__["_write_one"] = slow
+write._write_one = slow
 print("ready", flush=True)
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), format="voc")
+convert(Path(sys.argv[1]), Path(sys.argv[2]), format="voc")
 """
 
 

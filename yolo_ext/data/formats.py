@@ -1,0 +1,285 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The formats Pascal VOC and YOLO: how their datasets are found and read, and how one annotation is written.
+
+VOC has an XML file for each image and lists of images in ImageSets/Main; YOLO has a data.yaml, images in `images`
+folders and a text file of labels for each.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import ParseError
+from xml.sax.saxutils import escape
+
+import numpy as np
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import fromstring
+from ultralytics.data.converter import merge_multi_segment
+from ultralytics.data.utils import IMG_FORMATS, img2label_paths
+from ultralytics.utils import DATASETS_DIR
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.data.check import check_label, label_rows, load_yaml, pose_columns
+from yolo_ext.data.records import (
+    Annotation,
+    Item,
+    Object,
+    Size,
+    Source,
+    class_names,
+    finite,
+    list_images,
+    unique_ids,
+    walk_files,
+)
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SPLITS = ("train", "val", "test")
+KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, when it is split
+
+
+def scan_voc(source: Path) -> Source:
+    """Find the images, annotations and lists of a VOC folder, also in nested folders.
+
+    An annotation belongs to the image with the same path below its folder, else to the only image with its name.
+
+    Args:
+        source: Folder with Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt.
+
+    Raises:
+        UsageError: There are no annotations or no image folder.
+    """
+    labels, listed = source / "Annotations", source / "ImageSets/Main"
+    if not labels.is_dir():
+        raise UsageError(f"'{source}' is not a VOC folder: it has no 'Annotations'. Give the folder that holds it.")
+    folder = next((source / n for n in ("JPEGImages", "images", "Images") if (source / n).is_dir()), None)
+    if folder is None:
+        raise UsageError(f"'{source}' has no image folder. Legal names: JPEGImages, images.")
+    images: dict[str, Path] = {}
+    by_name: dict[str, list[str]] = {}
+    problems = []
+    for file in walk_files(folder, IMG_FORMATS):
+        i = file.relative_to(folder).with_suffix("").as_posix()
+        if i in images:
+            problems.append(f"{images[i].name} and {file.name} have the same id")
+            continue
+        images[i] = file
+        by_name.setdefault(file.stem, []).append(i)
+    items = {i: Item(i, file, None) for i, file in images.items()}
+    annotated = set()
+    for file in walk_files(labels, {"xml"}):  # the path is the id: <filename> is often stale
+        i = file.relative_to(labels).with_suffix("").as_posix()
+        if i not in images and len(by_name.get(file.stem, ())) == 1:
+            i = by_name[file.stem][0]
+        if i in annotated:
+            problems.append(f"{items[i].label} and {file} annotate the same image")
+        items[i] = Item(i, images.get(i), file)
+        annotated.add(i)
+    if not annotated:
+        raise UsageError(f"'{labels}' holds no XML files. Give the folder of a VOC dataset.")
+    files = walk_files(listed, {"txt"}) if listed.is_dir() else []
+    lists = {f.stem: _read_list(f, items, by_name) for f in files}
+    return Source(items, _read_voc_item, annotated, lists, problems=problems)
+
+
+def _read_voc_item(item: Item, size: Size) -> Annotation:
+    """Read the annotation of an item; one without a file is background."""
+    return read_voc(item.label) if item.label else Annotation()
+
+
+def read_voc(file: Path) -> Annotation:
+    """Read one VOC annotation file.
+
+    Raises:
+        ValueError: The file is not XML, holds a document type, or an object lacks its name or box.
+    """
+    try:
+        root = fromstring(file.read_bytes(), forbid_dtd=True)
+    except DefusedXmlException as e:  # entities can expand to gigabytes or read other files; no VOC tool writes them
+        raise ValueError("holds a document type declaration, which is refused") from e
+    except (ParseError, LookupError) as e:
+        raise ValueError(f"is not valid XML ({e})") from e
+    size = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    objects = []
+    for i, node in enumerate(root.iterfind("object"), 1):
+        name = (node.findtext("name") or "").strip()
+        corners = node.find("bndbox")
+        box = tuple(_number(corners.findtext(k)) for k in CORNERS) if corners is not None else (math.nan,)
+        if not name or not finite(box):
+            raise ValueError(f"has no name or no complete box in object {i}")
+        flags = {k: _number(node.findtext(k)) > 0 for k in ("difficult", "truncated")}
+        objects.append(Object(name, box, **flags))  # type: ignore[arg-type]
+    known = finite(size) and min(size) > 0
+    return Annotation(size if known else None, tuple(objects))  # type: ignore[arg-type]
+
+
+def _number(text: str | None) -> float:
+    """Return text as a number, NaN where it is none."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def _read_list(file: Path, items: Collection[str], by_name: dict[str, list[str]]) -> list[str]:
+    """Return the image ids of an ImageSets list, without the flags of per-class lists and without file suffixes."""
+    members: dict[str, None] = {}
+    for line in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
+        if line and line not in items:
+            line = re.sub(r"\s+(-1|0|1)$", "", line)
+        stem, _, suffix = line.rpartition(".")
+        i = stem if line not in items and suffix.lower() in IMG_FORMATS else line
+        alone = by_name.get(i.rpartition("/")[2], ())
+        members[alone[0] if i not in items and len(alone) == 1 else i] = None
+    members.pop("", None)
+    return list(members)
+
+
+def voc_text(image: str, size: Size, objects: Sequence[Object]) -> str:
+    """Return the VOC annotation of an image file of (width, height) in whole pixels, which most VOC readers expect."""
+    lines = [
+        "<annotation>",
+        f"  <filename>{escape(image)}</filename>",
+        f"  <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>",
+        "  <segmented>0</segmented>",
+    ]
+    for o in objects:
+        (x0, x1), (y0, y1) = (_whole(o.box[k], o.box[k + 2], size[k]) for k in (0, 1))
+        corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(CORNERS, (x0, y0, x1, y1)))
+        lines += [
+            "  <object>",
+            f"    <name>{escape(o.name)}</name>",
+            f"    <pose>Unspecified</pose><truncated>{o.truncated:d}</truncated><difficult>{o.difficult:d}</difficult>",
+            f"    <bndbox>{corners}</bndbox>",
+            "  </object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def _whole(low: float, high: float, side: int) -> tuple[int, int]:
+    """Return both ends of a side in whole pixels, at least one apart."""
+    if round(low) < round(high):
+        return round(low), round(high)
+    start = min(int(low), side - 1)
+    return start, start + 1
+
+
+def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
+    """Find the images and splits of a YOLO dataset.
+
+    Args:
+        source: data.yaml, a folder with one, or a folder with images/, labels/ and maybe classes.txt.
+        classes: Class names where the source has none.
+
+    Raises:
+        UsageError: There are no images or no class names, or a path of the data.yaml does not exist.
+    """
+    yamls = [source] if source.is_file() else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    if len(yamls) > 1:
+        raise UsageError(f"'{source}' holds {len(yamls)} YAML files. Give source= one of them.")
+    content = _load(yamls[0]) if yamls else {}
+    folders = _split_folders(content, yamls[0]) if yamls else _plain_folders(source)
+    images, lists, problems = unique_ids({split: _with_ids(where) for split, where in folders.items()})
+    if not images:
+        raise UsageError(f"'{source}' holds no images. Give a data.yaml, or a folder with images/ and labels/.")
+    names = class_names(content["names"]) if yamls else _plain_names(source, classes)
+    labels = map(Path, img2label_paths([*map(str, images.values())]))
+    items = {i: Item(i, image, label) for (i, image), label in zip(images.items(), labels)}
+    extra = {k: content[k] for k in KEPT if k in content}
+    columns = pose_columns(extra, str(source)) if "kpt_shape" in extra else 0
+    read = partial(_read_yolo_item, names=names, columns=columns)
+    return Source(items, read, images.keys(), lists, names, extra, problems)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """Return a data.yaml that names classes and at least one split."""
+    content = load_yaml(file)
+    if not isinstance(content, dict) or not content.get("names") or not any(content.get(s) for s in SPLITS):
+        raise UsageError(f"Data file '{file}' needs names, and an image folder for train, val or test.")
+    return content
+
+
+def _split_folders(content: Mapping[str, Any], file: Path) -> dict[str, list[Path]]:
+    """Return the folders and list files of each split, resolved as Ultralytics does."""
+    root = Path(content.get("path") or file.parent)
+    if not root.is_absolute():
+        root = next((r for r in (Path.cwd() / root, DATASETS_DIR / root) if r.exists()), file.parent / root)
+    folders = {}
+    for split in SPLITS:
+        given = content.get(split) or []
+        paths = [root / g for g in ([given] if isinstance(given, str) else given)]
+        if missing := [p for p in paths if not p.exists()]:
+            raise UsageError(f"Split '{split}' of '{file}' points to '{missing[0]}', which does not exist.")
+        if paths:
+            folders[split] = [p.resolve() for p in paths]
+    return folders
+
+
+def _plain_folders(source: Path) -> dict[str, list[Path]]:
+    """Return the image folders of a dataset without data.yaml: images/<split>, or images alone."""
+    folder = source / "images"
+    if not folder.is_dir():
+        raise UsageError(f"'{source}' is no YOLO dataset. Give a data.yaml, or a folder with images/ and labels/.")
+    splits = {s: [folder / s] for s in SPLITS if (folder / s).is_dir()}
+    return splits or {"train": [folder]}
+
+
+def _plain_names(source: Path, classes: Sequence[str] | None) -> list[str]:
+    """Return the class names of a dataset without data.yaml."""
+    file = next((f for f in (source / "classes.txt", source / "labels/classes.txt") if f.is_file()), None)
+    if classes:
+        return list(classes)
+    if file is None:
+        raise UsageError(f"'{source}' has neither data.yaml nor classes.txt. Give classes=a,b in label order.")
+    return [n for n in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()) if n]
+
+
+def _with_ids(where: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Return images with their path below the folder, or below `images` for those of a list file."""
+    found = []
+    for path in where:
+        for file in list_images(path):
+            parts = (file.relative_to(path) if path.is_dir() else file).with_suffix("").as_posix()
+            below = parts.rpartition("/images/")[2] if "/images/" in parts else file.stem
+            found.append((parts if path.is_dir() else below, file))
+    return found
+
+
+def _read_yolo_item(item: Item, size: Size, names: Sequence[str], columns: int) -> Annotation:
+    """Read a YOLO label file; a missing one means background, as in training."""
+    if item.label is None or not item.label.is_file():
+        return Annotation()
+    try:
+        check_label(item.label, len(names), columns)
+    except ArithmeticError as e:
+        raise ValueError(f"has a label outside the image: {e}") from e
+    return Annotation(objects=tuple(_yolo_object(row, size, names, columns) for row in label_rows(item.label)))
+
+
+def _yolo_object(row: Sequence[str], size: Size, names: Sequence[str], columns: int) -> Object:
+    """Return the object of a YOLO label row; of a pose the box."""
+    cls, *values = map(float, row)
+    name, text = names[int(cls)], " ".join(row[1:])
+    if columns or len(row) == 5:
+        x, y, w, h = (v * s for v, s in zip(values, (*size, *size)))
+        return Object(name, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), row=text)
+    polygon = tuple(v * s for v, s in zip(values, size * (len(values) // 2)))
+    xs, ys = polygon[::2], polygon[1::2]
+    return Object(name, (min(xs), min(ys), max(xs), max(ys)), (polygon,), row=text)
+
+
+def yolo_row(o: Object, index: int, size: Size, task: str) -> str:
+    """Return the label row of an object inside an image of (width, height), a polygon for the task `segment`."""
+    if o.row:
+        return f"{index} {o.row}"
+    if task == "segment":
+        parts = merge_multi_segment([*o.polygons]) if len(o.polygons) > 1 else [np.reshape(o.polygons[0], (-1, 2))]
+        return f"{index} " + " ".join(f"{v:.6f}" for v in (np.concatenate(parts) / size).ravel())
+    x0, y0, x1, y1 = o.box
+    w, h = size
+    return f"{index} {(x0 + x1) / 2 / w:.6f} {(y0 + y1) / 2 / h:.6f} {(x1 - x0) / w:.6f} {(y1 - y0) / h:.6f}"
