@@ -16,7 +16,7 @@ from ultralytics.data.utils import verify_image_label
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_data, check_label, image_size
+from yolo_ext.data.check import check_data, check_label, image_probe
 from yolo_ext.data.convert import convert
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
@@ -228,14 +228,14 @@ def test_classification_folder(tmp_path):
 def test_bad_image(tmp_path, content, expected):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=expected):
-        image_size(tmp_path / "a.jpg")
+        image_probe(tmp_path / "a.jpg")
 
 
-def test_image_size_follows_exif(tmp_path):
+def test_image_probe_follows_exif(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (48, 32)).save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(tmp_path / "a.jpg") == (32, 48)
+    assert image_probe(tmp_path / "a.jpg")[0] == (32, 48)
 
 
 @pytest.mark.bccd

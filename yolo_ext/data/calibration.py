@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.data.augment import CenterCrop, LetterBox
-from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import list_images
+from yolo_ext.stock.data import IMG_FORMATS, CenterCrop, LetterBox
 
 USUAL = 300  # images; TensorRT and Ultralytics advise as many
 

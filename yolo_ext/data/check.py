@@ -4,31 +4,28 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
-from ultralytics.data.utils import (
+from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML
+from ultralytics.utils.checks import check_file
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.data.records import jpeg_is_whole, list_images, quote
+from yolo_ext.stock.data import (
     IMG_FORMATS,
     check_cls_dataset,
     check_det_dataset,
     exif_size,
     find_dataset_yaml,
     img2label_paths,
+    open_image,
 )
-from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML, patches
-from ultralytics.utils.checks import check_file
-
-from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import list_images, quote
 
 T = TypeVar("T")
-# Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
-open_image = getattr(patches, "_image_open", Image.open)
 
 
 def check_data(
@@ -60,11 +57,6 @@ def check_data(
     return info
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """Return the (width, height) in pixels as `image_probe` does."""
-    return image_probe(file)[0]
-
-
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
     """Return the (width, height) in pixels that training will see, after EXIF rotation, and the EXIF orientation or 1.
 
@@ -86,15 +78,6 @@ def image_probe(file: Path) -> tuple[tuple[int, int], int]:
     if min(size) < 10:
         raise ValueError(f"size {size[0]}x{size[1]} is below 10 pixels")
     return size, orientation
-
-
-def jpeg_is_whole(file: Path) -> bool:
-    """Return False for a JPEG that does not end with its end marker: Ultralytics would rewrite it, or skip it."""
-    with file.open("rb") as f:
-        if f.read(2) != b"\xff\xd8":
-            return True
-        f.seek(-2, os.SEEK_END)
-        return f.read() == b"\xff\xd9"
 
 
 def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
@@ -198,7 +181,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
         formats = ", ".join(sorted(IMG_FORMATS))
         raise UsageError(f"Split '{split}' of '{data}' holds no images: {info[split]}. Legal formats: {formats}.")
     with ThreadPool(NUM_THREADS) as pool:
-        results = pool.imap(lambda file: attempt(image_size, file)[1], images)
+        results = pool.imap(lambda file: attempt(image_probe, file)[1], images)
         found = list(TQDM(results, f"Checking {split}", len(images), disable=len(images) < 2000))
     bad = [f"{f} ({why})" for f, why in zip(images, found) if why]
     if len(bad) == len(images):
@@ -211,7 +194,9 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
 def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
     """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
     files = [Path(p) for p in img2label_paths([*map(str, images)])]
-    rows, wrong, outside, kept = 0, [], [], []
+    rows, kept = 0, []
+    wrong: list[str] = []
+    outside: list[str] = []
     for image, file in zip(images, files):
         try:
             rows += check_label(file, nc, columns) if file.is_file() else 0

@@ -19,8 +19,6 @@ from xml.sax.saxutils import escape
 import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
-from ultralytics.data.converter import merge_multi_segment
-from ultralytics.data.utils import IMG_FORMATS, img2label_paths
 from ultralytics.utils import DATASETS_DIR
 
 from yolo_ext.core.errors import UsageError
@@ -37,6 +35,7 @@ from yolo_ext.data.records import (
     unique_ids,
     walk_files,
 )
+from yolo_ext.stock.data import IMG_FORMATS, img2label_paths, merge_multi_segment
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SPLITS = ("train", "val", "test")

@@ -18,16 +18,16 @@ from uuid import uuid4
 
 import cv2
 import numpy as np
-from ultralytics.data.utils import IMG_FORMATS, img2label_paths
 from ultralytics.utils import TQDM, YAML
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import attempt, image_size, jpeg_is_whole
+from yolo_ext.data.check import attempt, image_probe
 from yolo_ext.data.records import class_names, is_image, link_or_copy, list_images
 from yolo_ext.data.write import FORMATS, Format, Names, Store, coco_store, file_store
+from yolo_ext.stock.data import IMG_FORMATS, img2label_paths
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"
@@ -133,7 +133,7 @@ def label_images(
     Args:
         images: Image files by their relative path.
         out: Output folder.
-        predict: Function of an image (H, W, 3), BGR, that gives its objects (see `label_formats`).
+        predict: Function of an image (H, W, 3), BGR, that gives its objects (see `data.write`).
         names: Class names by class index.
         settings: What the detections depend on; a folder holds those of one model and one setting only.
         format: `yolo`, `voc` or `coco`.
@@ -217,7 +217,7 @@ def _label(job: _Job, name: str, path: Path) -> None:
 
 def read_image(path: Path) -> np.ndarray:
     """Return an image (H, W, 3), BGR, upright, as the predictor sees it, or raise ValueError; nothing is fetched."""
-    image_size(path)
+    image_probe(path)
     try:
         image = imread(path)
     except cv2.error as e:
@@ -247,8 +247,7 @@ def _put(source: Path, target: Path, link: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
-        # Ultralytics rewrites a JPEG that is not whole at training; a link would let that reach the source
-        link_or_copy(source, part, link=link and jpeg_is_whole(source))
+        link_or_copy(source, part, link)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

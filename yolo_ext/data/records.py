@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
-from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.data import IMG_FORMATS
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -262,9 +262,18 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def jpeg_is_whole(file: Path) -> bool:
+    """Return False for a JPEG that does not end with its end marker: Ultralytics would rewrite it, or skip it."""
+    with file.open("rb") as f:
+        if f.read(2) != b"\xff\xd8":
+            return True
+        f.seek(-2, os.SEEK_END)
+        return f.read() == b"\xff\xd9"
+
+
 def link_or_copy(source: Path, target: Path, link: bool = True) -> None:
-    """Hard-link a file, or copy it where the file system cannot link or `link` is False."""
-    if link:
+    """Hard-link an image, or copy it where the file system cannot link or `link` is False."""
+    if link and jpeg_is_whole(source):  # Ultralytics would rewrite another one at training, and so the source
         try:
             os.link(os.path.realpath(source), target)
             return

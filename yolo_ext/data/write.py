@@ -20,7 +20,6 @@ from ultralytics.utils import YAML
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import jpeg_is_whole
 from yolo_ext.data.coco import coco_object, write_coco
 from yolo_ext.data.formats import voc_text, yolo_row
 from yolo_ext.data.records import Object, Size, Source, link_or_copy, parallel, to_image
@@ -107,9 +106,7 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
     kept, tally = _kept(plan, i)
     target = _target(plan, split, i)
     if o.files != "list":
-        image = plan.source.items[i].image or Path()
-        # Ultralytics rewrites a JPEG that is not whole at training; a link would let that reach the source
-        link_or_copy(image, target, link=o.files == "link" and jpeg_is_whole(image))
+        link_or_copy(plan.source.items[i].image or Path(), target, link=o.files == "link")
     if o.to == "coco":
         name = target.relative_to(plan.stage / "images" / split).as_posix()
         return (name, size, [coco_object(k, plan.classes[k.name] + 1) for k in kept]), tally
