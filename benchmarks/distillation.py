@@ -49,7 +49,7 @@ from yolo_ext.stock.load import load_model
 from yolo_ext.trainers import trainer_for
 
 LOSSES = [row.name for table in TABLES.values() for row in table]
-STACKS = ["bckd+cwd", "bckd+pkd", "bckd*0.5+cwd", "crosskd+cwd", "crosskd+pkd", "kl_binary+ld+cwd", "kl_binary+pkd"]
+STACKS = ["bckd+cwd", "bckd+pkd", "bckd*0.5+cwd", "kl_binary+ld+cwd", "kl_binary+pkd"]
 GROUPS = {"losses": LOSSES, "stack": STACKS, "all": ["none", "builtin", *LOSSES, "default", *STACKS]}
 SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}
 Result = dict[str, Any]

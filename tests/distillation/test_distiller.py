@@ -79,9 +79,9 @@ def test_every_loss_runs_from_the_options_and_trains_what_it_built(setup, batch,
         ("yolov8n", ["yolov8s", "yolo11n"], {"logits": "kl_binary"}),
         ("yolov8n-p2", "yolov8n", {}),
         ("yolov8n", "yolov8n-p2", {}),
-        ("yolo26n", "yolo26n", {"logits": "crosskd", "features": None}),
+        ("yolo26n", "yolo26n", {"logits": "bckd", "features": None}),
     ],
-    ids=["stack", "layers", "two teachers", "student with P2", "teacher with P2", "cross head end to end"],
+    ids=["stack", "layers", "two teachers", "student with P2", "teacher with P2", "end to end"],
 )
 def test_combinations_learn(setup, batch, student, teacher, options):
     model, distiller = setup(student, teacher, **options)
@@ -119,14 +119,12 @@ def test_shared_classes_only_are_distilled(setup, build, batch, tmp_path):
 
 REFUSED = [
     ("yolo26n", "yolov8n", {"logits": "ld"}, ["'ld'", "reg_max=1", "bckd"]),
-    ("yolov8n-p2", "yolov8n", {"logits": "crosskd"}, ["'crosskd'", "strides"]),
     ("yolov8n", "yolov8n", {"layers": ["99"]}, ["no layer '99'", "0 to 22"]),
     ("yolov8n", "yolov8n", {"layers": ["15:18"]}, ["differ in size"]),
     ("yolov8n", "yolov8n", {"layers": ["22"]}, ["layer '22'", "one map"]),
     ("yolov8n", "ema", {"layers": ["4"]}, ["running average"]),
     ("yolov8n", "ema", {"shrinks": True}, ["ema", "pruned while"]),
     ("yolov8n", "yolov8n", {"shrinks": True, "layers": ["4"]}, ["lose channels"]),
-    ("yolov8n", "yolov8n", {"shrinks": True, "logits": "crosskd"}, ["'crosskd'", "Prune first"]),
 ]
 
 
@@ -232,9 +230,8 @@ def test_the_average_of_the_student_teaches_as_it_is_now(setup, batch):
     assert not average.model[-1].training and not list(distiller.adapters.parameters())
 
 
-@pytest.mark.parametrize("name", ["crosskd", "bckd"])
-def test_a_teacher_in_half_precision_says_the_same(setup, batch, name):
-    model, distiller = setup("yolov8n", "yolov8s", logits=name, features=["cwd", "at"])
+def test_a_teacher_in_half_precision_says_the_same(setup, batch):
+    model, distiller = setup("yolov8n", "yolov8s", logits="bckd", features=["cwd", "at"])
     expected = distilled(model(batch)[1])
     distiller.guides[0].model.bfloat16()
     loss, items = model(batch)
@@ -244,7 +241,7 @@ def test_a_teacher_in_half_precision_says_the_same(setup, batch, name):
 
 
 def test_taps_leave_nothing_in_a_saved_student(setup, batch):
-    model, _ = setup("yolov8n", "yolov8s", layers=["4"], logits="crosskd")
+    model, _ = setup("yolov8n", "yolov8s", layers=["4"])
     model(batch)
     assert not any(m._forward_hooks for m in model.modules())
     data = io.BytesIO()

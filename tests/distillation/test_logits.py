@@ -16,7 +16,6 @@ from yolo_ext.distillation.logits import (
     ast,
     average,
     bckd,
-    crosskd,
     decode,
     foreground,
     kl,
@@ -44,8 +43,8 @@ def head(
 
 
 def run(name: str, s: HeadOutput, t: HeadOutput, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both parts; the student stands for the cross head too."""
-    return logit_losses[name].fn(s, t, **({"cross": s} if name == "crosskd" else {}), **options)
+    """Return both parts."""
+    return logit_losses[name].fn(s, t, **options)
 
 
 def tensors(out: HeadOutput) -> list[torch.Tensor]:
@@ -241,21 +240,6 @@ def test_ld_of_other_bins_is_refused(ours, theirs):
         ld(s, t)
 
 
-def test_crosskd_is_focal_loss_and_bins_of_the_cross_head_alone():
-    s, t, cross = head(0), head(1), head(2)
-    cls, box = crosskd(s, t, cross=cross)
-    assert cls == bckd(cross, t)[0]
-    assert box.item() == pytest.approx(4 * ld(cross, t, temperature=1.0)[1].item(), rel=1e-5)
-    assert crosskd(head(7), t, cross=cross) == (cls, box)
-
-
-def test_crosskd_of_a_teacher_without_bins_compares_boxes():
-    t, cross = (replace(head(i, bins=1)) for i in (1, 2))
-    w = foreground(t).double().numpy()
-    expected = 4 * (w * (1 - giou(corners(cross), corners(t)))).sum() / w.sum()
-    assert crosskd(head(0), t, cross=cross)[1].item() == pytest.approx(expected, rel=1e-4)
-
-
 # What holds for all ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_say_where_they_come_from_and_their_options_can_be_read(row):
@@ -301,7 +285,7 @@ def test_parts_are_finite_and_the_same_for_a_batch_repeated(row, norm, seed, spr
     s, t = head(seed, b, nc, spread=spread, low=low), head(seed + 1, b, nc, spread=spread, low=low)
     if quiet:  # no objects
         t = replace(t, scores=t.scores - 80)
-    options = {"norm": norm} if norm and row.name != "crosskd" else {}
+    options = {"norm": norm} if norm else {}
     parts = run(row.name, s, t, **options)
     assert all(p.isfinite() and p >= 0 and p.dtype == torch.float32 for p in parts)
     twice = [changed(x, lambda v: torch.cat([v, v])) for x in (s, t)]
@@ -309,13 +293,12 @@ def test_parts_are_finite_and_the_same_for_a_batch_repeated(row, norm, seed, spr
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("bckd", 8.0), ("ast", 4.0), ("crosskd", 8.0)])
+@pytest.mark.parametrize(("name", "limit"), [("bckd", 8.0), ("ast", 4.0)])
 def test_negative_distances_cannot_blow_the_loss_up(name, limit):
     """Boxes turned inside out once gave a GIoU of -1000."""
     s, t = head(0, 4, a=2000, low=-2.0, bins=1), head(1, 4, a=2000, low=-2.0, bins=1)
     s, t = (replace(x, anchors=torch.rand(2000, 2) * 20) for x in (s, t))
-    options = {} if name == "crosskd" else {"norm": "mean"}
-    assert run(name, s, t, **options)[1] <= limit
+    assert run(name, s, t, norm="mean")[1] <= limit
 
 
 @pytest.mark.parametrize("row", ROWS)

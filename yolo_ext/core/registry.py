@@ -33,7 +33,6 @@ class Need(Enum):
     MODULE = "module"
     SEVERAL_CLASSES = "several classes"
     EQUAL_BINS = "equal bins"
-    CROSS_HEAD = "cross head"
 
 
 @dataclass(frozen=True)

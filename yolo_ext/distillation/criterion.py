@@ -16,7 +16,6 @@ from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.distillation.balance import Balance
-from yolo_ext.distillation.crosskd import STACKS, cross_adapters, cross_head
 from yolo_ext.distillation.features import Align, modules
 from yolo_ext.distillation.grids import resized
 from yolo_ext.distillation.pairs import Site, sites
@@ -24,7 +23,7 @@ from yolo_ext.distillation.preflight import check, summary, with_logits
 from yolo_ext.distillation.schedules import scale
 from yolo_ext.distillation.stack import terms
 from yolo_ext.distillation.taps import Taps
-from yolo_ext.distillation.teacher import Guide, make_guides
+from yolo_ext.distillation.teacher import make_guides
 from yolo_ext.stock.trainer import CriterionProxy
 
 
@@ -86,38 +85,18 @@ class Distiller:
                         self.aligns[g, site] = Align(*site.widths, kept, always=shrinks)
                         self.levels.append(level)
         self.adapters.extend(self.aligns.values())
-        for g, guide in enumerate(self.guides):
+        for g in range(len(self.guides)):
             for t, term in enumerate(self.terms):
                 for site in self.sites[g][t] if term.needs(Need.MODULE) else []:
                     kept = self.aligns[g, site].kept
                     self.extras[g, t, site] = modules[term.row.name](site.widths[1] if kept is None else len(kept))
-                if term.needs(Need.CROSS_HEAD):
-                    student_head, teacher_head = (stock.detection_head(m) for m in (self.student, guide.model))
-                    for ours, theirs in self._cross_branches(guide):
-                        self.extras[g, t, ours] = cross_adapters(student_head, teacher_head, term.split, (ours, theirs))
         self.adapters.extend(self.extras.values())
-
-    def _cross_branches(self, guide: Guide) -> list[tuple[str, str]]:
-        """Return the branches that a cross head joins: as `losses` pairs them."""
-        both = [hasattr(stock.detection_head(m), "one2one_cv2") for m in (self.student, guide.model)]
-        return [("", ""), *([("one2one", "one2one")] if all(both) else [])]
 
     def _tapped(self) -> list[list[str]]:
         """Return the layers to listen to: of the student, then of each teacher."""
-        ours, head = set(), stock.head_prefix(self.student)
-        theirs: list[set[str]] = [set() for _ in self.guides]
-        for g, guide in enumerate(self.guides):
-            for term, found in zip(self.terms, self.sites[g]):
-                ours |= {s.student for s in found if isinstance(s.student, str)}
-                theirs[g] |= {s.teacher for s in found if isinstance(s.teacher, str)}
-                for branch, _ in self._cross_branches(guide) if term.needs(Need.CROSS_HEAD) else []:
-                    for i, _ in guide.levels:
-                        ours |= {f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}" for k in STACKS}
-        return [sorted(ours), *map(sorted, theirs)]
-
-    @staticmethod
-    def _stack(branch: str, output: str) -> str:
-        return ("one2one_" if branch == "one2one" else "") + STACKS[output]
+        found = [[s for own in sites for s in own] for sites in self.sites]
+        ours = {s.student for own in found for s in own if isinstance(s.student, str)}
+        return [sorted(ours), *(sorted({s.teacher for s in own if isinstance(s.teacher, str)}) for own in found)]
 
     def begin(self, trainer: Any) -> None:
         """Take the running average of a trainer's student as teacher, where it is to be that."""
@@ -190,7 +169,7 @@ class Distiller:
             # would teach it to fire several times per object.
             source = teacher.get(name) or (None if name == "one2one" else next(iter(teacher.values())))
             if source is not None:
-                pairs.append((name, gain, guide.output(student[name], self.student, 0),
+                pairs.append((gain, guide.output(student[name], self.student, 0),
                               guide.output(source, guide.model, 1)))  # fmt: skip
         maps = [{**dict(enumerate(next(iter(b.values())).get("feats", ()))), **m}
                 for b, m in ((student, taken), (teacher, teacher_maps))]  # fmt: skip
@@ -201,10 +180,8 @@ class Distiller:
                 yield term, factor, {"kd_feat_loss": self._features(g, t, maps, batch)}
                 continue
             cls = box = batch["img"].new_zeros((), dtype=torch.float32)
-            for name, gain, ours, theirs in pairs:
+            for gain, ours, theirs in pairs:
                 options = dict(term.options)
-                if term.needs(Need.CROSS_HEAD):
-                    options["cross"] = self._cross(g, t, "one2one" if name == "one2one" else "", taken)
                 if not guide.levels and "norm" in inspect.signature(term.row.fn).parameters:
                     options.setdefault("norm", "mean")  # a classifier has no objects to weight
                 parts = term.row.fn(ours, theirs, **options)
@@ -224,14 +201,6 @@ class Distiller:
                 options["boxes"] = batch_boxes(batch)
             parts.append(term.row.fn(*pair, **options))
         return torch.stack(parts).sum()
-
-    def _cross(self, g: int, t: int, branch: str, taken: dict[str, torch.Tensor]) -> Any:
-        guide, term, head = self.guides[g], self.terms[t], stock.head_prefix(self.student)
-        hidden = {k: [taken[f"{head}{self._stack(branch, k)}.{i}.{term.split - 1}"] for i, _ in guide.levels]
-                  for k in STACKS}  # fmt: skip
-        adapters = self.extras[g, t, branch]
-        raw = cross_head(stock.detection_head(guide.model), hidden, term.split, branch, adapters)
-        return guide.output(raw, guide.model, 1)
 
     def sync(self) -> None:
         """Average the gradients of the adapters over all processes, and the balance; to be called before a step.

@@ -2,7 +2,7 @@
 """Losses on the outputs of the head. Each returns a classification and a box part, per image.
 
 A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`. What a row needs:
-``several classes``, ``equal bins`` (both heads have the same `reg_max` above 1), ``cross head`` (see `crosskd`).
+several classes, or equal bins (both heads have the same `reg_max` above 1).
 """
 
 from __future__ import annotations
@@ -307,31 +307,3 @@ def ld(
         )
     loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
     return _nothing(student), average(loss, teacher, norm, weight).clamp(min=0.0)
-
-
-@logit_losses.row("crosskd", "The teacher's head on the student's hidden features must predict what the teacher does",
-                  paper="Wang et al., 2024, arXiv:2306.11369", needs=[Need.CROSS_HEAD])  # fmt: skip
-def crosskd(
-    student: HeadOutput, teacher: HeadOutput, *, cross: HeadOutput, beta: float = 1.0, temperature: float = 1.0,
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute cross-head distillation; gradients reach the student through `cross` only.
-
-    Args:
-        student: Output of the student, which this loss does not look at: the task's loss alone acts on it.
-        teacher: Output of the teacher on the same images.
-        cross: Output of the teacher's last layers on the student's hidden features, see `crosskd.cross_head`.
-        beta: Power of the disagreement in the quality focal loss of the classes.
-        temperature: Divides the logits of bins; the box part is multiplied by its square.
-        weight: (B, A) weight of each anchor; None is `foreground`.
-
-    Returns:
-        Scalars: quality focal loss, norm ``pos``, and four times the KL of the bins (GIoU loss for a teacher without
-        bins), norm ``weight``.
-    """
-    cls, _ = _disagreement(cross, teacher, beta)
-    if cross.bins is not None and teacher.bins is not None and teacher.reg_max > 1:
-        box = _divergence(cross.bins, teacher.bins, 2, temperature).mean(1)
-    else:
-        box = _iou_loss(cross, teacher, GIoU=True)
-    return average(cls.sum(1), teacher, "pos", weight), 4.0 * average(box, teacher, "weight", weight).clamp(min=0.0)

@@ -105,10 +105,9 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
     heads = [stock.detection_head(m) for m in (student, guide.model)]
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
-    inner = term.needs(Need.CROSS_HEAD) or set(term.layers) - {"neck"}
-    if guide.compiled and inner:
+    if guide.compiled and set(term.layers) - {"neck"}:
         return "it reads layers inside of a model, which 'distill.compile' hides. Leave one of them out."
-    if guide.imgsz and (term.needs(Need.CROSS_HEAD) or term.needs(Need.EQUAL_BINS)):
+    if guide.imgsz and term.needs(Need.EQUAL_BINS):
         return f"'distill.imgsz={guide.imgsz}' gives the teacher another grid. Leave it out, or use 'bckd'."
     if term.needs(Need.SEVERAL_CLASSES) and len(guide.classes[0]) == 1:
         return "it compares classes with one another, and there is one class. Use 'kl_binary'."
@@ -117,12 +116,6 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
             f"it compares distributions over equally many bins, and the student has reg_max={heads[0].reg_max}, "
             f"'{guide.name}' reg_max={heads[1].reg_max} (1 is none). Use 'bckd', which compares boxes."
         )
-    if term.needs(Need.CROSS_HEAD):
-        counts = [len(h.stride) for h in heads]
-        if counts[0] != len(guide.levels) or counts[1] != len(guide.levels):
-            return "student and teacher need the same strides."
-        if shrinks:
-            return "a student that is pruned while it is trained changes under it. Prune first, or use 'bckd'."
     if shrinks and term.needs(Need.MODULE) and guide.kept is not None:
         return "its network has the width of the student, which is going to be pruned. Use 'cwd' or 'pkd'."
     if guide.name == "ema" and set(term.layers) - {"neck"}:

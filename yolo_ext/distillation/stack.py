@@ -16,7 +16,7 @@ from yolo_ext.distillation.logits import logit_losses
 from yolo_ext.distillation.schedules import schedules
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
-GIVEN = {"student", "teacher", "module", "boxes", "random", "cross"}  # what the criterion passes, not the user
+GIVEN = {"student", "teacher", "module", "boxes", "random"}  # what the criterion passes, not the user
 AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
 
@@ -32,7 +32,6 @@ class Term:
         timing: Arguments of `schedules.scale`.
         options: Keyword arguments of the method.
         layers: Layers whose maps a feature loss compares; empty for the inputs of the head.
-        split: Layers of the head that stay with the student (``crosskd``).
     """
 
     kind: str
@@ -41,7 +40,6 @@ class Term:
     timing: dict[str, Any]
     options: dict[str, Any]
     layers: tuple[str, ...] = ()
-    split: int = 1
 
     def needs(self, what: Need) -> bool:
         """Tell whether the method needs this, in the words of its table; your own feature loss gets equal widths."""
@@ -84,7 +82,6 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
     _check_timing(key, timing)
     layers = entry.pop("layers", cfg.layers) if kind == "features" else []
-    split = entry.pop("split", 1) if Need.CROSS_HEAD in row.needs else 1
     legal = _options(row)
     for name, value in entry.items():
         if legal is not None and name not in legal:
@@ -94,7 +91,7 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
             raise UsageError(f"{key}: 'temperature={value}' is out of range. Legal: above 0.")
     if cfg.temperature is not None and legal is not None and "temperature" in legal:
         entry.setdefault("temperature", cfg.temperature)
-    return Term(kind, row, own * weight, timing, entry, tuple(str(x) for x in _listed(layers)), split)
+    return Term(kind, row, own * weight, timing, entry, tuple(str(x) for x in _listed(layers)))
 
 
 def _options(row: Row) -> set[str] | None:
