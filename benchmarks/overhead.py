@@ -3,7 +3,7 @@
 
     python benchmarks/overhead.py model=best.pt data=data.yaml imgsz=192 batch=16 rounds=30 runs=slim,group_sl
     python benchmarks/overhead.py model=n.pt teacher=s.pt ... runs=teacher,builtin,default,default/2,cwd,bckd+pkd
-    python benchmarks/overhead.py model=best.pt data=data.yaml ... runs=qat,qat_moving,qat_learned,modelopt
+    python benchmarks/overhead.py model=best.pt data=data.yaml ... runs=qat,qat_moving,modelopt
 
 Every run is a real trainer with its own model and optimizer on the same batch; a round does one step of each, in random
 order. A step is forward, loss, backward, unscale, clip, optimizer, EMA and what the technique does around them. Runs
@@ -11,7 +11,7 @@ are sparsity penalties, or distillation from `teacher` (`model` itself when not 
 in `distillation.py`, with `@float` for a teacher in float32 and `/2` to ask the teacher in every other step (the mean
 of two is counted); `builtin` is the stock trainer with `distill_model`; `teacher` is the forward pass of the teacher
 alone as we run it, and `forward` the same as `distill_model` runs it. `qat` is QAT behind the epochs in which ranges
-and BatchNorm statistics move, `qat_moving` within them, `qat_learned` with learned ranges, and `modelopt` the stock
+and BatchNorm statistics move, `qat_moving` within them, and `modelopt` the stock
 trainer with `quantize=8`, which needs nvidia-modelopt. Prints the median, 10 to 90 % of the rounds, and the medians of
 the paired ratios to the plain step, to the plain step and either forward pass together, and to the built-in.
 `clock=cpu` counts the time of this process, for a machine that others use too; give `threads=1` with it.
@@ -42,7 +42,6 @@ FORWARD = {"teacher": "default", "forward": "builtin"}  # runs that are a forwar
 QAT = {
     "qat": {"observe_epochs": 0, "freeze_bn": 0.0},
     "qat_moving": {"freeze_bn": 1.0},
-    "qat_learned": {"learned": True},
 }
 BUILTIN = {"modelopt": {"quantize": 8}}
 DISTILLATION = [*FORWARD, "builtin", "default", "default/2"]

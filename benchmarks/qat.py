@@ -4,8 +4,8 @@
     python benchmarks/qat.py model=best.pt data=data.yaml imgsz=192 bits=4 epochs=3 seeds=0,1,2 out=results \
         [runs=kd,features,labels] [profile=ort-x86] [threads=1] [shard=0/2]
 
-`bits` are those of the weights. A run is how QAT is supervised, `kd` (labels and, by the default losses, the float
-self) or `learned` (features, with learned ranges); `/0.5` lets BatchNorm follow in half of the epochs. `builtin` is
+`bits` are those of the weights. A run is how QAT is supervised, `kd` for labels and, by the default losses, the float
+self; `/0.5` lets BatchNorm follow in half of the epochs. `builtin` is
 Ultralytics' own QAT in 8 bits, which needs nvidia-modelopt, with its defaults, and `builtin/ours` the same with our
 rate, batch, augmentation and warm-up; their lines say how many convolutions of its ONNX export run as INT8. Each result
 is a line of `out`/qat_`bits`_`epochs`.jsonl; those that are there are not repeated. Prints the share of the loss by PTQ
@@ -59,8 +59,7 @@ def one(run: str, seed: int, args: dict[str, str], folder: Path) -> dict[str, An
     quant = {
         "mode": "qat",
         "profile": args["profile"],
-        "learned": name == "learned",
-        "supervision": {"learned": "features", "kd": "labels"}.get(name, name),
+        "supervision": "labels" if name == "kd" else name,
         "freeze_bn": float(variant or 0),
         "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": bits}}],
     }

@@ -19,7 +19,7 @@ from ultralytics.data import YOLODataset
 from ultralytics.utils import LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
-from yolo_ext.checkpoint import MANIFEST, manifest
+from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig
 from yolo_ext.prune_loop import imgsz
@@ -29,8 +29,6 @@ from yolo_ext.stock.context import undisturbed
 from yolo_ext.stock.load import load_model
 
 FEATURES = "mimic"  # what the float self teaches where there are no labels (NVIDIA's QAT of YOLOv7)
-GROUP = "ranges"  # name of the parameter group of learned ranges
-RANGE_LR = 20.0  # their learning rate / that of the weights: they are factors near 1
 PREFIX = "quantize: "
 
 
@@ -112,34 +110,15 @@ def insert(trainer: Any, model: nn.Module) -> None:
         model: The student on the CPU, where it stays.
     """
     cfg, pruned = trainer.compression["quant"], trainer.compression["prune"] and not trainer.resume
-    if (not cfg or pruned) and hasattr(model, MANIFEST):
-        manifest(model).pop("quant", None)  # the model moves away from the ranges of an earlier run
+    if not cfg or pruned:
+        note(model, quant=None)  # the model moves away from the ranges of an earlier run
     if not cfg:
         return
-    if trainer.resume and (record := manifest(model).get("quant")):
+    if trainer.resume and (record := manifest(model).quant):
         cfg = replace(cfg, profile=record["profile"])  # `auto` may mean another one on this machine
     with torch_distributed_zero_first(LOCAL_RANK):  # the others find the ranges in the cache
-        qat.prepare(model.to(trainer.device), cfg, trainer.data, imgsz(trainer, model), training=True)
+        qat.prepare(model.to(trainer.device), cfg, trainer.data, imgsz(trainer, model))
     model.cpu()
-
-
-def attach(trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give learned ranges a parameter group of their own: without weight decay, and with a learning rate for factors.
-
-    Args:
-        trainer: The trainer.
-        model: The live model, not wrapped.
-        optimizer: Its new optimizer.
-    """
-    if not trainer.compression["quant"].learned:
-        return
-    ranges = [p for n, p in model.named_parameters() if n.endswith((".gain", ".weight_ratio"))]
-    ids = {id(p) for p in ranges}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-    like = next(g for g in optimizer.param_groups if g["param_group"] == "bn")
-    rate = RANGE_LR * min(g["lr"] for g in optimizer.param_groups)  # MuSGD triples it for parts of the head
-    optimizer.add_param_group({**like, "params": ranges, "weight_decay": 0.0, "lr": rate, "param_group": GROUP})
 
 
 # By epoch and step --------------------------------------------------------------------------------------------------
@@ -183,7 +162,7 @@ def stripped(model: nn.Module) -> nn.Module:
 
 def reload(trainer: Any, ckpt: dict[str, Any]) -> None:
     """Set ranges from the manifest of a checkpoint, whose tensors Ultralytics has loaded."""
-    if ckpt.get("ema") and (record := manifest(ckpt["ema"]).get("quant")):
+    if ckpt.get("ema") and (record := manifest(ckpt["ema"]).quant):
         for model in (unwrap_model(trainer.model), trainer.ema.ema):
             load_state(model, record["state"])
 
@@ -204,7 +183,7 @@ def report_start(trainer: Any) -> None:
     if RANK not in {-1, 0}:
         return
     for live in (unwrap_model(trainer.model), trainer.ema.ema):
-        manifest(live)["quant"].update(ptq=found, base=base)
+        note(live, quant={**manifest(live).quant, "ptq": found, "base": base})
     metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
     LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found:.4f} (float {base:.4f})")
 
@@ -225,7 +204,7 @@ def _accuracy(trainer: Any, model: nn.Module) -> float:
 def quantized(path: Path) -> nn.Module:
     """Return the model of a checkpoint as its INT8 file computes."""
     model = load_model(path)[0]
-    qat.replay(model, manifest(model)["quant"])
+    qat.replay(model, manifest(model).quant)
     return model
 
 

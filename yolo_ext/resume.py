@@ -23,8 +23,8 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext.checkpoint import atomic_write, finalize
-from yolo_ext.quantization.cache import OWN
 from yolo_ext.quantization.fake_quant import quantized_layers
+from yolo_ext.quantization.layers import ADDED
 
 SIDECAR = "resume_epoch{}.pt"  # named by epoch: the one of the old last.pt must outlive the writing of the new one
 
@@ -202,7 +202,7 @@ def _belongs(state: dict[str, Any], ema: torch.nn.Module) -> bool:
     """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
     saved, loaded = state["ema"], ema.state_dict()
     other = {f"{path}.weight" for path, *_ in quantized_layers(ema)}  # rounded to codes; ranges are in the manifest
-    names = [k for k in loaded if k not in other and not k.endswith(OWN)]
+    names = [k for k in loaded if k not in other and not k.endswith(ADDED)]
     return saved.keys() == loaded.keys() and all(torch.equal(saved[k].half(), loaded[k].cpu().half()) for k in names)
 
 

@@ -16,8 +16,8 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext import distill_loop, prune_loop, quant_loop, resume, sparse_loop, stock
-from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, is_pruned
-from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
+from yolo_ext.checkpoint import TRIPWIRE, atomic_write, hand_on, is_pruned
+from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse, stored
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.trainer import LoggedLoss
 
@@ -79,7 +79,7 @@ class CompressionMixin:
         Args:
             options: `sparsity`, `prune`, `distill` and `quant`, dicts, dataclasses or None.
         """
-        configs = self.compression = parse(options)
+        configs = self.compression = parse(stored(options) if self.resume else options)
         quant_loop.setup(self)
         refuse_two_distillations(configs["distill"], getattr(self.args, "distill_model", None))
         if configs["distill"] and configs["distill"].teacher == "self":
@@ -108,8 +108,8 @@ class CompressionMixin:
             )
         else:
             model = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
-            if weights is not None and getattr(weights, MANIFEST, None):
-                setattr(model, MANIFEST, deepcopy(getattr(weights, MANIFEST)))
+            if weights is not None:
+                hand_on(weights, model)
         if self.compression["prune"] and not self.resume:
             model = prune_loop.before_training(self, model, weights)
         quant_loop.insert(self, model)

@@ -21,6 +21,7 @@ from yolo_ext.core.config import (
     default_yaml,
     help_lines,
     parse,
+    stored,
 )
 from yolo_ext.core.errors import UsageError
 
@@ -240,3 +241,18 @@ def test_our_keys_shadow_none_of_ultralytics(name):
     from ultralytics.utils import DEFAULT_CFG_DICT
 
     assert name not in DEFAULT_CFG_DICT
+
+
+def test_options_that_are_gone_may_say_what_happens_anyway():
+    assert parse({"quant": {"learned": False, "calib": 8}})["quant"].calib == 8  # as runs of 0.1 saved it
+    with pytest.raises(UsageError, match=r"Unknown option 'quant\.learned'"):
+        parse({"quant": {"learned": True}})
+
+
+def test_stored_options_that_are_gone_are_left_out_and_given_ones_refused():
+    old = {"prune": None, "quant": {"mode": "qat", "calib": 8, "learned": False}}
+    assert parse(stored(old))["quant"] == QuantConfig(mode="qat", calib=8)
+    with pytest.raises(UsageError, match=r"Unknown option 'quant\.learned'"):
+        parse(old)
+    with pytest.raises(UsageError, match=r"last\.pt"):
+        stored({"quant": {"learned": True}})

@@ -138,27 +138,6 @@ def test_statistics_of_batch_norm_stay_from_an_epoch_on(fit, tiny, share, moved)
     assert [not torch.equal(a, b) for a, b in pairwise(means)] == moved
 
 
-def test_learned_ranges_move_and_are_recorded(fit, tiny, tmp_path):
-    seen, yolo = [], YOLO(str(tiny))
-    for event in ("on_train_start", "on_model_save"):
-        yolo.add_callback(event, lambda t: seen.append((get_state(t.model), get_state(t.ema.ema))))
-    fit(yolo, yolo_ext.DetectionTrainer, quant={**QUANT, "learned": True})
-    (start, _), *_, (_, ema) = seen
-    path = "model.1.conv"
-    assert start[path]["input"]["hi"] != ema[path]["input"]["hi"] and "ratio" in ema[path]["weight"]
-    found = recorded(tmp_path / "run/weights/last.pt")["state"]
-    assert all(found[p][s]["hi"] == v["hi"] for p, r in ema.items() for s, v in r.items() if s != "weight")
-
-
-def test_frozen_layers_keep_weights_and_learned_ranges(fit, tiny):
-    yolo, seen = YOLO(str(tiny)), []
-    grab = ("model.1.conv.weight", "model.1.conv.input_quantizer.gain", "model.3.conv.input_quantizer.gain")
-    for event in ("on_train_start", "on_train_epoch_end"):
-        yolo.add_callback(event, lambda t: seen.append([t.model.get_parameter(n).detach().clone() for n in grab]))
-    fit(yolo, yolo_ext.DetectionTrainer, epochs=1, freeze=2, quant={**QUANT, "learned": True})
-    assert [torch.equal(a, b) for a, b in zip(*seen)] == [True, True, False]
-
-
 # Validation ---------------------------------------------------------------------------------------------------------
 def test_the_start_is_reported_once_and_kept(fit, tiny, tmp_path, log):
     fit(tiny, yolo_ext.DetectionTrainer, quant=QUANT)
@@ -285,11 +264,10 @@ def test_float_self_and_labels_teach_together(fit, tiny):
     "options",
     [
         {"observe_epochs": 3},
-        {"learned": True},
         {"supervision": "features", "freeze_bn": 0.75},
         {"profile": "ort-x86-full"},
     ],
-    ids=["fixed", "learned", "features", "full"],
+    ids=["fixed", "features", "full"],
 )
 def test_killed_qat_resumes_exactly(check, tiny, options):  # noqa: F811
     check(tiny, quant={**QUANT, **options})
@@ -306,7 +284,7 @@ def test_recovery_from_nan_takes_ranges_from_the_checkpoint(fit, tiny):
             trainer.loss = trainer.loss * torch.nan
 
     yolo.add_callback("on_train_epoch_end", poison)
-    trainer = fit(yolo, yolo_ext.DetectionTrainer, quant={**QUANT, "learned": True})
+    trainer = fit(yolo, yolo_ext.DetectionTrainer, quant={**QUANT, "observe_epochs": 1})
     assert trainer.poisoned
     for model in (trainer.model, trainer.ema.ema):
         assert all(v.isfinite().all() for v in model.state_dict().values())
@@ -350,14 +328,6 @@ def test_pruned_student_goes_through_qat_to_int8(fit, tiny, tmp_path, int8):
     written = int8(best)
     assert set(written["quantized"]) == set(recorded(best)["state"])
     assert_parity(best, written["file"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("profile", ["ort-x86", "ort-x86-full"])
-def test_learned_ranges_go_to_int8(fit, tiny, tmp_path, int8, profile):
-    fit(tiny, yolo_ext.DetectionTrainer, quant={**QUANT, "learned": True, "profile": profile}, distill={})
-    best = tmp_path / "run/weights/best.pt"
-    assert_parity(best, int8(best, profile)["file"])
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_what_is_measured_is_what_the_batchnorm_sees(build, images):
     net.model[1].eval()
     merge_branches(net, [images[:1], images[1:]])
     assert net.training and not net.model[1].training and net.model[2].training
-    block, seen = net.get_submodule(manifest(net)["merged"][0]), []
+    block, seen = net.get_submodule(manifest(net).merged[0]), []
     block.bn.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
     net.eval()
     raw(net, images)
@@ -132,7 +132,7 @@ def test_each_kind_of_block(batches):
 
 def test_nothing_to_merge_changes_nothing(build, images):
     net = build("yolov8n.yaml")
-    assert merge_branches(net, [images]) == [] and "merged" not in manifest(net) and not is_pruned(net)
+    assert merge_branches(net, [images]) == [] and not manifest(net).merged and not is_pruned(net)
 
 
 def test_checkpoint_loads_with_plain_ultralytics_and_is_guarded(build, images, tmp_path: Path):
@@ -144,8 +144,8 @@ def test_checkpoint_loads_with_plain_ultralytics_and_is_guarded(build, images, t
     assert relative(raw(plain, images), expected) < 1e-4
     assert YOLO(path).predict(images[:1], imgsz=96, verbose=False)[0].boxes is not None
     ours, ckpt = load_model(path)
-    assert ckpt["yolo_ext"]["merged"] == manifest(ours)["merged"] and is_pruned(ours) and branched(ours) == []
-    assert plain.yaml["backbone"][0][2] == TRIPWIRE and manifest(ours)["yaml"]["backbone"][0][2] != TRIPWIRE
+    assert ckpt["yolo_ext"]["merged"] == manifest(ours).merged and is_pruned(ours) and branched(ours) == []
+    assert plain.yaml["backbone"][0][2] == TRIPWIRE and manifest(ours).yaml["backbone"][0][2] != TRIPWIRE
     with pytest.raises(KeyError, match=TRIPWIRE):
         type(plain)(plain.yaml, verbose=False)
 
@@ -158,7 +158,7 @@ def test_a_merged_and_quantized_model_learns(build, images, yaml):
     calibrate(net, [images], "minmax")
     y = raw_with_grad(net.train(), images)
     sum(v.float().square().mean() for v in y).backward()
-    for path in manifest(net)["merged"]:
+    for path in manifest(net).merged:
         block = net.get_submodule(path)
         assert isinstance(block.conv, fq.QuantLayer)
         assert block.conv.weight.grad.abs().sum() > 0 and block.bn.weight.grad.abs().sum() > 0
@@ -200,7 +200,7 @@ def test_a_merged_model_trains_with_and_without_fake_quantization(tmp_path, earl
         assert ("quant" in ckpt["yolo_ext"]) is (name == "quantized")
         if early:
             before = load_model(start)[0]
-            path = f"{manifest(before)['merged'][0]}.conv.weight"
+            path = f"{manifest(before).merged[0]}.conv.weight"
             assert not torch.equal(before.state_dict()[path], ours.state_dict()[path])
         assert raw(YOLO(tmp_path / name / "weights" / "best.pt").model.float().eval(), torch.rand(1, 3, 64, 64))
 

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.surgery import prune_model
+from yolo_ext.pruning.prune import prune_model
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.spec import Spec, State, plan_of
@@ -69,35 +69,15 @@ def quantized(net):
     return net
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("profile", EACH)
-def test_gradients_flow_through_the_model(net, images, profile, learned):
-    fq.insert_fake_quant(net, profile, learned=learned)
+def test_gradients_flow_through_the_model(net, images, profile):
+    fq.insert_fake_quant(net, profile)
     fill(net)
     y = net.train()(images)
     sum(v.float().square().mean() for v in y.values() if torch.is_tensor(v)).backward()
     layers = [layer for _, layer, _ in fq.quantized_layers(net)]
     assert layers and all(m.weight.grad is not None and m.weight.grad.abs().sum() > 0 for m in layers)
-    extra = [p for n, p in net.named_parameters() if n.endswith((".gain", ".weight_ratio"))]
-    assert len(extra) == (len(list(fq.quantizers(net))) + len(layers) if learned else 0)
-    reached = [p for p in extra if p.grad is not None and p.grad.abs().sum() > 0]
-    assert len(reached) >= 0.95 * len(extra)  # a fixed image range never moves
-
-
-@pytest.mark.parametrize("profile", EACH)
-def test_learned_ranges_start_where_fixed_ones_are(net, images, profile):
-    learned = copy.deepcopy(net)
-    fq.insert_fake_quant(net, profile)
-    fq.insert_fake_quant(learned, profile, learned=True)
-    state = fill(net)
-    fq.load_state(learned, state)
-    assert fq.get_state(learned) == state and torch.equal(output(learned, images), output(net, images))
-    for *_, q, _ in fq.quantizers(learned):
-        q.gain.data.copy_(torch.tensor([0.5, 2.0]))
-    moved = fq.get_state(learned)
-    assert moved["model.2.m.0.cv2.conv"]["weight"] == state["model.2.m.0.cv2.conv"]["weight"]
-    fq.load_state(net, moved)
-    assert torch.equal(output(net, images), output(learned, images))
+    assert not [n for n, _ in net.named_parameters() if n.endswith((".lo", ".hi", ".weight_ratio"))]
 
 
 @pytest.mark.parametrize("profile", EACH)
@@ -120,20 +100,21 @@ def test_modes(net, images, profile):
     assert torch.equal(output(weights_only, images), results["off"])
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("profile", EACH)
-def test_strip_restores_exactly_the_stock_model(net, images, profile, learned):
+def test_strip_restores_exactly_the_stock_model(net, images, profile):
     keys, classes = list(net.state_dict()), [type(m) for m in net.modules()]
     acts = [m.act for m in net.modules() if hasattr(m, "act")]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
     stock = output(net, images)
     attributes = [set(vars(m)) for m in net.modules()]
-    fq.insert_fake_quant(net, profile, learned=learned)
+    fq.insert_fake_quant(net, profile)
     fill(net)
     assert [k for k in net.state_dict() if k in keys] == keys
-    assert {k.rpartition(".")[2] for k in net.state_dict()} - {k.rpartition(".")[2] for k in keys} == (
-        {"lo", "hi", "weight_ratio", "gain"} if learned else {"lo", "hi", "weight_ratio"}
-    )
+    assert {k.rpartition(".")[2] for k in net.state_dict()} - {k.rpartition(".")[2] for k in keys} == {
+        "lo",
+        "hi",
+        "weight_ratio",
+    }
     for model in (net, pickled(copy.deepcopy(net))):
         fq.strip_fake_quant(model)
         assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
@@ -190,20 +171,13 @@ def test_state_is_plain_and_complete(quantized):
     assert "lo" not in fq.get_state(fresh)["model.1.conv"]["input"], "not calibrated"
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
-def test_ema_follows_ranges(quantized, learned):
-    fq.strip_fake_quant(quantized)
-    fq.insert_fake_quant(quantized, PROFILE, learned=learned)
-    state = fill(quantized)
+def test_ema_follows_ranges(quantized):
+    state = fq.get_state(quantized)
     ema = ModelEMA(quantized, decay=0.5, tau=1e-9)
     ema.update(quantized)
     same = fq.get_state(ema.ema)["model.1.conv"]["input"]
     assert (same["lo"], same["hi"]) == pytest.approx((-0.3, 4.0), rel=1e-6)
-    q = quantized.model[1].conv.input_quantizer
-    if learned:
-        q.gain.data.fill_(2.0)
-    else:
-        q.set_range(-0.6, 8.0)
+    quantized.model[1].conv.input_quantizer.set_range(-0.6, 8.0)
     quantized.model[1].conv.weight_ratio.data.mul_(0.5)
     ema.update(quantized)
     after = fq.get_state(ema.ema)["model.1.conv"]

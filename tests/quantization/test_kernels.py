@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from yolo_ext import stock
 from yolo_ext.quantization.kernels import fake_quantize, fake_quantize_weight
 
 GRIDS = [(0, 255, 0.03, 40.0), (-127, 127, 0.02, 0.0), (0, 15, 0.2, 3.0), (0, 65535, 1e-4, 30000.0), (0, 3, 1.5, 0.0)]
@@ -19,7 +16,7 @@ def tensor(*shape: int, spread: float = 1.5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("qmin", "qmax", "scale", "zero"), GRIDS)
-def test_fixed_ranges_are_those_of_torch(qmin, qmax, scale, zero):
+def test_activations_are_those_of_torch(qmin, qmax, scale, zero):
     x, s, z = tensor(2, 3, 9, 9), torch.tensor(scale), torch.tensor(zero)
     ours = fake_quantize(x, s, z, qmin, qmax)
     theirs = torch.fake_quantize_per_tensor_affine(x, s, z.int(), qmin, qmax)
@@ -28,72 +25,46 @@ def test_fixed_ranges_are_those_of_torch(qmin, qmax, scale, zero):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize(("qmin", "qmax", "scale", "zero"), GRIDS)
-def test_learned_ranges_are_those_of_torch(qmin, qmax, scale, zero):
-    x = tensor(2, 3, 9, 9)
-    upstream, found = torch.randn_like(x), []
-    for run in (fake_quantize, None):
-        s, z = torch.tensor(scale, requires_grad=True), torch.tensor(zero, requires_grad=True)
-        factor = 1 / math.sqrt(x.numel() * qmax)
-        y = run(x, s, z, qmin, qmax) if run else stock.learned_fake_quantize(x, s, z, None, qmin, qmax, factor)
-        found.append((y, *torch.autograd.grad(y, (x, s, z), upstream)))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("qmax", [1, 7, 127])
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.4])
 def test_weights_are_those_of_torch(qmax, share):
     w = tensor(8, 4, 3, 3)
-    upstream, found = torch.randn_like(w), []
-    for ours in (True, False):
-        scale = (w.detach().abs().amax((1, 2, 3), keepdim=True) * share / qmax).requires_grad_()
-        flat, zero = scale.flatten(), torch.zeros(8)
-        factor = 1 / math.sqrt(w.numel() / 8 * qmax)
-        y = (
-            fake_quantize_weight(w, scale, qmax)
-            if ours
-            else stock.learned_fake_quantize(w, flat, zero, 0, -qmax, qmax, factor)
-        )
-        found.append((y, *torch.autograd.grad(y, (w, scale), upstream)))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_weight_of_one_scale_has_the_gradient_of_all_its_values():
-    w, scale = tensor(4, 4), torch.full((1, 1), 0.1, requires_grad=True)
-    y = fake_quantize_weight(w, scale, 7)
-    upstream = torch.ones_like(y)
-    (gradient,) = torch.autograd.grad(y, scale, upstream)
-    inside = w.abs() <= 0.75
-    expected = torch.where(inside, (y - w) / 0.1, y / 0.1).sum() / math.sqrt(w.numel() * 7)
-    assert gradient.shape == scale.shape and gradient.item() == pytest.approx(expected.item(), rel=1e-4)
+    upstream = torch.randn_like(w)
+    scale = w.detach().abs().amax((1, 2, 3), keepdim=True) * share / qmax
+    ours = fake_quantize_weight(w, scale, qmax)
+    zero = torch.zeros(8, dtype=torch.int)
+    theirs = torch.fake_quantize_per_channel_affine(w, scale.flatten(), zero, 0, -qmax, qmax)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(y, w, upstream)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_go_through_float32_and_come_back(dtype):
     x = tensor(2, 9).detach().to(dtype).requires_grad_()
-    s, z = torch.tensor(0.03, requires_grad=True), torch.tensor(40.0, requires_grad=True)
+    s, z = torch.tensor(0.03), torch.tensor(40.0)
     y = fake_quantize(x, s, z, 0, 255)
-    expected = torch.fake_quantize_per_tensor_affine(x.float(), s.detach(), z.detach().int(), 0, 255).to(dtype)
+    expected = torch.fake_quantize_per_tensor_affine(x.float(), s, z.int(), 0, 255).to(dtype)
     assert y.dtype == dtype and torch.equal(y, expected)
-    grads = torch.autograd.grad(y.sum(), (x, s, z))
-    assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.dtype == dtype
 
 
 def test_strided_input_and_gradient():
     x = tensor(2, 4, 6, 6)
     view = x.permute(0, 2, 3, 1)[:, ::2]
-    s, z = torch.tensor(0.03, requires_grad=True), torch.tensor(40.0)
+    s, z = torch.tensor(0.03), torch.tensor(40.0)
     y = fake_quantize(view, s, z, 0, 255)
-    plain = torch.fake_quantize_per_tensor_affine(view, s.detach(), z.int(), 0, 255)
+    plain = torch.fake_quantize_per_tensor_affine(view, s, z.int(), 0, 255)
     assert torch.equal(y, plain)
     y.transpose(1, 2).square().sum().backward()
-    assert x.grad.isfinite().all() and s.grad.isfinite()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 
 def test_the_result_may_be_changed_in_place():
     """As `nn.SiLU(inplace=True)` does to it."""
-    x, s = tensor(2, 9), torch.tensor(0.03, requires_grad=True)
-    torch.nn.functional.silu(fake_quantize(x, s, torch.tensor(40.0), 0, 255), inplace=True).sum().backward()
-    assert x.grad.abs().sum() > 0 and s.grad.isfinite()
+    x = tensor(2, 9)
+    torch.nn.functional.silu(
+        fake_quantize(x, torch.tensor(0.03), torch.tensor(40.0), 0, 255), inplace=True
+    ).sum().backward()
+    assert x.grad.abs().sum() > 0

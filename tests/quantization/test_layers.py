@@ -20,8 +20,8 @@ LOW, HIGH = st.floats(-50, 0), st.floats(0.01, 50)
 PER_CHANNEL, PER_TENSOR = Spec(7, True, True), Spec(7, True, False)
 
 
-def quantizer(spec: Spec, lo: float, hi: float, learned: bool = False) -> RangeQuantizer:
-    q = RangeQuantizer(spec, learned=learned)
+def quantizer(spec: Spec, lo: float, hi: float) -> RangeQuantizer:
+    q = RangeQuantizer(spec)
     q.set_range(lo, hi)
     return q
 
@@ -50,58 +50,11 @@ def test_number_of_codes(bits, symmetric):
     assert torch.allclose(values.diff(), torch.tensor(2.5 if not symmetric else 1.5) / q.spec.qmax, rtol=0.02)
 
 
-@given(specs, LOW, HIGH, st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_learned_range_has_the_codes_of_the_fixed_one(spec, lo, hi, seed):
-    x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * 20
-    learned = quantizer(spec, lo, hi, learned=True)
-    fixed = quantizer(spec, lo, hi)(x)
-    assert torch.allclose(learned(x), fixed, atol=1e-6, rtol=1e-5)
-    with torch.no_grad():
-        assert torch.equal(learned(x), fixed)
-
-
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
-def test_gradient_is_clipped_straight_through(learned):
-    q = quantizer(Spec(), -1.0, 2.0, learned)
+def test_gradient_is_clipped_straight_through():
+    q = quantizer(Spec(), -1.0, 2.0)
     x = torch.tensor([-3.0, -0.5, 1.5, 4.0], requires_grad=True)
     q(x).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
-
-
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize("start", [0.2, 6.0], ids=["too narrow", "too wide"])
-def test_learning_a_range_reduces_the_error(start, symmetric):
-    torch.manual_seed(0)
-    x = torch.randn(2000)
-    q = quantizer(Spec(3, symmetric), -3 * start, 3 * start, learned=True)
-    optimizer = torch.optim.Adam([q.gain], 0.02)
-    errors = []
-    for _ in range(100):
-        optimizer.zero_grad()
-        error = (q(x) - x).square().mean()
-        error.backward()
-        optimizer.step()
-        errors.append(error.item())
-    assert q.gain.grad.abs().sum() > 0
-    assert errors[-1] < 0.75 * errors[0]
-
-
-def test_learning_weight_ratios_reduces_the_error():
-    torch.manual_seed(0)
-    net = nn.Sequential(Conv(8, 4, 3))
-    fq.insert_plan(net, {"0.conv": {"weight": Spec(3, True, True)}}, learned=True)
-    layer = net[0].conv
-    layer.weight.data.normal_()[:, 0, 0, 0] = 12  # an outlier in each channel
-    assert isinstance(layer.weight_ratio, nn.Parameter) and layer.weight_ratio.shape == (4,)
-    optimizer, errors = torch.optim.Adam([layer.weight_ratio], 0.01), []
-    for _ in range(60):
-        optimizer.zero_grad()
-        error = (layer.quantized_weight() - layer.weight.detach())[:, 1:].square().mean()  # without the outliers
-        error.backward()
-        optimizer.step()
-        errors.append(error.item())
-    assert layer.weight_ratio.grad.abs().sum() > 0 and errors[-1] < 0.7 * errors[0]
 
 
 def test_ranges_follow_values_but_not_nan():
@@ -135,21 +88,17 @@ def test_set_range_holds_zero(lo, hi, expected):
     assert q(torch.zeros(3)).tolist() == [0, 0, 0] and q(torch.ones(3)).isfinite().all()
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
-def test_half_and_back_keeps_ranges_and_tensors(learned):
+def test_half_and_back_keeps_ranges_and_tensors():
     net = nn.Sequential(Conv(3, 4))
-    fq.insert_plan(net, {"0.conv": {"input": Spec(), "weight": PER_CHANNEL}}, learned)
+    fq.insert_plan(net, {"0.conv": {"input": Spec(), "weight": PER_CHANNEL}})
     q, layer = net[0].conv.input_quantizer, net[0].conv
     q.set_range(-0.1234567, 1.2345678)
     layer.weight_ratio.data.copy_(torch.tensor([0.7777777, 0.1234567, 1.0, 0.9999]))
-    held, before = (q.lo, layer.weight_ratio, q.gain), fq.get_state(net)
-    if learned:
-        q.gain.data.fill_(0.9876543)
-        before = fq.get_state(net)
+    held, before = (q.lo, layer.weight_ratio), fq.get_state(net)
     net.half()
     assert net[0].conv.weight.dtype == torch.float16 and net[0](torch.rand(1, 3, 8, 8).half()).dtype == torch.float16
     assert fq.get_state(net) == before == fq.get_state(net.float())
-    assert all(a is b for a, b in zip(held, (q.lo, layer.weight_ratio, q.gain)))
+    assert all(a is b for a, b in zip(held, (q.lo, layer.weight_ratio)))
 
 
 def block(groups: int = 1, act: nn.Module | bool = True) -> nn.Sequential:
@@ -231,12 +180,11 @@ def test_each_layer_kind(layer, spec):
     assert type(fq.strip_fake_quant(net)[0]) is type(layer) and torch.equal(net(x), expected)
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("spec", [PER_CHANNEL, PER_TENSOR], ids=["per channel", "per tensor"])
-def test_a_ratio_below_one_clips(spec, learned):
+def test_a_ratio_below_one_clips(spec):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 2, 3))
-    fq.insert_plan(net, {"0": {"weight": spec}}, learned)
+    fq.insert_plan(net, {"0": {"weight": spec}})
     layer = net[0]
     layer.weight_ratio.data.fill_(0.5)
     w = layer.weight.detach()

@@ -44,8 +44,8 @@ def model(build, images):
 
 @pytest.mark.parametrize(
     ("options", "moving"),
-    [({}, 0), ({"observe_epochs": 1}, 1), ({"observe_epochs": 3}, 3), ({"observe_epochs": 3, "learned": True}, 0)],
-    ids=["default", "1", "3", "learned"],
+    [({}, 0), ({"observe_epochs": 1}, 1), ({"observe_epochs": 3}, 3)],
+    ids=["default", "1", "3"],
 )
 def test_ranges_follow_the_data_in_the_first_epochs(model, options, moving):
     for epoch in range(4):

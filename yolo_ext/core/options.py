@@ -60,7 +60,7 @@ class PruneConfig:
     total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0)
     topk: float = option(0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0)
     force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it")
-    compare: bool = option(False, "Train a random-criterion baseline too, for the report")
+    compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too")
     seed: int = option(0, "Seed of the random criterion and of the images", low=0)
 
 
@@ -171,7 +171,6 @@ class QuantConfig:
     freeze_bn: float = option(
         0.0, "Share of the QAT epochs after which BatchNorm statistics stay as they are", low=0.0, high=1.0
     )
-    learned: bool = option(False, "QAT: learn the ranges of weights and activations (LSQ+)")
     supervision: str = option(
         "auto",
         "QAT learns from labels, or from the features of its float self; auto: from features unless distill.* is given",

@@ -67,7 +67,7 @@ def start(layer: Any) -> Rounding:
     """Return the rounding of a layer that leaves its weights where they are, between two codes."""
     rows, scaled = _rows(layer), weight_rows(layer)  # the latter is one row where there is one scale
     largest = scaled.abs().amax(1, keepdim=True)
-    scale = (largest * layer.weight_ratio.detach().abs().view(-1, 1)).clamp_min(1e-12) / layer.weight_spec.qmax
+    scale = (largest * layer.weight_ratio.view(-1, 1)).clamp_min(1e-12) / layer.weight_spec.qmax
     fold = None if layer.weight_spec.per_channel else layer._fold()
     scale = (scale if fold is None else scale / fold.view(-1, 1)).expand(len(rows), 1)
     down = (rows / scale).floor()

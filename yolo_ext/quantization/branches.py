@@ -12,7 +12,7 @@ from ultralytics.nn.modules import Conv, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.modules.conv import Conv2
 
-from yolo_ext.checkpoint import manifest, set_tripwire
+from yolo_ext.checkpoint import note, set_tripwire
 from yolo_ext.stock.context import evaluating
 
 
@@ -57,7 +57,7 @@ def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[st
         block.__class__ = Conv
         block.train(model.training)
     _measure(model, fresh, batches)
-    manifest(model)["merged"] = paths
+    note(model, merged=paths)
     set_tripwire(model)
     return paths
 

@@ -16,11 +16,11 @@ from yolo_ext import __version__
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import list_hash
+from yolo_ext.quantization.layers import ADDED
 from yolo_ext.quantization.spec import Plan, State, plan_of
 
 FOLDER = Path(USER_CONFIG_DIR) / "yolo_ext" / "calibration"
 KEPT = 50  # newest files
-OWN = (".gain", ".weight_ratio", "_quantizer.lo", "_quantizer.hi")  # what fake quantization adds to a state dict
 
 
 def key(model: nn.Module, plan: Plan, images: Iterable[Path], imgsz: int, cfg: Any) -> str:
@@ -40,7 +40,7 @@ def key(model: nn.Module, plan: Plan, images: Iterable[Path], imgsz: int, cfg: A
         return ""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if not name.endswith(OWN):
+        if not name.endswith(ADDED):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     specs = {path: {site: spec.as_dict() for site, spec in sites.items()} for path, sites in plan.items()}

@@ -110,7 +110,7 @@ def _row(path: str, site: str, q: Any, seen: _Seen) -> Row:
 def _weight_row(path: str, layer: Any) -> Row:
     spec, rows = layer.weight_spec, weight_rows(layer).cpu()
     channels = rows.reshape(layer.weight.shape[channel_axis(layer)], -1).abs().amax(1)
-    ends = rows.abs().amax(1) * layer.weight_ratio.detach().abs().float().cpu()
+    ends = rows.abs().amax(1) * layer.weight_ratio.cpu()
     codes = rows / ends.reshape(-1, 1).clamp_min(1e-12) * spec.qmax
     used = codes.round().clamp(-spec.qmax, spec.qmax).unique().numel() / min(2 * spec.qmax + 1, max(rows.numel(), 1))
     return {

@@ -38,7 +38,6 @@ def insert_fake_quant(
     profile: Profile,
     exclude: Sequence[str] = (),
     config_list: Sequence[Mapping[str, Any]] = (),
-    learned: bool = False,
 ) -> dict[str, str]:
     """Insert fake quantizers in place for what the profile runs in INT8.
 
@@ -47,7 +46,6 @@ def insert_fake_quant(
         profile: What the runtime executes.
         exclude: Regular expressions searched in layer paths; a match keeps the layer float.
         config_list: Changes in the style of NNI, see `make_plan`.
-        learned: Make ranges Parameters that training moves.
 
     Returns:
         Path -> reason of every convolution and linear layer that stays float.
@@ -68,7 +66,7 @@ def insert_fake_quant(
             f"There is nothing left to quantize for profile '{profile.name}': all {len(reasons)} layers stay float. "
             "Leave out some of quant.exclude or quant.config_list."
         )
-    insert_plan(model, plan, learned)
+    insert_plan(model, plan)
     return reasons
 
 
@@ -82,13 +80,12 @@ def refuse_quantized(model: nn.Module) -> None:
         raise UsageError("This model carries fake quantizers already. Strip them first.")
 
 
-def insert_plan(model: nn.Module, plan: Plan, learned: bool = False) -> None:
+def insert_plan(model: nn.Module, plan: Plan) -> None:
     """Insert uncalibrated fake quantizers in place where a plan has them.
 
     Args:
         model: The model that the plan was made for.
         plan: What is quantized and how.
-        learned: Make ranges Parameters that training moves (LSQ+; Bhalgat et al., 2020).
 
     Raises:
         UsageError: If the model has no such layer.
@@ -103,9 +100,7 @@ def insert_plan(model: nn.Module, plan: Plan, learned: bool = False) -> None:
     for path, sites in plan.items():
         layer, block = modules[path], modules.get(path.rpartition(".")[0])
         device = next(layer.parameters()).device
-        made = {
-            site: RangeQuantizer(spec, learned=learned).to(device) for site, spec in sites.items() if site != "weight"
-        }
+        made = {site: RangeQuantizer(spec).to(device) for site, spec in sites.items() if site != "weight"}
         for q in made.values():
             q.train(layer.training)
         if "residual" in made:
@@ -115,23 +110,17 @@ def insert_plan(model: nn.Module, plan: Plan, learned: bool = False) -> None:
             layer.add_quantizer = made["add"]
             layer.register_forward_hook(_quantize_sum)
         if type(layer) in SWAPS:
-            _swap(layer, sites.get("weight"), made, block, learned, reads_image=layer is first)
+            _swap(layer, sites.get("weight"), made, block, reads_image=layer is first)
 
 
-def _swap(
-    layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any, learned: bool, reads_image: bool
-) -> None:
+def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any, reads_image: bool) -> None:
     layer.__class__ = SWAPS[type(layer)]
     layer.input_quantizer, layer.weight_spec, layer.mode = made.get("input"), weight, "on"
     in_block = getattr(block, "conv", None) is layer
     layer.fold = (block,) if in_block else ()
     layer.output_quantizer = None if in_block else made.get("output")
     channels = layer.weight.shape[channel_axis(layer)] if weight is None or weight.per_channel else 1
-    ratio = torch.ones(channels, device=layer.weight.device)
-    if learned and weight is not None:
-        layer.weight_ratio = nn.Parameter(ratio)
-    else:
-        layer.register_buffer("weight_ratio", ratio)
+    layer.register_buffer("weight_ratio", torch.ones(channels, device=layer.weight.device))
     if reads_image and "input" in made:  # images are k / 255, which this range represents without any error
         made["input"].set_range(0.0, 1.0)
         made["input"].fixed = True
@@ -224,10 +213,10 @@ def get_state(model: nn.Module) -> State:
         for site in SITES:
             if (path, site) in found:
                 q = found[path, site]
-                ends = {k: float(v) for k, v in zip(("lo", "hi"), q.ends())} if q.ready else {}
+                ends = {"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {}
                 state.setdefault(path, {})[site] = {**q.spec.as_dict(), **ends}
             elif site == "weight" and path in layers and layers[path].weight_spec is not None:
-                ratio = layers[path].weight_ratio.detach().abs().float()
+                ratio = layers[path].weight_ratio
                 extra = {} if bool((ratio == 1).all()) else {"ratio": ratio.tolist()}
                 state.setdefault(path, {})[site] = {**layers[path].weight_spec.as_dict(), **extra}
     return state

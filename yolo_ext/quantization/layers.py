@@ -5,8 +5,7 @@ The scale of a weight follows from the largest current weight of each channel ti
 BatchNorm.
 
 Methods: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-2018; per-channel weights: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018;
-learned ranges: Esser et al., "Learned Step Size Quantization", 2020, and Bhalgat et al., "LSQ+", 2020.
+2018; per-channel weights: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from yolo_ext.quantization.kernels import fake_quantize, fake_quantize_weight
 from yolo_ext.quantization.observers import Histogram, with_zero
 from yolo_ext.quantization.spec import Spec
 
-OWN = ("lo", "hi", "gain", "weight_ratio")  # what ranges are made of
+OWN = ("lo", "hi", "weight_ratio")  # buffers that ranges are made of
+ADDED = ("_quantizer.lo", "_quantizer.hi", ".weight_ratio")  # ends of what they add to a state dict
 
 
 class _Float32:
@@ -36,8 +36,7 @@ class _Float32:
         super()._apply(fn, recurse)  # type: ignore[misc]
         for k, t in kept.items():
             t.data = data[k].to(getattr(own, k).device)
-            if k in own._buffers:
-                own._buffers[k] = t  # the same tensor as before: the EMA holds on to it
+            own._buffers[k] = t  # the same tensor as before: the EMA holds on to it
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -55,7 +54,6 @@ class RangeQuantizer(_Float32, nn.Module):
         spec: Bits and scheme.
         lo: Low end of the range, a float32 scalar buffer; never above zero.
         hi: High end of the range, a float32 scalar buffer; never below zero.
-        gain: Learned factors of both ends, a Parameter of shape (2,); None keeps the range as it is.
         mode: One of `MODES`.
         momentum: Weight of the current batch when training updates the range; 0 keeps it fixed.
         ready: Whether the range has been set; until then values pass unchanged.
@@ -66,14 +64,12 @@ class RangeQuantizer(_Float32, nn.Module):
 
     lo: torch.Tensor
     hi: torch.Tensor
-    gain: nn.Parameter | None
 
-    def __init__(self, spec: Spec, lower: float = -math.inf, learned: bool = False) -> None:
+    def __init__(self, spec: Spec, lower: float = -math.inf) -> None:
         """Make an uncalibrated quantizer."""
         super().__init__()
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
-        self.register_parameter("gain", nn.Parameter(torch.ones(2)) if learned else None)
         self.spec, self.lower = spec, lower
         self.mode, self.momentum, self.ready, self.fixed = "on", 0.0, False, False
         self.histogram: Histogram | None = None
@@ -90,21 +86,15 @@ class RangeQuantizer(_Float32, nn.Module):
             self._follow(x.detach())
         if not self.ready:
             return x
-        scale, zero = self._params(*self.ends())
+        scale, zero = self._params()
         return fake_quantize(x, scale, zero, self.spec.qmin, self.spec.qmax)
 
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return low and high end, float32 scalars."""
-        if self.gain is None or self.fixed:
-            return self.lo, self.hi
-        gain = self.gain.float().clamp_min(0.01)
-        return self.lo * gain[0], self.hi * gain[1]
-
-    def _params(self, lo: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _params(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and zero point, float32 scalars; the latter is not rounded."""
         if self.spec.symmetric:
-            return torch.maximum(-lo, hi) / self.spec.qmax, torch.zeros_like(lo)
-        scale = (hi - lo) / self.spec.qmax
-        return scale, -lo / scale
+            return torch.maximum(-self.lo, self.hi) / self.spec.qmax, torch.zeros_like(self.lo)
+        scale = (self.hi - self.lo) / self.spec.qmax
+        return scale, -self.lo / scale
 
     @torch.no_grad()
     def _follow(self, x: torch.Tensor) -> None:
@@ -123,8 +113,6 @@ class RangeQuantizer(_Float32, nn.Module):
         lo, hi = with_zero(max(lo, self.lower), hi)
         self.lo.fill_(lo)
         self.hi.fill_(hi)
-        if self.gain is not None:
-            self.gain.data.fill_(1.0)
         self.ready = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -138,8 +126,7 @@ class QuantLayer(_Float32):
     Attributes:
         input_quantizer: Quantizer of the input, None where it arrives quantized or stays float.
         weight_spec: Bits and granularity of the weight, None where it stays float.
-        weight_ratio: Value of the largest code / largest weight, float32 of shape (channels,) or, per tensor, (1,); a
-            buffer, or a Parameter where it is learned.
+        weight_ratio: Value of the largest code / largest weight, a float32 buffer (channels,) or, per tensor, (1,).
         output_quantizer: Quantizer of the result of a layer without a block around it, otherwise None.
         fold: The block around the layer, in a tuple so that it is no submodule; its BatchNorm, gone once it is fused,
             counts for per-tensor weights.
@@ -175,7 +162,7 @@ class QuantLayer(_Float32):
             w = w * fold.view(shape)
         dims = [d for d in range(w.ndim) if d != axis or not spec.per_channel]
         largest = w.detach().abs().amax(dims, keepdim=True)
-        scale = (largest * self.weight_ratio.abs().view(shape)).clamp_min(1e-12) / spec.qmax
+        scale = (largest * self.weight_ratio.view(shape)).clamp_min(1e-12) / spec.qmax
         q = fake_quantize_weight(w, scale, spec.qmax)
         return (q if fold is None else q / fold.view(shape)).to(self.weight.dtype)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
 from yolo_ext.quantization import cache
@@ -40,9 +40,7 @@ BATCH = 16  # calibration images at once
 MERGE_BATCHES = 4  # of them, on which merged branches get their BatchNorm statistics
 
 
-def prepare(
-    model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int, training: bool = False
-) -> dict[str, str]:
+def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int) -> dict[str, str]:
     """Insert fake-quant into a model in place, with ranges from its manifest or else from calibration.
 
     Args:
@@ -51,7 +49,6 @@ def prepare(
         cfg: Quantization options.
         data: Checked dataset dict; calibration images come from its train split unless `cfg.source` is given.
         imgsz: Side of the square input in pixels.
-        training: Whether quantization-aware training follows, which may learn the ranges.
 
     Returns:
         Paths of the layers that stay float, with the reason.
@@ -61,15 +58,15 @@ def prepare(
     """
     profile = resolve_profile(cfg.profile)
     refuse_quantized(model)
-    learned, known = cfg.learned and training, manifest(model).get("quant")
+    known = manifest(model).quant
     options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
     if known and known["profile"] == profile.name and known["options"] == options:
-        replay(model, known, learned)
+        replay(model, known)
         return known["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
     batches = partial(letterbox_batches, images, imgsz, BATCH, crop=stock.task_of(model) == "classify")
     merge_branches(model, islice(batches(), MERGE_BATCHES))
-    kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list, learned)
+    kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
     what = f"{profile.name} on {len(images)} images of {imgsz} px"
     key = cache.key(model, plan_of(get_state(model)), images, imgsz, cfg) if cfg.cache else ""
     if found := cache.cached(key) if key else None:
@@ -83,12 +80,13 @@ def prepare(
     _improve(model, cfg, batches)
     set_mode(model, "on")
     record = {"images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed}
-    manifest(model)["quant"] = {
+    told = {
         "profile": profile.name,
         "options": options,
         "float": kept_float,
         "calibration": {**record, "weights": cfg.weight_observer, "imgsz": imgsz},
     }
+    note(model, quant=told)
     return kept_float
 
 
@@ -104,15 +102,14 @@ def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[
         calibrate(model, batches(), cfg.observer, None)  # another weight range would lose the roundings
 
 
-def replay(model: nn.Module, record: dict[str, Any], learned: bool = False) -> None:
+def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Insert the fake quantizers that a manifest describes into the float model that carries it, exactly as they were.
 
     Args:
         model: Float model of stock classes.
         record: The entry `quant` of its manifest.
-        learned: Make ranges Parameters that training moves.
     """
-    insert_plan(model, plan_of(record["state"]), learned)
+    insert_plan(model, plan_of(record["state"]))
     load_state(model, record["state"])
     set_mode(model, "on")
 
@@ -121,7 +118,7 @@ def strip(model: nn.Module) -> nn.Module:
     """Remove fake-quant in place and write specs and ranges, in full precision, into the manifest."""
     state = get_state(model)
     strip_fake_quant(model)
-    manifest(model)["quant"] = {**manifest(model).get("quant", {}), "state": state}
+    note(model, quant={**manifest(model).quant, "state": state})
     return model
 
 
@@ -143,7 +140,7 @@ def bake(model: nn.Module) -> None:
 
 def observes(cfg: QuantConfig, epoch: int) -> bool:
     """Tell whether ranges follow the data in this epoch, counted from 0."""
-    return epoch < cfg.observe_epochs and not cfg.learned
+    return epoch < cfg.observe_epochs
 
 
 def set_epoch(model: nn.Module, epoch: int, cfg: QuantConfig) -> None:
