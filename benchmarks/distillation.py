@@ -34,19 +34,19 @@ from typing import Any
 
 import torch
 from ultralytics import YOLO
-from yolo_ext.pruning.prune import prune_model
+from yolo_ext.stage_common import FINETUNE
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.data.check import check_data
-from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.distillation.stack import TABLES
-from yolo_ext.probes import make_probes
+from yolo_ext.pruning.prune import prune_model
 from yolo_ext.reporting.tables import align
-from yolo_ext.stage_common import FINETUNE
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
-from yolo_ext.trainers import trainer_for
+from yolo_ext.training.probes import make_probes
+from yolo_ext.training.trainer import trainer_for
 
 LOSSES = [row.name for table in TABLES.values() for row in table]
 STACKS = ["bckd+cwd", "bckd+pkd", "bckd*0.5+cwd", "kl_binary+ld+cwd", "kl_binary+pkd"]

@@ -16,7 +16,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.pairs import class_map, with_classes
 from yolo_ext.distillation.teacher import kept_channels, load_teacher, make_guide
-from yolo_ext.pruning.surgery import prune_model
+from yolo_ext.pruning.prune import prune_model
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning import bundles as module
@@ -82,9 +82,9 @@ def test_floors_count_from_the_first_width(yolo):
     dense, cfg = build_graph(model), PruneConfig(max_ratio=0.5)
     made = bundles(model, dense, cfg)
     apply_plan(model, kept_of(dense, made, [b.allowed[-1] for b in made]))
-    manifest(model)["prune"] = {"shapes": {p: list(s) for p, s in dense.shapes.items()}}
+    note(model, prune={"shapes": {p: list(s) for p, s in dense.shapes.items()}})
     assert bundles(model, build_graph(model), cfg) == []
-    del manifest(model)["prune"]  # the same widths as a first model may shrink
+    note(model, prune=None)  # the same widths as a first model may shrink
     assert len(bundles(model, build_graph(model), cfg)) > 10
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
+from yolo_ext.pruning.prune import prune_model, prune_with_plan
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest, size_mb
+from yolo_ext.checkpoint import manifest, note, size_mb
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.distillation.features import Align
-from yolo_ext.pruning.during import agreed, apply_to_run, follow, prune_run, remember_dense, sizes, step_config
+from yolo_ext.pruning.during import cut_run, decide, follow, remember_dense, sizes, step_config
 from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import cut, prune_model, prune_with_plan
+from yolo_ext.pruning.surgery import cut
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
@@ -50,7 +51,7 @@ def test_moments_follow_their_channels(name, yolo):
               for n, p in run.model.named_parameters() if p in run.optimizer.state}  # fmt: skip
     grads = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
-    apply_to_run(run, kept, manifest(pruned)["prune"])
+    cut_run(run.model, run.ema, run.optimizer, kept, manifest(pruned).prune)
     after = dict(run.model.named_parameters())
     assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} == {id(p) for p in after.values()}
     assert {id(p) for p in run.optimizer.state} <= {id(p) for p in after.values()}
@@ -86,20 +87,20 @@ def test_ema_and_live_model_lose_the_same_channels(yolo):
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
     path = next(p for p, dims in kept.items() if len(dims) == 2 and isinstance(run.model.get_submodule(p), nn.Conv2d))
     live = cut(run.model.get_submodule(path).weight, [(1, kept[path]["in"]), (0, kept[path]["out"])])
-    apply_to_run(run, kept, manifest(pruned)["prune"])
+    cut_run(run.model, run.ema, run.optimizer, kept, manifest(pruned).prune)
     assert [p.shape for p in run.model.parameters()] == [p.shape for p in run.ema.ema.parameters()]
     torch.testing.assert_close(run.ema.ema.state_dict(), pruned.state_dict(), rtol=0, atol=0)
     assert torch.equal(run.model.get_submodule(path).weight, live)
     assert not run.model.model[0].conv.weight.requires_grad and run.model.model[1].conv.weight.requires_grad
     assert not any(p.requires_grad for p in run.ema.ema.parameters())
-    assert manifest(run.model)["prune"] == manifest(run.ema.ema)["prune"] != {}
+    assert manifest(run.model).prune == manifest(run.ema.ema).prune != {}
 
 
 def test_channels_last_stays(yolo):
     run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
     run.model.to(memory_format=torch.channels_last)
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
-    apply_to_run(run, kept, manifest(pruned)["prune"])
+    cut_run(run.model, run.ema, run.optimizer, kept, manifest(pruned).prune)
     assert run.model.model[1].conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -117,7 +118,7 @@ def test_adapters_follow_the_student(yolo):
         run.optimizer.state[adapters[0].conv.weight]["exp_avg"].clone(),
     )
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
-    apply_to_run(run, kept, manifest(pruned)["prune"])
+    cut_run(run.model, run.ema, run.optimizer, kept, manifest(pruned).prune)
     index = [kept[p]["in"] for p in stock.level_inputs(yolo("yolov8n"))]
     assert torch.equal(adapters[0].conv.weight, weights[:, index[0]])
     assert torch.equal(run.optimizer.state[adapters[0].conv.weight]["exp_avg"], moments[:, index[0]])
@@ -148,7 +149,7 @@ def test_steps_add_up_to_the_target(yolo, schedule, target, value, size):
     model = deepcopy(yolo("yolov8n"))
     cfg = PruneConfig(**{target: value}, schedule=schedule, at=[1, 2, 3])
     remember_dense(model, cfg, Probes())
-    dense, found = manifest(model)["dense"], []
+    dense, found = manifest(model).dense, []
     for step in (1, 2, 3):
         narrowed = step_config(cfg, model, step, 3, Probes())
         model = prune_model(model, narrowed)
@@ -180,7 +181,7 @@ def test_latency_steps_multiply():
 @pytest.mark.parametrize(("score", "room"), [(0.49, 0.01), (0.52, 0.04), (0.47, None)])
 def test_a_budget_counts_from_the_first_model(score, room):
     model = nn.Identity()
-    manifest(model)["dense"] = {"score": 0.5}
+    note(model, dense={"score": 0.5})
     found = step_config(PruneConfig(max_drop=0.02, at=[1, 2]), model, 2, 2, Probes(score=lambda m: score))
     assert found is None if room is None else found.max_drop == pytest.approx(room)
 
@@ -197,15 +198,15 @@ def test_best_starts_anew_and_the_step_is_recorded(yolo):
     run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
     cfg = PruneConfig(speedup=2.0, at=[5, 7])
     remember_dense(run.ema.ema, cfg, Probes())
-    manifest(run.model)["dense"] = manifest(run.ema.ema)["dense"]
+    note(run.model, dense=manifest(run.ema.ema).dense)
     assert prune_run(run, cfg, 1, 2, Probes())
     assert run.best_fitness is None and vars(run.stopper) == {"best_fitness": 0.0, "best_epoch": 5}
     run.epoch = 7
     assert prune_run(run, cfg, 2, 2, Probes())
-    record = manifest(run.model)["prune"]
+    record = manifest(run.model).prune
     assert [s["epoch"] for s in record["steps"]] == [5, 7]
     assert record["config"]["at"] == [5, 7] and record["config"]["speedup"] == 2.0
-    assert manifest(run.model)["dense"]["gflops"] / record["steps"][1]["gflops"] == pytest.approx(2.0, rel=0.02)
+    assert manifest(run.model).dense["gflops"] / record["steps"][1]["gflops"] == pytest.approx(2.0, rel=0.02)
 
 
 # Several devices -----------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_ddp_is_wrapped_anew(yolo, group):
     run.model = nn.parallel.DistributedDataParallel(run.model, find_unused_parameters=True)
     old = run.model
     pruned, kept = prune_with_plan(deepcopy(run.ema.ema), PruneConfig(speedup=2.0))
-    apply_to_run(run, kept, manifest(pruned)["prune"])
+    cut_run(run.model, run.ema, run.optimizer, kept, manifest(pruned).prune)
     assert run.model is not old and run.model.module is old.module and run.model.find_unused_parameters
     sum(t.mean() for t in stock.returned_tensors(run.model(torch.rand(2, 3, 64, 64)))).backward()
     run.optimizer.step()

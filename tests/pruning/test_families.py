@@ -20,13 +20,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
+from yolo_ext.pruning.prune import plan, prune_model
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, prune_model, verify
-from yolo_ext.pruning.targets import plan
+from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, verify
 from yolo_ext.stock.load import load_model
 
 FAST = ("yolov5n", "yolov8n", "yolo11n", "yolo26n")
@@ -55,7 +55,7 @@ def dense_gflops(yolo):
 def test_target_and_gate(name, dense_gflops, pruned):
     model = pruned(name)
     assert dense_gflops(name) / stock.gflops(model, 64) == pytest.approx(2.0, rel=0.03)
-    assert manifest(model)["prune"]["gap"] <= TOLERANCE
+    assert manifest(model).prune["gap"] <= TOLERANCE
     homes = ("ultralytics.", "torch.")
     assert all(type(m).__module__.startswith(homes) for m in model.modules())
 
@@ -96,7 +96,7 @@ def test_export_path_of_cut_blocks(name, pruned):
 @pytest.mark.parametrize("name", FAST)
 def test_a_wrong_index_fails_the_gate(name, yolo, pruned):
     """Negative control: a single wrong input channel of a single layer must show, far above the tolerance."""
-    dense, kept = yolo(name), manifest(pruned(name))["prune"]["kept"]
+    dense, kept = yolo(name), manifest(pruned(name)).prune["kept"]
     modules = dict(dense.named_modules())
     paths = [p for p, dims in kept.items() if "in" in dims and modules[p].groups == 1]
     assert len(paths) > 20
@@ -114,7 +114,7 @@ def test_other_tasks(name, calibrate):
     torch.manual_seed(0)
     model = calibrate(YOLO(f"{name}.yaml").model)
     small = prune_model(model, PruneConfig(speedup=2.0))
-    assert manifest(small)["prune"]["gap"] <= TOLERANCE
+    assert manifest(small).prune["gap"] <= TOLERANCE
     assert stock.gflops(model, 64) / stock.gflops(small, 64) == pytest.approx(2.0, rel=0.03)
 
 
@@ -203,7 +203,7 @@ def custom(monkeypatch, calibrate):
 @pytest.mark.parametrize(("wire", "reason"), FOLLOWED.values(), ids=FOLLOWED)
 def test_modules_of_the_user_are_followed_or_reported(wire, reason, custom):
     small = prune_model(custom(wire), PruneConfig(method="random", ratio=0.2, scope="local"))
-    record = manifest(small)["prune"]
+    record = manifest(small).prune
     assert record["gap"] <= TOLERANCE and len(record["kept"]) > 10
     outside_the_head = [r for path, r in record["frozen"].items() if not path.startswith("model.7.")]
     assert any(reason in r for r in outside_the_head) if reason else not outside_the_head
@@ -281,8 +281,8 @@ def test_round_trip_keeps_widths_and_manifest(name, files, pruned):
     before, after = pruned(name).state_dict(), model.state_dict()
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     assert all(torch.equal(v.half(), after[k].half()) for k, v in before.items())
-    assert ckpt["yolo_ext"] == manifest(model) == manifest(pruned(name))
-    assert json.loads(json.dumps(manifest(model))) == manifest(model)  # plain data only
+    assert manifest(model) == manifest(pruned(name)) and ckpt["yolo_ext"] == model.yolo_ext
+    assert json.loads(json.dumps(model.yolo_ext)) == model.yolo_ext  # plain data only
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -294,5 +294,5 @@ def test_tripwire_against_silent_un_pruning(name, pruned):
     trainer.data = {"nc": 3, "channels": 3, "names": {0: "a", 1: "b", 2: "c"}}
     with pytest.raises(KeyError, match=TRIPWIRE):  # what stock YOLO(pruned).train() does
         trainer.get_model(cfg=deepcopy(model.yaml), weights=model, verbose=False)
-    rebuilt = DetectionModel(deepcopy(manifest(model)["yaml"]), nc=3, verbose=False)  # the dense YAML is still there
+    rebuilt = DetectionModel(deepcopy(manifest(model).yaml), nc=3, verbose=False)  # the dense YAML is still there
     assert sum(p.numel() for p in rebuilt.parameters()) > sum(p.numel() for p in model.parameters())

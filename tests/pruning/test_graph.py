@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.nn.modules.transformer import AIFI
+from yolo_ext.pruning.prune import plan
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap
-from yolo_ext.pruning.targets import plan
 from yolo_ext.stock.load import load_model
 
 OUTPUT = "is an output of the model"

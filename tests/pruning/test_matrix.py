@@ -112,7 +112,7 @@ def pruned(name: str, method: str) -> nn.Module:
 def test_pruned_equals_masked_and_trains(name, method):
     """`prune_model` refuses a model that differs from the masked one, cannot train, or gets gradients not finite."""
     model = pruned(name, method)
-    assert manifest(model)["prune"]["gap"] <= TOLERANCE
+    assert manifest(model).prune["gap"] <= TOLERANCE
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense(name), model))
     assert after < 0.95 * before or re.search("rtdetr|world", name)  # where decoder and text layers stay
     assert after < before

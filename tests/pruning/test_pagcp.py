@@ -14,7 +14,6 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
-from yolo_ext.probes import make_probes
 from yolo_ext.pruning import pagcp as module
 from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph
@@ -24,6 +23,7 @@ from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.pruning.targets import measure
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
+from yolo_ext.training.probes import make_probes
 
 TEN = list(range(10, 1, -1))  # ten units, of which two must stay
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "bccd_yolov8n_192.pt"

@@ -7,16 +7,15 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from yolo_ext.pruning.prune import plan, readiness
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
+from yolo_ext.pruning.bundles import Bundle, bundles, kept_of, near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.readiness import near_zero, near_zero_share, readiness, spare_units
 from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.pruning.targets import plan
 
 SLIM = PruneConfig(method="slim", speedup=1.5)
 
@@ -43,7 +42,7 @@ def plant(traced):
                     if isinstance(modules[m.module], nn.BatchNorm2d):
                         modules[m.module].weight[m.index[: round(share * g.size)].flatten()] = 0
         if trained:
-            manifest(planted)["sparsity"] = {"method": trained, "threshold": 0.01, "coefficient": 1.0, "epochs": 15}
+            note(planted, sparsity={"method": trained, "threshold": 0.01, "coefficient": 1.0, "epochs": 15})
         return planted
 
     return make
@@ -115,7 +114,7 @@ def test_what_is_still_in_use_is_counted(plant, traced):
 
 def test_the_threshold_is_that_of_the_training(plant, traced):
     planted, graph = plant(0.0), traced[1]()
-    manifest(planted)["sparsity"]["threshold"] = 1.0
+    note(planted, sparsity={**manifest(planted).sparsity, "threshold": 1.0})
     made = bundles(planted, graph, SLIM)
     assert readiness(planted, graph, SLIM, made, [b.units for b in made])["share"] == 1.0
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
+from yolo_ext.pruning.prune import prune_model
 
-from yolo_ext.checkpoint import fingerprint, manifest
+from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning import surgery
 from yolo_ext.pruning.record import layer_report
-from yolo_ext.pruning.surgery import apply_plan, check_trainable, prune_model
+from yolo_ext.pruning.surgery import apply_plan, check_trainable
 from yolo_ext.stock.context import recalibrate
 
 CFG = PruneConfig(ratio=0.4)
@@ -42,7 +43,7 @@ def gather(dense: nn.Module, kept: dict, name: str) -> torch.Tensor:
 
 # Apply ---------------------------------------------------------------------------------------------------------------
 def test_replay_of_the_stored_plan_is_bit_equal(dense, pruned):
-    kept = json.loads(json.dumps(manifest(pruned)["prune"]["kept"]))
+    kept = json.loads(json.dumps(manifest(pruned).prune["kept"]))
     again = apply_plan(deepcopy(dense), kept).state_dict()
     assert again.keys() == pruned.state_dict().keys()
     assert all(torch.equal(v, again[k]) for k, v in pruned.state_dict().items())
@@ -68,9 +69,9 @@ def test_pruned_twice_counts_in_the_numbering_of_the_first_dense_model(yolo, nam
     dense = yolo(name)
     once = prune_model(dense, PruneConfig(method="l2", ratio=0.25, round_to=4))
     twice = prune_model(once, PruneConfig(method="random", ratio=0.4, seed=5, round_to=2))
-    record = manifest(twice)["prune"]
-    assert record["parent"] == manifest(once)["prune"]["parent"] == fingerprint(dense)
-    assert record["shapes"] == manifest(once)["prune"]["shapes"]
+    record = manifest(twice).prune
+    assert record["parent"] == manifest(once).prune["parent"] == fingerprint(dense)
+    assert record["shapes"] == manifest(once).prune["shapes"]
     convs = [n for n, m in twice.named_modules() if isinstance(m, nn.Conv2d)]
     assert sum(twice.get_submodule(n).out_channels < once.get_submodule(n).out_channels for n in convs) > 20
     for n in convs:
@@ -110,7 +111,7 @@ def test_gradients_that_are_not_finite_fail(dense):
 
 
 def quantized(model: nn.Module) -> nn.Module:
-    manifest(model)["quant"] = {"ranges": {}}
+    note(model, quant={"ranges": {}})
     return model
 
 

@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +20,9 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.probes import NO_PROBES, Probes
-from yolo_ext.pruning.surgery import apply_plan, prune_model
-from yolo_ext.pruning.targets import measure, plan, targets
+from yolo_ext.pruning.prune import plan, prune_model
+from yolo_ext.pruning.surgery import apply_plan
+from yolo_ext.pruning.targets import measure, targets
 
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -337,7 +336,7 @@ def test_pagcp_decides_on_all_bundles(traced, monkeypatch):
         assert imgsz == 192
         return [b.round(b.units * (1 - (b.share or 0.03 * (b.name == "model.7.conv")))) for b in made]
 
-    monkeypatch.setitem(sys.modules, "yolo_ext.pruning.pagcp", SimpleNamespace(pagcp=pagcp))
+    monkeypatch.setattr("yolo_ext.pruning.prune.pagcp", pagcp)
     kept = plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}), NO_PROBES, 192)
     found = {p: len(dims["out"]) for p, dims in kept.items() if "out" in dims and p.endswith("conv")}
     assert found == {"model.5.conv": 64, "model.7.conv": 248}

@@ -43,7 +43,7 @@ def masked(model: nn.Module, cfg: PruneConfig, ratio: float | None = None) -> nn
 
 def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     modules = dict(model.named_modules())
-    return {p: modules[p].weight.detach().float() == 0 for p in manifest(model)["masks"]["layers"]}
+    return {p: modules[p].weight.detach().float() == 0 for p in manifest(model).masks["layers"]}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -85,8 +85,8 @@ def test_two_largest_of_four_stay(weight, dim):
 def test_share_is_met(yolo, name, cfg):
     model = masked(yolo(name), cfg)
     found, rows = sparsity(model), [r for r in eligible(model, cfg) if r["eligible"]]
-    assert manifest(model)["masks"]["layers"] == [r["name"] for r in rows] == [r["name"] for r in found["layers"]]
-    ratio = manifest(model)["masks"]["ratio"]
+    assert manifest(model).masks["layers"] == [r["name"] for r in rows] == [r["name"] for r in found["layers"]]
+    ratio = manifest(model).masks["ratio"]
     assert ratio == (0.5 if cfg.kind == "2:4" else cfg.ratio)
     total = sum(r["weights"] for r in found["layers"])
     slack = len(found["layers"]) if cfg.scope == "local" else 1  # one weight in each ranking
@@ -129,7 +129,7 @@ def test_masks_survive_files(yolo, tmp_path, cfg):
     assert same(zeros(deepcopy(model)), expected)
     assert same(zeros(pickle.loads(pickle.dumps(model))), expected)
     loaded, ckpt = load_model(save_model(model, tmp_path / "m.pt"))
-    assert ckpt["yolo_ext"]["masks"] == manifest(model)["masks"]
+    assert ckpt["yolo_ext"]["masks"] == manifest(model).masks
     assert all((zeros(loaded)[p] >= z).all() for p, z in expected.items())
     assert sparsity(loaded)["masked"] == pytest.approx(sparsity(model)["masked"], abs=1e-5)  # fp16 may round to 0
 
@@ -239,7 +239,7 @@ def test_refused(yolo, options, message):
     model = deepcopy(yolo("yolov8n"))
     with pytest.raises(UsageError, match=message):
         zero_weights(model, PruneConfig(kind="unstructured", ratio=0.5, **options))
-    assert "masks" not in manifest(model)
+    assert not manifest(model).masks
 
 
 def test_frozen_layers_are_refused(yolo):
@@ -289,4 +289,4 @@ def test_export_keeps_the_zeros(tmp_path, name, cfg, loss):
     if cfg.kind == "2:4":
         whole = [w for w in weights if w.shape[1] % 4 == 0 and w.shape[1] > 3]
         pattern = [(w.reshape(len(w), -1, 4, *w.shape[2:]) == 0).sum(2).min() >= 2 for w in whole]
-        assert sum(pattern) == len(manifest(model)["masks"]["layers"])
+        assert sum(pattern) == len(manifest(model).masks["layers"])

@@ -11,9 +11,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext import stock
 from yolo_ext.core.config import PruneConfig, SparsityConfig
-from yolo_ext.pruning.bundles import bundles, kept_of
+from yolo_ext.pruning.bundles import bundles, kept_of, spare_units
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.readiness import spare_units
 from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.sparsity.monitor import EDGES, History, columns, observe
 

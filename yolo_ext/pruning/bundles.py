@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +15,9 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import resolved, score
 from yolo_ext.pruning.evidence import Evidence
-from yolo_ext.pruning.graph import Graph, Group
+from yolo_ext.pruning.graph import Graph, Group, Kept
 from yolo_ext.pruning.select import producers, refuse_frozen, restrict, shares
 
-Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions, "in": kept positions}
 Widths = dict[tuple[str, str], int]  # (module path, "out" or "in") -> kept channels
 
 
@@ -119,7 +119,7 @@ def _bundle(
 
 def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> float:
     """Return the fewest channels that the widest group may keep, counted from its width before any pruning."""
-    shapes = (manifest(model).get("prune") or {}).get("shapes", {})
+    shapes = manifest(model).prune.get("shapes", {})
     widest, narrowest = max(groups, key=lambda g: g.size), min(g.size for g in groups)
     # Of several layers, the one that holds least else tells best how wide the group was.
     before = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in producers(widest) if p in shapes]
@@ -196,3 +196,37 @@ def kept_of(graph: Graph, made: list[Bundle], units: list[int]) -> Kept:
         if not mask.all():
             kept.setdefault(path, {})[dim] = mask.nonzero().flatten().tolist()
     return kept
+
+
+def near_zero(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Tell which channels of a group are near zero.
+
+    Args:
+        scores: (n,) scores of one group.
+        threshold: Share of the largest score.
+
+    Returns:
+        (n,) booleans; all True in a group whose scores are all zero.
+    """
+    return scores <= threshold * scores.max()
+
+
+def spare_units(made: Sequence[Bundle], threshold: float) -> list[int]:
+    """Return the kept units of each bundle when channels near zero go and, after rounding and floors, no others.
+
+    Args:
+        made: Bundles, scored by a criterion that needs "sparsity".
+        threshold: Share of the largest score of a group.
+    """
+    units = []
+    for b in made:
+        pairs = zip(b.groups, b.values)
+        gone = min(int(near_zero(v, threshold).sum()) // (g.size // b.units) for g, v in pairs)
+        units.append(min(a for a in b.allowed if a >= b.units - gone))
+    return units
+
+
+def near_zero_share(made: Sequence[Bundle], threshold: float) -> float:
+    """Return the share, 0..1, of all channels of these bundles that are near zero."""
+    masks = [near_zero(v, threshold) for b in made for v in b.values]
+    return float(torch.cat(masks).float().mean()) if masks else 0.0

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Pruning while training: at the start of an epoch, with optimizer state, EMA and adapters cut alike.
+"""Pruning while training: at the start of an epoch, with optimizer state and EMA cut alike.
 
 The channels are chosen on the EMA, which is what is validated and saved; the same plan then cuts the live weights,
 their gradients and the optimizer's moments. Optimizer, scheduler and AMP scaler stay the objects that they were.
@@ -7,24 +7,22 @@ their gradients and the optimizer's moments. Optimizer, scheduler and AMP scaler
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER, colorstr
-from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest, set_tripwire, size_mb
+from yolo_ext.checkpoint import manifest, note, set_tripwire, size_mb
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.core.errors import YoloExtError
+from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.prune import prune_with_plan
 from yolo_ext.pruning.schedules import progress
-from yolo_ext.pruning.surgery import Kept, apply_plan, cut, parameter_slices, prune_with_plan
-from yolo_ext.stock.context import recalibrate
+from yolo_ext.pruning.surgery import apply_plan, cut, parameter_slices
 
 ENOUGH = 1.005  # a step that would gain less than this is left out
 
@@ -82,114 +80,69 @@ def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: in
     found: dict[str, Any] = {**sizes(model, imgsz), "size_mb": size_mb(model), "imgsz": imgsz}
     if cfg.max_drop and probes.score:
         found["score"] = probes.score(model)
-    manifest(model)["dense"] = found
+    note(model, dense=found)
 
 
-def _dense(model: nn.Module) -> dict[str, Any]:
-    return manifest(model)["dense"]
+def _dense(model: nn.Module) -> Mapping[str, Any]:
+    return manifest(model).dense
 
 
-def prune_run(trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes, imgsz: int = 640) -> bool:
-    """Prune a training run between two epochs.
+def decide(
+    model: nn.Module, cfg: PruneConfig, step: int, steps: int, epoch: int, probes: Probes, imgsz: int = 640
+) -> tuple[Kept, dict[str, Any]] | None:
+    """Choose what a step removes.
 
     Args:
-        trainer: Ultralytics trainer at the start of an epoch; its model, EMA, optimizer and adapters are cut.
+        model: Copy of the EMA, which is changed; frozen layers stay.
         cfg: Pruning options of the run.
         step: Which step this is, counted from 1.
         steps: How many there are.
+        epoch: Epoch that it comes before, counted from 0.
         probes: What data and the clock can tell.
         imgsz: Side in pixels of the images that FLOPs are counted for.
 
     Returns:
-        Whether channels were removed.
+        Kept positions by module path and dimension, and what the manifest is to say about pruning afterwards; None
+        when the step has nothing to remove.
 
     Raises:
         UsageError: If the target of this step cannot be reached.
         CheckFailed: If the pruned model differs from the masked dense one.
     """
-    decided = agreed(lambda: _decide(trainer, cfg, step, steps, probes, imgsz))
-    if decided is None:
-        LOGGER.info(f"{colorstr('prune: ')}step {step}/{steps}: nothing to remove yet")
-        return False
-    kept, record = decided
-    apply_to_run(trainer, kept, record)
-    if probes.images and cfg.recalibrate:
-        for model in (unwrap_model(trainer.model), trainer.ema.ema):
-            recalibrate(model, probes.images())
-    forget_best(trainer)
-    last = record["steps"][-1]
-    LOGGER.info(
-        f"{colorstr('prune: ')}step {step}/{steps} before epoch {trainer.epoch + 1}: "
-        f"{int(last['params']):,} parameters, "
-        f"{100 * last['gflops'] / _dense(trainer.ema.ema)['gflops']:.1f} % of the FLOPs"
-    )
-    return True
-
-
-def copy_of_ema(trainer: Any) -> nn.Module:
-    """Return a copy of the EMA in which the layers that the user froze are frozen, and no others."""
-    model = deepcopy(trainer.ema.ema).float()
-    for p, live in zip(model.parameters(), unwrap_model(trainer.model).parameters()):
-        p.requires_grad_(live.requires_grad)
-    return model
-
-
-def _decide(
-    trainer: Any, cfg: PruneConfig, step: int, steps: int, probes: Probes, imgsz: int
-) -> tuple[Kept, dict] | None:
-    model = copy_of_ema(trainer)
     narrowed = step_config(cfg, model, step, steps, probes)
     if narrowed is None:
         return None
     pruned, kept = prune_with_plan(model, narrowed, imgsz, probes)
-    record = manifest(pruned)["prune"]
-    record["config"] = asdict(cfg)
-    record["steps"] = [*record.get("steps", []), {"epoch": trainer.epoch, **sizes(pruned, imgsz)}]
+    record = {**manifest(pruned).prune, "config": asdict(cfg)}
+    record["steps"] = [*record.get("steps", []), {"epoch": epoch, **sizes(pruned, imgsz)}]
     return (kept, record) if kept else None
 
 
-def agreed(decide: Callable[[], Any]) -> Any:
-    """Return what rank 0 decides; on several devices the others receive it as data."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()):
-        return decide()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = decide()
-        except YoloExtError as e:  # or the others would wait for ever
-            box[1] = e
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def apply_to_run(trainer: Any, kept: Kept, record: dict[str, Any]) -> None:
-    """Cut everything that a training run holds by one plan.
+def cut_run(
+    model: nn.Module, ema: Any, optimizer: torch.optim.Optimizer, kept: Kept, record: Mapping[str, Any]
+) -> None:
+    """Cut what a training run holds by one plan.
 
     Args:
-        trainer: Ultralytics trainer.
+        model: The live model, not wrapped.
+        ema: Its `ModelEMA`.
+        optimizer: Its optimizer.
         kept: Kept positions by module path and dimension, in the numbering of the model as it is.
         record: What the manifest is to say about pruning afterwards.
     """
-    live, ema = unwrap_model(trainer.model), trainer.ema.ema
-    modules, old = dict(live.named_modules()), dict(live.named_parameters())
+    modules, old = dict(model.named_modules()), dict(model.named_parameters())
     slices = {f"{path}.{name}": s for path, dims in kept.items()
               for name, s in parameter_slices(modules[path], dims).items()}  # fmt: skip
     channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in old.values())
-    for model in (live, ema):
-        apply_plan(model, kept)
-        manifest(model)["prune"] = deepcopy(record)
-        set_tripwire(model)
+    for m in (model, ema.ema):
+        apply_plan(m, kept)
+        note(m, prune=deepcopy(record))
+        set_tripwire(m)
     if channels_last:
-        live.to(memory_format=torch.channels_last)
-    new = dict(live.named_parameters())
-    follow(trainer.optimizer, [(old[n], new[n], s) for n, s in slices.items()])
-    if trainer.distiller is not None:
-        _cut_adapters(trainer, live, kept)
-    stock.restart_ema(trainer.ema)
-    stock.rewrap(trainer)
+        model.to(memory_format=torch.channels_last)
+    new = dict(model.named_parameters())
+    follow(optimizer, [(old[n], new[n], s) for n, s in slices.items()])
+    stock.restart_ema(ema)
 
 
 def follow(
@@ -211,22 +164,3 @@ def follow(
                 k: cut(v, slices) if isinstance(v, torch.Tensor) and v.shape == old.shape else v
                 for k, v in optimizer.state.pop(old).items()
             }
-
-
-def _cut_adapters(trainer: Any, live: nn.Module, kept: Kept) -> None:
-    """Cut the student's side of the distillation adapters."""
-    paths = stock.level_inputs(live)
-    for adapter, level in zip(trainer.distiller.adapters, trainer.distiller.levels):
-        index = kept.get(paths[level], {}).get("in")
-        if index is None:
-            continue
-        old = adapter.conv.weight if adapter.conv is not None else None
-        adapter.shrink(index)
-        if old is not None:
-            follow(trainer.optimizer, [(old, adapter.conv.weight, [(1, index)])])
-
-
-def forget_best(trainer: Any) -> None:
-    """Let best.pt and early stopping start anew: what was best before had more channels."""
-    trainer.best_fitness = None
-    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch

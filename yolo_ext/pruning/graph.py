@@ -19,6 +19,8 @@ from yolo_ext import stock
 from yolo_ext.pruning.labels import FIXED, Labels, layer_channels
 from yolo_ext.pruning.rules import trace
 
+Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions, "in": kept positions}
+
 
 @dataclass
 class Member:

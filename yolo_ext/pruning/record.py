@@ -10,16 +10,15 @@ from typing import Any
 from torch import nn
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, manifest, set_tripwire
+from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.pruning.bundles import Kept
-from yolo_ext.pruning.graph import Graph
+from yolo_ext.pruning.graph import Graph, Kept
 from yolo_ext.pruning.labels import layer_channels
 
 
 def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: PruneConfig, gap: float) -> None:
     """Write what was done into the manifest; indices always count in the numbering of the first dense model."""
-    previous = deepcopy(manifest(dense).get("prune"))
+    previous = deepcopy(dict(manifest(dense).prune))
     shapes = previous["shapes"] if previous else {p: list(s) for p, s in graph.shapes.items()}
     total: Kept = deepcopy(previous["kept"]) if previous else {}
     for path, dims in kept.items():
@@ -27,8 +26,8 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
             old = total.setdefault(path, {}).get(dim)
             total[path][dim] = [old[i] for i in index] if old is not None else list(index)
     # The teacher that a student grew from knows it by the weights it started with, not by those of today.
-    parent = previous["parent"] if previous else manifest(dense).get("parent") or fingerprint(dense)
-    manifest(pruned)["prune"] = {
+    parent = previous["parent"] if previous else manifest(dense).parent or fingerprint(dense)
+    told = {
         **(previous or {}),
         "config": asdict(cfg),
         "kept": total,
@@ -39,6 +38,7 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
         "notes": graph.notes,
         "gap": gap,
     }
+    note(pruned, prune=told)
     set_tripwire(pruned)
 
 
@@ -58,7 +58,7 @@ def layer_report(model: nn.Module) -> list[dict[str, Any]]:
     Returns:
         Rows ``{"name", "before", "after", "reason", "coupled"}`` in the order of the model.
     """
-    found = manifest(model).get("prune") or {"shapes": {}, "frozen": {}}
+    found = manifest(model).prune or {"shapes": {}, "frozen": {}}
     modules = dict(model.named_modules())
     rows = []
     for path in sorted(found["shapes"], key=stock.natural_key):

@@ -64,7 +64,7 @@ def _roots(model: nn.Module, modules: dict[str, nn.Module], selector: str, optio
 
 def _section(model: nn.Module, name: str, option: str) -> set[str]:
     """Return the layers of the backbone, the neck or the head, as the model's YAML parts them."""
-    yaml = manifest(model).get("yaml") or getattr(model, "yaml", None)  # that of a pruned model holds the tripwire
+    yaml = manifest(model).yaml or getattr(model, "yaml", None)  # that of a pruned model holds the tripwire
     if not yaml or "backbone" not in yaml:
         raise UsageError(f"'{option}={name}' means nothing here: the model has no YAML. Give layer names.")
     neck, head = len(yaml["backbone"]), len(model.model) - 1

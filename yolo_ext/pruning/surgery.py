@@ -4,23 +4,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest
-from yolo_ext.core.config import TARGETS, PruneConfig
-from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.core.registry import Need
-from yolo_ext.pruning.criteria import AUTO, criteria, resolved
-from yolo_ext.pruning.graph import Graph, Kept, build_graph
-from yolo_ext.pruning.probes import NO_PROBES, Probes
-from yolo_ext.pruning.prune import plan
-from yolo_ext.pruning.record import record
+from yolo_ext.core.errors import CheckFailed
+from yolo_ext.pruning.graph import Kept
 
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
 ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
@@ -187,87 +178,3 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
         )
     check_trainable(pruned, size)
     return gap
-
-
-def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES) -> nn.Module:
-    """Prune a copy of a model to a target and prove that the surgery is exact.
-
-    Args:
-        model: Any YOLO model; it is not changed.
-        cfg: Pruning options with a target.
-        imgsz: Side in pixels of the images that FLOPs are counted for.
-        probes: What data and the clock can tell, for the criteria and targets that need it.
-
-    Returns:
-        The pruned copy, whose manifest records the plan and per-layer reasons.
-
-    Raises:
-        UsageError: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
-        CheckFailed: If the pruned model differs from the masked dense one.
-    """
-    return prune_with_plan(model, cfg, imgsz, probes)[0]
-
-
-def prune_with_plan(
-    model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES
-) -> tuple[nn.Module, Kept]:
-    """Do what `prune_model` does and return the plan too, in the numbering of `model`."""
-    check_prunable(model)
-    cfg = resolved(cfg, probes.batches is not None)
-    if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
-        raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
-    try:
-        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=True)
-    except CheckFailed as e:
-        LOGGER.warning(f"{colorstr('prune: ')}{e} Leaving all custom modules whole.")
-        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=False)
-    record(model, pruned, graph, kept, cfg, gap)
-    return pruned, kept
-
-
-def _verified(
-    model: nn.Module, cfg: PruneConfig, imgsz: int, probes: Probes, *, custom: bool
-) -> tuple[Graph, Kept, nn.Module, float]:
-    """Return graph, plan, pruned copy and its gap; blocks that compare or divide by their own width show only here."""
-    graph = build_graph(model, custom=custom)
-    kept = plan(model, graph, cfg, probes, imgsz)
-    pruned = apply_plan(deepcopy(model), kept)
-    return graph, kept, pruned, verify(model, pruned, kept)
-
-
-def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: bool = True) -> None:
-    """Find out without data or a clock whether pruning options fit a model.
-
-    Args:
-        model: The model; it is not changed.
-        cfg: Pruning options. Targets that have to be measured, and criteria that need data, are taken as within reach.
-        imgsz: Side in pixels of the images that FLOPs are counted for.
-        ready: Whether a sparsity criterion must find the model sparse already.
-
-    Raises:
-        UsageError: If the model cannot be pruned, an option does not fit it or the target cannot be reached.
-    """
-    check_prunable(model)
-    if cfg.kind != "structured":
-        return
-    analytic = bool(cfg.speedup or cfg.params or cfg.ratio or cfg.ratios)
-    cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
-    if cfg.method == AUTO or Need.DATA in criteria[cfg.method].needs:
-        cheap = replace(cheap, method="l2")
-    if not analytic:
-        cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)
-    plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
-
-
-def check_prunable(model: nn.Module) -> None:
-    """Refuse models whose structure must not change any more.
-
-    Raises:
-        UsageError: If the model is fused, or fake-quant has been put in.
-    """
-    if getattr(model, "is_fused", lambda: False)():
-        raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
-    if manifest(model).get("quant") or any(type(m).__module__.startswith("yolo_ext") for m in model.modules()):
-        raise UsageError(
-            "The model is quantized: its ranges belong to the channels that it has. Prune the float .pt, then quantize."
-        )

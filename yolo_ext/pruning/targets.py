@@ -1,9 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""From scores to a plan: what a target measures, and which channels go so that it is met."""
+"""What a target measures on the model that a plan would give."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -11,17 +10,16 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import manifest, size_mb
-from yolo_ext.core.config import TARGETS, PruneConfig
+from yolo_ext.checkpoint import manifest, note, size_mb
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table
-from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
-from yolo_ext.pruning.bundles import Bundle, Widths, bundles, kept_of, widths_of
-from yolo_ext.pruning.criteria import criteria, resolved
-from yolo_ext.pruning.evidence import Evidence, collect
-from yolo_ext.pruning.graph import Graph, Kept
-from yolo_ext.pruning.probes import NO_PROBES, Probes
-from yolo_ext.pruning.solve import Target, solve
+from yolo_ext.pruning.bundles import Bundle, Widths, kept_of, widths_of
+from yolo_ext.pruning.graph import Graph
+from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.solve import Target
+from yolo_ext.pruning.surgery import apply_plan
+from yolo_ext.stock.context import recalibrate
 
 targets = Table("pruning target")  # row: Job -> Target
 
@@ -48,7 +46,6 @@ class Job:
 
     def pruned(self, units: list[int]) -> nn.Module:
         """Return a pruned copy."""
-        from yolo_ext.pruning.surgery import apply_plan
 
         return apply_plan(deepcopy(self.model), kept_of(self.graph, self.made, units))
 
@@ -144,7 +141,7 @@ def size(job: Job) -> Target:
     def megabytes(units: list[int]) -> float:
         copy = job.pruned(units)
         record = {"config": asdict(job.cfg), "kept": kept_of(job.graph, job.made, units)}
-        manifest(copy)["prune"] = {"shapes": shapes, "frozen": frozen, **(manifest(copy).get("prune") or {}), **record}
+        note(copy, prune={"shapes": shapes, "frozen": frozen, **manifest(copy).prune, **record})
         return size_mb(copy)
 
     return Target(megabytes, job.cfg.size_mb or 0.0, rises=False, trials=16, slow=True)
@@ -163,7 +160,6 @@ def latency(job: Job) -> Target:
 @targets.row("max_drop", "Largest loss of mAP50-95 right after pruning and BatchNorm recalibration", needs=[Need.DATA])
 def max_drop(job: Job) -> Target:
     """Prune as far as the recalibrated mAP stays within a drop; EagleEye, Li et al., 2020, arXiv:2007.02491."""
-    from yolo_ext.stock.context import recalibrate
 
     score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
     if score is None or images is None:
@@ -185,65 +181,3 @@ def max_drop(job: Job) -> Target:
         return base - score(trial)
 
     return Target(drop, allowed, trials=7, slow=True, noisy=True, cap=True)
-
-
-# Plan ----------------------------------------------------------------------------------------------------------------
-def plan(
-    model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640, ready: bool = True
-) -> Kept:
-    """Choose the channels that stay so that the target is met.
-
-    Args:
-        model: The model; it is not changed.
-        graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
-        cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
-        probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
-        imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
-        ready: Check that sparsity training made room for this plan; False for a trial before that training.
-
-    Returns:
-        Kept positions for every layer that loses channels: plain data that can be stored and replayed.
-
-    Raises:
-        UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
-            needs sparsity training that was not enough.
-    """
-    cfg = resolved(cfg, probes.batches is not None)
-    made = bundles(model, graph, cfg, _evidence(model, cfg, probes))
-    if not made:
-        reasons = Counter(g.frozen for g in graph.groups).most_common(3)
-        raise UsageError(
-            "Nothing can be pruned: every group is frozen, excluded or at its floor "
-            f"({', '.join(f'{n} x {reason!r}' for reason, n in reasons)}). See `yolo-ext help prune`."
-        )
-    free = [b for b in made if b.share is None]
-    name = next((t for t in TARGETS if getattr(cfg, t) is not None), None)
-    if cfg.scope == "pagcp":
-        from yolo_ext.pruning.pagcp import pagcp
-
-        units = pagcp(model, graph, made, cfg, probes, imgsz)
-    elif name is None:
-        units = _settled(made, [b.units for b in free])
-    else:
-        spread = from_sensitivity(free, read_sensitivity(cfg.sensitivity)) if cfg.sensitivity else None
-        spread = spread or ranked(free, scopes[cfg.scope].fn(free, model))
-        target = targets[name].fn(Job(model, graph, made, cfg, probes, imgsz))
-        units = solve(name, target, lambda share: _settled(made, spread(share)), made, cfg)
-    if ready:
-        from yolo_ext.pruning.prune import check_readiness
-
-        check_readiness(model, graph, cfg, made, units, imgsz)
-    return kept_of(graph, made, units)
-
-
-def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
-    """Measure what a data-driven criterion needs; without data the criterion itself says so."""
-    if Need.DATA not in criteria[cfg.method].needs or probes.batches is None:
-        return None
-    return collect(model, cfg.method, probes.batches())
-
-
-def _settled(made: list[Bundle], units: list[int]) -> list[int]:
-    """Return the kept units of all bundles from those of the free ones."""
-    rest = iter(units)
-    return [next(rest) if b.share is None else b.round(b.units * (1 - b.share)) for b in made]

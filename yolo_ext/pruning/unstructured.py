@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import DFL
 
-from yolo_ext.checkpoint import manifest, set_tripwire
+from yolo_ext.checkpoint import manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.select import matches, refuse_frozen
@@ -127,7 +127,7 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
         kept = [k.view_as(w) for k, w in zip(flat.split([w.numel() for w in weights]), weights)]
     for w, k in zip(weights, kept):
         w.mul_(k)
-    manifest(model)["masks"] = {"kind": cfg.kind, "layers": names, "ratio": ratio}
+    note(model, masks={"kind": cfg.kind, "layers": names, "ratio": ratio})
     set_tripwire(model)
 
 
@@ -162,7 +162,7 @@ def _two_of_four(weight: torch.Tensor, dim: int) -> torch.Tensor:
 
 def capture(model: nn.Module) -> Masks | None:
     """Return the masks of a model, which are its zeros, or None when it has none."""
-    record = manifest(model).get("masks")
+    record = manifest(model).masks
     if not record:
         return None
     modules = dict(model.named_modules())
@@ -187,7 +187,7 @@ def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | Non
                    if isinstance(v, torch.Tensor) and v.shape == w.shape]  # fmt: skip
         if moments:
             torch._foreach_mul_(*map(list, zip(*moments)))
-    manifest(model)["masks"] = masks.record
+    note(model, masks=masks.record)
 
 
 def sparsity(model: nn.Module) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
         parameters; ``layers``: rows ``{"name", "weights", "zeros", "share"}`` of those layers.
     """
     modules = dict(model.named_modules())
-    record = manifest(model).get("masks")
+    record = manifest(model).masks
     names = record["layers"] if record else [p for p, m in modules.items() if isinstance(m, LAYERS)]
     rows = []
     for name in names:
