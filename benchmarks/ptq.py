@@ -20,9 +20,9 @@ from yolo_ext.data.calibration import letterbox_batches
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.compare import compare, summary
 from yolo_ext.deployment.runtime import describe, predictor
-from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
 
 RUNS = "plain,bn=True,bias_correction=True,adaround=100,adaround=100+bias_correction=True"
@@ -40,7 +40,7 @@ def main() -> None:
     for run in args["runs"].split(","):
         given = dict(o.split("=", 1) for o in run.split("+") if o != "plain")
         options = {
-            "mode": "ptq", "profile": args["profile"], "calib": int(args["calib"]), "cache": False,
+            "mode": "ptq", "profile": args["profile"], "calib": int(args["calib"]),
             "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": int(args["bits"])}}],
             **{k: smart_value(v) for k, v in given.items()},
         }  # fmt: skip

@@ -31,16 +31,15 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.data.check import check_data
-from yolo_ext.deployment.export import export_onnx
-from yolo_ext.deployment.intermediate import SUFFIX, export_openvino
+from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.quantization.profiles import has_vnni, resolve_profile
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.context import cpu_info
 from yolo_ext.stock.load import load_model
 
@@ -60,7 +59,7 @@ class Reader:
 
 def ours(model: Path, info: dict, imgsz: int, fp32: Path, profile: str, calib: int | None, out: Path) -> Path:
     net, _ = load_model(model)
-    prepare(net, QuantConfig(profile=profile, calib=calib, cache=False), info, imgsz)
+    prepare(net, QuantConfig(profile=profile, calib=calib), info, imgsz)
     write_qdq(fp32, out, get_state(net), resolve_profile(profile))
     return out
 
@@ -129,7 +128,7 @@ def main() -> None:
             else:
                 files[f"yolo_ext {run}"] = ours(model, info, imgsz, fp32, run, calib, folder / f"{run}.onnx")
         if "qat" in args:
-            record = manifest(load_model(args["qat"])[0])["quant"]
+            record = manifest(load_model(args["qat"])[0]).quant
             trained = export_onnx(args["qat"], folder / "qat_fp32.onnx", imgsz)
             out = folder / "qat_int8.onnx"
             write_qdq(trained, out, record["state"], resolve_profile(record["profile"]))

@@ -75,7 +75,7 @@ def made(tmp_path_factory):
 def quantized(file: Path, profile: str, data: Path, folder: Path) -> tuple[Path, Path, nn.Module, dict]:
     """Return FP32 file, INT8 file, fake-quantized torch model and what was written."""
     model, _ = load_model(file)
-    reasons = prepare(model, QuantConfig(profile=profile, calib=8, cache=False), check_data(data), SIZE)
+    reasons = prepare(model, QuantConfig(profile=profile, calib=8), check_data(data), SIZE)
     state = get_state(model)
     fp32 = export_onnx(strip(deepcopy(model)), folder / "fp32.onnx", SIZE)
     written = write_qdq(fp32, folder / "int8.onnx", state, resolve_profile(profile))

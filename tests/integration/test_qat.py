@@ -16,13 +16,13 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER, YAML
 
 import yolo_ext
-from yolo_ext import quant_loop
 from yolo_ext.checkpoint import MANIFEST, save_model
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, load_state, quantizers
 from yolo_ext.quantization.layers import QuantConv2d, RangeQuantizer
 from yolo_ext.quantization.spec import plan_of
 from yolo_ext.stock.load import load_model
+from yolo_ext.training import quant
 
 QUANT = {"mode": "qat", "calib": 8, "profile": "ort-x86"}
 FEW = {"images": 4, "recalibrate": 4}  # of pruning
@@ -77,7 +77,7 @@ def test_checkpoint_holds_the_codes_that_were_validated(fit, tiny, tmp_path):
     )
     few = {**QUANT, "config_list": [{"op_types": ["Conv2d"], "quant_bits": {"weight": 3}}]}
     fit(yolo, yolo_ext.DetectionTrainer, quant=few)
-    model = quant_loop.quantized(tmp_path / "run/weights/last.pt")
+    model = quant.quantized(tmp_path / "run/weights/last.pt")
     for name, weight in kept.items():
         torch.testing.assert_close(model.get_submodule(name).quantized_weight(), weight, rtol=2e-3, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_the_start_is_reported_once_and_kept(fit, tiny, tmp_path, log):
 
 def test_training_is_the_same_with_and_without_the_report(fit, tiny, monkeypatch):
     last = [fit(tiny, yolo_ext.DetectionTrainer, "with", epochs=1, quant=QUANT).last]
-    monkeypatch.setattr(quant_loop, "report_start", lambda trainer: None)
+    monkeypatch.setattr(quant, "report_start", lambda trainer: None)
     last.append(fit(tiny, yolo_ext.DetectionTrainer, "without", epochs=1, quant=QUANT).last)
     a, b = (load_model(p)[0].state_dict() for p in last)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -166,7 +166,7 @@ def test_every_validation_is_of_the_quantized_model(fit, tiny, monkeypatch):
         seen.append(bool(quantized) and all(q.ready and q.mode == "on" for q in quantized))
         return init(self, model)
 
-    monkeypatch.setattr(quant_loop, "report_start", lambda trainer: None)
+    monkeypatch.setattr(quant, "report_start", lambda trainer: None)
     monkeypatch.setattr(DetectionValidator, "init_metrics", spy)
     trainer = fit(tiny, yolo_ext.DetectionTrainer, quant=QUANT)
     assert seen == [True, True, True]
@@ -209,7 +209,7 @@ def test_pruning_comes_before_calibration(fit, tiny, tmp_path, monkeypatch):
         "on_train_start", lambda t: seen.update(start=[b.clone() for n, b in t.model.named_buffers() if "running" in n])
     )
     fit(yolo, yolo_ext.DetectionTrainer, epochs=1, prune={"speedup": 1.5, **FEW}, distill={},
-        quant={**QUANT, "cache": False})  # fmt: skip
+        quant=QUANT)  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(seen["at calibration"], seen["start"], strict=True))
     assert set(load_model(tmp_path / "run/weights/best.pt")[1][MANIFEST]) >= {"prune", "quant"}
 
@@ -255,7 +255,7 @@ def test_float_self_and_labels_teach_together(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, distill={"teacher": "self"}, quant=QUANT)
     assert {"box_loss", "kd_feat_loss", "kd_cls_loss"} <= set(trainer.tloss)
     assert float(trainer.tloss["kd_feat_loss"]) > 0
-    assert not list(quantizers(trainer.distiller.guides[0].model))
+    assert not list(quantizers(trainer.technique("distill").distiller.guides[0].model))
 
 
 # Resume and recovery ------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def assert_parity(weights: Path, file: Path) -> None:
     torch.manual_seed(0)
     x = (torch.rand(1, 3, 64, 64) * 255).round() / 255
     with torch.no_grad():
-        quantized, full = (m.eval()(x)[0] for m in (quant_loop.quantized(weights), load_model(weights)[0]))
+        quantized, full = (m.eval()(x)[0] for m in (quant.quantized(weights), load_model(weights)[0]))
     run = session(file, 1, simulate=True)
     got = torch.from_numpy(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0])
     for part, floor in ((slice(0, 4), 0.05), (slice(4, None), 0.002)):  # boxes in pixels, scores

@@ -187,7 +187,7 @@ def test_a_merged_model_trains_with_and_without_fake_quantization(tmp_path, earl
     if early:
         merge_branches(net.eval(), [torch.rand(4, 3, 64, 64)])
     start = save_model(net, tmp_path / "start.pt")
-    quant = {"mode": "qat", "profile": "ort-x86", "calib": 8, "cache": False}
+    quant = {"mode": "qat", "profile": "ort-x86", "calib": 8}
     for name, options in (("quantized", {"quant": quant}), ("float", {})):
         YOLO(start).train(
             trainer=yolo_ext.DetectionTrainer, data=str(data), imgsz=64, epochs=1, batch=4, nbs=4, device="cpu",

@@ -12,23 +12,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from yolo_ext import quant_loop
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig, QuantConfig
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, quantized_layers, quantizers
 from yolo_ext.quantization.profiles import resolve_profile
+from yolo_ext.training import quant
 
 
-def trainer_of(model: nn.Module, epoch: int = 0, epochs: int = 4, **quant) -> SimpleNamespace:
-    """Return the little of a trainer that the loop looks at."""
+def technique(**options) -> quant.Quant:
+    return quant.Quant({"quant": QuantConfig(**options)}, SimpleNamespace())
+
+
+def trainer_of(model: nn.Module, epoch: int = 0, epochs: int = 4) -> SimpleNamespace:
+    """Return the little of a trainer that the technique looks at."""
     return SimpleNamespace(
         model=model.train(),
         ema=SimpleNamespace(ema=deepcopy(model).eval()),
         epoch=epoch,
         epochs=epochs,
         world_size=1,
-        compression={"quant": QuantConfig(**quant)},
     )
 
 
@@ -49,8 +52,8 @@ def model(build, images):
 )
 def test_ranges_follow_the_data_in_the_first_epochs(model, options, moving):
     for epoch in range(4):
-        trainer = trainer_of(model, epoch, **options)
-        quant_loop.before_epoch(trainer)
+        trainer = trainer_of(model, epoch)
+        technique(**options).before_epoch(trainer)
         for m in (trainer.model, trainer.ema.ema):
             assert {q.momentum > 0 for *_, q, _ in quantizers(m)} == {epoch < moving}
             assert all(layer.mode == "on" for _, layer, _ in quantized_layers(m))
@@ -60,16 +63,16 @@ def test_ranges_follow_the_data_in_the_first_epochs(model, options, moving):
 def test_batch_norm_is_frozen_behind_a_share_of_the_epochs(model, share, frozen):
     """Frozen in epochs from `frozen` on, counted from 0, of 4."""
     for epoch in range(4):
-        trainer = trainer_of(model, epoch, freeze_bn=share)
-        quant_loop.train_mode(trainer)
+        trainer = trainer_of(model, epoch)
+        technique(freeze_bn=share).train_mode(trainer)
         norms = [m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert {m.training for m in norms} == {epoch < frozen}
         assert trainer.model.training and all(q.training for *_, q, _ in quantizers(trainer.model))
 
 
 def test_frozen_batch_norm_still_learns_scale_and_shift(model, images):
-    trainer = trainer_of(model, freeze_bn=0.0)
-    quant_loop.train_mode(trainer)
+    trainer = trainer_of(model)
+    technique(freeze_bn=0.0).train_mode(trainer)
     norm = next(m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d))
     mean = norm.running_mean.clone()
     sum(v.sum() for v in trainer.model(images)["feats"]).backward()
@@ -118,18 +121,18 @@ def test_strip_and_replay_are_exact(model, images):
 
 @pytest.mark.parametrize("given", [None, DistillConfig(alpha=0.0), DistillConfig(alpha=0.0, teacher="t.pt")])
 def test_without_labels_only_a_teacher_is_left(given):
-    found = quant_loop.without_labels(given)
+    found = quant.without_labels(given)
     assert found.alpha == 0.0 and found.features
     assert given is None or found is given
 
 
 def test_labels_and_no_labels_contradict_each_other():
     with pytest.raises(UsageError, match=r"distill\.alpha=1' weighs them"):
-        quant_loop.without_labels(DistillConfig())
+        quant.without_labels(DistillConfig())
 
 
 @pytest.mark.parametrize(
-    ("quant", "native", "why"),
+    ("options", "native", "why"),
     [
         ({"mode": "ptq"}, {}, "does not train"),
         ({}, {"quantize": 8}, "Both insert fake quantizers"),
@@ -137,10 +140,9 @@ def test_labels_and_no_labels_contradict_each_other():
     ],
     ids=["ptq", "quantize", "distill_model"],
 )
-def test_what_qat_cannot_be_combined_with(quant, native, why):
-    trainer = SimpleNamespace(args=SimpleNamespace(**native), compression={"quant": QuantConfig(**quant)})
+def test_what_qat_cannot_be_combined_with(options, native, why):
     with pytest.raises(UsageError, match=why):
-        quant_loop.setup(trainer)
+        quant.Quant.settle({"quant": QuantConfig(**options), "distill": None}, SimpleNamespace(**native))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_what_qat_cannot_be_combined_with(quant, native, why):
 def test_learning_rates_are_those_of_a_trained_model(optimizer, lr0, expected):
     """Ultralytics starts biases at 0.1 otherwise, which cost 0.02 mAP50-95 on BCCD."""
     args = SimpleNamespace(optimizer=optimizer, lr0=lr0, warmup_bias_lr=0.1, task="detect")
-    quant_loop.setup(SimpleNamespace(args=args, compression={"quant": QuantConfig(lr0=3e-5), "distill": None}))
+    quant.Quant.settle({"quant": QuantConfig(lr0=3e-5), "distill": None}, args)
     assert (args.optimizer, args.lr0, args.warmup_bias_lr) == expected
 
 
@@ -164,10 +166,10 @@ def test_learning_rates_are_those_of_a_trained_model(optimizer, lr0, expected):
 )
 def test_auto_supervision_follows_from_what_else_is_asked(task, distill, supervision):
     args = SimpleNamespace(optimizer="SGD", lr0=0.01, warmup_bias_lr=0.1, task=task)
-    trainer = SimpleNamespace(args=args, compression={"quant": QuantConfig(), "distill": distill})
-    quant_loop.setup(trainer)
-    assert trainer.compression["quant"].supervision == supervision
-    assert (trainer.compression["distill"] == distill) == (supervision == "labels")
+    configs = {"quant": QuantConfig(), "distill": distill}
+    quant.Quant.settle(configs, args)
+    assert configs["quant"].supervision == supervision
+    assert (configs["distill"] == distill) == (supervision == "labels")
 
 
 def two_ranks(rank: int, file: str, found: dict) -> None:
@@ -181,7 +183,7 @@ def two_ranks(rank: int, file: str, found: dict) -> None:
     q = layer[0].input_quantizer
     q.fixed = False
     q.set_range(-1.0 - rank, 2.0 + 4 * rank)
-    quant_loop.mean_of_ranks(layer, 2)
+    quant.mean_of_ranks(layer, 2)
     found[rank] = (float(q.lo), float(q.hi))
     dist.destroy_process_group()
 

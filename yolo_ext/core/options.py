@@ -152,7 +152,6 @@ class QuantConfig:
         None, "Calibration images from a folder, list or glob instead of the train split"
     )
     seed: int = option(0, "Seed of the choice of calibration images", low=0)
-    cache: bool = option(True, "Keep calibrated ranges, and use them again for the same weights, images and options")
     observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
     weight_observer: str = option("max", "How weight ranges are found; see `yolo-ext help quantize`")
     exclude: list[str] = option([], "Regular expressions of layer paths that stay float")

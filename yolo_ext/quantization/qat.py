@@ -17,7 +17,6 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.config import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
-from yolo_ext.quantization import cache
 from yolo_ext.quantization.adaround import adaround
 from yolo_ext.quantization.branches import merge_branches
 from yolo_ext.quantization.calibration import calibrate, weight_rows
@@ -68,25 +67,13 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
     merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
     what = f"{profile.name} on {len(images)} images of {imgsz} px"
-    key = cache.key(model, plan_of(get_state(model)), images, imgsz, cfg) if cfg.cache else ""
-    if found := cache.cached(key) if key else None:
-        load_state(model, found)
-        LOGGER.info(f"{colorstr('quantize: ')}ranges for {what} come from the cache (quant.cache=False measures anew)")
-    else:
-        LOGGER.info(f"{colorstr('quantize: ')}calibrating {what}")
-        state = calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
-        if key:
-            cache.remember(key, state)
+    LOGGER.info(f"{colorstr('quantize: ')}calibrating {what}")
+    calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
     _improve(model, cfg, batches)
     set_mode(model, "on")
     record = {"images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed}
-    told = {
-        "profile": profile.name,
-        "options": options,
-        "float": kept_float,
-        "calibration": {**record, "weights": cfg.weight_observer, "imgsz": imgsz},
-    }
-    note(model, quant=told)
+    calibration = {**record, "weights": cfg.weight_observer, "imgsz": imgsz}
+    note(model, quant={"profile": profile.name, "options": options, "float": kept_float, "calibration": calibration})
     return kept_float
 
 
