@@ -16,7 +16,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.schedules import progress
+from yolo_ext.core.schedules import pruned_share
 from yolo_ext.pruning.unstructured import (
     _largest,
     _two_of_four,
@@ -109,7 +109,7 @@ def test_pattern_holds_along_the_input_channels(yolo):
 def test_gradual_pruning_only_adds_zeros(yolo, kind):
     model, before = deepcopy(yolo("yolov8n")), None
     for step in range(1, 5):
-        share = GLOBAL.ratio * progress(step=step, steps=4, kind=kind)
+        share = GLOBAL.ratio * pruned_share(step=step, steps=4, kind=kind)
         zero_weights(model, GLOBAL, share)
         now = zeros(model)
         assert sparsity(model)["masked"] == pytest.approx(share, abs=1e-6)

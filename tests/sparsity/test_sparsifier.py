@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from ultralytics.utils import LOGGER
-from yolo_ext.pruning.prune import prune_with_plan
 
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
+from yolo_ext.core.schedules import pulls
+from yolo_ext.pruning.prune import prune_with_plan
 from yolo_ext.sparsity.penalties import penalties
-from yolo_ext.sparsity.schedules import pulls
 from yolo_ext.sparsity.sparsifier import FEWEST, Sparsifier
 
 PRUNE = PruneConfig()
@@ -58,7 +58,7 @@ def test_pulls_of_a_run_come_to_the_coefficient(epochs, batches, accumulate, sta
     cfg = SparsityConfig(start=min(start, epochs - 1), schedule=schedule, coefficient=0.37)
     total: list[float] = []
     bare = SimpleNamespace(shrink=lambda model, fraction: total.append(bare.pull * fraction))
-    bare.set_epoch = lambda epoch: setattr(bare, "pull", pulls(cfg, 0.37, epochs)[epoch])
+    bare.set_epoch = lambda epoch: setattr(bare, "pull", pulls(cfg=cfg, coefficient=0.37, epochs=epochs)[epoch])
     train(bare, None, epochs, batches, accumulate)
     assert sum(total) == pytest.approx(0.37)
 

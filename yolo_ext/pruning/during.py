@@ -18,10 +18,10 @@ from torch import nn
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note, set_tripwire, size_mb
 from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.schedules import pruned_share
 from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.prune import prune_with_plan
-from yolo_ext.pruning.schedules import progress
 from yolo_ext.pruning.surgery import apply_plan, cut, parameter_slices
 
 ENOUGH = 1.005  # a step that would gain less than this is left out
@@ -41,7 +41,7 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
         The options, or None when the step has nothing to do.
     """
     # A run that is on its way warns about a model that is not sparse enough, it does not stop.
-    now, before = (progress(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
+    now, before = (pruned_share(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
     ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
     cfg = replace(cfg, ratios=ratios, at=[], every=None, start=None, end=None, steps=None, force=True)
     if cfg.speedup or cfg.params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
+from yolo_ext.core.schedules import pulls
 from yolo_ext.sparsity.groups import SparseGroup, sparse_groups
 from yolo_ext.sparsity.layout import (
     Layout,
@@ -25,13 +27,44 @@ from yolo_ext.sparsity.layout import (
     weight_norms,
 )  # fmt: skip
 from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
-from yolo_ext.sparsity.schedules import Controller, pulls
 
 FEWEST = 8  # channels of each group that are always protected
 WINDOW, FASTEST = 4, 0.2  # BatchNorm statistics are renewed so often in an epoch, at this momentum at most
 MEMORY = 0.999  # of the mean of squared gradients, as in Adam; its bias is the same for all and falls out
 EASIEST = 8.0  # times the median, and its inverse for the hardest to move
 HOLD = 2.0  # times the threshold, so that they stay above it while the largest one still grows
+RAISE, LOWER = 1.5, 0.5  # what `auto` multiplies the pull by after an epoch
+
+
+@dataclass
+class Controller:
+    """Steers the pull: up until enough channels are gone or the fitness has dropped too far, then down for good.
+
+    Attributes:
+        target: Share of channels below the threshold to reach.
+        max_drop: Largest drop of the fitness.
+        gain: What the pull of the schedule is multiplied by.
+        reference: Fitness after the first epoch, from which drops are counted.
+        lowering: Whether the turning point is over.
+    """
+
+    target: float
+    max_drop: float
+    gain: float = 1.0
+    reference: float | None = None
+    lowering: bool = False
+
+    def update(self, share: float, fitness: float) -> None:
+        """Set the gain for the next epoch.
+
+        Args:
+            share: Share of prunable channels below the threshold, 0..1.
+            fitness: Fitness of the epoch that is over, larger is better.
+        """
+        if self.reference is None:
+            self.reference = fitness
+        self.lowering = self.lowering or share >= self.target or self.reference - fitness > self.max_drop
+        self.gain *= LOWER if self.lowering else RAISE
 
 
 class Sparsifier:
@@ -71,7 +104,9 @@ class Sparsifier:
                 f"Leave it out, or use one of {legal}."
             )
         self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
-        self.pulls = pulls(cfg, self.coefficient, epochs, min(prune_epochs, default=None))
+        self.pulls = pulls(
+            cfg=cfg, coefficient=self.coefficient, epochs=epochs, first_pruning=min(prune_epochs, default=None)
+        )
         self.controller = Controller(cfg.target, cfg.max_drop) if cfg.auto else None
         self.pull = 0.0
         self._momenta = {

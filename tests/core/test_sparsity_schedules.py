@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from yolo_ext.core.config import SparsityConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.sparsity.schedules import Controller, pulls
+from yolo_ext.core.schedules import pulls
+from yolo_ext.sparsity.sparsifier import Controller
 
 
 @settings(deadline=None)
@@ -18,9 +19,8 @@ from yolo_ext.sparsity.schedules import Controller, pulls
 def test_epochs_share_the_coefficient(epochs, start, length, warmup, schedule, final, coefficient):
     start = min(start, epochs - 1)
     end = min(start + length, epochs)
-    found = pulls(
-        SparsityConfig(start=start, end=end, warmup=warmup, schedule=schedule, final=final), coefficient, epochs
-    )
+    cfg = SparsityConfig(start=start, end=end, warmup=warmup, schedule=schedule, final=final)
+    found = pulls(cfg=cfg, coefficient=coefficient, epochs=epochs)
     assert len(found) == epochs
     assert sum(found) == pytest.approx(coefficient)
     assert min(found) >= 0
@@ -41,12 +41,13 @@ def test_epochs_share_the_coefficient(epochs, start, length, warmup, schedule, f
     ids=["constant", "warmup", "long warmup", "linear", "cosine", "window"],
 )
 def test_shapes(options, shape):
-    assert pulls(SparsityConfig(**options), 2.0, 4) == pytest.approx([2 * s / sum(shape) for s in shape])
+    found = pulls(cfg=SparsityConfig(**options), coefficient=2.0, epochs=4)
+    assert found == pytest.approx([2 * s / sum(shape) for s in shape])
 
 
 @pytest.mark.parametrize(("end", "last"), [(None, 3), (6, 6)])
 def test_ends_at_the_first_pruning_unless_told(end, last):
-    found = pulls(SparsityConfig(end=end), 1.0, 8, first_pruning=3)
+    found = pulls(cfg=SparsityConfig(end=end), coefficient=1.0, epochs=8, first_pruning=3)
     assert all(found[:last]) and not any(found[last:])
 
 
@@ -61,7 +62,7 @@ def test_ends_at_the_first_pruning_unless_told(end, last):
 )
 def test_refuses(options, first, near):
     with pytest.raises(UsageError, match=near.replace("(", r"\(")):
-        pulls(SparsityConfig(**options), 1.0, 5, first)
+        pulls(cfg=SparsityConfig(**options), coefficient=1.0, epochs=5, first_pruning=first)
 
 
 @pytest.mark.parametrize(

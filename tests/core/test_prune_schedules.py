@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from yolo_ext.core.config import PruneConfig, parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.schedules import epochs_of, progress, schedules
+from yolo_ext.core.schedules import prune_epochs, pruned_share, removals
 
 
 def configured(**options) -> PruneConfig:
@@ -17,17 +17,17 @@ def configured(**options) -> PruneConfig:
 
 
 @given(steps=st.integers(1, 200))
-@pytest.mark.parametrize("kind", schedules.names())
+@pytest.mark.parametrize("kind", removals.names())
 def test_share_rises_to_exactly_one(kind, steps):
-    shares = [progress(step=i, steps=steps, kind=kind) for i in range(steps + 1)]
+    shares = [pruned_share(step=i, steps=steps, kind=kind) for i in range(steps + 1)]
     assert shares[0] == 0.0 and shares[-1] == 1.0
     assert all(a < b for a, b in pairwise(shares))
-    assert progress(step=steps + 3, steps=steps, kind=kind) == 1.0
+    assert pruned_share(step=steps + 3, steps=steps, kind=kind) == 1.0
 
 
 def test_every_schedule_of_the_options_has_a_row():
     field = PruneConfig.__dataclass_fields__["schedule"]
-    assert set(schedules.names()) == set(field.metadata["choices"])
+    assert set(removals.names()) == set(field.metadata["choices"])
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_every_schedule_of_the_options_has_a_row():
     ],
 )
 def test_shares_of_four_steps(kind, expected):
-    assert [progress(step=i, steps=4, kind=kind) for i in range(1, 5)] == pytest.approx(expected, abs=1e-12)
+    assert [pruned_share(step=i, steps=4, kind=kind) for i in range(1, 5)] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_shares_of_four_steps(kind, expected):
     ],
 )
 def test_epochs(options, epochs, expected):
-    assert epochs_of(configured(**options), epochs) == expected
+    assert prune_epochs(cfg=configured(**options), epochs=epochs) == expected
 
 
 @given(
@@ -71,7 +71,7 @@ def test_epochs(options, epochs, expected):
 def test_epochs_stay_inside_or_are_refused(start, end, every, steps, epochs):
     cfg = PruneConfig(speedup=2.0, start=start, end=end, every=every, steps=steps)
     try:
-        found = epochs_of(cfg, epochs)
+        found = prune_epochs(cfg=cfg, epochs=epochs)
     except UsageError:
         return
     assert found == sorted(set(found))
@@ -92,4 +92,4 @@ def test_epochs_stay_inside_or_are_refused(start, end, every, steps, epochs):
 )
 def test_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        epochs_of(configured(**options), 20)
+        prune_epochs(cfg=configured(**options), epochs=20)

@@ -1,0 +1,138 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Schedules: pure functions of the epoch without memory, so that a resumed run goes on as it would have.
+
+When a run prunes and how much of the target each time, how the pull of sparsity training is spread over the epochs, and
+what a loss weight is multiplied by.
+"""
+
+from __future__ import annotations
+
+import math
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import PruneConfig, SparsityConfig
+from yolo_ext.core.registry import Table
+
+removals = Table("pruning schedule")  # row: share of the prunings that are over -> share of the target
+decays = Table("distillation schedule")  # row: progress of the run, last factor -> factor
+
+
+# Pruning while training ----------------------------------------------------------------------------------------------
+@removals.row(
+    "cubic", "Much at first, when weights are redundant, little at the end", paper="Zhu & Gupta, 2017, arXiv:1710.01878"
+)
+def cubic_removal(*, done: float) -> float:
+    """Return the share of the target at `done`, the share of the prunings that are over."""
+    return 1.0 - (1.0 - done) ** 3
+
+
+@removals.row("linear", "In equal steps")
+def linear_removal(*, done: float) -> float:
+    """Return the share of the target at `done`, the share of the prunings that are over."""
+    return done
+
+
+def pruned_share(*, step: int, steps: int, kind: str) -> float:
+    """Return how much of the target, 0..1, is met after pruning `step` of `steps` (0 is before the first)."""
+    return float(removals[kind].fn(done=min(step, steps) / steps))
+
+
+def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
+    """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes.
+
+    Raises:
+        UsageError: If an epoch lies outside the run, or the options leave no epoch to prune in.
+    """
+    given = {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}
+    for name, epoch in given.items():
+        if epoch is not None and epoch >= epochs:
+            raise UsageError(
+                f"'prune.{name}={cfg.at if name == 'at' else epoch}' lies outside a run of {epochs} epochs. "
+                f"Legal: 0 to {epochs - 1}. Lower it or raise epochs."
+            )
+    if cfg.at:
+        return list(cfg.at)
+    if cfg.every is None and cfg.steps is None:
+        if cfg.start is None and cfg.end is None:
+            return []
+        raise UsageError("'prune.start' and 'prune.end' need 'prune.every' or 'prune.steps', which say how often.")
+    start, end = cfg.start or 0, epochs // 2 if cfg.end is None else cfg.end
+    if end < start:
+        raise UsageError(
+            f"'prune.start={start}' leaves no epoch to prune in: 'prune.end' is {end}, half of the epochs. "
+            "Lower prune.start or give prune.end."
+        )
+    if cfg.every is not None:
+        return list(range(start, end + 1, cfg.every))[: cfg.steps]
+    intervals = max((cfg.steps or 1) - 1, 1)
+    return sorted({start + i * (end - start) // intervals for i in range(cfg.steps or 1)})
+
+
+# Weights of losses ---------------------------------------------------------------------------------------------------
+@decays.row("constant", "The same weight in every epoch")
+def constant(*, progress: float, final: float) -> float:
+    """Return 1."""
+    return 1.0
+
+
+@decays.row("linear", "From 1 to `final` in equal steps")
+def linear(*, progress: float, final: float) -> float:
+    """Return the factor at `progress` (0 first epoch, 1 last epoch)."""
+    return 1.0 + (final - 1.0) * progress
+
+
+@decays.row("cosine", "From 1 to `final` along half a cosine over the whole run")
+def cosine(*, progress: float, final: float) -> float:
+    """Return the factor at `progress` (0 first epoch, 1 last epoch)."""
+    return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+def loss_factor(
+    *, epoch: int, epochs: int, schedule: str, final: float, start: int, end: int | None, warmup: int
+) -> float:
+    """Return the factor, 0..1, on the weight of a loss in one epoch; 0 outside of the active epochs.
+
+    Args:
+        epoch: Epoch, counted from 0.
+        epochs: Epochs of the run.
+        schedule: Row of `decays`, run through from the first to the last active epoch.
+        final: Factor at the last active epoch.
+        start: First active epoch.
+        end: First epoch that is not active any more; None is the end of the run.
+        warmup: Active epochs over which the factor rises besides.
+    """
+    if epoch < start or (end is not None and epoch >= end):
+        return 0.0
+    last = (epochs if end is None else end) - 1
+    progress = min((epoch - start) / max(last - start, 1), 1.0)
+    return min(1.0, (epoch - start + 1) / (warmup + 1)) * decays[schedule].fn(progress=progress, final=final)
+
+
+# Sparsity training ---------------------------------------------------------------------------------------------------
+def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning: int | None = None) -> list[float]:
+    """Return the pull of each epoch, in units of what is pulled; their sum is the coefficient.
+
+    Args:
+        cfg: Sparsity options.
+        coefficient: How far the whole run pulls a parameter that the loss does not defend.
+        epochs: Epochs of the run.
+        first_pruning: Epoch that starts with the first pruning, where the pull ends unless `cfg.end` says otherwise.
+
+    Raises:
+        UsageError: If the active epochs lie outside the run, or there are none.
+    """
+    end = cfg.end if cfg.end is not None else epochs if first_pruning is None else first_pruning
+    if cfg.end is not None and cfg.end > epochs:
+        raise UsageError(f"'sparsity.end={end}' lies outside a run of {epochs} epochs. Legal: 1 to {epochs}.")
+    if cfg.start >= end:
+        what = "the first pruning" if cfg.end is None and first_pruning is not None else "the end"
+        raise UsageError(
+            f"'sparsity.start={cfg.start}' leaves no epoch for sparsity training: {what} is at epoch {end}. "
+            "Lower sparsity.start, raise epochs, or prune later."
+        )
+    shape = []
+    for i in range(end - cfg.start):
+        ramp = min(1.0, (i + 1) / (cfg.warmup + 1))
+        shape.append(ramp * decays[cfg.schedule].fn(progress=i / max(end - cfg.start - 1, 1), final=cfg.final))
+    unit = coefficient / sum(shape)
+    return [0.0] * cfg.start + [unit * s for s in shape] + [0.0] * (epochs - end)
