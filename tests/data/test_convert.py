@@ -14,7 +14,7 @@ from ultralytics.data.utils import img2label_paths
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext import cli
-from yolo_ext.commands.data import split
+from yolo_ext.commands import data as commands
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
@@ -307,7 +307,7 @@ def test_wrong_words(tmp_path, monkeypatch, capsys, words, expected):
 
 
 def test_ratio_may_be_a_list(tmp_path):
-    assert split(make_yolo(tmp_path / "y"), tmp_path / "s", ratio=[0.5, 0.5]).images == {
+    assert commands.split(make_yolo(tmp_path / "y"), tmp_path / "s", ratio=[0.5, 0.5]).images == {
         "train": 4,
         "val": 4,
     }

@@ -15,8 +15,10 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
+from yolo_ext.cli.help import FURTHER, TOPICS, method_tables
+from yolo_ext.cli.parse import command_names
+from yolo_ext.commands import COMMANDS, keys
 from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
-from yolo_ext.helptext import FUNCTIONS, FURTHER, TOPICS, method_tables
 from yolo_ext.stock.load import load_model
 
 B = ["model=m.pt", "data=d.yaml"]
@@ -118,7 +120,7 @@ def test_commands_switch_their_techniques_on(monkeypatch, words, techniques):
     seen = {}
     monkeypatch.setattr("yolo_ext.pipeline.compress", lambda **o: seen.update(o) or {"checks": []})
     assert cli.main([*words, *B]) == 0
-    assert {k: seen[k] for k in CONFIGS if k in seen} == techniques
+    assert {k: seen.get(k) for k in CONFIGS} == {**dict.fromkeys(CONFIGS), **techniques}
     assert seen.get("epochs") == (0 if words[0] == "quantize" or "epochs=0" in words else None)
     assert seen["mode"] == words[0]
 
@@ -142,7 +144,7 @@ def test_a_missed_budget_is_exit_status_1(monkeypatch, capsys):
     assert "bad: 2 (limit 1)" in out and "good" not in out
 
 
-@pytest.mark.parametrize("command", cli.FORWARDED)
+@pytest.mark.parametrize("command", cli.STOCK)
 def test_stock_commands_are_handed_on_word_by_word(monkeypatch, command):
     seen = []
     monkeypatch.setattr("yolo_ext.stock.cfg.yolo_entrypoint", lambda argv: seen.extend(argv))
@@ -172,23 +174,22 @@ def test_stock_predict_runs_on_a_checkpoint_of_ours(place, tiny, shapes):
 def test_overview_names_every_command(capsys, words):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in [*cli.COMMANDS, *cli.FORWARDED])
+    assert all(f"\n  {name} " in out for name in command_names())
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
+@pytest.mark.parametrize("command", COMMANDS.names())
 def test_help_names_the_keys_of_a_command(capsys, command):
-    """What a docstring explains is legal, and what is legal is explained, alone or under `further`."""
+    """What a docstring explains is legal, and what is legal is explained."""
     assert cli.main(["help", command]) == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines()[1:])) <= 120
-    if command in cli.COMMANDS:
-        explained = set(re.findall(r"^  (\w+) ", out, re.MULTILINE)) - {"run", *FURTHER.values()}
-        keys = cli.COMMANDS[command].keys
-        assert explained <= set(keys)
-        assert [key for key in keys if not re.search(rf"\b{key}\b", out)] == []
+    out = capsys.readouterr().out.partition("\n\n")[2].partition("\n\n")[0]  # without the options of techniques
+    assert max(map(len, out.splitlines()), default=0) <= 120
+    explained = set(re.findall(r"^  (\w+) ", out, re.MULTILINE)) - {"run", *FURTHER.values()}
+    legal = keys(COMMANDS[command].fn)
+    assert explained <= set(legal)
+    assert [key for key in legal if not re.search(rf"\b{key}\b", out)] == []
 
 
-@pytest.mark.parametrize("topic", [*cli.COMMANDS, *cli.FORWARDED, *TOPICS])
+@pytest.mark.parametrize("topic", [*command_names(), *TOPICS])
 def test_help_on_every_topic(capsys, topic):
     assert cli.main(["help", topic]) == 0
     out = capsys.readouterr().out

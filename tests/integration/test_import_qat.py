@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from yolo_ext.commands.deploy import export
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deploy_tools import export
 from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.stock.load import load_model
 

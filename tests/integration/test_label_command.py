@@ -19,9 +19,9 @@ from ultralytics.utils.metrics import bbox_ioa
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.cli import main
+from yolo_ext.commands.label import label
 from yolo_ext.data.check import check_label
 from yolo_ext.data.formats import read_voc
-from yolo_ext.label_tools import label
 from yolo_ext.stock.load import load_model
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -134,7 +134,7 @@ def test_polygons(place, randomise):
         pytest.param("model=none.onnx source=shots out=o", "'none.onnx' does not exist", id="no onnx"),
         pytest.param("model=bad.onnx source=shots out=o", "cannot load 'bad.onnx'", id="broken onnx"),
         pytest.param("model=bad.txt source=shots out=o", "cannot label images", id="no model file"),
-        pytest.param("model=tiny.pt source=nowhere out=o", "'nowhere' does not exist", id="no source"),
+        pytest.param("model=tiny.pt source=nowhere out=o", "Cannot find 'nowhere'", id="no source"),
         pytest.param("model=tiny.pt source=shots out=shots/o", "lies inside the source", id="out in source"),
         pytest.param("model=tiny.pt source=shots out=o format=xml", "Unknown label format 'xml'", id="format"),
         pytest.param("model=tiny.pt source=shots out=o classes=sqare", "Did you mean 'square'", id="class"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import block, head
+from ultralytics.nn.modules import block, conv, head
 from ultralytics.utils.checks import check_imgsz
 
 from yolo_ext.core.errors import UsageError
@@ -29,6 +29,9 @@ ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.GELU, 
 WIDTH_ATTRIBUTES = _classes(block, "C2f", "C2PSA", "PSA", "RepNCSPELAN4", "C2", "C2fAttn")
 FREE_CUTS = _classes(block, "CBLinear")  # keep the width of each part of their output, in `c2s`
 FUSIONS = _classes(block, "CBFuse")  # add parts of several cut outputs
+SUMS = _classes(block, "Bottleneck", "CIB", "SPPF")  # return their input plus what they made of it, if `add` says so
+DFL = _classes(block, "DFL")
+BRANCHED = (*_classes(conv, "Conv2", "RepConv"), *_classes(block, "RepVGGDW"))  # several branches until they are fused
 
 # Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
 WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
@@ -54,6 +57,16 @@ def check_version() -> None:
 def natural_key(path: str) -> list[Any]:
     """Return a sort key that puts ``model.2`` before ``model.10``."""
     return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"\.", path)]
+
+
+def module_path(node: str) -> str:
+    """Return the module of an ONNX node named as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
+    parts: list[str] = []
+    for part in node.strip("/").split("/")[:-1]:
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def task_of(model: nn.Module) -> str:
@@ -223,6 +236,28 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
+def single_conv(m: nn.Module) -> bool:
+    """Tell whether a block runs as ``act(conv(x))`` once deployed; one of several branches does only when fused."""
+    deployed_so = isinstance(m, (conv.Conv, *BRANCHED)) and isinstance(getattr(m, "conv", None), nn.Conv2d)
+    return deployed_so and not any(hasattr(m, branch) for branch in ("conv1", "conv2", "cv2"))
+
+
+def branched(model: nn.Module) -> list[str]:
+    """Return the paths of the blocks whose branches are not merged yet."""
+    names = ("conv1", "cv2")
+    return [p for p, m in model.named_modules() if isinstance(m, BRANCHED) and any(hasattr(m, b) for b in names)]
+
+
+def merge_block(m: Any) -> bool:
+    """Turn a block of several branches into a plain `Conv` in place, and tell whether it has lost its BatchNorm."""
+    kept = isinstance(m, conv.Conv2)  # behind the sum of the branches
+    m.fuse() if hasattr(m, "fuse") else m.fuse_convs()
+    if kept:
+        del m.forward
+    m.__class__ = conv.Conv
+    return not kept
+
+
 def raw_outputs(model: nn.Module) -> nn.Module:
     """Put a model in eval mode, with a head that returns raw outputs instead of decoding them."""
     model.eval()
@@ -279,29 +314,3 @@ def freeze(model: nn.Module, layers: Any) -> None:
     for name, p in model.named_parameters():
         if prefixes and name.startswith(prefixes):
             p.requires_grad_(False)
-
-
-def learned_fake_quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    axis: int | None,
-    qmin: int,
-    qmax: int,
-    factor: float,
-) -> torch.Tensor:
-    """Fake-quantize with gradients for scale and zero point (LSQ, LSQ+), by the fused operators of torch.
-
-    Args:
-        x: Float32 tensor of any shape.
-        scale: Positive scale: a scalar, or one for each slice along `axis`.
-        zero: Zero point in the shape of `scale`, rounded inside.
-        axis: Axis of the channels, None for one scale.
-        qmin: Smallest code.
-        qmax: Largest code.
-        factor: What the gradients of scale and zero point are multiplied with.
-    """
-    if axis is None:
-        scale, zero = scale.reshape(1), zero.reshape(1)
-        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, qmin, qmax, factor)
-    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, axis, qmin, qmax, factor)

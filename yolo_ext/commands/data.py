@@ -5,28 +5,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ultralytics.utils import LOGGER
-
-from yolo_ext import runs
+from yolo_ext.commands import LOGGER, Natural, command
+from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.tables import align
 
 SPLITS = ("train", "val", "test")
+Folds = Annotated[int, 2]
 
 
-def convert(source: str, out: str, **options: Any) -> Any:
+@command("Convert a dataset between YOLO, Pascal VOC and COCO")
+def convert(
+    source: str | Path, out: str | Path, format: str = "voc", to: str = "yolo", *, train: Any = None, val: Any = None,
+    test: Any = None, ratio: Any = None, folds: Folds | None = None, stratify: bool = False, seed: Natural = 0,
+    classes: Any = None, task: str = "detect", difficult: str = "keep", broken: str = "refuse", files: str = "link",
+    images: str | Path | None = None,
+) -> Any:  # fmt: skip
     """Convert a dataset between YOLO, Pascal VOC and COCO without touching the source.
 
     Args:
         source: Folder of a VOC dataset, COCO JSON file or folder, data.yaml or folder of a YOLO dataset.
         out: New folder.
-        options: `format` of the source (voc, coco, yolo; voc by default) and `to` (yolo by default); `train`, `val`,
-            `test`: which list of the source feeds which split; or `ratio`, shares of train, val and test such as
-            ``0.8,0.2``, or `folds`, a number, with `stratify` and `seed`; `classes`, names with commas or a text file;
-            `task=segment` for polygons; `difficult=skip`; `broken=skip` leaves out and counts what else is refused;
-            `files=copy` instead of links; `images`, the folder of those of a COCO file.
+        format: Format of the source: voc, coco or yolo.
+        to: Format to write: yolo, voc or coco.
+        train: List of the source that feeds the split train, such as trainval.
+        val: List of the source that feeds the split val.
+        test: List of the source that feeds the split test.
+        ratio: Instead of lists: shares of train, val and test, such as ``0.8,0.2``.
+        folds: Instead of lists: number of folds.
+        stratify: Spread the classes evenly over shares or folds.
+        seed: Seed of shares and folds.
+        classes: Names with commas or a text file, which choose classes and their order; all by default.
+        task: `detect`, or `segment` for polygons.
+        difficult: `keep` or `skip` objects that are marked as difficult.
+        broken: `refuse` broken files, or `skip` and count them.
+        files: `link` or `copy` images; YOLO to YOLO also `list`, which leaves them where they are.
+        images: Folder of the images of a COCO file.
 
     Returns:
         What was converted.
@@ -36,22 +51,29 @@ def convert(source: str, out: str, **options: Any) -> Any:
     """
     from yolo_ext.data.convert import convert as run
 
-    lists = {s: str(options.pop(s)) for s in SPLITS if options.get(s) not in (None, "")}
-    ratios, classes = _ratios(options.pop("ratio", None)), _classes(options.pop("classes", None))
-    if options.get("images"):
-        options["images"] = Path(options["images"])
-    for key in ("seed", "folds"):
-        options[key] = int(options.get(key) or 0)
-    return run(Path(source), Path(out), classes=classes, splits=lists or None, ratios=ratios, **options)
+    lists = {k: str(v) for k, v in zip(SPLITS, (train, val, test)) if v not in (None, "")}
+    return run(Path(source), Path(out), format=format, to=to, splits=lists or None, ratios=_ratios(ratio),
+               folds=folds or 0, stratify=stratify, seed=seed, classes=_classes(classes), task=task,
+               difficult=difficult, broken=broken, files=files, images=Path(images) if images else None)  # fmt: skip
 
 
-def split(source: str, out: str, **options: Any) -> Any:
+@command("Split a YOLO dataset anew: shares or folds, at random or by class")
+def split(
+    source: str | Path, out: str | Path, ratio: Any = None, folds: Folds | None = None, *, stratify: bool = False,
+    seed: Natural = 0, classes: Any = None, broken: str = "refuse", files: str = "link",
+) -> Any:  # fmt: skip
     """Split a YOLO dataset anew, without touching the source.
 
     Args:
         source: data.yaml or folder of a YOLO dataset.
         out: New folder.
-        options: `ratio`, `folds`, `stratify`, `seed`, `broken`, `classes` and `files` of `convert`.
+        ratio: Shares of train, val and test; ``0.8,0.2`` by default.
+        folds: Number of folds instead.
+        stratify: Spread the classes evenly over shares or folds.
+        seed: Seed of shares and folds.
+        classes: Names with commas or a text file, which choose classes and their order; all by default.
+        broken: `refuse` broken files, or `skip` and count them.
+        files: `link` or `copy` images, or write a `list` only, which leaves them where they are.
 
     Returns:
         What was written.
@@ -59,12 +81,13 @@ def split(source: str, out: str, **options: Any) -> Any:
     Raises:
         UsageError: If the source or an option is wrong; nothing has been written then.
     """
-    if not options.get("folds"):
-        options["ratio"] = options.get("ratio") or (0.8, 0.2)
-    return convert(source, out, **{**options, "format": "yolo", "to": "yolo"})
+    shares = ratio or (None if folds else (0.8, 0.2))
+    return convert(source, out, "yolo", "yolo", ratio=shares, folds=folds, stratify=stratify, seed=seed,
+                   classes=classes, broken=broken, files=files)  # fmt: skip
 
 
-def data(check: str, near: int | None = None, **place: Any) -> dict[str, Any]:
+@command("Summarise a dataset; exit status 1 for leaks between splits or broken files")
+def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[str, Any]:
     """Summarise a YOLO dataset: classes, box sizes, duplicates, leaks and broken files; print and write it.
 
     Args:
@@ -78,6 +101,7 @@ def data(check: str, near: int | None = None, **place: Any) -> dict[str, Any]:
     Raises:
         UsageError: If the data.yaml is unusable.
     """
+    from yolo_ext import runs
     from yolo_ext.data.summary import NEAR, summarise
 
     found = summarise(check, NEAR if near is None else near)
@@ -93,6 +117,7 @@ def show(found: Mapping[str, Any]) -> None:
     """Print what `summarise` found as tables, a histogram and warnings."""
     from yolo_ext.data.records import quote
     from yolo_ext.data.summary import AREAS, KINDS
+    from yolo_ext.reporting.tables import align
 
     splits, classes = found["splits"], found["classes"]
     columns = list(next(iter(splits.values())))
@@ -120,12 +145,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:
-    """Draw the boxes by class and by size.
-
-    Args:
-        found: What `summarise` returned.
-        file: PNG to write.
-    """
+    """Draw the boxes by class and by size, as `summarise` found them, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,14 +170,13 @@ def _ratios(given: Any) -> dict[str, float] | None:
     """Read shares of train, val and test."""
     if given is None:
         return None
-    shares = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else []
     try:
-        ratios = dict(zip(SPLITS, (float(r) for r in shares)))
+        shares = comma_list(given, float) if isinstance(given, (str, list, tuple)) else []
     except ValueError:
-        ratios = {}
-    if not ratios or len(shares) > len(SPLITS):
+        shares = []
+    if not 0 < len(shares) <= len(SPLITS):
         raise UsageError(f"'ratio={given}' is illegal. Give one share for each split, such as ratio=0.8,0.2.")
-    return ratios
+    return dict(zip(SPLITS, shares))
 
 
 def _classes(given: Any) -> list[str] | None:
@@ -166,5 +185,4 @@ def _classes(given: Any) -> list[str] | None:
         return None
     if isinstance(given, str) and Path(given).is_file():
         given = Path(given).read_text(encoding="utf-8-sig").splitlines()
-    names = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
-    return [n for n in (str(name).strip() for name in names) if n]
+    return comma_list(given)

@@ -7,23 +7,25 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from ultralytics.utils import LOGGER, TQDM
-
-from yolo_ext import runs
-from yolo_ext.checkpoint import atomic_write
+from yolo_ext.commands import LOGGER, Count, command
+from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.tables import write_summary
-from yolo_ext.stock.load import load_model
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
 TOP = 10  # operators of a profile that are printed
+TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
+EXTRAS = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
+          "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
 
 
+@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
 def bench(
-    models: str | list[str], imgsz: int | None = None, threads: Any = 1, batch: Any = 1, rounds: int = 100,
+    models: str | list[str], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
     data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure files side by side, print the tables and write them.
@@ -48,22 +50,21 @@ def bench(
     Raises:
         UsageError: If a file is missing or does not fit.
     """
-    from yolo_ext.deployment.latency import runtime_of
-    from yolo_ext.stock.context import cpu_info
+    from ultralytics.utils import TQDM
 
-    files = [m.strip() for m in (models.split(",") if isinstance(models, str) else models)]
+    from yolo_ext import runs
+    from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.reporting.tables import write_summary
+
+    files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
         raise UsageError(f"Model files do not exist: {', '.join(missing)}. Give models=a.pt,b.onnx.")
     for file in files:
         runtime_of(file)
-    size, counts, batches = int(imgsz or _trained_size(files[0])), _whole("threads", threads), _whole("batch", batch)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    env = {**cpu_info(), "load": load}
-    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
-    if (env["load"] or 0) > BUSY * (os.cpu_count() or 1):
-        LOGGER.warning(f"The machine is busy (load {env['load']:.1f}): ratios are fair, times in ms are too long.")
+    size, counts, batches = _size(files[0], imgsz), _whole("threads", threads), _whole("batch", batch)
+    env = _environment()
     image = _image(data, source, size)
-    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, int(rounds))]
+    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, counts[0], batches[0], data, memory) for f in TQDM(files, desc="Models")}
     _print(rows, about, f"{size} px, {rounds} interleaved rounds", image[1])
     folder = runs.folder(place, task="detect", mode="bench")
@@ -80,11 +81,22 @@ def bench(
     return found
 
 
+def _environment() -> dict[str, Any]:
+    """Return and print what the figures depend on, and warn of a machine that is busy."""
+    from yolo_ext.stock.context import cpu_info
+
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    env = {**cpu_info(), "load": load}
+    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
+    if (load or 0) > BUSY * (os.cpu_count() or 1):
+        LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
+    return env
+
+
 def _whole(key: str, given: Any) -> list[int]:
-    """Read one or several whole numbers."""
-    items = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    """Read one or several whole numbers of at least 1."""
     try:
-        numbers = list(dict.fromkeys(int(str(i)) for i in items))
+        numbers = list(dict.fromkeys(comma_list(given, int)))
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
@@ -92,14 +104,17 @@ def _whole(key: str, given: Any) -> list[int]:
     return numbers
 
 
-def _trained_size(file: str) -> int:
+def _size(file: str, given: int | None) -> int:
+    """Return the side of the input in pixels that the user asks for, else that of the file."""
     if file.endswith(".pt"):
-        return int((load_model(file)[1].get("train_args") or {}).get("imgsz") or 640)
-    if file.endswith(".onnx"):
+        from yolo_ext.stock import image_size, load_model
+
+        return image_size(*load_model(file), given)
+    if given is None and file.endswith(".onnx"):
         from yolo_ext.deployment.runtime import describe
 
         return describe(file)["imgsz"][0]
-    return 640
+    return given or 640
 
 
 def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int) -> list[dict[str, Any]]:
@@ -110,8 +125,7 @@ def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int)
     rows = []
     for f in files:
         ratio = speedup(found[files[0]], found[f])
-        keys = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
-        rows.append({"model": f, **{k: found[f][k] for k in keys}, "speedup": ratio["ratio"],
+        rows.append({"model": f, **{k: found[f][k] for k in TIMES}, "speedup": ratio["ratio"],
                      "speedup_p10": ratio["p10"], "speedup_p90": ratio["p90"],
                      "significant": bool(ratio["significant"])})  # fmt: skip
     return rows
@@ -119,6 +133,7 @@ def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int)
 
 def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray, str]:
     """Return a picture (height, width, 3) for letterbox and NMS, and its name."""
+    import numpy as np
     from ultralytics.utils.patches import imread
 
     from yolo_ext.data.check import check_data
@@ -133,16 +148,18 @@ def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray,
     raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
 
 
-def _about(file: str, image: tuple[np.ndarray, str], size: int, threads: int, batch: int, data: str | None,
-           memory: bool) -> dict[str, Any]:  # fmt: skip
+def _about(
+    file: str, image: tuple[np.ndarray, str], size: int, threads: int, batch: int, data: str | None, memory: bool
+) -> dict[str, Any]:
     """Return what is measured once for each model: size, surroundings, memory, accuracy."""
+    from yolo_ext import runs
     from yolo_ext.deployment.footprint import peak_memory
     from yolo_ext.deployment.operators import around
     from yolo_ext.deployment.runtime import conv_report
     from yolo_ext.stock.accuracy import accuracy
 
     path = Path(file)
-    found: dict[str, Any] = {"size_mb": runs.size_mb(path) if path.is_file() else _folder_mb(path)}
+    found: dict[str, Any] = {"size_mb": runs.size_mb(path)}
     if path.is_file():
         found.update(around(path, image[0], size))
     if path.suffix == ".onnx":
@@ -154,11 +171,8 @@ def _about(file: str, image: tuple[np.ndarray, str], size: int, threads: int, ba
     return found
 
 
-def _folder_mb(path: Path) -> float:
-    return sum(f.stat().st_size for f in path.rglob("*")) / 1e6
-
-
 def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
+    """Print the times, and below them what is measured once for each model."""
     from yolo_ext.reporting.tables import ABSENT, align
 
     cells = []
@@ -168,15 +182,14 @@ def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, imag
         times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
         cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
     LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
-    keys = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
-            "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
-    cells = [[f, *(ABSENT if a.get(k) is None else format(a[k], spec) for k, spec in keys.items())]
+    cells = [[f, *(ABSENT if a.get(k) is None else format(a[k], spec) for k, spec in EXTRAS.items())]
              for f, a in about.items()]  # fmt: skip
     head = ["Model", "Size MB", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime", "mAP50-95"]
     LOGGER.info(align(cells, head) + f"\nImage: {image}\n")
 
 
 def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
+    """Return and print the time of each operator inside ONNX Runtime, by file."""
     from yolo_ext.deployment.operators import operators
     from yolo_ext.reporting.tables import align
 
@@ -190,6 +203,9 @@ def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str,
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows that need not have the same columns."""
+    from yolo_ext.checkpoint import atomic_write
+
     text = io.StringIO()
     fields = list(dict.fromkeys(k for r in rows for k in r))
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -199,6 +215,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], about: dict[str, Any], threads: int, batch: int, size: int, folder: Path) -> None:
+    """Draw mAP against latency in the first setting."""
     from yolo_ext.reporting.figures import plot_tradeoff
 
     points = [

@@ -1,0 +1,136 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands: one typed function each.
+
+The signature of a command gives its keys, their types and defaults, and which of them are needed; the section `Args` of
+its docstring gives the help of each key. Modules of commands import nothing heavy at the top: the command line reads
+them all to know what there is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table, suggest
+
+F = TypeVar("F", bound=Callable[..., Any])
+LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
+COMMANDS = Table("command")
+OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
+PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
+
+# Types of keys. A number behind `int` is the least legal one.
+Count = Annotated[int, 1]
+Natural = Annotated[int, 0]
+Share = Annotated[float, "0 to 1"]
+Technique = Any  # options as a dict or a dataclass, True for the defaults, None or False for off
+
+
+def command(summary: str) -> Callable[[F], F]:
+    """Make a command of the decorated function, which then refuses values that do not fit its annotations.
+
+    Args:
+        summary: One line for the overview.
+    """
+
+    def add(fn: F) -> F:
+        @functools.wraps(fn)
+        def checked(*args: Any, **options: Any) -> Any:
+            check_values(fn, inspect.signature(fn).bind(*args, **options).arguments)
+            return fn(*args, **options)
+
+        return COMMANDS.row(fn.__name__, summary)(typing.cast(F, checked))
+
+    return add
+
+
+def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a command by key, those of the run folder one by one."""
+    found = dict(inspect.signature(fn).parameters)
+    if found.pop("native" if takes_native(fn) else "place", None):
+        found |= {k: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in PLACE}
+    return found
+
+
+def takes_native(fn: Callable[..., Any]) -> bool:
+    """Tell whether a command takes all keys of Ultralytics."""
+    return "native" in inspect.signature(fn).parameters
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+def need(options: Mapping[str, Any], *names: str) -> None:
+    """Check that the user gave these keys.
+
+    Raises:
+        UsageError: If one is missing.
+    """
+    missing = [k for k in names if options.get(k) in (None, "")]
+    if missing:
+        raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
+
+
+def check_values(fn: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check values by the annotations of a function; None is as good as not given.
+
+    Raises:
+        UsageError: If one does not fit.
+    """
+    kinds = typing.get_type_hints(fn, include_extras=True)
+    for key, value in values.items():
+        if value is not None and (legal := _legal(kinds.get(key, Any), value)):
+            raise UsageError(f"'{key}={value}' is illegal{legal}")
+
+
+def _legal(kind: Any, value: Any) -> str:
+    """Return what is legal for a type, in words, where a value does not fit it; an empty string where it does."""
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        found = [_legal(k, value) for k in typing.get_args(kind) if k is not type(None)]
+        return "" if "" in found else found[0]
+    if kind is bool:
+        return "" if isinstance(value, bool) else ". Legal: True or False."
+    if typing.get_origin(kind) is Literal:
+        names = typing.get_args(kind)
+        return "" if value in names else f".{suggest(value, [*names])} Legal: {', '.join(names)}."
+    if kind == Share:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "" if number and 0 <= value <= 1 else ". Legal: a number from 0 to 1."
+    if typing.get_origin(kind) is Annotated:
+        low = typing.get_args(kind)[1]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return "" if whole and value >= low else f": give a whole number of at least {low}."
+    return ""
+
+
+def check_native(native: Mapping[str, Any]) -> None:
+    """Let Ultralytics check the values of its own keys before anything else happens.
+
+    Raises:
+        UsageError: If one is illegal.
+    """
+    from ultralytics.utils.torch_utils import select_device
+
+    from yolo_ext.stock.cfg import get_cfg
+
+    try:
+        get_cfg(overrides={k: v for k, v in native.items() if k != "task"})
+        select_device(native.get("device"), verbose=False)
+    except (SyntaxError, TypeError, ValueError) as e:
+        raise UsageError(str(e).strip().splitlines()[0]) from e
+    if native.get("cfg") and not Path(str(native["cfg"])).is_file():
+        raise UsageError(f"'cfg={native['cfg']}' does not exist. Give the path of a YAML file with training arguments.")
+    name = str(native.get("optimizer", "auto"))
+    if name.lower() not in map(str.lower, OPTIMIZERS):
+        raise UsageError(f"Unknown optimizer '{name}'.{suggest(name, [*OPTIMIZERS])} Legal: {', '.join(OPTIMIZERS)}.")
+
+
+def say(text: str) -> None:
+    """Print a line that is the answer of a command."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,239 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands that change a model: compress, train, prune, distill, quantize, and demo, which shows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from yolo_ext.commands import LOGGER, Count, Natural, Technique, check_native, command, need
+from yolo_ext.core.config import COMPRESS_DEFAULTS, TARGETS, cfg_dir
+from yolo_ext.core.errors import UsageError
+
+SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
+BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
+                        "close_mosaic": 15, "plots": False, **SHAPES}  # fmt: skip
+
+
+@command("Prune, fine-tune with distillation, quantize, export, verify, measure and report")
+def compress(
+    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
+    sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
+    resume: bool = False, **native: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress a trained YOLO and prove the result; every technique can be switched off, such as quant=None.
+
+    Args:
+        model: Base ``.pt``.
+        data: Dataset YAML; may be left out only when there is no training and no quantization.
+        imgsz: Side of the square input in pixels; that of the training by default.
+        epochs: Fine-tune epochs, 0 for none.
+        sparsity: Options of sparsity training, off by default.
+        prune: Options of pruning; half of the FLOPs by default.
+        distill: Options of the distillation while fine-tuning.
+        quant: Options of quantization.
+        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
+
+    Returns:
+        The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
+
+    Raises:
+        UsageError: If the input is wrong; nothing has been written then.
+    """
+    techniques = {"prune": _on("prune", prune), "distill": _on("distill", distill), "quant": _on("quant", quant)}
+    size = {"imgsz": imgsz, "epochs": epochs}
+    return _compress("compress", model, data, resume, {"sparsity": sparsity, **techniques, **size}, native)
+
+
+@command("Train with any technique in the loop")
+def train(
+    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
+    sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
+    resume: bool | str = False, **native: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a YOLO with our trainer of its task.
+
+    Args:
+        model: ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
+        data: Dataset YAML; not needed with ``resume=True``.
+        imgsz: Side of the images in pixels, rounded up to the stride; that of the training of the model by default.
+        epochs: Epochs of the training.
+        sparsity: Options of sparsity training.
+        prune: Options of pruning while training.
+        distill: Options of distillation.
+        quant: Options of quantization-aware training.
+        resume: Go on with a training that was stopped.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
+
+    Returns:
+        The contents of ``summary.json``.
+
+    Raises:
+        UsageError: If the input is wrong.
+    """
+    from yolo_ext.training import train as run
+
+    if not resume:
+        need({"data": data}, "data")
+    check_native(native)
+    check_task(model, native.pop("task", None))
+    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "resume": resume or None, "sparsity": sparsity,
+             "prune": prune, "distill": distill, "quant": quant}  # fmt: skip
+    return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
+
+
+@command("Prune and fine-tune; epochs=0 prunes without data or training")
+def prune(
+    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
+    sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
+    resume: bool = False, **native: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress by pruning alone, unless other techniques are asked for.
+
+    Args:
+        model: Base ``.pt``; with ``epochs=0`` a ``.yaml`` will do.
+        data: Dataset YAML; may be left out with ``epochs=0``.
+        imgsz: Side of the square input in pixels; that of the training by default.
+        epochs: Fine-tune epochs, 0 for none.
+        sparsity: Options of a sparsity training before the pruning.
+        prune: Options of pruning; half of the FLOPs by default.
+        distill: Options of a distillation while fine-tuning.
+        quant: Options of a quantization afterwards.
+        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
+
+    Returns:
+        What `compress` returns.
+
+    Raises:
+        UsageError: If the input is wrong; nothing has been written then.
+    """
+    techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": distill, "quant": quant}
+    return _compress("prune", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
+
+
+@command("Train a student with a teacher")
+def distill(
+    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
+    sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
+    resume: bool | str = False, **native: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train with distillation, by default from the student's own weights before the training.
+
+    Args:
+        model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
+        data: Dataset YAML; not needed with ``resume=True``.
+        imgsz: Side of the images in pixels, rounded up to the stride; that of the training of the model by default.
+        epochs: Epochs of the training.
+        sparsity: Options of sparsity training.
+        prune: Options of pruning while training.
+        distill: Options of distillation, such as `distill.teacher`.
+        quant: Options of quantization-aware training.
+        resume: Go on with a training that was stopped.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        UsageError: If the input is wrong.
+    """
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": _on("distill", distill), "quant": quant}
+    return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, **techniques, **{"name": "distill", **native})
+
+
+@command("INT8 by PTQ or QAT, as ONNX")
+def quantize(
+    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
+    sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
+    resume: bool = False, **native: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress by quantization alone, unless other techniques are asked for.
+
+    Args:
+        model: Float ``.pt``.
+        data: Dataset YAML, for calibration, accuracy and QAT.
+        imgsz: Side of the square input in pixels; that of the training by default.
+        epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
+        sparsity: Options of a sparsity training before.
+        prune: Options of a pruning before.
+        distill: Options of distillation.
+        quant: Options of quantization.
+        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
+
+    Returns:
+        What `compress` returns.
+
+    Raises:
+        UsageError: If the input is wrong; nothing has been written then.
+    """
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": _on("quant", quant)}
+    return _compress("quantize", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
+
+
+@command("Generate data, train a small YOLO and compress it; needs no network")
+def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
+    """Generate the `shapes` set, train a small YOLO on it and compress it.
+
+    Args:
+        seed: Seed of the data and of the trainings.
+        place: `project`, `name`, `exist_ok`, `save_dir` for the run folder.
+
+    Returns:
+        What `compress` returns.
+    """
+    from ultralytics import YOLO
+    from ultralytics.utils import colorstr
+
+    from yolo_ext import runs
+    from yolo_ext.data.shapes import make_shapes
+    from yolo_ext.pipeline import compress as run
+
+    folder = runs.folder(place, task="detect", mode="demo")
+    LOGGER.info(f"{colorstr('bold', 'demo: ')}generating images, training a base model, compressing it in {folder}")
+    data = make_shapes(folder / "shapes", seed=seed)
+    base = YOLO(str(cfg_dir() / "models" / "yolov8n-shapes.yaml"))
+    base.train(data=str(data), seed=seed, save_dir=str(folder / "base"), exist_ok=True, **BASE)
+    best = Path(str(base.trainer.best))
+    summary = run(best, data, seed=seed, epochs=20, save_dir=str(folder / "compress"), exist_ok=True,
+                  prune={"speedup": 2.0}, distill={}, quant={}, **SHAPES)  # fmt: skip
+    LOGGER.info(f"{colorstr('bold', 'demo: ')}open {Path(summary['run_dir']) / 'report.html'}")
+    return summary
+
+
+def _compress(
+    mode: str, model: Any, data: Any, resume: bool, options: Mapping[str, Any], native: dict[str, Any]
+) -> dict[str, Any]:
+    """Run the pipeline under the name of a command."""
+    from yolo_ext.pipeline import compress as run
+
+    check_native(native)
+    check_task(model, native.pop("task", None))
+    given = {k: v for k, v in options.items() if v is not None}
+    return run(model=model, data=data, resume=resume, **{**native, **given, "mode": mode})
+
+
+def _on(technique: str, given: Technique) -> Technique:
+    """Return the options of a technique that a command switches on: the user's upon its defaults."""
+    options = {} if given is True else given
+    if not isinstance(options, Mapping):
+        return options
+    aim = (*TARGETS, "ratios", "kind")  # how far to prune
+    told = any(options.get(k) is not None for k in aim) or options.get("scope") == "pagcp"
+    return {**({} if technique == "prune" and told else COMPRESS_DEFAULTS[technique]), **options}
+
+
+def check_task(model: Any, task: Any) -> None:
+    """Refuse a task word that is not the task of the model.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    from yolo_ext.stock.load import load_model
+    from yolo_ext.stock.model import task_of
+
+    if task and (found := task_of(load_model(model)[0])) != task:
+        raise UsageError(f"'{model}' is a '{found}' model, not '{task}'. Leave the task word out.")

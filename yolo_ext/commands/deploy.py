@@ -1,0 +1,350 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands export and verify: a model out of training into files for a runtime, and proof that they are equal."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, command
+from yolo_ext.core.config import parse
+from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.core.registry import suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PRECISION = {8: "int8", "int8": "int8", "w8a8": "int8", 16: "half", "fp16": "half", "w16a16": "half"}
+NMS_KEYS = ("conf", "iou", "max_det", "agnostic_nms")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to export, and how."""
+
+    net: nn.Module  # float, with or without the ranges of a quantization
+    imgsz: Any  # pixels: one side, or height and width
+    precision: str  # "" for FP32, half or int8
+    data: str | None  # dataset YAML to calibrate on
+    quant: dict[str, Any]  # quantization options
+    graph: dict[str, Any]  # arguments of `export_onnx`
+    modelopt: dict[str, Any] | None  # checkpoint of Ultralytics' own QAT, if the model is one
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model carries ranges of a quantization."""
+        from yolo_ext.checkpoint import manifest
+
+        return bool(self.modelopt or manifest(self.net).quant)
+
+    @property
+    def side(self) -> int:
+        """The longer side of the input in pixels."""
+        return self.imgsz if isinstance(self.imgsz, int) else max(self.imgsz)
+
+    def images(self) -> dict[str, Any]:
+        """Return the checked dataset dict."""
+        from yolo_ext import stock
+        from yolo_ext.data.check import check_data
+
+        return check_data(str(self.data), task=stock.task_of(self.net))
+
+
+@command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format")
+def export(
+    model: str | Path, format: str = "onnx", out: str | Path | None = None, *, imgsz: Any = None,
+    batch: Count | None = None, dynamic: bool | None = None, opset: Count | None = None, simplify: bool | None = None,
+    half: bool | None = None, int8: bool | None = None, quantize: Any = None, data: str | None = None,
+    quant: Technique = None, nms: bool | None = None, conf: Share | None = None, iou: Share | None = None,
+    max_det: Count | None = None, agnostic_nms: bool | None = None, **native: Any,
+) -> list[Path]:  # fmt: skip
+    """Export a model; ONNX and OpenVINO by us, every other format by Ultralytics with the weights of the model.
+
+    Args:
+        model: ``.pt``, pruned or not. A QAT model, of ours or of Ultralytics (`quantize=8`), also gets its INT8 file.
+        format: ``onnx``, ``openvino`` or another format of Ultralytics.
+        out: File or folder to write, by default beside the model; an INT8 file gets ``_int8`` added to its name.
+        imgsz: Input size in pixels, one number or height and width; that of the training by default.
+        batch: Images per call.
+        dynamic: Leave batch and image size open.
+        opset: ONNX opset.
+        simplify: Simplify the graph, where that changes nothing; on by default.
+        half: FP16 weights and activations.
+        int8: INT8; needs `data` unless the model carries its ranges.
+        quantize: What Ultralytics calls precision: 8, 16 or 32.
+        data: Dataset YAML to calibrate on.
+        quant: Quantization options.
+        nms: NMS inside the graph; False takes the NMS-free head of a model that has two.
+        conf: Lowest confidence, for NMS inside the graph.
+        iou: IoU above which the less certain object is dropped, for NMS inside the graph.
+        max_det: Most objects of an image, for NMS inside the graph.
+        agnostic_nms: NMS over all classes together, inside the graph.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder; other formats: any export argument.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UsageError: If the model or an option is wrong.
+        CheckFailed: If the exporter failed.
+    """
+    from yolo_ext import runs, stock
+    from yolo_ext.quantization.modelopt import is_modelopt
+    from yolo_ext.reporting.tables import write_summary
+    from yolo_ext.stock.exporter import export_formats
+
+    formats = [f for f in export_formats()["Argument"] if f != "-"]
+    if format not in formats:
+        raise UsageError(f"Unknown export format '{format}'.{suggest(format, formats)} Legal: {', '.join(formats)}.")
+    net, ckpt = _open(model)
+    asked = {"imgsz": imgsz, "batch": batch, "dynamic": dynamic, "opset": opset, "simplify": simplify, "half": half,
+             "int8": int8, "quantize": quantize, "data": data, "quant": quant, "nms": nms, "conf": conf, "iou": iou,
+             "max_det": max_det, "agnostic_nms": agnostic_nms}  # fmt: skip
+    given = {k: v for k, v in asked.items() if v is not None}
+    if format not in ("onnx", "openvino"):
+        return [_by_ultralytics(model, format, out, {**given, **native})]
+    if unused := sorted(set(native) - {*PLACE, "device", "mode"}):
+        raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(asked)}, out.")
+    job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, {} if quant is True else quant or {},
+              _graph(given), ckpt if is_modelopt(ckpt) else None)  # fmt: skip
+    if job.quant and not (format == "onnx" and job.quantized) and job.precision != "int8":
+        raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
+    files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
+    for file in files:
+        LOGGER.info(f"Export saved as {file} ({runs.size_mb(file):.1f} MB)")
+    figures = runs.model_figures(net, Path(model), job.side)
+    folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
+    before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
+    write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
+    return files
+
+
+def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
+    from yolo_ext.quantization.modelopt import is_modelopt, load_modelopt
+    from yolo_ext.stock.load import load_model
+
+    try:
+        net, ckpt = load_model(model)
+    except UsageError as error:  # such a file needs ModelOpt to load
+        try:
+            return load_modelopt(model)
+        except Exception:
+            raise error from None
+    return load_modelopt(model) if is_modelopt(ckpt) else (net, ckpt)
+
+
+def _size(net: nn.Module, ckpt: dict[str, Any], given: Any) -> Any:
+    """Return the image size given by the user, a whole number or (height, width), else that of the training."""
+    from yolo_ext.stock.model import image_size
+
+    if given is None:
+        return image_size(net, ckpt)
+    sides = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
+        raise UsageError(f"'imgsz={given}' is illegal: give a whole number, or height and width as imgsz=[480,640].")
+    return sides[0] if len({*sides}) == 1 else tuple(sides)
+
+
+def _precision(given: dict[str, Any]) -> str:
+    """Return "", "half" or "int8" from `half`, `int8` or Ultralytics' newer `quantize`."""
+    asked = {k for k in ("half", "int8") if given.get(k)}
+    level = given.get("quantize")
+    if level not in (None, 32, "32", "fp32"):
+        key = int(level) if str(level).isdigit() else str(level)
+        if key not in PRECISION:
+            raise UsageError(f"'quantize={level}' is illegal for ONNX and OpenVINO. Legal: 8, 16, 32.")
+        asked.add(PRECISION[key])
+    if len(asked) > 1:
+        raise UsageError("half=True and int8=True exclude each other: give one of them.")
+    return next(iter(asked), "")
+
+
+def _graph(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `export_onnx`."""
+    nms = {k: given[k] for k in NMS_KEYS if k in given}
+    if given.get("nms") is not True and nms:
+        raise UsageError(f"{', '.join(nms)}: only for embedded NMS. Add nms=True, or leave it out.")
+    ours: dict[str, Any] = {k: given[k] for k in ("opset", "simplify", "dynamic", "batch") if k in given}
+    return {**ours, "nms": nms if given.get("nms") else None, "end2end": given.get("nms") is False}
+
+
+def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
+    """Write the float file and, for a quantized model or if asked, its INT8 file."""
+    from ultralytics.utils import colorstr
+
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.quantization.qdq import write_qdq
+
+    half = job.precision == "half"
+    target = Path(out or model.with_name(f"{model.stem}{'_fp16' if half else ''}.onnx"))
+    if job.precision != "int8" and (job.precision or not job.quantized):
+        return [export_onnx(job.net, target, job.imgsz, half=half, **job.graph)]
+    net, state, profile = _quantized(job, "auto")  # before anything is written
+    fp32 = export_onnx(net, target, job.imgsz, **job.graph)
+    files = [fp32, target.with_name(f"{target.stem}_int8.onnx")]
+    write_qdq(files[0], files[1], state, profile)
+    if profile.output:  # made for ONNX Runtime
+        integer, convs = conv_report(files[1])["int8_convs"], conv_report(files[0])["convs"]
+        LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
+    return files
+
+
+def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
+    """Convert our ONNX file with OpenVINO's own converter."""
+    from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino, need_openvino
+    from yolo_ext.quantization.qdq import write_qdq
+
+    need_openvino()
+    kind = {"int8": "_int8", "half": "_fp16"}.get(job.precision, "")
+    net = job.net
+    if job.precision == "int8":
+        net, state, profile = _quantized(job, "openvino")
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(net, Path(folder) / "fp32.onnx", job.imgsz, **job.graph)
+        if job.precision == "int8":
+            fp32, file = file, Path(folder) / "int8.onnx"
+            write_qdq(fp32, file, state, replace(profile, fuse_silu=False))
+        target = out or model.with_name(f"{model.stem}{kind}{SUFFIX}")
+        return [export_openvino(file, target, half=job.precision == "half")]
+
+
+def _quantized(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
+    """Return float model, state and profile: from its own quantization where that is exact, else calibrated on images.
+
+    `profile` is the one to use where the user names none.
+    """
+    from yolo_ext.checkpoint import manifest, note
+    from yolo_ext.quantization.convert import convert
+    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.qat import prepare, strip
+
+    if job.modelopt:
+        return _imported(job, job.quant.get("profile") or profile)
+    known = manifest(job.net).quant
+    if known and set(job.quant) <= {"profile"}:
+        source = resolve_profile(known["profile"])
+        target = resolve_profile(job.quant.get("profile") or (source.name if profile == "auto" else profile))
+        try:
+            return job.net, convert(known["state"], source, target), target
+        except UsageError:
+            if not job.data:
+                raise
+    if not job.data:
+        raise UsageError("int8=True needs images to calibrate on. Give data=data.yaml.")
+    cfg = parse({"quant": {"profile": profile, **job.quant}})["quant"]
+    note(job.net, quant=None)  # calibrated anew
+    prepare(job.net, cfg, job.images(), job.side)
+    return strip(job.net), manifest(job.net).quant["state"], resolve_profile(cfg.profile)
+
+
+def _imported(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
+    """Return model, state and profile from the ranges of Ultralytics' QAT, with those calibrated that it lacks."""
+    from yolo_ext import stock
+    from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.quantization import modelopt
+    from yolo_ext.quantization.branches import merge_branches
+    from yolo_ext.quantization.fake_quant import strip_fake_quant
+    from yolo_ext.quantization.profiles import resolve_profile
+
+    def batches() -> Iterator[torch.Tensor]:
+        """Yield images (B, C, H, W); asked for where something is missing only."""
+        if not job.data:
+            raise UsageError(
+                f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{target.name}' needs others "
+                "too. Give data=data.yaml to calibrate them."
+            )
+        images = calibration_images(job.images())
+        yield from letterbox_batches(images, job.side, crop=stock.task_of(job.net) == "classify")
+
+    target = resolve_profile(profile)
+    merge_branches(job.net, batches())
+    state = modelopt.complete(job.net, modelopt.import_state(job.modelopt or {}, job.net), target, batches())
+    return strip_fake_quant(job.net), state, target
+
+
+def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str, Any]) -> Path:
+    """Hand a format over to Ultralytics, which exports the module in the file, pruned or not; nothing is installed."""
+    from ultralytics import YOLO
+
+    from yolo_ext.stock.load import no_autoinstall
+
+    if out:
+        raise UsageError(f"'out={out}' is only for onnx and openvino: Ultralytics writes '{format}' beside the model.")
+    args = {k: v for k, v in options.items() if k not in PLACE}
+    try:
+        with no_autoinstall():
+            return Path(YOLO(str(model)).export(format=format, **args))
+    except ImportError as error:
+        name = error.name or str(error)
+        raise UsageError(f"Exporting '{format}' needs the package '{name}'. Run `pip install {name}`.") from error
+    except Exception as error:  # every backend has exceptions of its own
+        reason = " ".join(str(error).split())[:300]
+        raise CheckFailed(f"Ultralytics could not export '{format}' ({type(error).__name__}: {reason}).") from error
+
+
+@command("Compare an ONNX file with its .pt; exit status 1 when they differ")
+def verify(
+    model: str, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
+    imgsz: Any = None, **place: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare an ONNX file with the model that it came from, print the checks and write them.
+
+    Args:
+        model: ``.pt`` of the float model.
+        onnx: Its FP32 or FP16 ONNX.
+        int8: Its INT8 ONNX, checked against its own simulation.
+        data: Dataset YAML whose val images are used; adds a comparison of mAP.
+        source: Folder, glob or list of images instead of `data`.
+        imgsz: Size of the input in pixels; by default that of the ONNX file.
+        place: `project`, `name`, `exist_ok`, `save_dir`.
+
+    Returns:
+        ``passed``, ``checks`` and what they measured.
+
+    Raises:
+        UsageError: If a file is missing or there are no images.
+    """
+    from yolo_ext import runs, stock
+    from yolo_ext.data.check import check_data
+    from yolo_ext.data.records import list_images
+    from yolo_ext.deployment.compare import describe_difference
+    from yolo_ext.deployment.runtime import describe
+    from yolo_ext.deployment.verify import verify as run
+    from yolo_ext.reporting.tables import align
+
+    net, ckpt = stock.load_model(model)
+    if not data and not source:
+        raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
+    size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
+    images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
+    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
+    rows = [
+        [c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"]
+        for c in found["checks"]
+    ]
+    LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
+    if "first_difference" in found:
+        LOGGER.info(describe_difference(found["first_difference"]))
+    folder = runs.folder(place, task=stock.task_of(net), mode="verify")
+    runs.write_json(folder / "verify.json", found)
+    side = size if isinstance(size, int) else max(size)
+    _summarise(found, runs.model_figures(net, Path(model), side), Path(int8 or onnx), folder)
+    return found
+
+
+def _summarise(found: dict[str, Any], figures: dict[str, Any], file: Path, folder: Path) -> None:
+    """Write the summary of a verification: the model against the file."""
+    from yolo_ext import runs
+    from yolo_ext.reporting.tables import write_summary
+
+    maps = found.get("map") or {}
+    fp32 = (maps.get("onnx") or {}).get("map") if found["precision"] == "fp32" else None
+    before = {**figures, "size_mb": None, **(maps.get("torch") or {})}  # as in `export`
+    after = {**figures, "size_mb": runs.size_mb(file), "map_onnx": {"fp32": fp32}, **(maps.get("onnx") or {})}
+    write_summary(folder, before, after)

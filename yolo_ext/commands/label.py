@@ -1,0 +1,332 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands that look at images: label, which writes what a model finds, and predict, which compares two models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from yolo_ext.commands import LOGGER, Count, Natural, Share, command
+from yolo_ext.core.config import comma_list
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from yolo_ext.data.label import Labelled
+
+TASKS = ("detect", "segment")
+COMPARED = ("detect", "segment", "pose")  # tasks that `predict compare=` draws
+COUNTS = ("base", "new", "missed", "added")
+OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model is not to write or open
+IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
+
+
+# label ---------------------------------------------------------------------------------------------------------------
+@command("Label images with a model: labels, previews and a review sheet")
+def label(
+    model: str | Path, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
+    conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Any = None, beside: bool = False,
+    overwrite: bool = False, save_conf: bool = False, previews: bool = True,
+    files: Literal["link", "copy", "none"] | None = "link", review: Natural = 500,
+) -> dict[str, Any]:  # fmt: skip
+    """Label images with a trained model and write what a person needs to review the labels.
+
+    Args:
+        model: Detect or segment model, ``.pt`` or ``.onnx``.
+        source: Image, folder, glob, text file with one path per line, or a list of these.
+        out: Folder for labels, previews, `review.html` and `label.json`; it may hold an unfinished run.
+        format: ``yolo``, ``voc`` or ``coco``.
+        classes: Classes to label, names or indices, a list or separated by commas; all by default. Labels keep the
+            class indices of the model.
+        conf: Lowest confidence of an object.
+        iou: IoU above which the less certain of two objects of a class is dropped.
+        imgsz: Image size in pixels; that of the training or of the ONNX file by default.
+        device: Device as Ultralytics takes it.
+        beside: Write the labels where training looks for them, or next to the images (VOC), not into `out`.
+        overwrite: Replace labels that are there.
+        save_conf: Append the confidence to YOLO rows.
+        previews: Write a picture with boxes drawn for each image.
+        files: Make `out` a dataset with the images in it: ``link`` or ``copy`` them, or ``none``.
+        review: Pictures on the review sheet.
+
+    Returns:
+        The contents of `label.json`.
+
+    Raises:
+        UsageError: The model, an image source or an option is not usable.
+    """
+    from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
+    from yolo_ext.data.write import FORMATS
+    from yolo_ext.reporting.review import render_review
+    from yolo_ext.stock.load import no_autoinstall
+
+    if format not in FORMATS:
+        raise UsageError(f"Unknown label format '{format}'.{suggest(format, [*FORMATS])} Legal: {', '.join(FORMATS)}.")
+    folder = Path(out).resolve()
+    root, images = find_images(source, folder)
+    about = _about(model, imgsz)
+    names = about["names"]
+    wanted = _choose(classes, names)
+    settings = {"model": _digest(model), "imgsz": about["imgsz"], "conf": conf, "iou": iou, "classes": wanted,
+                "names": list(names.values())}  # fmt: skip
+    find = _finder(model, about, conf=conf, iou=iou, classes=wanted, device=device)
+    with no_autoinstall():
+        done = label_images(
+            images, folder, find, names, settings, format=format, beside=beside or folder == root,
+            overwrite=overwrite, save_conf=save_conf, previews=previews, files=files or "none",
+        )  # fmt: skip
+    found = _summary(Path(model).name, format, settings, len(images), done, names)
+    update(folder / "label.json", json.dumps(found, indent=2) + "\n")
+    notes = [f"{found['model']} · {about['imgsz']} px · confidence from {conf} · {format} labels", _told(found)]
+    page = render_review(
+        f"Review of {len(done.records)} labelled images", list(done.records.values()), images, names, notes=notes,
+        skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review,
+    )  # fmt: skip
+    update(folder / "review.html", page)
+    _report(found, done, folder)
+    return found
+
+
+def _digest(model: str | Path) -> str:
+    """Return 16 digits that tell one file from another."""
+    digest = hashlib.sha256()
+    with Path(model).open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _about(model: str | Path, imgsz: int | None) -> dict[str, Any]:
+    """Return `task`, `names` and `imgsz` of a model after checking that it finds boxes or polygons."""
+    from yolo_ext import stock
+
+    if Path(model).suffix == ".onnx":
+        found = _about_onnx(model, imgsz)
+    elif Path(model).suffix == ".pt":
+        net, ckpt = stock.load_model(model)
+        found = {"task": stock.task_of(net), "names": net.names, "imgsz": stock.image_size(net, ckpt, imgsz)}
+    else:
+        raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
+    if found["task"] not in TASKS:
+        raise UsageError(f"'{model}' is a '{found['task']}' model. Labelling takes {' and '.join(TASKS)} models.")
+    return {**found, "names": {int(i): str(n) for i, n in found["names"].items()}}
+
+
+def _about_onnx(model: str | Path, imgsz: int | None) -> dict[str, Any]:
+    """Return `task`, `names` and `imgsz` from the metadata of an ONNX file."""
+    from yolo_ext.deployment.runtime import metadata, session
+
+    opened = session(model)
+    meta = metadata(opened)
+    if not isinstance(meta.get("names"), dict):
+        raise UsageError(f"'{model}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
+    batch, _, *size = opened.get_inputs()[0].shape
+    if isinstance(batch, int) and batch != 1:
+        raise UsageError(f"'{model}' is fixed to batch {batch}; labelling runs one image at a time. Export it anew.")
+    fixed = all(isinstance(s, int) for s in size)
+    if fixed and imgsz and [imgsz, imgsz] != size:
+        raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {size}. Leave imgsz out.")
+    return {"task": meta.get("task"), "names": meta["names"], "imgsz": imgsz or meta.get("imgsz") or 640}
+
+
+def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
+    """Read classes given as names or indices."""
+    from yolo_ext.data.records import quote
+
+    if classes is None:
+        return None
+    texts = comma_list(classes)
+    by_name = {**{str(i): i for i in names}, **{n: i for i, n in names.items()}}
+    if unknown := [t for t in texts if t not in by_name]:
+        hint = suggest(unknown[0], [*names.values()])
+        raise UsageError(f"Unknown classes {quote(unknown)}.{hint} Legal: {quote([*names.values()], 30)}, or indices.")
+    return sorted({by_name[t] for t in texts})
+
+
+def _finder(model: str | Path, about: dict[str, Any], **options: Any) -> Callable[[np.ndarray], list[dict[str, Any]]]:
+    """Return a function from an image (height, width, 3) to its objects, through Ultralytics' own predictor."""
+    from ultralytics import YOLO
+
+    from yolo_ext.stock.load import no_autoinstall
+
+    with no_autoinstall():
+        yolo = YOLO(str(model), task=about["task"])
+
+    def find(image: np.ndarray) -> list[dict[str, Any]]:
+        """Return the objects of one image."""
+        return _objects(yolo.predict(image, imgsz=about["imgsz"], verbose=False, save=False, **options)[0])
+
+    return find
+
+
+def _objects(result: Any) -> list[dict[str, Any]]:
+    """Return the objects of an Ultralytics result, the most certain first; boxes without area are left out."""
+    import numpy as np
+
+    found = []
+    polygons = result.masks.xy if result.masks is not None else None
+    for i, (*xyxy, confidence, cls) in enumerate(result.boxes.data.cpu().tolist()):
+        box = [round(v, 2) for v in xyxy]
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        o = {"class": int(cls), "confidence": round(confidence, 4), "box": box}
+        if polygons is not None:
+            x0, y0, x1, y1 = box
+            points = polygons[i] if len(polygons[i]) > 2 else np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+            h, w = result.orig_shape
+            o["polygon"] = [round(float(v), 2) for v in np.clip(points, 0, (w, h)).flatten()]
+        found.append(o)
+    return found
+
+
+def _summary(
+    model: str, format: str, settings: dict[str, Any], images: int, done: Labelled, names: dict[int, str]
+) -> dict[str, Any]:
+    """Return the contents of `label.json`, which tell nothing of this run that the next one would not tell."""
+    from yolo_ext.reporting.review import LOW, class_counts, in_order, lowest
+
+    records = done.records.values()
+    review = [{"image": r["image"], "lowest": low} for r in in_order(records) if (low := lowest(r)) and low < LOW]
+    return {
+        "model": model,
+        "format": format,
+        "settings": settings,
+        "images": images,
+        "labelled": len(records),
+        "nothing_found": sum(not r["objects"] for r in records),
+        "classes": class_counts(records, names),
+        "review": review,
+        "kept": done.kept,
+        "skipped": done.skipped,
+    }
+
+
+def _told(found: dict[str, Any]) -> str:
+    """Return the counts of a labelling in words."""
+    from yolo_ext.reporting.review import LOW
+
+    parts = {
+        f"{len(found['review'])} with a box below {LOW}": found["review"],
+        f"{found['nothing_found']} with nothing found": found["nothing_found"],
+        f"{len(found['kept'])} keep a label that was there or was edited": found["kept"],
+        f"{len(found['skipped'])} cannot be read": found["skipped"],
+    }
+    return ", ".join([f"{found['labelled']} of {found['images']} images labelled", *(p for p, n in parts.items() if n)])
+
+
+def _report(found: dict[str, Any], done: Labelled, folder: Path) -> None:
+    """Print what was labelled."""
+    from yolo_ext.data.records import quote
+    from yolo_ext.reporting.review import LOW
+    from yolo_ext.reporting.tables import align
+
+    rows = [(n, c["boxes"], c["images"], f"{c['mean_confidence']:.2f}", c["low"]) for n, c in found["classes"].items()]
+    LOGGER.info("\n" + align(rows, ["Class", "Boxes", "Images", "Mean conf", f"Below {LOW}"]))
+    LOGGER.info(_told(found))
+    if done.skipped:
+        LOGGER.warning(f"Not read: {quote([f'{name} ({why})' for name, why in done.skipped.items()])}")
+    LOGGER.info(f"{done.predicted} images predicted, {done.written} labels written in this run")
+    LOGGER.info(f"Results saved to {folder}; review {folder / 'review.html'}")
+
+
+# predict -------------------------------------------------------------------------------------------------------------
+@command("Run a model on images (Ultralytics); compare=base.pt marks what the base finds differently")
+def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) -> dict[str, Any]:
+    """Predict as `yolo predict` does, and draw the detections of a base model beside those of the model.
+
+    Args:
+        model: ``.pt``, ``.onnx`` or another format of Ultralytics.
+        compare: The base model; without it the command is Ultralytics' own.
+        source: Image, video, folder, glob or list of images.
+        native: `project`, `name`, `exist_ok`, `save_dir` for the pictures, and any prediction argument of Ultralytics,
+            which both models take.
+
+    Returns:
+        The contents of ``compare.json``: `model`, `compare`, `iou`, `total` and one row of counts for each picture.
+
+    Raises:
+        UsageError: A model or the source is not usable, or the models do not fit together.
+    """
+    from yolo_ext import runs
+    from yolo_ext.reporting.figures import side_by_side
+
+    new, base = _load(model, native), _load(compare, native)
+    rows: list[dict[str, Any]] = []
+    taken: Counter[str] = Counter()
+    options = {"save": True, "verbose": False, **native}  # the command line of Ultralytics saves, too
+    if {Path(model).suffix, Path(compare).suffix} != {".pt"}:
+        options = {"rect": False, **options}  # a file of fixed size sees the whole frame, so both have to
+    for result, boxes, reference in _pairs(new, base, source, options):
+        folder = Path(new.predictor.save_dir)
+        name = f"{_free_stem(Path(result.path).stem, taken)}.jpg"
+        missed, added = side_by_side(result.orig_img, reference, boxes, result.names, folder / "compare" / name)
+        counts = dict(zip(COUNTS, (len(reference), len(boxes), missed, added)))
+        rows.append({"source": result.path, "picture": name, **counts})
+        LOGGER.info(f"{name}: {_words(counts)}")
+    if not rows:
+        raise UsageError(f"No readable images found in 'source={source}'.")
+    total = {k: sum(row[k] for row in rows) for k in COUNTS}
+    found = {"model": model, "compare": compare, "iou": IOU, "total": total, "images": rows}
+    runs.write_json(folder / "compare.json", found)
+    LOGGER.info(f"Total of {len(rows)} images: {_words(total)}. Pictures saved to {folder / 'compare'}")
+    return found
+
+
+def _words(counts: dict[str, int]) -> str:
+    """Return counts of objects in words."""
+    return f"base {counts['base']}, model {counts['new']} objects, {counts['missed']} missed, {counts['added']} added"
+
+
+def _load(path: str | Path, native: dict[str, Any]) -> Any:
+    """Return the YOLO, whose file has to be there: Ultralytics would look for a missing one on the net."""
+    from ultralytics import YOLO
+
+    if not Path(path).exists():
+        raise UsageError(f"Model '{path}' does not exist. Give a file such as best.pt or best_int8.onnx.")
+    try:
+        model = YOLO(str(path), task=native.get("task"))
+    except Exception as error:  # whatever unpickling and parsing raise
+        raise UsageError(f"Model '{path}' cannot be loaded ({type(error).__name__}: {error}).") from error
+    if model.task not in COMPARED:
+        raise UsageError(f"'compare' draws boxes; '{path}' is a '{model.task}' model. Legal: {', '.join(COMPARED)}.")
+    return model
+
+
+def _pairs(new: Any, base: Any, source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
+    """Yield each result of the model with its boxes and those of the base, classes numbered alike."""
+    quiet = {k: v for k, v in options.items() if not k.startswith(OUTPUT)}
+    classes: dict[int, int] = {}
+    for result in new.predict(source, stream=True, **options):
+        found = base.predict(result.orig_img, **{**quiet, "imgsz": new.predictor.imgsz, "verbose": False})[0]
+        classes = classes or _renumber(found.names, result.names)
+        yield result, _boxes(result), [(*row[:5], classes[int(row[5])]) for row in _boxes(found)]
+
+
+def _boxes(result: Any) -> list[Any]:
+    """Return rows of x0, y0, x1, y1 in pixels, confidence and class."""
+    return result.boxes.data[:, :6].tolist()
+
+
+def _renumber(base: dict[int, str], new: dict[int, str]) -> dict[int, int]:
+    """Return the class index of the model for each class index of the base, by name."""
+    if base == new:
+        return {i: i for i in base}
+    index = {name: i for i, name in new.items()}
+    if set(base.values()) != set(index):
+        raise UsageError(
+            f"The models have different classes: {', '.join(base.values())} and {', '.join(index)}. "
+            "Compare models of one dataset."
+        )
+    return {i: index[name] for i, name in base.items()}
+
+
+def _free_stem(stem: str, taken: Counter[str]) -> str:
+    """Return a file stem that no other picture has: those of two folders, or the frames of a video, may share one."""
+    taken[stem] += 1
+    return stem if taken[stem] == 1 else _free_stem(f"{stem}-{taken[stem]}", taken)
