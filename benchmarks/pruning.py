@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
+from yolo_ext.stage_common import FINETUNE
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, manifest, save_model, set_tripwire
-from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.checkpoint import fingerprint, note, save_model, set_tripwire
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
-from yolo_ext.stage_common import FINETUNE
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
-from yolo_ext.trainers import trainer_for
+from yolo_ext.training.trainer import trainer_for
 
 SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}
 
@@ -55,7 +55,7 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
     del options["epochs"]
     before = None
     if run == "smaller":
-        from yolo_ext.pruning.smaller import smaller_yaml
+        from yolo_ext.pipeline.smaller import smaller_yaml
 
         dense = load_model(base)[0]
         file = folder / "smaller.yaml"
@@ -103,13 +103,14 @@ def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Pa
             best = (reached, model)
         low, high = (ratio, high) if reached < speedup else (low, ratio)
     model = best[1]
-    manifest(model)["prune"] = {
+    told = {
         "by": "torch-pruning",
         "kept": {},
         "shapes": {},
         "frozen": {},
         "parent": fingerprint(dense),
     }
+    note(model, prune=told)
     set_tripwire(model)
     return save_model(model, folder / "tp.pt")
 

@@ -1,8 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Stock-class checkpoints with a plain-dict manifest, atomic writes, and the tripwire against silent un-pruning.
 
-The manifest is a plain dict, kept as the attribute `yolo_ext` of the model (so that it follows the module through EMA,
-`deepcopy` and every stock save) and repeated under the key `yolo_ext` of the checkpoints that we write.
+The manifest is a plain dict in the attribute `yolo_ext` of the model (so that it follows the module through EMA,
+`deepcopy` and every stock save, and loads without this package), repeated under the key `yolo_ext` of the checkpoints
+that we write. `manifest` reads it, `note` writes it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.utils import LOGGER
 
+from yolo_ext import __version__
 from yolo_ext.stock.load import foreign_classes
 
 MANIFEST = "yolo_ext"
+SCHEMA = 1  # raise when the meaning of a field changes, and translate the older one in `manifest`
 TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
 
 
@@ -49,19 +56,82 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise
 
 
-def manifest(model: nn.Module) -> dict[str, Any]:
-    """Return the model's manifest, an empty dict for a stock model. The dict is live: changes stay with the model."""
-    found = getattr(model, MANIFEST, None)
-    if found is None:
-        found = {}
-        setattr(model, MANIFEST, found)
-    return found
+@dataclass(frozen=True)
+class Manifest:
+    """What was done to a model, as plain data; a field is empty where nothing of the kind was.
+
+    Attributes:
+        schema: Version of this layout; 0 in files from before it had one.
+        version: yolo_ext that wrote it last.
+        yaml: Model YAML before the tripwire was set.
+        parent: Fingerprint of the model that a later pruning counts from.
+        dense: Figures of the model that a run with several pruning steps started with: `gflops`, `params`, `size_mb`,
+            `imgsz` and, where it was measured, `score`.
+        prune: `config`, `kept` and `shapes` in the numbering of the first dense model, its fingerprint `parent`,
+            `frozen` (reason by layer), `coupled`, `notes`, `gap` of the proof, and `steps` of a pruning in training.
+        masks: `kind`, `layers` and `ratio` of zero weights.
+        sparsity: Last state of a sparsity training: `method`, `coefficient`, `epochs`, `threshold`, `share`, `speedup`.
+        merged: Paths of the blocks whose branches were merged.
+        quant: `profile`, `options`, `float` (reason by layer), `calibration`, `state` (ranges), and, after QAT, the
+            accuracies `ptq` and `base`.
+        other: What a newer yolo_ext knows besides; it stays in the file.
+    """
+
+    schema: int = 0
+    version: str = ""
+    yaml: Mapping[str, Any] = field(default_factory=dict)
+    parent: str = ""
+    dense: Mapping[str, Any] = field(default_factory=dict)
+    prune: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+    merged: Sequence[str] = ()
+    quant: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+
+FIELDS = frozenset(f.name for f in fields(Manifest)) - {"other"}
+
+
+def manifest(model: nn.Module) -> Manifest:
+    """Return the manifest of a model, an empty one for a stock model; reading it writes nothing."""
+    found = getattr(model, MANIFEST, None) or {}
+    if found.get("schema", 0) > SCHEMA:
+        _warn_of_newer(found["schema"], str(found.get("version")))
+    known = {k: v for k, v in found.items() if k in FIELDS}
+    return Manifest(**known, other={k: v for k, v in found.items() if k not in FIELDS})
+
+
+@cache
+def _warn_of_newer(schema: int, version: str) -> None:
+    LOGGER.warning(
+        f"This model was written by yolo_ext {version}, whose manifest (schema {schema}) is newer than this "
+        f"yolo_ext {__version__} knows ({SCHEMA}). What it does not know is kept, but has no effect here. "
+        "Run: pip install --upgrade yolo-ext"
+    )
+
+
+def note(model: nn.Module, **changed: Any) -> None:
+    """Write fields of `Manifest` into the model, as plain data; what is None or empty is removed."""
+    if unknown := sorted(set(changed) - FIELDS):
+        raise TypeError(f"The manifest has no fields {unknown}. Legal: {sorted(FIELDS)}.")
+    before = getattr(model, MANIFEST, None) or {}
+    found = {k: v for k, v in {**before, **changed}.items() if v or k not in changed}
+    mark = {} if before.get("schema", 0) > SCHEMA else {"schema": SCHEMA, "version": __version__}
+    if found:
+        setattr(model, MANIFEST, {**found, **mark})
+
+
+def hand_on(source: nn.Module, target: nn.Module) -> None:
+    """Give a rebuilt model the manifest of the one that it was rebuilt from."""
+    if found := getattr(source, MANIFEST, None):
+        setattr(target, MANIFEST, deepcopy(found))
 
 
 def is_pruned(model: nn.Module) -> bool:
     """Tell whether this model was pruned, masked or merged by us, so that it must not be rebuilt from its YAML."""
-    found = getattr(model, MANIFEST, None) or {}
-    return bool(found.get("prune") or found.get("masks") or found.get("merged"))
+    found = manifest(model)
+    return bool(found.prune or found.masks or found.merged)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -75,7 +145,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def set_tripwire(model: nn.Module) -> None:
     """Make a stock rebuild from `model.yaml` fail with a name that says what to do, instead of un-pruning silently."""
-    manifest(model).setdefault("yaml", deepcopy(model.yaml))
+    if not manifest(model).yaml:
+        note(model, yaml=deepcopy(model.yaml))
     model.yaml = deepcopy(model.yaml)
     model.yaml["backbone"][0][2] = TRIPWIRE
 

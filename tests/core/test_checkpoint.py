@@ -5,21 +5,28 @@ import os
 import stat
 import sys
 from copy import deepcopy
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
 
+import yolo_ext
 from yolo_ext.checkpoint import (
     MANIFEST,
+    SCHEMA,
     TRIPWIRE,
+    Manifest,
     atomic_write,
     finalize,
     fingerprint,
+    hand_on,
     is_pruned,
     manifest,
+    note,
     save_model,
     set_tripwire,
 )
@@ -79,11 +86,50 @@ def test_the_file_is_an_ordinary_one(tmp_path):
 
 
 # Manifest ------------------------------------------------------------------------------------------------------------
-def test_manifest_is_live_and_copied_with_the_model(model):
+def test_manifest_is_read_only_and_copied_with_the_model(model):
     net = deepcopy(model)
-    assert manifest(net) == {} and not is_pruned(net)
-    manifest(net)["prune"] = {"kept": {}}
+    assert manifest(net) == Manifest() and not is_pruned(net)
+    note(net, prune={"kept": {}})
     assert is_pruned(net) and is_pruned(deepcopy(net)) and not is_pruned(model)
+    with pytest.raises(FrozenInstanceError):
+        manifest(net).prune = {}
+
+
+def test_note_writes_plain_data_with_schema_and_version(model):
+    net = deepcopy(model)
+    note(net, prune=None, dense={})
+    assert not hasattr(net, MANIFEST)  # nothing to say about a stock model
+    note(net, prune=PLAIN["prune"], parent="abc")
+    assert getattr(net, MANIFEST) == {
+        "prune": PLAIN["prune"], "parent": "abc", "schema": SCHEMA, "version": yolo_ext.__version__
+    }  # fmt: skip
+    before = getattr(net, MANIFEST)
+    note(net, prune=None)
+    assert manifest(net).prune == {} and manifest(net).parent == "abc" and "prune" in before
+    with pytest.raises(TypeError, match="no fields \\['prunes'\\]"):
+        note(net, prunes={})
+
+
+def test_fields_of_a_newer_schema_are_kept_with_a_warning(model, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *_: said.append(str(text)))
+    net = deepcopy(model)
+    setattr(net, MANIFEST, {"schema": SCHEMA + 1, "version": "9.9", "prune": {"gap": 0.0}, "novel": {"a": 1}})
+    assert manifest(net).other == {"novel": {"a": 1}} and is_pruned(net)
+    note(net, parent="abc")
+    loaded, ckpt = load_model(save_model(net, tmp_path / "a.pt"))
+    assert manifest(loaded).other == {"novel": {"a": 1}}
+    assert ckpt[MANIFEST]["schema"] == SCHEMA + 1 and manifest(loaded).parent == "abc"
+    assert len(said) == 1 and "yolo_ext 9.9" in said[0] and "pip install --upgrade" in said[0]
+
+
+def test_a_rebuilt_model_gets_the_manifest_as_a_copy(model):
+    source, target = deepcopy(model), deepcopy(model)
+    hand_on(source, target)
+    assert not hasattr(target, MANIFEST)
+    note(source, prune={"kept": {}})
+    hand_on(source, target)
+    assert manifest(target) == manifest(source) and manifest(target).prune is not manifest(source).prune
 
 
 def test_is_pruned_does_not_write(model):
@@ -105,7 +151,7 @@ def test_tripwire_keeps_the_dense_yaml(model):
     set_tripwire(net)
     set_tripwire(net)  # of a model that was pruned twice
     assert net.yaml["backbone"][0][2] == TRIPWIRE
-    assert manifest(net)["yaml"] == model.yaml and model.yaml["backbone"][0][2] == "Conv"
+    assert manifest(net).yaml == model.yaml and model.yaml["backbone"][0][2] == "Conv"
     with pytest.raises(KeyError, match=TRIPWIRE):
         DetectionModel(net.yaml, verbose=False)
 
@@ -113,9 +159,10 @@ def test_tripwire_keeps_the_dense_yaml(model):
 # Save and load -------------------------------------------------------------------------------------------------------
 def test_manifest_survives(model, tmp_path):
     net = deepcopy(model)
-    manifest(net).update(deepcopy(PLAIN))
+    setattr(net, MANIFEST, deepcopy(PLAIN))
     loaded, ckpt = load_model(save_model(net, tmp_path / "a.pt", train_metrics={"map": 0.5}))
-    assert manifest(loaded) == PLAIN == ckpt[MANIFEST]
+    assert getattr(loaded, MANIFEST) == PLAIN == ckpt[MANIFEST]
+    assert manifest(loaded).prune == PLAIN["prune"] and manifest(loaded).other == {"note": "text", "none": None}
     assert ckpt["train_metrics"] == {"map": 0.5} and ckpt["optimizer"] is None
     assert not loaded.training and all(p.requires_grad and p.dtype is torch.float32 for p in loaded.parameters())
     assert fingerprint(loaded) == fingerprint(net)
@@ -134,7 +181,7 @@ def test_saving_does_not_change_the_model(model, tmp_path):
 @pytest.mark.parametrize("key", ["model", "ema"])
 def test_finalize_repeats_the_manifest(model, tmp_path, key):
     net = deepcopy(model)
-    manifest(net).update(deepcopy(PLAIN))
+    setattr(net, MANIFEST, deepcopy(PLAIN))
     other = {"model": "ema", "ema": "model"}[key]
     torch.save({key: net, other: None, "epoch": 3}, tmp_path / "last.pt")
     finalize(tmp_path / "last.pt")

@@ -21,7 +21,6 @@ from yolo_ext.core.config import (
     default_yaml,
     help_lines,
     parse,
-    stored,
 )
 from yolo_ext.core.errors import UsageError
 
@@ -249,10 +248,3 @@ def test_options_that_are_gone_may_say_what_happens_anyway():
         parse({"quant": {"learned": True}})
 
 
-def test_stored_options_that_are_gone_are_left_out_and_given_ones_refused():
-    old = {"prune": None, "quant": {"mode": "qat", "calib": 8, "learned": False}}
-    assert parse(stored(old))["quant"] == QuantConfig(mode="qat", calib=8)
-    with pytest.raises(UsageError, match=r"Unknown option 'quant\.learned'"):
-        parse(old)
-    with pytest.raises(UsageError, match=r"last\.pt"):
-        stored({"quant": {"learned": True}})

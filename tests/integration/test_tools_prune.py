@@ -15,7 +15,7 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel, RTDETRDete
 from ultralytics.utils import SETTINGS, YAML
 
 from yolo_ext import cli, stock
-from yolo_ext.checkpoint import manifest, save_model
+from yolo_ext.checkpoint import note, save_model
 from yolo_ext.pruning import sensitivity as curves
 from yolo_ext.pruning.unstructured import sparsity
 from yolo_ext.stock.load import load_model
@@ -28,9 +28,8 @@ SENSITIVITY = f"sensitivity model=tiny.pt {D} imgsz=64 ratios=0.5 prune.include=
 
 
 @pytest.fixture
-def prune(place, monkeypatch, capsys):
-    """Return a function that runs a command, without the comparison with other models, and returns its run folder."""
-    monkeypatch.setattr("yolo_ext.stages.compare", lambda run: {})
+def prune(place, capsys):
+    """Return a function that runs a command and returns its run folder."""
 
     def run(words: str, name: str = "run") -> Path:
         assert cli.main([*words.split(), f"project={place}", f"name={name}"]) == 0, capsys.readouterr().err
@@ -68,8 +67,8 @@ def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime
         seen.append(imgsz)
         return stock.gflops(dense, imgsz) / stock.gflops(pruned, imgsz)
 
-    monkeypatch.setattr(f"yolo_ext.probes._speed_{runtime}", clock)
-    monkeypatch.setattr(f"yolo_ext.probes._speed_{'ort' if runtime == 'torch' else 'torch'}", None)
+    monkeypatch.setattr(f"yolo_ext.training.probes._speed_{runtime}", clock)
+    monkeypatch.setattr(f"yolo_ext.training.probes._speed_{'ort' if runtime == 'torch' else 'torch'}", None)
     summary = json.loads((prune(NO_DATA + f"prune.latency=1.5 prune.runtime={runtime}") / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.05)
     assert set(seen) == {64}
@@ -267,7 +266,7 @@ def folder(tiny, shapes, tmp_path_factory) -> Path:
     fused = deepcopy(model).eval()
     fused.fuse(verbose=False)
     torch.save({"model": fused, "epoch": -1, "train_args": {"imgsz": 64}}, place / "fused.pt")
-    manifest(model)["quant"] = {"ranges": {}, "profile": "ort-x86"}
+    note(model, quant={"ranges": {}, "profile": "ort-x86"})
     save_model(model, place / "quant.pt")
     group = {"name": "model.99.conv", "channels": 8, "curve": [{"ratio": 0.5, "map": 0.1}]}
     (place / "other.json").write_text(json.dumps({"base": {"map": 0.1}, "groups": [group]}))
