@@ -13,7 +13,7 @@ from ultralytics.cfg import get_cfg
 
 from yolo_ext.core.config import DistillConfig, PruneConfig
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
-from yolo_ext.distillation.stack import terms
+from yolo_ext.distillation.terms import terms
 from yolo_ext.pruning.prune import prune_model
 
 CPU = torch.device("cpu")

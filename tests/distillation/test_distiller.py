@@ -16,10 +16,10 @@ from ultralytics.nn.tasks import ClassificationModel
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.balance import Balance
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller, batch_boxes
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.terms import Balance
 
 CPU = torch.device("cpu")
 

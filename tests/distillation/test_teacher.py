@@ -14,8 +14,7 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.pairs import class_map, with_classes
-from yolo_ext.distillation.teacher import kept_channels, load_teacher, make_guide
+from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher, make_guide, with_classes
 from yolo_ext.pruning.prune import prune_model
 
 CPU = torch.device("cpu")
@@ -71,8 +70,8 @@ def test_a_missing_teacher_is_named(build, tmp_path):
     ids=["same", "order", "subset, case and spaces", "shared only"],
 )
 def test_classes_are_matched_by_name(teacher, student, expected):
-    models = [SimpleNamespace(names=dict(enumerate(n))) for n in (teacher, student)]
-    assert class_map(*models, "t.pt") == expected
+    model = SimpleNamespace(names=dict(enumerate(teacher)))
+    assert class_map(model, dict(enumerate(student)), "t.pt") == expected
 
 
 def test_kept_channels_tell_which_neck_channels_are_left(build):

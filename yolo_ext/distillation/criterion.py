@@ -15,15 +15,12 @@ from ultralytics.utils.ops import xywh2xyxy
 from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.registry import Need
-from yolo_ext.distillation.balance import Balance
-from yolo_ext.distillation.features import Align, modules
-from yolo_ext.distillation.grids import resized
-from yolo_ext.distillation.pairs import Site, sites
+from yolo_ext.core.schedules import loss_factor
+from yolo_ext.distillation.adapters import Align, Site, Taps, modules, sites
+from yolo_ext.distillation.logits import resized
 from yolo_ext.distillation.preflight import check, summary, with_logits
-from yolo_ext.distillation.schedules import scale
-from yolo_ext.distillation.stack import terms
-from yolo_ext.distillation.taps import Taps
 from yolo_ext.distillation.teacher import make_guides
+from yolo_ext.distillation.terms import Balance, terms
 from yolo_ext.stock.trainer import CriterionProxy
 
 
@@ -55,7 +52,7 @@ class Distiller:
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)
         self.direct = any(g.kept is not None for g in self.guides)
-        self.sites = [[sites(t, student, g.model, g.levels) if t.kind == "features" else [] for t in self.terms]
+        self.sites = [[sites(t.layers, student, g) if t.kind == "features" else [] for t in self.terms]
                       for g in self.guides]  # fmt: skip
         self.adapters = nn.ModuleList()
         self.levels: list[int | None] = []
@@ -110,7 +107,7 @@ class Distiller:
 
     def set_epoch(self, epoch: int, epochs: int, close_mosaic: int = 0) -> None:
         """Set the schedule factors for this epoch, counted from 0, and report what the last one skipped."""
-        self.factors = [scale(epoch, epochs, **t.timing) for t in self.terms]
+        self.factors = [loss_factor(epoch=epoch, epochs=epochs, **t.timing) for t in self.terms]
         if self.cfg.mosaic == "stop" and close_mosaic and epoch >= epochs - close_mosaic:
             self.factors = [0.0] * len(self.terms)
         if self.skipped:

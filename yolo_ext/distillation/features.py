@@ -1,9 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Feature losses between maps of one level, and how maps of different width are brought together.
 
-All compute in float32, without autocast, and are means per image. What a row needs: ``equal width`` (an adapter where
-channels differ; the others compare maps of any width), ``module`` (a small trained network from `modules`, given the
-channels), ``boxes`` (of the objects). `SCALE_FREE` losses do not change with the magnitude of either map.
+All compute in float32, without autocast, and are means per image. What a row needs: equal width (an adapter where
+channels differ; the others compare maps of any width), a module (a small network of `adapters.modules` that is trained
+along), boxes (of the objects). `SCALE_FREE` losses do not change with the magnitude of either map.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from torch import nn
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
-from yolo_ext.distillation.blocks import contexts, generator
 
 feature_losses = Table("feature loss")
-modules: dict[str, Callable[[int], nn.Module]] = {"mgd": generator, "fgd": contexts}
 SCALE_FREE = frozenset({"at", "pkd", "spkd", "chsim"})  # cwd is so behind an adapter that normalises
 
 
@@ -55,8 +53,7 @@ def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute feature mimicking, on whole maps where the paper samples regions.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, H, W) features.
+        student, teacher: (B, C, H, W) features.
 
     Returns:
         Scalar: mean over images, channels and positions.
@@ -74,8 +71,7 @@ def mgd(
     """Compute masked generative distillation.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, H, W) features.
+        student, teacher: (B, C, H, W) features.
         module: The generator for C channels, trained with the student.
         masked: Share of positions that are set to zero, 0.65 for one-stage detectors in the paper.
         alpha: Weight, 2e-5 for one-stage detectors in the paper.
@@ -101,8 +97,7 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) 
     A constant added to a channel does not matter; its scale does, like the temperature.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, H, W) features.
+        student, teacher: (B, C, H, W) features.
         temperature: Softmax temperature; the loss is multiplied by its square.
 
     Returns:
@@ -120,8 +115,7 @@ def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> to
     """Compute attention transfer.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, any C, H, W) features.
+        student, teacher: (B, any C, H, W) features.
         norm: ``sum`` over positions, which lies between 0 and 2 at every size, or ``mean`` as in the authors' code,
             which is H x W times smaller.
 
@@ -140,8 +134,7 @@ def pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute Pearson distillation: features are standardised per channel over images and positions.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, H, W) features.
+        student, teacher: (B, C, H, W) features.
 
     Returns:
         Scalar between 0 and 2: half the mean squared difference.
@@ -181,8 +174,7 @@ def fgd(
     """Compute focal and global distillation.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, H, W) features.
+        student, teacher: (B, C, H, W) features.
         boxes: (N, 5) image index in the batch and x1, y1, x2, y2 from 0 to 1; (0, 5) where there are no objects.
         module: Two context blocks for the global part, trained with the student; None leaves that part out.
         temperature: Of both attentions.
@@ -215,8 +207,7 @@ def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -
     """Compute similarity-preserving distillation. The paper's batches are 64 and larger; it needs some images.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, any C, any H, any W) features.
+        student, teacher: (B, any C, any H, any W) features.
         norm: ``image``: divided by B, the same for a batch repeated, or ``paper``: divided by B squared.
 
     Returns:
@@ -233,8 +224,7 @@ def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") ->
     """Compute inter-channel correlation distillation.
 
     Args:
-        student: (B, C, H, W) features.
-        teacher: (B, C, any H, any W) features.
+        student, teacher: (B, C, any H, any W) features.
         norm: ``row``: each row of the (C, C) correlations has unit length, divided by C, or ``paper``: plain products
             divided by C squared, which grow with the fourth power of the features.
 
@@ -246,45 +236,3 @@ def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") ->
     if not plain:
         s, t = F.normalize(s, dim=2), F.normalize(t, dim=2)
     return (s - t).square().sum((1, 2)).mean() / s.shape[1] ** (2 if plain else 1)
-
-
-class Align(nn.Module):
-    """Bring student and teacher maps of one level to the same width.
-
-    A student pruned from this very teacher is compared on the kept channels directly, without parameters. Otherwise a
-    1x1 convolution maps the student where widths differ, and both sides are normalised per channel, so that the loss
-    does not depend on magnitudes (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
-    """
-
-    def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:
-        """Prepare for `student` and `teacher` channels.
-
-        Args:
-            student: Channels of the student's map.
-            teacher: Channels of the teacher's map.
-            kept: Channels of the teacher that the student, pruned from it, still has; None for any other teacher.
-            always: Give equally wide maps a convolution too, because the student is going to be pruned.
-        """
-        super().__init__()
-        self.kept = None if kept is None else torch.tensor(kept)
-        direct = kept is not None or (student == teacher and not always)
-        self.conv = None if direct else nn.Conv2d(student, teacher, 1, bias=False)
-        self.norm = kept is None
-
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return both maps, (B, C, H, W) each, comparable channel by channel."""
-        if self.kept is not None:
-            return student.float(), teacher[:, self.kept.to(teacher.device)].float()
-        if self.conv is not None:
-            student = self.conv(student.float())
-        return standardize(student.float()), standardize(teacher.float())
-
-    def shrink(self, index: list[int]) -> None:
-        """Follow a student that is pruned while training: only these of its channels are left."""
-        if self.kept is not None:
-            self.kept = self.kept[torch.tensor(index)]
-            return
-        if self.conv is None:
-            raise ValueError("An adapter without weights cannot follow a student that loses channels.")
-        weight = self.conv.weight.detach()[:, torch.tensor(index, device=self.conv.weight.device)].clone()
-        self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)

@@ -1,14 +1,14 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Losses on the outputs of the head. Each returns a classification and a box part, per image.
+"""Outputs of the head, and losses on them. Each loss returns a classification and a box part, per image.
 
-A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`. What a row needs:
-several classes, or equal bins (both heads have the same `reg_max` above 1).
+A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +50,14 @@ class HeadOutput:
         return torch.cat((self.anchors - left_top, self.anchors + right_bottom), -1)
 
 
-def decode(
-    raw: dict[str, torch.Tensor], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None
-) -> HeadOutput:
-    """Decode one branch of a Detect head.
+def decode(raw: dict[str, Any], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None) -> HeadOutput:
+    """Decode one branch of a Detect head, boxes in float32.
 
     Args:
         raw: ``boxes`` (B, 4 * reg_max, A), ``scores`` (B, nc, A) and ``feats``, one (B, C, H, W) map per level.
         stride: Stride of each level in pixels.
         reg_max: Bins per distance; 1 for a head that predicts numbers.
         classes: Indices of the classes to keep, in their new order; None keeps all.
-
-    Returns:
-        The output with float32 boxes.
     """
     anchors, _ = make_anchors(raw["feats"], stride, 0.5)
     b, _, a = raw["boxes"].shape
@@ -74,12 +69,48 @@ def decode(
     return HeadOutput(scores, ltrb.transpose(1, 2), anchors.float(), bins)
 
 
+def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return (B, C, H, W) maps at another height and width, as float32 where they change."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+
+
+def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int]]) -> dict[str, Any]:
+    """Bring the raw output of one branch, as `decode` takes it, to other grids (H, W) of the same strides.
+
+    Logits and maps are interpolated; boxes become (B, 4, A) distances without bins, by way of their corners: all cells
+    of an object agree on its corners, not on its distances.
+    """
+    shapes = [f.shape[2:] for f in raw["feats"]]
+    sizes = [h * w for h, w in shapes]
+    corners = _corners(raw, stride).split(sizes, -1)
+    boxes, scores = [], []
+    for box, score, (h, w), (new_h, new_w) in zip(corners, raw["scores"].split(sizes, -1), shapes, grids):
+        scores.append(resized(score.unflatten(-1, (h, w)), (new_h, new_w)).flatten(2))
+        ratio = box.new_tensor([new_w / w, new_h / h] * 2).view(1, 4, 1, 1)
+        box = resized(box.unflatten(-1, (h, w)), (new_h, new_w)) * ratio
+        y, x = (torch.arange(n, device=box.device) + 0.5 for n in (new_h, new_w))
+        anchors = torch.stack(torch.meshgrid(x, y, indexing="xy"))
+        boxes.append(torch.cat((anchors - box[:, :2], box[:, 2:] - anchors), 1).flatten(2))
+    feats = [resized(f, g) for f, g in zip(raw["feats"], grids)]
+    return {"boxes": torch.cat(boxes, -1), "scores": torch.cat(scores, -1), "feats": feats}
+
+
+def _corners(raw: dict[str, Any], stride: torch.Tensor) -> torch.Tensor:
+    """Return (B, 4, A) x1, y1, x2, y2 in cells, also where a head without bins gives negative distances."""
+    out = decode(raw, stride, raw["boxes"].shape[1] // 4)
+    left_top, right_bottom = out.ltrb.chunk(2, -1)
+    return torch.cat((out.anchors - left_top, out.anchors + right_bottom), -1).transpose(1, 2)
+
+
 def foreground(teacher: HeadOutput) -> torch.Tensor:
     """Return (B, A) how much the teacher sees an object at each anchor: its largest class probability."""
     return teacher.scores.float().sigmoid().amax(1)
 
 
 def _objects(weight: torch.Tensor) -> torch.Tensor:
+    """Return the sum of (B, A) weights as the number of objects."""
     # At least one per image and not per batch, or the loss of images without objects would depend on the batch size.
     return weight.sum().clamp(min=float(len(weight)))
 
@@ -92,20 +123,17 @@ norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: torch.Tensor | None) -> torch.Tensor:
-    """Average a loss over anchors.
+    """Average a loss (B, A) over anchors.
 
     Args:
-        loss: (B, A) loss of each anchor.
+        loss: Loss of each anchor.
         teacher: Its `foreground` is the default weight.
         norm: ``weight``: weighted sum over the sum of weights. ``pos``: plain sum over the sum of weights. ``mean``:
             plain mean. The sum of weights counts as at least one per image.
         weight: (B, A) weight in place of `foreground`, such as the mask of assigned positives, whose sum is N_pos.
 
-    Returns:
-        Scalar.
-
     Raises:
-        UsageError: If there is no such norm.
+        UsageError: There is no such norm.
     """
     if norm not in norms:
         raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
@@ -113,10 +141,12 @@ def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: torch.Te
 
 
 def _nothing(student: HeadOutput) -> torch.Tensor:
+    """Return the part that a loss leaves out."""
     return student.scores.new_zeros((), dtype=torch.float32)
 
 
 def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: torch.Tensor | None) -> Parts:
+    """Compute the mean difference to a power, of the logits over classes and of the distances over sides."""
     cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
     box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
     return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
@@ -136,6 +166,7 @@ def _disagreement(student: HeadOutput, teacher: HeadOutput, beta: float) -> tupl
 
 
 def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.Tensor:
+    """Return (B, A) 1 - IoU of the boxes, of the kind that `bbox_iou` takes."""
     loss = 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
     return loss.clamp(min=0.0)  # rounding may leave it below
 
@@ -152,10 +183,8 @@ def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight
     compared as decoded distances, because logits of bins have a free constant per side.
 
     Args:
-        student: Output of the student.
-        teacher: Output of the teacher on the same images.
-        norm: How anchors are averaged, see `average`.
-        weight: (B, A) weight of each anchor; None is `foreground`.
+        student, teacher: Outputs on the same images.
+        norm, weight: How anchors are averaged, see `average`.
 
     Returns:
         Scalars: mean over classes of the logits, mean over sides of the distances in units of the stride.
@@ -179,11 +208,9 @@ def kl(
     """Compute softmax distillation of the class scores.
 
     Args:
-        student: Output of the student; logits (B, nc) of a classifier are (B, nc, 1) here, with norm ``mean``.
-        teacher: Output of the teacher on the same images.
+        student, teacher: Outputs on the same images; logits of a classifier are (B, nc, 1) here, with norm ``mean``.
         temperature: Divides the logits; the loss is multiplied by its square.
-        norm: How anchors are averaged, see `average`; ``mean`` is that of the paper.
-        weight: (B, A) weight of each anchor; None is `foreground`.
+        norm, weight: How anchors are averaged, see `average`; norm ``mean`` is that of the paper.
 
     Returns:
         Scalars: classification part, and 0 for the boxes.
@@ -212,11 +239,9 @@ def kl_binary(
     It is the binary cross entropy less the entropy of the teacher, so that it is 0 for equal outputs.
 
     Args:
-        student: Output of the student.
-        teacher: Output of the teacher on the same images.
+        student, teacher: Outputs on the same images.
         temperature: Divides the logits; the loss is multiplied by its square.
-        norm: How anchors are averaged, see `average`.
-        weight: (B, A) weight of each anchor; None is `foreground`.
+        norm, weight: How anchors are averaged, see `average`.
 
     Returns:
         Scalars: classification part, summed over classes, and 0 for the boxes.
@@ -239,11 +264,9 @@ def bckd(
     `foreground`, where the paper divides by the number of assigned positives: give their mask as `weight` for that.
 
     Args:
-        student: Output of the student.
-        teacher: Output of the teacher on the same images.
+        student, teacher: Outputs on the same images.
         beta: Power of the disagreement, 1 in the paper.
-        norm: How anchors are averaged, see `average`.
-        weight: (B, A) weight of each anchor; None is `foreground`.
+        norm, weight: How anchors are averaged, see `average`.
 
     Returns:
         Scalars: classification part and box part (weight 4 as in the paper).
@@ -262,11 +285,9 @@ def ast(
     """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller.
 
     Args:
-        student: Output of the student.
-        teacher: Output of the teacher on the same images.
+        student, teacher: Outputs on the same images.
         beta: Power of the disagreement.
-        norm: How anchors are averaged, see `average`.
-        weight: (B, A) weight of each anchor; None is `foreground`. Norm ``mean`` uses none.
+        norm, weight: How anchors are averaged, see `average`; norm ``mean`` uses no weight.
 
     Returns:
         Scalars: classification part, mean over classes, and box part.
@@ -288,11 +309,9 @@ def ld(
     `foreground` grades all anchors, and `weight` takes any region.
 
     Args:
-        student: Output of the student, with bins.
-        teacher: Output of the teacher on the same images, with as many bins.
+        student, teacher: Outputs on the same images, with equally many bins.
         temperature: Divides the logits, 10 in the paper; the loss is multiplied by its square.
-        norm: How anchors are averaged, see `average`.
-        weight: (B, A) weight of each anchor; None is `foreground`.
+        norm, weight: How anchors are averaged, see `average`.
 
     Returns:
         Scalars: 0 for the classes, and the box part, mean over the four sides.

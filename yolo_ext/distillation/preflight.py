@@ -12,8 +12,8 @@ from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
-from yolo_ext.distillation.stack import AUTO, Term, title
 from yolo_ext.distillation.teacher import Guide
+from yolo_ext.distillation.terms import AUTO, Term, title
 from yolo_ext.reporting.tables import ABSENT, align
 
 TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student

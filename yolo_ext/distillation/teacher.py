@@ -1,9 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The teacher: a frozen, fused model outside the student that returns raw head outputs without decoding."""
+"""The teacher: a frozen, fused model outside the student, and what of it corresponds to what of the student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,68 +16,11 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.grids import regrid
-from yolo_ext.distillation.logits import HeadOutput, decode
-from yolo_ext.distillation.pairs import class_map, level_map, pick_levels
+from yolo_ext.distillation.logits import HeadOutput, decode, regrid
 from yolo_ext.stock.load import load_model
 
 
-def load_teacher(
-    path: str, student: nn.Module, device: torch.device, half: bool | None = False
-) -> tuple[nn.Module, str]:
-    """Load a teacher and check that it can teach this student.
-
-    Args:
-        path: Teacher ``.pt``.
-        student: The student, already pruned.
-        device: Where to put the teacher, in channels_last.
-        half: Whether in bfloat16 on a CPU as well, None where the processor computes in it; on a GPU it is in float16.
-
-    Returns:
-        The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
-
-    Raises:
-        UsageError: If tasks or heads do not match.
-    """
-    teacher, _ = load_model(path)
-    parent = fingerprint(teacher)
-    tasks = [stock.task_of(m) for m in (teacher, student)]
-    if tasks[0] != tasks[1]:
-        raise UsageError(
-            f"Teacher '{path}' is a '{tasks[0]}' model, the student is '{tasks[1]}'. Give one of the same task."
-        )
-    heads = [stock.detection_head(m) for m in (teacher, student)]
-    if tasks[0] != "classify" and not all(hasattr(h, "reg_max") for h in heads):
-        raise UsageError(
-            f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
-        )
-    teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
-    cuda = device.type == "cuda"
-    if cuda or (stock.native_bf16() if half is None else half):
-        teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
-    return stock.raw_outputs(teacher), parent
-
-
-def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
-    """Return, for each level, which channels of its dense self a student still feeds to its head.
-
-    Args:
-        student: The student.
-        parent: Fingerprint of the teacher.
-
-    Returns:
-        Kept channels by level, or None when the teacher is not the model that the student was pruned from.
-    """
-    record = manifest(student).get("prune") or {"parent": manifest(student).get("parent"), "kept": {}}
-    if record["parent"] != parent or stock.task_of(student) == "classify":
-        return None
-    levels = []
-    for path in stock.level_inputs(student):
-        width = dict(student.named_modules())[path].in_channels
-        levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
-    return levels
-
-
+# Teachers ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Guide:
     """One teacher of a run, and how its outputs correspond to those of the student.
@@ -138,7 +81,7 @@ class Guide:
 
         Args:
             raw: Raw output of the branch; ``scores`` alone for a classifier.
-            model: Whose output it is, or whose head made it.
+            model: Whose output it is.
             side: 0 for an output with the levels and classes of the student, 1 for the teacher's.
         """
         classes, head = self.classes[side], stock.detection_head(model)
@@ -146,7 +89,7 @@ class Guide:
             scores = raw["scores"][:, classes].unsqueeze(-1)
             return HeadOutput(scores, scores.new_zeros(len(scores), 1, 4), scores.new_zeros(1, 2))
         levels = [pair[side] for pair in self.levels]
-        raw = pick_levels(raw, levels)
+        raw = _pick_levels(raw, levels)
         same = classes in ([], list(range(raw["scores"].shape[1])))  # none where only features are compared
         index = None if same else torch.tensor(classes, device=raw["scores"].device)
         return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
@@ -165,16 +108,31 @@ def _run(model: nn.Module, images: torch.Tensor) -> Any:
         return model(images)
 
 
+def _pick_levels(raw: dict[str, Any], levels: list[int]) -> dict[str, Any]:
+    """Return the raw output of one branch with these levels only, in this order."""
+    if levels == list(range(len(raw["feats"]))):
+        return raw
+    sizes = [f.shape[-2] * f.shape[-1] for f in raw["feats"]]
+    parts = {k: raw[k].split(sizes, -1) for k in ("boxes", "scores")}
+    picked = {k: torch.cat([v[i] for i in levels], -1) for k, v in parts.items()}
+    return {**picked, "feats": [raw["feats"][i] for i in levels]}
+
+
+def teachers(cfg: DistillConfig) -> list[str]:
+    """Return the teachers of a run by name, in the order of the user."""
+    return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
+
+
+def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *, compiled: bool = False) -> list[Guide]:
+    """Load the teachers of a run and match each with the student, as `make_guide` does."""
+    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits), "compiled": compiled}
+    return [make_guide(name, student, device, **how) for name in teachers(cfg)]
+
+
 def make_guide(
-    name: str,
-    student: nn.Module,
-    device: torch.device,
-    *,
-    imgsz: int | None = None,
-    compiled: bool = False,
-    half: bool | None = False,
-    classes: bool = True,
-) -> Guide:
+    name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
+    half: bool | None = False, classes: bool = True,
+) -> Guide:  # fmt: skip
     """Load a teacher and match it with the student.
 
     Args:
@@ -187,7 +145,7 @@ def make_guide(
         classes: Whether losses compare classes; features do not, and then the names may differ.
 
     Raises:
-        UsageError: If they have no task, class or stride in common.
+        UsageError: They have no task, class or stride in common.
     """
     if name == "ema":
         teacher, kept, get = student, None, lambda: student
@@ -196,18 +154,105 @@ def make_guide(
         kept, get = kept_channels(student, parent), lambda: teacher
         if compiled:
             teacher.compile()
-    classify = stock.task_of(student) == "classify"
-    levels = [] if classify else level_map(student, teacher, name)
-    shared = class_map(teacher, student, name) if classes else ([], [])
+    levels = [] if stock.task_of(student) == "classify" else _level_map(student, teacher, name)
+    shared = class_map(teacher, student.names, name) if classes else ([], [])
     return Guide(name, get, kept, shared, levels, imgsz, compiled)
 
 
-def teachers(cfg: DistillConfig) -> list[str]:
-    """Return the teachers of a run by name, in the order of the user."""
-    return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
+def load_teacher(
+    path: str, student: nn.Module, device: torch.device, half: bool | None = False
+) -> tuple[nn.Module, str]:
+    """Load a teacher that can teach this student.
+
+    Args:
+        path: Teacher ``.pt``.
+        student: The student, already pruned.
+        device: Where to put the teacher, in channels_last.
+        half: Whether in bfloat16 on a CPU as well, None where the processor computes in it; on a GPU it is in float16.
+
+    Returns:
+        The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
+
+    Raises:
+        UsageError: Tasks or heads do not match.
+    """
+    teacher, _ = load_model(path)
+    parent = fingerprint(teacher)
+    ours, theirs = stock.task_of(student), stock.task_of(teacher)
+    if theirs != ours:
+        raise UsageError(f"Teacher '{path}' is a '{theirs}' model, the student is '{ours}'. Give one of the same task.")
+    heads = [stock.detection_head(m) for m in (teacher, student)]
+    if ours != "classify" and not all(hasattr(h, "reg_max") for h in heads):
+        raise UsageError(
+            f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
+        )
+    teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    cuda = device.type == "cuda"
+    if cuda or (stock.native_bf16() if half is None else half):
+        teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
+    return stock.raw_outputs(teacher), parent
 
 
-def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *, compiled: bool = False) -> list[Guide]:
-    """Load the teachers of a run and match each with the student, as `make_guide` does."""
-    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits), "compiled": compiled}
-    return [make_guide(name, student, device, **how) for name in teachers(cfg)]
+# Levels and classes --------------------------------------------------------------------------------------------------
+def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
+    """Return by level the channels of its dense self that a student feeds to its head; None unless that is `parent`."""
+    record = manifest(student).prune or {"parent": manifest(student).parent, "kept": {}}
+    if record["parent"] != parent or stock.task_of(student) == "classify":
+        return None
+    levels = []
+    for path in stock.level_inputs(student):
+        width = dict(student.named_modules())[path].in_channels
+        levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
+    return levels
+
+
+def _level_map(student: nn.Module, teacher: nn.Module, name: str) -> list[tuple[int, int]]:
+    """Return (level of the student, level of the teacher) for each stride that both heads have."""
+    ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
+    found = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+    if not found:
+        raise UsageError(f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with a common stride.")
+    return found
+
+
+def class_map(teacher: nn.Module, names: Mapping[int, str], path: str) -> tuple[list[int], list[int]]:
+    """Return the classes that these names and a teacher share: indices in the names, indices of the teacher."""
+    theirs = {str(n).strip().lower(): i for i, n in teacher.names.items()}
+    shared = [(i, theirs[key]) for i, n in names.items() if (key := str(n).strip().lower()) in theirs]
+    if not shared:
+        raise UsageError(
+            f"Teacher '{path}' knows none of the classes {list(names.values())[:5]}; it knows "
+            f"{list(teacher.names.values())[:10]}. Give a teacher that was trained on the same classes."
+        )
+    return [i for i, _ in shared], [j for _, j in shared]
+
+
+def with_classes(teacher: nn.Module, names: Mapping[int, str], path: str) -> nn.Module:
+    """Bring the outputs of a model to the classes of a data set, in place; classes it does not know get no score.
+
+    Args:
+        teacher: Detector with a branch of scores for each level, or classifier.
+        names: Classes of the data.
+        path: File of the teacher, for the message.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: They share no class.
+    """
+    head = stock.detection_head(teacher)
+    ours, theirs = class_map(teacher, names, path)
+    if ours == theirs == list(range(len(teacher.names))) and len(names) == len(ours):
+        return teacher
+    branches = [b for k in ("cv3", "one2one_cv3") for b in getattr(head, k, None) or ()]
+    for last in [b[-1] for b in branches] or [head.linear]:
+        weight, bias = last.weight.data, last.bias.data
+        last.weight = nn.Parameter(weight.new_zeros(len(names), *weight.shape[1:]))
+        last.bias = nn.Parameter(bias.new_full((len(names),), -30.0))
+        last.weight.data[ours], last.bias.data[ours] = weight[theirs], bias[theirs]
+        setattr(last, "out_channels" if isinstance(last, nn.Conv2d) else "out_features", len(names))
+    if branches:
+        head.no, head.nc = head.no + len(names) - head.nc, len(names)
+    teacher.names = dict(names)
+    return teacher

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What a run distils: losses with weight, schedule, layers and options each, read from the options and checked."""
+"""What a run distils: losses with weight, schedule, layers and options each, and the balance with the task's loss."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Row, Table, suggest
+from yolo_ext.core.schedules import decays
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
-from yolo_ext.distillation.schedules import schedules
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
 GIVEN = {"student", "teacher", "module", "boxes", "random"}  # what the criterion passes, not the user
 AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
+MEMORY = 0.95  # of the running means, so that they follow the last 20 batches or so
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
 
 
@@ -29,7 +33,7 @@ class Term:
         kind: ``logits`` or ``features``.
         row: The method.
         weight: Weight at schedule factor 1.
-        timing: Arguments of `schedules.scale`.
+        timing: Arguments of `core.schedules.loss_factor`.
         options: Keyword arguments of the method.
         layers: Layers whose maps a feature loss compares; empty for the inputs of the head.
     """
@@ -42,20 +46,16 @@ class Term:
     layers: tuple[str, ...] = ()
 
     def needs(self, what: Need) -> bool:
-        """Tell whether the method needs this, in the words of its table; your own feature loss gets equal widths."""
-        if what is Need.EQUAL_WIDTH and self.kind == "features" and ":" in self.row.name:
-            return True
-        return what in self.row.needs
+        """Tell whether the method needs this; your own feature loss gets equal widths."""
+        own = what is Need.EQUAL_WIDTH and self.kind == "features" and ":" in self.row.name
+        return own or what in self.row.needs
 
 
 def terms(cfg: DistillConfig) -> list[Term]:
-    """Return the losses of a run.
-
-    Args:
-        cfg: Distillation options; a loss without an option of its own takes the common one.
+    """Return the losses of a run; one without an option of its own takes the common one.
 
     Raises:
-        UsageError: If a method or an option of it does not exist, or `temperature` goes to none of them.
+        UsageError: A method or an option of it does not exist, or `temperature` goes to none of them.
     """
     found = []
     for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
@@ -72,10 +72,12 @@ def terms(cfg: DistillConfig) -> list[Term]:
 
 
 def _listed(value: Any) -> list[Any]:
+    """Return one value or several as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -> Term:
+    """Read one entry of a stack, whose options are checked against the signature of the method."""
     row = TABLES[kind][str(entry.pop("name"))]
     key = f"distill.{kind}: {row.name}"
     own = float(_number(key, "weight", entry.pop("weight", 1.0)))
@@ -104,13 +106,15 @@ def _options(row: Row) -> set[str] | None:
 
 
 def _number(key: str, name: str, value: Any) -> float:
+    """Return a value that has to be a number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise UsageError(f"{key}: '{name}={value}' is illegal: give a number of at least 0.")
     return value
 
 
 def _check_timing(key: str, timing: Mapping[str, Any]) -> None:
-    schedules[timing["schedule"]]
+    """Refuse a schedule that does not exist, and epochs in the wrong order."""
+    decays[timing["schedule"]]
     for name in ("final", "start", "warmup", *(["end"] if timing["end"] is not None else [])):
         _number(key, name, timing[name])
     if timing["end"] is not None and timing["end"] <= timing["start"]:
@@ -120,3 +124,30 @@ def _check_timing(key: str, timing: Mapping[str, Any]) -> None:
 def title(found: list[Term]) -> str:
     """Return a stack in words, such as ``bckd x 0.5 + cwd``."""
     return " + ".join(t.row.name + (f" x {t.weight:g}" if t.weight != 1 else "") for t in found)
+
+
+class Balance(nn.Module):
+    """A factor that keeps the distillation loss at a share of the task loss, by running means of both.
+
+    The means are buffers, so that they are resumed with the adapters.
+    """
+
+    means: torch.Tensor
+
+    def __init__(self) -> None:
+        """Start without a mean; the first batch sets it."""
+        super().__init__()
+        self.register_buffer("means", torch.zeros(2))
+
+    def forward(self, task: torch.Tensor, distillation: torch.Tensor, share: float) -> torch.Tensor:
+        """Take in the losses per image of a batch, the distillation's as it is without schedule and factor.
+
+        Returns:
+            The factor, a detached scalar, that makes distillation / task loss this share; batches with a loss that is
+            not finite change nothing.
+        """
+        now = torch.stack((task.detach(), distillation.detach())).to(self.means)
+        if now.isfinite().all():
+            first = self.means.sum() == 0
+            self.means.copy_(torch.where(first, now, MEMORY * self.means + (1.0 - MEMORY) * now))
+        return share * self.means[0] / self.means[1].clamp(min=1e-9)

@@ -5,8 +5,8 @@ import pytest
 
 from yolo_ext.core.config import DistillConfig, parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.schedules import scale
-from yolo_ext.distillation.stack import terms, title
+from yolo_ext.core.schedules import loss_factor
+from yolo_ext.distillation.terms import terms, title
 
 
 def read(**options):
@@ -88,4 +88,4 @@ def test_plain_options_are_read_as_the_same():
 )
 def test_factor_of_an_epoch(epoch, timing, expected):
     plan = {"schedule": "linear", "final": 0.2, "start": 0, "end": None, "warmup": 0, **timing}
-    assert scale(epoch, 10, **plan) == pytest.approx(expected)
+    assert loss_factor(epoch=epoch, epochs=10, **plan) == pytest.approx(expected)
