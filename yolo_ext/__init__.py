@@ -4,26 +4,49 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and Ultralytics take seconds
+    from yolo_ext.core.config import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
+    from yolo_ext.core.errors import CheckFailed, UsageError, YoloExtError
+    from yolo_ext.pipeline import compress
+    from yolo_ext.training.trainer import (
+        ClassificationTrainer,
+        CompressionMixin,
+        DetectionTrainer,
+        OBBTrainer,
+        PoseTrainer,
+        SegmentationTrainer,
+        attach,
+        trainer_for,
+    )
 
 __version__ = "0.1.0"
-
-_NAMES = {
-    "trainers": (
-        "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "OBBTrainer", "PoseTrainer",
-        "SegmentationTrainer", "trainer_for",
-    ),
-    "callbacks": ("attach",),
-    "core.config": ("DistillConfig", "PruneConfig", "QuantConfig", "SparsityConfig"),
-    "core.errors": ("CheckFailed", "UsageError", "YoloExtError"),
-    "pipeline": ("compress",),
-}  # fmt: skip
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "CheckFailed",
+    "ClassificationTrainer",
+    "CompressionMixin",
+    "DetectionTrainer",
+    "DistillConfig",
+    "OBBTrainer",
+    "PoseTrainer",
+    "PruneConfig",
+    "QuantConfig",
+    "SegmentationTrainer",
+    "SparsityConfig",
+    "UsageError",
+    "YoloExtError",
+    "__version__",
+    "attach",
+    "compress",
+    "trainer_for",
+]
+_HOMES = ("core.errors", "core.config", "training.trainer", "pipeline")  # where they are, the lightest first
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use."""
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'yolo_ext' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"yolo_ext.{_HOME[name]}"), name)
+    homes = (importlib.import_module(f"yolo_ext.{home}") for home in _HOMES)
+    return next(getattr(home, name) for home in homes if hasattr(home, name))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -97,9 +98,15 @@ def test_importing_is_light(statement, absent):
     assert ran.stdout.strip().splitlines()[-1] == "[]"
 
 
-def test_public_names():
-    for name in yolo_ext.__all__:
-        assert getattr(yolo_ext, name) is not None
+def test_public_names_are_what_type_checkers_see():
+    """The imports under `TYPE_CHECKING` say which names there are and where from; at run time they are lazy."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    named = {a.name: n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    typed = {name: module for name, module in named.items() if module.startswith("yolo_ext.")}
+    assert sorted([*typed, "__version__"]) == yolo_ext.__all__
+    assert (PACKAGE / "py.typed").is_file()
+    for name, module in typed.items():
+        assert getattr(yolo_ext, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = yolo_ext.Nothing
 
