@@ -35,7 +35,7 @@ from ultralytics import YOLO
 
 from yolo_ext.reporting.tables import align
 from yolo_ext.sparsity.penalties import penalties
-from yolo_ext.trainers import trainer_for
+from yolo_ext.training.trainer import trainer_for
 
 PENALTIES = penalties.names()
 FORWARD = {"teacher": "default", "forward": "builtin"}  # runs that are a forward pass only, of the teacher of which run
@@ -95,8 +95,8 @@ def ready(options: dict[str, Any], args: dict[str, str], folder: Path) -> tuple[
 
 def step(trainer: Any, batch: dict[str, Any]) -> None:
     """Do one training step."""
-    if hasattr(trainer, "cadence"):
-        trainer.cadence.waiting = 1
+    if hasattr(trainer, "exact"):
+        trainer.exact.waiting = 1
     loss, _ = trainer.model(batch)
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()
@@ -108,7 +108,7 @@ def seconds(run: str, trainer: Any, batch: dict[str, Any], clock: Callable[[], f
     began = clock()
     for _ in range(steps):
         if run == "teacher":
-            trainer.distiller.guides[0].ask(batch["img"])
+            trainer.technique("distill").distiller.guides[0].ask(batch["img"])
         elif run == "forward":
             with torch.no_grad():
                 trainer.model.teacher_model(batch["img"])

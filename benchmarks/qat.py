@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 from ultralytics import YOLO
+from yolo_ext.stage_common import QAT
 
 from yolo_ext.core.config import parse
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.stock.accuracy import accuracy
-from yolo_ext.quant_loop import quantized
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
-from yolo_ext.stage_common import QAT
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
-from yolo_ext.trainers import trainer_for
+from yolo_ext.training.quant import quantized
+from yolo_ext.training.trainer import trainer_for
 
 RATES = {4: 1e-4}  # the fewer bits, the further weights have to move
 

@@ -10,7 +10,7 @@ from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext.core.errors import UsageError
-from yolo_ext.trainers import CompressionMixin, DetectionTrainer
+from yolo_ext.training.trainer import CompressionMixin, DetectionTrainer
 
 PRUNE = {"speedup": 1.5}
 

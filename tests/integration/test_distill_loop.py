@@ -14,11 +14,12 @@ from ultralytics.nn.tasks import ClassificationModel
 from ultralytics.utils import LOGGER
 
 import yolo_ext
-from yolo_ext import distill_loop
 from yolo_ext.checkpoint import save_model
+from yolo_ext.core.options import DistillConfig
 from yolo_ext.distillation.preflight import Facts
 from yolo_ext.distillation.teacher import Guide
 from yolo_ext.stock.load import load_model
+from yolo_ext.training import distill
 
 QUANT = {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 
@@ -29,7 +30,7 @@ def log(monkeypatch) -> list[str]:
     lines: list[str] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(LOGGER, level, lambda text, *args, level=level: lines.append(f"{level}: {text}"))
-    monkeypatch.setattr(distill_loop, "_known", {})
+    monkeypatch.setattr(distill, "_known", {})
     return lines
 
 
@@ -57,21 +58,22 @@ def test_training_is_the_same_with_and_without_preflight(fit, tiny, wide, log):
 )  # fmt: skip
 def test_a_teacher_that_is_no_better_is_doubted(tmp_path, log, monkeypatch, teacher, scores, resume, doubted):
     facts = [Facts(n, 64, 1000, 1.0, s) for n, s in zip(("student", str(tmp_path / f"{teacher}.pt")), scores)]
-    monkeypatch.setattr(distill_loop, "_facts", lambda _: facts)
-    args = SimpleNamespace(task="detect", model=tmp_path / "x" / ".." / "own.pt")
-    distill = SimpleNamespace(preflight=False)
-    trainer = SimpleNamespace(resume=resume, device=torch.device("cpu"), args=args, compression={"distill": distill})
-    distill_loop.preflight(trainer)
+    monkeypatch.setattr(distill.Distill, "_facts", lambda *_: facts)
+    args = SimpleNamespace(task="detect", model=tmp_path / "x" / ".." / "own.pt", epochs=1)
+    trainer = SimpleNamespace(resume=resume, device=torch.device("cpu"), args=args)
+    technique = distill.Distill({"distill": DistillConfig(preflight=False), "prune": None}, args)
+    technique.distiller = SimpleNamespace(begin=lambda _: None)
+    technique.criterion(trainer, None)
     assert bool(told(log, "warning:", "no better than the student")) == doubted
     assert len(told(log, "Parameters", "mAP50-95")) == (not resume)
 
 
 def test_what_is_known_is_not_measured_again(fit, tiny, wide, shapes, log):
-    distill_loop.remember(load_model(tiny)[0], shapes, 64, 0.123)
+    distill.remember(load_model(tiny)[0], shapes, 64, 0.123)
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, distill={"teacher": str(wide)})
     (table,) = told(log, "Parameters", "mAP50-95")
     assert "0.1230" in table.splitlines()[3], table
-    assert len(distill_loop._known) == 2  # and the teacher's
+    assert len(distill._known) == 2  # and the teacher's
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 import yolo_ext
 from yolo_ext.checkpoint import save_model
-from yolo_ext.resume import SIDECAR, _forget_later_rows, whole_final_files
 from yolo_ext.stock.load import load_model
+from yolo_ext.stock.trainer import whole_final_files
+from yolo_ext.training.resume import SIDECAR, _forget_later_rows
 
 PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86", "observe_epochs": 3}
 EPOCHS, DONE = 4, 2  # of all, and before the kill
@@ -29,14 +30,14 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from ultralytics import YOLO
-import yolo_ext, yolo_ext.trainers
+import yolo_ext, yolo_ext.training.trainer
 model, moment, epoch, options = json.loads(sys.argv[1])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 yolo = YOLO(model)
 if moment == "write":  # the state and the row of this epoch are there, its checkpoint is not
     def write(trainer):
         if trainer.epoch == epoch:
-            yolo_ext.trainers.atomic_write = die
+            yolo_ext.training.trainer.atomic_write = die
     yolo.add_callback("on_train_epoch_end", write)
 else:
     yolo.add_callback(moment, lambda t: t.epoch == epoch and die())
@@ -74,7 +75,7 @@ def keep_state():
     def keep(yolo: YOLO, to: Path) -> YOLO:
         def copy(trainer):
             if trainer.epoch == trainer.epochs - 1:
-                shutil.copy(Path(str(trainer.wdir)) / SIDECAR.format(trainer.epoch), to)
+                shutil.copy(trainer.wdir / SIDECAR.format(trainer.epoch), to)
 
         yolo.add_callback("on_model_save", copy)
         return yolo
@@ -211,7 +212,7 @@ def test_a_state_of_other_weights_is_ignored_with_a_warning(fit, tiny, tmp_path,
     def stop(trainer):
         raise Stopped
 
-    monkeypatch.setattr("yolo_ext.resume.LOGGER.propagate", True)
+    monkeypatch.setattr("yolo_ext.training.resume.LOGGER.propagate", True)
     yolo = YOLO(str(tiny))
     yolo.add_callback("on_model_save", stop)
     with pytest.raises(Stopped):
@@ -234,7 +235,7 @@ def test_rows_of_epochs_to_repeat_are_dropped(tmp_path):
     assert csv.read_text() == "epoch,time,x\n1,0.5,3\n2,1,4\n"
 
 
-def test_a_kill_while_final_files_are_written_leaves_the_old_ones(tiny, tmp_path, monkeypatch):
+def test_a_kill_while_final_files_are_written_leaves_the_old_ones(tiny, tmp_path):
     from ultralytics.engine import trainer as engine
 
     last = Path(shutil.copy(tiny, tmp_path / "last.pt"))
@@ -243,8 +244,7 @@ def test_a_kill_while_final_files_are_written_leaves_the_old_ones(tiny, tmp_path
     def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("yolo_ext.resume.finalize", killed)
     stock = engine.strip_optimizer
-    with pytest.raises(KeyboardInterrupt), whole_final_files():
+    with pytest.raises(KeyboardInterrupt), whole_final_files(killed):
         engine.strip_optimizer(last)
     assert last.read_bytes() == before and engine.strip_optimizer is stock

@@ -10,8 +10,8 @@ import torch
 from ultralytics import YOLO
 
 import yolo_ext
+from yolo_ext.core.schedules import loss_factor
 from yolo_ext.distillation.criterion import Distiller
-from yolo_ext.distillation.schedules import scale
 from yolo_ext.sparsity.sparsifier import Sparsifier
 from yolo_ext.stock.load import load_model
 
@@ -93,7 +93,7 @@ def test_one_distiller_teaches_learns_and_follows_its_schedule(starve, made, tin
     assert adapters and all(ids.count(id(p)) == 1 for p in adapters)
     assert any(p in done.optimizer.state for p in adapters)
     timing = distiller.terms[0].timing
-    assert distiller.factors[0] == scale(2, 3, **timing) != scale(1, 3, **timing)
+    assert distiller.factors[0] == loss_factor(epoch=2, epochs=3, **timing) != loss_factor(epoch=1, epochs=3, **timing)
 
 
 @TRAINERS

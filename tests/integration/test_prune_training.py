@@ -30,11 +30,12 @@ def test_a_run_ends_with_the_target_and_a_best_that_is_pruned(fit, tiny):
     for name in ("best.pt", "last.pt"):
         model = load_model(trainer.save_dir / "weights" / name)[0]
         assert flops(tiny) / stock.gflops(model) == pytest.approx(2.0, rel=0.03)
-        record = manifest(model)["prune"]
+        record = manifest(model).prune
         assert [s["epoch"] for s in record["steps"]] == [1, 2] and record["gap"] <= 1e-9
         assert record["steps"][0]["gflops"] > record["steps"][1]["gflops"]
         assert YOLO(str(trainer.save_dir / "weights" / name)).predict(torch.zeros(1, 3, 64, 64), verbose=False)
-    assert trainer.distiller.direct  # the unpruned self is compared on the kept channels to the end
+    # the unpruned self is compared on the kept channels to the end
+    assert trainer.technique("distill").distiller.direct
 
 
 def test_what_was_best_before_pruning_is_forgotten(fit, tiny):
@@ -69,7 +70,7 @@ def test_attach_and_command_line_do_the_same(fit, tiny, shapes, settings, tmp_pa
     states = [load_model(tmp_path / n / "weights" / "last.pt")[0].state_dict() for n in "abc"]
     for other in states[1:]:
         torch.testing.assert_close(states[0], other, rtol=0, atol=0)
-    assert ours.prune_epochs == [1, 2]
+    assert ours.technique("prune").epochs == [1, 2]
 
 
 @pytest.mark.parametrize("target", [{"params": 2.0}, {"ratio": 0.3}, {"size_mb": 0.2}])
@@ -107,7 +108,7 @@ def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny)
     assert poisoned and trainer.nan_recovery_attempts == 0  # it recovered and went on
     model = load_model(trainer.save_dir / "weights" / "last.pt")[0]
     assert flops(tiny) / stock.gflops(model) == pytest.approx(2.0, rel=0.03)
-    assert [s["epoch"] for s in manifest(model)["prune"]["steps"]] == [1]
+    assert [s["epoch"] for s in manifest(model).prune["steps"]] == [1]
 
 
 def test_frozen_layers_stay_frozen(fit, tiny):

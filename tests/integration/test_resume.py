@@ -15,8 +15,8 @@ import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import MANIFEST
 from yolo_ext.quantization.fake_quant import get_state
-from yolo_ext.resume import SIDECAR
 from yolo_ext.stock.load import load_model
+from yolo_ext.training.resume import SIDECAR
 
 PRUNE, QUANT = {"speedup": 1.5}, {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 
@@ -116,9 +116,9 @@ def test_adapters_come_back(stopped, wide):
     yolo.add_callback(
         "on_train_start",
         lambda t: seen.update(
-            adapters={k: v.clone() for k, v in t.distiller.adapters.state_dict().items()},
+            adapters={k: v.clone() for k, v in t.technique("distill").distiller.adapters.state_dict().items()},
             groups=[g["param_group"] for g in t.optimizer.param_groups],
-            moments=[len(t.optimizer.state[p]) for p in t.distiller.adapters.parameters()],
+            moments=[len(t.optimizer.state[p]) for p in t.technique("distill").distiller.adapters.parameters()],
         ),
     )
     yolo.train(trainer=yolo_ext.DetectionTrainer, resume=True)

@@ -33,7 +33,7 @@ def test_zeros_are_exact_in_every_file(fit, tiny):
     for name in ("best.pt", "last.pt"):
         model = load_model(trainer.save_dir / "weights" / name)[0]
         assert zeros(model) == live  # stripped EMA in fp16
-        found = manifest(model)["sparsity"]
+        found = manifest(model).sparsity
         assert found["method"] == "slim" and found["share"] > 0.3 and found["epochs"] == 2
 
 
@@ -86,7 +86,7 @@ def test_gradient_mode(fit, tiny, method):
 def test_every_penalty_with_every_optimizer(fit, tiny, method, optimizer):
     options = {"method": method, "coefficient": 8.0, "warmup": 0}
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=2, optimizer=optimizer, sparsity=options)
-    found = manifest(load_model(trainer.save_dir / "weights" / "last.pt")[0])["sparsity"]
+    found = manifest(load_model(trainer.save_dir / "weights" / "last.pt")[0]).sparsity
     assert found["share"] > 0.1
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
@@ -106,9 +106,9 @@ def test_sparsify_prune_and_fine_tune_in_one_training_with_its_own_teacher(fit, 
         prune={"speedup": 1.5, "at": [2], "images": 4, "recalibrate": 4},
     )  # fmt: skip
     model = load_model(trainer.save_dir / "weights" / "best.pt")[0]
-    assert manifest(model)["prune"]["config"]["method"] == "slim"  # the criterion that goes with the penalty
+    assert manifest(model).prune["config"]["method"] == "slim"  # the criterion that goes with the penalty
     assert stock.gflops(load_model(tiny)[0]) / stock.gflops(model) == pytest.approx(1.5, rel=0.05)
-    assert trainer.distiller.direct and trainer.sparsifier.pull == 0
+    assert trainer.technique("distill").distiller.direct and trainer.technique("sparsity").sparsifier.pull == 0
 
 
 def test_pull_goes_on_after_surgery(fit, tiny):
@@ -126,7 +126,7 @@ def test_pipeline(tiny, shapes, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert list(summary["stages"]) == ["base", "sparsify", "prune", "finetune"]
     model = load_model(tmp_path / "run/weights/best.pt")[0]
-    assert manifest(model)["prune"]["config"]["method"] == "slim"
+    assert manifest(model).prune["config"]["method"] == "slim"
     assert "sparsity" in (tmp_path / "run/report.html").read_text().lower()
 
 

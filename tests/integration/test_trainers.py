@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,13 +23,14 @@ from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, save_model
+from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, save_model
 from yolo_ext.core.config import DistillConfig, PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss
-from yolo_ext.resume import SIDECAR
 from yolo_ext.stock.load import load_model
-from yolo_ext.trainers import TRAINERS, _AtomicPath
+from yolo_ext.stock.trainer import saved_whole
+from yolo_ext.training.resume import SIDECAR
+from yolo_ext.training.trainer import TRAINERS
 
 PRUNE, DISTILL = {"speedup": 1.5}, {"teacher": "self"}
 KD = ["kd_cls_loss", "kd_box_loss", "kd_feat_loss"]
@@ -166,7 +168,10 @@ def test_adapters_learn_with_every_optimizer(fit, tiny, wide, optimizer):
     seen = []
     yolo = YOLO(str(tiny))
     for event in ("on_train_start", "on_train_end"):
-        yolo.add_callback(event, lambda t: seen.append([p.detach().clone() for p in t.distiller.adapters.parameters()]))
+        yolo.add_callback(
+            event,
+            lambda t: seen.append([p.detach().clone() for p in t.technique("distill").distiller.adapters.parameters()]),
+        )
     trainer = fit(yolo, yolo_ext.DetectionTrainer, optimizer=optimizer, distill={"teacher": str(wide)})
     assert all(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
     group = trainer.optimizer.param_groups[-1]
@@ -221,23 +226,25 @@ def test_checkpoint_works_where_yolo_ext_is_missing(pruned, tmp_path):
 
 
 def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    file = _AtomicPath(tmp_path) / "weights" / "last.pt"
-    assert isinstance(file, _AtomicPath)
-    file.write_bytes(b"old")
+    file = tmp_path / "weights" / "last.pt"
+    trainer = SimpleNamespace(wdir=file.parent, last=file, best=file.with_name("best.pt"))
+    with saved_whole(trainer, atomic_write):
+        trainer.last.write_bytes(b"old")
 
     def killed(fd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("yolo_ext.checkpoint.os.fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        file.write_bytes(b"new but never finished")
+    with pytest.raises(KeyboardInterrupt), saved_whole(trainer, atomic_write):
+        trainer.last.write_bytes(b"new but never finished")
+    assert type(trainer.last) is type(file)
     assert file.read_bytes() == b"old"
     assert [p.name for p in file.parent.iterdir()] == ["last.pt"]
 
 
 def test_all_checkpoints_of_a_run_are_written_atomically(fit, tiny, tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr("yolo_ext.trainers.atomic_write", lambda p, d: (names.append(p.name), p.write_bytes(d)))
+    monkeypatch.setattr("yolo_ext.training.trainer.atomic_write", lambda p, d: (names.append(p.name), p.write_bytes(d)))
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, save_period=1)
     assert set(names) == {"last.pt", "best.pt", "epoch0.pt"}
 

@@ -10,26 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_ext import stages
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.pipeline import compress
-from yolo_ext.probes import make_probes
 from yolo_ext.pruning.unstructured import sparsity
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
-from yolo_ext.trainers import CompressionMixin
+from yolo_ext.training.probes import make_probes
+from yolo_ext.training.trainer import CompressionMixin
 
 SMALL: dict[str, Any] = {"imgsz": 64, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "plots": False}
 FEW = {"images": 16, "recalibrate": 16}
 INT8 = {"mode": "ptq", "calib": 16, "max_drop": 1.0}
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """Leave the comparison with other models out."""
-    monkeypatch.setattr(stages, "compare", lambda run: {})
 
 
 def record(folder: Path, stage: str) -> dict[str, Any]:
@@ -38,7 +31,7 @@ def record(folder: Path, stage: str) -> dict[str, Any]:
 
 # Targets -------------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_max_drop_holds_for_the_recalibrated_model(base, data, tmp_path, alone):
+def test_max_drop_holds_for_the_recalibrated_model(base, data, tmp_path):
     cfg = PruneConfig(max_drop=0.01, **FEW)
     compress(base, data, epochs=0, prune={"max_drop": 0.01, **FEW}, save_dir=str(tmp_path / "run"), **SMALL)
     probes = make_probes(check_data(data, task="detect"), 64, cfg, "detect")
@@ -51,7 +44,7 @@ def test_max_drop_holds_for_the_recalibrated_model(base, data, tmp_path, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["ort", "torch"])
-def test_latency_target_is_met_or_the_user_is_told(base, tmp_path, alone, caplog, runtime):
+def test_latency_target_is_met_or_the_user_is_told(base, tmp_path, caplog, runtime):
     folder = tmp_path / "run"
     summary = compress(base, epochs=0, imgsz=64, prune={"latency": 1.3, "runtime": runtime}, save_dir=str(folder))
     trials = [float(line.split("latency ")[1].split()[0]) for line in caplog.text.splitlines() if "trial" in line]
@@ -66,9 +59,7 @@ LATER = {"epochs": 3, "prune": {"speedup": 1.5, "steps": 2, "every": 1, **FEW}}
 @pytest.fixture(scope="module")
 def later(base, data, tmp_path_factory) -> dict[str, Any]:
     """Return a run that prunes before its first two epochs and was not killed."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(stages, "compare", lambda run: {})
-        return compress(base, data, save_dir=str(tmp_path_factory.mktemp("later") / "run"), **LATER, **SMALL)
+    return compress(base, data, save_dir=str(tmp_path_factory.mktemp("later") / "run"), **LATER, **SMALL)
 
 
 def test_pruning_while_fine_tuning_has_no_stage_of_its_own(later):
@@ -89,7 +80,7 @@ def test_pruning_while_fine_tuning_has_no_stage_of_its_own(later):
     "after",
     [pytest.param(1, id="between the steps"), pytest.param(2, id="after the last step", marks=pytest.mark.slow)],
 )
-def test_a_run_killed_while_pruning_ends_with_the_same_weights(base, data, tmp_path, alone, monkeypatch, later, after):
+def test_a_run_killed_while_pruning_ends_with_the_same_weights(base, data, tmp_path, monkeypatch, later, after):
     options = {**LATER, **SMALL, "save_dir": str(tmp_path / "run")}
     save = CompressionMixin.save_model
     saved = []
@@ -109,7 +100,7 @@ def test_a_run_killed_while_pruning_ends_with_the_same_weights(base, data, tmp_p
     again = compress(base, data, resume=True, **options)
     one, other = (load_model(Path(r["run_dir"]) / "weights" / "best.pt")[0] for r in (later, again))
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
-    assert manifest(one)["prune"]["kept"] == manifest(other)["prune"]["kept"]
+    assert manifest(one).prune["kept"] == manifest(other).prune["kept"]
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
@@ -188,7 +179,7 @@ def test_the_random_baseline_and_a_narrower_model_stand_beside_the_result(compar
     assert narrow["map"] is None and narrow["gflops"] == pytest.approx(pruned["gflops"], rel=0.2)
     assert all(0 <= r["map"] <= 1 for r in (dense, pruned, random)) and all(r["ort"] > 0 for r in rows.values())
     trained = load_model(folder / "compare" / "random" / "weights" / "best.pt")[0]
-    assert manifest(trained)["prune"]["config"]["method"] == "random"
+    assert manifest(trained).prune["config"]["method"] == "random"
 
 
 def test_the_report_shows_the_comparison(compared):

@@ -1,39 +1,279 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Criteria around the task's own one, which add losses or log figures and never get into a checkpoint."""
+"""Ultralytics' trainers from outside: what they must offer, and where and for how long their course is changed.
+
+Every change is put back behind its block. What cannot be asked for by name is checked when a run starts; where only
+exactness would be lost, the run goes on and says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from ultralytics import __version__
+from ultralytics.data import YOLODataset
+from ultralytics.engine import trainer as engine
+from ultralytics.models import yolo as tasks  # noqa: F401  whose trainers ours extend
+from ultralytics.utils import LOGGER
+from ultralytics.utils.callbacks import get_default_callbacks
+
+from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.stock.context import quiet
+from yolo_ext.stock.model import SUPPORTED
+
+# What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
+METHODS = {
+    "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1, "build_optimizer": 1,
+    "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "preprocess_batch": 1,
+    "progress_string": 0, "run_callbacks": 1, "save_metrics": 1, "save_model": 0,
+}  # fmt: skip
+EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
 
-class CriterionProxy:
-    """Criterion with the interface of the one that it wraps; a copy of it is the plain criterion."""
+# Premises -----------------------------------------------------------------------------------------------------------
+def check_trainer(stock: Any) -> None:
+    """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
+    lacking = [f"the method {name}()" for name, n in METHODS.items() if not _takes(getattr(stock, name, None), n)]
+    lacking += [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]
+    if lacking:
+        low, high = SUPPORTED
+        raise UsageError(
+            f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it: "
+            f"{', '.join(lacking)}. Run: pip install 'ultralytics>={low},<{high}', and look at your own trainer class."
+        )
+
+
+def _takes(method: Any, n: int) -> bool:
+    """Tell whether a bound method can be called with `n` positional arguments."""
+    try:
+        inspect.signature(method).bind(*range(n))
+    except TypeError:
+        return False
+    return True
+
+
+def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
+    """Put a mixin in front of the class of a stock trainer that is just being made and has no model yet."""
+    if getattr(trainer, "model", None) is not None or not hasattr(trainer, "args"):
+        raise UsageError(
+            f"attach() comes too late in Ultralytics {__version__}: the trainer has its model before its first event. "
+            "Use model.train(trainer=yolo_ext.trainer_for(task), ...)."
+        )
+    stock = type(trainer)
+    trainer.__class__ = known.get(stock) or type(f"Compression{stock.__name__}", (mixin, stock), {})
+
+
+# Several devices ----------------------------------------------------------------------------------------------------
+def agreed(decide: Callable[[], Any]) -> Any:
+    """Return what rank 0 decides; on several devices the others receive it as data, or its error."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        return decide()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = decide()
+        except YoloExtError as e:  # or the others would wait for ever
+            box[1] = e
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+# Data and batch size ------------------------------------------------------------------------------------------------
+@contextmanager
+def labels_optional(wanted: bool) -> Iterator[None]:
+    """Have Ultralytics take a train split without any labels, where training needs none."""
+    stock = YOLODataset.cache_labels
+
+    def scan(dataset: Any, *args: Any) -> dict:
+        augment, dataset.augment = dataset.augment, False  # its sign of a dataset that needs labels
+        try:
+            return stock(dataset, *args)
+        except ValueError as e:
+            raise UsageError(
+                f"Ultralytics {__version__} takes no train split without labels ({e}). Label it, or leave "
+                "quant.supervision=features out."
+            ) from e
+        finally:
+            dataset.augment = augment
+
+    if wanted:
+        YOLODataset.cache_labels = scan
+    try:
+        yield
+    finally:
+        YOLODataset.cache_labels = stock
+
+
+@contextmanager
+def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Have every forward pass of a model call `run` with its images, whose results live until the next one."""
+    held: list[Any] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        held[:] = [run(args[0].detach())]  # held until the backward pass is through
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+class _AtomicPath(type(Path())):  # type: ignore[misc]
+    """A path whose `write_bytes` leaves a whole file or the old one."""
+
+    write: Callable[[Path, bytes], Any]
+    written = 0
+
+    def write_bytes(self, data: Any) -> int:
+        """Write all bytes or none."""
+        _AtomicPath.written += 1
+        _AtomicPath.write(Path(str(self)), bytes(data))
+        return len(data)
+
+
+@contextmanager
+def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[None]:
+    """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
+    own, before = (trainer.wdir, trainer.last, trainer.best), _AtomicPath.written
+    _AtomicPath.write = staticmethod(write)  # type: ignore[assignment]  as paths take no attributes of their own
+    trainer.wdir, trainer.last, trainer.best = (_AtomicPath(p) for p in own)
+    try:
+        yield
+    finally:
+        trainer.wdir, trainer.last, trainer.best = own
+    if _AtomicPath.written == before:
+        LOGGER.warning(
+            f"Ultralytics {__version__} writes checkpoints in a way that yolo_ext does not know: "
+            "a run that is killed meanwhile may leave a broken last.pt"
+        )
+
+
+@contextmanager
+def as_of_last_epoch(trainer: Any) -> Iterator[None]:
+    """Let the trainer save as at the end of the epoch before, without a numbered copy."""
+    period, trainer.save_period = trainer.save_period, -1
+    trainer.epoch -= 1
+    try:
+        yield
+    finally:
+        trainer.epoch += 1
+        trainer.save_period = period
+
+
+@contextmanager
+def whole_final_files(finalize: Callable[[Path], None]) -> Iterator[None]:
+    """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
+    stock: Any = getattr(engine, "strip_optimizer", None)
+    if not _takes(stock, 3):
+        LOGGER.warning(
+            f"Ultralytics {__version__} finishes checkpoints in a way that yolo_ext does not know: "
+            "the manifest stays with the model in best.pt and last.pt, and is not repeated beside it"
+        )
+        yield
+        return
+
+    def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
+        part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
+        with quiet():  # it would name the file beside
+            stripped = stock(f, part, updates)
+        if stripped:
+            finalize(part)
+            part.replace(result)
+            LOGGER.info(f"Optimizer stripped from {f}, {result.stat().st_size / 1e6:.1f}MB")
+        return stripped
+
+    engine.strip_optimizer = strip
+    try:
+        yield
+    finally:
+        engine.strip_optimizer = stock
+
+
+def forget_best(trainer: Any) -> None:
+    """Let best.pt and early stopping start anew: what was best before had more channels."""
+    trainer.best_fitness = None
+    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
+
+
+# Order of images ----------------------------------------------------------------------------------------------------
+def order_of(loader: Any) -> tuple[torch.Tensor, bool] | None:
+    """Return the state of a loader's generator and whether it has begun; None where the loader shows neither."""
+    generator = getattr(loader, "generator", None)
+    return (generator.get_state(), loader.iterator is not None) if generator and hasattr(loader, "iterator") else None
+
+
+def continue_order(loader: Any, order: torch.Tensor, mid_run: bool, resets: bool) -> bool:
+    """Make the next iterator of a loader without workers go on with the order of images, and tell whether it can.
+
+    Args:
+        loader: Dataloader without workers.
+        order: State of its generator.
+        mid_run: Whether the uninterrupted run keeps its iterator, which has then ended an epoch, or makes a new one.
+        resets: Whether the training loop may reset the loader before it is used; that depends on the version.
+    """
+    make = getattr(loader, "_get_iterator", None)
+    if order_of(loader) is None or not callable(make):
+        return False
+
+    def once() -> Any:
+        loader._get_iterator = make
+        loader.generator.set_state(order)
+        iterator = make()
+        if mid_run:
+            for _ in range(len(loader)):  # the sampler draws its next order only behind the end of the last one
+                next(iterator._sampler_iter)
+            loader.generator.set_state(order)
+        return iterator
+
+    try:
+        loader.iterator = once()
+    except AttributeError:
+        return False
+    if resets:
+        loader._get_iterator = once
+    return True
+
+
+# In front of criterion and validator ----------------------------------------------------------------------------------
+class Proxy:
+    """Object with the interface of the one that it wraps; a copy of it is the plain one."""
 
     def __init__(self, base: Any, **own: Any) -> None:
-        """Wrap the criterion `base`; what is `own` stays with the proxy."""
+        """Wrap `base`; what is `own` stays with the proxy."""
         self.__dict__.update(base=base, **own)
 
     def __deepcopy__(self, memo: dict) -> Any:
-        """Copy the task's criterion only: nothing of ours gets into EMA or a checkpoint."""
+        """Copy the wrapped object only: nothing of ours gets into EMA or a checkpoint."""
         return deepcopy(self.base, memo)
 
     def __reduce__(self) -> Any:
-        """Pickle as the task's criterion, for the same reason, and without a name of ours."""
+        """Pickle as the wrapped object, for the same reason, and without a name of ours."""
         return deepcopy, (self.base,)
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the task's criterion (gains, update, loss names)."""
+        """Answer for the wrapped object (of a criterion: gains, update, loss names)."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.__dict__["base"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set attributes on the task's criterion."""
+        """Set attributes on the wrapped object."""
         setattr(self.base, name, value)
+
+
+class CriterionProxy(Proxy):
+    """Criterion in front of the task's own one."""
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return loss vector and items of the task's criterion."""
@@ -51,3 +291,22 @@ class LoggedLoss(CriterionProxy):
         """Return the task's loss vector, and its items with ours behind them."""
         loss, found = self.base(predictions, batch)
         return loss, {**found, **self.items()}
+
+
+class _Validator(Proxy):
+    """Validator that reads a checkpoint in another way."""
+
+    def __call__(self, trainer: Any = None, model: Any = None, **options: Any) -> Any:
+        """Validate as the wrapped one."""
+        return self.base(trainer, self.read(model) if isinstance(model, Path) else model, **options)
+
+
+@contextmanager
+def validated_as(trainer: Any, read: Callable[[Path], Any]) -> Iterator[None]:
+    """Have the validator of a trainer measure what `read` makes of a checkpoint."""
+    own = trainer.validator
+    trainer.validator = _Validator(own, read=read)
+    try:
+        yield
+    finally:
+        trainer.validator = own

@@ -1,33 +1,56 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Trainers: one thin mixin in front of each stock Ultralytics trainer."""
+"""Trainers: one thin mixin in front of each stock Ultralytics trainer, and the same by callback for any other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.cfg import cfg2dict
-from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
-from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_ext import distill_loop, prune_loop, quant_loop, resume, sparse_loop, stock
-from yolo_ext.checkpoint import TRIPWIRE, atomic_write, hand_on, is_pruned
-from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse, stored
+from yolo_ext import stock
+from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note
+from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.trainer import LoggedLoss
+from yolo_ext.stock.cfg import cfg2dict
+from yolo_ext.stock.trainer import (
+    check_trainer,
+    extend,
+    labels_optional,
+    saved_whole,
+    tasks,
+    validated_as,
+    whole_final_files,
+)
+from yolo_ext.training.distill import Distill
+from yolo_ext.training.prune import Prune
+from yolo_ext.training.quant import Quant
+from yolo_ext.training.resume import Exact
+from yolo_ext.training.sparse import Sparse
+from yolo_ext.training.technique import Technique, live
+
+TECHNIQUES: tuple[type[Technique], ...] = (Prune, Sparse, Distill, Quant)  # in the order in which they act
 
 
-class _AtomicPath(type(Path())):  # type: ignore[misc]
-    """A path whose `write_bytes` leaves a whole file or the old one."""
+def techniques_of(configs: dict[str, Any], args: Any) -> tuple[Technique, ...]:
+    """Return the techniques of a run in the order in which they act.
 
-    def write_bytes(self, data: Any) -> int:
-        atomic_write(Path(str(self)), bytes(data))
-        return len(data)
+    Args:
+        configs: Parsed options by key; options that follow from others are filled in.
+        args: Arguments of Ultralytics, of which those are changed that follow from our options.
+
+    Raises:
+        UsageError: If options contradict each other.
+    """
+    for cls in reversed(TECHNIQUES):  # QAT may bring a teacher
+        if configs[cls.key]:
+            cls.settle(configs, args)
+    return tuple(cls(configs, args) for cls in TECHNIQUES if configs[cls.key] or cls is Prune)
 
 
 class CompressionMixin:
@@ -42,23 +65,14 @@ class CompressionMixin:
     """
 
     # Set by the Ultralytics trainer behind this mixin.
-    accumulate: int
     args: Any
-    best_fitness: float | None
     data: dict[str, Any]
-    device: torch.device
     ema: Any
     epoch: int
-    epochs: int
     loss_names: tuple[str, ...]
-    masks: Any
     metrics: dict[str, Any]
-    model: Any
-    prune_epochs: list[int]
     resume: bool
     save_dir: Path
-    scaler: Any
-    wdir: Path
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None) -> None:
         """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume.
@@ -78,23 +92,21 @@ class CompressionMixin:
 
         Args:
             options: `sparsity`, `prune`, `distill` and `quant`, dicts, dataclasses or None.
+
+        Raises:
+            UsageError: If options contradict each other, or this Ultralytics is not as ours expect it.
         """
-        configs = self.compression = parse(stored(options) if self.resume else options)
-        quant_loop.setup(self)
-        refuse_two_distillations(configs["distill"], getattr(self.args, "distill_model", None))
-        if configs["distill"] and configs["distill"].teacher == "self":
-            configs["distill"] = replace(configs["distill"], teacher=self_teacher(str(self.args.model)))
-        vars(self.args).update(as_plain(configs))
-        self.distiller: Any = None
-        self.sparsifier: Any = None
-        self.cadence = resume.Cadence()
-        prune_loop.setup(self)
-        self._resumed: dict[str, Any] | None = None
-        self._epoch = -1
+        check_trainer(super())
+        self.compression = parse(options)
+        self.techniques = techniques_of(self.compression, self.args)
+        self.exact = Exact()
+        vars(self.args).update(as_plain(self.compression))
         if RANK in {-1, 0}:
             YAML.save(self.save_dir / "args.yaml", vars(self.args))
-        self.wdir = _AtomicPath(self.wdir)
-        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+
+    def technique(self, key: str) -> Any:
+        """Return the technique of a key of options, None where it is off."""
+        return next((t for t in self.techniques if t.key == key), None)
 
     # Model ----------------------------------------------------------------------------------------------------------
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
@@ -110,9 +122,10 @@ class CompressionMixin:
             model = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
             if weights is not None:
                 hand_on(weights, model)
-        if self.compression["prune"] and not self.resume:
-            model = prune_loop.before_training(self, model, weights)
-        quant_loop.insert(self, model)
+        if not self.compression["quant"] or (self.compression["prune"] and not self.resume):
+            note(model, quant=None)  # the model moves away from the ranges of an earlier run
+        for t in self.techniques:
+            model = t.put_in(self, model, weights)
         return model
 
     def _keep(self, weights: nn.Module) -> nn.Module:
@@ -130,104 +143,82 @@ class CompressionMixin:
             LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
         return model.train()
 
-    def _stripped(self, model: nn.Module) -> nn.Module:
-        return quant_loop.stripped(model)
+    def as_stock(self, model: nn.Module) -> nn.Module:
+        """Return a model in training, or a copy of it, as one of stock classes."""
+        for t in self.techniques:
+            model = t.as_stock(model)
+        return model
 
     # Life cycle -----------------------------------------------------------------------------------------------------
     def run_callbacks(self, event: str) -> None:
         """Hook our work into the life cycle, then run the user's callbacks."""
-        if hasattr(self, "compression"):
+        if hasattr(self, "exact"):  # that is, not while the trainer is still being made
             if event == "on_pretrain_routine_end":
-                self._before_training()
+                self._start()
             elif event == "on_train_epoch_start":
-                self._before_epoch()
+                self.exact.before_epoch(self)
+                for t in self.techniques:
+                    t.before_epoch(self)
             elif event == "on_train_batch_start":
-                self.cadence.waiting += 1
+                self.exact.before_batch()
             elif event == "on_train_batch_end":
-                self.accumulate -= self.cadence.shift
+                self.exact.after_batch(self)
         super().run_callbacks(event)  # type: ignore[misc]
 
-    def _before_training(self) -> None:
-        model = unwrap_model(self.model)
-        if self.distiller is not None or self.sparsifier is not None:
-            model.criterion = getattr(model, "criterion", None) or model.init_criterion()
-        if self.distiller is not None:
-            from yolo_ext.distillation.criterion import DistillationLoss
-
-            self.distiller.begin(self)
-            distill_loop.preflight(self)
-            model.criterion = DistillationLoss(model.criterion, self.distiller)
-        if self.sparsifier is not None:
-            model.criterion = LoggedLoss(model.criterion, lambda: sparse_loop.items(self))
-        self._resumed = resume.restore(self)
-        prune_loop.capture_masks(self)
-        if self.compression["quant"]:
-            quant_loop.report_start(self)
-
-    def _before_epoch(self) -> None:
-        if self._resumed:
-            resume.begin(self, self._resumed)
-            self._resumed = None
-        elif self.epoch == self._epoch:  # started again, out of memory or after NaN: gradients have been dropped
-            self.cadence = resume.Cadence()
-        self._epoch = self.epoch
-        prune_loop.before_epoch(self)
-        if self.sparsifier is not None:
-            sparse_loop.before_epoch(self)
-        if self.distiller is not None:
-            self.distiller.set_epoch(self.epoch, self.epochs, self.args.close_mosaic)
-        if self.compression["quant"]:
-            quant_loop.before_epoch(self)
+    def _start(self) -> None:
+        model: Any = live(self)
+        for t in reversed(self.techniques):
+            if type(t).criterion is not Technique.criterion:
+                model.criterion = getattr(model, "criterion", None) or model.init_criterion()
+                model.criterion = t.criterion(self, model.criterion)
+        self.exact.restore(self)
+        for t in self.techniques:
+            t.start(self)
 
     def _model_train(self) -> None:
-        """Put the model into training mode, but for BatchNorm that QAT has frozen."""
+        """Put the model into training mode, but for what techniques hold."""
         super()._model_train()  # type: ignore[misc]
-        if self.compression["quant"]:
-            quant_loop.train_mode(self)
+        for t in self.techniques:
+            t.train_mode(self)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Build the stock optimizer and our groups of parameters, which the scheduler needs this early."""
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
-        if self.compression["sparsity"]:
-            sparse_loop.attach(self, unwrap_model(model), optimizer)
-        if self.compression["distill"]:
-            distill_loop.attach(self, unwrap_model(model), optimizer)
+        for t in self.techniques:
+            t.build(self, live(self), optimizer)
         return optimizer
 
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the stock dataset, where QAT by features takes one without labels too."""
-        with quant_loop.unlabelled(self):
+        """Build the stock dataset, where training needs no labels one without any too."""
+        with labels_optional(any(not t.needs_labels for t in self.techniques)):
             return super().build_dataset(*args, **kwargs)  # type: ignore[misc]
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
-        """Find the batch size that fits into memory together with the teachers."""
-        with distill_loop.teachers_along(self):
+        """Find the batch size that fits into memory together with what techniques bring."""
+        with ExitStack() as held:
+            for t in self.techniques:
+                held.enter_context(t.batch_search(self))
             return super().auto_batch(*args, **kwargs)  # type: ignore[misc]
 
     def preprocess_batch(self, batch: dict) -> dict:
-        """Correct, after warmup may have set it, how many batches a resumed run accumulates until its first step."""
-        self.accumulate += self.cadence.shift
+        """Prepare a batch, behind the warmup that may have set `accumulate`."""
+        self.exact.prepare_batch(self)
         return super().preprocess_batch(batch)  # type: ignore[misc]
 
     def optimizer_step(self) -> None:
-        """Clip the adapters apart from the student and keep them equal across ranks, then step as usual."""
-        if self.distiller is not None:
-            self.distiller.sync()
-            if adapters := list(self.distiller.adapters.parameters()):
-                torch.nn.utils.clip_grad_norm_(adapters, max_norm=10.0 * self.scaler.get_scale())
-        if self.compression["quant"]:
-            quant_loop.before_step(self)
+        """Step as usual, with the techniques around it."""
+        for t in self.techniques:
+            t.before_step(self)
         super().optimizer_step()  # type: ignore[misc]
-        prune_loop.after_step(self)
-        if self.sparsifier is not None:
-            sparse_loop.after_step(self)
-        resume.stepped(self)
+        for t in self.techniques:
+            t.after_step(self)
+        self.exact.after_step(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)  # type: ignore[misc]
-        if self.compression["quant"]:
-            quant_loop.reload(self, ckpt)
+        for t in self.techniques:
+            t.reload(self, ckpt)
 
     def get_validator(self) -> Any:
         """Build the validator from arguments without our keys, which its own check would refuse."""
@@ -239,25 +230,27 @@ class CompressionMixin:
             self.args = own
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write the row of an epoch, with what sparsity training has reached."""
-        if self.sparsifier is not None:
-            found = sparse_loop.after_epoch(self)
-            self.metrics = {**self.metrics, **found}
-            metrics = {**metrics, **found}
-        super().save_metrics(metrics)  # type: ignore[misc]
+        """Write the row of an epoch, with what techniques have to show."""
+        found = {k: v for t in self.techniques for k, v in t.columns(self).items()}
+        self.metrics = {**self.metrics, **found}
+        super().save_metrics({**metrics, **found})  # type: ignore[misc]
 
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
-        resume.save(self)
-        live = self.ema.ema
-        if self.compression["quant"]:
-            self.ema.ema = quant_loop.stripped(live)
-        try:
+        self.exact.save(self)
+        with self._stock_ema(), saved_whole(self, atomic_write):
             saved = super().save_model()  # type: ignore[misc]
-        finally:
-            self.ema.ema = live
-        resume.clear(self, keep=self.epoch)
+        self.exact.clear(self, keep=self.epoch)
         return saved
+
+    @contextmanager
+    def _stock_ema(self) -> Iterator[None]:
+        own = self.ema.ema
+        self.ema.ema = self.as_stock(own)
+        try:
+            yield
+        finally:
+            self.ema.ema = own
 
     def progress_string(self) -> str:
         """Return the header of the progress bar, in whose 11 columns our loss names need their short form."""
@@ -270,59 +263,32 @@ class CompressionMixin:
 
     def final_eval(self) -> None:
         """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
-        with resume.whole_final_files(), quant_loop.quantized_validation(self):
+        with whole_final_files(finalize), validated_as(self, self._final):
             super().final_eval()  # type: ignore[misc]
         if RANK in {-1, 0}:
-            resume.clear(self)
+            self.exact.clear(self)
+
+    def _final(self, path: Path) -> Any:
+        return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
 
 
-def refuse_two_distillations(ours: Any, theirs: Any) -> None:
-    """Refuse `distill` beside `distill_model` of Ultralytics.
-
-    Raises:
-        UsageError: If both are given.
-    """
-    if ours and theirs:
-        raise UsageError(
-            f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
-            "Keep one of them; only distill.* works with a pruned student."
-        )
-
-
-def self_teacher(model: str) -> str:
-    """Return the teacher that `distill.teacher=self` means: the model as it is before this run.
-
-    Args:
-        model: What is going to be trained.
-
-    Raises:
-        UsageError: If it has no trained weights.
-    """
-    if not model.endswith(".pt"):
-        raise UsageError(
-            f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
-            "Give model=best.pt, or distill.teacher=bigger.pt."
-        )
-    return str(Path(model).resolve()) if Path(model).exists() else model
-
-
-class DetectionTrainer(CompressionMixin, detect.DetectionTrainer):
+class DetectionTrainer(CompressionMixin, tasks.detect.DetectionTrainer):
     """Detection with compression."""
 
 
-class SegmentationTrainer(CompressionMixin, segment.SegmentationTrainer):
+class SegmentationTrainer(CompressionMixin, tasks.segment.SegmentationTrainer):
     """Instance segmentation with compression."""
 
 
-class PoseTrainer(CompressionMixin, pose.PoseTrainer):
+class PoseTrainer(CompressionMixin, tasks.pose.PoseTrainer):
     """Pose estimation with compression."""
 
 
-class OBBTrainer(CompressionMixin, obb.OBBTrainer):
+class OBBTrainer(CompressionMixin, tasks.obb.OBBTrainer):
     """Oriented boxes with compression."""
 
 
-class ClassificationTrainer(CompressionMixin, classify.ClassificationTrainer):
+class ClassificationTrainer(CompressionMixin, tasks.classify.ClassificationTrainer):
     """Classification with compression."""
 
 
@@ -333,6 +299,7 @@ TRAINERS: dict[str, type] = {
     "obb": OBBTrainer,
     "classify": ClassificationTrainer,
 }
+STOCK = {cls.__bases__[1]: cls for cls in TRAINERS.values()}
 
 
 def trainer_for(task: str) -> type:
@@ -347,3 +314,40 @@ def trainer_for(task: str) -> type:
     if task not in TRAINERS:
         raise UsageError(f"There is no compression trainer for task '{task}'. Legal: {', '.join(TRAINERS)}.")
     return TRAINERS[task]
+
+
+def attach(model: Any, **options: Any) -> Any:
+    """Attach compression to an Ultralytics model; its next ``model.train(...)`` compresses.
+
+    Args:
+        model: An `ultralytics.YOLO`.
+        options: `sparsity`, `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed
+            goes on with the options that it was started with.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: If an option is unknown or illegal, or, when training starts, on several GPUs.
+
+    Example:
+        >>> model = YOLO("best.pt")
+        >>> yolo_ext.attach(model, prune={"speedup": 2}, distill={"teacher": "self"})
+        >>> model.train(data="data.yaml", epochs=30)
+    """
+    stock.check_version()
+    parse(options)
+
+    def on_pretrain_routine_start(trainer: Any) -> None:
+        if isinstance(trainer, CompressionMixin):
+            return  # our trainer already has its own options
+        if trainer.world_size > 1:
+            raise UsageError(
+                "attach() works on one device. On several GPUs use model.train(trainer=yolo_ext.trainer_for(task))."
+            )
+        extend(trainer, CompressionMixin, STOCK)
+        saved = {k: getattr(trainer.args, k, None) for k in EXT_DEFAULTS} if trainer.resume else options
+        trainer.setup_compression({**EXT_DEFAULTS, **saved})
+
+    model.add_callback("on_pretrain_routine_start", on_pretrain_routine_start)
+    return model

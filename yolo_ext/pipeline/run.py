@@ -1,0 +1,275 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""One run of `compress`: what it was asked for, its folder, and how its models are loaded, measured and trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import YAML
+
+from yolo_ext import runs, stock
+from yolo_ext.checkpoint import save_model
+from yolo_ext.core.config import CONFIGS, EXT_DEFAULTS, as_plain, parse
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
+from yolo_ext.core.registry import Need
+from yolo_ext.pruning.criteria import criteria
+from yolo_ext.runs import Record
+from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.stock.load import load_model
+from yolo_ext.training import check_settled, check_training
+from yolo_ext.training.distill import remember
+
+# Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
+COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
+FINETUNE: dict[str, Any] = {**COMMON, "epochs": 30, "lr0": 0.001, "warmup_epochs": 1.0}
+QAT: dict[str, Any] = {**COMMON, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0}
+PLACE = ("project", "name", "exist_ok", "save_dir")
+Loaded = tuple[nn.Module, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """One compression run.
+
+    Attributes:
+        base: Base model file.
+        data: Path of the data.yaml, empty when no stage needs data.
+        task: Ultralytics task.
+        native: Ultralytics training arguments given by the user.
+        sparsity, prune, distill, quant: Options of the techniques, None where one is off.
+        models: Base model and newest one by file, each with its training arguments.
+        folder: Run folder.
+        info: Checked dataset dict.
+        imgsz: Side of the square input in pixels.
+        fresh: Whether the folder held nothing before.
+        done: Records of finished stages.
+    """
+
+    base: Path
+    data: str
+    task: str
+    native: dict[str, Any]
+    sparsity: SparsityConfig | None
+    prune: PruneConfig | None
+    distill: DistillConfig | None
+    quant: QuantConfig | None
+    models: dict[Path, Loaded]
+    folder: Path = Path()
+    info: dict[str, Any] = field(default_factory=dict)
+    imgsz: int = 0
+    fresh: bool = False
+    done: dict[str, Record] = field(default_factory=dict)
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """Options by technique."""
+        return {k: getattr(self, k) for k in EXT_DEFAULTS}
+
+    @property
+    def epochs(self) -> int:
+        """Fine-tune epochs."""
+        return int(self.native.get("epochs", FINETUNE["epochs"]))
+
+    @property
+    def prunes_later(self) -> bool:
+        """Whether pruning is part of the fine-tuning instead of a stage of its own."""
+        return bool(self.prune and (self.prune.at or self.prune.every or self.prune.steps))
+
+    @property
+    def teaching(self) -> DistillConfig | None:
+        """Distillation options of a training, with the base model as teacher where the user named none."""
+        itself = self.distill is not None and self.distill.teacher == "self"
+        return replace(self.distill, teacher=str(self.base.resolve())) if itself else self.distill  # type: ignore[type-var]
+
+    def weights(self) -> Path:
+        """Return the file of the newest float weights."""
+        found = [d.weights for d in self.done.values() if d.weights]
+        return self.folder / found[-1] if found else self.base
+
+    def load(self, file: Path | None = None) -> Loaded:
+        """Return the float model of a file, by default the newest, and its training arguments; copy what you change."""
+        file = file or self.weights()
+        if file not in self.models:
+            model, ckpt = load_model(file)
+            self.models = {self.base: self.models[self.base], file: (model, dict(ckpt.get("train_args") or {}))}
+        return self.models[file]
+
+    def save(self, model: nn.Module, args: dict[str, Any], *place: str) -> Path:
+        """Write a float model of given training arguments into the run folder."""
+        model.args = args
+        file = save_model(model, self.folder.joinpath(*place))
+        self.models.pop(file, None)
+        return file
+
+    def relative(self, file: Path) -> str:
+        """Return a file of the run as its records name it."""
+        return str(file.relative_to(self.folder))
+
+    def quantized(self) -> tuple[str, Record]:
+        """Return the stage whose INT8 file is delivered, and its record."""
+        name = "qat" if "qat" in self.done and self.done["qat"].better else "ptq"
+        return name, self.done[name]
+
+
+# Opening -------------------------------------------------------------------------------------------------------------
+def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stages: Iterable[str]) -> Run:
+    """Check everything that can be checked before anything is written, and make the folder.
+
+    Args:
+        model: Base model file.
+        data: Dataset YAML, or nothing.
+        resume: Go on in the folder that is there.
+        options: Techniques, place of the folder, and Ultralytics training arguments.
+        stages: Names of all stages, which a folder that may be written again loses.
+
+    Raises:
+        UsageError: If the input is wrong.
+    """
+    mode = str(options.pop("mode", None) or "compress")
+    place = {k: options.pop(k, None) for k in PLACE}
+    imgsz = options.pop("imgsz", None)
+    configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
+    base, ckpt = load_model(model)
+    loaded = {Path(model): (base, dict(ckpt.get("train_args") or {}))}
+    run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded)
+    _check_data(run)
+    run.imgsz = stock.image_size(base, ckpt, imgsz)
+    _check_techniques(run)
+    run.folder = runs.folder(place, task=run.task, mode=mode, resume=resume)
+    run.fresh = not any(run.folder.iterdir())
+    plain = {"model": model, "data": data, "imgsz": run.imgsz, **options}
+    if resume:
+        _check_resume(run, plain)
+    elif (run.folder / "compress.yaml").exists():  # an earlier run, which `exist_ok=True` gives up
+        for stage in stages:
+            shutil.rmtree(run.folder / stage, ignore_errors=True)
+    YAML.save(run.folder / "compress.yaml", {**plain, **as_plain(configs)})
+    YAML.save(run.folder / "args.yaml", plain)
+    return run
+
+
+def _learns_from_data(run: Run) -> str:
+    """Return which option needs data and trained weights, or an empty string."""
+    prune = run.prune
+    found = {f"'epochs={run.epochs}'": run.epochs > 0, "'distill'": run.distill, "'quant'": run.quant}
+    if prune and prune.kind == "structured":
+        found[f"'prune.method={prune.method}'"] = prune.method != "auto" and Need.DATA in criteria[prune.method].needs
+        found["'prune.max_drop'"] = prune.max_drop is not None
+        found["'prune.scope=pagcp'"] = prune.scope == "pagcp"
+    return next((name for name, needs in found.items() if needs), "")
+
+
+def _check_data(run: Run) -> None:
+    """Read the dataset, and refuse one that is missing or has other classes than the model."""
+    from yolo_ext.data.check import check_data
+
+    if reason := _learns_from_data(run):
+        if run.base.suffix != ".pt":
+            raise UsageError(
+                f"'model={run.base}' has no trained weights, which {reason} needs. "
+                "Give a .pt; a .yaml can be pruned with epochs=0 only."
+            )
+        if not run.data:
+            hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
+            raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
+    if not run.data:
+        return
+    base, _ = run.load()
+    stock.refuse_rtdetr(base)
+    run.info = check_data(run.data, task=run.task)
+    if run.info["nc"] != len(base.names):
+        raise UsageError(
+            f"'{run.base}' knows {len(base.names)} classes, '{run.data}' has {run.info['nc']}. "
+            "Give the data it was trained on."
+        )
+
+
+def _check_techniques(run: Run) -> None:
+    """Refuse a target that cannot be reached or a teacher that does not fit before hours of training."""
+    (base, _), configs, prune = run.load(), run.configs, run.prune
+    native = {**run.native, "model": str(run.base), "task": run.task}
+    once = prune and replace(prune, at=[], every=None, start=None, end=None, steps=None)
+    alone = run.quant and replace(run.quant, mode="qat", supervision="labels")  # QAT follows by itself
+    before = {**configs, "prune": once, "quant": None}
+    epochs = run.sparsity.epochs if run.sparsity else max(run.epochs, 1)
+    info = run.info or {"names": base.names}
+    check_training(before, {**native, "epochs": epochs}, base, info, run.imgsz)
+    if prune and not run.epochs and (prune.at or prune.every or prune.steps or prune.start or prune.end):
+        raise UsageError("'epochs=0' trains nothing, so there are no epochs to prune in. Leave prune.at or every out.")
+    check_settled({"prune": prune}, {**native, "epochs": max(run.epochs, 1)})
+    if alone:
+        check_training({"quant": alone}, native, base, run.info, run.imgsz)
+
+
+def _check_resume(run: Run, plain: dict[str, Any]) -> None:
+    """Refuse to mix stages of different options in one folder; options that came or went since do not count."""
+    before = runs.read(run.folder / "compress.yaml")
+    told = {k: before.pop(k, None) for k in EXT_DEFAULTS}
+    changed = [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
+    changed += [k for k, config in run.configs.items() if _config(k, told[k]) != config]
+    if changed:
+        raise UsageError(
+            f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed). "
+            "Give another name=, or the options of that run to go on with it."
+        )
+
+
+def _config(technique: str, told: dict[str, Any] | None) -> Any:
+    """Return the options of an earlier run as they are known today."""
+    cls = CONFIGS[technique]
+    return told and cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
+
+
+# Measuring and training ----------------------------------------------------------------------------------------------
+def measure(run: Run, weights: Path) -> dict[str, Any]:
+    """Return params, GFLOPs, size and, where there are data, mAP of float weights."""
+    model, _ = run.load(weights)
+    found = runs.model_figures(model, weights, run.imgsz)
+    if run.data and run.task != "classify":
+        found.update(accuracy(model, run.data, run.imgsz))
+        remember(model, run.data, run.imgsz, found["map"])
+    return found
+
+
+def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any], weights: Path | None = None) -> Path:
+    """Train the newest weights, or those given, in the stage's folder, going on where a killed run stopped."""
+    from ultralytics import YOLO
+
+    from yolo_ext.training.trainer import trainer_for
+
+    folder = run.folder / stage
+    last = folder / "weights" / "last.pt"
+    place: dict[str, Any] = {"save_dir": str(folder), "exist_ok": True}
+    if last.exists() and _unfinished(last):
+        weights, args = last, {"resume": True, **place}
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)
+        args = {"data": run.data, "imgsz": run.imgsz, **native, **options, **place}
+        if isinstance(args.get("batch"), int) and args["batch"] > 0:
+            # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
+            args.setdefault("nbs", args["batch"])
+    YOLO(str(weights or run.weights())).train(trainer=trainer_for(run.task), **args)
+    best = folder / "weights" / "best.pt"
+    return best if best.exists() else last
+
+
+def _unfinished(last: Path) -> bool:
+    """Tell whether a training checkpoint still holds the state to go on."""
+    try:
+        ckpt = torch.load(last, map_location="cpu", weights_only=False)
+    except Exception:  # a file of a killed writer is no checkpoint
+        return False
+    return ckpt.get("epoch", -1) >= 0 and ckpt.get("optimizer") is not None
+
+
+def finetuning(run: Run) -> dict[str, Any]:
+    """Return the training arguments of a fine-tuning: our defaults below those of the user."""
+    return {**FINETUNE, "close_mosaic": min(10, run.epochs // 3), **run.native}

@@ -1,0 +1,219 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Distillation in a training run: teachers and adapters, the batch size, and a look at all of them beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, RANK, colorstr
+
+from yolo_ext import runs, stock
+from yolo_ext.checkpoint import fingerprint
+from yolo_ext.core.errors import UsageError
+from yolo_ext.distillation import costs
+from yolo_ext.distillation.criterion import DistillationLoss, Distiller
+from yolo_ext.distillation.preflight import Facts, doubts, table
+from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
+from yolo_ext.pruning.during import follow
+from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.context import undisturbed
+from yolo_ext.stock.load import load_model
+from yolo_ext.stock.trainer import along
+from yolo_ext.training.prune import pruning_epochs
+from yolo_ext.training.technique import Technique, live
+
+PREFIX = "distill: "
+_known: dict[tuple[str, str, int], float] = {}  # accuracy by weights, data and size, within this process
+
+
+def remember(weights: nn.Module, data: Any, imgsz: int, accuracy: float) -> None:
+    """Note an accuracy that has been measured already, so that the preflight need not do it again."""
+    _known[fingerprint(weights), str(Path(data).resolve()), imgsz] = accuracy
+
+
+def self_teacher(model: str) -> str:
+    """Return the teacher that `distill.teacher=self` means: the model as it is before this run."""
+    if not model.endswith(".pt"):
+        raise UsageError(
+            f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
+            "Give model=best.pt, or distill.teacher=bigger.pt."
+        )
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+class Distill(Technique):
+    """Teachers are asked along with the student, whose loss grows by what they say.
+
+    Attributes:
+        distiller: Teachers and adapters, from the first optimizer on.
+    """
+
+    key = "distill"
+
+    def __init__(self, configs: dict[str, Any], args: Any) -> None:
+        """Look up whether the student is going to lose channels."""
+        super().__init__(configs, args)
+        self.shrinks = bool(pruning_epochs(configs, args))
+        self.distiller: Any = None
+
+    @classmethod
+    def settle(cls, configs: dict[str, Any], args: Any) -> None:
+        """Refuse a second distillation, by Ultralytics itself, and find the file of the model's own self."""
+        cfg, theirs = configs["distill"], getattr(args, "distill_model", None)
+        if theirs:
+            raise UsageError(
+                f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
+                "Keep one of them; only distill.* works with a pruned student."
+            )
+        if cfg.teacher == "self":
+            configs["distill"] = replace(cfg, teacher=self_teacher(str(args.model)))
+
+    def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
+        """Refuse teachers that do not fit, and losses that do not work with them."""
+        model.names = info["names"]
+        Distiller(model, self.cfg, torch.device("cpu"), shrinks=self.shrinks)
+
+    @contextmanager
+    def batch_search(self, trainer: Any) -> Iterator[None]:
+        """Run the teachers along."""
+        guides = make_guides(self.cfg, deepcopy(live(trainer)).eval(), trainer.device)
+
+        def ask(images: torch.Tensor) -> list[Any]:
+            with torch.autocast(trainer.device.type, enabled=False):
+                return [guide.ask(images) for guide in guides]
+
+        with along(trainer.model, ask):
+            yield
+
+    def build(self, trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load the teachers, and give their adapters a parameter group."""
+        if self.distiller is None:
+            self.distiller = Distiller(model, self.cfg, trainer.device, shrinks=self.shrinks)
+            LOGGER.info(f"{colorstr(PREFIX)}{self.distiller.summary()}")
+        if adapters := list(self.distiller.adapters.parameters()):
+            like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            like.update(weight_decay=0.0, param_group="distill")
+            like["lr"] = min(g["lr"] for g in optimizer.param_groups)  # MuSGD triples it for parts of the head
+            optimizer.add_param_group({"params": adapters, **like})
+
+    def criterion(self, trainer: Any, base: Any) -> Any:
+        """Say what is going to teach, and add the losses of the distiller."""
+        self.distiller.begin(trainer)
+        if not trainer.resume:  # which has seen all this
+            with undisturbed(trainer.device):
+                self._preflight(trainer)
+        return DistillationLoss(base, self.distiller)
+
+    def before_epoch(self, trainer: Any) -> None:
+        """Set the weights of this epoch."""
+        self.distiller.set_epoch(trainer.epoch, trainer.epochs, trainer.args.close_mosaic)
+
+    def after_surgery(self, trainer: Any, kept: dict[str, dict[str, list[int]]]) -> None:
+        """Cut the student's side of the adapters."""
+        cut_adapters(self.distiller, live(trainer), trainer.optimizer, kept)
+
+    def before_step(self, trainer: Any) -> None:
+        """Clip the adapters apart from the student, and keep them equal on all devices."""
+        self.distiller.sync()
+        if adapters := list(self.distiller.adapters.parameters()):
+            nn.utils.clip_grad_norm_(adapters, max_norm=10.0 * trainer.scaler.get_scale())
+
+    def state(self) -> dict[str, Any]:
+        """Return the weights of the adapters."""
+        return {"adapters": self.distiller.adapters.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put the weights of the adapters back."""
+        self.distiller.adapters.load_state_dict(state["adapters"])
+
+    # Preflight ------------------------------------------------------------------------------------------------------
+    def _preflight(self, trainer: Any) -> None:
+        """Say what teachers and student are worth and cost, and warn of teachers that will hardly help."""
+        student, *found = self._facts(trainer)
+        if RANK not in {-1, 0}:
+            return
+        metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
+        LOGGER.info("\n" + table(student, found, metric))
+        for teacher in found:
+            if _same_file(teacher.name, trainer.args.model):
+                teacher = replace(teacher, accuracy=None)  # teaches what the student is going to lose
+            for doubt in doubts(student, teacher, metric):
+                LOGGER.warning(f"{colorstr(PREFIX)}{doubt}.")
+        if self.cfg.preflight:
+            LOGGER.info(f"{colorstr(PREFIX)}{self._step(trainer)}")
+
+    def _facts(self, trainer: Any) -> list[Facts]:
+        """Return what is known of the student and of each teacher that is not its running average."""
+        cfg, size, names = self.cfg, trainer.args.imgsz, live(trainer).names
+        models, other = {"student": (trainer.as_stock(deepcopy(live(trainer))), size)}, set()
+        for name in teachers(cfg):
+            if name == "ema":
+                continue
+            teacher = load_model(name)[0]
+            if cfg.logits or {*teacher.names.values()} & {*names.values()}:
+                teacher = with_classes(teacher, names, name)
+            else:  # whose features teach all the same, but whose boxes have no meaning here
+                other.add(name)
+            models[name] = (teacher, cfg.imgsz or size)
+        if cfg.preflight and RANK in {-1, 0}:
+            LOGGER.info(f"{colorstr(PREFIX)}measuring on the val split (distill.preflight=False leaves it out)")
+        found = []
+        for name, (model, imgsz) in models.items():
+            figures = runs.model_figures(model, None, imgsz)
+            worth = _accuracy(trainer, model, imgsz) if cfg.preflight and name not in other else None
+            found.append(Facts(name, imgsz, figures["params"], figures["gflops"], worth))
+        return found
+
+    def _step(self, trainer: Any) -> str:
+        """Return in words how long a step takes with and without teachers, and what memory they hold."""
+        model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
+        batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
+        images = costs.sample((batch, stock.input_channels(model), size, size), trainer.device)
+        amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
+        plain = costs.student_seconds(model, images, amp)
+        parts = [costs.teacher_cost(guide, images) for guide in guides]
+        taught = sum(p[0] for p in parts)
+        memory = "weights and activations" if trainer.device.type == "cuda" else "weights"
+        return (
+            f"{batch} images at {size} px: student {1e3 * plain:.0f} ms without its loss, teachers "
+            f"{1e3 * taught:.0f} ms{f' in each {every}th batch' if every > 1 else ''}, so a step takes about "
+            f"{1 + taught / every / plain:.2f} times as long; teachers hold {sum(p[1] for p in parts):.0f} MB "
+            f"({memory})"
+        )
+
+
+def cut_adapters(
+    distiller: Any, model: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, dict[str, list[int]]]
+) -> None:
+    """Cut the adapters of a pruned student, and their moments in the optimizer, to the channels that are left."""
+    paths = stock.level_inputs(model)
+    for adapter, level in zip(distiller.adapters, distiller.levels):
+        index = kept.get(paths[level], {}).get("in")
+        if index is None:
+            continue
+        old = adapter.conv.weight if adapter.conv is not None else None
+        adapter.shrink(index)
+        if old is not None:
+            follow(optimizer, [(old, adapter.conv.weight, [(1, index)])])
+
+
+def _same_file(a: Any, b: Any) -> bool:
+    return Path(str(a)).resolve() == Path(str(b)).resolve()
+
+
+def _accuracy(trainer: Any, model: nn.Module, imgsz: int) -> float | None:
+    """Return mAP50-95, or top-1 of a classifier, on the val split; on several GPUs all take part, and one knows."""
+    key = (fingerprint(model), str(Path(trainer.args.data).resolve()), imgsz)
+    if key not in _known:
+        found = score(accuracy(model, like=trainer.validator, imgsz=imgsz, rect=False, cache=False))
+        if found is None:
+            return None
+        _known[key] = found
+    return _known[key]

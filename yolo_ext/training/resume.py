@@ -1,0 +1,206 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Exact resume: what the checkpoint of Ultralytics leaves out, in a file beside it while a run is unfinished.
+
+Stock resume rounds the EMA to fp16, continues from it in place of the live weights, and starts every random generator
+anew. On one device without dataloader workers, a run that was killed goes on here to the same numbers, bit by bit.
+With workers, on several devices, or with Albumentations, the random part differs; weights and optimizer are exact.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics import __version__
+from ultralytics.utils import LOGGER, RANK, colorstr
+
+from yolo_ext.checkpoint import atomic_write
+from yolo_ext.stock.trainer import continue_order, order_of
+from yolo_ext.training.technique import Technique, live
+
+SIDECAR = "resume_epoch{}.pt"  # named by epoch: the one of the old last.pt must outlive the writing of the new one
+
+
+class Exact:
+    """What a run needs to go on exactly, and the rhythm of its optimizer steps.
+
+    Ultralytics keeps the batch of the last step in a local variable that a resume loses. `accumulate` makes up for it
+    until the first step, from where a batch is prepared, behind the warmup that may set it, to the end of the batch.
+
+    Attributes:
+        waiting: Batches since the last step, whose gradients have been accumulated.
+    """
+
+    def __init__(self) -> None:
+        """Start a run that has not taken a step."""
+        self.waiting = 0
+        self._shift = 0  # to add to `accumulate`
+        self._state: dict[str, Any] | None = None  # whose random part waits for the first epoch
+        self._epoch = -1
+
+    # Rhythm ---------------------------------------------------------------------------------------------------------
+    def before_epoch(self, trainer: Any) -> None:
+        """Go on exactly in the first epoch of a resumed run; in one that is started again, gradients are gone."""
+        if self._state:
+            self._begin(trainer, self._state)
+            self._state = None
+        elif trainer.epoch == self._epoch:  # out of memory or after NaN
+            self.waiting = self._shift = 0
+        self._epoch = trainer.epoch
+
+    def before_batch(self) -> None:
+        """Count a batch."""
+        self.waiting += 1
+
+    def prepare_batch(self, trainer: Any) -> None:
+        """Correct how many batches are accumulated until the first step of a resumed run."""
+        trainer.accumulate += self._shift
+
+    def after_step(self, trainer: Any) -> None:
+        """Note an optimizer step, behind which nothing needs correction any more."""
+        trainer.accumulate -= self._shift
+        if self._shift and self.waiting < trainer.accumulate:
+            self._out_of_step()
+        self.waiting = self._shift = 0
+
+    def after_batch(self, trainer: Any) -> None:
+        """Take back the correction, whether or not the batch saw a step."""
+        trainer.accumulate -= self._shift
+        if self._shift and self.waiting >= trainer.accumulate:
+            self._out_of_step()
+            self._shift = 0
+
+    def _out_of_step(self) -> None:
+        _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
+
+    # State ----------------------------------------------------------------------------------------------------------
+    def save(self, trainer: Any) -> None:
+        """Write the state of training at the end of an epoch beside the checkpoint that is going to be written next."""
+        buffer = io.BytesIO()
+        torch.save(self._capture(trainer), buffer)
+        atomic_write(_path(trainer, trainer.epoch), buffer.getvalue())
+
+    def _capture(self, trainer: Any) -> dict[str, Any]:
+        """Return the state in full precision and of plain types, which `torch.load(weights_only=True)` reads."""
+        name, keys, *rest = np.random.get_state(legacy=True)
+        cuda, stopper = trainer.device.type == "cuda", trainer.stopper
+        found = {
+            "model": live(trainer).state_dict(),
+            "ema": trainer.ema.ema.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "gradients": [p.grad for p in _parameters(trainer)],
+            "waiting": self.waiting,
+            "stopper": {"best_fitness": float(stopper.best_fitness), "best_epoch": stopper.best_epoch},
+            "random": {
+                "python": random.getstate(),
+                "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+                "orders": [order_of(x) for x in _loaders(trainer)],
+                "buffer": list(getattr(trainer.train_loader.dataset, "buffer", ())),
+            },
+        }
+        for technique in trainer.techniques:
+            found.update(technique.state())
+        return found
+
+    def restore(self, trainer: Any) -> None:
+        """Put back weights, optimizer and what techniques hold, after Ultralytics has resumed from the checkpoint."""
+        if not trainer.start_epoch:
+            return
+        if RANK in {-1, 0}:
+            _forget_later_rows(trainer.csv, trainer.start_epoch)
+        path = _path(trainer, trainer.start_epoch - 1)
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if state is None or not _belongs(state, trainer.ema.ema, trainer.techniques):
+            _warn(f"{path} is not there or not of this checkpoint: going on from fp16 weights")
+            return
+        live(trainer).load_state_dict(state["model"])
+        trainer.ema.ema.load_state_dict(state["ema"])
+        for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups):
+            if "fused" in saved:
+                saved["fused"] = group["fused"]  # the device of today picks the kernel
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        vars(trainer.stopper).update(state["stopper"])
+        for technique in trainer.techniques:
+            technique.load_state(state)
+        self._state = state
+
+    def clear(self, trainer: Any, keep: int | None = None) -> None:
+        """Remove the states of this run's folder, but for the one of epoch `keep`, counted from 0."""
+        for path in trainer.wdir.glob(SIDECAR.format("*")):
+            if keep is None or path != _path(trainer, keep):
+                path.unlink()
+
+    def _begin(self, trainer: Any, state: dict[str, Any]) -> None:
+        """Put back gradients, the rhythm of steps and everything random, at the very start of the first epoch."""
+        for p, grad in zip(_parameters(trainer), state["gradients"]):
+            p.grad = None if grad is None else grad.to(p.device)
+        self.waiting = state["waiting"]
+        self._shift = len(trainer.train_loader) * trainer.start_epoch - self.waiting
+        if trainer.world_size > 1:
+            return
+        saved = state["random"]
+        for i in saved["buffer"]:
+            trainer.train_loader.dataset.load_image(i)
+        if not _continue_orders(trainer, saved["orders"]):
+            _warn(f"The dataloader of Ultralytics {__version__} is one that yolo_ext does not know")
+        name, keys, *rest = saved["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(saved["python"])
+        torch.set_rng_state(saved["torch"])
+        if saved["cuda"] is not None and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda"], trainer.device)
+
+
+def _warn(why: str) -> None:
+    LOGGER.warning(
+        f"{colorstr('resume: ')}{why}, so figures will differ a little from those of a run that was never stopped"
+    )
+
+
+def _path(trainer: Any, epoch: int) -> Path:
+    return trainer.wdir / SIDECAR.format(epoch)
+
+
+def _parameters(trainer: Any) -> list[torch.nn.Parameter]:
+    return [p for group in trainer.optimizer.param_groups for p in group["params"]]
+
+
+def _loaders(trainer: Any) -> tuple[Any, Any]:
+    return trainer.train_loader, trainer.test_loader
+
+
+def _belongs(state: dict[str, Any], ema: torch.nn.Module, techniques: Iterable[Technique]) -> bool:
+    """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
+    saved, loaded = state["ema"], ema.state_dict()
+    names = loaded.keys() - set().union(*(t.inexact(ema) for t in techniques))
+    return saved.keys() == loaded.keys() and all(torch.equal(saved[k].half(), loaded[k].cpu().half()) for k in names)
+
+
+def _forget_later_rows(csv: Path, epochs: int) -> None:
+    """Drop the rows of epochs that ended after the checkpoint was written: they are going to be repeated."""
+    if csv.exists():
+        head, *rows = csv.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
+        if kept != rows:
+            atomic_write(csv, "".join([head, *kept]))
+
+
+def _continue_orders(trainer: Any, orders: list[tuple[torch.Tensor, bool] | None]) -> bool:
+    """Make both loaders go on with the order of images, and tell whether they can; classification shuffles both."""
+    # From this epoch on mosaic is closed, for which Ultralytics resets the loader: first, or again after a resume.
+    closing = trainer.epochs - trainer.args.close_mosaic if trainer.args.close_mosaic else trainer.epochs
+    known = True
+    for loader, order in zip(_loaders(trainer), orders):
+        resets = loader is trainer.train_loader and trainer.start_epoch >= closing
+        if loader.num_workers:
+            continue
+        mid_run = order is not None and order[1] and not (resets and trainer.start_epoch == closing)
+        known &= order is not None and continue_order(loader, order[0], mid_run, resets)
+    return known

@@ -1,0 +1,125 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Sparsity training in a training run: around each optimizer step, and after each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, RANK, colorstr
+
+from yolo_ext.checkpoint import fingerprint, is_pruned, note
+from yolo_ext.core.options import PruneConfig
+from yolo_ext.sparsity import monitor
+from yolo_ext.sparsity.sparsifier import Sparsifier
+from yolo_ext.stock.trainer import LoggedLoss, forget_best
+from yolo_ext.training.prune import pruning_epochs
+from yolo_ext.training.technique import Technique, input_size, live
+
+GROUP = "sparse"  # name of the parameter group without weight decay
+
+
+class Sparse(Technique):
+    """Channels that the loss does not defend are pulled to zero.
+
+    Attributes:
+        sparsifier: What is pulled and how far, from the first optimizer on.
+    """
+
+    key = "sparsity"
+
+    def __init__(self, configs: dict[str, Any], args: Any) -> None:
+        """Look up what is going to be pruned, as its options `include` and `exclude` say, and when."""
+        super().__init__(configs, args)
+        self.epochs, self.pruned_at = args.epochs, pruning_epochs(configs, args)
+        self.prune = configs["prune"] or PruneConfig(ratio=0.5, method=self.cfg.method)
+        self.sparsifier: Any = None
+
+    def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
+        """Refuse a model of which nothing can become sparse, and a schedule outside of the run."""
+        Sparsifier(model, self.cfg, self.prune, self.epochs, self.pruned_at)
+
+    def build(self, trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the sparsifier, put its pulls around the steps of the optimizer, and switch off weight decay for it."""
+        if self.sparsifier is None:
+            if not trainer.resume and not is_pruned(model):
+                note(model, parent=fingerprint(model))  # channels keep their meaning: its own teacher stays comparable
+            self.sparsifier = Sparsifier(model, self.cfg, self.prune, trainer.epochs, self.pruned_at)
+            self._tell()
+        _without_decay(model, optimizer, self.sparsifier.penalised(model))
+        # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
+        if self.cfg.mode == "gradient":
+            optimizer.register_step_pre_hook(lambda o, *_: self.sparsifier.gradient(live(trainer), _part(trainer), o))
+        else:
+            optimizer.register_step_post_hook(lambda *_: self.sparsifier.shrink(live(trainer), _part(trainer)))
+
+    def _tell(self) -> None:
+        if RANK in {-1, 0}:
+            LOGGER.info(
+                f"{colorstr('sparsity: ')}{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run, "
+                f"{len(self.sparsifier.groups)} groups that can be pruned"
+            )
+
+    def criterion(self, trainer: Any, base: Any) -> Any:
+        """Log the penalty beside the losses."""
+        return LoggedLoss(base, lambda: {"sparsity_loss": self.sparsifier.penalty(live(trainer)).detach()})
+
+    def before_epoch(self, trainer: Any) -> None:
+        """Set the pull of an epoch; while there is one, best.pt is the newest: fitness prefers the least sparse."""
+        self.sparsifier.set_epoch(trainer.epoch)
+        self.sparsifier.keep_up(live(trainer), len(trainer.train_loader))
+        if self.sparsifier.pull > 0:
+            forget_best(trainer)
+
+    def after_surgery(self, trainer: Any, kept: dict[str, dict[str, list[int]]]) -> None:
+        """Find the groups anew."""
+        self.sparsifier.rebuild(live(trainer))
+
+    def after_step(self, trainer: Any) -> None:
+        """Make zeros of the live model zeros of the EMA, where they would only fade."""
+        self.sparsifier.follow(live(trainer), trainer.ema.ema)
+
+    def columns(self, trainer: Any) -> dict[str, float]:
+        """Look at the model, steer the pull, write history and pictures, and return what has been reached."""
+        sparsifier, ema, cfg = self.sparsifier, trainer.ema.ema, self.cfg
+        record = monitor.observe(
+            ema, cfg, self.prune, epoch=trainer.epoch, coefficient=sparsifier.coefficient,
+            penalty=float(sparsifier.penalty(ema)), imgsz=input_size(trainer, ema), pull=sparsifier.pull,
+        )  # fmt: skip
+        if cfg.auto:
+            sparsifier.steer(record["share"], float(trainer.fitness))
+        summary = {"method": cfg.method, "coefficient": sparsifier.coefficient, "epochs": trainer.epoch + 1,
+                   "threshold": cfg.threshold, "share": record["share"], "speedup": record["speedup"]}  # fmt: skip
+        for model in (live(trainer), ema):
+            note(model, sparsity=summary)
+        history = monitor.History(trainer.save_dir)
+        history.append(record)
+        for picture in history.plot():
+            trainer.on_plot(picture)
+        return monitor.columns(record)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the sparsifier."""
+        return {"sparsity": self.sparsifier.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put the state of the sparsifier back."""
+        self.sparsifier.load_state_dict(state["sparsity"])
+
+
+def _part(trainer: Any) -> float:
+    """Return which part of an epoch the batches behind this optimizer step are."""
+    return trainer.exact.waiting / len(trainer.train_loader)
+
+
+def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
+    """Move parameters out of groups with weight decay into like groups without."""
+    chosen = {p for n, p in model.named_parameters() if n in names}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if p in chosen]
+        if not moved or not group.get("weight_decay"):
+            continue
+        group["params"] = [p for p in group["params"] if p not in chosen]
+        like = {k: v for k, v in group.items() if k != "params"}
+        optimizer.add_param_group({**like, "params": moved, "weight_decay": 0.0, "param_group": GROUP})
