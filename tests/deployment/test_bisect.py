@@ -6,7 +6,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from yolo_ext.deployment.bisect import describe_difference, first_difference, module_path
+from yolo_ext.deployment.compare import describe_difference, first_difference
+from yolo_ext.deployment.runtime import module_path
 
 
 @pytest.fixture(scope="module")
@@ -86,4 +87,4 @@ def test_short_batch_is_filled_up(exported, spoil, x, tmp_path):
     ids=["list", "nested-list", "embedded-nms", "foreign"],
 )
 def test_module_path(node, path):
-    assert module_path(node) == path
+    assert module_path(node).rpartition(".")[0] == path

@@ -26,7 +26,7 @@ from ultralytics.utils.ops import xywhr2xyxyxyxy
 import yolo_ext
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.shapes import draw_scene
-from yolo_ext.deployment import Detections, Detector, detector, detector_decode
+from yolo_ext.deployment import Detections, Detector, decode, detector
 from yolo_ext.deployment.export import export_onnx
 
 SIZE = 64
@@ -174,29 +174,29 @@ def test_suppression_equals_ultralytics(seed, nc, rotated, iou, max_det):
     wanted = non_max_suppression(
         torch.from_numpy(output[None].copy()), 0.4, iou, nc=nc, rotated=rotated, max_det=max_det
     )[0].numpy()
-    rows = detector_decode.dense(output, nc, 0.4, rotated=rotated)
-    found = detector_decode.suppress(rows, iou, max_det, rotated=rotated)
+    rows = decode.dense(output, nc, 0.4, rotated=rotated)
+    found = decode.suppress(rows, iou, max_det, rotated=rotated)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max(initial=0) < 1e-4
 
 
 def test_suppression_of_nothing_and_of_boxes_without_area():
-    assert detector_decode.suppress(np.zeros((0, 6), np.float32), 0.5, 9, rotated=False).shape == (0, 6)
-    assert detector_decode.suppress(np.zeros((0, 7), np.float32), 0.5, 9, rotated=True).shape == (0, 7)
+    assert decode.suppress(np.zeros((0, 6), np.float32), 0.5, 9, rotated=False).shape == (0, 6)
+    assert decode.suppress(np.zeros((0, 7), np.float32), 0.5, 9, rotated=True).shape == (0, 7)
     points = np.float32([[5, 5, 5, 5, 0.9, 0], [5, 5, 5, 5, 0.8, 0]])
-    assert len(detector_decode.suppress(points, 0.5, 9, rotated=False)) == 2
+    assert len(decode.suppress(points, 0.5, 9, rotated=False)) == 2
 
 
 def test_rotated_boxes(monkeypatch):
     boxes = np.random.default_rng(0).uniform(1, 30, (40, 5)).astype(np.float32)
-    ours = detector_decode.prob_iou(boxes, boxes[:7])
+    ours = decode.prob_iou(boxes, boxes[:7])
     assert np.abs(ours - batch_probiou(boxes, boxes[:7]).numpy()).max() < 1e-4
     points = xywhr2xyxyxyxy(boxes)
-    assert np.abs(detector_decode.around(boxes) - np.concatenate([points.min(1), points.max(1)], 1)).max() < 1e-4
+    assert np.abs(decode.around(boxes) - np.concatenate([points.min(1), points.max(1)], 1)).max() < 1e-4
     rows = np.insert(boxes, [4, 4], [0.5, 0], 1).astype(np.float32)
-    whole = detector_decode.suppress(rows, 0.1, 300, rotated=True)
-    monkeypatch.setattr(detector_decode, "BLOCK", 7)
-    assert (detector_decode.suppress(rows, 0.1, 300, rotated=True) == whole).all() and 1 < len(whole) < 40
+    whole = decode.suppress(rows, 0.1, 300, rotated=True)
+    monkeypatch.setattr(decode, "BLOCK", 7)
+    assert (decode.suppress(rows, 0.1, 300, rotated=True) == whole).all() and 1 < len(whole) < 40
 
 
 @given(st.integers(8, 300), st.integers(8, 300), st.sampled_from([(64, 64), (32, 96), (160, 64)]), st.booleans())
@@ -206,7 +206,7 @@ def test_letterbox_equals_ultralytics(height, width, size, auto):
     wanted = LetterBox(size, auto=auto, stride=32)(image=image)
     found = detector.letterbox(image, size, 32 if auto else None)
     assert (found == wanted).all()
-    sx, sy, left, top = detector_decode.fit(found.shape, image.shape)
+    sx, sy, left, top = decode.fit(found.shape, image.shape)
     assert left >= 0 and top >= 0 and left + sx * width <= found.shape[1] + 1e-6
     assert top + sy * height <= found.shape[0] + 1e-6
 

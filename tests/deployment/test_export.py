@@ -141,10 +141,10 @@ def test_wrong_input(source, out, imgsz, text, model, tmp_path):
 
 
 def test_exporter_failure_is_reported_and_writes_nothing(model, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(export, "_ultralytics_onnx", fail)
+    monkeypatch.setattr(export, "export_file", fail)
     with pytest.raises(CheckFailed, match="no kernel"):
         export_onnx(model, tmp_path / "m.onnx", 64)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.intermediate import compiled, export_openvino
+from yolo_ext.deployment.export import compiled, export_openvino
 from yolo_ext.deployment.latency import bench
 from yolo_ext.deployment.runtime import run, session
 

@@ -8,7 +8,8 @@ import torch
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.footprint import peak_memory
 from yolo_ext.deployment.latency import runtime_of
-from yolo_ext.deployment.operators import around, module_path, operators, saved_ms
+from yolo_ext.deployment.operators import around, operators, saved_ms
+from yolo_ext.deployment.runtime import module_path
 
 
 def test_profile_adds_up(exported):

@@ -15,8 +15,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.processing import detect, load_image
-from yolo_ext.deployment.runtime import conv_report, describe, metadata, predictor, run, session
+from yolo_ext.deployment.runtime import conv_report, describe, detect, load_image, metadata, predictor, run, session
 from yolo_ext.stock.context import cpu_info, quiet
 from yolo_ext.stock.load import float_model
 

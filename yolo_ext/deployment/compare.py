@@ -1,41 +1,42 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Raw outputs of two models side by side: scores, boxes and what the task adds, anchor by anchor, and weights."""
+"""Two models side by side: raw outputs anchor by anchor, weights, and the first node of an ONNX file that differs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from torch import nn
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.export import max_relative_error
-from yolo_ext.deployment.processing import Predict, Size, height_width, load_image
-from yolo_ext.deployment.runtime import Source
+from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.export import export_onnx, max_relative_error
+from yolo_ext.deployment.runtime import Predict, Source, describe, load_image, module_path, run, session
 from yolo_ext.stock.context import quiet
+from yolo_ext.stock.exporter import as_exported, choose_head
 from yolo_ext.stock.load import float_model
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there
 PIXELS = 10.0  # floor of the relative error of keypoints: a limit of 1e-3 then means 1e-2 px, as for boxes
 WEIGHT_FLOOR = 1e-3  # share of a tensor's largest weight; errors of smaller weights are measured against it
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+STEP = 64  # tensors read at once, which bounds memory
+TOLERANCES = {"fp32": (1e-4, 1e-5), "fp16": (3e-2, 1e-2)}  # relative to the largest value; the second if none is found
 
 
 def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield batches: the real images, then noise, zeros and ones, which reach ranges that photographs do not.
+    """Yield batches (B, C, H, W), float32 in 0..1: the real images, then noise, zeros and ones.
 
-    Args:
-        images: Image files.
-        imgsz: Input size in pixels.
-        meta: `runtime.describe` of the ONNX file. A static one gets full batches of its size; an open one gets every
-            image alone, three at once, and two of another size.
-
-    Yields:
-        Arrays (B, C, H, W), float32 in 0..1.
+    A static ONNX file gets full batches of its size; an open one gets every image alone, three at once, and two of
+    another size.
     """
     batch, channels = meta["shape"][0] or 1, meta["shape"][1] or 3
     images, (h, w) = list(images), height_width(imgsz)
@@ -50,6 +51,7 @@ def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> I
 
 
 def _singles(images: Iterable[str | Path], size: tuple[int, int], channels: int) -> Iterator[np.ndarray]:
+    """Yield images one by one, the made ones last."""
     for path in images:
         yield load_image(path, size)
     shape = (1, channels, *size)
@@ -81,9 +83,8 @@ def _differences(
 ) -> tuple[np.ndarray, float, list[np.ndarray]]:
     """Compare the outputs for one image.
 
-    Returns:
-        Per row (largest box error in px, largest score error, top score of ``a``), the relative error of the rest, and
-        the absolute errors of each output.
+    Returned are per row the largest box error in px, the largest score error and the top score of ``a`` (N, 3), the
+    relative error of the rest, and the absolute errors of each output.
     """
     final = meta["end2end"] or bool(meta["nms"])
     p, q = _rows(a[0], final), _rows(b[0], final)
@@ -107,21 +108,12 @@ def _differences(
 
 
 def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
-    """Run two models over all inputs and compare their raw outputs.
+    """Run two models over batches (B, C, H, W), float32 in 0..1, and compare their raw outputs.
 
-    Args:
-        a: The reference.
-        b: The other one.
-        batches: Images (B, C, H, W), float32 in 0..1.
-        meta: `runtime.describe` of either.
-
-    Returns:
-        ``rows`` (box error in px, score error and top score of the reference for each anchor), ``rest`` (largest
-        relative error of masks, keypoints and angles), ``outputs`` (``max`` and ``mean`` absolute error of each),
-        ``inputs`` (number of images), ``shapes``, and ``worst``, the batch with the largest error.
-
-    Raises:
-        UsageError: The outputs have different shapes.
+    Returned are ``rows`` (box error in px, score error and top score of the reference ``a`` for each anchor), ``rest``
+    (largest relative error of masks, keypoints and angles), ``outputs`` (``max`` and ``mean`` absolute error of each),
+    ``inputs`` (number of images), ``shapes``, and ``worst``, the batch with the largest error; UsageError where the
+    outputs have different shapes.
     """
     rows, rest, count, worst = [], 0.0, 0, (-1.0, np.zeros(0))
     shapes: list[list[int]] = []
@@ -162,19 +154,11 @@ def summary(rows: np.ndarray) -> dict[str, float]:
 
 
 def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: float) -> dict[str, Any]:
-    """Compare the weights inside an ONNX file with those of the fused model, by name.
+    """Compare the weights in an ONNX file with those of the fused model, by name.
 
-    A single weight that is a little off may move no score by more than rounding does; here it shows exactly.
-
-    Args:
-        model: Float Ultralytics model or ``.pt`` file.
-        onnx_path: Its export in FP32 or FP16.
-        end2end: Head of a dual-head model that was exported.
-        limit: Relative error from which on a value counts as different.
-
-    Returns:
-        ``compared`` (number of tensors found on both sides), ``weight_max`` (largest relative error) and
-        ``different``: tensor name to its largest relative error and how many values are off, the worst first.
+    A single weight that is a little off may move no score by more than rounding does; here it shows exactly. Returned
+    are ``compared`` (number of tensors found on both sides), ``weight_max`` (largest relative error) and ``different``:
+    tensor name to its largest relative error and how many values are off by more than ``limit``, the worst first.
     """
     known = deployed_weights(model, end2end)
     found: dict[str, dict[str, float]] = {}
@@ -193,15 +177,130 @@ def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: 
     return {"compared": compared, "weight_max": largest, "different": worst_first}
 
 
+def deployed(model: Source, end2end: bool) -> Any:
+    """Return the fused model with the head that was exported."""
+    with quiet():
+        return choose_head(float_model(model), end2end).fuse(verbose=False)
+
+
 def deployed_weights(model: Source, end2end: bool) -> dict[str, np.ndarray]:
     """Return the tensors of the fused model by name, as an export holds them."""
-    with quiet():
-        net = float_model(model)
-        if getattr(net, "end2end", False) != end2end:
-            net.end2end = end2end
-        return {k: v.numpy() for k, v in net.fuse(verbose=False).state_dict().items() if v.ndim}
+    return {k: v.numpy() for k, v in deployed(model, end2end).state_dict().items() if v.ndim}
 
 
 def weight_name(name: str, known: Iterable[str]) -> str | None:
     """Return the name in the model of a tensor of an ONNX file, None without one; embedded NMS adds one level."""
     return next((n for n in (name, name.removeprefix("model.")) if n in known), None)
+
+
+def first_difference(
+    model: Source, onnx_path: str | Path, x: np.ndarray, different: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Find the first node of an ONNX file, in the order of computation, that does not do what the model does on ``x``.
+
+    Convolutions and linear layers are compared with the torch modules themselves, found through the names of their
+    weights. The nodes between them have no module of their own; they are compared with the same tensors of a fresh,
+    unsimplified export of the same model. ``different`` are weights known to differ, from `compare_weights`.
+
+    Returned are ``node``, ``op``, ``module`` (path in the model), ``tensor``, ``error`` (largest, relative to the
+    tensor's largest value), ``weights`` (those of the node that differ) and ``between``, the nodes since the last layer
+    that agreed, which are suspect too where the torch module got another input. None if no node can be blamed.
+    """
+    meta, proto = describe(onnx_path), onnx.load(onnx_path)
+    batch = meta["shape"][0] or 1
+    x = np.concatenate([x, np.repeat(x[-1:], -len(x) % batch, 0)])  # a static graph takes full batches only
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"opset": meta["opset"], "batch": meta["batch"], "dynamic": None in meta["shape"]}
+        fresh = export_onnx(
+            model, Path(folder) / "fresh.onnx", x.shape[2:], simplify=False, end2end=meta["end2end"], nms=meta["nms"],
+            **options,
+        )  # fmt: skip
+        reference = onnx.load(fresh)
+    layers = _layer_outputs(model, x, meta["end2end"])
+    for tolerance in TOLERANCES[meta["precision"]]:
+        passed: list[str] = []
+        for node, gap, layer in _gaps(proto, reference, layers, x):
+            bad = {name: different[name] for name in node.input if different and name in different}
+            if gap > tolerance or bad:
+                found = {
+                    "node": node.name,
+                    "op": node.op_type,
+                    "module": layer or module_path(node.name).rpartition(".")[0],
+                }
+                return {**found, "tensor": node.output[0], "error": gap, "weights": bad, "between": passed}
+            passed = [] if layer else [*passed, node.name]
+    return None
+
+
+def describe_difference(found: Mapping[str, Any] | None) -> str:
+    """Return what `first_difference` found as one sentence."""
+    if found is None:
+        return "No single node differs from a fresh export of the model: names, order of outputs or options differ."
+    text = f"First difference: node '{found['node']}' ({found['op']}) of module '{found['module']}'"
+    text += f", off by {100 * found['error']:.2g} % of its largest value"
+    for name, w in found["weights"].items():
+        text += f"; {w['values']} of {w['of']} values of '{name}' differ, by up to {100 * w['error']:.2g} %"
+    if not found["weights"] and found["between"]:
+        text += f"; or a node before it: {', '.join(found['between'][-3:])}"
+    return text + "."
+
+
+def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.ndarray]:
+    """Run the fused model once and return the output of each convolution and linear layer by module path."""
+    net = as_exported(deployed(model, end2end))
+    found: dict[str, np.ndarray] = {}
+    for path, module in net.named_modules():
+        if isinstance(module, LAYERS):  # copied, because the activation that follows may work in place
+            module.register_forward_hook(lambda _m, _i, y, path=path: found.__setitem__(path, y.numpy().copy()))
+    with torch.inference_mode():
+        net(torch.from_numpy(x))
+    return found
+
+
+def _gaps(
+    proto: onnx.ModelProto, reference: onnx.ModelProto, layers: Mapping[str, np.ndarray], x: np.ndarray
+) -> Iterator[tuple[onnx.NodeProto, float, str | None]]:
+    """Yield the nodes in order of computation with their relative error and, for a layer, its module path."""
+    shared = {name for n in reference.graph.node for name in n.output}
+    weights = {f"{path}.weight": path for path in layers}
+    nodes = [n for n in proto.graph.node if n.output]
+    for start in range(0, len(nodes), STEP):
+        part = nodes[start : start + STEP]
+        paths = {n.output[0]: _layer(n, weights) for n in part}
+        mine = _tensors(proto, [n.output[0] for n in part], x)
+        fresh = _tensors(reference, [t for t, path in paths.items() if path is None and t in shared], x)
+        for n in part:
+            path = paths[n.output[0]]
+            expected = layers[path] if path else fresh.get(n.output[0])
+            yield n, _gap(expected, mine.get(n.output[0])), path
+
+
+def _layer(node: onnx.NodeProto, weights: Mapping[str, str]) -> str | None:
+    """Return the module path of a convolution or linear layer."""
+    if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or len(node.input) < 2:
+        return None
+    name = weight_name(node.input[1], weights)
+    return weights[name] if name else None
+
+
+def _gap(a: np.ndarray | None, b: np.ndarray | None) -> float:
+    """Return the largest difference relative to the largest value of ``a``; 0 where there is nothing to compare."""
+    if a is None or b is None or not np.issubdtype(a.dtype, np.floating):
+        return 0.0
+    if a.shape != b.shape:
+        return float("inf")
+    finite = np.isfinite(a)
+    scale = float(np.abs(a[finite]).max(initial=0.0)) + 1e-12
+    error = np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)).max(initial=0.0)
+    return float("inf") if np.isnan(error) else float(error) / scale
+
+
+def _tensors(proto: onnx.ModelProto, names: list[str], x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the named inner tensors of a graph for an input."""
+    if not names:
+        return {}
+    opened = onnx.ModelProto()
+    opened.CopyFrom(proto)
+    del opened.graph.output[:]
+    opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return dict(zip(names, run(session(opened.SerializeToString()), x)))

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment import detector_decode as decode
+from yolo_ext.deployment import decode
 
 Image: TypeAlias = str | Path | np.ndarray
 TASKS = ("detect", "segment", "pose", "obb", "classify")
@@ -123,6 +123,7 @@ class Detector:
         return [found for part in parts for found in self._detect(part)]
 
     def _detect(self, sources: Sequence[Image]) -> list[Detections]:
+        """Return the detections of at most a batch of pictures."""
         images = [_read(source, self._channels) for source in sources]
         x = np.stack([self._prepare(image) for image in images])
         if self._batch > len(x):  # a graph of fixed batch size takes no fewer
@@ -142,6 +143,7 @@ class Detector:
         return np.ascontiguousarray(image, np.float16 if self._half else np.float32) / 255
 
     def _decode(self, outputs: list[np.ndarray], size: tuple[int, ...], image: np.ndarray) -> Detections:
+        """Return the detections in the outputs for one picture, whose input had (height, width) `size`."""
         shape = image.shape[:2]
         if self.task == "classify":
             none: np.ndarray = np.zeros((0, 6), np.float32)
@@ -182,15 +184,9 @@ class Detector:
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = None) -> np.ndarray:
-    """Scale a picture into a frame and fill the rest with grey, as Ultralytics does.
+    """Scale a picture (H, W, C), uint8, into a frame of (height, width) and fill it with grey, as Ultralytics does.
 
-    Args:
-        image: Picture (H, W, C), uint8.
-        size: Height and width of the frame in pixels.
-        stride: Cut the border down to the next multiple of this; None keeps the whole frame.
-
-    Returns:
-        Picture (h, w, C), uint8.
+    With a stride the border is cut down to the next multiple of it.
     """
     h, w = image.shape[:2]
     gain = min(size[0] / h, size[1] / w)
@@ -312,6 +308,7 @@ def _class_index(given: int | str, names: dict[int, str]) -> int:
 
 
 def _check_range(conf: float, iou: float, threads: int | None, max_det: int) -> None:
+    """Refuse illegal options."""
     for key, value in (("conf", conf), ("iou", iou)):
         if not 0 <= value <= 1:
             raise UsageError(f"'{key}={value}' is illegal. Legal: 0 to 1.")

@@ -1,9 +1,15 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""ONNX export: Ultralytics' exporter, then onnxsim, accepted only where it changes nothing, then FP16 if asked."""
+"""Export to ONNX and OpenVINO.
+
+ONNX: Ultralytics' exporter, then onnxsim, accepted only where it changes nothing, then FP16 if asked. OpenVINO's
+intermediate representation is made by OpenVINO's own converter from our ONNX file.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,53 +18,21 @@ from typing import Any
 import numpy as np
 import onnx
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
+from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.deployment.processing import NMS, Size, height_width
-from yolo_ext.deployment.runtime import run, session
-from yolo_ext.stock.context import quiet
-from yolo_ext.stock.load import float_model, no_autoinstall
+from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.runtime import NMS, consumers_of, metadata, run, session
+from yolo_ext.stock.exporter import export_file, head_args
+from yolo_ext.stock.load import float_model
 
 SIMPLIFY_TOLERANCE = 1e-5
-
-
-def head_args(end2end: bool) -> dict[str, Any]:
-    """Return the Ultralytics arguments that select the head of a dual-head model (YOLO26, YOLOv10).
-
-    Args:
-        end2end: True for the one-to-one (NMS-free) head, False for the one-to-many head.
-
-    Returns:
-        ``end2end=`` for releases that have that option, otherwise ``nms=`` (False means NMS-free there).
-    """
-    if "end2end" in DEFAULT_CFG_DICT:
-        return {"end2end": end2end}
-    return {"nms": False if end2end else None}
-
-
-def _ultralytics_onnx(model: Any, folder: Path, args: dict[str, Any]) -> onnx.ModelProto:
-    """Export through Ultralytics inside ``folder``, so that nothing appears beside the user's weights."""
-    from ultralytics.engine.exporter import Exporter
-
-    model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
-    fixed = {"format": "onnx", "device": "cpu", "simplify": False, "mode": "export"}
-    with quiet(), no_autoinstall():
-        return onnx.load(Exporter(overrides={**fixed, **args})(model))
+SUFFIX = "_openvino_model"  # by which Ultralytics knows such a folder
 
 
 def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray], floor: float = 1.0) -> float:
-    """Return the largest ``|a - b| / max(floor, |a|)`` over paired arrays, infinite where shapes differ or a NaN is.
-
-    Args:
-        reference: Arrays of any shape.
-        other: Arrays of the same shapes.
-        floor: Magnitude below which the error is absolute, in units of this, so that zeros cannot blow it up.
-
-    Returns:
-        The largest relative error.
-    """
+    """Return the largest ``|a - b| / max(floor, |a|)`` over paired arrays, infinite where shapes differ or a NaN is."""
     if [a.shape for a in reference] != [b.shape for b in other]:
         return float("inf")
     errors = [float((np.abs(a - b) / np.maximum(floor, np.abs(a))).max(initial=0.0)) for a, b in zip(reference, other)]
@@ -66,15 +40,7 @@ def max_relative_error(reference: list[np.ndarray], other: list[np.ndarray], flo
 
 
 def simplify_checked(proto: onnx.ModelProto, *shapes: tuple[int, ...]) -> onnx.ModelProto:
-    """Simplify with onnxsim and keep the result only if ONNX Runtime gives the same outputs.
-
-    Args:
-        proto: The model to simplify.
-        shapes: Input shapes (B, C, H, W) of the random images to try, more than one where the graph leaves them open.
-
-    Returns:
-        The simplified model, or ``proto`` itself after a warning.
-    """
+    """Simplify with onnxsim, if ONNX Runtime's outputs for images of each shape (B, C, H, W) agree within 1e-5."""
     import onnxsim
 
     try:
@@ -109,12 +75,10 @@ def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
 def decode_nodes(graph: onnx.GraphProto) -> list[str]:
     """Return the names of the nodes behind the last layers with trained weights: softmax, box decode, NMS."""
     dims = {t.name: list(t.dims) for t in graph.initializer}
-    consumers: dict[str, list[onnx.NodeProto]] = {}
+    consumers = consumers_of(graph)
     decoding: set[str] = set()
     for node in reversed(graph.node):  # in order of computation, so that consumers come first
         users = [u for name in node.output for u in consumers.get(name, [])]
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
         weight = next((dims[name] for name in node.input[1:2] if name in dims), [])
         # The DFL convolution has the fixed weights 0, 1, ... of an expected value: (1, bins, 1, 1).
         layer = node.op_type in {"Conv", "ConvTranspose", "Gemm"} and not (weight[:1] == [1] and weight[2:] == [1, 1])
@@ -124,15 +88,17 @@ def decode_nodes(graph: onnx.GraphProto) -> list[str]:
 
 
 def _trace(model: Any, args: dict[str, Any]) -> onnx.ModelProto:
+    """Export through Ultralytics without its simplification."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return _ultralytics_onnx(model, Path(folder), args)
+            return onnx.load(export_file(model, Path(folder), format="onnx", simplify=False, **args))
         except Exception as error:
             reason = str(error).strip().splitlines()[:1] or [""]
             raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {reason[0]}).") from error
 
 
 def _check(out: Path, model: Any, size: tuple[int, int], nms: Any) -> None:
+    """Refuse a file name, size or option that does not fit the model."""
     if out.suffix != ".onnx":
         raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
     stride = int(max(model.stride))
@@ -168,7 +134,7 @@ def export_onnx(
         dynamic: Leave batch, height and width open.
         batch: Batch size of a static graph; with embedded NMS the largest one of an open graph.
         end2end: Export the NMS-free head of a dual-head model (YOLO26, YOLOv10) instead of the one-to-many head.
-        nms: Embed NMS as Ultralytics does, with these options (keys of `processing.NMS`); None leaves it out.
+        nms: Embed NMS as Ultralytics does, with these options (keys of `runtime.NMS`); None leaves it out.
         half: FP16 weights and activations, with FP32 input, output and box decode.
 
     Returns:
@@ -195,3 +161,62 @@ def export_onnx(
     onnx.helper.set_model_props(proto, metadata)
     atomic_write(out, proto.SerializeToString())
     return out
+
+
+def need_openvino() -> None:
+    """Refuse to go on where OpenVINO is not installed; nothing is installed on the way."""
+    if importlib.util.find_spec("openvino") is None:
+        raise UsageError("OpenVINO is not installed. Run `pip install openvino`, or give format=onnx.")
+
+
+def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = False) -> Path:
+    """Convert an ONNX file, float or with Q/DQ, into a folder that ``YOLO(out)`` and OpenVINO load.
+
+    Args:
+        onnx_path: File with Ultralytics' metadata.
+        out: Folder to write, ``*_openvino_model``; one that is there is replaced.
+        half: Store the weights in FP16.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        UsageError: OpenVINO is not installed, ``out`` has another ending, or OpenVINO cannot read the file.
+    """
+    need_openvino()
+    import openvino
+
+    out = Path(out)
+    if not out.name.endswith(SUFFIX):
+        raise UsageError(f"Output '{out}' does not end in '{SUFFIX}', by which Ultralytics knows it. Rename it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".openvino_") as folder:
+        made = Path(folder) / out.name
+        made.mkdir()
+        try:
+            model = openvino.convert_model(str(onnx_path))
+        except Exception as error:  # OpenVINO's exceptions share no public base class
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"OpenVINO cannot convert '{onnx_path}' ({reason}).") from error
+        openvino.save_model(model, str(made / f"{out.name.removesuffix(SUFFIX)}.xml"), compress_to_fp16=half)
+        YAML.save(made / "metadata.yaml", metadata(session(onnx_path)))
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+    return out
+
+
+def compiled(folder: str | Path, threads: int, options: dict[str, str] | None = None) -> Any:
+    """Return a model of a ``*_openvino_model`` folder compiled for the CPU; UsageError without one or without OpenVINO.
+
+    More properties of OpenVINO are such as ``{"INFERENCE_PRECISION_HINT": "f32"}``: processors with BF16 arithmetic
+    compute in BF16 otherwise.
+    """
+    need_openvino()
+    import openvino
+
+    file = next(Path(folder).glob("*.xml"), None)
+    if file is None:
+        raise UsageError(f"'{folder}' holds no OpenVINO model (.xml). Export one with format=openvino.")
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **(options or {})}
+    return openvino.Core().compile_model(str(file), "CPU", settings)

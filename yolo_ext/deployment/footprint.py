@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,51 +39,56 @@ def peak_memory(path: str | Path, imgsz: int, threads: int = 1, batch: int = 1) 
 
 
 def _status(key: str) -> float:
-    # Not getrusage: its maximum is inherited from the process that started this one.
+    """Return a figure of this process in MB; not of getrusage, whose maximum is inherited from the parent process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def _run(path: Path, imgsz: int, threads: int, batch: int) -> dict[str, float]:
-    runner: Any
-    if path.is_dir():
-        import openvino
-
-        before = _status("VmRSS")
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        model = openvino.Core().compile_model(str(next(path.glob("*.xml"))), "CPU", options)
-        request = model.create_infer_request()
-        pixels: Any = np.zeros((batch, 3, imgsz, imgsz), np.float32)
-
-        def runner() -> None:
-            request.infer([pixels])
-    elif path.suffix == ".onnx":
-        import onnxruntime as ort
-
-        before = _status("VmRSS")
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads
-        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        node = session.get_inputs()[0]
-        x: Any = np.zeros(
-            [n if isinstance(n, int) else d for n, d in zip(node.shape, (batch, 3, imgsz, imgsz))], np.float32
-        )
-
-        def runner() -> None:
-            session.run(None, {node.name: x})
-    else:
-        import torch
-
-        from yolo_ext.deployment.latency import RUNNERS
-
-        torch.set_num_threads(threads)
-        import ultralytics.nn.tasks  # noqa: F401  part of the runtime, not of the model
-
-        before = _status("VmRSS")
-        runner = RUNNERS["torch"](path, imgsz, threads, batch)
+    """Run a model a few times and return the memory, see `peak_memory`."""
+    load = _load_openvino if path.is_dir() else _load_onnx if path.suffix == ".onnx" else _load_torch
+    before, runner = load(path, imgsz, threads, batch)
     for _ in range(RUNS):
         runner()
     return {"peak_mb": _status("VmHWM"), "runtime_mb": before}
+
+
+def _load_openvino(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
+    """Return the memory with OpenVINO alone, and a function that runs the model once."""
+    import openvino
+
+    before = _status("VmRSS")
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.Core().compile_model(str(next(path.glob("*.xml"))), "CPU", options)
+    request = model.create_infer_request()
+    pixels: Any = np.zeros((batch, 3, imgsz, imgsz), np.float32)
+    return before, lambda: request.infer([pixels])
+
+
+def _load_onnx(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
+    """Return the memory with ONNX Runtime alone, and a function that runs the model once."""
+    import onnxruntime as ort
+
+    before = _status("VmRSS")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    node = session.get_inputs()[0]
+    shape = [n if isinstance(n, int) else d for n, d in zip(node.shape, (batch, 3, imgsz, imgsz))]
+    x: Any = np.zeros(shape, np.float32)
+    return before, lambda: session.run(None, {node.name: x})
+
+
+def _load_torch(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
+    """Return the memory with torch and Ultralytics alone, and a function that runs the model once."""
+    import torch
+
+    from yolo_ext.deployment.latency import RUNNERS
+    from yolo_ext.stock import exporter  # noqa: F401  part of the runtime, not of the model
+
+    torch.set_num_threads(threads)
+    before = _status("VmRSS")
+    return before, RUNNERS["torch"](path, imgsz, threads, batch)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from ultralytics.utils import TQDM
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.processing import Size, height_width
+from yolo_ext.deployment.decode import Size, height_width
 
 MIN_ROUNDS = 10
 
@@ -64,6 +64,7 @@ def measure(
 
 
 def _spread(values: Any) -> dict[str, float]:
+    """Return the median and the 10 and 90 % quantiles of some values."""
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
@@ -99,11 +100,7 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fits(path: Path, legal: list[Any], imgsz: Size, batch: int) -> None:
-    """Check that a graph of input shape ``legal`` (B, C, H, W), open where no number stands, takes such images.
-
-    Raises:
-        UsageError: It does not.
-    """
+    """Refuse images that a graph of input shape ``legal`` (B, C, H, W), open where no number stands, does not take."""
     want = (batch, *height_width(imgsz))
     if any(isinstance(size, int) and size != w for w, size in zip(want, (legal[0], *legal[2:]))):
         raise UsageError(
@@ -113,6 +110,7 @@ def check_fits(path: Path, legal: list[Any], imgsz: Size, batch: int) -> None:
 
 
 def _onnx_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
+    """Return a function that runs a file once in ONNX Runtime."""
     from yolo_ext.deployment.runtime import run, session
 
     model = session(path, threads)
@@ -123,7 +121,8 @@ def _onnx_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[
 
 
 def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
-    from yolo_ext.deployment.intermediate import compiled
+    """Return a function that runs a file once in OpenVINO."""
+    from yolo_ext.deployment.export import compiled
 
     model = compiled(path, threads)
     legal = [d.get_length() if d.is_static else None for d in model.input(0).partial_shape]
@@ -133,14 +132,15 @@ def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Calla
 
 
 def _torch_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
+    """Return a function that runs a file once in torch, fused."""
     import torch
 
     from yolo_ext.stock.context import quiet
+    from yolo_ext.stock.exporter import as_exported
     from yolo_ext.stock.load import float_model
 
     with quiet():
-        model = float_model(path).fuse()
-    model.model[-1].export = True  # outputs as deployed, without the tensors that only training reads
+        model = as_exported(float_model(path).fuse())
     x = torch.from_numpy(noise(batch, model.yaml.get("channels", 3), imgsz))
 
     def runner() -> None:
@@ -159,11 +159,7 @@ RUNNERS = {"ort": _onnx_runner, "torch": _torch_runner, "openvino": _openvino_ru
 
 
 def runtime_of(path: str | Path) -> str:
-    """Return which runtime a file is measured in: "ort", "torch" or "openvino".
-
-    Raises:
-        UsageError: None of them reads it.
-    """
+    """Return which runtime a file is measured in, "ort", "torch" or "openvino"; UsageError where none reads it."""
     path = Path(path)
     kinds = {".onnx": "ort", ".pt": "torch"}
     if path.suffix not in kinds and not path.name.endswith("_openvino_model"):

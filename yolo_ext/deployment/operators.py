@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from yolo_ext.deployment.latency import check_fits, noise
-from yolo_ext.deployment.processing import postprocess, preprocess
-from yolo_ext.deployment.runtime import describe, predictor, run, session
+from yolo_ext.deployment.runtime import describe, module_path, postprocess, predictor, preprocess, run, session
 
 
 def operators(path: str | Path, imgsz: int, *, threads: int = 1, batch: int = 1, runs: int = 20) -> dict[str, Any]:
@@ -94,10 +93,7 @@ def saved_ms(
 
 
 def _by_layer(times: dict[tuple[str, str], list[float]], layers: list[str]) -> dict[str, float]:
-    """Return the ms of each layer's block from the names of nodes, which follow module paths.
-
-    The median of the calls: other work on the machine hits single ones.
-    """
+    """Return the median ms of each layer's block from the names of nodes, which follow module paths."""
     blocks = {path.removesuffix(".conv"): path for path in layers}
     found = dict.fromkeys(layers, 0.0)
     for (name, _), calls in times.items():
@@ -105,18 +101,8 @@ def _by_layer(times: dict[tuple[str, str], list[float]], layers: list[str]) -> d
         while path and path not in blocks:
             path = path.rpartition(".")[0]
         if path:
-            found[blocks[path]] += float(np.median(calls))
+            found[blocks[path]] += float(np.median(calls))  # other work on the machine hits single calls
     return found
-
-
-def module_path(node: str) -> str:
-    """Return the dotted path of a node name such as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
-    parts: list[str] = []
-    for part in node.strip("/").split("/"):
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)
 
 
 def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) -> dict[str, float]:
@@ -141,6 +127,7 @@ def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) ->
 
 
 def _median(work: Callable[[], Any], rounds: int) -> float:
+    """Return the median ms of a call, the first one left out."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

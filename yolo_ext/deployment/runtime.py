@@ -1,5 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Models as functions on the CPU, in torch and in ONNX Runtime, and what ONNX Runtime really runs in INT8."""
+"""Models as functions on the CPU, in torch and in ONNX Runtime, and what ONNX Runtime really runs in INT8.
+
+What surrounds a model is done as Ultralytics' predictor does it: letterbox before, NMS after.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,53 +18,85 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import nn
+from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.processing import NMS, Predict, height_width
+from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.stock.data import LetterBox
+from yolo_ext.stock.exporter import as_exported, choose_head, with_nms
 from yolo_ext.stock.load import float_model
 
-Source: TypeAlias = str | Path | nn.Module
+Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
+Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
 
+NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
 FLOAT_CONVS = {"Conv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
+
+
+def load_image(path: str | Path, imgsz: Size) -> np.ndarray:
+    """Read one image as the predictor does, see `preprocess`; UsageError where it cannot be read."""
+    image = imread(str(path))
+    if image is None:
+        raise UsageError(f"Image '{path}' does not exist or cannot be read. Give readable image files.")
+    return preprocess(image, imgsz)
+
+
+def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
+    """Letterbox a picture (height, width, 3), BGR, 0..255, to (1, 3, height, width), RGB, float32 in 0..1."""
+    boxed: Any = LetterBox(height_width(imgsz), auto=False)(image=image)
+    return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
+
+
+def detect(predict: Predict, x: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
+    """Run one image (1, C, H, W) and return what `postprocess` makes of the first output."""
+    return postprocess(predict(x)[0], meta, conf, iou)
+
+
+def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
+    """Return the detections (N, 6+) in the first output (1, ...) of a model that `describe` describes.
+
+    They are x1, y1, x2, y2 in pixels of the input (OBB: centre and size), score, class, and what the task adds.
+    Ultralytics' NMS only thresholds the output of an NMS-free head.
+    """
+    final = meta["end2end"] or bool(meta["nms"])
+    options = {"nc": meta["nc"], "end2end": final, "rotated": meta["task"] == "obb", "max_det": 300}
+    return non_max_suppression(torch.from_numpy(y), conf, iou, **options)[0]
 
 
 def session(
     model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """Open an ONNX model on ONNX Runtime's CPU provider.
+    """Open an ONNX model on ONNX Runtime's CPU provider; UsageError where that cannot be.
 
     Args:
         model: An ``.onnx`` file, or the serialised model.
         threads: Threads within an operator; None leaves the choice to ONNX Runtime.
         simulate: Run Q/DQ nodes as written, in float, instead of fusing them into integer operators.
         profile: Prefix of the file that ONNX Runtime's profiler writes.
-
-    Returns:
-        The session.
-
-    Raises:
-        UsageError: The file is missing, or ONNX Runtime cannot load it.
     """
-    options = _options(threads, simulate)
+    options = _options(threads)
+    if simulate:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return _open(model, options)
 
 
-def _options(threads: int | None, simulate: bool = False) -> ort.SessionOptions:
+def _options(threads: int | None) -> ort.SessionOptions:
+    """Return the options of every session."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Idle workers would otherwise spin on and steal cores from the model that is measured next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    if simulate:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
 def _open(model: str | Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Open a session, every failure as one UsageError."""
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise UsageError(f"ONNX model '{model}' does not exist. Export one first.")
     try:
@@ -75,27 +109,12 @@ def _open(model: str | Path | bytes, options: ort.SessionOptions) -> ort.Inferen
 
 
 def run(model: ort.InferenceSession, x: np.ndarray) -> list[np.ndarray]:
-    """Run one batch.
-
-    Args:
-        model: A session with one input.
-        x: Images (B, C, H, W), float32 in 0..1.
-
-    Returns:
-        The outputs in graph order.
-    """
+    """Return the outputs, in graph order, of a session with one input for images (B, C, H, W), float32 in 0..1."""
     return model.run(None, {model.get_inputs()[0].name: x})
 
 
 def metadata(model: ort.InferenceSession) -> dict[str, Any]:
-    """Return Ultralytics' metadata of a session's model with values parsed where they are Python literals.
-
-    Args:
-        model: A session.
-
-    Returns:
-        Keys such as ``task``, ``names``, ``imgsz``, ``batch``, ``end2end``; empty for a foreign model.
-    """
+    """Return Ultralytics' metadata of a session's model, values parsed where they are Python literals."""
     parsed: dict[str, Any] = {}
     for key, value in model.get_modelmeta().custom_metadata_map.items():
         parsed[key] = value
@@ -119,12 +138,16 @@ def describe(source: Source) -> dict[str, Any]:
     Raises:
         UsageError: The file is unusable or carries no Ultralytics metadata.
     """
-    if isinstance(source, nn.Module) or str(source).endswith(".pt"):
+    if _is_torch(source):
         model = float_model(source)
-        found = {"task": model.task, "nc": len(model.names), "end2end": bool(getattr(model, "end2end", False))}
         head = model.model[-1]
-        dual = None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None))
-        return {**found, "dual": dual, "nms": None}
+        return {
+            "task": model.task,
+            "nc": len(model.names),
+            "end2end": bool(getattr(model, "end2end", False)),
+            "dual": None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None)),
+            "nms": None,
+        }
     opened = session(source)
     meta = metadata(opened)
     if not meta.get("names"):
@@ -133,8 +156,6 @@ def describe(source: Source) -> dict[str, Any]:
         )
     given: dict[str, Any] = meta["args"] if isinstance(meta.get("args"), dict) else {}
     proto = onnx.load(source, load_external_data=False)
-    quantized = any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in proto.graph.node)
-    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
     return {
         "task": meta["task"],
         "nc": len(meta["names"]),
@@ -147,8 +168,20 @@ def describe(source: Source) -> dict[str, Any]:
         "batch": int(meta.get("batch") or 1),
         "stride": int(meta.get("stride") or 32),
         "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
-        "precision": "int8" if quantized else "fp16" if half else "fp32",
+        "precision": _precision(proto.graph),
     }
+
+
+def _is_torch(source: Source) -> bool:
+    """Return whether a source is a torch model or its file."""
+    return isinstance(source, nn.Module) or str(source).endswith(".pt")
+
+
+def _precision(graph: onnx.GraphProto) -> str:
+    """Return "int8", "fp16" or "fp32"."""
+    if any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in graph.node):
+        return "int8"
+    return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer) else "fp32"
 
 
 def predictor(
@@ -166,22 +199,10 @@ def predictor(
         Function of images (B, C, H, W) that gives the exported outputs: boxes and scores first, then mask prototypes.
         A static ONNX file is run as often as its batch size asks, the last batch filled up.
     """
-    if not isinstance(source, nn.Module) and not str(source).endswith(".pt"):
-        opened = session(source, simulate=simulate)
-        size = opened.get_inputs()[0].shape[0]
-
-        def batches(x: np.ndarray) -> list[np.ndarray]:
-            n = size if isinstance(size, int) else len(x)
-            filled = np.concatenate([x, np.repeat(x[-1:], -len(x) % n, 0)])
-            parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
-            return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
-
-        return batches
-    model = float_model(source)
-    if getattr(model, "end2end", False) != end2end:
-        model.end2end = end2end
-    model.model[-1].export = True  # outputs as exported: no training tensors beside them
-    net = _with_nms(model, nms) if nms else model
+    if not _is_torch(source):
+        return _onnx_predictor(session(source, simulate=simulate))
+    model = as_exported(choose_head(float_model(source), end2end))
+    net = with_nms(model, nms) if nms else model
 
     def forward(x: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
@@ -191,12 +212,17 @@ def predictor(
     return forward
 
 
-def _with_nms(model: Any, nms: dict[str, Any]) -> nn.Module:
-    """Wrap a model as the exporter does to embed NMS."""
-    from ultralytics.engine.exporter import NMSModel
+def _onnx_predictor(opened: ort.InferenceSession) -> Predict:
+    """Return a function that runs a session in batches of the size that it takes."""
+    size = opened.get_inputs()[0].shape[0]
 
-    model.model[-1].xyxy = True
-    return NMSModel(model, SimpleNamespace(format="onnx", dynamic=False, batch=1, opset=None, quantize=None, **nms))
+    def batches(x: np.ndarray) -> list[np.ndarray]:
+        n = size if isinstance(size, int) else len(x)
+        filled = np.concatenate([x, np.repeat(x[-1:], -len(x) % n, 0)])
+        parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
+        return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
+
+    return batches
 
 
 def conv_report(path: str | Path) -> dict[str, Any]:
@@ -231,13 +257,19 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     return {"convs": len(convs), "int8_convs": len(convs) - len(floats), "float_convs": floats}
 
 
-def _reasons(graph: Any) -> Callable[[Any], str]:
-    """Return a function that explains a float convolution from the Q/DQ nodes around it."""
-    producer = {name: n for n in graph.node for name in n.output}
+def consumers_of(graph: onnx.GraphProto) -> dict[str, list[Any]]:
+    """Return the nodes that read each tensor of a graph."""
     consumers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
+    return consumers
+
+
+def _reasons(graph: onnx.GraphProto) -> Callable[[Any], str]:
+    """Return a function that explains a float convolution from the Q/DQ nodes around it."""
+    producer = {name: n for n in graph.node for name in n.output}
+    consumers = consumers_of(graph)
     outputs = {o.name for o in graph.output}
     dtype = {t.name: t.data_type for t in graph.initializer}
 
@@ -266,3 +298,13 @@ def _reasons(graph: Any) -> Callable[[Any], str]:
         return "not fused by ONNX Runtime on this CPU (x86 needs unsigned activations)"
 
     return reason
+
+
+def module_path(node: str) -> str:
+    """Return the dotted path of a node name such as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
+    parts: list[str] = []
+    for part in node.strip("/").split("/"):
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)

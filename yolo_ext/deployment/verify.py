@@ -13,10 +13,9 @@ from torch import nn
 from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.bisect import first_difference
-from yolo_ext.deployment.compare import compare, compare_weights, inputs, summary
-from yolo_ext.deployment.processing import Size, detect, height_width, load_image
-from yolo_ext.deployment.runtime import Source, conv_report, describe, predictor
+from yolo_ext.deployment.compare import compare, compare_weights, first_difference, inputs, summary
+from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.runtime import Source, conv_report, describe, detect, load_image, predictor
 from yolo_ext.stock.accuracy import accuracy
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
@@ -203,10 +202,12 @@ def verify_int8(
 
 
 def _moved(x: np.ndarray) -> np.ndarray:
+    """Return images with every pixel moved by 1e-6 up or down."""
     return x + np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), x.shape)
 
 
 def _listed(images: Iterable[str | Path]) -> list[str | Path]:
+    """Return images as a list; UsageError where there are none."""
     images = list(images)
     if not images:
         raise UsageError("No images to verify on. Give at least one, better 16 or more, from the validation set.")
@@ -240,7 +241,7 @@ def verify(
     Returns:
         ``passed``, ``checks`` (``name, value, limit, passed`` each), ``precision``, what the checks measured under
         ``weights``, ``tensors``, ``detections``, ``int8`` and ``map``, and ``first_difference`` where weights, tensors
-        or detections fail (see `bisect.first_difference`).
+        or detections fail (see `compare.first_difference`).
 
     Raises:
         UsageError: A file is missing or unusable, there is no image, or a limit is unknown.
@@ -285,5 +286,6 @@ def verify(
 
 
 def _check(name: str, value: float, limit: float) -> dict[str, Any]:
+    """Return one line of the table of checks."""
     passed = value >= limit if name == "matched" else value <= limit  # a NaN passes neither
     return {"name": name, "value": value, "limit": limit, "passed": bool(passed)}

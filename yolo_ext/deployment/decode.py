@@ -5,24 +5,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 
+Size: TypeAlias = int | Sequence[int]  # side of a square, or height and width, in pixels
 MAX_CANDIDATES = 30000  # Ultralytics' max_nms
 CLASS_OFFSET = 7680  # px between the classes, so that boxes of two classes never overlap; Ultralytics' max_wh
 BLOCK = 1024  # columns of the overlap matrix at a time
 
 
+def height_width(imgsz: Size) -> tuple[int, int]:
+    """Return height and width in pixels; one number means a square."""
+    h, w = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
+    return int(h), int(w)
+
+
 def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int, int]:
-    """Return where a letterboxed picture lies in the network's input.
+    """Return where a letterboxed picture lies in the network's input, from (height, width) of both in pixels.
 
-    Args:
-        inside: Height and width of the input in pixels.
-        image: Height and width of the picture in pixels.
-
-    Returns:
-        Scale in x and y (input over picture), and the left and top border in pixels.
+    That is the scale in x and y (input over picture), and the left and top border in pixels.
     """
     gain = min(inside[0] / image[0], inside[1] / image[1])
     h, w = (max(round(side * gain), 1) for side in image[:2])
@@ -32,14 +35,8 @@ def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int,
 def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndarray:
     """Return the anchors of a one-to-many head that score above a threshold, each with its best class only.
 
-    Args:
-        output: Boxes x, y, w, h, class scores and extras of one image (4 + nc + extras, anchors).
-        nc: Number of classes.
-        conf: Confidence threshold.
-        rotated: Leave boxes as x, y, w, h.
-
-    Returns:
-        Rows (N, 6 + extras): box in input pixels, score, class, extras.
+    The output is (4 + nc + extras, anchors) of one image: x, y, w, h, class scores and extras. A row (N, 6 + extras) is
+    the box in input pixels, x1, y1, x2, y2 or as it was where rotated, score, class, extras.
     """
     rows = output[:, output[4 : 4 + nc].max(0) > conf].T
     scores = rows[:, 4 : 4 + nc]
@@ -49,13 +46,9 @@ def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndar
 
 
 def suppress(rows: np.ndarray, iou: float, max_det: int, *, rotated: bool) -> np.ndarray:
-    """Return the rows that survive class-aware non-maximum suppression, the best score first.
+    """Return the rows of `dense` that survive class-aware non-maximum suppression, at most `max_det`, the best first.
 
-    Args:
-        rows: From `dense`; of rotated boxes the last column is the angle in radians.
-        iou: Overlap above which the lower score goes.
-        max_det: Largest number of rows to return.
-        rotated: Boxes are x, y, w, h.
+    The lower score of two boxes goes whose overlap is above `iou`; the last column of rotated boxes is their angle.
     """
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[:MAX_CANDIDATES]]
     offset: np.ndarray = rows[:, 5:6] * CLASS_OFFSET
@@ -91,16 +84,7 @@ def _unrivalled(boxes: np.ndarray, iou: float) -> np.ndarray:
 
 
 def prob_iou(a: np.ndarray, b: np.ndarray, eps: float = 1e-7) -> np.ndarray:
-    """Return the overlap of rotated boxes as Gaussians, ProbIoU (2021).
-
-    Args:
-        a: Boxes x, y, w, h, angle in radians (N, 5).
-        b: Boxes (M, 5).
-        eps: Keeps quotients finite.
-
-    Returns:
-        Overlaps (N, M), 0..1.
-    """
+    """Return the overlaps (N, M), 0..1, of boxes x, y, w, h, angle (N, 5) and (M, 5) as Gaussians: ProbIoU (2021)."""
 
     def covariance(box: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         w, h, cos, sin = box[:, 2] ** 2 / 12, box[:, 3] ** 2 / 12, np.cos(box[:, 4]), np.sin(box[:, 4])
@@ -130,16 +114,10 @@ def around(rboxes: np.ndarray) -> np.ndarray:
 
 
 def masks(protos: np.ndarray, weights: np.ndarray, boxes: np.ndarray, image: Sequence[int]) -> np.ndarray:
-    """Return instance masks at the size of the picture, cut to their boxes.
+    """Return instance masks (N, height, width), bool, at the size of the picture, cut to their boxes.
 
-    Args:
-        protos: Prototypes (C, h, w) at a quarter of the input's size.
-        weights: Mask coefficients (N, C).
-        boxes: Boxes x1, y1, x2, y2 in pixels of the picture (N, 4).
-        image: Height and width of the picture in pixels.
-
-    Returns:
-        Masks (N, height, width), bool.
+    Prototypes are (C, h, w) at a quarter of the input's size, coefficients (N, C), boxes x1, y1, x2, y2 (N, 4) and
+    `image` height and width in pixels of the picture.
     """
     c, *small = protos.shape
     height, width = image[:2]
