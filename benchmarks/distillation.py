@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 from ultralytics import YOLO
-from yolo_ext.stage_common import FINETUNE
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.distillation.terms import TABLES
+from yolo_ext.pipeline.run import FINETUNE
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy

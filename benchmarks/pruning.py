@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
-from yolo_ext.stage_common import FINETUNE
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, note, save_model, set_tripwire
+from yolo_ext.pipeline.run import FINETUNE
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy

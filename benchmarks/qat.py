@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from ultralytics import YOLO
-from yolo_ext.stage_common import QAT
 
 from yolo_ext.core.config import parse
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.runtime import conv_report
+from yolo_ext.pipeline.run import QAT
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The run folder: where it lies, what its summary holds, and stages that are done once."""
+"""The run folder: where it lies, the records of stages that are done once, and the figures of its summary."""
 
 from __future__ import annotations
 
@@ -8,22 +8,78 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.context import cpu_info
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
 NESTED = {"latency_ms": ("torch", "ort", "ort_int8"), "map_onnx": ("fp32", "int8")}
+Rows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a stage leaves behind in its `stage.json`; None where it has nothing to say.
+
+    Attributes:
+        metrics: Figures of `summary.json`.
+        weights: Newest float model, relative to the run folder.
+        layers: Channels of each layer before and after pruning.
+        checks: Name, value, limit and outcome of each check.
+        notes: Sentences for the report.
+        rows: Measurements side by side: latencies, or other models.
+        ratios: Speed against the base by name: median, 10 and 90 %, significance.
+        f1: Best F1 and its confidence of the FP32 and the INT8 file.
+        float: Reason by path of each layer that stays float.
+        planned: Number of convolutions that should run as INT8.
+        accidents: Reason by path of each of them that does not.
+        chosen: Float weights that the ONNX files were written from.
+        calibration: What the ranges were measured on.
+        profile: Quantization profile.
+        better: Whether QAT beats PTQ.
+        skipped: Why a stage had nothing to do.
+        parity: Differences between the INT8 file, its simulation and PyTorch.
+    """
+
+    metrics: dict[str, Any] | None = None
+    weights: str | None = None
+    layers: Rows | None = None
+    checks: Rows | None = None
+    notes: list[str] | None = None
+    rows: Rows | None = None
+    ratios: dict[str, dict[str, Any]] | None = None
+    f1: dict[str, dict[str, float]] | None = None
+    float: dict[str, str] | None = None
+    planned: int | None = None
+    accidents: dict[str, str] | None = None
+    chosen: str | None = None
+    calibration: dict[str, Any] | None = None
+    profile: str | None = None
+    better: bool | None = None
+    skipped: str | None = None
+    parity: dict[str, Any] | None = None
+
+    def write(self, path: Path) -> None:
+        """Write what the stage has to say as JSON."""
+        write_json(path, {k: v for k, v in asdict(self).items() if v is not None})
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a `stage.json`; keys of other versions are left out."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{f.name: found.get(f.name) for f in fields(cls)})
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
 def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = False) -> Path:
     """Make the run folder as Ultralytics would, ``runs/<task>/<name>``.
 
@@ -39,7 +95,7 @@ def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = Fal
     Raises:
         UsageError: If there is nothing to resume.
     """
-    from ultralytics.cfg import get_save_dir
+    from yolo_ext.stock.cfg import get_save_dir
 
     args = SimpleNamespace(task=task, mode=mode, project=place.get("project"), name=place.get("name"),
                            save_dir=place.get("save_dir"), exist_ok=bool(place.get("exist_ok")) or resume)  # fmt: skip
@@ -66,29 +122,21 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, json.dumps(content, indent=2, default=str))
 
 
-def stage(root: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
     """Do a stage once: its record `<name>/stage.json` is written when it is done and read on resume."""
-    record = root / name / "stage.json"
-    if record.exists():
+    file = root / name / "stage.json"
+    if file.exists():
         LOGGER.info(f"{name}: done already, not repeated")
-        return json.loads(record.read_text(encoding="utf-8"))
-    done = work()
-    write_json(record, done)
-    return json.loads(record.read_text(encoding="utf-8"))
+    else:
+        work().write(file)
+    return Record.read(file)
 
 
-def is_unfinished(last: Path) -> bool:
-    """Tell whether a training checkpoint still holds the state to go on."""
-    try:
-        ckpt = torch.load(last, map_location="cpu", weights_only=False)
-    except Exception:  # a file of a killed writer is no checkpoint
-        return False
-    return ckpt.get("epoch", -1) >= 0 and ckpt.get("optimizer") is not None
-
-
+# Figures -------------------------------------------------------------------------------------------------------------
 def size_mb(path: Path) -> float:
-    """Return a file's size in MB (10^6 bytes)."""
-    return Path(path).stat().st_size / 1e6
+    """Return the size of a file, or of all that is in a folder, in MB (10^6 bytes)."""
+    files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
+    return sum(f.stat().st_size for f in files) / 1e6
 
 
 def has_boxes(model: nn.Module) -> bool:
@@ -97,13 +145,7 @@ def has_boxes(model: nn.Module) -> bool:
 
 
 def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, Any]:
-    """Return `params` and `gflops` of the deployed model, and `size_mb` of its file.
-
-    Args:
-        model: Float model.
-        path: Its file, None when it has none.
-        imgsz: Side of the square input in pixels, for the FLOPs.
-    """
+    """Return `params` and `gflops` (at `imgsz` pixels) of the deployed model, and `size_mb` of its file."""
     params = sum(p.numel() for p in stock.deployed(model).parameters())
     size = size_mb(path) if path and Path(path).suffix != ".yaml" and Path(path).is_file() else None
     return {"params": params, "gflops": stock.gflops(model, imgsz), "size_mb": size}
@@ -117,39 +159,19 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def command() -> str:
-    """Return the command line of this process, fit for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def write_summary(
+def summary(
     root: Path,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Write `summary.json` and print the same as one table Before | After | Delta.
-
-    Args:
-        root: Run folder.
-        before: Figures of the base model.
-        after: Figures of the result.
-        stages: Figures by stage.
-
-    Returns:
-        What was written.
-    """
-    from yolo_ext.reporting.tables import comparison_table
-    from yolo_ext.stock.context import cpu_info
-
-    summary: dict[str, Any] = {
+    """Write `summary.json`, the figures before, after and by stage, and return its contents."""
+    found: dict[str, Any] = {
         "before": metrics(before),
         "after": metrics(after),
         "stages": {k: metrics(v) for k, v in (stages or {}).items()},
         "env": cpu_info(),
-        "command": command(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    write_json(root / "summary.json", summary)
-    LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
-    LOGGER.info(f"Results saved to {root}")
-    return summary
+    write_json(root / "summary.json", found)
+    return found

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,11 @@ ORDER = [
     {"core"},
     {"stock"},
     {"checkpoint"},
+    {"runs"},
     {"data", "reporting"},
     {"pruning", "distillation", "quantization", "deployment"},
     {"sparsity"},
-    {"runs"},
     {"training"},
-    {"stage_common"},
-    {"quant_stages"},
-    {"stages"},
     {"pipeline"},
     {"commands"},
     {"cli"},
@@ -62,6 +60,14 @@ def test_imports_run_one_way(source):
     used = {n.split(".")[1] for n in imports(SOURCES[source]) if n.startswith("yolo_ext.")} & set(RANK)
     wrong = {u for u in used if u != area and RANK[u] >= RANK[area]}
     assert not wrong, f"{source} imports {sorted(wrong)}"
+
+
+def test_internals_of_ultralytics_are_touched_in_stock_only():
+    touch = re.compile(r"ultralytics\.(nn|engine|models|data|cfg)(\.|$)")
+    flags = re.compile(r"\.(export|end2end|xyxy) = ")  # of heads
+    outside = {s: p for s, p in SOURCES.items() if not s.startswith("stock/")}
+    assert not {s: found for s, p in outside.items() if (found := [n for n in imports(p) if touch.match(n)])}
+    assert not [s for s, p in outside.items() if flags.search(p.read_text())]
 
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("reporting/")])

@@ -17,7 +17,7 @@ from ultralytics.utils import SETTINGS, YAML
 from yolo_ext import cli, stock
 from yolo_ext.checkpoint import note, save_model
 from yolo_ext.pruning import sensitivity as curves
-from yolo_ext.pruning.unstructured import sparsity
+from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.load import load_model
 
 D = "data=shapes/data.yaml"

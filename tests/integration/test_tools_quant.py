@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from yolo_ext import cli, quant_stages
+from yolo_ext import cli
+from yolo_ext.pipeline import int8
 
 D = "data=shapes/data.yaml imgsz=64"
 Q = "quant.calib=8"
@@ -172,7 +173,7 @@ def test_a_convolution_that_is_float_by_accident_is_named(run, quick, monkeypatc
     if strict:
         assert "'model.2.cv1.conv': no Q on the output" in err and not (folder / "report.html").exists()
     else:
-        assert quant_stages.PLANNED in err
+        assert int8.PLANNED in err
         assert json.loads((folder / "ptq" / "stage.json").read_text())["accidents"]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from ultralytics import YOLO
+from ultralytics.nn import tasks
+from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_ext.core.config import cfg_dir
 from yolo_ext.data.shapes import make_shapes
@@ -31,10 +33,23 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compressed(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def loaded() -> list[str]:
+    """Return the model files that `compressed` read, one entry for each time."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def compressed(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, loaded: list[str]) -> dict[str, Any]:
     """Return the result of a whole run with all stages, QAT included."""
     folder = tmp_path_factory.mktemp("run") / "compress"
-    return compress(
-        base, data, epochs=2, save_dir=str(folder), prune={"speedup": 2.0}, distill={},
-        quant={"mode": "qat", "epochs": 1, "calib": 32, "max_drop": 1.0}, **TRAIN,
-    )  # fmt: skip
+
+    def load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(str(file))
+        return load_checkpoint(file, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(tasks, "load_checkpoint", load)
+        return compress(
+            base, data, epochs=2, save_dir=str(folder), prune={"speedup": 2.0}, distill={},
+            quant={"mode": "qat", "epochs": 1, "calib": 32, "max_drop": 1.0}, **TRAIN,
+        )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from yolo_ext import stages
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pipeline import compress
+from yolo_ext.pipeline import compress, stages
+from yolo_ext.runs import Record
 from yolo_ext.stock.load import load_model
 
 CONTRACT = (
@@ -87,7 +89,14 @@ def test_delivered_files_work_with_plain_ultralytics(folder, data):
         assert result[0].boxes is not None
     model, ckpt = load_model(folder / "weights" / "best.pt")
     assert not [m for m in model.modules() if type(m).__module__.startswith("yolo_ext")]
-    assert ckpt["yolo_ext"]["prune"]["kept"] == manifest(model)["prune"]["kept"]
+    assert ckpt["yolo_ext"]["prune"]["kept"] == manifest(model).prune["kept"]
+
+
+def test_models_are_read_once_and_handed_on(folder, base, compressed, loaded):
+    """Teachers and the latency in PyTorch come on top, which read the files for themselves."""
+    assert loaded.count(str(base)) <= 7 and len(loaded) <= 12
+    for stage in ("prune/weights/pruned.pt", "finetune/weights/best.pt", "qat/weights/best.pt"):
+        assert loaded.count(str(folder / stage)) <= 2, stage
 
 
 def test_losses_of_the_teacher_are_logged(folder):
@@ -103,28 +112,45 @@ def test_report_names_the_float_convolutions_with_reasons(folder):
 
 
 def test_finished_run_is_not_repeated_on_resume(folder, base, data, monkeypatch, compressed):
-    for name in ("base", "prune", "finetune", "ptq", "qat", "verify", "latency"):
+    def refuse(run):
+        raise AssertionError("a stage was repeated")
 
-        def refuse(run, name=name):
-            raise AssertionError(f"stage {name} was repeated")
-
-        refuse.__name__ = name
-        monkeypatch.setattr(stages, name, refuse)
+    monkeypatch.setattr(stages, "STAGES", [replace(stage, work=refuse) for stage in stages.STAGES])
     options = YAML.load(folder / "compress.yaml")
     model, yaml = options.pop("model"), options.pop("data")
     again = compress(model, yaml, resume=True, save_dir=str(folder), **options)
     assert again["after"] == compressed["after"]
 
 
+def test_run_of_another_version_is_gone_on_with(folder, tmp_path, compressed):
+    shutil.copytree(folder, tmp_path / "run")
+    options = YAML.load(folder / "compress.yaml")
+    told = {**options, "quant": {**options["quant"], "gone": True}, "prune": {"speedup": 2.0}}
+    YAML.save(tmp_path / "run" / "compress.yaml", told)
+    file = tmp_path / "run" / "ptq" / "stage.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "gone": 1}))
+    model, data = options.pop("model"), options.pop("data")
+    again = compress(model, data, resume=True, save_dir=str(tmp_path / "run"), **options)
+    assert again["after"] == compressed["after"]
+
+
+def test_record_keeps_what_a_stage_said_and_nothing_else(tmp_path):
+    told = {"metrics": {"map": 0.5, "latency_ms": None}, "weights": "a/best.pt", "notes": [], "better": False}
+    Record(**told).write(tmp_path / "stage.json")
+    assert json.loads((tmp_path / "stage.json").read_text()) == told
+    read = asdict(Record.read(tmp_path / "stage.json"))
+    assert {k: v for k, v in read.items() if v is not None} == told
+
+
 def test_stage_that_failed_is_the_only_one_done_again(base, data, tmp_path, monkeypatch):
     def fail(run):
         raise RuntimeError("power cut")
 
-    fail.__name__ = "finetune"
     options = {"epochs": 1, "prune": {"speedup": 1.5}, "save_dir": str(tmp_path / "run"), "imgsz": 64, "plots": False}
     options |= {"batch": 8, "device": "cpu"}
     with monkeypatch.context() as m:
-        m.setattr(stages, "finetune", fail)
+        broken = [replace(stage, work=fail) if stage.name == "finetune" else stage for stage in stages.STAGES]
+        m.setattr(stages, "STAGES", broken)
         with pytest.raises(RuntimeError, match="power cut"):
             compress(base, data, **options)
     stamp = (tmp_path / "run" / "prune" / "stage.json").stat().st_mtime_ns
@@ -142,6 +168,9 @@ def test_pruning_alone_needs_no_data(base, tmp_path):
     summary = compress(base, epochs=0, imgsz=64, prune={"ratio": 0.3}, save_dir=str(tmp_path / "run"))
     assert summary["after"]["params"] < summary["before"]["params"]
     assert summary["after"]["map"] is None
+    for side in ("before", "after"):
+        assert summary[side]["latency_ms"]["ort"] > 0 and summary[side]["latency_ms"]["torch"] is None
+    assert not (tmp_path / "run" / "compare").exists()  # prune.compare=True only
     assert YOLO(str(tmp_path / "run" / "weights" / "best.pt")).model is not None
 
 

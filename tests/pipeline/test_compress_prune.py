@@ -14,7 +14,7 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.pipeline import compress
-from yolo_ext.pruning.unstructured import sparsity
+from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.probes import make_probes

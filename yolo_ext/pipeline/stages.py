@@ -47,7 +47,7 @@ def compress(
     Raises:
         UsageError: If the input is wrong; nothing has been written then.
     """
-    stock.check_version()
+    stock.check_stock()
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])
     todo = [stage for stage in STAGES if stage.wanted(run) or (run.folder / stage.name / "stage.json").exists()]
     kept = False  # what a training has made
@@ -101,8 +101,8 @@ def finetune(run: Run) -> Record:
 # Pruning -------------------------------------------------------------------------------------------------------------
 def prune(run: Run) -> Record:
     """Prune the newest model to the target and re-estimate BatchNorm."""
+    from yolo_ext.pruning.masks import zero_weights
     from yolo_ext.pruning.prune import prune_model
-    from yolo_ext.pruning.unstructured import zero_weights
     from yolo_ext.stock.context import recalibrate
     from yolo_ext.training.probes import make_probes
 
@@ -121,7 +121,7 @@ def prune(run: Run) -> Record:
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
-    from yolo_ext.pruning.record import layer_report
+    from yolo_ext.pruning.plan import layer_report
     from yolo_ext.pruning.surgery import TOLERANCE
 
     assert run.prune
@@ -140,7 +140,7 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
 
 def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[str]:
     """Write what is zero and which layers could be, and return it in sentences for the report."""
-    from yolo_ext.pruning.unstructured import eligible, packed_mb, sparsity
+    from yolo_ext.pruning.masks import eligible, packed_mb, sparsity
 
     found, rows = sparsity(masked), eligible(masked, cfg)
     runs.write_json(run.folder / stage / "masks.json", {**found, "eligible": rows})

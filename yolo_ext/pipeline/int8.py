@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,13 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
-from yolo_ext.checkpoint import manifest, save_model
-from yolo_ext.core.config import QuantConfig, as_plain
+from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import CheckFailed
+from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.stage_common import QAT, Record, Run, distill_options, measure, train
-from yolo_ext.stock.load import load_model
+from yolo_ext.pipeline.run import QAT, Run, measure, train
+from yolo_ext.runs import Record
+from yolo_ext.stock.accuracy import accuracy
 
 CHECKS = {  # the checks of `deployment.verify` in words
     "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",
@@ -45,41 +49,34 @@ def ptq(run: Run) -> Record:
     from yolo_ext.quantization.qat import prepare, strip
     from yolo_ext.quantization.spec import plan_of
 
-    cfg = run.configs["quant"]
-    model, ckpt = load_model(run.weights())
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cfg, (model, args) = run.quant, deepcopy(run.load())
+    assert cfg
     prepare(model, cfg, run.info, run.imgsz)
-    notes = findings(inspect(model, _batches(run)()))
-    for note in notes:
-        LOGGER.warning(f"quantize: {note}")
+    notes = findings(inspect(model, _batches(run, cfg)()))
+    for sentence in notes:
+        LOGGER.warning(f"quantize: {sentence}")
     strip(model)
     if cfg.config_list:
-        LOGGER.info(table(plan_of(manifest(model)["quant"]["state"]), manifest(model)["quant"]["float"]))
-    model.args = dict(ckpt.get("train_args") or {})
-    file = save_model(model, run.folder / "ptq" / "weights" / "ptq.pt")
-    changed = not _same(before, model.state_dict())
+        LOGGER.info(table(plan_of(manifest(model).quant["state"]), manifest(model).quant["float"]))
+    place = "ptq", "weights", "ptq.pt"
+    changed, file = not _same(run.load()[0].state_dict(), model.state_dict()), run.save(model, args, *place)
     weights = file if changed else run.weights()
-    record = _emit(run, "ptq", weights, manifest(model)["quant"])
+    record = _emit(run, "ptq", weights, manifest(model).quant)
     lost = _loss(record, record)
     if cfg.mixed and cfg.mode != "qat" and lost is not None and lost > cfg.max_drop:
-        mixed, more = _mixed(run, model, record, lost)
+        mixed, more = _mixed(run, cfg, model, record, lost)
         if mixed:
-            save_model(model, file)
-            record = _emit(run, "ptq", weights, manifest(model)["quant"])
+            run.save(model, args, *place)
+            record = _emit(run, "ptq", weights, manifest(model).quant)
         notes.append(more)
-    _judge(cfg, record)
-    return {**record, "notes": notes + record["notes"], **({"weights": _relative(run, file)} if changed else {})}
+    notes += [*(record.notes or []), *_problems(cfg, record)]
+    return replace(record, notes=notes, weights=run.relative(file) if changed else None)
 
 
-def _relative(run: Run, file: Path) -> str:
-    return str(file.relative_to(run.folder))
-
-
-def _batches(run: Run) -> Callable[[], Iterator[torch.Tensor]]:
-    """Return what gives the first calibration images as batches."""
-    cfg = run.configs["quant"]
+def _batches(run: Run, cfg: QuantConfig) -> Callable[[], Iterator[torch.Tensor]]:
+    """Return what gives the first calibration images as batches (B, 3, imgsz, imgsz)."""
     images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
-    crop = not runs.has_boxes(load_model(run.base)[0])  # a classifier sees the middle of an image
+    crop = run.task == "classify"  # a classifier sees the middle of an image
     return lambda: letterbox_batches(images, run.imgsz, crop=crop)
 
 
@@ -89,33 +86,29 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def _loss(record: Record, reference: Record) -> float | None:
     """Return how much mAP50-95 the INT8 file of a stage lost against the FP32 file of another; None without boxes."""
-    int8, fp32 = record["metrics"]["map_onnx"]["int8"], reference["metrics"]["map_onnx"]["fp32"]
+    (int8, fp32) = ((r.metrics or {})["map_onnx"][k] for r, k in ((record, "int8"), (reference, "fp32")))
     return None if int8 is None or fp32 is None else fp32 - int8
 
 
-def accuracy(run: Run, file: Path) -> dict[str, Any]:
+def onnx_accuracy(run: Run, file: Path) -> dict[str, Any]:
     """Return mAP50-95 (`map`) and best F1 of an ONNX file; a classifier has neither, and parity alone is checked."""
-    from yolo_ext.stock import accuracy as stock_accuracy
-
-    if not runs.has_boxes(load_model(run.base)[0]):
-        return {"map": None, "f1": None}
-    return stock_accuracy.accuracy(file, run.data, run.imgsz)
+    return {"map": None, "f1": None} if run.task == "classify" else accuracy(file, run.data, run.imgsz)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
-def _emit(run: Run, stage: str, weights: Path, quant: dict[str, Any]) -> Record:
+def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Record:
     """Write FP32 and INT8 ONNX of float weights and their ranges, measure both, and keep what was quantized how."""
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.runtime import conv_report
     from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qdq import write_qdq
 
-    fp32 = export_onnx(weights, run.folder / stage / "fp32.onnx", run.imgsz)
+    fp32 = export_onnx(run.load(weights)[0], run.folder / stage / "fp32.onnx", run.imgsz)
     int8 = run.folder / stage / "int8.onnx"
     written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
-    found = {name: accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
+    found = {name: onnx_accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
     maps = {name: f["map"] for name, f in found.items()}
-    integer, planned, accidents = _proof(int8, weights, quant, written)
+    integer, planned, accidents = _proof(int8, run.load(weights)[0], quant, written)
     convs = conv_report(fp32)["convs"]  # the INT8 file has the DFL as a MatMul
     m = measure(run, weights)
     m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
@@ -125,11 +118,11 @@ def _emit(run: Run, stage: str, weights: Path, quant: dict[str, Any]) -> Record:
     if f1:
         a, b = (f"mAP50-95 {maps[k]:.4f}, F1 {v['f1']:.3f} at confidence {v['f1_conf']:.2f}" for k, v in f1.items())
         LOGGER.info(f"{colorstr('quantize: ')}FP32 {a}; INT8 {b}")
-    return {
-        "metrics": m, "f1": f1, "float": {p: quant["float"].get(p, r) for p, r in written["float"].items()},
-        "planned": planned, "accidents": accidents, "chosen": str(weights), "calibration": quant.get("calibration"),
-        "profile": quant["profile"], "notes": _threshold(f1),
-    }  # fmt: skip
+    return Record(
+        m, f1=f1, float={p: quant["float"].get(p, r) for p, r in written["float"].items()}, planned=planned,
+        accidents=accidents, chosen=str(weights), calibration=quant.get("calibration"), profile=quant["profile"],
+        notes=_threshold(f1),
+    )  # fmt: skip
 
 
 def _threshold(f1: dict[str, dict[str, float]]) -> list[str]:
@@ -141,14 +134,13 @@ def _threshold(f1: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _proof(
-    int8: Path, weights: Path, quant: dict[str, Any], written: dict[str, Any]
+    int8: Path, model: nn.Module, quant: Mapping[str, Any], written: dict[str, Any]
 ) -> tuple[int, int, dict[str, str]]:
     """Return how many convolutions ONNX Runtime runs in integers, how many were planned, and which failed and why."""
-    from yolo_ext.deployment.operators import module_path
-    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.deployment.runtime import conv_report, module_path
     from yolo_ext.quantization.profiles import resolve_profile
 
-    report, modules = conv_report(int8), dict(load_model(weights)[0].named_modules())
+    report, modules = conv_report(int8), dict(model.named_modules())
 
     def integer(path: str) -> bool:
         sites = quant["state"][path]
@@ -163,14 +155,14 @@ def _proof(
     return report["int8_convs"], len(planned), accidents
 
 
-def _judge(cfg: QuantConfig, record: Record) -> None:
+def _problems(cfg: QuantConfig, record: Record) -> list[str]:
     """Warn of convolutions that are float by accident and of mAP that collapsed; with `quant.strict` they fail."""
     problems = []
-    if accidents := record["accidents"]:
-        path, reason = next(iter(accidents.items()))
+    if record.accidents:
+        path, reason = next(iter(record.accidents.items()))
         problems.append(
-            f"{len(accidents)} of {record['planned']} convolutions that should run as INT8 are float in ONNX Runtime, "
-            f"such as '{path}': {reason}. Take the profile of this CPU (quant.profile=auto)."
+            f"{len(record.accidents)} of {record.planned} convolutions that should run as INT8 are float in ONNX "
+            f"Runtime, such as '{path}': {reason}. Take the profile of this CPU (quant.profile=auto)."
         )
     lost, limit = _loss(record, record), max(5 * cfg.max_drop, COLLAPSE)
     if lost is not None and lost > limit:
@@ -182,11 +174,11 @@ def _judge(cfg: QuantConfig, record: Record) -> None:
         raise CheckFailed(" ".join(problems))
     for problem in problems:
         LOGGER.warning(f"quantize: {problem}")
-    record["notes"] = [*record["notes"], *problems]
+    return problems
 
 
 # Mixed precision -----------------------------------------------------------------------------------------------------
-def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool, str]:
+def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: float) -> tuple[bool, str]:
     """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better.
 
     With QAT to follow, at most half of the layers: more would give most of the speed away.
@@ -197,9 +189,8 @@ def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool
     from yolo_ext.quantization.qdq import write_qdq
     from yolo_ext.quantization.sensitivity import order, sensitivity, table, write
 
-    cfg, quant, folder = run.configs["quant"], manifest(model)["quant"], run.folder / "ptq"
-    profile, reference = resolve_profile(quant["profile"]), plain["metrics"]["map_onnx"]["fp32"]
-    batches = _batches(run)
+    quant, folder, batches = manifest(model).quant, run.folder / "ptq", _batches(run, cfg)
+    profile, reference = resolve_profile(quant["profile"]), (plain.metrics or {})["map_onnx"]["fp32"]
     LOGGER.info(
         f"{colorstr('quantize: ')}PTQ loses {lost:.4f} mAP50-95, more than quant.max_drop={cfg.max_drop:g}: "
         "looking for the fewest layers to leave float"
@@ -217,7 +208,7 @@ def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool
         states[len(excluded)] = mixed.leave_float(model, quant["state"], excluded, profile, cfg, batches)
         file = folder / "trial.onnx"
         write_qdq(folder / "fp32.onnx", file, states[len(excluded)], profile)
-        drop = reference - accuracy(run, file)["map"]
+        drop = reference - onnx_accuracy(run, file)["map"]
         file.unlink()
         LOGGER.info(f"{colorstr('quantize: ')}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
         return drop
@@ -231,7 +222,8 @@ def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool
         return False, f"No {most} layers left float bring PTQ within quant.max_drop={cfg.max_drop:g}."
     files = mixed.write_config_list(excluded, folder, cfg.config_list)
     reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
-    quant.update(state=states[len(excluded)], float={**quant["float"], **dict.fromkeys(excluded, reason)})
+    floats = {**quant["float"], **dict.fromkeys(excluded, reason)}
+    note(model, quant={**quant, "state": states[len(excluded)], "float": floats})
     said = f"{len(excluded)} of {len(layers)} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
     LOGGER.info(f"{colorstr('quantize: ')}{said}; use them again with quant.config_list={files[0]}")
     return bool(excluded), f"{said} (config_list.yaml)."
@@ -240,7 +232,8 @@ def _mixed(run: Run, model: nn.Module, plain: Record, lost: float) -> tuple[bool
 # QAT and proof -------------------------------------------------------------------------------------------------------
 def qat(run: Run) -> Record:
     """Train with fake-quant if PTQ misses the budget or QAT was asked for, and keep the better of both."""
-    cfg, after_ptq = run.configs["quant"], run.done["ptq"]
+    cfg, after_ptq = run.quant, run.done["ptq"]
+    assert cfg
     lost = _loss(after_ptq, after_ptq)
     if cfg.mode == "auto" and (lost is None or lost <= cfg.max_drop):
         reason = "No mAP tells whether PTQ is good enough: no QAT without quant.mode=qat"
@@ -248,59 +241,56 @@ def qat(run: Run) -> Record:
             change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f}"
             reason = f"PTQ {change} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
         LOGGER.info(f"{colorstr('quantize: ')}{reason}")
-        return {"skipped": reason}
-    native = {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0}
+        return Record(skipped=reason)
+    options: dict[str, Any] = {"quant": cfg}
     # Distillation belongs to the fine-tuning, where there is one; QAT learns from its float self then.
-    taught = cfg.supervision == "labels" or (cfg.supervision == "auto" and not run.epochs)
-    options = distill_options(run) if taught else {}
-    best = train(run, "qat", {**as_plain({"quant": cfg}), **options}, native)
-    record = _emit(run, "qat", best, manifest(load_model(best)[0])["quant"])
+    if run.teaching and (cfg.supervision == "labels" or (cfg.supervision == "auto" and not run.epochs)):
+        options["distill"] = run.teaching
+    best = train(run, "qat", options, {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0})
+    record = _emit(run, "qat", best, manifest(run.load(best)[0]).quant)
     after = _loss(record, after_ptq)
-    record["better"] = after is None or lost is None or after < lost
-    if record["better"]:
-        _judge(cfg, record)
-        record["weights"] = _relative(run, best)
-    verdict = "better than PTQ: keeping QAT" if record["better"] else "no better than PTQ: keeping PTQ"
+    better = after is None or lost is None or after < lost
+    if better:
+        notes = [*(record.notes or []), *_problems(cfg, record)]
+        record = replace(record, weights=run.relative(best), notes=notes)
+    verdict = "better than PTQ: keeping QAT" if better else "no better than PTQ: keeping PTQ"
     LOGGER.info(f"{colorstr('quantize: ')}QAT is {verdict}")
-    return record
+    return replace(record, better=better)
 
 
 def verify(run: Run) -> Record:
     """Put the delivered ONNX files into onnx/ and check them."""
     from yolo_ext.deployment import verify as deployed
 
-    stage, record = run.quantized()
+    cfg, (stage, record) = run.quant, run.quantized()
+    assert cfg and record.chosen
     files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
     (run.folder / "onnx").mkdir(exist_ok=True)
     for kind, file in files.items():
         shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
-    images = run.info["images"]["val"][:LOOKED_AT]
+    model = run.load(Path(record.chosen))[0]
     found = deployed.verify(
-        record["chosen"], files["fp32"], images, run.imgsz, int8_onnx=files["int8"], data=run.data,
-        fake_quant=_fake_quantized(Path(record["chosen"]), run.folder / stage / "quant.json"),
+        model, files["fp32"], run.info["images"]["val"][:LOOKED_AT], run.imgsz, int8_onnx=files["int8"], data=run.data,
+        fake_quant=_fake_quantized(model, run.folder / stage / "quant.json"),
     )  # fmt: skip
-    lost = _loss(record, run.done["ptq"])
-    limit, convs = run.configs["quant"].max_drop, record["metrics"]["int8_convs"]
-    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]] + [
-        {"name": PLANNED, "value": convs, "limit": record["planned"], "passed": convs >= record["planned"]},
-    ]  # fmt: skip
+    lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
+    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]]
+    checks.append({"name": PLANNED, "value": convs, "limit": planned, "passed": convs >= planned})
     if lost is not None:
-        checks.append({"name": BUDGET, "value": lost, "limit": limit, "passed": lost <= limit})
+        checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
     passed = f"{sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
     LOGGER.info(f"{colorstr('verify: ')}{passed}; the file to deploy: {files['int8']}")
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
-    return {"checks": checks, "parity": parity, "notes": _saturation(found["checks"], record["profile"])}
+    return Record(checks=checks, parity=parity, notes=_saturation(found["checks"], record.profile or ""))
 
 
-def _fake_quantized(weights: Path, file: Path) -> nn.Module:
-    """Return the model of a stage with the quantizers that its INT8 file was written from."""
-    import json
-
+def _fake_quantized(model: nn.Module, file: Path) -> nn.Module:
+    """Return a copy of a stage's model with the quantizers that its INT8 file was written from."""
     from yolo_ext.quantization.fake_quant import insert_plan, load_state
     from yolo_ext.quantization.spec import plan_of
 
-    model, state = load_model(weights)[0].float(), json.loads(file.read_text(encoding="utf-8"))["state"]
+    model, state = deepcopy(model), json.loads(file.read_text(encoding="utf-8"))["state"]
     insert_plan(model, plan_of(state))
     load_state(model, state)
     return model
@@ -313,9 +303,9 @@ def _saturation(checks: list[dict[str, Any]], profile: str) -> list[str]:
     sound = all(c["passed"] for c in checks if c["name"].startswith("int8_"))
     if sound or resolve_profile(profile).weight_bits < 8:
         return []
-    note = (
+    sentence = (
         "The INT8 kernels of this CPU compute something else than the file says: without VNNI, sums of 8-bit weights "
         "saturate. Take quant.profile=ort-x86, whose weights have 7 bits."
     )
-    LOGGER.warning(f"quantize: {note}")
-    return [note]
+    LOGGER.warning(f"quantize: {sentence}")
+    return [sentence]

@@ -37,7 +37,7 @@ def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
     Raises:
         UsageError: If Ultralytics cannot build the YAML of the model.
     """
-    full = deepcopy(manifest(model).get("yaml", model.yaml))
+    full: dict[str, Any] = dict(deepcopy(manifest(model).yaml or model.yaml))
     full["nc"] = len(model.names)  # of a classifier the YAML may be out of date
     widest = _width(full)
     widths = [*(k * STEP for k in range(1, int(widest / STEP) + 1) if k * STEP < widest), widest]
