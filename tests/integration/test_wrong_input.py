@@ -188,7 +188,7 @@ def test_a_stopped_command_says_so(monkeypatch, capsys):
     def stop():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("yolo_ext.stock.check_version", stop)
+    monkeypatch.setattr("yolo_ext.stock.check_stock", stop)
     assert cli.main(["checks"]) == 130
     assert "resume=True" in capsys.readouterr().err
 

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Technique, command
-from yolo_ext.core.config import PruneConfig, comma_list, parse
+from yolo_ext.commands import LOGGER, Count, Technique, command, numbers
+from yolo_ext.core.config import PruneConfig, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
 
 if TYPE_CHECKING:
     from torch import nn
+
+SHARES = (0.25, 0.5, 0.75)  # of channels, that `sensitivity` tries
 
 
 @command("Print every group of coupled channels: size, cost, prunable or the reason why not")
@@ -84,13 +86,14 @@ def sensitivity(
     if strange:
         raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
     cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **(prune or {})}})[kind]
-    shares = _shares(ratios)
+    hint = "shares above 0 and below 1, such as ratios=0.25,0.5,0.75"
+    shares = {*numbers("ratios", SHARES if ratios is None else ratios, float, lambda r: 0 < r < 1, hint)}
     net, ckpt = stock.load_model(model)
     stock.refuse_rtdetr(net)
     size = stock.image_size(net, ckpt, imgsz)
     if kind == "quant":
         return _of_quantization(net, cfg, check_data(data, task=stock.task_of(net)), size, by, images, map, place)
-    return _of_pruning(net, cfg, data, size, shares, place)
+    return _of_pruning(net, cfg, data, size, tuple(sorted(shares)), place)
 
 
 def _of_pruning(
@@ -160,19 +163,6 @@ def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[
         return saved_ms(fp32, Path(folder) / "int8.onnx", quantized["state"], imgsz)
 
 
-def _shares(ratios: Any) -> tuple[float, ...]:
-    """Read shares of channels, in order."""
-    try:
-        shares = (0.25, 0.5, 0.75) if ratios is None else tuple(sorted({*comma_list(ratios, float)}))
-    except ValueError:
-        shares = ()
-    if not shares or not all(0 < r < 1 for r in shares):
-        raise UsageError(
-            f"'ratios={ratios}' is illegal. Give shares above 0 and below 1, such as ratios=0.25,0.5,0.75."
-        )
-    return shares
-
-
 @command("Check the installation")
 def checks() -> bool:
     """Print versions and the state of the installation; return whether all is well."""
@@ -191,7 +181,7 @@ def checks() -> bool:
     except PackageNotFoundError:
         pass
     try:
-        stock.check_version()
+        stock.check_stock()
         stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
     except YoloExtError as e:
         problems.append(str(e))

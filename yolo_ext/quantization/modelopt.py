@@ -24,7 +24,8 @@ from yolo_ext.quantization.fake_quant import insert_plan, load_state, set_mode
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.profiles import PROFILES, Profile
 from yolo_ext.quantization.spec import Spec, State, plan_of
-from yolo_ext.stock.load import no_autoinstall
+from yolo_ext.stock.load import raw_checkpoint
+from yolo_ext.stock.model import task_of
 
 SOURCE = "tensorrt"  # the profile whose rules ModelOpt trains by
 INPUT, WEIGHT = "input_quantizer", "weight_quantizer"
@@ -47,16 +48,13 @@ def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UsageError: If this is no such checkpoint.
     """
-    from ultralytics.nn.tasks import guess_model_task, torch_safe_load
-
-    with no_autoinstall():
-        ckpt, _ = torch_safe_load(str(path))
+    ckpt = raw_checkpoint(path)
     model = ckpt.get("ema") or ckpt.get("model")
     if not is_modelopt(ckpt) or not isinstance(model, nn.Module):
         raise UsageError(f"'{path}' is no checkpoint of Ultralytics' quantization-aware training (quantize=8).")
     model = getattr(model, "student_model", model).float().eval().requires_grad_(True)
     model.args = {**DEFAULT_CFG_DICT, **ckpt.get("train_args", {})}
-    model.task = getattr(model, "task", None) or guess_model_task(model)
+    model.task = getattr(model, "task", None) or task_of(model)
     return model, ckpt
 
 

@@ -23,6 +23,7 @@ from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake
 from yolo_ext.quantization.spec import State, plan_of
 from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
+from yolo_ext.stock.exporter import choose_head
 
 BY = ("layer", "block")
 CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections; so many are looked at in any case
@@ -105,9 +106,7 @@ def order(found: Mapping[str, Any]) -> list[list[str]]:
 def _evaluated(model: nn.Module) -> Any:
     """Return a float copy in eval mode that runs the head which an export holds."""
     net: Any = deepcopy(model).float().eval().requires_grad_(False)
-    if getattr(net, "end2end", False):
-        net.end2end = False  # anchors keep their places; a list of detections has no order to compare
-    return net
+    return choose_head(net, end2end=False)  # anchors keep their places; a list of detections has no order to compare
 
 
 def _groups(net: nn.Module, state: State, by: str) -> dict[str, list[str]]:

@@ -1,5 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Every touch of Ultralytics internals."""
+"""Every touch of Ultralytics internals; nothing else in this package imports them.
+
+`model` knows blocks and heads, `load` reads files, `context` is what surrounds a model while it runs, `data`, `cfg`,
+`exporter` and `trainer` are the parts of these names, `accuracy` runs the validators, and `premises` checks when a run
+starts that all of that is as this package takes it for.
+"""
 
 from yolo_ext.stock.cfg import yolo_entrypoint
 from yolo_ext.stock.context import cpu_info, evaluating, native_bf16, quiet, recalibrate, undisturbed
@@ -14,7 +19,6 @@ from yolo_ext.stock.model import (
     WIDEST_BRANCH,
     WIDTH_ATTRIBUTES,
     branches,
-    check_version,
     deployed,
     deployed_layers,
     detection_head,
@@ -37,6 +41,7 @@ from yolo_ext.stock.model import (
     rewrap,
     task_of,
 )
+from yolo_ext.stock.premises import check_stock
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,7 +53,7 @@ __all__ = [
     "WIDEST_BRANCH",
     "WIDTH_ATTRIBUTES",
     "branches",
-    "check_version",
+    "check_stock",
     "cpu_info",
     "deployed",
     "deployed_layers",

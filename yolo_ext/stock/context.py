@@ -21,10 +21,10 @@ from ultralytics.utils import LOGGER
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide Ultralytics' info lines and progress bars and torch's trace warnings; restore the logger afterwards."""
+def quiet(least: int = logging.WARNING) -> Iterator[None]:
+    """Hide Ultralytics' lines below a level, progress bars and torch's trace warnings for as long as a block runs."""
     level = LOGGER.level
-    LOGGER.setLevel(max(logging.WARNING, level))
+    LOGGER.setLevel(max(least, level))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
+from ultralytics.cfg import get_cfg
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -43,7 +43,7 @@ def as_exported(model: Any) -> Any:
 def with_nms(model: Any, nms: dict[str, Any]) -> nn.Module:
     """Wrap a model as the exporter does to embed NMS with these options."""
     model.model[-1].xyxy = True
-    return NMSModel(model, SimpleNamespace(format="onnx", dynamic=False, batch=1, opset=None, quantize=None, **nms))
+    return NMSModel(model, get_cfg(overrides={"format": "onnx", "dynamic": False, "batch": 1, **nms}))
 
 
 def export_file(model: Any, folder: Path, **args: Any) -> Path:

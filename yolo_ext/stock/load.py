@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from ultralytics import RTDETR, YOLO
+from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
+from ultralytics.utils import checks
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
+from yolo_ext.stock.model import task_of
+from yolo_ext.stock.premises import check_stock
 
 
 @contextmanager
 def no_autoinstall() -> Iterator[None]:
     """Keep Ultralytics from running pip for a module that a checkpoint names."""
-    from ultralytics.utils import checks
-
     before = checks.AUTOINSTALL
     checks.AUTOINSTALL = False
     try:
@@ -40,10 +44,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
     """
-    from ultralytics import RTDETR, YOLO
-    from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
-
+    check_stock()
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
         try:
@@ -86,6 +87,12 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.float().eval().requires_grad_(True), ckpt
 
 
+def raw_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the dict of a checkpoint as it was saved, with whatever is inside its model."""
+    with no_autoinstall():
+        return torch_safe_load(str(path))[0]
+
+
 def foreign_classes(model: nn.Module) -> list[str]:
     """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
     return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
@@ -108,11 +115,9 @@ def float_model(weights: str | Path | nn.Module) -> Any:
     Raises:
         UsageError: The file is missing or holds no Ultralytics model.
     """
-    from ultralytics.nn.tasks import guess_model_task
-
     with quiet():
         model: Any = deepcopy(weights) if isinstance(weights, nn.Module) else load_model(weights)[0]
     model = model.cpu().float().eval().requires_grad_(False)
     model.criterion = None
-    model.task = getattr(model, "task", None) or guess_model_task(model)  # absent on a module built from YAML
+    model.task = getattr(model, "task", None) or task_of(model)  # absent on a module built from YAML
     return model

@@ -1,16 +1,19 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The only file that leans on Ultralytics internals: one guarded function for each seam."""
+"""Ultralytics' models: their blocks and heads, what remains of them once deployed, their sizes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.nn import tasks
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, get_flops
 
 from yolo_ext.core.errors import UsageError
 
@@ -37,23 +40,6 @@ BRANCHED = (*_classes(conv, "Conv2", "RepConv"), *_classes(block, "RepVGGDW"))  
 WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
 
 
-def check_version() -> None:
-    """Refuse an Ultralytics outside the tested range.
-
-    Raises:
-        UsageError: With the command that installs a supported version.
-    """
-    from ultralytics import __version__
-    from ultralytics.utils.checks import check_version as within
-
-    low, high = SUPPORTED
-    if not within(__version__, f">={low},<{high}"):
-        raise UsageError(
-            f"Ultralytics {__version__} is not supported. Legal: >={low},<{high}. "
-            f"Run: pip install 'ultralytics>={low},<{high}'"
-        )
-
-
 def natural_key(path: str) -> list[Any]:
     """Return a sort key that puts ``model.2`` before ``model.10``."""
     return [(0, int(s), "") if s.isdigit() else (1, 0, s) for s in re.split(r"\.", path)]
@@ -71,8 +57,6 @@ def module_path(node: str) -> str:
 
 def task_of(model: nn.Module) -> str:
     """Return the Ultralytics task of a model by its class; a model fresh from YAML does not carry it yet."""
-    from ultralytics.nn import tasks
-
     table = {"OBBModel": "obb", "SegmentationModel": "segment", "PoseModel": "pose", "ClassificationModel": "classify"}
     table |= {"SemanticSegmentationModel": "semantic", "DepthModel": "depth"}
     found = (task for name, task in table.items() if isinstance(model, getattr(tasks, name, ())))
@@ -184,8 +168,6 @@ def refresh_widths(model: nn.Module, kept: dict[str, dict[str, list[int]]] | Non
 
 def deployed(model: nn.Module) -> nn.Module:
     """Return a fused copy, which is what runs after export: BatchNorm folded, train-only branches gone."""
-    from copy import deepcopy
-
     return deepcopy(model).eval().fuse(verbose=False)
 
 
@@ -212,8 +194,6 @@ def gflops(model: nn.Module, imgsz: int = 640) -> float:
     Raises:
         UsageError: If Ultralytics reports 0.0, which PyPI's `thop` in place of `ultralytics-thop` makes it do.
     """
-    from ultralytics.utils.torch_utils import get_flops
-
     value = float(get_flops(deployed(model), imgsz))
     if value == 0.0:
         raise UsageError(
@@ -225,11 +205,8 @@ def gflops(model: nn.Module, imgsz: int = 640) -> float:
 
 def fuse_blocks(model: nn.Module) -> nn.Module:
     """Fold BatchNorm into the convolutions of plain Conv blocks in place, leaving every branch of the head."""
-    from ultralytics.nn.modules.conv import Conv
-    from ultralytics.utils.torch_utils import fuse_conv_and_bn
-
     for m in model.modules():
-        if isinstance(m, Conv) and hasattr(m, "bn") and type(m).forward in (Conv.forward,):
+        if isinstance(m, conv.Conv) and hasattr(m, "bn") and type(m).forward is conv.Conv.forward:
             m.conv = fuse_conv_and_bn(m.conv, m.bn)
             del m.bn
             m.forward = m.forward_fuse

@@ -80,7 +80,7 @@ class CompressionMixin:
         Raises:
             UsageError: If an option is unknown or illegal.
         """
-        stock.check_version()
+        stock.check_stock()
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
@@ -335,7 +335,7 @@ def attach(model: Any, **options: Any) -> Any:
         >>> yolo_ext.attach(model, prune={"speedup": 2}, distill={"teacher": "self"})
         >>> model.train(data="data.yaml", epochs=30)
     """
-    stock.check_version()
+    stock.check_stock()
     parse(options)
 
     def on_pretrain_routine_start(trainer: Any) -> None:
