@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import get_cpu_info
 
 
 @contextmanager
@@ -59,14 +60,9 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Re-estimate BatchNorm statistics from images (Li et al., EagleEye, 2020, arXiv:2007.02491).
+    """Re-estimate BatchNorm statistics from images (B, C, H, W) in 0..1, and return their number.
 
-    Args:
-        model: Model on any device; its running means and variances are replaced.
-        batches: Image batches (B, C, H, W) in 0..1.
-
-    Returns:
-        Number of images used.
+    Li et al., EagleEye, 2020, arXiv:2007.02491.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     momenta, training, seen = [m.momentum for m in norms], model.training, 0
@@ -93,15 +89,7 @@ def native_bf16() -> bool:
 
 
 def cpu_info() -> dict[str, Any]:
-    """Describe the processor and the versions that a measurement depends on.
-
-    Returns:
-        ``cpu`` (name), ``threads`` (logical processors), ``avx2``, ``vnni`` and ``governor`` (of the clock; None where
-        the system does not tell), and the versions of ``python``, ``torch``, ``onnx``, ``onnxruntime`` and
-        ``ultralytics``.
-    """
-    from ultralytics.utils.torch_utils import get_cpu_info
-
+    """Describe the processor (None where the system does not tell) and the versions that a measurement depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="ignore").splitlines() if info.is_file() else []
     flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), None)

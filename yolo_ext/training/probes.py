@@ -11,26 +11,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from yolo_ext import stock
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.stock.data import labelled_dataset
 
 ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
 
 
 def make_probes(
-    info: dict[str, Any],
-    imgsz: int,
-    cfg: PruneConfig,
-    task: str,
-    base: nn.Module | None = None,
-    batch: int = 16,
+    info: dict[str, Any], imgsz: int, cfg: PruneConfig, task: str, base: nn.Module | None = None, batch: int = 16,
     device: str | torch.device = "cpu",
-) -> Probes:
+) -> Probes:  # fmt: skip
     """Make everything that a pruning plan may ask for.
 
     Args:
@@ -40,10 +36,7 @@ def make_probes(
         task: Ultralytics task.
         base: The model to be pruned; its number of classes is held against that of the data.
         batch: Images per batch.
-        device: Where the labelled batches go. Images, accuracy and latency stay on the CPU.
-
-    Returns:
-        The probes. The labelled batches are read on first use and kept in memory.
+        device: Where the labelled batches go, which are read on first use and kept in memory.
     """
 
     def speed(dense: nn.Module, pruned: nn.Module) -> float:
@@ -74,33 +67,9 @@ def make_probes(
 
 
 def labelled_batches(
-    info: dict[str, Any],
-    imgsz: int,
-    n: int,
-    seed: int,
-    task: str,
-    base: nn.Module | None = None,
-    batch: int = 16,
+    info: dict[str, Any], imgsz: int, n: int, seed: int, task: str, base: nn.Module | None = None, batch: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """Read labelled train images as Ultralytics' own datasets do, without augmentation.
-
-    Args:
-        info: What `data.check.check_data` returned.
-        imgsz: Side of the square images in pixels.
-        n: How many images; fewer are used when there are fewer.
-        seed: Seed of the choice, the same one as that of calibration images.
-        task: Ultralytics task.
-        base: Model whose training arguments say how masks are read, and whose stride counts.
-        batch: Images per batch.
-
-    Yields:
-        What the task's criterion takes, images (B, C, imgsz, imgsz) as floats in 0..1.
-
-    Raises:
-        UsageError: If none of the chosen images has usable labels.
-    """
-    from torch.utils.data import DataLoader, Subset
-
+    """Yield up to `n` labelled train images, (B, C, imgsz, imgsz) in 0..1, as the criterion of `base` takes them."""
     chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
     args = getattr(base, "args", None) or {}
     given = args if isinstance(args, dict) else vars(args)

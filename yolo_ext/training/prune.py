@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -16,13 +14,13 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import prune_epochs, pruned_share
-from yolo_ext.pruning import during, unstructured
-from yolo_ext.pruning.allocate import read_sensitivity
+from yolo_ext.pruning import during, masks
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import Kept
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.plan import read_sensitivity
 from yolo_ext.pruning.prune import check_plan, prune_with_plan
 from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.stock.context import recalibrate
+from yolo_ext.stock.context import quiet, recalibrate
 from yolo_ext.stock.trainer import agreed, as_of_last_epoch, forget_best
 from yolo_ext.training.probes import make_probes
 from yolo_ext.training.technique import Technique, input_size, live
@@ -72,12 +70,12 @@ class Prune(Technique):
         """Refuse a target that is out of reach without having to be measured."""
         if not self.cfg:
             return
-        with _silence():  # the pruning itself will say the same once more
+        with quiet(logging.ERROR):  # the pruning itself will say the same once more
             check_plan(model, self.cfg, imgsz, ready=self.ready)
         if self.cfg.sensitivity:
             read_sensitivity(self.cfg.sensitivity)
         if self.cfg.kind != "structured":
-            unstructured.zero_weights(model, self.cfg, 0.0)
+            masks.zero_weights(model, self.cfg, 0.0)
 
     # Before the first epoch -----------------------------------------------------------------------------------------
     def put_in(self, trainer: Any, model: nn.Module, weights: nn.Module | None) -> nn.Module:
@@ -90,7 +88,7 @@ class Prune(Technique):
         if self.cfg.kind == "structured":
             return _prepared(model) if self.epochs else self._pruned(trainer, model)
         if not self.epochs:
-            unstructured.zero_weights(model, self.cfg, self.cfg.ratio)
+            masks.zero_weights(model, self.cfg, self.cfg.ratio)
         return model
 
     def _pruned(self, trainer: Any, model: nn.Module) -> nn.Module:
@@ -123,7 +121,7 @@ class Prune(Technique):
     def start(self, trainer: Any) -> None:
         """Take the zeros of a masked model for its masks."""
         if manifest(live(trainer)).masks:
-            self.masks = unstructured.capture(live(trainer))
+            self.masks = masks.capture(live(trainer))
 
     # While training -------------------------------------------------------------------------------------------------
     def before_epoch(self, trainer: Any) -> None:
@@ -172,29 +170,19 @@ class Prune(Technique):
     def _mask(self, trainer: Any, part: float) -> None:
         """Zero more weights of the live model and the EMA, the same ones."""
         chosen, ema = _copy_of_ema(trainer), trainer.ema.ema
-        unstructured.zero_weights(chosen, self.cfg, part * (self.cfg.ratio or 0.5))
-        self.masks = unstructured.capture(chosen)
+        masks.zero_weights(chosen, self.cfg, part * (self.cfg.ratio or 0.5))
+        self.masks = masks.capture(chosen)
         for model in (live(trainer), ema):
-            unstructured.apply(self.masks, model)
+            masks.apply(self.masks, model)
             set_tripwire(model)
-        zeros = 100 * unstructured.sparsity(ema)["masked"]
+        zeros = 100 * masks.sparsity(ema)["masked"]
         LOGGER.info(f"{colorstr(PREFIX)}before epoch {trainer.epoch + 1}: {zeros:.1f} % of the weights are zero")
 
     def after_step(self, trainer: Any) -> None:
         """Zero the masked weights again, in the live model and in the EMA."""
         if self.masks is not None:
-            unstructured.apply(self.masks, live(trainer), trainer.optimizer)
-            unstructured.apply(self.masks, trainer.ema.ema)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    level = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
+            masks.apply(self.masks, live(trainer), trainer.optimizer)
+            masks.apply(self.masks, trainer.ema.ema)
 
 
 def _prepared(model: nn.Module) -> nn.Module:

@@ -39,7 +39,8 @@ class Exact:
     def __init__(self) -> None:
         """Start a run that has not taken a step."""
         self.waiting = 0
-        self._shift = 0  # to add to `accumulate`
+        self._shift = 0  # to add to `accumulate`,
+        self._due = 1  # which is this otherwise
         self._state: dict[str, Any] | None = None  # whose random part waits for the first epoch
         self._epoch = -1
 
@@ -59,24 +60,25 @@ class Exact:
 
     def prepare_batch(self, trainer: Any) -> None:
         """Correct how many batches are accumulated until the first step of a resumed run."""
+        self._due = trainer.accumulate
         trainer.accumulate += self._shift
 
     def after_step(self, trainer: Any) -> None:
         """Note an optimizer step, behind which nothing needs correction any more."""
-        trainer.accumulate -= self._shift
-        if self._shift and self.waiting < trainer.accumulate:
-            self._out_of_step()
+        self._take_back(trainer, self.waiting >= self._due)
         self.waiting = self._shift = 0
 
     def after_batch(self, trainer: Any) -> None:
-        """Take back the correction, whether or not the batch saw a step."""
-        trainer.accumulate -= self._shift
-        if self._shift and self.waiting >= trainer.accumulate:
-            self._out_of_step()
-            self._shift = 0
+        """Take back the correction where the batch saw no step."""
+        self._take_back(trainer, self.waiting < self._due)
 
-    def _out_of_step(self) -> None:
-        _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
+    def _take_back(self, trainer: Any, as_expected: bool) -> None:
+        if not self._shift:
+            return
+        trainer.accumulate = self._due
+        if not as_expected:
+            self._shift = 0
+            _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
 
     # State ----------------------------------------------------------------------------------------------------------
     def save(self, trainer: Any) -> None:
