@@ -18,6 +18,7 @@ from yolo_ext.core.config import (
     QuantConfig,
     as_plain,
     cfg_dir,
+    comma_list,
     default_yaml,
     help_lines,
     parse,
@@ -248,3 +249,24 @@ def test_options_that_are_gone_may_say_what_happens_anyway():
         parse({"quant": {"learned": True}})
 
 
+@pytest.mark.parametrize(
+    ("given_", "kind", "expected"),
+    [
+        ("a.pt,b.onnx", str, ["a.pt", "b.onnx"]),
+        (" a , b,", str, ["a", "b"]),
+        (["a ", 3], str, ["a", "3"]),
+        (("0.8", 0.2), float, [0.8, 0.2]),
+        ("1,2", int, [1, 2]),
+        (4, int, [4]),
+        ("", str, []),
+        ([], float, []),
+    ],
+)
+def test_lists_with_commas(given_, kind, expected):
+    assert comma_list(given_, kind) == expected
+
+
+def test_a_list_of_other_things_is_an_error():
+    for given_ in ("1,x", 1.5, ["1.5"], True):
+        with pytest.raises(ValueError):
+            comma_list(given_, int)

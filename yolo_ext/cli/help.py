@@ -104,7 +104,8 @@ def documented(function: Callable[..., Any]) -> dict[str, str]:
     for line in textwrap.dedent(section).splitlines():
         name, _, text = line.partition(": ") if not line.startswith(" ") else (next(reversed(found)), "", line)
         found[name] = " ".join(f"{found.get(name, '')} {text}".replace("`", "").split())
-    return {name: text.rstrip(".") for name, text in found.items()}
+    like = getattr(function, "like", None)
+    return {**(documented(like) if like else {}), **{name: text.rstrip(".") for name, text in found.items()}}
 
 
 def technique_help(technique: str) -> str:
@@ -114,7 +115,7 @@ def technique_help(technique: str) -> str:
         rows = [(r.name, r.summary, ", ".join(n.value for n in r.needs), r.paper) for r in table]
         parts.append(f"{table.kind}:\n{_aligned(rows)}")
     if technique == "quant":
-        from yolo_ext.quantization.profiles import PROFILES
+        from yolo_ext.quantization.spec import PROFILES
 
         parts.append("quantization profile:\n" + _aligned([(p.name, p.summary) for p in PROFILES.values()]))
     return "\n\n".join(parts)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
+from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table, suggest
 
@@ -34,11 +35,12 @@ Share = Annotated[float, "0 to 1"]
 Technique = Any  # options as a dict or a dataclass, True for the defaults, None or False for off
 
 
-def command(summary: str) -> Callable[[F], F]:
+def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Make a command of the decorated function, which then refuses values that do not fit its annotations.
 
     Args:
         summary: One line for the overview.
+        like: Command that explains the keys that the docstring of this one does not.
     """
 
     def add(fn: F) -> F:
@@ -47,6 +49,7 @@ def command(summary: str) -> Callable[[F], F]:
             check_values(fn, inspect.signature(fn).bind(*args, **options).arguments)
             return fn(*args, **options)
 
+        checked.__dict__["like"] = like
         return COMMANDS.row(fn.__name__, summary)(typing.cast(F, checked))
 
     return add
@@ -107,6 +110,21 @@ def _legal(kind: Any, value: Any) -> str:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return "" if whole and value >= low else f": give a whole number of at least {low}."
     return ""
+
+
+def numbers(key: str, given: Any, kind: Callable[[str], Any], legal: Callable[[Any], bool], hint: str) -> list[Any]:
+    """Read one or several numbers.
+
+    Raises:
+        UsageError: If there is none, or one is not legal.
+    """
+    try:
+        found = comma_list(given, kind)
+    except ValueError:
+        found = []
+    if not found or not all(map(legal, found)):
+        raise UsageError(f"'{key}={given}' is illegal. Give {hint}.")
+    return found
 
 
 def check_native(native: Mapping[str, Any]) -> None:

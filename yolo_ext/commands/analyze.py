@@ -129,7 +129,7 @@ def _of_quantization(
     from yolo_ext import runs, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.quantization import sensitivity as errors
+    from yolo_ext.quantization import search as errors
     from yolo_ext.quantization.qat import prepare, strip
     from yolo_ext.training.probes import make_probes
 
@@ -151,8 +151,8 @@ def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[
     """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.operators import saved_ms
-    from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qdq import write_qdq
+    from yolo_ext.quantization.spec import resolve_profile
 
     profile = resolve_profile(quantized["profile"])
     if not profile.output:
@@ -167,7 +167,7 @@ def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[
 def checks() -> bool:
     """Print versions and the state of the installation; return whether all is well."""
     from yolo_ext import stock
-    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization.spec import resolve_profile
 
     for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
         LOGGER.info(f"{key:<14}{value}")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolo_ext.commands import LOGGER, Count, command
+from yolo_ext.commands import LOGGER, Count, command, numbers
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 
@@ -95,13 +95,8 @@ def _environment() -> dict[str, Any]:
 
 def _whole(key: str, given: Any) -> list[int]:
     """Read one or several whole numbers of at least 1."""
-    try:
-        numbers = list(dict.fromkeys(comma_list(given, int)))
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"'{key}={given}' is illegal. Give whole numbers of at least 1, such as {key}=1,2.")
-    return numbers
+    hint = f"whole numbers of at least 1, such as {key}=1,2"
+    return list(dict.fromkeys(numbers(key, given, int, lambda n: n >= 1, hint)))
 
 
 def _size(file: str, given: int | None) -> int:

@@ -22,15 +22,15 @@ def compress(
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
     resume: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compress a trained YOLO and prove the result; every technique can be switched off, such as quant=None.
+    """Compress a trained YOLO and prove the result; a technique is switched off by None.
 
     Args:
         model: Base ``.pt``.
         data: Dataset YAML; may be left out only when there is no training and no quantization.
         imgsz: Side of the square input in pixels; that of the training by default.
-        epochs: Fine-tune epochs, 0 for none.
-        sparsity: Options of sparsity training, off by default.
-        prune: Options of pruning; half of the FLOPs by default.
+        epochs: Fine-tune epochs, 0 for none; 30 by default.
+        sparsity: Options of a sparsity training that comes first.
+        prune: Options of pruning; True removes half of the FLOPs.
         distill: Options of the distillation while fine-tuning.
         quant: Options of quantization.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
@@ -59,7 +59,7 @@ def train(
         model: ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
         data: Dataset YAML; not needed with ``resume=True``.
         imgsz: Side of the images in pixels, rounded up to the stride; that of the training of the model by default.
-        epochs: Epochs of the training.
+        epochs: Epochs of the training; 100 by default.
         sparsity: Options of sparsity training.
         prune: Options of pruning while training.
         distill: Options of distillation.
@@ -84,91 +84,50 @@ def train(
     return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
 
 
-@command("Prune and fine-tune; epochs=0 prunes without data or training")
+@command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress)
 def prune(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
     resume: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compress by pruning alone, unless other techniques are asked for.
+    """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
 
     Args:
         model: Base ``.pt``; with ``epochs=0`` a ``.yaml`` will do.
         data: Dataset YAML; may be left out with ``epochs=0``.
-        imgsz: Side of the square input in pixels; that of the training by default.
-        epochs: Fine-tune epochs, 0 for none.
-        sparsity: Options of a sparsity training before the pruning.
-        prune: Options of pruning; half of the FLOPs by default.
-        distill: Options of a distillation while fine-tuning.
-        quant: Options of a quantization afterwards.
-        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
-
-    Returns:
-        What `compress` returns.
-
-    Raises:
-        UsageError: If the input is wrong; nothing has been written then.
     """
     techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": distill, "quant": quant}
     return _compress("prune", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
 
 
-@command("Train a student with a teacher")
+@command("Train a student with a teacher", like=train)
 def distill(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
     resume: bool | str = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train with distillation, by default from the student's own weights before the training.
+    """Do what `train` does, whose keys these are, with distillation on by default.
 
     Args:
         model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
-        data: Dataset YAML; not needed with ``resume=True``.
-        imgsz: Side of the images in pixels, rounded up to the stride; that of the training of the model by default.
-        epochs: Epochs of the training.
-        sparsity: Options of sparsity training.
-        prune: Options of pruning while training.
         distill: Options of distillation, such as `distill.teacher`.
-        quant: Options of quantization-aware training.
-        resume: Go on with a training that was stopped.
-        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
-
-    Returns:
-        What `train` returns.
-
-    Raises:
-        UsageError: If the input is wrong.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": _on("distill", distill), "quant": quant}
     return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, **techniques, **{"name": "distill", **native})
 
 
-@command("INT8 by PTQ or QAT, as ONNX")
+@command("INT8 by PTQ or QAT, as ONNX", like=compress)
 def quantize(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
     resume: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compress by quantization alone, unless other techniques are asked for.
+    """Do what `compress` does, whose keys these are, with no technique but quantization on by default.
 
     Args:
         model: Float ``.pt``.
         data: Dataset YAML, for calibration, accuracy and QAT.
-        imgsz: Side of the square input in pixels; that of the training by default.
         epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
-        sparsity: Options of a sparsity training before.
-        prune: Options of a pruning before.
-        distill: Options of distillation.
-        quant: Options of quantization.
-        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
-
-    Returns:
-        What `compress` returns.
-
-    Raises:
-        UsageError: If the input is wrong; nothing has been written then.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": _on("quant", quant)}
     return _compress("quantize", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)

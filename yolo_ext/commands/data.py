@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from yolo_ext.commands import LOGGER, Natural, command
+from yolo_ext.commands import LOGGER, Natural, command, numbers
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 
@@ -57,23 +57,18 @@ def convert(
                difficult=difficult, broken=broken, files=files, images=Path(images) if images else None)  # fmt: skip
 
 
-@command("Split a YOLO dataset anew: shares or folds, at random or by class")
+@command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)
 def split(
     source: str | Path, out: str | Path, ratio: Any = None, folds: Folds | None = None, *, stratify: bool = False,
     seed: Natural = 0, classes: Any = None, broken: str = "refuse", files: str = "link",
 ) -> Any:  # fmt: skip
-    """Split a YOLO dataset anew, without touching the source.
+    """Split a YOLO dataset anew, without touching the source; keys without help here are those of `convert`.
 
     Args:
         source: data.yaml or folder of a YOLO dataset.
         out: New folder.
         ratio: Shares of train, val and test; ``0.8,0.2`` by default.
         folds: Number of folds instead.
-        stratify: Spread the classes evenly over shares or folds.
-        seed: Seed of shares and folds.
-        classes: Names with commas or a text file, which choose classes and their order; all by default.
-        broken: `refuse` broken files, or `skip` and count them.
-        files: `link` or `copy` images, or write a `list` only, which leaves them where they are.
 
     Returns:
         What was written.
@@ -139,9 +134,8 @@ def show(found: Mapping[str, Any]) -> None:
         for where, pairs in {"inside a split": found[f"duplicates{suffix}"], **found[f"leaks{suffix}"]}.items():
             if pairs:
                 LOGGER.warning(f"{where}: {len(pairs)} pairs of {how}: {quote([' = '.join(p) for p in pairs], 3)}")
-    LOGGER.info(
-        "Passed: no broken file, no leak" if found["passed"] else "Failed: broken files or leaks between splits"
-    )
+    verdict = "Passed: no broken file, no leak" if found["passed"] else "Failed: broken files or leaks between splits"
+    LOGGER.info(verdict)
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:
@@ -170,12 +164,10 @@ def _ratios(given: Any) -> dict[str, float] | None:
     """Read shares of train, val and test."""
     if given is None:
         return None
-    try:
-        shares = comma_list(given, float) if isinstance(given, (str, list, tuple)) else []
-    except ValueError:
-        shares = []
-    if not 0 < len(shares) <= len(SPLITS):
-        raise UsageError(f"'ratio={given}' is illegal. Give one share for each split, such as ratio=0.8,0.2.")
+    hint = "one share for each split, such as ratio=0.8,0.2"
+    shares = numbers("ratio", given, float, lambda r: isinstance(given, (str, list, tuple)), hint)
+    if len(shares) > len(SPLITS):
+        raise UsageError(f"'ratio={given}' is illegal. Give {hint}.")
     return dict(zip(SPLITS, shares))
 
 

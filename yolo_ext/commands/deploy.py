@@ -93,7 +93,7 @@ def export(
         CheckFailed: If the exporter failed.
     """
     from yolo_ext import runs, stock
-    from yolo_ext.quantization.modelopt import is_modelopt
+    from yolo_ext.quantization.convert import is_modelopt
     from yolo_ext.reporting.tables import write_summary
     from yolo_ext.stock.exporter import export_formats
 
@@ -125,7 +125,7 @@ def export(
 
 def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
-    from yolo_ext.quantization.modelopt import is_modelopt, load_modelopt
+    from yolo_ext.quantization.convert import is_modelopt, load_modelopt
     from yolo_ext.stock.load import load_model
 
     try:
@@ -221,8 +221,8 @@ def _quantized(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
     """
     from yolo_ext.checkpoint import manifest, note
     from yolo_ext.quantization.convert import convert
-    from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qat import prepare, strip
+    from yolo_ext.quantization.spec import resolve_profile
 
     if job.modelopt:
         return _imported(job, job.quant.get("profile") or profile)
@@ -247,10 +247,9 @@ def _imported(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
     """Return model, state and profile from the ranges of Ultralytics' QAT, with those calibrated that it lacks."""
     from yolo_ext import stock
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.quantization import modelopt
-    from yolo_ext.quantization.branches import merge_branches
-    from yolo_ext.quantization.fake_quant import strip_fake_quant
-    from yolo_ext.quantization.profiles import resolve_profile
+    from yolo_ext.quantization import convert
+    from yolo_ext.quantization.fake_quant import merge_branches, strip_fake_quant
+    from yolo_ext.quantization.spec import resolve_profile
 
     def batches() -> Iterator[torch.Tensor]:
         """Yield images (B, C, H, W); asked for where something is missing only."""
@@ -264,7 +263,7 @@ def _imported(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
 
     target = resolve_profile(profile)
     merge_branches(job.net, batches())
-    state = modelopt.complete(job.net, modelopt.import_state(job.modelopt or {}, job.net), target, batches())
+    state = convert.complete(job.net, convert.import_state(job.modelopt or {}, job.net), target, batches())
     return strip_fake_quant(job.net), state, target
 
 

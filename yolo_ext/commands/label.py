@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TASKS = ("detect", "segment")
 COMPARED = ("detect", "segment", "pose")  # tasks that `predict compare=` draws
 COUNTS = ("base", "new", "missed", "added")
+WORDS = "base {base}, model {new} objects, {missed} missed, {added} added"
 OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model is not to write or open
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
 
@@ -73,7 +74,8 @@ def label(
     about = _about(model, imgsz)
     names = about["names"]
     wanted = _choose(classes, names)
-    settings = {"model": _digest(model), "imgsz": about["imgsz"], "conf": conf, "iou": iou, "classes": wanted,
+    digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]
+    settings = {"model": digest, "imgsz": about["imgsz"], "conf": conf, "iou": iou, "classes": wanted,
                 "names": list(names.values())}  # fmt: skip
     find = _finder(model, about, conf=conf, iou=iou, classes=wanted, device=device)
     with no_autoinstall():
@@ -91,15 +93,6 @@ def label(
     update(folder / "review.html", page)
     _report(found, done, folder)
     return found
-
-
-def _digest(model: str | Path) -> str:
-    """Return 16 digits that tell one file from another."""
-    digest = hashlib.sha256()
-    with Path(model).open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def _about(model: str | Path, imgsz: int | None) -> dict[str, Any]:
@@ -193,18 +186,10 @@ def _summary(
 
     records = done.records.values()
     review = [{"image": r["image"], "lowest": low} for r in in_order(records) if (low := lowest(r)) and low < LOW]
-    return {
-        "model": model,
-        "format": format,
-        "settings": settings,
-        "images": images,
-        "labelled": len(records),
-        "nothing_found": sum(not r["objects"] for r in records),
-        "classes": class_counts(records, names),
-        "review": review,
-        "kept": done.kept,
-        "skipped": done.skipped,
-    }
+    empty = sum(not r["objects"] for r in records)
+    return {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
+            "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
+            "skipped": done.skipped}  # fmt: skip
 
 
 def _told(found: dict[str, Any]) -> str:
@@ -268,19 +253,14 @@ def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) 
         missed, added = side_by_side(result.orig_img, reference, boxes, result.names, folder / "compare" / name)
         counts = dict(zip(COUNTS, (len(reference), len(boxes), missed, added)))
         rows.append({"source": result.path, "picture": name, **counts})
-        LOGGER.info(f"{name}: {_words(counts)}")
+        LOGGER.info(f"{name}: {WORDS.format(**counts)}")
     if not rows:
         raise UsageError(f"No readable images found in 'source={source}'.")
     total = {k: sum(row[k] for row in rows) for k in COUNTS}
     found = {"model": model, "compare": compare, "iou": IOU, "total": total, "images": rows}
     runs.write_json(folder / "compare.json", found)
-    LOGGER.info(f"Total of {len(rows)} images: {_words(total)}. Pictures saved to {folder / 'compare'}")
+    LOGGER.info(f"Total of {len(rows)} images: {WORDS.format(**total)}. Pictures saved to {folder / 'compare'}")
     return found
-
-
-def _words(counts: dict[str, int]) -> str:
-    """Return counts of objects in words."""
-    return f"base {counts['base']}, model {counts['new']} objects, {counts['missed']} missed, {counts['added']} added"
 
 
 def _load(path: str | Path, native: dict[str, Any]) -> Any:
@@ -305,12 +285,8 @@ def _pairs(new: Any, base: Any, source: Any, options: dict[str, Any]) -> Iterato
     for result in new.predict(source, stream=True, **options):
         found = base.predict(result.orig_img, **{**quiet, "imgsz": new.predictor.imgsz, "verbose": False})[0]
         classes = classes or _renumber(found.names, result.names)
-        yield result, _boxes(result), [(*row[:5], classes[int(row[5])]) for row in _boxes(found)]
-
-
-def _boxes(result: Any) -> list[Any]:
-    """Return rows of x0, y0, x1, y1 in pixels, confidence and class."""
-    return result.boxes.data[:, :6].tolist()
+        boxes, reference = (r.boxes.data[:, :6].tolist() for r in (result, found))  # corners, confidence, class
+        yield result, boxes, [(*row[:5], classes[int(row[5])]) for row in reference]
 
 
 def _renumber(base: dict[int, str], new: dict[int, str]) -> dict[int, int]:
@@ -319,10 +295,8 @@ def _renumber(base: dict[int, str], new: dict[int, str]) -> dict[int, int]:
         return {i: i for i in base}
     index = {name: i for i, name in new.items()}
     if set(base.values()) != set(index):
-        raise UsageError(
-            f"The models have different classes: {', '.join(base.values())} and {', '.join(index)}. "
-            "Compare models of one dataset."
-        )
+        both = f"{', '.join(base.values())} and {', '.join(index)}"
+        raise UsageError(f"The models have different classes: {both}. Compare models of one dataset.")
     return {i: index[name] for i, name in base.items()}
 
 

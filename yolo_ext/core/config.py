@@ -148,6 +148,7 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(f"Unknown technique '{technique}'.{suggest(technique, list(CONFIGS))}")
             continue
         cls = CONFIGS[technique]
+        known = {f.name: f for f in fields(cls)}
         if given is None or given is False:
             parsed[technique] = None
             continue
@@ -156,7 +157,9 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
         elif given is True:
             given = {}
         if not isinstance(given, Mapping):
-            problems.append(f"'{technique}={given}' is illegal: give options such as '{technique}.{_first(cls)}=...'.")
+            problems.append(
+                f"'{technique}={given}' is illegal: give options such as '{technique}.{fields(cls)[0].name}=...'."
+            )
             continue
         known = {f.name: f for f in fields(cls)}
         given = {k: v for k, v in given.items() if k in known or v not in RETIRED.get(f"{technique}.{k}", ())}
@@ -195,10 +198,6 @@ def _cast(f: Field, value: Any) -> Any:
     return int(value) if kind.startswith("int") else float(value) if kind.startswith("float") else value
 
 
-def _first(cls: type) -> str:
-    return fields(cls)[0].name
-
-
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
     """Return a list that a user wrote as text with commas, as a list or as its only item, each read as `kind`."""
     items = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
@@ -233,11 +232,8 @@ def _prune_conflicts(cfg: PruneConfig) -> list[str]:
     if len(targets) > 1:
         problems.append(f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them.")
     if not targets and not cfg.ratios and cfg.scope != "pagcp" and cfg.kind == "structured":
-        problems.append(
-            "Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), "
-            + ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
-            + " or 'prune.ratios'."
-        )
+        others = ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
+        problems.append(f"Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), {others} or 'prune.ratios'.")
     if cfg.kind == "unstructured" and targets != ["ratio"]:
         problems.append("'prune.kind=unstructured' needs 'prune.ratio' and no other target, such as prune.ratio=0.8.")
     if cfg.kind == "2:4" and targets:
@@ -265,14 +261,8 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
     rows = []
     for f in fields(CONFIGS[technique]):
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
-        choices = f.metadata.get("choices")
-        rows.append(
-            (
-                f"{technique}.{f.name}",
-                _plain(default),
-                f.metadata["help"] + (f" ({', '.join(choices)})" if choices else ""),
-            )
-        )
+        choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
+        rows.append((f"{technique}.{f.name}", _plain(default), f.metadata["help"] + choices))
     return rows
 
 
