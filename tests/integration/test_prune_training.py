@@ -15,7 +15,7 @@ import yolo_ext
 from yolo_ext import cli, stock
 from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.unstructured import sparsity
+from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.load import load_model
 
 LATER = {"speedup": 2.0, "at": [1, 2], "images": 4, "recalibrate": 4}

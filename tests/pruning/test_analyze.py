@@ -8,8 +8,8 @@ from ultralytics.nn.tasks import ClassificationModel
 from yolo_ext import stock
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.analyze import analyze, group_shares, layer_flops, layer_times, table
-from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.groups import tied_groups
 
 FAMILIES = ["yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"]
 
@@ -78,5 +78,5 @@ def test_figures_of_a_family(yolo, name: str) -> None:
     assert (
         0.95 < sum(group_shares(graph, costs, sum(costs.values()))) <= 1.0 + 1e-9
     )  # query and key rows are in no group
-    names = [b.name for b in bundles(model, graph, PruneConfig())]
+    names = [b.name for b in tied_groups(model, graph, PruneConfig())]
     assert len(set(names)) == len(names)

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from yolo_ext.pruning.prune import plan
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights, score
 from yolo_ext.pruning.graph import Group, Member, build_graph
+from yolo_ext.pruning.prune import make_plan
 
 DATA_FREE = [row.name for row in criteria if not row.needs and row.name != "random"]
 GENERATOR = torch.Generator()
@@ -218,7 +218,7 @@ def mine(tmp_path, monkeypatch):
 def test_user_criterion_by_dotted_path(mine, yolo):
     model = yolo("yolov8n")
     cfg = PruneConfig(method=f"{mine}:first", ratio=0.5, scope="local")
-    kept = plan(model, build_graph(model), cfg)
+    kept = make_plan(model, build_graph(model), cfg)
     assert kept["model.1.conv"]["out"] == list(range(16))  # the last channels were worst
 
 
@@ -226,4 +226,4 @@ def test_user_criterion_by_dotted_path(mine, yolo):
 def test_user_criterion_that_returns_nonsense(mine, yolo, name, got):
     model = yolo("yolov8n")
     with pytest.raises(UsageError, match=f"returned {got}.* finite scores"):
-        plan(model, build_graph(model), PruneConfig(method=f"{mine}:{name}", ratio=0.5))
+        make_plan(model, build_graph(model), PruneConfig(method=f"{mine}:{name}", ratio=0.5))

@@ -17,7 +17,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.distillation.adapters import Align
 from yolo_ext.pruning.during import cut_run, follow, remember_dense, sizes, step_config
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.prune import prune_model, prune_with_plan
 from yolo_ext.pruning.surgery import cut
 from yolo_ext.stock.trainer import agreed

@@ -20,12 +20,12 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
-from yolo_ext.pruning.prune import plan, prune_model
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.prune import make_plan, prune_model
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, verify
 from yolo_ext.stock.load import load_model
 
@@ -213,7 +213,7 @@ def test_modules_of_the_user_are_followed_or_reported(wire, reason, custom):
 def test_modules_that_depend_on_their_width_can_be_skipped(wire, custom):
     model, cfg = custom(wire), PruneConfig(method="random", ratio=0.2, scope="local")
     graph = build_graph(model, custom=False)
-    kept = plan(model, graph, cfg)
+    kept = make_plan(model, graph, cfg)
     assert verify(model, apply_plan(deepcopy(model), kept), kept) <= TOLERANCE and len(kept) > 10
     assert "enters Block model.2" in {g.frozen for g in graph.groups}
 

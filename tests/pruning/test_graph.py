@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.nn.modules.transformer import AIFI
-from yolo_ext.pruning.prune import plan
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.prune import make_plan
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap
 from yolo_ext.stock.load import load_model
 
@@ -393,7 +393,7 @@ def test_positions_after_concat():
 def test_halves_are_tied_and_keep_their_order():
     graph = build_graph(Toy(halves, a=A, b=conv(4, 4), c=conv(12, 4)))
     first, second = [g for g in graph.groups if g.name == "a"]
-    assert any({graph.groups[i].name for i in bundle} == {"a"} and len(bundle) == 2 for bundle in graph.bundles)
+    assert any({graph.groups[i].name for i in bundle} == {"a"} and len(bundle) == 2 for bundle in graph.ties)
     where = {(m.module, m.dim): m.index for m in first.members}
     assert where["a", "out"].flatten().tolist() == [0, 1, 2, 3] == where["c", "in"].flatten().tolist()
     where = {(m.module, m.dim): m.index for m in second.members}
@@ -412,7 +412,7 @@ def test_a_fixed_half_keeps_the_other_one():
 def test_attention_prunes_values_at_the_rate_of_the_stream():
     toy = Toy(lambda m, x: m.b(m.t(m.a(x))), a=conv(3, 32), t=Attention(32, num_heads=2), b=conv(32, 4))
     graph = build_graph(toy)
-    bundle = next(b for b in graph.bundles if any(graph.groups[g].name == "a" for g in b))
+    bundle = next(b for b in graph.ties if any(graph.groups[g].name == "a" for g in b))
     groups = [graph.groups[g] for g in bundle]
     assert sorted(g.size for g in groups) == [16, 16, 32] and not any(g.frozen for g in groups)
     qkv = {int(i) for g in groups for m in g.members if (m.module, m.dim) == ("t.qkv.conv", "out") for i in m.index}
@@ -504,7 +504,7 @@ def test_any_legal_plan_is_exact_and_a_wrong_index_shows(calibrate, steps, ratio
     net = calibrate(Net([("conv", 8), *steps]))
     cfg = PruneConfig(method="random", ratio=ratio, scope=scope, seed=seed, round_to=1, min_channels=1, max_ratio=0.9)
     try:
-        kept = plan(net, build_graph(net), cfg)
+        kept = make_plan(net, build_graph(net), cfg)
     except UsageError as e:
         assert re.search("Nothing can be pruned|cannot be reached", str(e))  # too little is left that may go
         return
@@ -537,7 +537,7 @@ def test_a_layer_that_no_rule_can_save_fails_the_gate_with_advice():
 def test_nothing_to_prune_is_an_error():
     toy = Toy(lambda m, x: m.b(m.a(x).flip(1)), a=A, b=B)
     with pytest.raises(UsageError, match="Nothing can be pruned"):
-        plan(toy, build_graph(toy), PruneConfig(ratio=0.5, round_to=1, min_channels=1))
+        make_plan(toy, build_graph(toy), PruneConfig(ratio=0.5, round_to=1, min_channels=1))
 
 
 LARGE = [

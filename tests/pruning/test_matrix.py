@@ -15,7 +15,6 @@ import ultralytics
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import ClassificationModel, yaml_model_load
-from yolo_ext.pruning.prune import prune_model
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, save_model
@@ -24,6 +23,7 @@ from yolo_ext.core.registry import Need
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import predictor
 from yolo_ext.pruning.criteria import criteria
+from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import TOLERANCE
 from yolo_ext.stock.load import load_model
 

@@ -15,12 +15,13 @@ from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
 from yolo_ext.pruning import pagcp as module
-from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.pagcp import budget_decay, pagcp, search
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.plan import Job, kept_of, widths_of
+from yolo_ext.pruning.solve import measure
 from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.pruning.targets import measure
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.probes import make_probes
@@ -187,7 +188,7 @@ def test_wrong_input_of_a_model(yolo, probes: Probes, options: dict, message: st
     model = yolo("yolov8n")
     graph = build_graph(model)
     with pytest.raises(UsageError, match=message):
-        pagcp(model, graph, bundles(model, graph, config()), config(**options), probes)
+        pagcp(Job(model, graph, tied_groups(model, graph, config()), config(**options), probes))
 
 
 def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +202,9 @@ def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.
     monkeypatch.setattr(module, "task_losses", losses)
     cfg = config(include=["model.4.cv2", "model.5", "model.6.cv2"], ratios={"model.6.cv2": 0.25})
     graph = build_graph(model)
-    made = bundles(model, graph, cfg)
+    made = tied_groups(model, graph, cfg)
     batches = lambda: [{"img": torch.rand(2, 3, 64, 64)}]  # noqa: E731
-    units = pagcp(model, graph, made, cfg, Probes(batches=batches))
+    units = pagcp(Job(model, graph, made, cfg, Probes(batches=batches)))
     rows = {r["name"]: r for r in graph.notes}
     assert rows["model.4.cv2.conv"]["limit"] == "box" and rows["model.4.cv2.conv"]["ratio"] == 0.0
     assert rows["model.5.conv"]["ratio"] > 0.7
@@ -222,8 +223,8 @@ def test_blood_cells_at_twice_the_speed(tmp_path: Path) -> None:
     cfg = config(budget=0.05, total_budget=5.0, topk=0.8, speedup=2.0, images=32)
     probes = make_probes(check_data(tmp_path / "bccd" / "data.yaml"), 192, cfg, "detect", model)
     graph = build_graph(model, 192)
-    made = bundles(model, graph, cfg)
-    units = pagcp(model, graph, made, cfg, probes, 192)
+    made = tied_groups(model, graph, cfg)
+    units = pagcp(Job(model, graph, made, cfg, probes, 192))
     figures = measure(model, graph, 192)
     assert figures({})[0] / figures(widths_of(graph, made, units))[0] == pytest.approx(2.0, rel=0.02)
     assert {r["limit"] for r in graph.notes} == {"", "box_loss", "cls_loss"}

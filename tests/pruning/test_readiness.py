@@ -7,14 +7,15 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from yolo_ext.pruning.prune import plan, readiness
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.bundles import Bundle, bundles, kept_of, near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.plan import Job, kept_of, near_zero, near_zero_share, spare_units
+from yolo_ext.pruning.prune import make_plan, readiness
 from yolo_ext.pruning.surgery import apply_plan
 
 SLIM = PruneConfig(method="slim", speedup=1.5)
@@ -37,7 +38,7 @@ def plant(traced):
         planted = deepcopy(model)
         modules = dict(planted.named_modules())
         with torch.no_grad():
-            for g in (g for b in bundles(planted, graph(), SLIM) for g in b.groups):
+            for g in (g for b in tied_groups(planted, graph(), SLIM) for g in b.groups):
                 for m in g.members:
                     if isinstance(modules[m.module], nn.BatchNorm2d):
                         modules[m.module].weight[m.index[: round(share * g.size)].flatten()] = 0
@@ -66,9 +67,9 @@ class Sized:
         self.size = size
 
 
-def bundle(allowed: list[int], *values: list[float]) -> Bundle:
+def bundle(allowed: list[int], *values: list[float]) -> TiedGroups:
     tensors = [torch.tensor(v) for v in values]
-    return Bundle([Sized(len(v)) for v in values], [], torch.zeros(allowed[0]), allowed, values=tensors)
+    return TiedGroups([Sized(len(v)) for v in values], [], torch.zeros(allowed[0]), allowed, values=tensors)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,9 @@ def test_without_bundles_nothing_is_near_zero():
 def test_the_predicted_speed_up_is_that_of_the_pruned_model(plant, traced, options):
     planted, graph = plant(0.5), traced[1]()
     cfg = PruneConfig(method="slim", **options)
-    made = bundles(planted, graph, cfg)
+    made = tied_groups(planted, graph, cfg)
     units = spare_units(made, 0.01)
-    found = readiness(planted, graph, cfg, made, units, 640)
+    found = readiness(Job(planted, graph, made, cfg), units)
     pruned = apply_plan(deepcopy(planted), kept_of(graph, made, units))
     measured = stock.gflops(planted) / stock.gflops(pruned)
     assert found["speedup"] == pytest.approx(measured, rel=0.02) and measured > 2.5
@@ -107,16 +108,16 @@ def test_the_predicted_speed_up_is_that_of_the_pruned_model(plant, traced, optio
 def test_what_is_still_in_use_is_counted(plant, traced):
     """Of 3/4 that go, 1/2 was near zero: a third of them is in use."""
     planted, graph = plant(0.5), traced[1]()
-    made = bundles(planted, graph, PruneConfig(method="slim", round_to=1, min_channels=1))
-    found = readiness(planted, graph, SLIM, made, [b.round(b.units / 4) for b in made])
+    made = tied_groups(planted, graph, PruneConfig(method="slim", round_to=1, min_channels=1))
+    found = readiness(Job(planted, graph, made, SLIM), [b.round(b.units / 4) for b in made])
     assert found["in_use"] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_the_threshold_is_that_of_the_training(plant, traced):
     planted, graph = plant(0.0), traced[1]()
     note(planted, sparsity={**manifest(planted).sparsity, "threshold": 1.0})
-    made = bundles(planted, graph, SLIM)
-    assert readiness(planted, graph, SLIM, made, [b.units for b in made])["share"] == 1.0
+    made = tied_groups(planted, graph, SLIM)
+    assert readiness(Job(planted, graph, made, SLIM), [b.units for b in made])["share"] == 1.0
 
 
 # share of planted zeros, trained with, options, what happens: nothing (""), a warning, or (!) a refusal
@@ -139,10 +140,10 @@ def test_warns_and_refuses(plant, traced, caplog, share, trained, options, expec
     cfg = PruneConfig(**{"method": "slim", **options})
     if expected.startswith("!"):
         with pytest.raises(UsageError, match=expected[1:].replace("{", r"\{")) as e:
-            plan(planted, graph, cfg)
+            make_plan(planted, graph, cfg)
         assert "prune.force=True" in str(e.value) and "take prune.method=taylor or lamp" in str(e.value)
         return
-    assert plan(planted, graph, cfg)
+    assert make_plan(planted, graph, cfg)
     warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(expected, warnings[0]) if expected else not warnings
     lines = [r.message for r in caplog.records if "channels are near zero (at most 0.01" in r.message]
@@ -152,11 +153,11 @@ def test_warns_and_refuses(plant, traced, caplog, share, trained, options, expec
 def test_the_realistic_target_is_within_reach(plant, traced):
     planted, graph = plant(0.25), traced[1]()
     with pytest.raises(UsageError, match=r"25% of its channels .* lower the target to prune\.speedup=[\d.]+") as e:
-        plan(planted, graph, PruneConfig(method="slim", speedup=8.0))
+        make_plan(planted, graph, PruneConfig(method="slim", speedup=8.0))
     target = float(re.search(r"speedup=([\d.]+\d), ", str(e.value))[1])
     assert 1.2 < target < 2
-    assert plan(planted, traced[1](), PruneConfig(method="slim", speedup=target))
+    assert make_plan(planted, traced[1](), PruneConfig(method="slim", speedup=target))
 
 
 def test_a_trial_before_the_training_is_not_asked(plant, traced):
-    assert plan(plant(0.0, None), traced[1](), SLIM, ready=False)
+    assert make_plan(plant(0.0, None), traced[1](), SLIM, ready=False)

@@ -11,7 +11,7 @@ from yolo_ext.checkpoint import set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.select import matches, producers, refuse_frozen, restrict, shares
+from yolo_ext.pruning.groups import matches, refuse_frozen, restrict, shares
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_sections_need_a_yaml():
 
 # Include, exclude ----------------------------------------------------------------------------------------------------
 def reasons(graph) -> dict[str, str]:
-    return {p: g.frozen for g in graph.groups for p in producers(g)}
+    return {p: g.frozen for g in graph.groups for p in g.producers}
 
 
 def test_include_freezes_the_rest_and_takes_coupled_layers_along(traced):
@@ -140,7 +140,7 @@ def test_shares_by_bundle(traced):
     model, graph = traced
     used = graph()
     found = shares(model, used, PruneConfig(ratios={"model.9": 0.5, "0": 0.25}))
-    names = {used.groups[used.bundles[i][0]].name: share for i, share in found.items()}
+    names = {used.groups[used.ties[i][0]].name: share for i, share in found.items()}
     assert names == {"model.0.conv": 0.25, "model.9.cv1.conv": 0.5, "model.9.cv2.conv": 0.5}
 
 

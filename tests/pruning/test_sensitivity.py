@@ -13,10 +13,10 @@ import torch
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.allocate import from_sensitivity, read_sensitivity
-from yolo_ext.pruning.bundles import bundles
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.groups import tied_groups
+from yolo_ext.pruning.plan import by_sensitivity, read_sensitivity
 from yolo_ext.pruning.sensitivity import sensitivity, write
 from yolo_ext.reporting.curves import drops, plot_sensitivity
 
@@ -141,8 +141,8 @@ def test_files(yolo, found, tmp_path: Path) -> None:
     assert float(rows[0]["map_drop"]) == pytest.approx(found["base"]["map"] - found["groups"][0]["curve"][0]["map"])
     assert cv2.imread(str(files[2])).std() > 5
     model = yolo("yolov8n")
-    made = bundles(model, build_graph(model), CFG)  # fresh graph: the bundles of the same options
-    steps = from_sensitivity(made, read_sensitivity(str(files[0])))
+    made = tied_groups(model, build_graph(model), CFG)  # fresh graph: the bundles of the same options
+    steps = by_sensitivity(made, read_sensitivity(str(files[0])))
     assert steps(0.0) == [b.units for b in made] and sum(steps(1.0)) < sum(steps(0.0))
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
-from yolo_ext.pruning.prune import prune_model
 
 from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning import surgery
-from yolo_ext.pruning.record import layer_report
+from yolo_ext.pruning.plan import layer_report
+from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import apply_plan, check_trainable
 from yolo_ext.stock.context import recalibrate
 

@@ -11,8 +11,9 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext import stock
 from yolo_ext.core.config import PruneConfig, SparsityConfig
-from yolo_ext.pruning.bundles import bundles, kept_of, spare_units
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.groups import tied_groups
+from yolo_ext.pruning.plan import kept_of, spare_units
 from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.sparsity.monitor import EDGES, History, columns, observe
 
@@ -79,7 +80,7 @@ def test_weight_penalties_are_seen_by_norms(dense, method):
 def test_the_predicted_size_is_that_of_the_pruned_model(dense, planted, threshold):
     found = look(planted, dense[1], threshold=threshold)
     graph = build_graph(planted)
-    made = bundles(planted, graph, PruneConfig(method="slim"))
+    made = tied_groups(planted, graph, PruneConfig(method="slim"))
     pruned = apply_plan(deepcopy(planted), kept_of(graph, made, spare_units(made, threshold)))
     assert found["speedup"] == pytest.approx(stock.gflops(planted, 64) / stock.gflops(pruned, 64), rel=0.02)
     sizes = [sum(p.numel() for p in stock.deployed(m).parameters()) for m in (planted, pruned)]

@@ -23,10 +23,21 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig
+from yolo_ext.deployment.export import export_onnx
+from yolo_ext.deployment.latency import bench, speedup
+from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.pipeline.int8 import onnx_accuracy, ptq, qat, verify
 from yolo_ext.pipeline.report import finish
 from yolo_ext.pipeline.run import FINETUNE, Run, finetuning, measure, open_run, train
+from yolo_ext.pipeline.smaller import smaller
+from yolo_ext.pruning.masks import eligible, packed_mb, sparsity, zero_weights
+from yolo_ext.pruning.plan import layer_report
+from yolo_ext.pruning.prune import prune_model
+from yolo_ext.pruning.surgery import TOLERANCE
+from yolo_ext.reporting.tables import ABSENT, align
 from yolo_ext.runs import Record
+from yolo_ext.stock.context import recalibrate
+from yolo_ext.training.probes import make_probes
 
 
 def compress(
@@ -68,9 +79,6 @@ def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
     m = measure(run, run.base)
     if run.quant:
-        from yolo_ext.deployment.export import export_onnx
-        from yolo_ext.deployment.runtime import conv_report
-
         file = export_onnx(run.load(run.base)[0], run.folder / "base" / "fp32.onnx", run.imgsz)
         m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": onnx_accuracy(run, file)["map"]})
         m.update({k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")})
@@ -101,11 +109,6 @@ def finetune(run: Run) -> Record:
 # Pruning -------------------------------------------------------------------------------------------------------------
 def prune(run: Run) -> Record:
     """Prune the newest model to the target and re-estimate BatchNorm."""
-    from yolo_ext.pruning.masks import zero_weights
-    from yolo_ext.pruning.prune import prune_model
-    from yolo_ext.stock.context import recalibrate
-    from yolo_ext.training.probes import make_probes
-
     cfg, (model, args) = run.prune, deepcopy(run.load())
     assert cfg
     probes = make_probes(run.info, run.imgsz, cfg, run.task, model)
@@ -121,9 +124,6 @@ def prune(run: Run) -> Record:
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
-    from yolo_ext.pruning.plan import layer_report
-    from yolo_ext.pruning.surgery import TOLERANCE
-
     assert run.prune
     if run.prune.kind != "structured":
         return replace(record, notes=_masks(run, run.prune, pruned, stage))
@@ -140,8 +140,6 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
 
 def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[str]:
     """Write what is zero and which layers could be, and return it in sentences for the report."""
-    from yolo_ext.pruning.masks import eligible, packed_mb, sparsity
-
     found, rows = sparsity(masked), eligible(masked, cfg)
     runs.write_json(run.folder / stage / "masks.json", {**found, "eligible": rows})
     able, wide = (sum(bool(r[k]) for r in rows) for k in ("eligible", "gain"))
@@ -159,11 +157,6 @@ def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[st
 # Comparison ----------------------------------------------------------------------------------------------------------
 def compare(run: Run) -> Record:
     """Put the pruned model beside what else costs as many FLOPs: the same family built narrower, and random pruning."""
-    from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.latency import bench
-    from yolo_ext.pipeline.smaller import smaller
-    from yolo_ext.reporting.tables import ABSENT, align
-
     pruned = run.load()[0]
     width, narrow = smaller(pruned, stock.gflops(pruned, run.imgsz), run.imgsz)
     random = _random_baseline(run, pruned)
@@ -184,10 +177,6 @@ def compare(run: Run) -> Record:
 
 def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     """Prune the base by the random criterion to the same FLOPs and train it as the delivered model was."""
-    from yolo_ext.pruning.prune import prune_model
-    from yolo_ext.stock.context import recalibrate
-    from yolo_ext.training.probes import make_probes
-
     assert run.prune
     model, args = deepcopy(run.load(run.base))
     ratio = stock.gflops(model, run.imgsz) / stock.gflops(pruned, run.imgsz)
@@ -203,8 +192,6 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
 # Latency -------------------------------------------------------------------------------------------------------------
 def latency(run: Run) -> Record:
     """Measure base and compressed files interleaved in ONNX Runtime; INT8 also on all threads, and beside PyTorch."""
-    from yolo_ext.deployment.latency import bench, speedup
-
     rounds, seconds = (200, 20) if run.quant else (100, 15)
     with tempfile.TemporaryDirectory() as tmp:
         onnx = _onnx_files(run, Path(tmp))
@@ -226,8 +213,6 @@ def latency(run: Run) -> Record:
 
 def _onnx_files(run: Run, folder: Path) -> dict[str, Path]:
     """Return the ONNX files of base and result by name, written into a folder where the run delivers none."""
-    from yolo_ext.deployment.export import export_onnx
-
     if run.quant:
         made = {f"compressed {kind.upper()}": run.folder / "onnx" / f"{kind}.onnx" for kind in ("fp32", "int8")}
         return {"base FP32": run.folder / "base" / "fp32.onnx", **made}

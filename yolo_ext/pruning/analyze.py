@@ -17,6 +17,7 @@ from yolo_ext import stock
 from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.exporter import as_exported
 
 RUNS, WARMUP = 15, 3
 
@@ -43,7 +44,7 @@ def analyze(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[dict[s
         {
             "name": g.name,
             "part": _part(graph, g),
-            "layers": producers(graph, g),
+            "layers": graph.layers(g),
             "readers": [m.module for m in g.members if m.dim == "in"],
             "channels": g.size,
             "flops_share": f,
@@ -53,11 +54,6 @@ def analyze(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[dict[s
         }
         for g, f, t in zip(graph.groups, flops, latency)
     ]
-
-
-def producers(graph: Graph, group: Group) -> list[str]:
-    """Return the layers with weights that produce the channels of a group."""
-    return [m.module for m in group.members if m.dim == "out" and m.module in graph.shapes]
 
 
 def _part(graph: Graph, group: Group) -> str:
@@ -98,8 +94,7 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     Returns:
         Median seconds of each layer with weights, in the names of the unfused model, and of the whole model.
     """
-    fused = stock.deployed(model).float().cpu()
-    stock.detection_head(fused).export = True  # without the outputs that only training reads
+    fused = as_exported(stock.deployed(model).float().cpu())
     samples: dict[str, list[float]] = defaultdict(list)
     began: list[float] = []
 

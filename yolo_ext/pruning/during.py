@@ -19,8 +19,8 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note, set_tripwire, size_mb
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.schedules import pruned_share
+from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import Kept
-from yolo_ext.pruning.probes import Probes
 from yolo_ext.pruning.prune import prune_with_plan
 from yolo_ext.pruning.surgery import apply_plan, cut, parameter_slices
 

@@ -2,7 +2,7 @@
 """Which channels of a model must be removed together, found by one forward pass with labelled channels.
 
 The labels (see `labels`) say which outputs reach which inputs; here they become groups (channels that go together) and
-bundles (groups that keep the same share). So stock C2f, C3k2, ELAN and ADown need no rewriting, an unknown module costs
+ties (groups that keep the same share). So stock C2f, C3k2, ELAN and ADown need no rewriting, an unknown module costs
 some channels but never a crash, and the cost is two forward passes whatever the model.
 """
 
@@ -56,6 +56,11 @@ class Group:
         """Number of channels."""
         return self.members[0].index.shape[0]
 
+    @property
+    def producers(self) -> list[str]:
+        """Paths of the layers and norms that produce the channels."""
+        return [m.module for m in self.members if m.dim == "out"]
+
 
 @dataclass
 class Graph:
@@ -63,17 +68,31 @@ class Graph:
 
     Attributes:
         groups: All groups, prunable and frozen.
-        bundles: Lists of indices into `groups`; the groups of one bundle keep the same share of channels.
+        ties: Lists of indices into `groups`; the groups of one list keep the same share of channels.
         convs: Layers with weights, path to (output positions, kernel area).
         shapes: Path to (out, in) channel counts before pruning.
         notes: What the planner has to say about single groups, as plain rows.
     """
 
     groups: list[Group]
-    bundles: list[list[int]]
+    ties: list[list[int]]
     convs: dict[str, tuple[int, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
+
+    def layers(self, group: Group) -> list[str]:
+        """Return the paths of the layers with weights that produce the channels of a group."""
+        return [p for p in group.producers if p in self.shapes]
+
+    def width(self, path: str, dim: str) -> int:
+        """Return the channels of a layer or norm before pruning."""
+        if path in self.shapes:
+            return self.shapes[path][dim == "in"]
+        return 1 + max(int(m.index.max()) for g in self.groups for m in g.members if (m.module, m.dim) == (path, dim))
+
+    def reasons(self) -> dict[str, str]:
+        """Return why layers and norms keep their channels, by path."""
+        return {p: g.frozen for g in self.groups if g.frozen for p in g.producers}
 
 
 def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph:
@@ -100,7 +119,7 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
     for g in groups:
         if g.frozen.startswith("is reshaped") and g.name.startswith(stock.head_prefix(model)):
             g.frozen += " (head output)"
-    graph = Graph(groups, _bundles(lab, groups), shapes=shapes)
+    graph = Graph(groups, _ties(lab, groups), shapes=shapes)
     for path, positions in tracer.positions.items():
         kernel = getattr(modules[path], "kernel_size", (1, 1))
         graph.convs[path] = (positions, kernel[0] * kernel[1])
@@ -150,8 +169,8 @@ def _groups(lab: Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[
     return sorted(groups, key=lambda g: stock.natural_key(g.name))
 
 
-def _bundles(lab: Labels, groups: list[Group]) -> list[list[int]]:
-    """Join groups that must keep the same share of channels, and freeze bundles that cannot."""
+def _ties(lab: Labels, groups: list[Group]) -> list[list[int]]:
+    """Join groups that must keep the same share of channels, and freeze those that cannot."""
     home: dict[tuple[str, str, int], int] = {}
     for g, group in enumerate(groups):
         for m in group.members:
@@ -174,11 +193,11 @@ def _bundles(lab: Labels, groups: list[Group]) -> list[list[int]]:
                 groups[g].frozen = groups[g].frozen or "is cut into parts that several layers share"
         for g in flat:
             parent[find(g)] = find(min(flat))
-    bundles: dict[int, list[int]] = defaultdict(list)
+    ties: dict[int, list[int]] = defaultdict(list)
     for g in range(len(groups)):
-        bundles[find(g)].append(g)
-    for bundle in bundles.values():
-        reason = next((groups[g].frozen for g in bundle if groups[g].frozen), "")
-        for g in bundle:
+        ties[find(g)].append(g)
+    for tie in ties.values():
+        reason = next((groups[g].frozen for g in tie if groups[g].frozen), "")
+        for g in tie:
             groups[g].frozen = groups[g].frozen or (_tied(reason) if reason else "")
-    return list(bundles.values())
+    return list(ties.values())

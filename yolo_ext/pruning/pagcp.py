@@ -12,71 +12,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any
 
-from torch import nn
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_ext.core.config import TARGETS, PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.pruning.bundles import Bundle, kept_of, widths_of
 from yolo_ext.pruning.evidence import task_losses
-from yolo_ext.pruning.graph import Graph
-from yolo_ext.pruning.probes import Probes
-from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.pruning.targets import measure
+from yolo_ext.pruning.plan import Job
+from yolo_ext.pruning.solve import measure
 from yolo_ext.stock.context import recalibrate
 
-Losses = Callable[[list[int]], dict[str, float]]  # kept units of each bundle -> loss of each task
-Flops = Callable[[list[int]], float]  # kept units of each bundle -> FLOPs relative to the dense model
-PROBE = 0.3  # share of a bundle that is removed to see how the FLOPs react
+Losses = Callable[[list[int]], dict[str, float]]  # kept units of each -> loss of each task
+Flops = Callable[[list[int]], float]  # kept units of each -> FLOPs relative to the dense model
+PROBE = 0.3  # share of a group that is removed to see how the FLOPs react
 
 
-def pagcp(
-    model: nn.Module, graph: Graph, made: list[Bundle], cfg: PruneConfig, probes: Probes, imgsz: int = 640
-) -> list[int]:
-    """Choose how many units each bundle keeps so that no task loss exceeds its budgets.
+def pagcp(job: Job) -> list[int]:
+    """Return the kept units of each so that no task loss exceeds its budgets; those with a share of their own get it.
 
-    Args:
-        model: The model; it is not changed.
-        graph: Its couplings; gets the rows of `search` as `notes`, with `name` and `channels`.
-        made: The prunable bundles; those with a share of their own get exactly that.
-        cfg: Pruning options: `budget`, `total_budget`, `topk`, `recalibrate` and, optionally, `speedup`.
-        probes: `batches` are needed.
-        imgsz: Side of the image in pixels that FLOPs are counted for.
-
-    Returns:
-        Kept units of each bundle.
+    The rows of `search` become the notes of the graph, with `name` and `channels`.
 
     Raises:
         UsageError: If there are no labelled data, the budgets contradict each other or nothing fits into them.
     """
-    if probes.batches is None:
+    cfg, graph, ties = job.cfg, job.graph, job.ties
+    if job.probes.batches is None:
         raise UsageError("'prune.scope=pagcp' measures losses on train images. Give data=data.yaml.")
     if other := [t for t in TARGETS if t != "speedup" and getattr(cfg, t) is not None]:
         raise UsageError(
             f"'prune.scope=pagcp' spends prune.budget={cfg.budget:g} and cannot aim at 'prune.{other[0]}'. "
             "Give prune.speedup to end it early, or no target."
         )
-    batches = list(probes.batches())
-    figures = measure(model, graph, imgsz)
+    batches = list(job.probes.batches())
+    figures = measure(job.model, graph, job.imgsz)
     dense = figures({})[0]
 
     def flops(units: list[int]) -> float:
-        return figures(widths_of(graph, made, units))[0] / dense
+        return figures(job.widths(units))[0] / dense
 
     def losses(units: list[int]) -> dict[str, float]:
-        trial = apply_plan(deepcopy(model), kept_of(graph, made, units))
+        trial = job.pruned(units)
         if cfg.recalibrate:  # as the model that is delivered will be
             recalibrate(trial, (b["img"] for b in batches))
         return task_losses(trial, batches)
 
-    allowed = [b.allowed if b.share is None else [b.round(b.units * (1 - b.share))] for b in made]
+    allowed = [t.allowed if t.share is None else [t.round(t.units * (1 - t.share))] for t in ties]
     units, rows = search(allowed, losses, flops, cfg)
-    for row, bundle, kept in zip(rows, made, units):
-        row.update(name=bundle.name, channels=sum(g.size for g in bundle.groups), ratio=1 - kept / bundle.units)
-        if bundle.share is not None:
+    for row, tied, kept in zip(rows, ties, units):
+        row.update(name=tied.name, channels=tied.channels, ratio=1 - kept / tied.units)
+        if tied.share is not None:
             row["outcome"] = "is set by prune.ratios"
     graph.notes = rows
     return units
@@ -85,21 +70,18 @@ def pagcp(
 def search(
     allowed: Sequence[Sequence[int]], losses: Losses, flops: Flops, cfg: PruneConfig
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Walk over the bundles once, in the order of FLOPs sensitivity, and keep the best bargains.
+    """Walk over the groups once, in the order of FLOPs sensitivity, and keep the best bargains.
 
     Args:
-        allowed: For each bundle its legal numbers of kept units, descending.
-        losses: Loss of each task for the kept units of every bundle.
-        flops: FLOPs for the kept units of every bundle, relative to those of the dense model.
+        allowed: For each its legal numbers of kept units, descending.
+        losses: Loss of each task for the kept units of all.
+        flops: FLOPs for the kept units of all, relative to those of the dense model.
         cfg: `budget`, `total_budget`, `topk`, `speedup`.
 
     Returns:
-        Kept units of each bundle, and for each bundle a plain row: `ratio` (share removed), `budget`, `limit` (task
+        Kept units of each, and for each a plain row: `ratio` (share removed), `budget`, `limit` (task
         whose loss forbade the next step, empty at the floor), `growth` (of the loss that grew most), `flops_share`
         (that goes with 30 % of the channels), `trials`, and `outcome` in words.
-
-    Raises:
-        UsageError: If the budgets contradict each other or nothing fits into them.
     """
     start = [a[0] for a in allowed]
     drops = [flops(start) - flops(_with(start, i, _nearest(a, a[0] * (1 - PROBE)))) for i, a in enumerate(allowed)]
@@ -111,7 +93,7 @@ def search(
     decay = budget_decay(cfg.budget, cfg.total_budget, len(order))
     order = order if decay <= 1 else order[::-1]  # the largest budgets go where most FLOPs are
     units, base = list(start), _sound(losses(start))
-    bargains: dict[int, float] = {}  # accepted bundle -> loss increase per FLOP
+    bargains: dict[int, float] = {}  # accepted group -> loss increase per FLOP
     theta, done = cfg.budget, False
     for i in (bar := TQDM(order, desc="PAGCP")):
         if done:
@@ -135,7 +117,7 @@ def search(
 def _deepest(
     units: list[int], i: int, allowed: Sequence[int], base: dict[str, float], theta: float, losses: Losses
 ) -> tuple[int, dict[str, float], dict[str, Any]]:
-    """Return by bisection the deepest level of bundle i within the budget, its losses, and what to report."""
+    """Return by bisection the deepest level of one within the budget, its losses, and what to report."""
     low, high, found, trials = 0, len(allowed) - 1, base, 0
     row: dict[str, Any] = {"limit": "", "growth": 1.0, "outcome": "is left whole: the first step exceeds its budget"}
     while low < high:
@@ -154,16 +136,7 @@ def _deepest(
 def budget_decay(first: float, total: float, n: int) -> float:
     """Solve prod_{i<n} (1 + first * decay^i) = total for the factor between the budgets of successive layers.
 
-    Args:
-        first: Loss increase that the first layer may cost.
-        total: Product over all layers.
-        n: Number of layers.
-
-    Returns:
-        The factor; 1 for a single layer, which has but one budget.
-
-    Raises:
-        UsageError: If the first budget alone exceeds the total.
+    `first` is the loss increase that the first of `n` layers may cost. A single layer has but one budget: 1.
     """
     if n < 2:
         return 1.0
@@ -189,7 +162,7 @@ def _finish(
     start: list[int], units: list[int], bargains: dict[int, float], allowed: Sequence[Sequence[int]],
     flops: Flops, cfg: PruneConfig, rows: list[dict[str, Any]],
 ) -> list[int]:  # fmt: skip
-    """Give back the bundles whose FLOPs were bought dearly and what exceeds the target, and say how far it got."""
+    """Give back those whose FLOPs were bought dearly and what exceeds the target, and say how far it got."""
     best = _filtered(start, units, bargains, cfg.topk)
     if cfg.speedup is not None and bargains:
         last = next(reversed(bargains))
@@ -215,7 +188,7 @@ def _finish(
 
 
 def _filtered(start: list[int], units: list[int], bargains: dict[int, float], topk: float) -> list[int]:
-    """Return the units with all but the best share of the accepted bundles given back."""
+    """Return the units with all but the best share of the accepted ones given back."""
     kept = sorted(bargains, key=lambda i: bargains[i])[: math.ceil(topk * len(bargains))]
     return [u if i in kept else s for i, (s, u) in enumerate(zip(start, units))]
 

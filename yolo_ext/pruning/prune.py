@@ -17,17 +17,25 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import TARGETS, PruneConfig, SparsityConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import Need
-from yolo_ext.pruning.allocate import from_sensitivity, ranked, read_sensitivity, scopes
-from yolo_ext.pruning.bundles import Bundle, bundles, kept_of, near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.criteria import AUTO, criteria, resolved
-from yolo_ext.pruning.evidence import Evidence, collect
+from yolo_ext.pruning.evidence import NO_PROBES, Evidence, Probes, collect
 from yolo_ext.pruning.graph import Graph, Kept, build_graph
+from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.pagcp import pagcp
-from yolo_ext.pruning.probes import NO_PROBES, Probes
-from yolo_ext.pruning.record import record
-from yolo_ext.pruning.solve import solve
+from yolo_ext.pruning.plan import (
+    Job,
+    by_rank,
+    by_sensitivity,
+    kept_of,
+    near_zero,
+    near_zero_share,
+    read_sensitivity,
+    record,
+    scopes,
+    spare_units,
+)
+from yolo_ext.pruning.solve import measure, solve, targets
 from yolo_ext.pruning.surgery import apply_plan, verify
-from yolo_ext.pruning.targets import Job, measure, targets
 
 WARN, REFUSE = 0.1, 0.5  # share of the removed channels that are still in use
 
@@ -54,7 +62,21 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Pr
 def prune_with_plan(
     model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES
 ) -> tuple[nn.Module, Kept]:
-    """Do what `prune_model` does and return the plan too, in the numbering of `model`."""
+    """Do what `prune_model` does and return the plan too, in the numbering of `model`.
+
+    Args:
+        model: Any YOLO model; it is not changed.
+        cfg: Pruning options with a target.
+        imgsz: Side in pixels of the images that FLOPs are counted for.
+        probes: What data and the clock can tell, for the criteria and targets that need it.
+
+    Returns:
+        The pruned copy, and the kept positions by module path and dimension.
+
+    Raises:
+        UsageError: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
+        CheckFailed: If the pruned model differs from the masked dense one.
+    """
     check_prunable(model)
     cfg = resolved(cfg, probes.batches is not None)
     if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
@@ -73,11 +95,76 @@ def _verified(
 ) -> tuple[Graph, Kept, nn.Module, float]:
     """Return graph, plan, pruned copy and its gap; blocks that compare or divide by their own width show only here."""
     graph = build_graph(model, custom=custom)
-    kept = plan(model, graph, cfg, probes, imgsz)
+    kept = make_plan(model, graph, cfg, probes, imgsz)
     pruned = apply_plan(deepcopy(model), kept)
     return graph, kept, pruned, verify(model, pruned, kept)
 
 
+# Plan ----------------------------------------------------------------------------------------------------------------
+def make_plan(
+    model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640, ready: bool = True
+) -> Kept:
+    """Choose the channels that stay so that the target is met.
+
+    Args:
+        model: The model; it is not changed.
+        graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
+        cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
+        probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
+        imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
+        ready: Check that sparsity training made room for this plan; False for a trial before that training.
+
+    Returns:
+        Kept positions for every layer that loses channels: plain data that can be stored and replayed.
+
+    Raises:
+        UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
+            needs sparsity training that was not enough.
+    """
+    cfg = resolved(cfg, probes.batches is not None)
+    ties = tied_groups(model, graph, cfg, _evidence(model, cfg, probes))
+    if not ties:
+        reasons = Counter(g.frozen for g in graph.groups).most_common(3)
+        raise UsageError(
+            "Nothing can be pruned: every group is frozen, excluded or at its floor "
+            f"({', '.join(f'{n} x {reason!r}' for reason, n in reasons)}). See `yolo-ext help prune`."
+        )
+    job = Job(model, graph, ties, cfg, probes, imgsz)
+    units = _units(job)
+    if ready:
+        check_readiness(job, units)
+    return kept_of(graph, ties, units)
+
+
+def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
+    """Measure what a data-driven criterion needs; without data the criterion itself says so."""
+    if Need.DATA not in criteria[cfg.method].needs or probes.batches is None:
+        return None
+    return collect(model, cfg.method, probes.batches())
+
+
+def _units(job: Job) -> list[int]:
+    """Return the kept units of each that meet the target."""
+    cfg, free = job.cfg, [t for t in job.ties if t.share is None]
+    name = next((t for t in TARGETS if getattr(cfg, t) is not None), None)
+    if cfg.scope == "pagcp":
+        return pagcp(job)
+    if name is None:
+        return _settled(job.ties, [t.units for t in free])
+    if cfg.sensitivity:
+        spread = by_sensitivity(free, read_sensitivity(cfg.sensitivity))
+    else:
+        spread = by_rank(free, scopes[cfg.scope].fn(free, job.model))
+    return solve(name, targets[name].fn(job), lambda share: _settled(job.ties, spread(share)), job.ties, cfg)
+
+
+def _settled(ties: Sequence[TiedGroups], units: Sequence[int]) -> list[int]:
+    """Return the kept units of all from those of the free ones."""
+    rest = iter(units)
+    return [next(rest) if t.share is None else t.round(t.units * (1 - t.share)) for t in ties]
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
 def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: bool = True) -> None:
     """Find out without data or a clock whether pruning options fit a model.
 
@@ -99,7 +186,7 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
         cheap = replace(cheap, method="l2")
     if not analytic:
         cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)
-    plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
+    make_plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -116,123 +203,46 @@ def check_prunable(model: nn.Module) -> None:
         )
 
 
-# Plan -----------------------------------------------------------------------------------------------------------------
-def plan(
-    model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640, ready: bool = True
-) -> Kept:
-    """Choose the channels that stay so that the target is met.
-
-    Args:
-        model: The model; it is not changed.
-        graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
-        cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
-        probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
-        imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
-        ready: Check that sparsity training made room for this plan; False for a trial before that training.
-
-    Returns:
-        Kept positions for every layer that loses channels: plain data that can be stored and replayed.
-
-    Raises:
-        UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
-            needs sparsity training that was not enough.
-    """
-    cfg = resolved(cfg, probes.batches is not None)
-    made = bundles(model, graph, cfg, _evidence(model, cfg, probes))
-    if not made:
-        reasons = Counter(g.frozen for g in graph.groups).most_common(3)
-        raise UsageError(
-            "Nothing can be pruned: every group is frozen, excluded or at its floor "
-            f"({', '.join(f'{n} x {reason!r}' for reason, n in reasons)}). See `yolo-ext help prune`."
-        )
-    free = [b for b in made if b.share is None]
-    name = next((t for t in TARGETS if getattr(cfg, t) is not None), None)
-    if cfg.scope == "pagcp":
-        units = pagcp(model, graph, made, cfg, probes, imgsz)
-    elif name is None:
-        units = _settled(made, [b.units for b in free])
-    else:
-        spread = from_sensitivity(free, read_sensitivity(cfg.sensitivity)) if cfg.sensitivity else None
-        spread = spread or ranked(free, scopes[cfg.scope].fn(free, model))
-        target = targets[name].fn(Job(model, graph, made, cfg, probes, imgsz))
-        units = solve(name, target, lambda share: _settled(made, spread(share)), made, cfg)
-    if ready:
-        check_readiness(model, graph, cfg, made, units, imgsz)
-    return kept_of(graph, made, units)
-
-
-def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
-    """Measure what a data-driven criterion needs; without data the criterion itself says so."""
-    if Need.DATA not in criteria[cfg.method].needs or probes.batches is None:
-        return None
-    return collect(model, cfg.method, probes.batches())
-
-
-def _settled(made: list[Bundle], units: list[int]) -> list[int]:
-    """Return the kept units of all bundles from those of the free ones."""
-    rest = iter(units)
-    return [next(rest) if b.share is None else b.round(b.units * (1 - b.share)) for b in made]
-
-
-# Readiness ------------------------------------------------------------------------------------------------------------
-def readiness(
-    model: nn.Module, graph: Graph, cfg: PruneConfig, made: Sequence[Bundle], units: Sequence[int], imgsz: int = 640
-) -> dict[str, Any]:
-    """Compare a plan with what sparsity training left behind.
-
-    Args:
-        model: The model to prune; its manifest says how it was trained.
-        graph: Its couplings.
-        cfg: Pruning options, with a criterion that needs "sparsity".
-        made: Bundles scored by it.
-        units: Units of each that the plan keeps.
-        imgsz: Side of the image in pixels that FLOPs are counted for.
+# Readiness: has sparsity training emptied the channels that a plan removes, and which target is realistic? -----------
+def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
+    """Compare a plan that keeps these units with what sparsity training left behind.
 
     Returns:
         `method`; `trained`, the penalty that the model was trained with, or None; `threshold`; `channels` that could
         go and the `share` of them that is near zero; `speedup`, FLOPs before / after if only those went; `removed`,
-        channels that the plan removes, and the share of these that is still `in_use`.
+        channels that the plan removes, and the share of these that is still `in_use`: not near zero.
     """
-    trained = manifest(model).sparsity or {}
+    trained = manifest(job.model).sparsity
     threshold = trained.get("threshold") or SparsityConfig().threshold
-    figures = measure(model, graph, imgsz)
+    figures = measure(job.model, job.graph, job.imgsz)
     removed = in_use = 0
-    for b, kept in zip(made, units):
-        for g, v in zip(b.groups, b.values):
-            goes = g.size - kept * (g.size // b.units)
+    for t, kept in zip(job.ties, units):
+        for g, v in zip(t.groups, t.values):
+            goes = g.size - kept * (g.size // t.units)
             removed += goes
             in_use += max(0, goes - int(near_zero(v, threshold).sum()))  # the lowest scores go first
     return {
-        "method": cfg.method,
+        "method": job.cfg.method,
         "trained": trained.get("method"),
         "threshold": threshold,
-        "channels": sum(g.size for b in made for g in b.groups),
-        "share": near_zero_share(made, threshold),
-        "speedup": figures({})[0] / figures(widths_of(graph, list(made), spare_units(made, threshold)))[0],
+        "channels": sum(t.channels for t in job.ties),
+        "share": near_zero_share(job.ties, threshold),
+        "speedup": figures({})[0] / figures(job.widths(spare_units(job.ties, threshold)))[0],
         "removed": removed,
         "in_use": in_use / max(removed, 1),
     }
 
 
-def check_readiness(
-    model: nn.Module, graph: Graph, cfg: PruneConfig, made: Sequence[Bundle], units: Sequence[int], imgsz: int = 640
-) -> None:
-    """Say how ready a model is for a plan by a criterion that needs "sparsity"; warn or refuse when it is not.
-
-    Args:
-        model: The model to prune.
-        graph: Its couplings.
-        cfg: Pruning options; `force` turns a refusal into a warning.
-        made: Scored bundles.
-        units: Units of each that the plan keeps.
-        imgsz: Side of the image in pixels that FLOPs are counted for.
+def check_readiness(job: Job, units: Sequence[int]) -> None:
+    """Say how ready a model is for a plan by a criterion that needs sparsity training; warn or refuse when it is not.
 
     Raises:
-        UsageError: If more than half of the channels that the plan removes are still in use.
+        UsageError: If more than half of the channels that the plan removes are still in use, unless `force` is set.
     """
+    cfg = job.cfg
     if Need.SPARSITY not in criteria[cfg.method].needs:
         return
-    found = readiness(model, graph, cfg, made, units, imgsz)
+    found = readiness(job, units)
     LOGGER.info(
         f"{colorstr('prune: ')}{cfg.method}: {found['share']:.1%} of {found['channels']:,} channels are near zero "
         f"(at most {found['threshold']:g} of the largest in their group), enough for a speed-up of "

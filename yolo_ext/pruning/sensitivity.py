@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What each layer's channels are worth: mAP and losses after pruning one bundle alone, by the share removed."""
+"""What each layer's channels are worth: mAP and losses after pruning one group alone, by the share removed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from yolo_ext.checkpoint import atomic_write, fingerprint
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
-from yolo_ext.pruning.analyze import group_shares, layer_flops, producers
-from yolo_ext.pruning.bundles import Bundle, bundles, kept_of
+from yolo_ext.pruning.analyze import group_shares, layer_flops
 from yolo_ext.pruning.criteria import criteria, resolved
-from yolo_ext.pruning.evidence import collect, task_losses
+from yolo_ext.pruning.evidence import Probes, collect, task_losses
 from yolo_ext.pruning.graph import Graph
-from yolo_ext.pruning.probes import Probes
+from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.plan import kept_of
 from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.stock.context import recalibrate
@@ -44,7 +44,7 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Prune each bundle alone on a copy, recalibrate BatchNorm, and measure.
+    """Prune each group alone, with those that it is tied to, on a copy, recalibrate BatchNorm, and measure.
 
     Args:
         model: The model; it is not changed.
@@ -52,12 +52,12 @@ def sensitivity(
         cfg: Pruning options; the criterion, the scope and the number of images count, the targets do not.
         probes: `batches`, `images` and `score` are needed.
         ratios: Shares of channels to remove, each above 0 and below 1; floors and rounding are not applied.
-        folder: Where `sensitivity.json` is kept up to date after each bundle and read again by a repeated call.
+        folder: Where `sensitivity.json` is kept up to date after each group and read again by a repeated call.
 
     Returns:
         Plain data: `metric`, what `map` stands for; `ratios`; `trained`, its value for the model as it is; `base`, the
         unpruned model after the recalibration that all others get, with `map` and each loss; `groups`, one for each
-        bundle, with `name`, `layers` (that produce the channels), `channels`, `flops_share` and `curve`, whose points
+        group, with `name`, `layers` (that produce the channels), `channels`, `flops_share` and `curve`, whose points
         hold `wanted` and real `ratio`, kept `channels`, `map` and each loss; `complete`; and `key`, the options.
 
     Raises:
@@ -69,8 +69,8 @@ def sensitivity(
         raise UsageError(f"Sensitivity ratios {list(ratios)} are illegal. Legal: above 0 and below 1, at least one.")
     cfg = resolved(cfg, data=True)
     evidence = collect(model, cfg.method, probes.batches()) if Need.DATA in criteria[cfg.method].needs else None
-    made = bundles(model, graph, replace(cfg, ratios={}), evidence)
-    if not made:
+    ties = tied_groups(model, graph, replace(cfg, ratios={}), evidence)
+    if not ties:
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")
     images = list(probes.images()) if cfg.recalibrate else []
     found: dict[str, Any] = {
@@ -86,17 +86,17 @@ def sensitivity(
     flops = layer_flops(model, graph)
     shares = {id(g): s for g, s in zip(graph.groups, group_shares(graph, flops, sum(flops.values())))}
     measured = {g["name"] for g in found["groups"]}
-    for bundle in (bar := TQDM(made, desc="Sensitivity")):
-        if bundle.name in measured:
+    for tied in (bar := TQDM(ties, desc="Sensitivity")):
+        if tied.name in measured:
             continue
-        bar.set_description(f"Sensitivity: {bundle.name}")
+        bar.set_description(f"Sensitivity: {tied.name}")
         found["groups"].append(
             {
-                "name": bundle.name,
-                "layers": list(dict.fromkeys(p for g in bundle.groups for p in producers(graph, g))),
-                "channels": sum(g.size for g in bundle.groups),
-                "flops_share": sum(shares[id(g)] for g in bundle.groups),
-                "curve": _curve(model, graph, made, bundle, probes, images, found["ratios"]),
+                "name": tied.name,
+                "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
+                "channels": tied.channels,
+                "flops_share": sum(shares[id(g)] for g in tied.groups),
+                "curve": _curve(model, graph, ties, tied, probes, images, found["ratios"]),
             }
         )
         _save(found, folder)
@@ -106,20 +106,20 @@ def sensitivity(
 
 
 def _curve(
-    model: nn.Module, graph: Graph, made: list[Bundle], bundle: Bundle, probes: Probes,
+    model: nn.Module, graph: Graph, ties: list[TiedGroups], tied: TiedGroups, probes: Probes,
     images: list[torch.Tensor], ratios: Iterable[float],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return the points of one bundle; ratios that come to the same number of units give one point."""
+    """Return the points of one curve; ratios that come to the same number of units give one point."""
     levels: dict[int, float] = {}
     for wanted in ratios:
-        levels.setdefault(min(max(round(bundle.units * (1 - wanted)), 1), bundle.units), wanted)
-    levels.pop(bundle.units, None)
+        levels.setdefault(min(max(round(tied.units * (1 - wanted)), 1), tied.units), wanted)
+    levels.pop(tied.units, None)
     points = []
     for units, wanted in levels.items():
-        kept = kept_of(graph, made, [units if b is bundle else b.units for b in made])
+        kept = kept_of(graph, ties, [units if t is tied else t.units for t in ties])
         pruned = apply_plan(deepcopy(model), kept)
-        channels = sum(g.size for g in bundle.groups) * units // bundle.units
-        point = {"wanted": wanted, "ratio": 1 - units / bundle.units, "channels": channels}
+        channels = tied.channels * units // tied.units
+        point = {"wanted": wanted, "ratio": 1 - units / tied.units, "channels": channels}
         points.append({**point, **_measure(pruned, probes, images)})
     return points
 

@@ -10,10 +10,9 @@ from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.graph import Graph, Group, build_graph
+from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.labels import layer_channels
-from yolo_ext.pruning.select import producers
 
 
 @dataclass
@@ -51,8 +50,8 @@ def sparse_groups(model: nn.Module, cfg: PruneConfig, scales: bool = False) -> l
     graph = build_graph(model)
     _keep_untrained(model, graph)
     # the simplest criterion that can rank what the penalty can pull on
-    made = bundles(model, graph, replace(cfg, method="slim" if scales else "l1", ratios={}))
-    kept = [_slots(model, g) for b in made for g in b.groups]
+    ties = tied_groups(model, graph, replace(cfg, method="slim" if scales else "l1", ratios={}))
+    kept = [_slots(model, g) for t in ties for g in t.groups]
     if not kept:
         why = "has a BatchNorm and " if scales else ""
         raise UsageError(
@@ -77,7 +76,7 @@ def _keep_untrained(model: nn.Module, graph: Graph) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         return  # loaded for inference
     for g in graph.groups:
-        if any(not p.requires_grad for path in producers(g) for p in modules[path].parameters(recurse=False)):
+        if any(not p.requires_grad for path in g.producers for p in modules[path].parameters(recurse=False)):
             g.frozen = g.frozen or "is not trained"
 
 

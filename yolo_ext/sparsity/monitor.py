@@ -21,10 +21,11 @@ from torch import nn
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import PruneConfig, SparsityConfig
-from yolo_ext.pruning.bundles import Bundle, bundles, near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
-from yolo_ext.pruning.targets import measure
+from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.plan import near_zero, near_zero_share, spare_units, widths_of
+from yolo_ext.pruning.solve import measure
 from yolo_ext.reporting.curves import plot_layers, plot_ridge
 from yolo_ext.sparsity.sparsifier import FEWEST
 
@@ -69,9 +70,9 @@ def observe(
     """
     graph = graph or build_graph(model)
     criterion = cfg.method if cfg.method in criteria.names() else "slim"  # for a penalty of the user's own
-    made = bundles(model, graph, replace(prune_cfg, method=criterion, ratios={}))
+    ties = tied_groups(model, graph, replace(prune_cfg, method=criterion, ratios={}))
     figures = measure(model, graph, imgsz)
-    before, after = figures({}), figures(widths_of(graph, made, spare_units(made, cfg.threshold)))
+    before, after = figures({}), figures(widths_of(graph, ties, spare_units(ties, cfg.threshold)))
     return {
         "epoch": epoch,
         "method": cfg.method,
@@ -80,27 +81,27 @@ def observe(
         "coefficient": float(coefficient),
         "pull": float(pull),
         "penalty": float(penalty) if isfinite(penalty) else None,  # NaN is no JSON
-        "share": near_zero_share(made, cfg.threshold),
+        "share": near_zero_share(ties, cfg.threshold),
         "speedup": before[0] / after[0],
         "params": before[1] / after[1],
-        "layers": _layers(made, cfg.threshold),
-        "collapsed": _collapsed(made, cfg),
-        "histogram": _histogram(made),
+        "layers": _layers(ties, cfg.threshold),
+        "collapsed": _collapsed(ties, cfg),
+        "histogram": _histogram(ties),
     }
 
 
-def _layers(made: list[Bundle], threshold: float) -> dict[str, float]:
+def _layers(ties: list[TiedGroups], threshold: float) -> dict[str, float]:
     """Return the share of near-zero channels by group name; the groups of a layer that is cut in parts count as one."""
     masks: dict[str, list[torch.Tensor]] = {}
-    for b in made:
-        for g, v in zip(b.groups, b.values):
+    for t in ties:
+        for g, v in zip(t.groups, t.values):
             masks.setdefault(g.name, []).append(near_zero(v, threshold))
     return {name: float(torch.cat(parts).float().mean()) for name, parts in masks.items()}
 
 
-def _collapsed(made: list[Bundle], cfg: SparsityConfig) -> list[str]:
+def _collapsed(ties: list[TiedGroups], cfg: SparsityConfig) -> list[str]:
     """Return the names of groups that have nothing left to give, in the order of the model."""
-    rows = [(g.name, v) for b in made for g, v in zip(b.groups, b.values)]
+    rows = [(g.name, v) for t in ties for g, v in zip(t.groups, t.values)]
     negligible = cfg.threshold * median(float(v.max()) for _, v in rows) if rows else 0.0
     found = {}
     for name, v in rows:
@@ -111,9 +112,9 @@ def _collapsed(made: list[Bundle], cfg: SparsityConfig) -> list[str]:
     return list(found)
 
 
-def _histogram(made: list[Bundle]) -> list[int]:
+def _histogram(ties: list[TiedGroups]) -> list[int]:
     """Return the number of channels whose score lies between each two of `EDGES`."""
-    scores = torch.cat([torch.zeros(0), *(v for b in made for v in b.values)]).clamp(max=EDGES[-1])
+    scores = torch.cat([torch.zeros(0), *(v for t in ties for v in t.values)]).clamp(max=EDGES[-1])
     return torch.histogram(scores, torch.tensor(EDGES)).hist.int().tolist()
 
 

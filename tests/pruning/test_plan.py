@@ -12,16 +12,16 @@ from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.allocate import from_sensitivity, isomorphic, ranked, read_sensitivity, scopes
-from yolo_ext.pruning.bundles import Bundle, bundles
 from yolo_ext.pruning.graph import Group, Member, build_graph
+from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.plan import by_rank, by_sensitivity, isomorphic, read_sensitivity, scopes
 
 
-def bundle(name: str, scores: list[float]) -> Bundle:
+def bundle(name: str, scores: list[float]) -> TiedGroups:
     """Return a bundle of one group without floors."""
     n = len(scores)
     group = Group(name, [Member(name, "out", torch.arange(n)[:, None])])
-    return Bundle([group], [torch.arange(n)], torch.tensor(scores), list(range(n, 0, -1)))
+    return TiedGroups([group], [torch.arange(n)], torch.tensor(scores), list(range(n, 0, -1)))
 
 
 MADE = [bundle("a", [1, 2, 3, 4]), bundle("b", [5, 6, 7, 8]), bundle("c", [0.1, 0.2, 9, 10])]
@@ -38,12 +38,12 @@ MADE = [bundle("a", [1, 2, 3, 4]), bundle("b", [5, 6, 7, 8]), bundle("c", [0.1, 
     ],
 )
 def test_ranking_within_classes(classes, share, kept):
-    assert ranked(MADE, classes)(share) == kept
+    assert by_rank(MADE, classes)(share) == kept
 
 
 def test_without_bundles_there_is_nothing_to_rank():
-    assert ranked([], [])(0.5) == []
-    assert from_sensitivity([], {"groups": [], "base": {"map": 0.5}})(0.5) == []
+    assert by_rank([], [])(0.5) == []
+    assert by_sensitivity([], {"groups": [], "base": {"map": 0.5}})(0.5) == []
 
 
 @settings(deadline=None)
@@ -51,7 +51,7 @@ def test_without_bundles_there_is_nothing_to_rank():
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted), scope=st.sampled_from([[0] * 3, [0, 1, 2]])
 )
 def test_more_share_never_keeps_more(shares, scope):
-    steps = ranked(MADE, scope)
+    steps = by_rank(MADE, scope)
     rows = [steps(s) for s in shares]
     assert all(u >= v for before, after in pairwise(rows) for u, v in zip(before, after))
 
@@ -63,7 +63,7 @@ def test_scopes_are_those_of_the_options():
 
 def test_isomorphic_groups_of_a_yolo(yolo):
     model = yolo("yolov8n")
-    made = bundles(model, build_graph(model), PruneConfig())
+    made = tied_groups(model, build_graph(model), PruneConfig())
     of = dict(zip((b.name for b in made), isomorphic(made, model)))
     # the same branch of the head on each level; the repeats of one block
     assert of["model.22.cv2.0.0.conv"] == of["model.22.cv2.1.0.conv"] == of["model.22.cv2.2.0.conv"]
@@ -78,7 +78,7 @@ def test_depthwise_is_another_structure():
     net.model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
     )
-    made = bundles(net, build_graph(net), PruneConfig(round_to=1, min_channels=1))
+    made = tied_groups(net, build_graph(net), PruneConfig(round_to=1, min_channels=1))
     classes = isomorphic(made, net)
     assert len(made) == len(set(classes)) == 3
 
@@ -94,7 +94,7 @@ def curves(**drops: list[float]) -> dict:
 
 
 def test_the_touchy_layer_is_spared():
-    steps = from_sensitivity(MADE, curves(a=[0.3, 0.4, 0.5], b=[0.0, 0.0, 0.01], c=[0.1, 0.2, 0.45]))
+    steps = by_sensitivity(MADE, curves(a=[0.3, 0.4, 0.5], b=[0.0, 0.0, 0.01], c=[0.1, 0.2, 0.45]))
     assert steps(0.0) == [4, 4, 4]
     assert steps(1.0) == [1, 1, 1]
     assert steps(0.5) == [4, 1, 3]
@@ -106,7 +106,7 @@ def test_all_bundles_stop_at_one_drop():
     found = curves(a=[0.1, 0.2, 0.3], b=[0.2, 0.4, 0.6])
     for g in found["groups"]:
         g["channels"] = 100
-    steps = from_sensitivity(fine, found)
+    steps = by_sensitivity(fine, found)
     for share in (0.2, 0.5, 0.7):
         a, b = (100 - u for u in steps(share))
         assert a == pytest.approx(min(2 * b, 75), abs=1.1)
@@ -118,7 +118,7 @@ def test_all_bundles_stop_at_one_drop():
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted),
 )
 def test_noisy_curves_still_give_monotone_steps(rows, shares):
-    steps = from_sensitivity(MADE, curves(**dict(zip("abc", rows))))
+    steps = by_sensitivity(MADE, curves(**dict(zip("abc", rows))))
     found = [steps(s) for s in shares]
     assert all(u >= v for before, after in pairwise(found) for u, v in zip(before, after))
     assert steps(0.0) == [4, 4, 4]
@@ -136,7 +136,7 @@ def test_curves_of_another_model(change, message):
     found = curves(a=[0.1] * 3, b=[0.1] * 3, c=[0.1] * 3)
     change(found["groups"])
     with pytest.raises(UsageError, match=message):
-        from_sensitivity(MADE, found)
+        by_sensitivity(MADE, found)
 
 
 @pytest.mark.parametrize(

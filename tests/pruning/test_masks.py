@@ -17,16 +17,7 @@ from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import pruned_share
-from yolo_ext.pruning.unstructured import (
-    _largest,
-    _two_of_four,
-    apply,
-    capture,
-    eligible,
-    packed_mb,
-    sparsity,
-    zero_weights,
-)
+from yolo_ext.pruning.masks import _largest, _two_of_four, apply, capture, eligible, packed_mb, sparsity, zero_weights
 from yolo_ext.stock.load import load_model
 
 GLOBAL = PruneConfig(kind="unstructured", ratio=0.8)

@@ -7,9 +7,9 @@ from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.bundles import bundles
 from yolo_ext.pruning.criteria import score
 from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.sparsity.groups import sparse_groups
 from yolo_ext.sparsity.layout import lay_out, multiply, read_scales, scale_norms, weight_norms
 
@@ -19,7 +19,7 @@ FAMILIES = ["small", "yolo11n", *(pytest.param(f, marks=pytest.mark.matrix) for 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_those_that_pruning_can_shrink(fresh, family):
     model = fresh(family)
-    made = bundles(model, build_graph(model), PruneConfig(method="l1"))
+    made = tied_groups(model, build_graph(model), PruneConfig(method="l1"))
     wanted = [(g.name, g.size) for b in made for g in b.groups]
     assert [(g.name, g.size) for g in sparse_groups(model, PruneConfig())] == wanted
     assert all(g.gammas for g in sparse_groups(model, PruneConfig(), scales=True))
@@ -40,7 +40,7 @@ def test_norms_rank_as_pruning_does(fresh, family, method, weights):
     groups = sparse_groups(model, PruneConfig(), scales=not weights)
     layout = lay_out(model, groups, weights)
     norms = weight_norms(model, layout) if weights else scale_norms(read_scales(model, layout), layout)
-    made = bundles(model, build_graph(model), PruneConfig(method="l1"))
+    made = tied_groups(model, build_graph(model), PruneConfig(method="l1"))
     pruned = {(g.name, tuple(g.members[0].index.flatten().tolist())): g for b in made for g in b.groups}
     for g, own in zip(groups, norms.split([g.size for g in groups])):
         of = pruned[g.name, tuple((g.gammas[0][1] if not g.weights else g.weights[0][2]).flatten().tolist())]

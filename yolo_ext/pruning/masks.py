@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.nn.modules import DFL
 
 from yolo_ext.checkpoint import manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.select import matches, refuse_frozen
-from yolo_ext.stock.model import WIDEST_BRANCH
+from yolo_ext.pruning.groups import matches, refuse_frozen
+from yolo_ext.stock.model import DFL, WIDEST_BRANCH
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out

@@ -17,12 +17,13 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import TARGETS, PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.bundles import bundles, kept_of, widths_of
+from yolo_ext.pruning.evidence import NO_PROBES, Probes
 from yolo_ext.pruning.graph import build_graph
-from yolo_ext.pruning.probes import NO_PROBES, Probes
-from yolo_ext.pruning.prune import plan, prune_model
+from yolo_ext.pruning.groups import tied_groups
+from yolo_ext.pruning.plan import kept_of, widths_of
+from yolo_ext.pruning.prune import make_plan, prune_model
+from yolo_ext.pruning.solve import measure, targets
 from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.pruning.targets import measure, targets
 
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -77,7 +78,7 @@ def test_floors_and_rounding_hold_in_every_layer(traced, **options):
     model, graph = traced
     cfg = PruneConfig(**options)
     try:
-        kept = plan(model, graph(), cfg)
+        kept = make_plan(model, graph(), cfg)
     except UsageError as e:  # floors at or above all widths, or above what the ratio asks for
         assert "Nothing can be pruned" in str(e) or "cannot be reached: the floors" in str(e)
         return
@@ -95,7 +96,7 @@ def test_flops_fall_with_the_ratio(traced, scope):
     found = []
     for ratio in (0.0, 0.1, 0.4, 0.75):
         cfg = PruneConfig(ratio=ratio, scope=scope, round_to=1)
-        found.append(flops(apply_plan(deepcopy(model), plan(model, graph(), cfg))))
+        found.append(flops(apply_plan(deepcopy(model), make_plan(model, graph(), cfg))))
     assert found[0] == flops(model)
     assert all(a > b for a, b in pairwise(found))
 
@@ -103,19 +104,19 @@ def test_flops_fall_with_the_ratio(traced, scope):
 @pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
 def test_ratio_zero_is_the_identity(traced, scope):
     model, graph = traced
-    assert plan(model, graph(), PruneConfig(ratio=0.0, scope=scope)) == {}
+    assert make_plan(model, graph(), PruneConfig(ratio=0.0, scope=scope)) == {}
 
 
 @pytest.mark.parametrize("options", [{"method": "lamp", "speedup": 2.0}, {"method": "random", "ratio": 0.4, "seed": 3}])
 def test_plans_are_repeatable(traced, options):
     model, graph = traced
     cfg = PruneConfig(**options)
-    assert plan(model, graph(), cfg) == plan(deepcopy(model), build_graph(model), PruneConfig(**asdict(cfg)))
+    assert make_plan(model, graph(), cfg) == make_plan(deepcopy(model), build_graph(model), PruneConfig(**asdict(cfg)))
 
 
 def test_another_seed_is_another_random_plan(traced):
     model, graph = traced
-    plans = [plan(model, graph(), PruneConfig(method="random", ratio=0.4, seed=s)) for s in (0, 1)]
+    plans = [make_plan(model, graph(), PruneConfig(method="random", ratio=0.4, seed=s)) for s in (0, 1)]
     assert plans[0] != plans[1]
 
 
@@ -127,20 +128,20 @@ def test_the_worst_channels_go():
         for i, scale in enumerate([5, 1, 4, 2, 6, 3]):
             net.model[0].weight[i] = scale
     cfg = PruneConfig(method="l2", ratio=0.5, scope="local", round_to=1, min_channels=1)
-    assert plan(net, build_graph(net), cfg) == {"model.0": {"out": [0, 2, 4]}, "model.1": {"in": [0, 2, 4]}}
+    assert make_plan(net, build_graph(net), cfg) == {"model.0": {"out": [0, 2, 4]}, "model.1": {"in": [0, 2, 4]}}
 
 
 def test_a_plan_leaves_the_model_alone(traced):
     model, graph = traced
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    plan(model, graph(), PruneConfig(speedup=2.0, exclude=["0"]))
+    make_plan(model, graph(), PruneConfig(speedup=2.0, exclude=["0"]))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not hasattr(model, "yolo_ext") or "prune" not in model.yolo_ext
 
 
 def test_excluded_layers_stay(traced):
     model, graph = traced
-    kept = plan(model, graph(), PruneConfig(speedup=2.0, exclude=["model.2", "5"]))
+    kept = make_plan(model, graph(), PruneConfig(speedup=2.0, exclude=["model.2", "5"]))
     before, after = widths(model), widths(apply_plan(deepcopy(model), kept))
     whole = [n for n in before if n.startswith(("model.2.", "model.5."))]
     assert all(after[n] == before[n] for n in whole)
@@ -149,7 +150,7 @@ def test_excluded_layers_stay(traced):
 
 def test_only_included_layers_shrink(traced):
     model, graph = traced
-    kept = plan(model, graph(), PruneConfig(speedup=1.1, include=["neck"]))
+    kept = make_plan(model, graph(), PruneConfig(speedup=1.1, include=["neck"]))
     assert {int(p.split(".")[1]) for p, dims in kept.items() if "out" in dims} <= set(range(10, 22))
 
 
@@ -157,14 +158,14 @@ def test_only_included_layers_shrink(traced):
 def test_a_single_conv_loses_80_percent_and_all_else_stays(traced):
     model, graph = traced
     cfg = PruneConfig(ratios={"model.9.cv2": 0.8}, round_to=1)
-    before, after = widths(model), widths(apply_plan(deepcopy(model), plan(model, graph(), cfg)))
+    before, after = widths(model), widths(apply_plan(deepcopy(model), make_plan(model, graph(), cfg)))
     assert {n: (before[n], after[n]) for n in before if before[n] != after[n]} == {"model.9.cv2.conv": (256, 52)}
 
 
 def test_a_share_is_kept_whatever_the_target(traced):
     model, graph = traced
     cfg = PruneConfig(ratios={"model.9.cv2": 0.5, "model.7": 0.0}, speedup=2.0)
-    small = apply_plan(deepcopy(model), plan(model, graph(), cfg))
+    small = apply_plan(deepcopy(model), make_plan(model, graph(), cfg))
     assert widths(small)["model.9.cv2.conv"] == 128
     assert widths(small)["model.7.conv"] == 256
     assert stock.gflops(model) / stock.gflops(small) == pytest.approx(2.0, rel=0.01)
@@ -195,7 +196,7 @@ FAST = {"yolov8n", "yolo12n", "yolo26n", "yolov8n-seg", "yolov8n-cls"}
 def test_figures_are_those_of_the_cut_model(made_of, name):
     """FLOPs as Ultralytics counts them, attention and transposed convs included, without building the model."""
     model, graph = made_of(name)
-    made = bundles(model, graph, PruneConfig())
+    made = tied_groups(model, graph, PruneConfig())
     units = [b.allowed[len(b.allowed) // 2] for b in made]
     small = apply_plan(deepcopy(model), kept_of(graph, made, units))
     for imgsz in (64, 640):
@@ -211,7 +212,7 @@ def test_figures_are_those_of_the_cut_model(made_of, name):
 @pytest.mark.parametrize("target", FIGURES)
 def test_flops_and_parameters_are_met(traced, target, scope, value):
     model, graph = traced
-    small = apply_plan(deepcopy(model), plan(model, graph(), PruneConfig(scope=scope, **{target: value})))
+    small = apply_plan(deepcopy(model), make_plan(model, graph(), PruneConfig(scope=scope, **{target: value})))
     assert FIGURES[target](model) / FIGURES[target](small) == pytest.approx(value, rel=0.01)
 
 
@@ -223,7 +224,7 @@ def test_targets_are_met_on_all_families(made_of, name, scope, value):
     model, graph = made_of(name)
     for target, figure in FIGURES.items():
         cfg = PruneConfig(scope=scope, **{target: value})
-        small = apply_plan(deepcopy(model), plan(model, deepcopy(graph), cfg))
+        small = apply_plan(deepcopy(model), make_plan(model, deepcopy(graph), cfg))
         assert figure(model) / figure(small) == pytest.approx(value, rel=0.01)
 
 
@@ -231,7 +232,7 @@ def test_targets_are_met_on_all_families(made_of, name, scope, value):
 def test_the_ratio_is_the_share_of_all_channels(traced, ratio, scope):
     model, graph = traced
     used = graph()
-    after = widths(apply_plan(deepcopy(model), plan(model, used, PruneConfig(ratio=ratio, scope=scope))))
+    after = widths(apply_plan(deepcopy(model), make_plan(model, used, PruneConfig(ratio=ratio, scope=scope))))
     groups = [g for g in used.groups if not g.frozen]
     whole = sum(g.size for g in groups)
     before = widths(model)
@@ -263,7 +264,7 @@ def test_latency_is_met_by_a_few_measurements(traced, noise):
         calls.append(b)
         return cost(a) / cost(b) * (1 + noise * float(torch.randn((), generator=generator)))
 
-    small = apply_plan(deepcopy(model), plan(model, graph(), PruneConfig(latency=2.0), Probes(speed=speed)))
+    small = apply_plan(deepcopy(model), make_plan(model, graph(), PruneConfig(latency=2.0), Probes(speed=speed)))
     assert cost(model) / cost(small) == pytest.approx(2.0, rel=0.05 + 2 * noise)
     assert len(calls) <= 9
 
@@ -271,7 +272,7 @@ def test_latency_is_met_by_a_few_measurements(traced, noise):
 def test_a_clock_that_says_nothing_is_told(traced, caplog):
     model, graph = traced
     jumps = Probes(speed=lambda a, b: 3.0 if cost(a) / cost(b) > 2 else 1.2)
-    plan(model, graph(), PruneConfig(latency=2.0), jumps)
+    make_plan(model, graph(), PruneConfig(latency=2.0), jumps)
     assert "latency is 1.2 instead of 2: the measurements spread" in caplog.text
 
 
@@ -293,7 +294,7 @@ def scored(model: nn.Module, base: float = 0.5, slope: float = 0.1):
 def test_the_largest_ratio_within_the_drop(traced):
     model, graph = traced
     probes, seen = scored(model)
-    small = apply_plan(deepcopy(model), plan(model, graph(), PruneConfig(max_drop=0.05), probes))
+    small = apply_plan(deepcopy(model), make_plan(model, graph(), PruneConfig(max_drop=0.05), probes))
     drop = 0.1 * (1 - cost(small) / cost(model))
     assert 0.045 < drop <= 0.05
     assert 4 <= len(seen) <= 9  # the dense model is recalibrated too
@@ -302,10 +303,10 @@ def test_the_largest_ratio_within_the_drop(traced):
 def test_a_drop_that_nothing_exceeds_ends_at_the_floors(traced):
     model, graph = traced
     probes, seen = scored(model)
-    floors = plan(model, graph(), PruneConfig(max_drop=0.2), probes)
+    floors = make_plan(model, graph(), PruneConfig(max_drop=0.2), probes)
     assert len(seen) == 2  # the dense model and the floors
     used = graph()
-    made = bundles(model, used, PruneConfig())
+    made = tied_groups(model, used, PruneConfig())
     assert floors == kept_of(used, made, [b.allowed[-1] for b in made])
 
 
@@ -315,12 +316,12 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     groups = [
         {"name": b.name, "channels": sum(g.size for g in b.groups),
          "curve": [{"ratio": r, "map": 0.5 - r * (0.4 if b.name.startswith("model.6") else 0.01)} for r in (0.4, 0.8)]}
-        for b in bundles(model, graph(), PruneConfig())
+        for b in tied_groups(model, graph(), PruneConfig())
     ]  # fmt: skip
     file = tmp_path / "sensitivity.json"
     file.write_text(json.dumps({"base": {"map": 0.5}, "groups": groups}))
     cfg = PruneConfig(speedup=2.0, sensitivity=str(file))
-    small = apply_plan(deepcopy(model), plan(model, graph(), cfg))
+    small = apply_plan(deepcopy(model), make_plan(model, graph(), cfg))
     assert stock.gflops(model) / stock.gflops(small) == pytest.approx(2.0, rel=0.01)
     before, after = widths(model), widths(small)
     lost = {n: 1 - after[n] / before[n] for n in before if "dfl" not in n}
@@ -332,12 +333,12 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
 def test_pagcp_decides_on_all_bundles(traced, monkeypatch):
     model, graph = traced
 
-    def pagcp(model, graph, made, cfg, probes, imgsz):
-        assert imgsz == 192
-        return [b.round(b.units * (1 - (b.share or 0.03 * (b.name == "model.7.conv")))) for b in made]
+    def pagcp(job):
+        assert job.imgsz == 192
+        return [t.round(t.units * (1 - (t.share or 0.03 * (t.name == "model.7.conv")))) for t in job.ties]
 
     monkeypatch.setattr("yolo_ext.pruning.prune.pagcp", pagcp)
-    kept = plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}), NO_PROBES, 192)
+    kept = make_plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}), NO_PROBES, 192)
     found = {p: len(dims["out"]) for p, dims in kept.items() if "out" in dims and p.endswith("conv")}
     assert found == {"model.5.conv": 64, "model.7.conv": 248}
 
@@ -373,7 +374,7 @@ def test_wrong_input(traced, options, message):
     model, graph = traced
     probes = replace(scored(model)[0], speed=lambda a, b: cost(a) / cost(b))
     with pytest.raises(UsageError, match=message) as e:
-        plan(model, graph(), PruneConfig(**options), probes)
+        make_plan(model, graph(), PruneConfig(**options), probes)
     assert "\n" not in str(e.value)
 
 
@@ -387,19 +388,19 @@ def test_wrong_input(traced, options, message):
 def test_targets_that_need_probes(traced, options, message):
     model, graph = traced
     with pytest.raises(UsageError, match=message):
-        plan(model, graph(), PruneConfig(**options), NO_PROBES)
+        make_plan(model, graph(), PruneConfig(**options), NO_PROBES)
 
 
 def test_an_untrained_model_has_no_map_to_lose(traced):
     model, graph = traced
     with pytest.raises(UsageError, match=r"says nothing: the model itself has mAP50-95 0\.0010"):
-        plan(model, graph(), PruneConfig(max_drop=0.02), scored(model, base=0.001)[0])
+        make_plan(model, graph(), PruneConfig(max_drop=0.02), scored(model, base=0.001)[0])
 
 
 @pytest.mark.parametrize("target", ["speedup", "params"])
 def test_the_most_that_the_error_names_is_reachable(traced, target):
     model, graph = traced
     with pytest.raises(UsageError) as e:
-        plan(model, graph(), PruneConfig(**{target: 500.0}))
+        make_plan(model, graph(), PruneConfig(**{target: 500.0}))
     most = float(str(e.value).split("at most ")[1].split(". ")[0])
-    assert plan(model, graph(), PruneConfig(**{target: most}))
+    assert make_plan(model, graph(), PruneConfig(**{target: most}))

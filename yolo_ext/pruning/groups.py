@@ -1,0 +1,264 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Tied groups: groups that shrink at one rate, ranked from worst to best, with the widths that they may have.
+
+Which of them may shrink at all is up to the options: `prune.include`, `exclude` and `ratios` select layers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_ext.checkpoint import manifest
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
+from yolo_ext.pruning.criteria import resolved, score
+from yolo_ext.pruning.evidence import Evidence
+from yolo_ext.pruning.graph import Graph, Group
+from yolo_ext.stock.model import natural_key
+
+SECTIONS = ("backbone", "neck", "head")
+
+
+@dataclass
+class TiedGroups:
+    """Groups that shrink at the same rate, in `units`: unit u removes the next worst channels of each group.
+
+    Attributes:
+        groups: The groups; most often there is one.
+        order: For each group, its channels from worst to best.
+        scores: (units,) ascending.
+        allowed: Numbers of kept units that rounding and floors allow, descending; the first one is all of them.
+        share: Share of units that `prune.ratios` removes, whatever the target; None for groups that are free.
+        values: For each group, the scores of its channels.
+    """
+
+    groups: list[Group]
+    order: list[torch.Tensor]
+    scores: torch.Tensor
+    allowed: list[int]
+    share: float | None = None
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Path of the first layer that produces the channels."""
+        return self.groups[0].name
+
+    @property
+    def units(self) -> int:
+        """Number of units before pruning."""
+        return len(self.scores)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels before pruning."""
+        return sum(g.size for g in self.groups)
+
+    def round(self, units: float) -> int:
+        """Return the allowed number of kept units nearest to `units`; of two equally near ones the larger."""
+        return min(self.allowed, key=lambda a: (abs(a - units), -a))
+
+
+def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evidence | None = None) -> list[TiedGroups]:
+    """Score all groups that the options leave prunable; the others become frozen in `graph`, with the reason.
+
+    Raises:
+        UsageError: If the criterion is unknown or fails, a selector is broken or matches nothing, a share of
+            `cfg.ratios` breaks a floor, or layers are frozen that would lose channels.
+    """
+    cfg = resolved(cfg, evidence is not None)
+    restrict(model, graph, cfg)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    made: dict[int, TiedGroups] = {}
+    for i, indices in enumerate(graph.ties):
+        groups = [graph.groups[g] for g in indices]
+        if any(g.frozen for g in groups):
+            continue
+        found = _ranked(model, graph, groups, cfg, generator, evidence)
+        if isinstance(found, TiedGroups):
+            made[i] = found
+        else:
+            for g in groups:
+                g.frozen = found
+    for i, share in shares(model, graph, cfg).items():
+        _check_share(made[i], share, _floor(model, graph, made[i].groups, cfg), cfg)
+        made[i].share = share
+    refuse_frozen(model, [p for t in made.values() for g in t.groups for p in g.producers])
+    return list(made.values())
+
+
+def _ranked(
+    model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig, generator: torch.Generator,
+    evidence: Evidence | None,
+) -> TiedGroups | str:  # fmt: skip
+    """Return these groups ranked, or the reason why they keep all their channels."""
+    units, widest = min(g.size for g in groups), max(g.size for g in groups)
+    if any(g.size % units for g in groups):
+        return "is coupled with a part whose width does not divide its own"
+    floor = _floor(model, graph, groups, cfg)
+    step = widest // units
+    legal = [u for u in range(1, units) if u * step % cfg.round_to == 0 and u * step >= floor]
+    if not legal:
+        return f"has {groups[0].size} channels, which the floors do not let shrink"
+    values: list[torch.Tensor] = []
+    for g in groups:
+        scored = score(model, g, cfg.method, generator, evidence)
+        if scored is None:
+            return f"has no BatchNorm, which '{cfg.method}' ranks by"
+        values.append(scored)
+    order = [v.argsort(stable=True) for v in values]
+    rows = [v[o].view(units, -1).mean(1) for v, o in zip(values, order)]
+    return TiedGroups(groups, order, torch.stack(rows).mean(0), [units, *reversed(legal)], values=values)
+
+
+def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> float:
+    """Return the fewest channels that the widest group may keep, counted from its width before any pruning."""
+    shapes = manifest(model).prune.get("shapes", {})
+    widest, narrowest = max(groups, key=lambda g: g.size), min(g.size for g in groups)
+    # Of several layers, the one that holds least else tells best how wide the group was.
+    before = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in widest.producers if p in shapes]
+    share = max([widest.size, *before]) * (1 - cfg.max_ratio)
+    return max(cfg.min_channels * widest.size // narrowest, share - 1e-6)
+
+
+def _check_share(tied: TiedGroups, share: float, floor: float, cfg: PruneConfig) -> None:
+    """Refuse a share of `prune.ratios` that a floor does not allow; warn when rounding leaves nothing of it."""
+    size = max(g.size for g in tied.groups)
+    if size * (1 - share) < floor and share:
+        raise UsageError(
+            f"'prune.ratios' takes {share:g} of the {size} channels of {tied.name}, but the floors keep "
+            f"{floor:.4g}. Give at most {max(0.0, 1 - floor / size):.2g}, "
+            f"lower prune.min_channels={cfg.min_channels} or raise prune.max_ratio={cfg.max_ratio:g}."
+        )
+    if share and tied.round(tied.units * (1 - share)) == tied.units:
+        LOGGER.warning(
+            f"{colorstr('prune: ')}{tied.name} stays whole: {share:g} of its {size} channels is less than half of "
+            f"prune.round_to={cfg.round_to}"
+        )
+
+
+# Selectors -----------------------------------------------------------------------------------------------------------
+def matches(model: nn.Module, selector: str, option: str = "selector") -> set[str]:
+    """Return the paths of all modules that a selector means, with everything inside them.
+
+    Args:
+        model: A YOLO model.
+        selector: Layer index (``9``), module path (``model.9.cv2``), module type (``C2f``, ``Conv2d``), ``backbone``,
+            ``neck`` or ``head``, or a regular expression for whole paths; the first of these that fits.
+        option: Where the selector was given, for the error message.
+
+    Raises:
+        UsageError: If nothing fits, or the regular expression is broken.
+    """
+    modules = {path: m for path, m in model.named_modules() if path}
+    roots = _roots(model, modules, selector, option)
+    found = {path for path in modules if not roots.isdisjoint(_ancestors(path))}
+    if not found:
+        names = [*SECTIONS, *sorted({type(m).__name__ for m in modules.values()}), *modules]
+        raise UsageError(
+            f"'{option}={selector}' matches no layer.{suggest(selector, names)} Legal: a layer index such as 9, a name "
+            "such as model.9.cv2, a type such as C2f, backbone, neck, head, or a regular expression for whole names."
+        )
+    return found
+
+
+def _ancestors(path: str) -> set[str]:
+    """Return a path and those of all modules around it."""
+    parts = path.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
+
+
+def _roots(model: nn.Module, modules: dict[str, nn.Module], selector: str, option: str) -> set[str]:
+    """Return the paths that a selector names itself, without what is inside."""
+    if selector in SECTIONS:
+        return _section(model, selector, option)
+    path = f"model.{selector}" if selector.isdecimal() else selector
+    if path in modules:
+        return {path}
+    if typed := {p for p, m in modules.items() if type(m).__name__ == selector}:
+        return typed
+    try:
+        pattern = re.compile(selector)
+    except re.error as e:
+        raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
+    return {p for p in modules if pattern.fullmatch(p)}
+
+
+def _section(model: nn.Module, name: str, option: str) -> set[str]:
+    """Return the layers of the backbone, the neck or the head, as the model's YAML parts them."""
+    yaml = manifest(model).yaml or getattr(model, "yaml", None)  # that of a pruned model holds the tripwire
+    if not yaml or "backbone" not in yaml:
+        raise UsageError(f"'{option}={name}' means nothing here: the model has no YAML. Give layer names.")
+    neck, head = len(yaml["backbone"]), len(model.model) - 1
+    return {f"model.{i}" for i in {"backbone": range(neck), "neck": range(neck, head), "head": [head]}[name]}
+
+
+def _chosen(model: nn.Module, graph: Graph, selector: str, option: str) -> set[str]:
+    """Return those producing layers of the graph that a selector means."""
+    found = matches(model, selector, option) & {p for g in graph.groups for p in g.producers}
+    if not found:
+        raise UsageError(f"'{option}={selector}' matches only modules that produce no channels of their own.")
+    return found
+
+
+def restrict(model: nn.Module, graph: Graph, cfg: PruneConfig) -> None:
+    """Freeze the groups that `cfg.exclude` names or that `cfg.include` does not, and what must keep up with them."""
+    included: set[str] = set().union(*(_chosen(model, graph, s, "prune.include") for s in cfg.include))
+    excluded: set[str] = set().union(*(_chosen(model, graph, s, "prune.exclude") for s in cfg.exclude))
+    for indices in graph.ties:
+        groups = [graph.groups[i] for i in indices]
+        layers = [p for g in groups for p in g.producers]
+        stays = next((p for p in layers if p in excluded), "")
+        outside = bool(cfg.include) and included.isdisjoint(layers)
+        for g in groups:
+            if stays:
+                own = excluded.issuperset(g.producers)
+                coupled = f"is coupled with {stays}, which prune.exclude keeps"
+                g.frozen = g.frozen or ("is excluded by prune.exclude" if own else coupled)
+            elif outside:
+                g.frozen = g.frozen or "is not in prune.include"
+
+
+def shares(model: nn.Module, graph: Graph, cfg: PruneConfig) -> dict[int, float]:
+    """Return the share to remove of each of `graph.ties` that `cfg.ratios` names.
+
+    Raises:
+        UsageError: If a selector is broken, matches nothing that can be pruned, or contradicts another one.
+    """
+    found: dict[int, tuple[float, str]] = {}
+    for selector, share in cfg.ratios.items():
+        layers = _chosen(model, graph, selector, "prune.ratios")
+        hits = [i for i, t in enumerate(graph.ties) if any(layers & set(graph.groups[g].producers) for g in t)]
+        free = [i for i in hits if not any(graph.groups[g].frozen for g in graph.ties[i])]
+        if not free:
+            group = next(g for i in hits for j in graph.ties[i] if (g := graph.groups[j]).frozen)
+            raise UsageError(f"'prune.ratios={selector}' cannot be pruned: {group.name} {group.frozen}.")
+        for i in free:
+            other, by = found.setdefault(i, (share, selector))
+            if other != share:
+                name = graph.groups[graph.ties[i][0]].name
+                raise UsageError(
+                    f"'prune.ratios' gives {name} two shares: {other:g} by '{by}' and {share:g} by '{selector}' "
+                    "(coupled layers lose the same channels). Give one of them, or the same share in both."
+                )
+    return {i: share for i, (share, _) in found.items()}
+
+
+def refuse_frozen(model: nn.Module, layers: list[str]) -> None:
+    """Refuse to prune layers, given by path, whose weights are frozen while others learn."""
+    modules = dict(model.named_modules())
+    stuck = [p for p in layers if any(not w.requires_grad for w in modules[p].parameters(recurse=False))]
+    if not stuck or len(stuck) == len(layers):  # a model loaded for inference has no gradients anywhere
+        return
+    top = sorted({".".join(p.split(".")[:2]) for p in stuck}, key=natural_key)
+    keep = ", ".join(p.rpartition(".")[2] if p.startswith("model.") else p for p in top)
+    raise UsageError(
+        f"The model has frozen layers ({', '.join(top)}): they cannot recover from pruning. "
+        f"Unfreeze them, or keep them whole with prune.exclude=[{keep}]."
+    )

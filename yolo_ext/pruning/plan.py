@@ -1,0 +1,278 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Plans: how a share of all channels is spread over tied groups, which positions stay then, and what is remembered."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from yolo_ext import stock
+from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Table, suggest
+from yolo_ext.pruning.evidence import NO_PROBES, Probes
+from yolo_ext.pruning.graph import Graph, Kept
+from yolo_ext.pruning.groups import TiedGroups
+from yolo_ext.pruning.labels import layer_channels
+from yolo_ext.pruning.surgery import apply_plan
+
+Widths = dict[tuple[str, str], int]  # (module path, "out" or "in") -> kept channels
+Steps = Callable[[float], list[int]]  # share of units to remove, 0..1 -> kept units of each
+scopes = Table("pruning scope")  # row: (tied groups, model) -> the class of each; units are ranked in their class
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is pruned and what may be asked about it.
+
+    Attributes:
+        model: The model; it is not changed.
+        graph: Its couplings.
+        ties: What can be pruned, that with a share of its own included.
+        cfg: Pruning options.
+        probes: What data and the clock can tell.
+        imgsz: Side of the image in pixels, for the FLOPs.
+    """
+
+    model: nn.Module
+    graph: Graph
+    ties: Sequence[TiedGroups]
+    cfg: PruneConfig
+    probes: Probes = NO_PROBES
+    imgsz: int = 640
+
+    @property
+    def whole(self) -> list[int]:
+        """Units of each before pruning."""
+        return [t.units for t in self.ties]
+
+    def widths(self, units: Sequence[int]) -> Widths:
+        """Return the widths of the layers when these units stay."""
+        return widths_of(self.graph, self.ties, units)
+
+    def pruned(self, units: Sequence[int]) -> nn.Module:
+        """Return a pruned copy in which these units stay."""
+        return apply_plan(deepcopy(self.model), kept_of(self.graph, self.ties, units))
+
+
+# Scopes --------------------------------------------------------------------------------------------------------------
+@scopes.row("global", "Rank the channels of the whole model together")
+def everything(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
+    """Put all into one class."""
+    return [0] * len(ties)
+
+
+@scopes.row("local", "Remove the same share of each group")
+def each(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
+    """Put each into a class of its own."""
+    return list(range(len(ties)))
+
+
+@scopes.row("isomorphic", "Rank within groups of the same structure", paper="Fang et al., 2024, arXiv:2407.04616")
+def isomorphic(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
+    """Put those into one class whose groups have the same size and the same kinds of layers."""
+    modules = dict(model.named_modules())
+
+    def kind(path: str, dim: str) -> tuple:
+        m = modules[path]
+        return type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, dim
+
+    return [
+        tuple(sorted((g.size, tuple(sorted(kind(m.module, m.dim) for m in g.members))) for g in t.groups)) for t in ties
+    ]
+
+
+def by_rank(ties: Sequence[TiedGroups], classes: Sequence[Hashable]) -> Steps:
+    """Return steps that remove the same share of the worst units of each class."""
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for i, c in enumerate(classes):
+        members[c].append(i)
+    owners = []
+    for places in members.values():
+        scores = torch.cat([ties[i].scores for i in places])
+        owner = torch.cat([torch.full((ties[i].units,), i) for i in places])
+        owners.append(owner[scores.argsort(stable=True)])
+
+    def steps(share: float) -> list[int]:
+        worst = torch.cat([torch.zeros(0, dtype=torch.long), *(owner[: round(share * len(owner))] for owner in owners)])
+        gone = torch.bincount(worst, minlength=len(ties)).tolist()
+        return [t.round(t.units - g) for t, g in zip(ties, gone)]
+
+    return steps
+
+
+# Sensitivity ---------------------------------------------------------------------------------------------------------
+def by_sensitivity(ties: Sequence[TiedGroups], curves: dict[str, Any]) -> Steps:
+    """Return steps that prune each as far as its measured mAP drop stays below one tolerance for all.
+
+    The share 0..1 counts through all drops in the file of `yolo-ext sensitivity`, from none to the largest. Between two
+    measured ratios the drop is taken as linear; beyond the last one nothing is known and nothing is pruned.
+
+    Raises:
+        UsageError: If a group has no curve.
+    """
+    groups = {g["name"]: g for g in curves["groups"]}
+    lines = [_line(t, groups, curves["base"]["map"]) for t in ties]
+    drops = sorted(d for line in lines for _, d in line) or [0.0]
+
+    def steps(share: float) -> list[int]:
+        tolerance = np.interp(share * (len(drops) - 1), range(len(drops)), drops)
+        ratios = [np.interp(tolerance, [d for _, d in line], [r for r, _ in line]) for line in lines]
+        return [t.round(t.units * (1 - float(r))) for t, r in zip(ties, ratios)]
+
+    return steps
+
+
+def _line(tied: TiedGroups, groups: dict[str, dict[str, Any]], base: float) -> list[tuple[float, float]]:
+    """Return (ratio, drop) points of one curve, from (0, 0) on, with drops that never fall."""
+    group = groups.get(tied.name)
+    if group is None or group.get("channels", tied.channels) != tied.channels:
+        problem = f"with {group['channels']} channels instead of {tied.channels}" if group else "at all"
+        raise UsageError(
+            f"The sensitivity file does not know {tied.name} {problem}, so it belongs to another model."
+            f"{suggest(tied.name, list(groups)) if group is None else ''} "
+            "Run `yolo-ext sensitivity` on this model, with the same prune.include, prune.exclude, prune.min_channels "
+            "and prune.round_to."
+        )
+    points = sorted((p["ratio"], base - p["map"]) for p in group["curve"])
+    # A drop below zero is noise; the tiny slope makes harmless groups shrink step by step instead of all at once.
+    worst = accumulate((max(0.0, drop) for _, drop in points), max)
+    return [(0.0, 0.0), *((ratio, drop + 1e-6 * ratio) for (ratio, _), drop in zip(points, worst))]
+
+
+def read_sensitivity(file: str) -> dict[str, Any]:
+    """Read a file of `yolo-ext sensitivity`, or refuse it when it is missing or something else."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        float(found["base"]["map"])
+        for g in found["groups"]:
+            _ = g["name"], [(p["ratio"], p["map"]) for p in g["curve"]]
+    except OSError as e:
+        raise UsageError(
+            f"'prune.sensitivity={file}' cannot be read ({e.strerror}). Run `yolo-ext sensitivity`."
+        ) from e
+    except (ValueError, LookupError, TypeError) as e:
+        raise UsageError(
+            f"'prune.sensitivity={file}' is not a file of `yolo-ext sensitivity` ({type(e).__name__}: {e}). "
+            "Give its sensitivity.json."
+        ) from e
+    return found
+
+
+# What stays ----------------------------------------------------------------------------------------------------------
+def widths_of(graph: Graph, ties: Sequence[TiedGroups], units: Sequence[int]) -> Widths:
+    """Return the kept channels of each layer when these units stay, cheaper than `kept_of`."""
+    found: Widths = {}
+    for tied, u in zip(ties, units):
+        for g in tied.groups:
+            gone = g.size - u * (g.size // tied.units)
+            for m in g.members:
+                if m.module in graph.shapes:
+                    key = m.module, m.dim
+                    found[key] = found.get(key, graph.width(*key)) - gone * m.index.shape[1]
+    return found
+
+
+def kept_of(graph: Graph, ties: Sequence[TiedGroups], units: Sequence[int]) -> Kept:
+    """Return the kept positions of every layer that loses channels when these units stay."""
+    masks: dict[tuple[str, str], torch.Tensor] = {}
+    for tied, u in zip(ties, units):
+        for group, order in zip(tied.groups, tied.order):
+            gone = order[: group.size - u * (group.size // tied.units)]
+            for m in group.members:
+                key = m.module, m.dim
+                if key not in masks:
+                    masks[key] = torch.ones(graph.width(*key), dtype=torch.bool)
+                masks[key][m.index[gone].flatten()] = False
+    kept: Kept = {}
+    for (path, dim), mask in masks.items():
+        if not mask.all():
+            kept.setdefault(path, {})[dim] = mask.nonzero().flatten().tolist()
+    return kept
+
+
+# What is near zero: at most a threshold times the largest score of its group -----------------------------------------
+def near_zero(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return (n,) which channels of a group with these scores are near zero: all where all scores are zero."""
+    return scores <= threshold * scores.max()
+
+
+def spare_units(ties: Sequence[TiedGroups], threshold: float) -> list[int]:
+    """Return the kept units of each when channels near zero go and, after rounding and floors, no others."""
+    units = []
+    for t in ties:
+        pairs = zip(t.groups, t.values)
+        gone = min(int(near_zero(v, threshold).sum()) // (g.size // t.units) for g, v in pairs)
+        units.append(min(a for a in t.allowed if a >= t.units - gone))
+    return units
+
+
+def near_zero_share(ties: Sequence[TiedGroups], threshold: float) -> float:
+    """Return the share, 0..1, of all channels that are near zero."""
+    masks = [near_zero(v, threshold) for t in ties for v in t.values]
+    return float(torch.cat(masks).float().mean()) if masks else 0.0
+
+
+# What a pruned model remembers ---------------------------------------------------------------------------------------
+def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: PruneConfig, gap: float) -> None:
+    """Write what was done into the manifest; indices always count in the numbering of the first dense model."""
+    previous = deepcopy(dict(manifest(dense).prune))
+    shapes = previous["shapes"] if previous else {p: list(s) for p, s in graph.shapes.items()}
+    total: Kept = deepcopy(previous["kept"]) if previous else {}
+    for path, dims in kept.items():
+        for dim, index in dims.items():
+            old = total.setdefault(path, {}).get(dim)
+            total[path][dim] = [old[i] for i in index] if old is not None else list(index)
+    # The teacher that a student grew from knows it by the weights it started with, not by those of today.
+    parent = previous["parent"] if previous else manifest(dense).parent or fingerprint(dense)
+    told = {
+        **previous,
+        "config": asdict(cfg),
+        "kept": total,
+        "shapes": shapes,
+        "parent": parent,
+        "frozen": graph.reasons(),
+        "coupled": coupled_layers(pruned, graph),
+        "notes": graph.notes,
+        "gap": gap,
+    }
+    note(pruned, prune=told)
+    set_tripwire(pruned)
+
+
+def coupled_layers(model: nn.Module, graph: Graph) -> dict[str, list[str]]:
+    """Return, for every layer whose channels also come from or are tied to others, the paths of those."""
+    modules, found = dict(model.named_modules()), {}
+    for indices in graph.ties:
+        layers = {p for i in indices for p in graph.groups[i].producers if layer_channels(modules[p])}
+        found.update({p: sorted(layers - {p}, key=stock.natural_key) for p in layers if len(layers) > 1})
+    return found
+
+
+def layer_report(model: nn.Module) -> list[dict[str, Any]]:
+    """Return channels before and after for every layer of a pruned model, with the reason where nothing changed.
+
+    Returns:
+        Rows ``{"name", "before", "after", "reason", "coupled"}`` in the order of the model.
+    """
+    found = manifest(model).prune or {"shapes": {}, "frozen": {}}
+    modules = dict(model.named_modules())
+    rows = []
+    for path in sorted(found["shapes"], key=stock.natural_key):
+        before = found["shapes"][path][0]
+        after = getattr(modules[path], "out_channels", None) or getattr(modules[path], "out_features", before)
+        reason = found["frozen"].get(path, "") if after == before else ""
+        coupled = found.get("coupled", {}).get(path, [])
+        rows.append({"name": path, "before": before, "after": after, "reason": reason, "coupled": coupled})
+    return rows
