@@ -35,9 +35,9 @@ from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.quantization.fake_quant import get_state
-from yolo_ext.quantization.profiles import has_vnni, resolve_profile
 from yolo_ext.quantization.qat import prepare
 from yolo_ext.quantization.qdq import write_qdq
+from yolo_ext.quantization.spec import has_vnni, resolve_profile
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.context import cpu_info

@@ -17,10 +17,10 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import load_image
 from yolo_ext.deployment.verify import LIMITS, verify, verify_detections, verify_int8, verify_tensors
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, load_state
-from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.qdq import write_qdq
+from yolo_ext.quantization.spec import PROFILES
 from yolo_ext.stock.accuracy import accuracy
 
 SIZE = 96

@@ -21,10 +21,9 @@ from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import conv_report, predictor
 from yolo_ext.deployment.verify import verify_int8
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, load_state
-from yolo_ext.quantization.profiles import PROFILES, resolve_profile
 from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
-from yolo_ext.quantization.spec import plan_of
+from yolo_ext.quantization.spec import PROFILES, plan_of, resolve_profile
 from yolo_ext.stock.load import load_model
 
 SIZE = 128

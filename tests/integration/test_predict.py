@@ -183,9 +183,9 @@ def test_the_detector_equals_ultralytics_on_blood_cells(name, bccd, tmp_path):
     from yolo_ext.core.config import QuantConfig
     from yolo_ext.data.check import check_data
     from yolo_ext.quantization.fake_quant import get_state
-    from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qat import prepare
     from yolo_ext.quantization.qdq import write_qdq
+    from yolo_ext.quantization.spec import resolve_profile
 
     weights, imgsz, conf = WEIGHTS, 192, 0.25
     if name != "yolov8n":  # a short training: scores that mean something are not needed, only some that differ

@@ -295,8 +295,8 @@ def test_recovery_from_nan_takes_ranges_from_the_checkpoint(fit, tiny):
 def int8(tmp_path):
     """Return a function that writes the INT8 file of a checkpoint, and the images on which it is compared."""
     from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.quantization.profiles import resolve_profile
     from yolo_ext.quantization.qdq import write_qdq
+    from yolo_ext.quantization.spec import resolve_profile
 
     def write(weights: Path, profile: str = "ort-x86") -> dict:
         fp32 = export_onnx(weights, tmp_path / "fp32.onnx", 64)

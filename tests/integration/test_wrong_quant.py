@@ -15,7 +15,7 @@ from ultralytics.utils import SETTINGS, YAML, torch_utils
 from yolo_ext import cli
 from yolo_ext.checkpoint import save_model
 from yolo_ext.quantization.fake_quant import insert_fake_quant
-from yolo_ext.quantization.profiles import resolve_profile
+from yolo_ext.quantization.spec import resolve_profile
 from yolo_ext.stock.load import load_model
 
 B = "model=tiny.pt data=shapes/data.yaml imgsz=64"

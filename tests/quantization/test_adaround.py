@@ -11,20 +11,19 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization import adaround as module
-from yolo_ext.quantization.adaround import adaround, bake, start
-from yolo_ext.quantization.branches import merge_branches
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization import improve as module
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import (
     get_state,
     insert_fake_quant,
     insert_plan,
     load_state,
+    merge_branches,
     quantized_layers,
     strip_fake_quant,
 )
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec, plan_of
+from yolo_ext.quantization.improve import adaround, bake, start
+from yolo_ext.quantization.spec import PROFILES, Spec, plan_of
 from yolo_ext.stock.context import recalibrate
 
 FAMILIES = ["yolov5n", "yolov9t", "yolov10n", "yolo11n-seg", "yolo12n", "yolo26n", "yolo26n-pose", "yolo11n-cls"]

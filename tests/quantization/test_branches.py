@@ -18,11 +18,13 @@ import yolo_ext
 from yolo_ext.checkpoint import TRIPWIRE, is_pruned, manifest, save_model
 from yolo_ext.data.shapes import NAMES, make_shapes
 from yolo_ext.quantization import fake_quant as fq
-from yolo_ext.quantization.branches import branched, merge_branches
-from yolo_ext.quantization.calibration import calibrate
-from yolo_ext.quantization.profiles import PROFILES, float_modules
+from yolo_ext.quantization.calibrate import calibrate
+from yolo_ext.quantization.fake_quant import merge_branches
+from yolo_ext.quantization.plan import float_modules
+from yolo_ext.quantization.spec import PROFILES
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
+from yolo_ext.stock.model import branched
 
 MODELS = [("yolov9t.yaml", 42), ("yolov10s.yaml", 2)]
 

@@ -13,7 +13,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.calibration import calibrate, weight_rows
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import (
     get_state,
     insert_fake_quant,
@@ -23,9 +23,9 @@ from yolo_ext.quantization.fake_quant import (
     quantizers,
     set_mode,
 )
+from yolo_ext.quantization.layers import weight_rows
 from yolo_ext.quantization.observers import observers
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec, plan_of
+from yolo_ext.quantization.spec import PROFILES, Spec, plan_of
 
 PROFILE = dataclasses.replace(PROFILES["ort-x86-vnni"], float_stem=False)
 

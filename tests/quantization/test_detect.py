@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_ext.quantization import detect
-from yolo_ext.quantization.calibration import calibrate
-from yolo_ext.quantization.detect import findings, inspect
+from yolo_ext.quantization.calibrate import UNLIKE, calibrate, findings, inspect
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, insert_plan, load_state
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec
+from yolo_ext.quantization.spec import PROFILES, Spec
 
 LAYER = "model.4.cv1.conv"
 
@@ -99,7 +96,7 @@ def test_channels_that_one_weight_range_cannot_hold(build, images):
     insert_fake_quant(net, PROFILES["ort-x86"], config_list=[entry])
     calibrate(net, [images], "minmax")
     rows = inspect(net, [images])
-    assert next(r for r in rows if (r["path"], r["site"]) == (LAYER, "weight"))["channels"] > detect.UNLIKE
+    assert next(r for r in rows if (r["path"], r["site"]) == (LAYER, "weight"))["channels"] > UNLIKE
     assert any(f"median one in {LAYER}" in f or f"{LAYER} weight" in f for f in findings(rows))
 
 

@@ -16,8 +16,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.quantization import fake_quant as fq
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec, State, plan_of
+from yolo_ext.quantization.spec import PROFILES, Spec, State, plan_of
 
 PROFILE = dataclasses.replace(PROFILES["ort-x86"], float_stem=False)
 FULL, BESIDE = PROFILES["ort-x86-full"], PROFILES["openvino"]

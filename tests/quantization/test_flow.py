@@ -12,12 +12,11 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.modules.block import SPPELAN, SPPF, Bottleneck
 
 from yolo_ext.quantization import fake_quant as fq
-from yolo_ext.quantization.branches import merge_branches
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization.calibrate import calibrate
+from yolo_ext.quantization.fake_quant import merge_branches
 from yolo_ext.quantization.flow import drop_needless
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec
+from yolo_ext.quantization.spec import PROFILES, Spec
 
 FULL = PROFILES["ort-x86-full"]
 FAMILIES = ["yolov5n", "yolov9t", "yolov10n", "yolov10s", "yolo11n", "yolo12n", "yolo26n"]

@@ -8,11 +8,10 @@ from ultralytics.nn.modules import Conv
 from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan, set_mode, strip_fake_quant
 from yolo_ext.quantization.improve import correct_bias, reestimate_bn
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import Spec
+from yolo_ext.quantization.spec import PROFILES, Spec
 from yolo_ext.stock.context import recalibrate
 
 SITES = {"input": Spec(), "weight": Spec(3, symmetric=True, per_channel=True), "output": Spec()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from yolo_ext.quantization.kernels import fake_quantize, fake_quantize_weight
+from yolo_ext.quantization.layers import fake_quantize, fake_quantize_weight
 
 GRIDS = [(0, 255, 0.03, 40.0), (-127, 127, 0.02, 0.0), (0, 15, 0.2, 3.0), (0, 65535, 1e-4, 30000.0), (0, 3, 1.5, 0.0)]
 

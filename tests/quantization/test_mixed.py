@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolo_ext.quantization.mixed import config_list, fewest_float, write_config_list
+from yolo_ext.quantization.search import config_list, fewest_float, write_config_list
 
 ORDER = [[f"model.{i}.conv"] for i in range(9)]
 

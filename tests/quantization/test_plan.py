@@ -7,8 +7,7 @@ from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.plan import make_plan, rows, table
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.spec import SITES, Spec
+from yolo_ext.quantization.spec import PROFILES, SITES, Spec
 
 X86 = PROFILES["ort-x86"]
 A, B, HEAD, DFL = "model.1.conv", "model.2.cv1.conv", "model.22.cv2.0.2", "model.22.dfl.conv"

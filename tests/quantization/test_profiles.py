@@ -7,8 +7,9 @@ import pytest
 from torch import nn
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization import profiles
-from yolo_ext.quantization.profiles import PROFILES, float_modules, has_vnni, quantizable_blocks, resolve_profile, sums
+from yolo_ext.quantization import spec
+from yolo_ext.quantization.plan import float_modules, quantizable_blocks, sums
+from yolo_ext.quantization.spec import PROFILES, has_vnni, resolve_profile
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_has_vnni_is_conservative_without_cpuinfo(tmp_path):
 
 @pytest.mark.parametrize(("vnni", "name", "bits"), [(False, "ort-x86", 7), (True, "ort-x86-vnni", 8)])
 def test_auto_picks_by_cpu(monkeypatch, vnni, name, bits):
-    monkeypatch.setattr(profiles, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(spec, "has_vnni", lambda: vnni)
     profile = resolve_profile("auto")
     assert (profile.name, profile.weight_bits, profile.activation_bits) == (name, bits, 8)
 

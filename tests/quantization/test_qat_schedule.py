@@ -16,7 +16,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig, QuantConfig
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, quantized_layers, quantizers
-from yolo_ext.quantization.profiles import resolve_profile
+from yolo_ext.quantization.spec import resolve_profile
 from yolo_ext.training import quant
 
 

@@ -17,11 +17,10 @@ from ultralytics import YOLO
 
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization import fake_quant as fq
-from yolo_ext.quantization.calibration import calibrate
-from yolo_ext.quantization.profiles import PROFILES, Profile
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.qdq import deployed, write_qdq
 from yolo_ext.quantization.qdq_nodes import quant_params
-from yolo_ext.quantization.spec import Spec, State
+from yolo_ext.quantization.spec import PROFILES, Profile, Spec, State
 
 MODELS = ["yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml", "yolov5n.yaml"]
 

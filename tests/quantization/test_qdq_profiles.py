@@ -17,12 +17,11 @@ from ultralytics.nn.modules import Bottleneck, Conv
 
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.profiles import PROFILES
 from yolo_ext.quantization.qdq import deployed, write_qdq
-from yolo_ext.quantization.spec import Spec, State
+from yolo_ext.quantization.spec import PROFILES, Spec, State
 
 INTEGER_OPS = ("QLinearConv", "QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearConcat")
 

@@ -11,12 +11,11 @@ from ultralytics.nn.tasks import ClassificationModel
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import QuantConfig
-from yolo_ext.quantization.calibration import calibrate
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, strip_fake_quant
-from yolo_ext.quantization.mixed import config_list, leave_float
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.profiles import PROFILES
-from yolo_ext.quantization.sensitivity import order, sensitivity, table, write
+from yolo_ext.quantization.search import config_list, leave_float, order, sensitivity, table, write
+from yolo_ext.quantization.spec import PROFILES
 
 
 def calibrated(net, images, profile="ort-x86", **plan):

@@ -20,7 +20,18 @@ from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.deployment import verify as deployed
+from yolo_ext.deployment.export import export_onnx
+from yolo_ext.deployment.operators import saved_ms
+from yolo_ext.deployment.runtime import conv_report, module_path
 from yolo_ext.pipeline.run import QAT, Run, measure, train
+from yolo_ext.quantization import search
+from yolo_ext.quantization.calibrate import findings, inspect
+from yolo_ext.quantization.fake_quant import insert_plan, load_state
+from yolo_ext.quantization.plan import table
+from yolo_ext.quantization.qat import prepare, strip
+from yolo_ext.quantization.qdq import write_qdq
+from yolo_ext.quantization.spec import plan_of, resolve_profile
 from yolo_ext.runs import Record
 from yolo_ext.stock.accuracy import accuracy
 
@@ -44,11 +55,6 @@ LOOKED_AT = 32  # images for sensitivity, detectors and parity
 
 def ptq(run: Run) -> Record:
     """Calibrate the newest float model and write it as INT8, with the fewest layers float that hold the budget."""
-    from yolo_ext.quantization.detect import findings, inspect
-    from yolo_ext.quantization.plan import table
-    from yolo_ext.quantization.qat import prepare, strip
-    from yolo_ext.quantization.spec import plan_of
-
     cfg, (model, args) = run.quant, deepcopy(run.load())
     assert cfg
     prepare(model, cfg, run.info, run.imgsz)
@@ -98,11 +104,6 @@ def onnx_accuracy(run: Run, file: Path) -> dict[str, Any]:
 # Writing -------------------------------------------------------------------------------------------------------------
 def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Record:
     """Write FP32 and INT8 ONNX of float weights and their ranges, measure both, and keep what was quantized how."""
-    from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.runtime import conv_report
-    from yolo_ext.quantization.profiles import resolve_profile
-    from yolo_ext.quantization.qdq import write_qdq
-
     fp32 = export_onnx(run.load(weights)[0], run.folder / stage / "fp32.onnx", run.imgsz)
     int8 = run.folder / stage / "int8.onnx"
     written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
@@ -137,9 +138,6 @@ def _proof(
     int8: Path, model: nn.Module, quant: Mapping[str, Any], written: dict[str, Any]
 ) -> tuple[int, int, dict[str, str]]:
     """Return how many convolutions ONNX Runtime runs in integers, how many were planned, and which failed and why."""
-    from yolo_ext.deployment.runtime import conv_report, module_path
-    from yolo_ext.quantization.profiles import resolve_profile
-
     report, modules = conv_report(int8), dict(model.named_modules())
 
     def integer(path: str) -> bool:
@@ -183,12 +181,6 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
 
     With QAT to follow, at most half of the layers: more would give most of the speed away.
     """
-    from yolo_ext.deployment.operators import saved_ms
-    from yolo_ext.quantization import mixed
-    from yolo_ext.quantization.profiles import resolve_profile
-    from yolo_ext.quantization.qdq import write_qdq
-    from yolo_ext.quantization.sensitivity import order, sensitivity, table, write
-
     quant, folder, batches = manifest(model).quant, run.folder / "ptq", _batches(run, cfg)
     profile, reference = resolve_profile(quant["profile"]), (plain.metrics or {})["map_onnx"]["fp32"]
     LOGGER.info(
@@ -197,15 +189,15 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
     )
     layers = [path for path, sites in quant["state"].items() if "weight" in sites]
     costs = saved_ms(folder / "fp32.onnx", folder / "int8.onnx", layers, run.imgsz) if profile.output else None
-    found = sensitivity(model, quant["state"], batches(), costs=costs)
-    write(found, folder)
-    LOGGER.info(table(found, 5))
+    found = search.sensitivity(model, quant["state"], batches(), costs=costs)
+    search.write(found, folder)
+    LOGGER.info(search.table(found, 5))
     states: dict[int, Any] = {0: quant["state"]}
 
     def evaluate(excluded: list[str]) -> float:
         if not excluded:
             return lost
-        states[len(excluded)] = mixed.leave_float(model, quant["state"], excluded, profile, cfg, batches)
+        states[len(excluded)] = search.leave_float(model, quant["state"], excluded, profile, cfg, batches)
         file = folder / "trial.onnx"
         write_qdq(folder / "fp32.onnx", file, states[len(excluded)], profile)
         drop = reference - onnx_accuracy(run, file)["map"]
@@ -213,14 +205,14 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
         LOGGER.info(f"{colorstr('quantize: ')}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
         return drop
 
-    ranked = order(found)
+    ranked = search.order(found)
     most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2
-    excluded, trace = mixed.fewest_float(ranked[:most], evaluate, cfg.max_drop)
+    excluded, trace = search.fewest_float(ranked[:most], evaluate, cfg.max_drop)
     drop = next(t["drop"] for t in trace if t["float"] == len(excluded))
     runs.write_json(folder / "mixed.json", {"excluded": excluded, "drop": drop, "trace": trace})
     if drop > cfg.max_drop and cfg.mode != "ptq":
         return False, f"No {most} layers left float bring PTQ within quant.max_drop={cfg.max_drop:g}."
-    files = mixed.write_config_list(excluded, folder, cfg.config_list)
+    files = search.write_config_list(excluded, folder, cfg.config_list)
     reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
     floats = {**quant["float"], **dict.fromkeys(excluded, reason)}
     note(model, quant={**quant, "state": states[len(excluded)], "float": floats})
@@ -260,8 +252,6 @@ def qat(run: Run) -> Record:
 
 def verify(run: Run) -> Record:
     """Put the delivered ONNX files into onnx/ and check them."""
-    from yolo_ext.deployment import verify as deployed
-
     cfg, (stage, record) = run.quant, run.quantized()
     assert cfg and record.chosen
     files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
@@ -287,9 +277,6 @@ def verify(run: Run) -> Record:
 
 def _fake_quantized(model: nn.Module, file: Path) -> nn.Module:
     """Return a copy of a stage's model with the quantizers that its INT8 file was written from."""
-    from yolo_ext.quantization.fake_quant import insert_plan, load_state
-    from yolo_ext.quantization.spec import plan_of
-
     model, state = deepcopy(model), json.loads(file.read_text(encoding="utf-8"))["state"]
     insert_plan(model, plan_of(state))
     load_state(model, state)
@@ -298,8 +285,6 @@ def _fake_quantized(model: nn.Module, file: Path) -> nn.Module:
 
 def _saturation(checks: list[dict[str, Any]], profile: str) -> list[str]:
     """Say what to do about 8-bit weights that this CPU cannot multiply without saturation."""
-    from yolo_ext.quantization.profiles import resolve_profile
-
     sound = all(c["passed"] for c in checks if c["name"].startswith("int8_"))
     if sound or resolve_profile(profile).weight_bits < 8:
         return []

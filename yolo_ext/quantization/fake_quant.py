@@ -3,33 +3,99 @@
 
 A quantized layer keeps its identity, Parameters and state-dict keys; only its class changes and quantizers are added.
 The `act` of its Ultralytics block is wrapped by the quantizer of the convolution's output, which is behind the unfused
-BN, where the folded convolution ends.
+BN, where the folded convolution ends. Blocks of several branches are merged before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from yolo_ext import stock
+from yolo_ext.checkpoint import note, set_tripwire
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.profiles import Profile
-from yolo_ext.quantization.spec import SITES, Plan, Spec, State
+from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
 
 MODES = ("float", "off", "observe", "on")
 SILU_LOWER = -6.0  # SiLU(-6) = -0.015: spending codes below that costs more than it brings
 SILU_MIN = -0.27846456  # smallest value of SiLU
 
 
+# Merging -------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[str]:
+    """Turn blocks of several branches, in place, into the `Conv` blocks that they are once deployed; return the paths.
+
+    Such a block ends in a BatchNorm whose statistics, measured on images (B, C, H, W), and affine parameters are those
+    of its own output, so that it can be trained on: in eval mode it changes nothing, in training mode nearly nothing.
+    """
+    paths = stock.branched(model)
+    if not paths:
+        return []
+    modules: dict[str, Any] = dict(model.named_modules())
+    fresh = [modules[path] for path in paths if stock.merge_block(modules[path])]
+    for block in fresh:
+        block.conv.requires_grad_(True)
+        block.bn = _neutral(block.conv)
+    for path in paths:
+        modules[path].train(model.training)
+    _measure(model, fresh, batches)
+    note(model, merged=paths)
+    set_tripwire(model)
+    return paths
+
+
+def _neutral(conv: nn.Conv2d) -> nn.BatchNorm2d:
+    """Return a BatchNorm that changes nothing, in Ultralytics' settings."""
+    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3, momentum=0.03).to(conv.weight.device, conv.weight.dtype)
+    norm.running_var.fill_(1 - norm.eps)  # type: ignore[union-attr]
+    return norm
+
+
+def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor]) -> None:
+    """Give the BatchNorms of blocks the statistics of what they see, and undo that in their affine parameters."""
+    empty = (torch.zeros(2, b.conv.out_channels, dtype=torch.float64) for b in blocks)
+    sums: dict[int, list[Any]] = {id(b.bn): [zeros, 0] for b, zeros in zip(blocks, empty)}
+
+    def see(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].double().cpu()
+        sums[id(norm)][0] += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+        sums[id(norm)][1] += x.numel() // x.shape[1]
+
+    handles = [b.bn.register_forward_pre_hook(see) for b in blocks]
+    device = next(model.parameters()).device
+    try:
+        with stock.evaluating(model):
+            for images in batches if blocks else ():
+                model(images.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm in (b.bn for b in blocks):
+        (total, squares), n = sums[id(norm)]
+        if n < 2:
+            continue
+        mean = total / n
+        var = ((squares / n - mean**2) * n / (n - 1)).clamp_min(1e-6)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+        norm.bias.copy_(norm.running_mean)
+
+
+# Insertion -----------------------------------------------------------------------------------------------------------
 def _quantize_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Quantize what a bottleneck reads."""
     return (module.residual_quantizer(args[0]), *args[1:])
 
 
 def _quantize_sum(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """Quantize what a bottleneck returns."""
     return module.add_quantizer(out)
 
 
@@ -71,25 +137,13 @@ def insert_fake_quant(
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Refuse a model that carries fake quantizers.
-
-    Raises:
-        UsageError: If it does.
-    """
+    """Refuse a model that carries fake quantizers."""
     if any(isinstance(m, (QuantLayer, QuantAct)) for m in model.modules()):
         raise UsageError("This model carries fake quantizers already. Strip them first.")
 
 
 def insert_plan(model: nn.Module, plan: Plan) -> None:
-    """Insert uncalibrated fake quantizers in place where a plan has them.
-
-    Args:
-        model: The model that the plan was made for.
-        plan: What is quantized and how.
-
-    Raises:
-        UsageError: If the model has no such layer.
-    """
+    """Insert uncalibrated fake quantizers in place where a plan, made for this model, has them."""
     modules = dict(model.named_modules())
     if missing := [path for path in plan if path not in modules]:
         raise UsageError(
@@ -100,9 +154,11 @@ def insert_plan(model: nn.Module, plan: Plan) -> None:
     for path, sites in plan.items():
         layer, block = modules[path], modules.get(path.rpartition(".")[0])
         device = next(layer.parameters()).device
-        made = {site: RangeQuantizer(spec).to(device) for site, spec in sites.items() if site != "weight"}
-        for q in made.values():
-            q.train(layer.training)
+        made = {
+            site: RangeQuantizer(spec).to(device).train(layer.training)
+            for site, spec in sites.items()
+            if site != "weight"
+        }
         if "residual" in made:
             layer.residual_quantizer = made["residual"]
             layer.register_forward_pre_hook(_quantize_input)
@@ -110,10 +166,14 @@ def insert_plan(model: nn.Module, plan: Plan) -> None:
             layer.add_quantizer = made["add"]
             layer.register_forward_hook(_quantize_sum)
         if type(layer) in SWAPS:
-            _swap(layer, sites.get("weight"), made, block, reads_image=layer is first)
+            if layer is first and "input" in made:  # images are k / 255, which this range represents without any error
+                made["input"].set_range(0.0, 1.0)
+                made["input"].fixed = True
+            _swap(layer, sites.get("weight"), made, block)
 
 
-def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any, reads_image: bool) -> None:
+def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any) -> None:
+    """Make a layer a quantized one, and wrap the activation of the block around it where there is one."""
     layer.__class__ = SWAPS[type(layer)]
     layer.input_quantizer, layer.weight_spec, layer.mode = made.get("input"), weight, "on"
     in_block = getattr(block, "conv", None) is layer
@@ -121,9 +181,6 @@ def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], bloc
     layer.output_quantizer = None if in_block else made.get("output")
     channels = layer.weight.shape[channel_axis(layer)] if weight is None or weight.per_channel else 1
     layer.register_buffer("weight_ratio", torch.ones(channels, device=layer.weight.device))
-    if reads_image and "input" in made:  # images are k / 255, which this range represents without any error
-        made["input"].set_range(0.0, 1.0)
-        made["input"].fixed = True
     if in_block and {"output", "activation"} & set(made):
         if isinstance(block.act, nn.SiLU):
             for site, lower in (("output", SILU_LOWER), ("activation", SILU_MIN)):
@@ -153,6 +210,7 @@ def strip_fake_quant(model: nn.Module) -> nn.Module:
     return model
 
 
+# What is inserted ----------------------------------------------------------------------------------------------------
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Yield path, layer and, where it is the convolution of one, the Ultralytics block of every quantized layer."""
     blocks = {id(m.conv): m for m in model.modules() if isinstance(getattr(m, "conv", None), QuantLayer)}
@@ -208,20 +266,21 @@ def get_state(model: nn.Module) -> State:
     """
     state: State = {}
     found = {(path, site): q for path, site, q, _ in quantizers(model)}
-    layers = {path: layer for path, layer, _ in quantized_layers(model)}
+    layers = {path: layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
     for path, _ in model.named_modules():
         for site in SITES:
             if (path, site) in found:
                 q = found[path, site]
                 ends = {"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {}
                 state.setdefault(path, {})[site] = {**q.spec.as_dict(), **ends}
-            elif site == "weight" and path in layers and layers[path].weight_spec is not None:
+            elif site == "weight" and path in layers:
                 ratio = layers[path].weight_ratio
                 extra = {} if bool((ratio == 1).all()) else {"ratio": ratio.tolist()}
                 state.setdefault(path, {})[site] = {**layers[path].weight_spec.as_dict(), **extra}
     return state
 
 
+@torch.no_grad()
 def load_state(model: nn.Module, state: State) -> None:
     """Set the ranges returned by `get_state`.
 
@@ -242,11 +301,8 @@ def load_state(model: nn.Module, state: State) -> None:
         )
     for path, r in state.items():
         for site, entry in r.items():
-            target = sites[path, site]
-            if site != "weight":
-                if "lo" in entry:
-                    target.set_range(entry["lo"], entry["hi"])
-                continue
-            ratio = entry.get("ratio")
-            with torch.no_grad():
+            target, ratio = sites[path, site], entry.get("ratio")
+            if site == "weight":
                 target.weight_ratio.copy_(torch.tensor(ratio) if ratio else torch.ones_like(target.weight_ratio))
+            elif "lo" in entry:
+                target.set_range(entry["lo"], entry["hi"])

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from yolo_ext import stock
 from yolo_ext.quantization.spec import Plan
-from yolo_ext.stock.context import evaluating
 
 MARK = "_yolo_ext_quantized"  # on a tensor: path of the layer whose quantizer made its codes
 PASS: set[Callable] = {  # operations whose results have codes of their argument
@@ -29,9 +29,9 @@ JOIN: set[Callable] = {torch.cat, torch.add, torch.Tensor.add, torch.Tensor.__ad
 class _Marks(TorchFunctionMode):
     """Hands marks on through operations that keep codes, and notes whose codes a concatenation or sum reads."""
 
-    def __init__(self, read: set[str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.read = read
+        self.read: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,7 +48,8 @@ class _Marks(TorchFunctionMode):
 
 
 def _marked(x: torch.Tensor, path: str) -> torch.Tensor:
-    y = x.view_as(x)  # others may read `x` as it was
+    """Return a view of a tensor that carries a mark; others may read the tensor as it was."""
+    y = x.view_as(x)
     setattr(y, MARK, path)
     return y
 
@@ -61,38 +62,7 @@ def drop_needless(model: nn.Module, plan: Plan) -> None:
         model: The model, which runs once on a small black image; its mode is left as it was.
         plan: Plan with `activation`, `add` or `residual` sites; changed in place.
     """
-    read: set[str] = set()
-    handles = []
-    functional = any({"activation", "add"} & set(sites) for sites in plan.values())
-    for path, m in model.named_modules():
-        sites = plan.get(f"{path}.conv", {})
-        last = "output" if isinstance(getattr(m, "act", None), nn.Identity) else "activation"
-        if functional and last in sites:
-            handles.append(m.register_forward_hook(lambda m, x, y, p=path: _marked(y, f"{p}.conv")))
-        if "add" in plan.get(path, {}):
-            handles.append(m.register_forward_hook(lambda m, x, y, p=path: _marked(y, p)))
-        if "residual" in plan.get(path, {}):
-            handles.append(m.register_forward_pre_hook(lambda m, x, p=path: (_marked(x[0], p),)))
-    arrived: dict[str, str] = {}
-
-    def arrives(path: str) -> Callable:
-        def hook(m: nn.Module, x: tuple[torch.Tensor, ...]) -> None:
-            if mark := getattr(x[0], MARK, None):
-                arrived[path] = mark
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles += [modules[path].register_forward_pre_hook(arrives(path)) for path, s in plan.items() if "input" in s]
-    parameter = next(model.parameters())
-    side = 2 * int(max(getattr(model, "stride", torch.tensor([32.0])).max(), 32))
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    try:
-        with evaluating(model), _Marks(read):
-            model(torch.zeros(1, channels, side, side, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    arrived, read = _trace(model, plan)
     direct = set()
     for path, mark in arrived.items():
         made = plan[mark]
@@ -104,3 +74,44 @@ def drop_needless(model: nn.Module, plan: Plan) -> None:
         for site, readers in (("activation", read | direct), ("add", read | direct), ("residual", direct)):
             if site in sites and path not in readers:
                 del sites[site]
+
+
+def _trace(model: nn.Module, plan: Plan) -> tuple[dict[str, str], set[str]]:
+    """Return layer -> mark of what its input site gets, and the marks that concatenations and sums read."""
+    handles = _marking(model, plan)
+    arrived: dict[str, str] = {}
+
+    def arrives(path: str) -> Callable:
+        def hook(m: nn.Module, x: tuple[torch.Tensor, ...]) -> None:
+            if mark := getattr(x[0], MARK, None):
+                arrived[path] = mark
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles += [modules[path].register_forward_pre_hook(arrives(path)) for path, s in plan.items() if "input" in s]
+    side, like = 2 * stock.max_stride(model), next(model.parameters())
+    channels = next(m.in_channels for m in modules.values() if isinstance(m, nn.Conv2d))
+    try:
+        with stock.evaluating(model), _Marks() as marks:
+            model(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return arrived, marks.read
+
+
+def _marking(model: nn.Module, plan: Plan) -> list[Any]:
+    """Have the sites of a plan that make codes mark them; return the handles of the hooks."""
+    handles: list[Any] = []
+    functional = any({"activation", "add"} & set(sites) for sites in plan.values())
+    for path, m in model.named_modules():
+        sites = plan.get(f"{path}.conv", {})
+        last = "output" if isinstance(getattr(m, "act", None), nn.Identity) else "activation"
+        if functional and last in sites:
+            handles.append(m.register_forward_hook(lambda m, x, y, p=path: _marked(y, f"{p}.conv")))
+        if "add" in plan.get(path, {}):
+            handles.append(m.register_forward_hook(lambda m, x, y, p=path: _marked(y, p)))
+        if "residual" in plan.get(path, {}):
+            handles.append(m.register_forward_pre_hook(lambda m, x, p=path: (_marked(x[0], p),)))
+    return handles

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
-from yolo_ext.quantization.layers import QuantAct
-from yolo_ext.stock.context import evaluating, recalibrate
+from yolo_ext.quantization.layers import QuantAct, channel_axis, channel_rows, weight_rows
+from yolo_ext.stock import evaluating, recalibrate
 
 DEAD = 1e-6  # added to variances: that of a dead channel stays as it is
 CHANGE = (0.1, 10.0)  # of a variance, at most
@@ -23,34 +25,27 @@ STEP = 0.01  # of the slope of an activation
 FLAT = 0.1  # least slope: where nearly all values are in the flat part, a shift cannot help
 
 
+# BatchNorm -----------------------------------------------------------------------------------------------------------
 class _Pair(nn.Module):
     """Two models that see the same images."""
 
     def __init__(self, *models: nn.Module) -> None:
+        """Take both."""
         super().__init__()
         self.models = nn.ModuleList(models)
 
     def forward(self, x: torch.Tensor) -> None:
+        """Run both."""
         for m in self.models:
             m(x)
 
 
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Move BatchNorm statistics by what quantization does to them.
+    """Move BatchNorm statistics by what quantization does to them; return the number of images used.
 
     Statistics of the images themselves would be those of another distribution than the augmented one of training, so
     only their difference between the quantized and the float model counts.
-
-    Args:
-        model: A calibrated model; its running means and variances are changed.
-        batches: Images of shape (batch, channels, height, width), 0 to 1.
-
-    Returns:
-        Number of images used.
-
-    Raises:
-        UsageError: If the model has no BatchNorm.
     """
     norms = _norms(model)
     if not norms:
@@ -68,23 +63,18 @@ def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
 
 
 def _norms(model: nn.Module) -> list[Any]:
+    """Return the BatchNorms that have statistics."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
 
 
+# Biases --------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Take the mean error of every output channel of the quantized layers out of their biases.
+    """Take the mean error of every channel out of the biases of BatchNorm or layers; return path -> largest change.
 
     Empirical bias correction of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
     Correction", 2019: each layer is corrected for inputs from layers that are corrected already. The mean is that
     behind the activation: before it, values that SiLU makes zero would outweigh all others.
-
-    Args:
-        model: A calibrated model; biases of BatchNorm, or of layers without it, are changed.
-        batches: Images of shape (batch, channels, height, width), 0 to 1.
-
-    Returns:
-        Layer path -> largest change of a channel. Layers without any bias are left out.
     """
     targets = {path: _biased(layer, block) for path, layer, block in quantized_layers(model)}
     targets = {path: t for path, t in targets.items() if t[0].bias is not None}
@@ -134,8 +124,216 @@ def _biased(layer: Any, block: Any) -> tuple[Any, Callable]:
 
 
 def _axis(m: nn.Module) -> int:
+    """Return the axis of the channels in what a module returns."""
     return -1 if isinstance(m, nn.Linear) else 1
 
 
 def _channel_means(m: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each channel (channels,)."""
     return y.float().movedim(_axis(m), 0).flatten(1).mean(1)
+
+
+# AdaRound: whether to round a weight up or down, learned one block at a time -----------------------------------------
+IMAGES = 64  # kept in memory, with the maps that later blocks read
+CHUNK = 8  # images per forward pass and per step
+LEARNING_RATE = 3e-2
+REGULARISER = 300.0  # of the mean over the weights, beside the error as a share of that of nearest rounding
+WARMUP = 0.2  # share of the steps before shares are pushed to 0 or 1
+BETA = (20.0, 2.0)
+STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, whose ends are then reached
+Errors = dict[str, tuple[float, float]]
+
+
+@dataclass
+class Rounding:
+    """Learned rounding of the weight of one quantized layer.
+
+    Attributes:
+        layer: The layer.
+        down: Codes next below the weights, shape (channels, n).
+        scale: Value of a code, shape (channels, 1).
+        nearest: Weights that are rounded to the nearest code, shape (channels, n). Zeros stay zero, and the largest
+            weight, which the scale comes from, stays what it is.
+        logits: What is learned, shape (channels, n).
+    """
+
+    layer: Any
+    down: torch.Tensor
+    scale: torch.Tensor
+    nearest: torch.Tensor
+    logits: torch.Tensor
+
+    def up(self) -> torch.Tensor:
+        """Return the shares of rounding up, 0 to 1."""
+        return (torch.sigmoid(self.logits) * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
+
+    def weight(self, up: torch.Tensor) -> torch.Tensor:
+        """Return the quantized weight for shares of rounding up, in the shape of the layer's weight."""
+        layer, qmax = self.layer, self.layer.weight_spec.qmax
+        codes = (self.down + torch.where(self.nearest, (up >= 0.5).float(), up)).clamp(-qmax, qmax)
+        return _unrowed(codes * self.scale, layer)
+
+
+def start(layer: Any) -> Rounding:
+    """Return the rounding of a layer that leaves its weights where they are, between two codes."""
+    rows, scaled = channel_rows(layer), weight_rows(layer)  # the latter is one row where there is one scale
+    largest = scaled.abs().amax(1, keepdim=True)
+    scale = (largest * layer.weight_ratio.view(-1, 1)).clamp_min(1e-12) / layer.weight_spec.qmax
+    fold = layer.folding()
+    scale = (scale if fold is None else scale / fold.view(-1, 1)).expand(len(rows), 1)
+    down = (rows / scale).floor()
+    rest = (rows / scale - down).clamp(1e-3, 1 - 1e-3)
+    logits = -((STRETCH[1] - STRETCH[0]) / (rest - STRETCH[0]) - 1).log()
+    first = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, scaled.abs().argmax(1, keepdim=True), True)
+    return Rounding(layer, down, scale, first.view_as(rows) | (rows == 0), logits.requires_grad_())
+
+
+@torch.no_grad()
+def bake(rounding: Rounding) -> None:
+    """Write the learned codes into the float weight of the layer."""
+    layer = rounding.layer
+    learned = rounding.weight((rounding.up() >= 0.5).float())
+    layer.weight.copy_(torch.where(_unrowed(rounding.nearest, layer), layer.weight, learned))
+
+
+def _unrowed(rows: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Return rows (channels, n) in the shape of the layer's weight."""
+    axis = channel_axis(layer)
+    return rows.view(layer.weight.transpose(0, axis).shape).transpose(0, axis)
+
+
+def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
+    """Learn the rounding of all quantized weights in so many steps per block, and write it into the float weights.
+
+    Each block is made to give what it gives in the float model, for the inputs that it gets from the quantized blocks
+    before it. A block for which nearest rounding is better keeps that. Nearest rounding then finds the learned codes,
+    so nothing else has to know of them. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
+    2020, arXiv:2004.10568, with whole blocks as the unit (Li et al., "BRECQ", 2021, arXiv:2102.05426).
+
+    Returns:
+        Path of the block -> its mean squared error with nearest and with learned rounding.
+    """
+    images = _first(batches).to(next(model.parameters()).device)
+    exact: dict[int, list[Any]] = {-1: list(images.split(CHUNK))}  # maps by number of the layer
+    quantized: dict[int, list[Any]] = {-1: list(images.split(CHUNK))}
+    errors: Errors = {}
+    skipped: list[str] = []
+    try:
+        with evaluating(model):
+            for child in TQDM(model.model, desc="rounding"):
+                units = dict(_units(child, f"model.{child.i}", head=child is model.model[-1]))
+                set_mode(model, "float")
+                exact[-1], _, targets = _run(child, exact, units)
+                set_mode(model, "on")
+                made, inputs, _ = _run(child, quantized, units)
+                for path, unit in units.items():
+                    if path in inputs and path in targets:
+                        errors[path] = _learn(unit, inputs[path], targets[path], steps)
+                    else:
+                        skipped.append(path)
+                quantized[-1] = _run(child, quantized, {})[0] if units and child is not model.model[-1] else made
+                if child.i in model.save:
+                    exact[child.i], quantized[child.i] = exact[-1], quantized[-1]
+    finally:
+        set_mode(model, "on")
+    if skipped:
+        LOGGER.warning(
+            f"AdaRound leaves {', '.join(skipped)} as they are: not run, or more than one map goes in or out"
+        )
+    return errors
+
+
+def _first(batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the first images (n, C, H, W)."""
+    found: list[torch.Tensor] = []
+    for x in batches:
+        found.append(x)
+        if sum(map(len, found)) >= IMAGES:
+            break
+    if not found:
+        raise UsageError("AdaRound got no images.")
+    return torch.cat(found)[:IMAGES]
+
+
+def _units(child: nn.Module, path: str, head: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is reconstructed as a whole: a layer of the model, of its head every branch."""
+    found = [(path, child)]
+    if head:
+        found = [(f"{path}.{name}", m) for name, m in child.named_children()]
+        lists = [(p, m) for p, m in found if isinstance(m, nn.ModuleList)]
+        found = [f for f in found if f not in lists]
+        found += [(f"{p}.{name}", m) for p, branches in lists for name, m in branches.named_children()]
+    yield from ((p, m) for p, m in found if any(layer.weight_spec for _, layer, _ in quantized_layers(m)))
+
+
+@torch.no_grad()
+def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) -> tuple[list[Any], dict, dict]:
+    """Run a layer on all chunks; return its results, and inputs and outputs of units that have one tensor each."""
+    seen: dict[str, list[Any]] = {path: [] for path in units}
+
+    def hook(path: str) -> Any:
+        return lambda m, x, y: seen[path].append((x[0], y) if len(x) == 1 else (None, None))
+
+    handles = [m.register_forward_hook(hook(path)) for path, m in units.items()]
+    many = isinstance(child.f, (list, tuple))
+    sources = [f if f == -1 else f % child.i for f in (child.f if many else [child.f])]
+    results: list[Any] = []
+    try:
+        results.extend(child([*x] if many else x[0]) for x in zip(*(maps[f] for f in sources)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    tensors = {p: all(isinstance(v, torch.Tensor) for call in calls for v in call) for p, calls in seen.items()}
+    whole = {p: calls for p, calls in seen.items() if len(calls) == len(results) and tensors[p]}
+    inputs, outputs = ({p: torch.cat([c[k] for c in calls]) for p, calls in whole.items()} for k in (0, 1))
+    return results, inputs, outputs
+
+
+def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> tuple[float, float]:
+    """Learn the rounding of the weights in a unit and bake it where it is better; return the error before and after."""
+    roundings = [start(layer) for _, layer, _ in quantized_layers(unit) if layer.weight_spec]
+    before = _error(unit, inputs, targets)
+    logits = [r.logits for r in roundings]
+    weights = sum(v.numel() for v in logits)
+    optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(0)
+    with _soft(roundings), torch.enable_grad():
+        for step in range(steps):
+            chosen = torch.randperm(len(inputs), generator=generator)[:CHUNK].to(inputs.device)
+            loss = (unit(inputs[chosen]) - targets[chosen]).square().mean() / max(before, 1e-20)
+            if (done := (step / steps - WARMUP) / (1 - WARMUP)) >= 0:
+                beta = BETA[0] + (BETA[1] - BETA[0]) * done
+                undecided = sum((1 - (2 * r.up() - 1).abs().pow(beta)).sum() for r in roundings)
+                loss = loss + REGULARISER / weights * undecided
+            gradients = torch.autograd.grad(loss, logits, allow_unused=True, materialize_grads=True)
+            for v, gradient in zip(logits, gradients):
+                v.grad = gradient
+            optimizer.step()
+    kept = [r.layer.weight.detach().clone() for r in roundings]
+    for r in roundings:
+        bake(r)
+    after = _error(unit, inputs, targets)
+    if after < before:
+        return before, after
+    for r, w in zip(roundings, kept):
+        r.layer.weight.data.copy_(w)
+    return before, before
+
+
+@contextmanager
+def _soft(roundings: list[Rounding]) -> Iterator[None]:
+    """Let layers compute with shares between two codes."""
+    for r in roundings:
+        r.layer.quantized_weight = lambda r=r: r.weight(r.up()).to(r.layer.weight.dtype)
+    try:
+        yield
+    finally:
+        for r in roundings:
+            del r.layer.quantized_weight
+
+
+@torch.no_grad()
+def _error(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the mean squared error of a unit."""
+    pairs = zip(inputs.split(CHUNK), targets.split(CHUNK))
+    return float(torch.stack([(unit(x) - y).square().mean() * len(x) for x, y in pairs]).sum() / len(inputs))

@@ -1,8 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Modules that compute what integer kernels compute: quantizers of activations, and layers with quantized weights.
+"""What computes as integer kernels do: quantizers of activations, and layers with quantized weights.
 
 The scale of a weight follows from the largest current weight of each channel times a ratio, which commutes with folding
-BatchNorm.
+BatchNorm. Gradients are clipped straight-through ones.
 
 Methods: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 2018; per-channel weights: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from yolo_ext.quantization.kernels import fake_quantize, fake_quantize_weight
 from yolo_ext.quantization.observers import Histogram, with_zero
 from yolo_ext.quantization.spec import Spec
 
@@ -26,10 +27,64 @@ OWN = ("lo", "hi", "weight_ratio")  # buffers that ranges are made of
 ADDED = ("_quantizer.lo", "_quantizer.hi", ".weight_ratio")  # ends of what they add to a state dict
 
 
+# Kernels -------------------------------------------------------------------------------------------------------------
+# The operators of torch do not use the vector instructions of a CPU; a few passes over memory are several times faster.
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
+    """Quantize and dequantize activations `x` (any shape and float type); scale and zero point are float32 scalars."""
+    if x.device.type == "cpu":
+        return _Tensor.apply(x, scale, zero, qmin, qmax)
+    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero.round().int(), qmin, qmax).to(x.dtype)
+
+
+def fake_quantize_weight(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
+    """Quantize and dequantize a float32 weight with symmetric codes; the scale broadcasts to its shape."""
+    return _Weight.apply(w, scale, qmax)
+
+
+class _Tensor(Function):
+    """Activations with one scale and zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> Any:
+        """Return the dequantized codes."""
+        s, z = scale.item(), round(zero.item())
+        low, high = qmin - z, qmax - z
+        ctx.save_for_backward(x)
+        ctx.ends = (low - 0.5) * s, (high + 0.5) * s
+        return (x.float() * (1 / s)).round_().clamp_(low, high).mul_(s).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Pass gradients on inside the range."""
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(g, x, *ctx.ends), None, None, None, None
+
+
+class _Weight(Function):
+    """Weights with scales that broadcast to them."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
+        """Return the dequantized codes."""
+        ctx.save_for_backward(w, scale)
+        ctx.qmax = qmax
+        return (w / scale).round_().clamp_(-qmax, qmax).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Pass gradients on inside the range."""
+        w, scale = ctx.saved_tensors
+        return g * (w.abs() <= scale * (ctx.qmax + 0.5)), None, None
+
+
+# Quantizers of activations -------------------------------------------------------------------------------------------
 class _Float32:
     """Keeps what ranges are made of in float32: `.half()` must not round it, only `.to(device)` may move it."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        """Convert everything else."""
         own: Any = self
         kept = {k: t for k in OWN if (t := getattr(own, k, None)) is not None}
         data = {k: t.data for k, t in kept.items()}
@@ -40,7 +95,7 @@ class _Float32:
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A stripped checkpoint has no ranges in its state dict (they came from its manifest): they stay as they are.
+        """Keep the ranges where a stripped checkpoint has none: they came from its manifest."""
         for k in OWN:
             if (t := getattr(self, k, None)) is not None:
                 state_dict.setdefault(f"{prefix}{k}", t.detach())
@@ -48,7 +103,7 @@ class _Float32:
 
 
 class RangeQuantizer(_Float32, nn.Module):
-    """Per-tensor fake quantizer of a range, with clipped straight-through gradients.
+    """Per-tensor fake quantizer of a range.
 
     Attributes:
         spec: Bits and scheme.
@@ -84,10 +139,7 @@ class RangeQuantizer(_Float32, nn.Module):
             return x
         if self.training and self.momentum and not self.fixed:
             self._follow(x.detach())
-        if not self.ready:
-            return x
-        scale, zero = self._params()
-        return fake_quantize(x, scale, zero, self.spec.qmin, self.spec.qmax)
+        return fake_quantize(x, *self._params(), self.spec.qmin, self.spec.qmax) if self.ready else x
 
     def _params(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and zero point, float32 scalars; the latter is not rounded."""
@@ -98,9 +150,9 @@ class RangeQuantizer(_Float32, nn.Module):
 
     @torch.no_grad()
     def _follow(self, x: torch.Tensor) -> None:
+        """Move the range towards that of a batch, unless it holds NaN or inf."""
         lo, hi = (v.float() for v in torch.aminmax(x))
         m = self.momentum if self.ready else 1.0
-        # A batch with NaN or inf must not poison the range.
         valid = lo.isfinite() & hi.isfinite()
         lo = torch.where(valid, lo.clamp(min=max(self.lower, -3e38), max=0), self.lo)
         hi = torch.where(valid, hi.clamp(min=1e-5), self.hi)
@@ -116,10 +168,35 @@ class RangeQuantizer(_Float32, nn.Module):
         self.ready = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the range too."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.hi > self.lo)
 
 
+class QuantAct(nn.Module):
+    """The activation of a block between the quantizers of the convolution's output and of its own."""
+
+    def __init__(self, act: nn.Module, output: RangeQuantizer | None, activation: RangeQuantizer | None) -> None:
+        """Wrap `act`."""
+        super().__init__()
+        self.act = act
+        self.output_quantizer = output
+        self.activation_quantizer = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantize the pre-activation `x` of shape (batch, channels, height, width), activate it, quantize that."""
+        x = x if self.output_quantizer is None else self.output_quantizer(x)
+        q = self.activation_quantizer
+        if q is None:
+            return self.act(x)
+        if isinstance(self.act, nn.SiLU) and q.mode == "on" and q.ready:  # runs as quantized Sigmoid and Mul
+            scale = torch.full((), 1 / q.spec.qmax, device=x.device)
+            gate = fake_quantize(torch.sigmoid(x.float()), scale, torch.zeros_like(scale), 0, q.spec.qmax)
+            return q((x * gate).to(x.dtype))
+        return q(self.act(x))
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
 class QuantLayer(_Float32):
     """What the quantized layers share; made only by `insert_plan`.
 
@@ -157,7 +234,7 @@ class QuantLayer(_Float32):
             return self.weight
         spec, w, axis = self.weight_spec, self.weight.float(), channel_axis(self)
         shape = [-1 if d == axis else 1 for d in range(w.ndim)]
-        fold = None if spec.per_channel else self._fold()
+        fold = self.folding()
         if fold is not None:
             w = w * fold.view(shape)
         dims = [d for d in range(w.ndim) if d != axis or not spec.per_channel]
@@ -166,9 +243,10 @@ class QuantLayer(_Float32):
         q = fake_quantize_weight(w, scale, spec.qmax)
         return (q if fold is None else q / fold.view(shape)).to(self.weight.dtype)
 
-    def _fold(self) -> torch.Tensor | None:
-        """Return the factor of each channel by which folding BatchNorm changes the weight."""
-        norm: Any = getattr(self.fold[0], "bn", None) if self.fold else None
+    def folding(self) -> torch.Tensor | None:
+        """Return the factors (channels,) by which folding BatchNorm changes a per-tensor weight, if it does."""
+        per_channel = self.weight_spec is not None and self.weight_spec.per_channel  # whose scales take part
+        norm: Any = getattr(self.fold[0], "bn", None) if self.fold and not per_channel else None
         if norm is None:
             return None
         factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().float()
@@ -214,26 +292,15 @@ def channel_axis(layer: Any) -> int:
     return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
-class QuantAct(nn.Module):
-    """The activation of a block between the quantizers of the convolution's output and of its own."""
+def channel_rows(layer: Any) -> torch.Tensor:
+    """Return the weight of a layer as float32 of shape (channels, n)."""
+    return layer.weight.detach().float().transpose(0, channel_axis(layer)).flatten(1)
 
-    def __init__(
-        self, act: nn.Module, output: RangeQuantizer | None = None, activation: RangeQuantizer | None = None
-    ) -> None:
-        """Wrap `act`."""
-        super().__init__()
-        self.act = act
-        self.output_quantizer = output
-        self.activation_quantizer = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize the pre-activation `x` of shape (batch, channels, height, width), activate it, quantize that."""
-        x = x if self.output_quantizer is None else self.output_quantizer(x)
-        q = self.activation_quantizer
-        if q is None:
-            return self.act(x)
-        if isinstance(self.act, nn.SiLU) and q.mode == "on" and q.ready:  # runs as quantized Sigmoid and Mul
-            scale = torch.full((), 1 / q.spec.qmax, device=x.device)
-            gate = fake_quantize(torch.sigmoid(x.float()), scale, torch.zeros_like(scale), 0, q.spec.qmax)
-            return q((x * gate).to(x.dtype))
-        return q(self.act(x))
+def weight_rows(layer: Any) -> torch.Tensor:
+    """Return the weight of a layer as its scales see it: (channels, n); per tensor (1, n), BatchNorm folded."""
+    w = channel_rows(layer)
+    if layer.weight_spec.per_channel:
+        return w
+    fold = layer.folding()
+    return (w if fold is None else w * fold[:, None]).reshape(1, -1)

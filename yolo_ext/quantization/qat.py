@@ -15,24 +15,23 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
-from yolo_ext.core.config import QuantConfig
+from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
-from yolo_ext.quantization.adaround import adaround
-from yolo_ext.quantization.branches import merge_branches
-from yolo_ext.quantization.calibration import calibrate, weight_rows
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import (
     get_state,
     insert_fake_quant,
     insert_plan,
     load_state,
+    merge_branches,
     quantized_layers,
     refuse_quantized,
     set_mode,
     strip_fake_quant,
 )
-from yolo_ext.quantization.improve import correct_bias, reestimate_bn
-from yolo_ext.quantization.profiles import resolve_profile
-from yolo_ext.quantization.spec import plan_of
+from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn
+from yolo_ext.quantization.layers import weight_rows
+from yolo_ext.quantization.spec import plan_of, resolve_profile
 
 MOMENTUM = 0.01  # of the moving average of ranges
 BATCH = 16  # calibration images at once
@@ -66,13 +65,14 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
     batches = partial(letterbox_batches, images, imgsz, BATCH, crop=stock.task_of(model) == "classify")
     merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
-    what = f"{profile.name} on {len(images)} images of {imgsz} px"
-    LOGGER.info(f"{colorstr('quantize: ')}calibrating {what}")
+    LOGGER.info(f"{colorstr('quantize: ')}calibrating {profile.name} on {len(images)} images of {imgsz} px")
     calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
     _improve(model, cfg, batches)
     set_mode(model, "on")
-    record = {"images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed}
-    calibration = {**record, "weights": cfg.weight_observer, "imgsz": imgsz}
+    calibration = {
+        "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,
+        "weights": cfg.weight_observer, "imgsz": imgsz,
+    }  # fmt: skip
     note(model, quant={"profile": profile.name, "options": options, "float": kept_float, "calibration": calibration})
     return kept_float
 
@@ -90,12 +90,7 @@ def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[
 
 
 def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Insert the fake quantizers that a manifest describes into the float model that carries it, exactly as they were.
-
-    Args:
-        model: Float model of stock classes.
-        record: The entry `quant` of its manifest.
-    """
+    """Insert what the entry `quant` of a manifest describes into the float model that carries it, exactly as it was."""
     insert_plan(model, plan_of(record["state"]))
     load_state(model, record["state"])
     set_mode(model, "on")

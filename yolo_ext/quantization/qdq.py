@@ -14,10 +14,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.quantization.profiles import Profile
-from yolo_ext.quantization.qdq_nodes import Editor, Params, quant_params
-from yolo_ext.quantization.qdq_rewrites import fuse_silu, transpose_dfl
-from yolo_ext.quantization.spec import State
+from yolo_ext.quantization.qdq_nodes import Editor, Params, fuse_silu, quant_params, transpose_dfl
+from yolo_ext.quantization.spec import Profile, State
+from yolo_ext.stock import module_path
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # Results have codes of the first input: integer kernels if the same parameters stand before and behind.
@@ -70,17 +69,13 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
 
 
 def deployed(state: State, present: Collection[str]) -> State:
-    """Return the state of a model without that of a head branch that was not exported.
-
-    Args:
-        state: State of a model that may have a one-to-many and a one-to-one head.
-        present: Layer paths of the exported file, which holds one of the two.
-    """
+    """Return the state of a model without that of the one of two heads that is not among the layers of a file."""
     dual = {p for path in state if "one2one_" in path for p in (path, path.replace("one2one_", ""))}
     return {path: sites for path, sites in state.items() if path in present or path not in dual}
 
 
 def _load(path: Path, wide: bool) -> onnx.ModelProto:
+    """Return a file of an opset that has the Q/DQ wanted: per channel, or `wide` of more than 8 bits."""
     if not path.is_file():
         raise UsageError(f"There is no ONNX file '{path}'.")
     try:
@@ -102,21 +97,12 @@ def _load(path: Path, wide: bool) -> onnx.ModelProto:
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """Return the constant tensors of a graph by name."""
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     for n in graph.node:  # the exporter merges equal initializers and hands them on through Identity
         if n.op_type == "Identity" and n.input[0] in constants:
             constants[n.output[0]] = constants[n.input[0]]
     return constants
-
-
-def _module_path(node: NodeProto) -> str:
-    """Return the path of the module that a node belongs to, from its name (`/model.2/m/m.0/cv1/conv/Conv`)."""
-    parts: list[str] = []
-    for part in node.name.strip("/").split("/")[:-1]:
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)
 
 
 def _layers(graph: onnx.GraphProto, known: Collection[str], constants: Collection[str]) -> dict[int, str]:
@@ -125,7 +111,7 @@ def _layers(graph: onnx.GraphProto, known: Collection[str], constants: Collectio
     for i, node in enumerate(graph.node):
         if node.op_type not in LAYERS or node.input[1] not in constants:
             continue
-        path, by_weight = _module_path(node), node.input[1].removesuffix(".weight")
+        path, by_weight = module_path(node.name), node.input[1].removesuffix(".weight")
         path = path if path in known or not by_weight or by_weight not in known else by_weight
         if path in known or node.op_type != "MatMul":
             layers[i] = path
@@ -157,9 +143,10 @@ class _Writer:
     quantized: dict[str, Params] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Look for all sites."""
         self.layers = _layers(self.graph, self.state, self.editor.constants)
         self.state = deployed(self.state, set(self.layers.values()))
-        self.paths = [_module_path(n) for n in self.graph.node]
+        self.paths = [module_path(n.name) for n in self.graph.node]
         self.found = {path for path in self.layers.values() if path in self.state}
         for i, path in self.layers.items():
             if path in self.state:
@@ -178,6 +165,7 @@ class _Writer:
         return quant_params(self.state[path][site], self.editor.profile.signed, f"the {site} of '{path}'")
 
     def _place_layer(self, i: int, path: str) -> None:
+        """Note where the sites of a layer, node number `i`, are."""
         sites, node = self.state[path], self.graph.node[i]
         if "input" in sites:
             self.before.setdefault(i, {})[node.input[0]] = path, "input"
@@ -197,6 +185,7 @@ class _Writer:
             self.behind[act[0].output[0]] = f"{path}.gate", gate
 
     def _place_sum(self, path: str, sites: dict[str, Any]) -> None:
+        """Note where the sites of a bottleneck are, which are nowhere if the file has no such sum."""
         inside = [i for i, p in enumerate(self.paths) if p == path or p.startswith(f"{path}.")]
         add = next((i for i in inside if self.graph.node[i].op_type == "Add" and self.paths[i] == path), None)
         if add is None:
@@ -249,6 +238,7 @@ class _Writer:
         return nodes
 
     def _quantize_weights(self, node: NodeProto, path: str) -> list[NodeProto]:
+        """Have a layer read its weights as codes, and return the nodes that dequantize them."""
         sites, x = self.state[path], self.quantized.get(node.input[0])
         if x is None and "output" in sites and "input" not in sites and self.editor.profile.functional:
             raise CheckFailed(
@@ -263,15 +253,21 @@ class _Writer:
 
 
 def _keeps_codes(node: NodeProto) -> bool:
+    """Tell whether the results of a node have codes of its first input."""
     linear = any(a.name == "mode" and a.s not in (b"nearest", b"") for a in node.attribute)
     return node.op_type in PASS and not (node.op_type == "Resize" and linear)
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: Iterable[TensorProto]) -> None:
-    used = {name for n in nodes for name in n.input} | {o.name for o in graph.output}
-    nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in used]
-    used = {name for n in nodes for name in n.input} | {o.name for o in graph.output}
-    kept = [i for i in graph.initializer if i.name in used]
+    """Put nodes and initializers into a graph, without what nothing reads any more."""
+
+    def used() -> set[str]:
+        return {name for n in nodes for name in n.input} | {o.name for o in graph.output}
+
+    read = used()
+    nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in read]
+    read = used()
+    kept = [i for i in graph.initializer if i.name in read]
     del graph.node[:], graph.initializer[:]
     del graph.value_info[:]  # shapes of intermediate tensors that the edits made stale; runtimes infer them
     graph.node.extend(nodes)

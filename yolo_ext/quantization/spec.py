@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""How one tensor is quantized, and the plain data that say it of a whole model.
+"""How one tensor is quantized, the plain data that say it of a whole model, and what each runtime executes.
 
 A plan says which tensors of which layers are quantized and how; a state adds the calibrated ranges. Both are keyed by
 layer path and site:
@@ -11,10 +11,13 @@ layer path and site:
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 
 SITES = ("input", "weight", "output", "activation", "residual", "add")
 BITS = (2, 16)
@@ -72,3 +75,99 @@ State = dict[str, dict[str, dict[str, Any]]]
 def plan_of(state: State) -> Plan:
     """Return the plan that a state was made from."""
     return {path: {site: Spec.of(entry) for site, entry in sites.items()} for path, sites in state.items()}
+
+
+# Profiles ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Profile:
+    """What one runtime needs of a quantized graph.
+
+    Attributes:
+        name: Name of the row.
+        summary: One line for help and reports.
+        weight_bits: Bits of the symmetric per-channel weights, stored as INT8 in narrow range.
+        activation_bits: Bits of the per-tensor activations.
+        symmetric: Zero is the middle activation code; otherwise it has a code of its own anywhere.
+        signed: Store activations as signed integers.
+        output: Quantize convolution outputs too, before the activation.
+        functional: Quantize what lies between the convolutions too: activations, additions, concatenations.
+        residual: Quantize what an addition reads beside its convolution.
+        float_stem: Keep the convolution that reads the image float: with 3 input channels its float kernel is the
+            faster one, and its error is one of the largest.
+        stem_bits: Most bits of weights with which a conversion keeps the convolution that reads the image; None is any.
+        fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
+        transpose_dfl: Take the softmax of the box distances over the last axis, which is the fast one in ONNX Runtime.
+        int32_bias: Write biases as INT32 with a scale; otherwise they stay float.
+    """
+
+    name: str
+    summary: str
+    weight_bits: int = 8
+    activation_bits: int = 8
+    symmetric: bool = False
+    signed: bool = False
+    output: bool = True
+    functional: bool = False
+    residual: bool = False
+    float_stem: bool = True
+    stem_bits: int | None = None
+    fuse_silu: bool = True
+    transpose_dfl: bool = True
+    int32_bias: bool = True
+
+    @property
+    def activation(self) -> Spec:
+        """Return how activations are quantized."""
+        return Spec(self.activation_bits, self.symmetric)
+
+
+X86 = "ONNX Runtime on any x86-64 CPU: 7-bit weights cannot saturate"
+VNNI = "ONNX Runtime on x86-64 with VNNI: 8-bit weights"
+MORE = "; activations, sums and concatenations too"
+FULL: dict[str, Any] = {"functional": True, "fuse_silu": False}
+# TensorRT and OpenVINO fuse the activation into the convolution: a Q between the two would only cost accuracy.
+BESIDE: dict[str, Any] = {
+    "output": False, "residual": True, "fuse_silu": False, "transpose_dfl": False, "int32_bias": False
+}  # fmt: skip
+TRT: dict[str, Any] = {"symmetric": True, "signed": True, "float_stem": False, **BESIDE}
+PROFILES = {
+    p.name: p
+    for p in (
+        # Without VNNI, VPMADDUBSW sums two u8*s8 products in int16 and saturates unless weights stay within 7 bits.
+        Profile("ort-x86", X86, weight_bits=7),
+        Profile("ort-x86-vnni", VNNI),
+        Profile("ort-x86-full", X86 + MORE, weight_bits=7, **FULL),
+        Profile("ort-x86-full-vnni", VNNI + MORE, **FULL),
+        Profile("ort-arm", "ONNX Runtime on ARM64: signed activations", signed=True),
+        Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", stem_bits=7, **BESIDE),
+        Profile("tensorrt", "TensorRT 8.5 and later: symmetric, Q/DQ before convolutions only", **TRT),
+    )
+}
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU reports VNNI; False where that cannot be read, which is the safe side."""
+    try:
+        return re.search(r"\b(avx512_vnni|avx_vnni)\b", cpuinfo.read_text()) is not None
+    except OSError:
+        return False
+
+
+def resolve_profile(name: str) -> Profile:
+    """Return the profile called `name`; `auto` picks one by the flags of this CPU.
+
+    Args:
+        name: `auto` or a key of `PROFILES`.
+
+    Returns:
+        The profile.
+
+    Raises:
+        UsageError: If there is no such profile.
+    """
+    if name == "auto":
+        name = "ort-x86-vnni" if has_vnni() else "ort-x86"
+    if name not in PROFILES:
+        legal = ["auto", *PROFILES]
+        raise UsageError(f"Unknown quantization profile '{name}'.{suggest(name, legal)} Legal: {', '.join(legal)}.")
+    return PROFILES[name]

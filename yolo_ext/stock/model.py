@@ -74,11 +74,7 @@ def head_prefix(model: nn.Module) -> str:
 
 
 def refuse_rtdetr(net: nn.Module) -> None:
-    """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own.
-
-    Raises:
-        UsageError: If the model is one.
-    """
+    """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own."""
     if isinstance(net.model[-1], OPAQUE):
         raise UsageError(
             "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know. "
@@ -95,14 +91,7 @@ def max_stride(model: nn.Module) -> int:
 def image_size(net: nn.Module, ckpt: Mapping[str, Any], given: Any = None, *, rounded: bool = False) -> int:
     """Return the side in pixels of the square input: as given, else that of the checkpoint's training, else 640.
 
-    Args:
-        net: The model, whose largest stride the side has to be a multiple of.
-        ckpt: Its checkpoint dict, empty for a model from YAML.
-        given: What the user asks for, None for the default.
-        rounded: Round what is given up and say so, as a training of Ultralytics does, instead of refusing it.
-
-    Raises:
-        UsageError: If `given` is no multiple of the stride.
+    What is no multiple of the model's largest stride is refused, or rounded up as a training of Ultralytics does.
     """
     stride = max_stride(net)
     whole = isinstance(given, int) and not isinstance(given, bool) and given > 0
@@ -149,9 +138,7 @@ def returned_tensors(out: Any) -> Iterator[torch.Tensor]:
 def refresh_widths(model: nn.Module, kept: dict[str, dict[str, list[int]]] | None = None) -> None:
     """Bring the width attributes of stock blocks in line with their layers after surgery.
 
-    Args:
-        model: The model after surgery.
-        kept: Kept positions by layer path and dimension; blocks that cut their output freely need them.
+    Blocks that cut their output freely need the positions that were kept, by layer path and dimension.
     """
     for path, m in model.named_modules():
         if isinstance(m, FREE_CUTS) and (index := (kept or {}).get(f"{path}.conv", {}).get("out")) is not None:
@@ -189,11 +176,7 @@ def deployed_layers(model: nn.Module) -> set[str]:
 
 
 def gflops(model: nn.Module, imgsz: int = 640) -> float:
-    """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs).
-
-    Raises:
-        UsageError: If Ultralytics reports 0.0, which PyPI's `thop` in place of `ultralytics-thop` makes it do.
-    """
+    """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs), unless it cannot count."""
     value = float(get_flops(deployed(model), imgsz))
     if value == 0.0:
         raise UsageError(

@@ -22,7 +22,7 @@ from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import insert_fake_quant, load_state, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import ADDED
 from yolo_ext.quantization.observers import observers, weight_observers
-from yolo_ext.quantization.profiles import resolve_profile
+from yolo_ext.quantization.spec import resolve_profile
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import undisturbed
 from yolo_ext.stock.load import load_model

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What each layer's quantization costs and gains: detection error with that layer alone quantized, and ms saved."""
+"""Mixed precision: what the quantization of each layer costs and gains, and the fewest layers to leave float."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from ultralytics.utils import TQDM
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import QuantConfig
+from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
-from yolo_ext.quantization.spec import State, plan_of
+from yolo_ext.quantization.plan import make_plan
+from yolo_ext.quantization.spec import Profile, State, plan_of
 from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
 from yolo_ext.stock.exporter import choose_head
@@ -30,14 +34,17 @@ CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections;
 COLUMNS = ("name", "layers", "error", "box_mean", "score_max", "score_mean", "sqnr", "map_drop", "ms", "error_per_ms")
 EXACT = 200.0  # dB where no score changed at all
 FLOOR = 0.25  # share of the mean ms of a group below which a gain in time is noise
+Score = Callable[[nn.Module], float]
+Trace = list[dict[str, float]]
 
 
+# Sensitivity ---------------------------------------------------------------------------------------------------------
 def sensitivity(
     model: nn.Module,
     state: State,
     batches: Iterable[torch.Tensor],
     by: str = "layer",
-    score: Callable[[nn.Module], float] | None = None,
+    score: Score | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Quantize each layer alone and compare what is detected with the float model.
@@ -62,7 +69,8 @@ def sensitivity(
     """
     if by not in BY:
         raise UsageError(f"'by={by}' is illegal. Legal: {', '.join(BY)}.")
-    net = _evaluated(model)
+    # The head that an export holds: anchors keep their places, and a list of detections has no order to compare.
+    net = choose_head(deepcopy(model).float().eval().requires_grad_(False), False)
     images = [b.to(next(net.parameters()).device) for b in batches]
     made = _groups(net, state, by)
     if not images or not made:
@@ -93,29 +101,12 @@ def sensitivity(
     return found
 
 
-def order(found: Mapping[str, Any]) -> list[list[str]]:
-    """Return the layers of each group, those first whose INT8 costs most accuracy for the time that it saves.
-
-    Args:
-        found: What `sensitivity` returned.
-    """
-    by_value = sorted(found["groups"], key=lambda g: (-g.get("error_per_ms", g["error"]), g["name"]))
-    return [g["layers"] for g in by_value]
-
-
-def _evaluated(model: nn.Module) -> Any:
-    """Return a float copy in eval mode that runs the head which an export holds."""
-    net: Any = deepcopy(model).float().eval().requires_grad_(False)
-    return choose_head(net, end2end=False)  # anchors keep their places; a list of detections has no order to compare
-
-
 def _groups(net: nn.Module, state: State, by: str) -> dict[str, list[str]]:
     """Return name -> layer paths; layers of a head that is not exported, and sums by themselves, are no group."""
     head = stock.head_prefix(net)
-    dual = {path.replace("one2one_", "") for path in state if "one2one_" in path} & set(state)
     groups: dict[str, list[str]] = {}
     for path, sites in state.items():
-        if "weight" not in sites or ("one2one_" in path and path.replace("one2one_", "") in dual):
+        if "weight" not in sites or ("one2one_" in path and path.replace("one2one_", "") in state):
             continue
         name = ".".join(path.split(".")[: 3 if path.startswith(head) else 2]) if by == "block" else path
         groups.setdefault(name, []).append(path)
@@ -126,6 +117,7 @@ class _Reference:
     """Outputs of the float model at its confident anchors."""
 
     def __init__(self, net: Any, images: list[torch.Tensor]) -> None:
+        """Run the float model."""
         self.images, self.final = images, bool(getattr(net, "end2end", False))
         self.classify = stock.task_of(net) == "classify"
         self.nc = len(net.names) if hasattr(net, "names") else stock.detection_head(net).nc
@@ -137,10 +129,12 @@ class _Reference:
         self.anchors = len(self.rows)
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the class scores of rows (n, columns) of an output."""
         return rows if self.classify else rows[:, 4:5] if self.final else rows[:, 4 : 4 + self.nc]
 
     @torch.inference_mode()
     def _rows(self, net: nn.Module) -> Iterator[torch.Tensor]:
+        """Yield for each batch what a model returns of each anchor (anchors, columns)."""
         for x in self.images:
             y: Any = net(x)
             while isinstance(y, (tuple, list)):
@@ -163,7 +157,7 @@ class _Reference:
 
 
 def _measure(
-    net: nn.Module, state: State, paths: list[str], reference: _Reference, score: Callable[[nn.Module], float] | None
+    net: nn.Module, state: State, paths: list[str], reference: _Reference, score: Score | None
 ) -> dict[str, float]:
     """Return the errors with only these layers quantized."""
     part = {path: state[path] for path in paths}
@@ -175,14 +169,8 @@ def _measure(
         strip_fake_quant(net)
 
 
-# Output --------------------------------------------------------------------------------------------------------------
 def table(found: Mapping[str, Any], rows: int = 15) -> str:
-    """Return the worst groups as an aligned table.
-
-    Args:
-        found: What `sensitivity` returned.
-        rows: How many groups.
-    """
+    """Return the worst groups that `sensitivity` found, so many, as an aligned table."""
     heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "Score SQNR dB",
              "map_drop": "mAP drop", "ms": "ms saved"}  # fmt: skip
     shown = [k for k in heads if any(k in g for g in found["groups"])]
@@ -194,6 +182,7 @@ def table(found: Mapping[str, Any], rows: int = 15) -> str:
 
 
 def _cell(group: Mapping[str, Any], key: str) -> str:
+    """Return a figure of a group as text."""
     if key not in group:
         return ABSENT
     if key == "sqnr":
@@ -202,15 +191,7 @@ def _cell(group: Mapping[str, Any], key: str) -> str:
 
 
 def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write an analysis as JSON, as CSV with one row for each group, and as a picture.
-
-    Args:
-        found: What `sensitivity` returned.
-        folder: Where to write.
-
-    Returns:
-        The files written.
-    """
+    """Write what `sensitivity` found as JSON, as CSV with a row for each group, and as a picture; return the files."""
     atomic_write(folder / "quant_sensitivity.json", json.dumps(found, indent=2))
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -220,3 +201,84 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     atomic_write(folder / "quant_sensitivity.csv", text.getvalue())
     picture = plot_quant_sensitivity(found, folder / "quant_sensitivity.png")
     return [folder / "quant_sensitivity.json", folder / "quant_sensitivity.csv", picture]
+
+
+# Mixed precision -----------------------------------------------------------------------------------------------------
+def order(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the layers of each group that `sensitivity` found, those first whose INT8 costs most for what it saves."""
+    by_value = sorted(found["groups"], key=lambda g: (-g.get("error_per_ms", g["error"]), g["name"]))
+    return [g["layers"] for g in by_value]
+
+
+def fewest_float(
+    order: Sequence[Sequence[str]], evaluate: Callable[[list[str]], float], budget: float
+) -> tuple[list[str], Trace]:
+    """Find how many groups of layers, from the worst down, must stay float.
+
+    Doubles the number until the budget holds, then halves the gap. If the loss falls as more layers are float, the
+    number is the smallest; if it does not, the result holds the budget all the same.
+
+    Args:
+        order: Groups of layer paths, the one that is best left float first.
+        evaluate: Loss of a model whose layers of these paths are float, in the unit of the budget.
+        budget: Largest loss.
+
+    Returns:
+        The layers to leave float and the trials, each with the number of groups `float` and its `drop`. If no trial
+        holds the budget these are the layers of the one that lost least.
+    """
+    trace: Trace = []
+
+    def layers(k: int) -> list[str]:
+        return [path for group in order[:k] for path in group]
+
+    def holds(k: int) -> bool:
+        trace.append({"float": k, "drop": float(evaluate(layers(k)))})
+        return trace[-1]["drop"] <= budget
+
+    low, high = -1, 0  # `low` misses the budget, or is not there; `high` is the next to try
+    while not holds(high):
+        if high == len(order):
+            return layers(int(min(trace, key=lambda t: (t["drop"], t["float"]))["float"])), trace
+        low, high = high, min(max(2 * high, 1), len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return layers(high), trace
+
+
+def config_list(excluded: Sequence[str]) -> list[dict[str, Any]]:
+    """Return an entry in the style of NNI that leaves layers float, empty when there are none."""
+    return [{"op_names": list(excluded), "exclude": True}] if excluded else []
+
+
+def write_config_list(excluded: Sequence[str], folder: Path, before: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+    """Write the layers that stay float, behind the user's own entries, as a YAML and a JSON; return both."""
+    entries = [*map(dict, before), *config_list(excluded)]
+    files = [folder / "config_list.yaml", folder / "config_list.json"]
+    atomic_write(files[0], yaml.safe_dump(entries, sort_keys=False))
+    atomic_write(files[1], json.dumps(entries, indent=2))
+    return files
+
+
+def leave_float(
+    model: nn.Module,
+    state: State,
+    excluded: Sequence[str],
+    profile: Profile,
+    cfg: QuantConfig,
+    batches: Callable[[], Iterable[torch.Tensor]],
+) -> State:
+    """Return the state of a float model, which is not changed, in which these layers stay float.
+
+    A layer behind them that read their codes needs a quantizer of its own then; such ranges are measured on images (B,
+    C, H, W) from `batches`.
+    """
+    plan, _ = make_plan(model, profile, cfg.exclude, [*cfg.config_list, *config_list(excluded)])
+    known = {path: {s: state[path][s] for s in sites if s in state.get(path, {})} for path, sites in plan.items()}
+    if all(plan[path].keys() == sites.keys() for path, sites in known.items()):
+        return known
+    net = deepcopy(model).float()
+    insert_plan(net, plan)
+    new = calibrate(net, batches(), cfg.observer, cfg.weight_observer)
+    return {path: {**new[path], **sites} for path, sites in known.items()}

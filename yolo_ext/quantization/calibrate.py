@@ -1,0 +1,290 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Ranges: activations from images, weights from themselves; and what is wrong with them afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from ultralytics.utils import LOGGER, TQDM
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Row
+from yolo_ext.quantization.fake_quant import get_state, quantized_layers, quantizers, set_mode
+from yolo_ext.quantization.layers import channel_axis, weight_rows
+from yolo_ext.quantization.observers import Histogram, observers, weight_observers
+from yolo_ext.quantization.spec import Spec, State
+from yolo_ext.stock import evaluating
+
+SHOWN = 3  # layer names in a message
+EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the integer bias of a kernel overflows
+CLIPPED = 0.02  # share of values outside the range; 0.1 % is usual
+WIDE = 4.0  # range / range of the data: two of the bits are never used; 1.8 is usual in a layer that sees few images
+UNLIKE = 200.0  # largest channel / median channel: of 8 bits the median channel has one code; 7 is usual
+Found = dict[str, Any]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    observer: str = "mse",
+    weight_observer: str | None = "max",
+    total: int | None = None,
+) -> State:
+    """Set the ranges of a model and switch its fake quantization on; memory does not grow with the number of images.
+
+    Args:
+        model: A model with fake quantizers; its train or eval mode is left as it was.
+        batches: Images of shape (batch, channels, height, width), 0 to 1.
+        observer: Name of the observer, or `package.module:function`; a tensor with one of its own uses that.
+        weight_observer: Name of the rule for weights, or `package.module:function`; None keeps their ranges, as after
+            AdaRound.
+        total: Number of batches, for the progress bar; None where it is not known.
+
+    Returns:
+        The specs and ranges, as `get_state` gives them.
+
+    Raises:
+        UsageError: If there is no such observer or no batch, if every image is blank, if the model has no fake
+            quantizers, or if a tensor never held a finite value.
+    """
+    sites = list(quantizers(model))
+    layers = [layer for _, layer, _ in quantized_layers(model) if layer.weight_spec]
+    if not sites and not layers:
+        raise UsageError("This model has no fake quantizers to calibrate. Insert them first.")
+    rules = [observers[q.spec.observer or observer] for *_, q, _ in sites]
+    weight_rule = weight_observers[weight_observer].fn if weight_observer else None
+    histograms = _observe(model, [q for *_, q, _ in sites], batches, total)
+    for layer in layers if weight_rule else ():
+        layer.weight_ratio.copy_(weight_rule(weight_rows(layer), layer.weight_spec.qmax).clamp(1e-3, 1.0))  # type: ignore[misc]
+    broken, repaired, ignored = [], [], []
+    for (path, site, q, act), h, rule in zip(sites, histograms, rules):
+        name = f"{path} ({site})"
+        if q.fixed or not h.batches:
+            broken += [name] if h.ignored and not q.fixed else []
+            continue
+        lo, hi, whole = _range(h, rule, q.spec, _numpy(act) if site == "output" else None)
+        q.set_range(lo, hi)
+        repaired += [] if whole else [name]
+        ignored += [name] if h.ignored else []
+    _tell(broken, repaired, ignored)
+    return get_state(model)
+
+
+def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor], total: int | None) -> list[Histogram]:
+    """Run the images through the float model and return what each of its quantizers saw."""
+    device, images, blank = next(model.parameters()).device, 0, 0
+    histograms = [Histogram() for _ in sites]
+    for q, h in zip(sites, histograms):
+        q.histogram = h
+    set_mode(model, "observe")
+    try:
+        with evaluating(model):
+            for x in TQDM(batches, desc="calibrating", total=total):
+                images += len(x)
+                blank += int((x.amax((1, 2, 3)) == x.amin((1, 2, 3))).sum())
+                model(x.to(device))
+    finally:
+        for q in sites:
+            q.histogram = None
+        set_mode(model, "on")
+    if not images:
+        raise UsageError("Calibration got no images.")
+    if images == blank:
+        raise UsageError(f"Each of the {images} calibration images has a single value. Give images of real scenes.")
+    return histograms
+
+
+def _range(h: Histogram, rule: Row, spec: Spec, transform: Callable | None) -> tuple[float, float, bool]:
+    """Return a usable range, and whether it is what the rule gave."""
+    lo, hi = (float(v) for v in rule.fn(h, spec, transform))
+    if math.isfinite(lo) and math.isfinite(hi) and lo <= hi and max(-lo, hi) >= EMPTY:
+        return lo, hi, True
+    return (h.lo, h.hi, False) if max(-h.lo, h.hi) >= EMPTY else (0.0, 1.0, False)
+
+
+def _tell(broken: list[str], repaired: list[str], ignored: list[str]) -> None:
+    """Refuse or warn, once for all layers."""
+    if broken:
+        raise UsageError(
+            f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. The float model is broken there: "
+            "predict with it, or keep the layers float with quant.exclude."
+        )
+    if repaired:
+        LOGGER.warning(
+            f"Calibration found an empty or infinite range in {_some(repaired)}. It was replaced by the smallest and "
+            "largest finite value, or by 0 to 1 where there were only zeros."
+        )
+    if ignored:
+        LOGGER.warning(f"Calibration left out NaN and infinite values in {_some(ignored)}.")
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _numpy(act: nn.Module | None) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return an activation without parameters as a function of arrays, None where it changes nothing."""
+    if act is None or isinstance(act, nn.Identity) or any(True for _ in act.parameters()):
+        return None
+    return partial(_apply, act)
+
+
+def _apply(act: nn.Module, x: np.ndarray) -> np.ndarray:
+    """Return what an activation makes of an array, as float64."""
+    return act(torch.from_numpy(x.copy()).float()).numpy().astype(np.float64)
+
+
+# What is wrong: values outside, codes that nothing uses, unlike channels ---------------------------------------------
+@dataclass
+class _Seen:
+    """What went through one quantizer."""
+
+    codes: torch.Tensor
+    total: int = 0
+    clipped: int = 0
+    low: float = 0.0
+    high: float = 0.0
+    channels: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Found]:
+    """Look at what every quantizer of a model gets.
+
+    Args:
+        model: A model with calibrated fake quantizers, which run in the mode that they are in; left as it was.
+        batches: Images (B, C, H, W), 0 to 1.
+
+    Returns:
+        A row for each layer and site: `path`, `site`, `bits`, ends `lo` and `hi` of the range, `low` and `high` of the
+        data (zero included), `clip` (share of values outside the range, without what a lower bound cuts on purpose),
+        `used` (share of the codes that occur, of those that could), `wide` (range / range of the data) and `channels`
+        (largest magnitude of a channel / median over the channels).
+    """
+    sites = [(path, site, q) for path, site, q, _ in quantizers(model) if q.ready]
+    seen: dict[int, _Seen] = {}
+    handles = [q.register_forward_pre_hook(partial(_see, seen)) for *_, q in sites]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            for images in batches:
+                model(images.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = [_weight_row(path, layer) for path, layer, _ in quantized_layers(model) if layer.weight_spec]
+    return rows + [_row(path, site, q, seen[id(q)]) for path, site, q in sites if id(q) in seen]
+
+
+def _codes(x: torch.Tensor, lo: float, hi: float, spec: Spec) -> torch.Tensor:
+    """Return codes counted from 0, before they are clipped to `0 .. qmax - qmin`."""
+    if spec.symmetric:
+        return (x / max(-lo, hi, 1e-12) * spec.qmax).round() - spec.qmin
+    scale = max(hi - lo, 1e-12) / spec.qmax
+    return (x / scale).round() + round(-lo / scale)
+
+
+def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None:
+    """Note what a quantizer is going to quantize, as its forward pre-hook."""
+    x, spec = args[0].detach().float(), q.spec
+    levels = spec.qmax - spec.qmin + 1
+    row = seen.setdefault(id(q), _Seen(torch.zeros(levels, dtype=torch.long)))
+    if not x.isfinite().all():
+        row.low = row.high = math.nan
+        return
+    codes = _codes(x, float(q.lo), float(q.hi), spec)
+    # Behind a lower limit lies what SiLU makes of nearly nothing: to clip it is the purpose of the limit.
+    outside = (codes > levels - 1) | ((codes < 0) & (q.lower == -math.inf))
+    row.total += codes.numel()
+    row.clipped += int(outside.sum())
+    row.codes += torch.bincount(codes.clamp(0, levels - 1).long().flatten().cpu(), minlength=levels)
+    bounded = x.clamp(min=q.lower)
+    row.low, row.high = min(row.low, float(bounded.min())), max(row.high, float(bounded.max()))
+    largest = (x.abs().amax((0, 2, 3)) if x.ndim == 4 else x.abs().flatten(0, -2).amax(0)).cpu()
+    row.channels = torch.maximum(row.channels, largest) if row.channels.numel() else largest
+
+
+def _row(path: str, site: str, q: Any, seen: _Seen) -> Found:
+    """Return the row of a quantizer."""
+    lo, hi = float(q.lo), float(q.hi)
+    width = 2 * max(-lo, hi) if q.spec.symmetric else hi - lo
+    data = 2 * max(-seen.low, seen.high) if q.spec.symmetric else seen.high - seen.low
+    could = max(min(len(seen.codes), seen.total), 1)
+    return {
+        "path": path, "site": site, "bits": q.spec.bits, "lo": lo, "hi": hi, "low": seen.low, "high": seen.high,
+        "clip": seen.clipped / max(seen.total, 1), "used": int((seen.codes > 0).sum()) / could,
+        "wide": width / data if data > 0 else math.inf, "channels": _unlike(seen.channels),
+    }  # fmt: skip
+
+
+def _weight_row(path: str, layer: Any) -> Found:
+    """Return the row of the weight of a layer."""
+    spec, rows = layer.weight_spec, weight_rows(layer).cpu()
+    channels = rows.reshape(layer.weight.shape[channel_axis(layer)], -1).abs().amax(1)
+    ends = rows.abs().amax(1) * layer.weight_ratio.cpu()
+    codes = rows / ends.reshape(-1, 1).clamp_min(1e-12) * spec.qmax
+    used = codes.round().clamp(-spec.qmax, spec.qmax).unique().numel() / min(2 * spec.qmax + 1, max(rows.numel(), 1))
+    return {
+        "path": path, "site": "weight", "bits": spec.bits, "lo": -float(ends.max()), "hi": float(ends.max()),
+        "low": float(rows.min()), "high": float(rows.max()),
+        "clip": float((codes.abs() > spec.qmax + 0.5).float().mean()),
+        "used": used, "wide": 1.0, "channels": 1.0 if spec.per_channel else _unlike(channels),
+    }  # fmt: skip
+
+
+def _unlike(channels: torch.Tensor) -> float:
+    """Return the largest channel / the median of those that are not dead."""
+    alive = channels[channels > 0]
+    return float(alive.max() / alive.median()) if alive.numel() else 1.0
+
+
+def findings(rows: Sequence[Found]) -> list[str]:
+    """Say what is wrong in what `inspect` returned, in sentences, the worst layers first; none when all is well."""
+    sound = [r for r in rows if math.isfinite(r["low"] + r["high"])]
+    outputs = [r for r in sound if r["site"] != "weight"]
+    found = [
+        _sentence(
+            "Values that are not finite reach",
+            [r for r in rows if not math.isfinite(r["low"] + r["high"])],
+            "low",
+            "The model is broken there.",
+        ),
+        _sentence(
+            f"More than {CLIPPED:.0%} of the values are clipped in",
+            [r for r in outputs if r["clip"] > CLIPPED],
+            "clip",
+            "Calibrate on more images, or with quant.observer=minmax.",
+            "{clip:.1%}",
+        ),
+        _sentence(
+            f"The range is more than {WIDE:g} times as wide as the data in",
+            [r for r in outputs if r["wide"] > WIDE],
+            "wide",
+            "Calibrate on images like those that the model will see.",
+            "{used:.0%} of the codes used",
+        ),
+        _sentence(
+            f"The largest channel is more than {UNLIKE:g} times the median one in",
+            [r for r in sound if r["channels"] > UNLIKE],
+            "channels",
+            "One range cannot hold them: leave these layers float with quant.exclude.",
+            "{channels:.0f} times",
+        ),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def _sentence(what: str, rows: list[Found], key: str, advice: str, figure: str = "") -> str:
+    """Return a sentence that names the rows with the largest `key`, empty where there are none."""
+    worst = sorted(rows, key=lambda r: -r[key])
+    names = [f"{r['path']} {r['site']}" + (f" ({figure.format(**r)})" if figure else "") for r in worst]
+    return f"{what} {_some(names)}. {advice}" if rows else ""
