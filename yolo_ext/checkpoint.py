@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import ultralytics
 from torch import nn
 from ultralytics.utils import LOGGER
 
@@ -33,12 +34,7 @@ TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write a whole file or none: temporary file in the same folder, fsync, rename.
-
-    Args:
-        path: Target file; its folder is made when missing.
-        data: Bytes, or text that is written as UTF-8.
-    """
+    """Write a whole file (text as UTF-8) or none: temporary file in the same folder, which is made, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -152,17 +148,7 @@ def set_tripwire(model: nn.Module) -> None:
 
 
 def serialised(model: nn.Module, **extra: Any) -> bytes:
-    """Return the bytes of a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO``.
-
-    Args:
-        model: Float model of stock classes only; it is not changed.
-        extra: More plain entries for the checkpoint dict, such as ``train_metrics``.
-
-    Raises:
-        ValueError: If a module of ours is still inside, which plain Ultralytics could not load.
-    """
-    from ultralytics import __version__
-
+    """Return the bytes of a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO``."""
     if foreign := foreign_classes(model):
         raise ValueError(f"Checkpoint would hold classes of yolo_ext: {foreign}.")
     m = deepcopy(model).cpu()
@@ -179,7 +165,7 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
         "optimizer": None,
         "train_args": m.args,
         "date": datetime.now().isoformat(),
-        "version": __version__,
+        "version": ultralytics.__version__,
         "license": "AGPL-3.0 (https://ultralytics.com/license)",
         MANIFEST: getattr(m, MANIFEST, {}),
         **extra,
@@ -195,15 +181,18 @@ def size_mb(model: nn.Module) -> float:
 
 
 def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
-    """Write what `serialised` returns, whole or not at all.
+    """Write a checkpoint that plain ``YOLO`` loads, whole or not at all.
 
     Args:
         model: Float model of stock classes only; it is not changed.
         path: Where to write the ``.pt``.
-        extra: More plain entries for the checkpoint dict.
+        extra: More plain entries for the checkpoint dict, such as ``train_metrics``.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: If a module of ours is still inside, which plain Ultralytics could not load.
     """
     atomic_write(path, serialised(model, **extra))
     return Path(path)

@@ -47,14 +47,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     check_stock()
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
-        try:
-            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
-            model = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
-        except Exception as e:
-            raise UsageError(
-                f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt."
-            ) from e
-        return model.float().eval(), {}
+        return _built(p).float().eval(), {}
     if p.suffix != ".pt":
         raise UsageError(
             f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
@@ -62,19 +55,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
-    try:
-        with no_autoinstall():
-            model, ckpt = load_checkpoint(str(p))
-    except Exception as e:
-        if isinstance(e, ImportError) and "modelopt" in str(e):
-            raise UsageError(
-                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
-                "elsewhere give the float .pt that it was trained from."
-            ) from e
-        raise UsageError(
-            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
-            "Give a .pt written by Ultralytics or yolo-ext."
-        ) from e
+    model, ckpt = _read(p)
     if not isinstance(model, BaseModel):
         raise UsageError(
             f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
@@ -85,6 +66,32 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
         )
     return model.float().eval().requires_grad_(True), ckpt
+
+
+def _built(path: Path) -> nn.Module:
+    """Return an untrained model from its YAML."""
+    try:
+        transformer = yaml_model_load(path)["head"][-1][2] == "RTDETRDecoder"
+        return RTDETR(str(path)).model if transformer else YOLO(str(path), verbose=False).model
+    except Exception as e:
+        raise UsageError(f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return what a checkpoint holds as a model, and its dict."""
+    try:
+        with no_autoinstall():
+            return load_checkpoint(str(path))
+    except Exception as e:
+        if isinstance(e, ImportError) and "modelopt" in str(e):
+            raise UsageError(
+                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
+                "elsewhere give the float .pt that it was trained from."
+            ) from e
+        raise UsageError(
+            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
+            "Give a .pt written by Ultralytics or yolo-ext."
+        ) from e
 
 
 def raw_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -104,17 +111,7 @@ def _brief(e: Exception) -> str:
 
 
 def float_model(weights: str | Path | nn.Module) -> Any:
-    """Return an FP32 CPU copy in eval mode; the module or file it comes from is not touched.
-
-    Args:
-        weights: A ``.pt`` file, a model YAML, or an Ultralytics model.
-
-    Returns:
-        The copy, unfused if the source is.
-
-    Raises:
-        UsageError: The file is missing or holds no Ultralytics model.
-    """
+    """Return an FP32 CPU copy of a model, ``.pt`` or model YAML in eval mode, unfused if the source is."""
     with quiet():
         model: Any = deepcopy(weights) if isinstance(weights, nn.Module) else load_model(weights)[0]
     model = model.cpu().float().eval().requires_grad_(False)

@@ -7,7 +7,6 @@ exactness would be lost, the run goes on and says so.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +25,7 @@ from ultralytics.utils.callbacks import get_default_callbacks
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.stock.context import quiet
 from yolo_ext.stock.model import SUPPORTED
+from yolo_ext.stock.premises import callable_with
 
 # What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
 METHODS = {
@@ -39,7 +39,9 @@ EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_sta
 # Premises -----------------------------------------------------------------------------------------------------------
 def check_trainer(stock: Any) -> None:
     """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
-    lacking = [f"the method {name}()" for name, n in METHODS.items() if not _takes(getattr(stock, name, None), n)]
+    lacking = [
+        f"the method {name}()" for name, n in METHODS.items() if not callable_with(getattr(stock, name, None), n)
+    ]
     lacking += [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]
     if lacking:
         low, high = SUPPORTED
@@ -47,15 +49,6 @@ def check_trainer(stock: Any) -> None:
             f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it: "
             f"{', '.join(lacking)}. Run: pip install 'ultralytics>={low},<{high}', and look at your own trainer class."
         )
-
-
-def _takes(method: Any, n: int) -> bool:
-    """Tell whether a bound method can be called with `n` positional arguments."""
-    try:
-        inspect.signature(method).bind(*range(n))
-    except TypeError:
-        return False
-    return True
 
 
 def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
@@ -146,7 +139,7 @@ class _AtomicPath(type(Path())):  # type: ignore[misc]
 def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[None]:
     """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
     own, before = (trainer.wdir, trainer.last, trainer.best), _AtomicPath.written
-    _AtomicPath.write = staticmethod(write)  # type: ignore[assignment]  as paths take no attributes of their own
+    _AtomicPath.write = staticmethod(write)  # type: ignore[assignment]  # as paths take no attributes of their own
     trainer.wdir, trainer.last, trainer.best = (_AtomicPath(p) for p in own)
     try:
         yield
@@ -175,7 +168,7 @@ def as_of_last_epoch(trainer: Any) -> Iterator[None]:
 def whole_final_files(finalize: Callable[[Path], None]) -> Iterator[None]:
     """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
     stock: Any = getattr(engine, "strip_optimizer", None)
-    if not _takes(stock, 3):
+    if not callable_with(stock, 3):
         LOGGER.warning(
             f"Ultralytics {__version__} finishes checkpoints in a way that yolo_ext does not know: "
             "the manifest stays with the model in best.pt and last.pt, and is not repeated beside it"
