@@ -9,9 +9,8 @@ import torch
 
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import Distiller
-from yolo_ext.distillation.preflight import Facts, doubts, table
+from yolo_ext.distillation.preflight import Facts, doubts, noise, student_seconds, table, teacher_cost
 from yolo_ext.distillation.teacher import make_guide
 from yolo_ext.stock.context import undisturbed
 
@@ -103,15 +102,15 @@ def test_random_generators_go_on_as_if_nothing_had_been():
 def test_timing_a_step_leaves_the_student_as_it_is(build):
     student = build("yolov8n.yaml").requires_grad_(True).train()
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    took = costs.student_seconds(student, costs.sample((2, 3, 64, 64), CPU), amp=False)
+    took = student_seconds(student, noise((2, 3, 64, 64), CPU), amp=False)
     assert took > 0 and student.training
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert all(p.grad is None for p in student.parameters())
 
 
 def test_costs_grow_with_the_teacher(build, saved):
-    student, images = build("yolov8n.yaml", 3), costs.sample((2, 3, 160, 160), CPU)
+    student, images = build("yolov8n.yaml", 3), noise((2, 3, 160, 160), CPU)
     guides = [make_guide(str(saved(f"{t}.yaml")), student, CPU) for t in ("yolov8n", "yolov8s")]
-    small, large = (min(costs.teacher_cost(guide, images) for _ in range(3)) for guide in guides)
+    small, large = (min(teacher_cost(guide, images) for _ in range(3)) for guide in guides)
     assert 0 < small[0] < large[0]  # the fastest of three: another process may take the cores meanwhile
     assert small[1] == pytest.approx(12.0, abs=0.2) and large[1] == pytest.approx(44.5, abs=0.5)  # 4 bytes a weight

@@ -39,17 +39,7 @@ class Site:
 
 
 def sites(layers: Sequence[str], student: nn.Module, guide: Guide) -> list[Site]:
-    """Return which maps of a student and its teacher are compared.
-
-    Args:
-        layers: ``neck`` (the inputs of the head, default), ``backbone`` (what the neck takes from it), a layer index,
-            the path of a module, or ``student:teacher`` where they are unlike.
-        student: The student.
-        guide: The teacher.
-
-    Raises:
-        UsageError: A layer does not exist or gives no map, or their sizes differ.
-    """
+    """Return the maps that are compared: neck, backbone, a layer index, the path of a module, or `student:teacher`."""
     found: list[Site] = []
     for layer in layers or ("neck",):
         if layer == "neck":
@@ -152,12 +142,9 @@ class Align(nn.Module):
     """
 
     def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:
-        """Prepare for these channels of both maps.
+        """Prepare for these channels; `kept` are those a student pruned from this teacher has, `always` wants weights.
 
-        Args:
-            student, teacher: Channels.
-            kept: Channels of the teacher that the student, pruned from it, still has; None for any other teacher.
-            always: Give equally wide maps a convolution too, because the student is going to be pruned.
+        A convolution between equally wide maps lets the student shrink later.
         """
         super().__init__()
         self.kept = None if kept is None else torch.tensor(kept)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import loss_factor
 from yolo_ext.distillation.adapters import Align, Site, Taps, modules, sites
-from yolo_ext.distillation.logits import resized
+from yolo_ext.distillation.logits import HeadOutput, resized
 from yolo_ext.distillation.preflight import check, summary, with_logits
-from yolo_ext.distillation.teacher import make_guides
-from yolo_ext.distillation.terms import Balance, terms
+from yolo_ext.distillation.teacher import Guide, make_guides
+from yolo_ext.distillation.terms import Balance, Term, terms
 from yolo_ext.stock.trainer import CriterionProxy
+
+Branches = dict[str, dict[str, Any]]  # raw outputs by branch of the head
+Maps = dict[Any, torch.Tensor]  # (B, C, H, W) by level of the head or path of a layer
+Pair = tuple[float, HeadOutput, HeadOutput]
 
 
 class Distiller:
@@ -35,17 +40,7 @@ class Distiller:
     """
 
     def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
-        """Load the teachers and build adapters from live widths.
-
-        Args:
-            student: Student, already pruned and on its device.
-            cfg: Distillation options with `teacher` resolved to a path.
-            device: Device of the student.
-            shrinks: Whether the student is going to lose channels while it is trained.
-
-        Raises:
-            UsageError: If a teacher does not fit or a loss cannot work with this pair.
-        """
+        """Load the teachers and build adapters from the live widths of a student that may be going to shrink."""
         self.guides = make_guides(cfg, student, device, compiled=cfg.compile)
         self.student, self.cfg = student, with_logits(cfg, student, self.guides)
         self.terms = terms(self.cfg)
@@ -117,26 +112,24 @@ class Distiller:
     def losses(
         self, predictions: Any, batch: dict[str, Any], gains: dict[str, float], task: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Compute the weighted losses of a batch.
+        """Return the weighted losses per image of a batch, with the same names in every batch.
 
         Args:
             predictions: Raw train-mode output of the student.
             batch: Batch of the trainer: ``img`` (B, C, H, W), and boxes where a loss needs them.
             gains: Weight of each branch of the head, by its key; a head with one branch has the key ``""``.
             task: Scalar task loss per image, for `balance=auto`.
-
-        Returns:
-            Scalars per image by name, with the same names in every batch.
         """
         taken = self.taps[0].take()
         self.step += 1
+        zero = batch["img"].new_zeros((), dtype=torch.float32)
+        nothing = dict.fromkeys(self.keys, zero)
         if (self.step - 1) % self.cfg.every or not any(self.factors):
-            return self._nothing(batch)
-        found = dict.fromkeys(self.keys, batch["img"].new_zeros((), dtype=torch.float32))
-        plain = batch["img"].new_zeros((), dtype=torch.float32)
+            return nothing
+        found, plain = dict(nothing), zero
         with torch.autocast(batch["img"].device.type, enabled=False):
             for g in range(len(self.guides)):
-                for term, factor, parts in self._guide(g, predictions, batch, gains, taken):
+                for term, factor, parts in self._guide(g, _branches(predictions), batch, gains, taken):
                     for key, part in parts.items():
                         part = term.weight / len(self.guides) * part
                         found[key] = found[key] + factor * part
@@ -152,40 +145,48 @@ class Distiller:
         if not self.skipped:
             LOGGER.warning(f"{colorstr('distill: ')}loss is not finite: batch trained without, the epoch's are counted")
         self.skipped += 1
-        return self._nothing(batch)
+        return nothing
 
-    def _guide(self, g: int, predictions: Any, batch: dict[str, Any], gains: dict[str, float], taken: dict) -> Any:
-        """Yield (term, schedule factor, losses by name) of one teacher."""
+    def _guide(
+        self, g: int, student: Branches, batch: dict[str, Any], gains: dict[str, float], taken: Maps
+    ) -> Iterator[tuple[Term, float, dict[str, torch.Tensor]]]:
+        """Yield (term, schedule factor, losses by name) of one teacher, from the student's branches and tapped maps."""
         guide = self.guides[g]
-        taught = guide.ask(batch["img"])
-        teacher_maps = self.taps[g + 1].take()
-        student, teacher = _branches(predictions), _branches(taught)
+        teacher = _branches(guide.ask(batch["img"]))
+        pairs = self._pairs(guide, student, teacher, gains)
+        maps = [{**dict(enumerate(next(iter(side.values())).get("feats", ()))), **tapped}
+                for side, tapped in ((student, taken), (teacher, self.taps[g + 1].take()))]  # fmt: skip
+        for t, (term, factor) in enumerate(zip(self.terms, self.factors)):
+            if factor and term.kind == "features":
+                yield term, factor, {"kd_feat_loss": self._features(g, t, maps, batch)}
+            elif factor:
+                yield term, factor, self._logits(term, pairs, classify=not guide.levels)
+
+    def _pairs(self, guide: Guide, student: Branches, teacher: Branches, gains: dict[str, float]) -> list[Pair]:
+        """Return (gain, output of the student, of the teacher) for each branch of the student that is taught."""
         pairs = []
         for name, gain in gains.items():
             # A head without this branch teaches with its dense one, except a one-to-one branch: dense targets
             # would teach it to fire several times per object.
             source = teacher.get(name) or (None if name == "one2one" else next(iter(teacher.values())))
             if source is not None:
-                pairs.append((gain, guide.output(student[name], self.student, 0),
-                              guide.output(source, guide.model, 1)))  # fmt: skip
-        maps = [{**dict(enumerate(next(iter(b.values())).get("feats", ()))), **m}
-                for b, m in ((student, taken), (teacher, teacher_maps))]  # fmt: skip
-        for t, (term, factor) in enumerate(zip(self.terms, self.factors)):
-            if not factor:
-                continue
-            if term.kind == "features":
-                yield term, factor, {"kd_feat_loss": self._features(g, t, maps, batch)}
-                continue
-            cls = box = batch["img"].new_zeros((), dtype=torch.float32)
-            for gain, ours, theirs in pairs:
-                options = dict(term.options)
-                if not guide.levels and "norm" in inspect.signature(term.row.fn).parameters:
-                    options.setdefault("norm", "mean")  # a classifier has no objects to weight
-                parts = term.row.fn(ours, theirs, **options)
-                cls, box = cls + gain * parts[0], box + gain * parts[1]
-            yield term, factor, {"kd_cls_loss": cls, "kd_box_loss": box}
+                ours, theirs = guide.output(student[name], self.student, 0), guide.output(source, guide.model, 1)
+                pairs.append((gain, ours, theirs))
+        return pairs
 
-    def _features(self, g: int, t: int, maps: list[dict], batch: dict[str, Any]) -> torch.Tensor:
+    def _logits(self, term: Term, pairs: list[Pair], *, classify: bool) -> dict[str, torch.Tensor]:
+        """Return both parts of a logit loss, added up over branches."""
+        options = dict(term.options)
+        if classify and "norm" in inspect.signature(term.row.fn).parameters:
+            options.setdefault("norm", "mean")  # a classifier has no objects to weight
+        cls = box = pairs[0][1].scores.new_zeros((), dtype=torch.float32)
+        for gain, ours, theirs in pairs:
+            parts = term.row.fn(ours, theirs, **options)
+            cls, box = cls + gain * parts[0], box + gain * parts[1]
+        return {"kd_cls_loss": cls, "kd_box_loss": box}
+
+    def _features(self, g: int, t: int, maps: list[Maps], batch: dict[str, Any]) -> torch.Tensor:
+        """Return a feature loss, added up over the maps that it compares."""
         term, parts = self.terms[t], []
         for site in self.sites[g][t]:
             pair, options = (maps[0][site.student], maps[1][site.teacher]), dict(term.options)
@@ -214,10 +215,8 @@ class Distiller:
         for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors])):
             tensor.copy_(part.view_as(tensor))
 
-    def _nothing(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return dict.fromkeys(self.keys, batch["img"].new_zeros((), dtype=torch.float32))
-
     def _note(self, name: str, value: torch.Tensor) -> None:
+        """Add up what a loss of the first batch is."""
         if self.seen is not None and RANK in {-1, 0}:
             self.seen[name] = self.seen.get(name, 0.0) + float(value.detach())
 
@@ -230,10 +229,12 @@ class Distiller:
 
 
 def _processes() -> int:
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _branches(raw: Any) -> dict[str, dict[str, Any]]:
+def _branches(raw: Any) -> Branches:
+    """Return the raw outputs of a head by branch, also those of a classifier."""
     return {"": {"scores": raw}} if isinstance(raw, torch.Tensor) else stock.branches(raw)
 
 

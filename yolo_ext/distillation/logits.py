@@ -51,14 +51,7 @@ class HeadOutput:
 
 
 def decode(raw: dict[str, Any], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None) -> HeadOutput:
-    """Decode one branch of a Detect head, boxes in float32.
-
-    Args:
-        raw: ``boxes`` (B, 4 * reg_max, A), ``scores`` (B, nc, A) and ``feats``, one (B, C, H, W) map per level.
-        stride: Stride of each level in pixels.
-        reg_max: Bins per distance; 1 for a head that predicts numbers.
-        classes: Indices of the classes to keep, in their new order; None keeps all.
-    """
+    """Decode `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats` of one branch, with these `classes` only."""
     anchors, _ = make_anchors(raw["feats"], stride, 0.5)
     b, _, a = raw["boxes"].shape
     bins = raw["boxes"].float().view(b, 4, reg_max, a)
@@ -115,6 +108,7 @@ def _objects(weight: torch.Tensor) -> torch.Tensor:
     return weight.sum().clamp(min=float(len(weight)))
 
 
+# Weighted sum over the number of objects, plain sum over it, plain mean.
 norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "weight": lambda loss, weight: (loss * weight).sum() / _objects(weight),
     "pos": lambda loss, weight: loss.sum() / _objects(weight),
@@ -123,18 +117,7 @@ norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: torch.Tensor | None) -> torch.Tensor:
-    """Average a loss (B, A) over anchors.
-
-    Args:
-        loss: Loss of each anchor.
-        teacher: Its `foreground` is the default weight.
-        norm: ``weight``: weighted sum over the sum of weights. ``pos``: plain sum over the sum of weights. ``mean``:
-            plain mean. The sum of weights counts as at least one per image.
-        weight: (B, A) weight in place of `foreground`, such as the mask of assigned positives, whose sum is N_pos.
-
-    Raises:
-        UsageError: There is no such norm.
-    """
+    """Average a loss (B, A) over anchors by a row of `norms`, weighted by (B, A) `weight`, else by `foreground`."""
     if norm not in norms:
         raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
     return norms[norm](loss, foreground(teacher) if weight is None else weight.float())

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from yolo_ext import stock
@@ -17,6 +21,7 @@ from yolo_ext.distillation.terms import AUTO, Term, title
 from yolo_ext.reporting.tables import ABSENT, align
 
 TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student
+STEPS = 2  # that are timed, behind one to warm up
 CLASSIFY = ("kl", "kl_binary", "l1", "l2")  # the others look at boxes or at objects
 
 
@@ -49,8 +54,10 @@ def table(student: Facts, teachers: list[Facts], metric: str) -> str:
 
 
 def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
-    """Return in sentences why a teacher may not help: not better than the student, or far larger (Cho and Hariharan,
-    2019, ICCV; Mirzadeh et al., 2020, AAAI)."""
+    """Return in sentences why a teacher may not help: no better than the student, or far larger.
+
+    After Cho and Hariharan, 2019, ICCV, and Mirzadeh et al., 2020, AAAI.
+    """
     found = []
     if teacher.accuracy is not None and student.accuracy is not None and teacher.accuracy <= student.accuracy:
         found.append(
@@ -66,17 +73,7 @@ def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
 
 
 def check(terms: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool) -> None:
-    """Refuse losses that cannot work with this pair.
-
-    Args:
-        terms: Losses of the run.
-        guide: A teacher.
-        student: The student.
-        shrinks: Whether the student is going to lose channels while it is trained.
-
-    Raises:
-        UsageError: With the loss, the reason and what to use instead.
-    """
+    """Refuse losses that cannot work with this pair, with the reason and what to use instead."""
     if shrinks and guide.name == "ema":
         raise UsageError("'distill.teacher=ema' shrinks with a student that is pruned while it is trained. Give a .pt.")
     for term in terms:
@@ -85,13 +82,7 @@ def check(terms: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool)
 
 
 def with_logits(cfg: DistillConfig, student: nn.Module, guides: list[Guide]) -> DistillConfig:
-    """Return the options with the logit losses that `auto` means for a pair.
-
-    Args:
-        cfg: Distillation options.
-        student: The student.
-        guides: Its teachers.
-    """
+    """Return the options with the logit losses that `auto` means for a student and its teachers."""
     if cfg.logits != "auto":
         return cfg
     if any(not g.levels for g in guides):
@@ -102,6 +93,7 @@ def with_logits(cfg: DistillConfig, student: nn.Module, guides: list[Guide]) -> 
 
 
 def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str | None:
+    """Return why a loss cannot work with this pair."""
     heads = [stock.detection_head(m) for m in (student, guide.model)]
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
@@ -149,4 +141,50 @@ def summary(distiller: Any) -> str:
 
 
 def _name(key: int | str, strides: list[float]) -> str:
+    """Return the pyramid level of a level of the head, or the path of a layer."""
     return str(int(strides[key]).bit_length() - 1) if isinstance(key, int) else key
+
+
+# Cost of a step -------------------------------------------------------------------------------------------------------
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the shortest time of a few calls, in seconds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(1 + STEPS):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def student_seconds(student: nn.Module, images: torch.Tensor, amp: bool | torch.dtype) -> float:
+    """Return the seconds of a forward and backward pass of a copy of the student, in the precision of `amp`."""
+    copy, device = deepcopy(student).train(), images.device.type
+    dtype = amp if isinstance(amp, torch.dtype) else torch.float16 if device == "cuda" else torch.bfloat16
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=bool(amp)):
+            found = list(stock.returned_tensors(copy(images)))
+        torch.stack([x.float().sum() for x in found]).sum().backward()
+
+    return _seconds(step, images.device)
+
+
+def teacher_cost(guide: Guide, images: torch.Tensor) -> tuple[float, float]:
+    """Return the seconds a teacher takes for (B, C, H, W) images, and the MB it holds (on a GPU while it runs)."""
+    held = sum(t.numel() * t.element_size() for t in guide.model.state_dict().values())
+    cuda, device = images.device.type == "cuda", images.device
+    before = 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    took = _seconds(lambda: guide.ask(images), device)
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    return took, (held + peak) / 1e6
+
+
+def noise(shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
+    """Return noise of a shape as images."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)

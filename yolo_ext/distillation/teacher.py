@@ -77,13 +77,7 @@ class Guide:
         return scaled[0], scaled[1]
 
     def output(self, raw: dict[str, Any], model: nn.Module, side: int) -> HeadOutput:
-        """Decode one branch on shared levels and classes.
-
-        Args:
-            raw: Raw output of the branch; ``scores`` alone for a classifier.
-            model: Whose output it is.
-            side: 0 for an output with the levels and classes of the student, 1 for the teacher's.
-        """
+        """Decode one branch on shared levels and classes, numbered as in the student (side 0) or in the teacher (1)."""
         classes, head = self.classes[side], stock.detection_head(model)
         if not self.levels:
             scores = raw["scores"][:, classes].unsqueeze(-1)
@@ -133,20 +127,7 @@ def make_guide(
     name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
     half: bool | None = False, classes: bool = True,
 ) -> Guide:  # fmt: skip
-    """Load a teacher and match it with the student.
-
-    Args:
-        name: Teacher ``.pt``, or ``ema``, whose model has to be set as `get` before it is asked.
-        student: The student, already pruned.
-        device: Device of the student.
-        imgsz: Longer side in pixels of the images as the teacher sees them, None for that of the batch.
-        compiled: Compile a teacher that is a file when it is first asked.
-        half: As for `load_teacher`.
-        classes: Whether losses compare classes; features do not, and then the names may differ.
-
-    Raises:
-        UsageError: They have no task, class or stride in common.
-    """
+    """Load a teacher, or take the student for `ema` until `get` is set, and match levels and, if compared, classes."""
     if name == "ema":
         teacher, kept, get = student, None, lambda: student
     else:
@@ -162,20 +143,7 @@ def make_guide(
 def load_teacher(
     path: str, student: nn.Module, device: torch.device, half: bool | None = False
 ) -> tuple[nn.Module, str]:
-    """Load a teacher that can teach this student.
-
-    Args:
-        path: Teacher ``.pt``.
-        student: The student, already pruned.
-        device: Where to put the teacher, in channels_last.
-        half: Whether in bfloat16 on a CPU as well, None where the processor computes in it; on a GPU it is in float16.
-
-    Returns:
-        The frozen teacher, whose head returns raw outputs, and the fingerprint of its weights.
-
-    Raises:
-        UsageError: Tasks or heads do not match.
-    """
+    """Load the teacher of a student, frozen and fused; return it with the fingerprint of its weights."""
     teacher, _ = load_model(path)
     parent = fingerprint(teacher)
     ours, theirs = stock.task_of(student), stock.task_of(teacher)
@@ -187,7 +155,7 @@ def load_teacher(
             f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
         )
     teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
-    cuda = device.type == "cuda"
+    cuda = device.type == "cuda"  # float16 there; on a CPU bfloat16, by default where the processor computes in it
     if cuda or (stock.native_bf16() if half is None else half):
         teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
     return stock.raw_outputs(teacher), parent
@@ -228,19 +196,7 @@ def class_map(teacher: nn.Module, names: Mapping[int, str], path: str) -> tuple[
 
 
 def with_classes(teacher: nn.Module, names: Mapping[int, str], path: str) -> nn.Module:
-    """Bring the outputs of a model to the classes of a data set, in place; classes it does not know get no score.
-
-    Args:
-        teacher: Detector with a branch of scores for each level, or classifier.
-        names: Classes of the data.
-        path: File of the teacher, for the message.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UsageError: They share no class.
-    """
+    """Bring the outputs of a model to the classes of a data set, in place; classes it does not know get no score."""
     head = stock.detection_head(teacher)
     ours, theirs = class_map(teacher, names, path)
     if ours == theirs == list(range(len(teacher.names))) and len(names) == len(ours):

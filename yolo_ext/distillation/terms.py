@@ -52,11 +52,7 @@ class Term:
 
 
 def terms(cfg: DistillConfig) -> list[Term]:
-    """Return the losses of a run; one without an option of its own takes the common one.
-
-    Raises:
-        UsageError: A method or an option of it does not exist, or `temperature` goes to none of them.
-    """
+    """Return the losses of a run, checked; one without an option of its own takes the common one."""
     found = []
     for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
         stack = getattr(cfg, kind) or []

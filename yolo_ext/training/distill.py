@@ -17,9 +17,8 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation import costs
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
-from yolo_ext.distillation.preflight import Facts, doubts, table
+from yolo_ext.distillation.preflight import Facts, doubts, noise, student_seconds, table, teacher_cost
 from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
 from yolo_ext.pruning.during import follow
 from yolo_ext.stock.accuracy import accuracy, score
@@ -175,10 +174,10 @@ class Distill(Technique):
         """Return in words how long a step takes with and without teachers, and what memory they hold."""
         model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
         batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
-        images = costs.sample((batch, stock.input_channels(model), size, size), trainer.device)
+        images = noise((batch, stock.input_channels(model), size, size), trainer.device)
         amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
-        plain = costs.student_seconds(model, images, amp)
-        parts = [costs.teacher_cost(guide, images) for guide in guides]
+        plain = student_seconds(model, images, amp)
+        parts = [teacher_cost(guide, images) for guide in guides]
         taught = sum(p[0] for p in parts)
         memory = "weights and activations" if trainer.device.type == "cuda" else "weights"
         return (
