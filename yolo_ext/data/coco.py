@@ -17,14 +17,9 @@ WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
 
 def scan_coco(source: Path, images: Path | None = None) -> Source:
-    """Read the instances of a COCO dataset.
+    """Read the instances of a COCO JSON file, or of a folder of them, whose images lie in `images` or beside them.
 
-    Args:
-        source: JSON file, or a folder of them; where some are called instances*, the others are captions and the like.
-        images: Folder that the file names start from; found beside the JSON files by default.
-
-    Raises:
-        UsageError: A file is not COCO, or no folder holds its images.
+    Where some files are called instances*, the others are captions and the like.
     """
     files = [source] if source.is_file() else walk_files(source, {"json"})
     files = [f for f in files if f.stem.startswith("instances")] or files

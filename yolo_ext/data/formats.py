@@ -43,15 +43,9 @@ KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, whe
 
 
 def scan_voc(source: Path) -> Source:
-    """Find the images, annotations and lists of a VOC folder, also in nested folders.
+    """Find what lies in Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt of a VOC folder.
 
     An annotation belongs to the image with the same path below its folder, else to the only image with its name.
-
-    Args:
-        source: Folder with Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt.
-
-    Raises:
-        UsageError: There are no annotations or no image folder.
     """
     labels, listed = source / "Annotations", source / "ImageSets/Main"
     if not labels.is_dir():
@@ -169,14 +163,9 @@ def _whole(low: float, high: float, side: int) -> tuple[int, int]:
 
 
 def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
-    """Find the images and splits of a YOLO dataset.
+    """Find the images and splits of a data.yaml, a folder with one, or one with images/, labels/ and maybe classes.txt.
 
-    Args:
-        source: data.yaml, a folder with one, or a folder with images/, labels/ and maybe classes.txt.
-        classes: Class names where the source has none.
-
-    Raises:
-        UsageError: There are no images or no class names, or a path of the data.yaml does not exist.
+    `classes` names the classes where the source does not.
     """
     yamls = [source] if source.is_file() else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     if len(yamls) > 1:

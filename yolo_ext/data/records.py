@@ -186,14 +186,10 @@ def _listed(file: Path) -> list[Path]:
 
 
 def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the sorted regular files below a folder, hidden ones left out and linked folders followed.
+    """Return the sorted regular files below a folder with one of these suffixes, lower case without the dot.
 
-    Args:
-        folder: Folder to walk.
-        suffixes: Wanted endings in lower case, without the dot.
-
-    Raises:
-        UsageError: A link leads back to a folder above it, which Ultralytics would follow over and over.
+    Hidden ones are left out and linked folders followed, but a link that leads back to a folder above it, which
+    Ultralytics would follow over and over, is a UsageError.
     """
     found: list[Path] = []
     stack: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]

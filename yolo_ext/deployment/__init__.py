@@ -4,23 +4,32 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_NAMES = {
-    "detector": ("Detections", "Detector"),
-    "export": ("export_onnx", "export_openvino"),
-    "footprint": ("peak_memory",),
-    "latency": ("bench", "measure", "speedup"),
-    "operators": ("saved_ms",),
-    "runtime": ("conv_report", "describe", "predictor"),
-    "verify": ("verify_detections", "verify_int8", "verify_tensors"),
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = [*_HOME]
+if TYPE_CHECKING:  # at run time a name is imported on its first use: all but the detector need torch
+    from yolo_ext.deployment.detector import Detections, Detector
+    from yolo_ext.deployment.export import export_onnx, export_openvino
+    from yolo_ext.deployment.latency import bench, measure, speedup
+    from yolo_ext.deployment.runtime import conv_report, describe, predictor
+
+__all__ = [
+    "Detections",
+    "Detector",
+    "bench",
+    "conv_report",
+    "describe",
+    "export_onnx",
+    "export_openvino",
+    "measure",
+    "predictor",
+    "speedup",
+]
+_HOMES = ("detector", "latency", "runtime", "export")  # where they are, the lightest first
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use: the detector needs no torch, all else does."""
-    if name not in _HOME:
+    """Import public names on first use."""
+    if name not in __all__:
         raise AttributeError(f"module 'yolo_ext.deployment' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"yolo_ext.deployment.{_HOME[name]}"), name)
+    homes = (importlib.import_module(f"yolo_ext.deployment.{home}") for home in _HOMES)
+    return next(getattr(home, name) for home in homes if hasattr(home, name))

@@ -18,10 +18,12 @@ from torch import nn
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.export import export_onnx, max_relative_error
-from yolo_ext.deployment.runtime import Predict, Source, describe, load_image, module_path, run, session
+from yolo_ext.deployment.runtime import Predict, Source, describe, load_image, run, session
+from yolo_ext.stock import module_path
 from yolo_ext.stock.context import quiet
 from yolo_ext.stock.exporter import as_exported, choose_head
 from yolo_ext.stock.load import float_model
+from yolo_ext.stock.model import deployed
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there
@@ -177,15 +179,15 @@ def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: 
     return {"compared": compared, "weight_max": largest, "different": worst_first}
 
 
-def deployed(model: Source, end2end: bool) -> Any:
+def fused(model: Source, end2end: bool) -> Any:
     """Return the fused model with the head that was exported."""
     with quiet():
-        return choose_head(float_model(model), end2end).fuse(verbose=False)
+        return deployed(choose_head(float_model(model), end2end))
 
 
 def deployed_weights(model: Source, end2end: bool) -> dict[str, np.ndarray]:
     """Return the tensors of the fused model by name, as an export holds them."""
-    return {k: v.numpy() for k, v in deployed(model, end2end).state_dict().items() if v.ndim}
+    return {k: v.numpy() for k, v in fused(model, end2end).state_dict().items() if v.ndim}
 
 
 def weight_name(name: str, known: Iterable[str]) -> str | None:
@@ -247,7 +249,7 @@ def describe_difference(found: Mapping[str, Any] | None) -> str:
 
 def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.ndarray]:
     """Run the fused model once and return the output of each convolution and linear layer by module path."""
-    net = as_exported(deployed(model, end2end))
+    net = as_exported(fused(model, end2end))
     found: dict[str, np.ndarray] = {}
     for path, module in net.named_modules():
         if isinstance(module, LAYERS):  # copied, because the activation that follows may work in place

@@ -87,7 +87,7 @@ class Detector:
             UsageError: The file or an option is not usable.
         """
         _check_range(conf, iou, threads, max_det)
-        self._session = _open(path, threads)
+        self._session = open_session(path, session_options(threads))
         self._meta = _metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
         self.conf, self.iou, self.max_det = conf, iou, max_det
@@ -249,19 +249,28 @@ def _read(source: Image, channels: int) -> np.ndarray:
     return image
 
 
-def _open(path: str | Path, threads: int | None) -> Any:
-    """Return an ONNX Runtime session on the CPU."""
+def open_session(model: str | Path | bytes, options: Any) -> Any:
+    """Return an ONNX Runtime session on the CPU of a file or a serialised model, every failure as one UsageError."""
     import onnxruntime as ort
 
-    if not Path(path).is_file():
-        raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise UsageError(f"ONNX model '{model}' does not exist. Export one first.")
+    try:
+        given = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        name = "the model" if isinstance(model, bytes) else f"'{model}'"
+        raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error
+
+
+def session_options(threads: int | None) -> Any:
+    """Return the options of a session that warns of nothing; None leaves the number of threads to ONNX Runtime."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        raise UsageError(f"ONNX Runtime cannot load '{path}' ({error}).") from error
+    return options
 
 
 def _metadata(session: Any, path: str | Path) -> dict[str, Any]:

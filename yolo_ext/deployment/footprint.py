@@ -19,17 +19,10 @@ RUNS = 3
 
 
 def peak_memory(path: str | Path, imgsz: int, threads: int = 1, batch: int = 1) -> dict[str, float] | None:
-    """Run a model in a process of its own and return its memory.
+    """Return the memory in MB (10^6 bytes) of a process that runs a ``.pt``, ``.onnx`` or ``*_openvino_model``.
 
-    Args:
-        path: ``.pt``, ``.onnx`` or ``*_openvino_model``.
-        imgsz: Side of the square input in pixels.
-        threads: Threads within an operator.
-        batch: Images per call.
-
-    Returns:
-        ``peak_mb`` (largest resident memory) and ``runtime_mb`` (that of the runtime before it loads the model), in MB
-        (10^6 bytes); None where the system does not tell (no /proc) or the process failed.
+    That is ``peak_mb`` (largest resident memory) and ``runtime_mb`` (of the runtime before it loads the model); None
+    where the system does not tell (no /proc) or the process failed.
     """
     words = [sys.executable, "-m", "yolo_ext.deployment.footprint", str(Path(path).resolve())]
     words += [str(n) for n in (imgsz, threads, batch)]

@@ -13,25 +13,15 @@ from typing import Any
 import numpy as np
 
 from yolo_ext.deployment.latency import check_fits, noise
-from yolo_ext.deployment.runtime import describe, module_path, postprocess, predictor, preprocess, run, session
+from yolo_ext.deployment.runtime import describe, postprocess, predictor, preprocess, run, session
+from yolo_ext.stock import module_path
 
 
 def operators(path: str | Path, imgsz: int, *, threads: int = 1, batch: int = 1, runs: int = 20) -> dict[str, Any]:
-    """Profile an ONNX file with ONNX Runtime's own profiler.
+    """Profile an ONNX file over ``runs`` calls with ONNX Runtime's own profiler.
 
-    Args:
-        path: ``.onnx`` file.
-        imgsz: Side of the square input in pixels.
-        threads: Threads within an operator.
-        batch: Images per call.
-        runs: Profiled calls; a first one, which warms up, is left out.
-
-    Returns:
-        ``nodes`` (``name, op, ms, share`` of each node after ONNX Runtime's optimisations) and ``ops`` (``op, count,
-        ms, share`` summed by operator), both the slowest first, with the mean ms of a call.
-
-    Raises:
-        UsageError: The file is missing, broken, or does not fit ``batch`` and ``imgsz``.
+    Returned are ``nodes`` (``name, op, ms, share`` of each node after ONNX Runtime's optimisations) and ``ops`` (``op,
+    count, ms, share`` summed by operator), both the slowest first, with the mean ms of a call.
     """
     times = {key: sum(calls) / runs for key, calls in _profile(path, imgsz, threads, batch, runs).items()}
     total = sum(times.values()) or 1
@@ -70,22 +60,10 @@ def _profile(path: str | Path, imgsz: int, threads: int, batch: int, runs: int) 
 def saved_ms(
     fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *, runs: int = 30
 ) -> dict[str, float]:
-    """Return how many ms each layer gains by INT8: its nodes in the FP32 file less those in the INT8 file.
+    """Return how many ms on one thread each layer (module path) gains by INT8, negative where INT8 is slower.
 
-    The Q/DQ nodes and the activation of a layer count with it; what lies between layers does not.
-
-    Args:
-        fp32: The float export.
-        int8: The Q/DQ file made from it.
-        layers: Module paths, such as ``model.2.cv1.conv``.
-        imgsz: Side of the square input in pixels.
-        runs: Profiled calls of each file, one thread.
-
-    Returns:
-        Layer to ms on one thread, negative where INT8 is slower.
-
-    Raises:
-        UsageError: A file is missing or broken, or does not fit ``imgsz``.
+    That is the time of its nodes in the FP32 file less that in the Q/DQ file made from it. The Q/DQ nodes and the
+    activation of a layer count with it; what lies between layers does not.
     """
     layers = list(layers)
     before, after = (_by_layer(_profile(file, imgsz, 1, 1, runs), layers) for file in (fp32, int8))
@@ -106,16 +84,10 @@ def _by_layer(times: dict[tuple[str, str], list[float]], layers: list[str]) -> d
 
 
 def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) -> dict[str, float]:
-    """Time what surrounds a model: letterbox before it, NMS on its own output after it.
+    """Time the letterbox before a model and the NMS after it, on its own output for a picture (height, width, 3).
 
-    Args:
-        path: ``.pt`` or ``.onnx`` file.
-        image: Picture (height, width, 3) in BGR; how many objects it shows decides how long NMS takes.
-        imgsz: Side of the square input in pixels.
-        rounds: Timed calls of each.
-
-    Returns:
-        Medians ``pre_ms`` and ``post_ms`` in ms, the latter 0 for classification, and ``detections``.
+    Returned are the medians ``pre_ms`` and ``post_ms``, the latter 0 for classification, and ``detections``, of which
+    there are as many as the picture shows, which decides how long NMS takes.
     """
     meta = describe(path)
     pre = _median(lambda: preprocess(image, imgsz), rounds)

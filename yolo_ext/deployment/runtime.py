@@ -23,6 +23,7 @@ from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.detector import open_session, session_options
 from yolo_ext.stock.data import LetterBox
 from yolo_ext.stock.exporter import as_exported, choose_head, with_nms
 from yolo_ext.stock.load import float_model
@@ -76,36 +77,14 @@ def session(
         simulate: Run Q/DQ nodes as written, in float, instead of fusing them into integer operators.
         profile: Prefix of the file that ONNX Runtime's profiler writes.
     """
-    options = _options(threads)
+    options = session_options(threads)
+    # Idle workers would otherwise spin on and steal cores from the model that is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if simulate:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return _open(model, options)
-
-
-def _options(threads: int | None) -> ort.SessionOptions:
-    """Return the options of every session."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Idle workers would otherwise spin on and steal cores from the model that is measured next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
-
-
-def _open(model: str | Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    """Open a session, every failure as one UsageError."""
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise UsageError(f"ONNX model '{model}' does not exist. Export one first.")
-    try:
-        return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        name = "the model" if isinstance(model, bytes) else f"'{model}'"
-        raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error
+    return open_session(model, options)
 
 
 def run(model: ort.InferenceSession, x: np.ndarray) -> list[np.ndarray]:
@@ -245,11 +224,11 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]
     for node in convs:
         node.name = node.name or node.output[0]
-    options = _options(1)
+    options = session_options(1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        _open(model.SerializeToString(), options)
+        open_session(model.SerializeToString(), options)
         optimized = onnx.load(options.optimized_model_filepath).graph
     integer = {n.name for n in optimized.node if n.op_type in INTEGER_CONVS}
     reason = _reasons(model.graph)
@@ -298,13 +277,3 @@ def _reasons(graph: onnx.GraphProto) -> Callable[[Any], str]:
         return "not fused by ONNX Runtime on this CPU (x86 needs unsigned activations)"
 
     return reason
-
-
-def module_path(node: str) -> str:
-    """Return the dotted path of a node name such as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
-    parts: list[str] = []
-    for part in node.strip("/").split("/"):
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts)

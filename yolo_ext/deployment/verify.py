@@ -15,7 +15,7 @@ from ultralytics.utils.metrics import batch_probiou, box_iou
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.compare import compare, compare_weights, first_difference, inputs, summary
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import Source, conv_report, describe, detect, load_image, predictor
+from yolo_ext.deployment.runtime import Predict, Source, conv_report, describe, detect, load_image, predictor
 from yolo_ext.stock.accuracy import accuracy
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
@@ -43,22 +43,12 @@ CONFIDENT = 0.1  # anchors below this score never become detections, and their b
 
 
 def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size) -> dict[str, Any]:
-    """Compare the raw head output of the torch model with ONNX Runtime's, anchor by anchor.
+    """Compare the raw head output of the torch model with that of its FP32 or FP16 export, anchor by anchor.
 
-    Args:
-        model: Float Ultralytics model or ``.pt`` file.
-        onnx_path: Its FP32 or FP16 export.
-        images: Real images; noise, zeros and ones are always added. An open batch size is tried with 1 and 3 images,
-            an open image size with a second one.
-        imgsz: Input size in pixels: the side of a square, or height and width.
-
-    Returns:
-        ``box_max, box_mean`` in pixels, ``score_max, score_mean`` (both of FP16 of confident anchors only),
-        ``extra_max`` (masks, keypoints, angle; relative), ``outputs`` (``name, max, mean``, absolute), ``inputs``
-        (number of images), their ``shapes``, and ``worst``, the input batch with the largest error.
-
-    Raises:
-        UsageError: A file is missing, or the outputs have different shapes.
+    Noise, zeros and ones are added to the images. An open batch size is tried with 1 and 3 images, an open image size
+    with a second one. Returned are ``box_max, box_mean`` in pixels, ``score_max, score_mean`` (of FP16 both of
+    confident anchors only), ``extra_max`` (masks, keypoints, angle; relative), ``outputs`` (``name, max, mean``,
+    absolute), ``inputs`` (number of images), their ``shapes``, and ``worst``, the batch with the largest error.
     """
     meta = describe(onnx_path)
     if len(meta["shape"]) == 4 and None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
@@ -103,34 +93,12 @@ def verify_detections(
 ) -> dict[str, Any]:
     """Compare the detections of two models after the same preprocessing and NMS.
 
-    Args:
-        a: Ultralytics model, ``.pt`` or ``.onnx`` file.
-        b: The other one.
-        images: Image files.
-        imgsz: Input size in pixels: the side of a square, or height and width.
-        conf: Confidence threshold.
-        iou: NMS IoU threshold; embedded NMS has its own, and a confidence threshold that counts if it is higher.
-        match_iou: Two detections of one class are the same from this IoU on.
-        margin: Detections this close to ``conf`` need no partner: rounding decides whether they appear.
-
-    Returns:
-        ``matched`` (share of detections of both sides with a partner), ``mean_iou`` and ``mean_score_diff`` of the
-        pairs, ``detections`` (of both sides together) and ``images``.
-
-    Raises:
-        UsageError: A model or image is not usable, or the models differ in their classes.
+    Two of one class are the same from ``match_iou`` on; those within ``margin`` of ``conf`` need no partner, because
+    rounding decides whether they appear. Embedded NMS has its own IoU, and a confidence threshold that counts if it is
+    higher. Returned are ``matched`` (share of the detections of both sides with a partner), ``mean_iou`` and
+    ``mean_score_diff`` of the pairs, ``detections`` (of both sides together) and ``images``.
     """
-    metas = [describe(a), describe(b)]
-    for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
-        meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
-    if metas[0]["nc"] != metas[1]["nc"]:
-        raise UsageError(
-            f"The two models have {metas[0]['nc']} and {metas[1]['nc']} classes. Compare models of one data set."
-        )
-    nms = next((m["nms"] for m in metas if m["nms"]), None)
-    if nms:  # both sides suppress as the file does, or its max_det would look like missed detections
-        metas, conf = [{**m, "nms": nms} for m in metas], max(conf, nms["conf"])
-    predicts = [predictor(source, end2end=m["end2end"], nms=nms) for source, m in zip((a, b), metas)]
+    predicts, metas, conf = _alike(a, b, conf)
     rotated = metas[0]["task"] == "obb"
     images = list(images)
     total = partnered = 0
@@ -155,6 +123,21 @@ def verify_detections(
     }
 
 
+def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[str, Any]], float]:
+    """Return two models that run the same head and NMS, how to read them, and the confidence threshold of both."""
+    metas = [describe(a), describe(b)]
+    for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
+        meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
+    if metas[0]["nc"] != metas[1]["nc"]:
+        raise UsageError(
+            f"The two models have {metas[0]['nc']} and {metas[1]['nc']} classes. Compare models of one data set."
+        )
+    nms = next((m["nms"] for m in metas if m["nms"]), None)
+    if nms:  # both sides suppress as the file does, or its max_det would look like missed detections
+        metas, conf = [{**m, "nms": nms} for m in metas], max(conf, nms["conf"])
+    return [predictor(source, end2end=m["end2end"], nms=nms) for source, m in zip((a, b), metas)], metas, conf
+
+
 def verify_int8(
     fp32_onnx: str | Path,
     int8_onnx: str | Path,
@@ -166,24 +149,13 @@ def verify_int8(
 
     A gap to the simulation means the integer kernels compute something else than the Q/DQ graph says (saturation of
     8-bit weights on x86 without VNNI). A gap between torch and the simulation means that the file has other ranges,
-    weights or Q/DQ places than the model that was calibrated. A gap to FP32 is the quantization error itself.
+    weights or Q/DQ places than the model ``fake_quant`` that was calibrated. A gap to FP32 is the quantization error.
 
-    Args:
-        fp32_onnx: The FP32 export.
-        int8_onnx: The Q/DQ model made from it.
-        images: Real images.
-        imgsz: Square input size in pixels.
-        fake_quant: The torch model with its fake quantizers, which the file was written from; it is not changed.
-
-    Returns:
-        ``simulation`` and ``float``, each ``box_max, box_mean`` (px), ``score_max, score_mean`` and ``score_p99`` (99 %
-        of the anchors are closer) over anchors scoring 0.1 or more (at least the 100 best); with ``fake_quant`` also
-        ``torch``, the same of it against the simulation, and ``rounding``, against itself with every pixel moved by
-        1e-6; ``anchors`` (their number), ``detections`` (INT8 against FP32,
-        matched at IoU 0.5; none in classification), and `conv_report`'s figures.
-
-    Raises:
-        UsageError: A file is missing, there is no image, or the outputs have different shapes.
+    Returned are ``simulation`` and ``float``, each ``box_max, box_mean`` (px), ``score_max, score_mean`` and
+    ``score_p99`` (99 % of the anchors are closer) over anchors scoring 0.1 or more (at least the 100 best); with
+    ``fake_quant`` also ``torch``, the same of it against the simulation, and ``rounding``, against itself with every
+    pixel moved by 1e-6; ``anchors`` (their number), ``detections`` (INT8 against FP32, matched at IoU 0.5; none in
+    classification), and `conv_report`'s figures.
     """
     images = _listed(images)
     meta = describe(int8_onnx)
@@ -254,35 +226,49 @@ def verify(
         raise UsageError(
             f"'{onnx_path}' is quantized. Give the FP32 file that it was made from as onnx= and it as int8=."
         )
-    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {}), **(limits or {})}
+    limits = limits or {}
+    bounds = _bounds(precision, limits)
     result: dict[str, Any] = {"precision": precision, "tensors": verify_tensors(weights, onnx_path, images, imgsz)}
     worst = result["tensors"].pop("worst")
     result["weights"] = compare_weights(weights, onnx_path, meta["end2end"], bounds["weight_max"])
-    values = {name: result["tensors"][name] for name in ("score_max", "box_max", "extra_max")}
-    if result["weights"]["compared"]:
-        values["weight_max"] = result["weights"]["weight_max"]
     if meta["task"] in BOXES:
-        found = verify_detections(weights, onnx_path, images, imgsz, match_iou=MATCH_IOU[precision])
-        result["detections"], values["matched"] = found, found["matched"]
+        result["detections"] = verify_detections(weights, onnx_path, images, imgsz, match_iou=MATCH_IOU[precision])
     if data is not None and meta["task"] != "classify" and not meta["nms"] and len({*height_width(imgsz)}) == 1:
         size = height_width(imgsz)[0]
-        pair = accuracy(weights, data, size, end2end=meta["end2end"]), accuracy(onnx_path, data, size)
-        result["map"] = dict(zip(("torch", "onnx"), pair))
-        values["map"] = abs(pair[0]["map"] - pair[1]["map"])
+        measured = accuracy(weights, data, size, end2end=meta["end2end"]), accuracy(onnx_path, data, size)
+        result["map"] = dict(zip(("torch", "onnx"), measured))
     if int8_onnx is not None:
         result["int8"] = verify_int8(onnx_path, int8_onnx, images, imgsz, fake_quant)
-        for prefix, name in (("int8", "simulation"), ("torch", "torch")):
-            found = result["int8"].get(name, {})
-            values |= {f"{prefix}_{k}": found[k] for k in ("box_mean", "score_max") if found}
-        for name in set(values) - set(limits or ()):
-            prefix, _, figure = name.partition("_")
-            if prefix in ("int8", "torch") and "rounding" in result["int8"]:
-                bounds[name] = max(bounds[name], FRAGILE * result["int8"]["rounding"][figure])
-    checks = [_check(name, value, bounds[name]) for name, value in values.items()]
+        bounds = _bounds(precision, limits, result["int8"].get("rounding"))
+    checks = [_check(name, value, bounds[name]) for name, value in _values(result).items()]
     failed = {c["name"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:
         result["first_difference"] = first_difference(weights, onnx_path, worst, result["weights"]["different"])
     return {"passed": not failed, "checks": checks, **result}
+
+
+def _bounds(precision: str, given: dict[str, float], rounding: dict[str, float] | None = None) -> dict[str, float]:
+    """Return the limits: those given, else ours, of INT8 twice what rounding alone does where that is more."""
+    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
+    for figure, value in (rounding or {}).items():
+        for name in {f"int8_{figure}", f"torch_{figure}"} & set(bounds):
+            bounds[name] = max(bounds[name], FRAGILE * value)
+    return {**bounds, **given}
+
+
+def _values(result: dict[str, Any]) -> dict[str, float]:
+    """Return what was measured by the names of the limits."""
+    values = {name: result["tensors"][name] for name in ("score_max", "box_max", "extra_max")}
+    if result["weights"]["compared"]:
+        values["weight_max"] = result["weights"]["weight_max"]
+    if "detections" in result:
+        values["matched"] = result["detections"]["matched"]
+    if "map" in result:
+        values["map"] = abs(result["map"]["torch"]["map"] - result["map"]["onnx"]["map"])
+    for prefix, name in (("int8", "simulation"), ("torch", "torch")):
+        gap = result.get("int8", {}).get(name, {})
+        values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}
+    return values
 
 
 def _check(name: str, value: float, limit: float) -> dict[str, Any]:
