@@ -7,7 +7,7 @@ import pytest
 from onnx import helper
 
 from yolo_ext.deployment.compare import describe_difference, first_difference
-from yolo_ext.deployment.runtime import module_path
+from yolo_ext.stock import module_path
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.footprint import peak_memory
 from yolo_ext.deployment.latency import runtime_of
 from yolo_ext.deployment.operators import around, operators, saved_ms
-from yolo_ext.deployment.runtime import module_path
+from yolo_ext.stock import module_path
 
 
 def test_profile_adds_up(exported):

@@ -23,7 +23,7 @@ from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.deployment import verify as deployed
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.operators import saved_ms
-from yolo_ext.deployment.runtime import conv_report, module_path
+from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.pipeline.run import QAT, Run, measure, train
 from yolo_ext.quantization import search
 from yolo_ext.quantization.calibrate import findings, inspect
@@ -33,6 +33,7 @@ from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.quantization.spec import plan_of, resolve_profile
 from yolo_ext.runs import Record
+from yolo_ext.stock import module_path
 from yolo_ext.stock.accuracy import accuracy
 
 CHECKS = {  # the checks of `deployment.verify` in words

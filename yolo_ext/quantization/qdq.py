@@ -111,7 +111,7 @@ def _layers(graph: onnx.GraphProto, known: Collection[str], constants: Collectio
     for i, node in enumerate(graph.node):
         if node.op_type not in LAYERS or node.input[1] not in constants:
             continue
-        path, by_weight = module_path(node.name), node.input[1].removesuffix(".weight")
+        path, by_weight = module_path(node.name).rpartition(".")[0], node.input[1].removesuffix(".weight")
         path = path if path in known or not by_weight or by_weight not in known else by_weight
         if path in known or node.op_type != "MatMul":
             layers[i] = path
@@ -146,7 +146,7 @@ class _Writer:
         """Look for all sites."""
         self.layers = _layers(self.graph, self.state, self.editor.constants)
         self.state = deployed(self.state, set(self.layers.values()))
-        self.paths = [module_path(n.name) for n in self.graph.node]
+        self.paths = [module_path(n.name).rpartition(".")[0] for n in self.graph.node]
         self.found = {path for path in self.layers.values() if path in self.state}
         for i, path in self.layers.items():
             if path in self.state:

@@ -46,9 +46,9 @@ def natural_key(path: str) -> list[Any]:
 
 
 def module_path(node: str) -> str:
-    """Return the module of an ONNX node named as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
+    """Return the dotted path of a node name such as ``/model.22/cv2.0/cv2.0.1/conv/Conv``, whose levels repeat."""
     parts: list[str] = []
-    for part in node.strip("/").split("/")[:-1]:
+    for part in node.strip("/").split("/"):
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()
         parts.append(part)
