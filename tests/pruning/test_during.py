@@ -14,13 +14,11 @@ from ultralytics.utils.torch_utils import ModelEMA
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note, size_mb
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.core.errors import CheckFailed
 from yolo_ext.distillation.adapters import Align
 from yolo_ext.pruning.during import cut_run, follow, remember_dense, sizes, step_config
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.prune import prune_model, prune_with_plan
 from yolo_ext.pruning.surgery import cut
-from yolo_ext.stock.trainer import agreed
 from yolo_ext.training.distill import cut_adapters
 from yolo_ext.training.prune import Prune
 
@@ -233,24 +231,3 @@ def test_ddp_is_wrapped_anew(yolo, group):
     assert run.model is not old and run.model.module is old.module and run.model.find_unused_parameters
     sum(t.mean() for t in stock.returned_tensors(run.model(torch.rand(2, 3, 64, 64)))).backward()
     run.optimizer.step()
-
-
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-    def fail() -> None:
-        raise CheckFailed("no")
-
-    found = [agreed(lambda: {"a": [rank, 7]})]
-    try:
-        agreed(fail if rank == 0 else lambda: None)
-    except CheckFailed as e:
-        found.append(str(e))
-    torch.save(found, f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def test_rank_0_decides_for_all(tmp_path):
-    """Each rank decides otherwise, and would without the broadcast; an error on rank 0 stops all of them."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
-    assert [torch.load(f"{tmp_path / 'out'}{r}") for r in (0, 1)] == [[{"a": [0, 7]}, "no"]] * 2

@@ -17,16 +17,8 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock import trainer as engine
 from yolo_ext.stock.cfg import cfg2dict
-from yolo_ext.stock.trainer import (
-    check_trainer,
-    extend,
-    labels_optional,
-    saved_whole,
-    tasks,
-    validated_as,
-    whole_final_files,
-)
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant
@@ -96,7 +88,7 @@ class CompressionMixin:
         Raises:
             UsageError: If options contradict each other, or this Ultralytics is not as ours expect it.
         """
-        check_trainer(super())
+        engine.check_trainer(super())
         self.compression = parse(options)
         self.techniques = techniques_of(self.compression, self.args)
         self.exact = Exact()
@@ -190,7 +182,7 @@ class CompressionMixin:
 
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stock dataset, where training needs no labels one without any too."""
-        with labels_optional(any(not t.needs_labels for t in self.techniques)):
+        with engine.labels_optional(any(not t.needs_labels for t in self.techniques)):
             return super().build_dataset(*args, **kwargs)  # type: ignore[misc]
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
@@ -238,7 +230,7 @@ class CompressionMixin:
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
         self.exact.save(self)
-        with self._stock_ema(), saved_whole(self, atomic_write):
+        with self._stock_ema(), engine.saved_whole(self, atomic_write):
             saved = super().save_model()  # type: ignore[misc]
         self.exact.clear(self, keep=self.epoch)
         return saved
@@ -263,7 +255,7 @@ class CompressionMixin:
 
     def final_eval(self) -> None:
         """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
-        with whole_final_files(finalize), validated_as(self, self._final):
+        with engine.whole_final_files(finalize), engine.validated_as(self, self._final):
             super().final_eval()  # type: ignore[misc]
         if RANK in {-1, 0}:
             self.exact.clear(self)
@@ -272,23 +264,23 @@ class CompressionMixin:
         return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
 
 
-class DetectionTrainer(CompressionMixin, tasks.detect.DetectionTrainer):
+class DetectionTrainer(CompressionMixin, engine.tasks.detect.DetectionTrainer):
     """Detection with compression."""
 
 
-class SegmentationTrainer(CompressionMixin, tasks.segment.SegmentationTrainer):
+class SegmentationTrainer(CompressionMixin, engine.tasks.segment.SegmentationTrainer):
     """Instance segmentation with compression."""
 
 
-class PoseTrainer(CompressionMixin, tasks.pose.PoseTrainer):
+class PoseTrainer(CompressionMixin, engine.tasks.pose.PoseTrainer):
     """Pose estimation with compression."""
 
 
-class OBBTrainer(CompressionMixin, tasks.obb.OBBTrainer):
+class OBBTrainer(CompressionMixin, engine.tasks.obb.OBBTrainer):
     """Oriented boxes with compression."""
 
 
-class ClassificationTrainer(CompressionMixin, tasks.classify.ClassificationTrainer):
+class ClassificationTrainer(CompressionMixin, engine.tasks.classify.ClassificationTrainer):
     """Classification with compression."""
 
 
@@ -345,7 +337,7 @@ def attach(model: Any, **options: Any) -> Any:
             raise UsageError(
                 "attach() works on one device. On several GPUs use model.train(trainer=yolo_ext.trainer_for(task))."
             )
-        extend(trainer, CompressionMixin, STOCK)
+        engine.extend(trainer, CompressionMixin, STOCK)
         saved = {k: getattr(trainer.args, k, None) for k in EXT_DEFAULTS} if trainer.resume else options
         trainer.setup_compression({**EXT_DEFAULTS, **saved})
 
