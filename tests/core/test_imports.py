@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,25 @@ import pytest
 import yolo_ext
 
 PACKAGE = Path(yolo_ext.__file__).parent
-# Imports run from right to left only; areas of one rank do not know each other.
-ORDER = [
+# Imports run down only, from a floor to those before it; rooms of one floor do not know each other, but for `SEES`.
+FLOORS = [
     {"core"},
-    {"stock"},
-    {"checkpoint"},
-    {"runs"},
+    {"stock", "checkpoint", "runs"},
     {"data", "reporting"},
-    {"pruning", "distillation", "quantization", "deployment"},
-    {"sparsity"},
-    {"training"},
-    {"pipeline"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
+    {"pruning", "distillation", "quantization", "deployment", "sparsity"},
+    {"training", "pipeline"},
+    {"commands", "cli", "__main__"},
 ]
-RANK = {area: rank for rank, areas in enumerate(ORDER) for area in areas}
+SEES = {
+    ("checkpoint", "stock"),
+    ("runs", "stock"),
+    ("runs", "checkpoint"),
+    ("sparsity", "pruning"),
+    ("pipeline", "training"),
+    ("cli", "commands"),
+    ("__main__", "cli"),
+}
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = ("onnx", "onnxruntime", "onnxsim", "matplotlib", "torch_pruning", "openvino", "ray")
 
 
@@ -45,21 +49,32 @@ def imports(path: Path) -> set[str]:
 
 
 SOURCES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.rglob("*.py")}
-AREAS = {
-    p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
-}
+ROOMS = {s.split("/")[0] for s in SOURCES} - {"__init__"}
 
 
-def test_every_area_has_its_place():
-    assert AREAS - {"__init__"} == set(RANK)
+def file_of(name: str) -> str | None:
+    """Return the file in which a dotted name of the package lies."""
+    path = name.replace(".", "/").removeprefix("yolo_ext/")
+    return next((s for p in (path, path.rpartition("/")[0]) for s in (p, f"{p}/__init__") if s in SOURCES), None)
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.split("/")[0] in RANK])
-def test_imports_run_one_way(source):
-    area = source.split("/")[0]
-    used = {n.split(".")[1] for n in imports(SOURCES[source]) if n.startswith("yolo_ext.")} & set(RANK)
-    wrong = {u for u in used if u != area and RANK[u] >= RANK[area]}
-    assert not wrong, f"{source} imports {sorted(wrong)}"
+def used(source: str) -> set[str]:
+    """Return the files of the package that a file imports."""
+    return {s for n in imports(SOURCES[source]) if n.startswith("yolo_ext.") and (s := file_of(n)) and s != source}
+
+
+def test_every_room_has_its_place():
+    assert set(FLOOR) == ROOMS
+
+
+def test_imports_run_down():
+    room = {s: s.split("/")[0] for s in SOURCES if s != "__init__"}
+    arrows = {(s, u) for s in room for u in used(s) if room[u] != room[s]}
+    assert not {(s, u) for s, u in arrows if FLOOR[room[u]] >= FLOOR[room[s]] and (room[s], room[u]) not in SEES}
+
+
+def test_no_circle_between_files():
+    list(TopologicalSorter({s: used(s) for s in SOURCES if s != "__init__"}).static_order())  # raises CycleError
 
 
 def test_internals_of_ultralytics_are_touched_in_stock_only():
@@ -70,14 +85,13 @@ def test_internals_of_ultralytics_are_touched_in_stock_only():
     assert not [s for s, p in outside.items() if flags.search(p.read_text())]
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.startswith("reporting/")])
-def test_reporting_reads_plain_data(source):
-    assert not {n for n in imports(SOURCES[source]) if n.split(".")[0] in {"torch", "onnx", "onnxruntime"}}
+def test_reporting_reads_plain_data():
+    plain = [s for s in SOURCES if s.startswith("reporting/")]
+    assert not {s for s in plain if {n.split(".")[0] for n in imports(SOURCES[s])} & {"torch", "onnx", "onnxruntime"}}
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_nothing_leans_on_torch_pruning(source):
-    assert not {n for n in imports(SOURCES[source]) if n.split(".")[0] == "torch_pruning"}
+def test_nothing_leans_on_torch_pruning():
+    assert not {s for s, p in SOURCES.items() if "torch_pruning" in {n.split(".")[0] for n in imports(p)}}
 
 
 @pytest.mark.parametrize(
@@ -110,8 +124,7 @@ def test_public_names_are_what_type_checkers_see():
         _ = yolo_ext.Nothing
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_house_rules_of_a_file(source):
-    text = SOURCES[source].read_text()
-    assert text.startswith("# Copyright (C) yolo_ext authors. AGPL-3.0 licence.\n")
-    assert ast.get_docstring(ast.parse(text))
+def test_house_rules_of_a_file():
+    texts = {s: p.read_text() for s, p in SOURCES.items()}
+    head = "# Copyright (C) yolo_ext authors. AGPL-3.0 licence.\n"
+    assert not [s for s, text in texts.items() if not (text.startswith(head) and ast.get_docstring(ast.parse(text)))]
