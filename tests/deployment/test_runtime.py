@@ -12,12 +12,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import conv_report, describe, detect, load_image, metadata, predictor, run, session
-from yolo_ext.stock.context import cpu_info, quiet
-from yolo_ext.stock.load import float_model
 
 
 def conv_graph(tmp_path, *, x=True, w=True, q=True, users=1, relu=False, act=TensorProto.UINT8, named=True):
@@ -130,15 +127,6 @@ def test_load_image_names_what_it_cannot_read(tmp_path):
             load_image(tmp_path / name, 64)
 
 
-def test_float_model_is_an_independent_copy():
-    source = DetectionModel("yolov8n.yaml", nc=3, verbose=False).half().train()
-    source.criterion = object()
-    copy = float_model(source)
-    assert not copy.training and source.training
-    assert next(copy.parameters()).dtype is torch.float32 and next(source.parameters()).dtype is torch.float16
-    assert copy.criterion is None and source.criterion is not None and copy.task == "detect"
-
-
 @pytest.mark.parametrize(("name", "dual"), [("yolov8n", False), ("yolo26n", True)])
 def test_describe_torch(name, dual):
     found = describe(DetectionModel(f"{name}.yaml", nc=3, verbose=False))
@@ -153,20 +141,6 @@ def test_predictor_and_detect_of_both_heads(end2end):
     meta = {"task": "detect", "nc": 3, "end2end": end2end, "nms": None}
     found = detect(predict, x, meta, conf=0.0, iou=0.7)
     assert found.shape[1] == 6 and len(found) and set(found[:, 5].tolist()) <= {0.0, 1.0, 2.0}
-
-
-def test_quiet_restores_the_logger_after_an_error():
-    level = LOGGER.level
-    with pytest.raises(ValueError), quiet():
-        assert LOGGER.level >= 30
-        raise ValueError
-    assert LOGGER.level == level
-
-
-def test_cpu_info():
-    found = cpu_info()
-    assert found["cpu"] and found["threads"] >= 1 and found["vnni"] in {True, False, None}
-    assert {"avx2", "python", "torch", "onnx", "onnxruntime", "ultralytics"} < set(found)
 
 
 def test_importing_the_package_loads_no_runtime():

@@ -1,9 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +9,6 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.distillation.preflight import Facts, doubts, noise, student_seconds, table, teacher_cost
 from yolo_ext.distillation.teacher import make_guide
-from yolo_ext.stock.context import undisturbed
 
 CPU = torch.device("cpu")
 
@@ -85,18 +81,6 @@ def test_a_teacher_that_sees_another_size_teaches(build, saved, teacher, options
 
 
 # Costs -------------------------------------------------------------------------------------------------------------
-def test_random_generators_go_on_as_if_nothing_had_been():
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    expected = [draw(), draw()]
-    random.setstate(state[0]), np.random.set_state(state[1]), torch.set_rng_state(state[2])
-    first = draw()
-    with pytest.raises(ZeroDivisionError), undisturbed(CPU):
-        draw()
-        1 / 0  # noqa: B018  also when it fails
-    assert [first, draw()] == expected
 
 
 def test_timing_a_step_leaves_the_student_as_it_is(build):

@@ -17,7 +17,6 @@ from yolo_ext.pruning import surgery
 from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import apply_plan, check_trainable
-from yolo_ext.stock.context import recalibrate
 
 CFG = PruneConfig(ratio=0.4)
 
@@ -166,47 +165,6 @@ def test_layer_report_gives_the_reason_to_all_layers_of_a_group(dense):
 
 def test_layer_report_of_a_stock_model_is_empty(dense):
     assert layer_report(deepcopy(dense)) == []
-
-
-# Recalibration -------------------------------------------------------------------------------------------------------
-def batches(n: int) -> list[torch.Tensor]:
-    return [torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(n)]
-
-
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_statistics_are_those_of_the_data(dense, n, training):
-    model = deepcopy(dense).train(training)
-    assert recalibrate(model, iter(batches(n))) == 4 * n
-    first = model.model[0]
-    maps = [first.conv(x).detach() for x in batches(n)]
-    mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
-    var = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
-    torch.testing.assert_close(first.bn.running_mean, mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first.bn.running_var, var, rtol=1e-4, atol=1e-5)
-    assert model.training is training
-    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.03}
-
-
-def test_without_images_nothing_changes(dense):
-    model = deepcopy(dense)
-    assert recalibrate(model, []) == 0
-    assert all(torch.equal(v, dense.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-def test_a_broken_batch_leaves_mode_and_momentum(dense):
-    model = deepcopy(dense)
-    with pytest.raises(RuntimeError):
-        recalibrate(model, [*batches(1), torch.rand(1, 5, 64, 64)])
-    assert not model.training
-    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.03}
-
-
-def test_weights_and_gradients_are_not_touched(dense):
-    model = deepcopy(dense)
-    recalibrate(model, batches(1))
-    assert fingerprint(model) == fingerprint(dense)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_half_precision_models_stay_half():
