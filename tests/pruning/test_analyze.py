@@ -7,16 +7,17 @@ from ultralytics.nn.tasks import ClassificationModel
 
 from yolo_ext import stock
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.pruning.analyze import analyze, group_shares, layer_flops, layer_times, table
+from yolo_ext.pruning.analyze import analyze_model, group_shares, layer_times, table
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
+from yolo_ext.pruning.solve import layer_flops
 
 FAMILIES = ["yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"]
 
 
 @pytest.fixture(scope="module")
 def rows(yolo):
-    return analyze(yolo("yolov8n"), 64, runs=3)
+    return analyze_model(yolo("yolov8n"), 64, runs=3)
 
 
 def test_every_group_has_a_row_with_its_cost(yolo, rows) -> None:
@@ -48,14 +49,14 @@ def test_the_model_is_not_changed(yolo) -> None:
     model = yolo("yolov8n")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     threads, training = torch.get_num_threads(), model.training
-    analyze(model, 64, runs=1)
+    analyze_model(model, 64, runs=1)
     assert not model.is_fused() and model.training == training and torch.get_num_threads() == threads
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_classifier() -> None:
-    rows = analyze(ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False), 64, runs=1)
+    rows = analyze_model(ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False), 64, runs=1)
     assert sum(r["flops_share"] for r in rows) == pytest.approx(1.0)
 
 

@@ -17,7 +17,7 @@ from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import by_sensitivity, read_sensitivity
-from yolo_ext.pruning.sensitivity import sensitivity, write
+from yolo_ext.pruning.sensitivity import measure_sensitivity, write
 from yolo_ext.reporting.curves import drops, plot_sensitivity
 
 CFG = PruneConfig(method="l1", include=["model.0", "model.1", "model.2"])
@@ -47,7 +47,7 @@ def probes(fail_after: int = 10**6, calls: list | None = None) -> Probes:
 @pytest.fixture(scope="module")
 def found(yolo):
     model = yolo("yolov8n")
-    return sensitivity(model, build_graph(model), CFG, probes(), (0.75, 0.25))
+    return measure_sensitivity(model, build_graph(model), CFG, probes(), (0.75, 0.25))
 
 
 def test_curves(yolo, found) -> None:
@@ -74,25 +74,26 @@ def test_base_is_recalibrated_like_all_others(yolo, found) -> None:
     assert any(abs(found["base"][k] - v) > 1e-6 for k, v in as_trained.items())
     model = yolo("yolov8n")
     cfg = replace(CFG, recalibrate=0, include=["model.0"])
-    without = sensitivity(model, build_graph(model), cfg, probes(), (0.5,))
+    without = measure_sensitivity(model, build_graph(model), cfg, probes(), (0.5,))
     assert {k: without["base"][k] for k in LOSSES} == pytest.approx(as_trained)
 
 
 def test_ratios_that_round_to_one_width_give_one_point(yolo) -> None:
     model = yolo("yolov8n")
     cfg = replace(CFG, include=["model.0"])
-    points = sensitivity(model, build_graph(model), cfg, probes(), (0.01, 0.49, 0.5, 0.51))["groups"][0]["curve"]
+    found = measure_sensitivity(model, build_graph(model), cfg, probes(), (0.01, 0.49, 0.5, 0.51))
+    points = found["groups"][0]["curve"]
     assert [(p["wanted"], p["channels"]) for p in points] == [(0.49, 8)]
 
 
 def test_a_killed_analysis_goes_on(yolo, found, tmp_path: Path) -> None:
     model = yolo("yolov8n")
     with pytest.raises(KeyboardInterrupt):  # two scores before the first group, two for each group
-        sensitivity(model, build_graph(model), CFG, probes(fail_after=7), (0.25, 0.75), tmp_path)
+        measure_sensitivity(model, build_graph(model), CFG, probes(fail_after=7), (0.25, 0.75), tmp_path)
     partial = json.loads((tmp_path / "sensitivity.json").read_text())
     assert len(partial["groups"]) == 2 and not partial["complete"]
     calls: list[int] = []
-    again = sensitivity(model, build_graph(model), CFG, probes(calls=calls), (0.25, 0.75), tmp_path)
+    again = measure_sensitivity(model, build_graph(model), CFG, probes(calls=calls), (0.25, 0.75), tmp_path)
     assert len(calls) == 2 + 3 * 2 and again == found
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == found
 
@@ -114,7 +115,7 @@ def test_another_analysis_is_not_overwritten(yolo, found, tmp_path: Path, change
     file.write_text(json.dumps(old))
     model = yolo("yolov8n")
     with pytest.raises(UsageError, match="belongs to another model, other options or other data"):
-        sensitivity(model, build_graph(model), CFG, probes(), (0.25, 0.75), tmp_path)
+        measure_sensitivity(model, build_graph(model), CFG, probes(), (0.25, 0.75), tmp_path)
     assert json.loads(file.read_text()) == old
 
 
@@ -130,7 +131,7 @@ def test_another_analysis_is_not_overwritten(yolo, found, tmp_path: Path, change
 def test_wrong_input(yolo, given: Probes, ratios: tuple, message: str) -> None:
     model = yolo("yolov8n")
     with pytest.raises(UsageError, match=message):
-        sensitivity(model, build_graph(model), CFG, given, ratios)
+        measure_sensitivity(model, build_graph(model), CFG, given, ratios)
 
 
 def test_files(yolo, found, tmp_path: Path) -> None:

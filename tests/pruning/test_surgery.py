@@ -13,7 +13,6 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.pruning import surgery
 from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import apply_plan, check_trainable
@@ -97,7 +96,7 @@ def test_a_fault_in_the_surgery_is_never_returned(dense, monkeypatch, break_it, 
         break_it(model)
         return model
 
-    monkeypatch.setattr(surgery, "apply_plan", faulty)
+    monkeypatch.setattr("yolo_ext.pruning.prune.apply_plan", faulty)
     with pytest.raises(CheckFailed, match=f"(?s){message}.*prune.exclude"):
         prune_model(dense, CFG)
 

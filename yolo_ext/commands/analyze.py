@@ -42,7 +42,7 @@ def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list
     net, ckpt = stock.load_model(model)
     check_prunable(net)
     size = stock.image_size(net, ckpt, imgsz)
-    rows = groups.analyze(net, size)
+    rows = groups.analyze_model(net, size)
     LOGGER.info(groups.table(rows))
     folder = runs.folder(place, task=stock.task_of(net), mode="analyze")
     runs.write_json(folder / "groups.json", rows)
@@ -111,7 +111,7 @@ def _of_pruning(
     probes = make_probes(check_data(data, task=stock.task_of(net)), size, cfg, stock.task_of(net), net)
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     try:
-        found = curves.sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
+        found = curves.measure_sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
     except UsageError:
         if not any(folder.iterdir()):
             folder.rmdir()

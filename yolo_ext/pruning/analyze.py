@@ -16,13 +16,14 @@ from torch import nn
 from yolo_ext import stock
 from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.labels import layer_channels
+from yolo_ext.pruning.solve import layer_flops
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.exporter import as_exported
 
 RUNS, WARMUP = 15, 3
 
 
-def analyze(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[dict[str, Any]]:
+def analyze_model(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[dict[str, Any]]:
     """List every group of channels of a model.
 
     Args:
@@ -65,35 +66,9 @@ def _part(graph: Graph, group: Group) -> str:
     return f"{low}:{high}" if high - low == index.numel() else f"{index.numel()} of {low}:{high}"
 
 
-def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
-    """Return the FLOPs (2 x MACs) of each layer with weights after deployment, for one image of the traced size.
-
-    Args:
-        model: The model that the graph was built from.
-        graph: Its couplings.
-    """
-    deployed, modules, found = stock.deployed_layers(model), dict(model.named_modules()), {}
-    for path, (positions, kernel) in graph.convs.items():
-        if path in deployed and path in graph.shapes:
-            n_out, n_in = graph.shapes[path]
-            upscale = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
-            weights = kernel * n_out * n_in / getattr(modules[path], "groups", 1)
-            found[path] = 2.0 * weights * positions / (upscale[0] * upscale[1])
-    return found
-
-
 @torch.inference_mode()
 def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[str, float], float]:
-    """Time the layers of the deployed model in torch on one CPU thread.
-
-    Args:
-        model: Unfused model; a fused copy is timed.
-        imgsz: Side of the square image in pixels.
-        runs: Timed forward passes, after a few that warm up.
-
-    Returns:
-        Median seconds of each layer with weights, in the names of the unfused model, and of the whole model.
-    """
+    """Return the median seconds of each layer of a deployed copy, and of the whole, on one thread of torch."""
     fused = as_exported(stock.deployed(model).float().cpu())
     samples: dict[str, list[float]] = defaultdict(list)
     began: list[float] = []
@@ -133,16 +108,7 @@ def _unfused(fused: nn.Module, path: str) -> str:
 
 
 def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list[float]:
-    """Share out the cost of layers to the groups whose channels they produce.
-
-    Args:
-        graph: Couplings of the model.
-        costs: Cost by layer, in any unit.
-        whole: Cost of the whole model in that unit.
-
-    Returns:
-        Share of each group, 0..1, in the order of `graph.groups`.
-    """
+    """Return the share, 0..1, that each group of the graph has in `whole`, from the `costs` of the layers by path."""
     return [
         sum(costs.get(m.module, 0.0) * m.index.numel() / graph.shapes[m.module][0]
             for m in g.members if m.dim == "out" and m.module in graph.shapes) / whole
@@ -151,11 +117,7 @@ def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows of `analyze` as aligned text.
-
-    Args:
-        rows: What `analyze` returned.
-    """
+    """Return the rows of `analyze_model` as aligned text."""
     lines = []
     for r in rows:
         more = f"[{r['part']}]" if r["part"] else ""

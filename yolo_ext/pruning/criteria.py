@@ -18,6 +18,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Group
+from yolo_ext.pruning.labels import norm_behind, weight_dim
 
 criteria = Table("pruning criterion")
 AUTO, WITH_DATA, WITHOUT_DATA = "auto", "taylor", "lamp"  # the best ones of benchmarks/RESULTS.md
@@ -186,8 +187,7 @@ def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _side(tensor: torch.Tensor, layer: nn.Module, dim: str) -> torch.Tensor:
     """Return a tensor of the shape of a layer's weight with the channels of one side first."""
-    swap = (dim == "in") != isinstance(layer, nn.ConvTranspose2d)
-    return tensor.transpose(0, 1) if swap and tensor.ndim > 1 else tensor
+    return tensor.transpose(0, weight_dim(layer, dim)) if tensor.ndim > 1 else tensor
 
 
 def _folded(modules: dict[str, nn.Module], path: str) -> torch.Tensor:
@@ -195,8 +195,7 @@ def _folded(modules: dict[str, nn.Module], path: str) -> torch.Tensor:
     layer = modules[path]
     weight = layer.weight.detach().float().cpu()
     out = _side(weight, layer, "out")
-    bn = modules.get(path.rpartition(".")[0] + ".bn")
-    if isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == out.shape[0]:
+    if bn := norm_behind(modules, path):
         scale = (bn.weight.detach().float() / (bn.running_var.float() + bn.eps).sqrt()).cpu()
         out = out * scale.view(-1, *[1] * (out.ndim - 1))
     return _side(out, layer, "out")  # swaps back
@@ -205,17 +204,7 @@ def _folded(modules: dict[str, nn.Module], path: str) -> torch.Tensor:
 def group_weights(
     model: nn.Module, group: Group, generator: torch.Generator, evidence: Evidence | None = None
 ) -> GroupWeights:
-    """Collect what a criterion may look at from the live model.
-
-    Args:
-        model: The model that the graph was built from.
-        group: One group of n channels.
-        generator: Seeded random generator.
-        evidence: What `evidence.collect` measured on this model.
-
-    Returns:
-        The weights, scales and salience.
-    """
+    """Collect what a criterion may look at from the live model, and of what `evidence.collect` measured on it."""
     modules = dict(model.named_modules())
     found = GroupWeights([], generator)
     for m in group.members:
@@ -236,12 +225,7 @@ def group_weights(
 
 
 def resolved(cfg: PruneConfig, data: bool) -> PruneConfig:
-    """Return options that name a criterion where they said `auto`.
-
-    Args:
-        cfg: Pruning options.
-        data: Whether there are labelled train images to look at.
-    """
+    """Return options that name a criterion where they said `auto`; `data` tells of labelled train images."""
     return replace(cfg, method=WITH_DATA if data else WITHOUT_DATA) if cfg.method == AUTO else cfg
 
 

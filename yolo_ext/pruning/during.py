@@ -22,24 +22,13 @@ from yolo_ext.core.schedules import pruned_share
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.prune import prune_with_plan
-from yolo_ext.pruning.surgery import apply_plan, cut, parameter_slices
+from yolo_ext.pruning.surgery import Slices, apply_plan, cut, parameter_slices
 
 ENOUGH = 1.005  # a step that would gain less than this is left out
 
 
 def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probes: Probes) -> PruneConfig | None:
-    """Return the options of one step, whose target counts from the model as it is now.
-
-    Args:
-        cfg: Options of the run, whose target counts from the first dense model.
-        model: The model before this step.
-        step: Which step this is, counted from 1.
-        steps: How many there are.
-        probes: What data can tell, for `max_drop`.
-
-    Returns:
-        The options, or None when the step has nothing to do.
-    """
+    """Return the options of one of `steps`, counted from 1, from those of the run; None when it has nothing to do."""
     # A run that is on its way warns about a model that is not sparse enough, it does not stop.
     now, before = (pruned_share(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
     ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
@@ -84,6 +73,7 @@ def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: in
 
 
 def _dense(model: nn.Module) -> Mapping[str, Any]:
+    """Return the figures that the targets of all steps count from."""
     return manifest(model).dense
 
 
@@ -145,17 +135,9 @@ def cut_run(
     stock.restart_ema(ema)
 
 
-def follow(
-    optimizer: torch.optim.Optimizer,
-    pairs: Iterable[tuple[nn.Parameter, nn.Parameter, list[tuple[int, list[int]]]]],
-) -> None:
-    """Make an optimizer go on with cut parameters, its moments cut by the same indices.
-
-    Args:
-        optimizer: Any optimizer whose state tensors have the shape of their parameter or none of its dimensions.
-        pairs: Old parameter, new parameter and (dimension, kept positions) pairs.
-    """
-    swap = {old: (new, slices) for old, new, slices in pairs}
+def follow(optimizer: torch.optim.Optimizer, cuts: Iterable[tuple[nn.Parameter, nn.Parameter, Slices]]) -> None:
+    """Make an optimizer go on with (old parameter, new parameter, `surgery.Slices`) triples, moments cut likewise."""
+    swap = {old: (new, slices) for old, new, slices in cuts}
     for group in optimizer.param_groups:
         group["params"] = [swap[p][0] if p in swap else p for p in group["params"]]
     for old, (new, slices) in swap.items():

@@ -18,6 +18,7 @@ from torch import nn
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
+from yolo_ext.pruning.labels import LAYERS
 
 Evidence = dict[str, torch.Tensor]  # parameter name -> salience of each element, or layer path -> of each output
 Batch = dict[str, Any]
@@ -68,15 +69,7 @@ def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence
 
 @torch.no_grad()
 def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return each loss of the task as its criterion names it (``box_loss``, ``cls_loss``...), averaged over the images.
-
-    Args:
-        model: Any YOLO; it is not changed.
-        batches: Labelled batches as `model.loss` takes them, images (B, C, H, W) in 0..1.
-
-    Raises:
-        UsageError: If there is not a single image.
-    """
+    """Return each loss of the task by the name that its criterion gives it, averaged over the images of `batches`."""
     copy = _observed(model)
     total: dict[str, float] = defaultdict(float)
     images = 0
@@ -117,6 +110,7 @@ def _on(batch: Batch, model: nn.Module) -> Batch:
 
 
 def _progress(batches: Iterable[Batch], method: str) -> Iterator[Batch]:
+    """Yield batches behind a progress bar."""
     from ultralytics.utils import TQDM
 
     yield from TQDM(batches, desc=f"Measuring {method}")
@@ -151,6 +145,7 @@ def _backward(model: nn.Module, batch: Batch) -> int:
 
 
 def _counted(images: int) -> int:
+    """Return the number of images, of which there must be one."""
     if not images:
         raise UsageError("There is no labelled train image to measure with. Check the train split of data=...")
     return images
@@ -193,10 +188,13 @@ def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     gradient: Evidence = {}
 
     def moment(x: torch.Tensor) -> torch.Tensor:
+        """Return (positions, channels) squares."""
         channels = x.detach().transpose(1, -1) if x.ndim == 4 else x.detach()
         return channels.reshape(-1, channels.shape[-1]).square()
 
     def watch(path: str) -> Callable:
+        """Return a hook that measures a layer."""
+
         def after(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
             energy[path] = energy.get(path, 0) + moment(out).sum(0)
 
@@ -208,7 +206,7 @@ def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
         return after
 
     for path, m in model.named_modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(m, LAYERS):
             m.register_forward_hook(watch(path))
     images = _counted(sum(_backward(model, batch) for batch in batches))
     return {path: energy[path] * g / images**2 for path, g in gradient.items()}

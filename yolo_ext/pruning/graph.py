@@ -180,6 +180,7 @@ def _ties(lab: Labels, groups: list[Group]) -> list[list[int]]:
     parent = list(range(len(groups)))
 
     def find(g: int) -> int:
+        """Return the first group of those joined so far."""
         while parent[g] != g:
             g = parent[g]
         return g

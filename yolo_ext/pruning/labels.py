@@ -9,7 +9,7 @@ as after a sigmoid: such a channel cannot be removed from the input of a layer w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from yolo_ext import stock
 
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # with weights and channels
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
 ARITHMETIC = (
     "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__ "
@@ -161,6 +162,7 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _propagate(self, func: Callable, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
+        """Move the labels of the tracked inputs of a function to what it returned."""
         name, x = getattr(func, "__name__", ""), tracked[0]
         if name == "type_as" or name.endswith("_like") or name.startswith("new_"):
             # Only the type and shape of the (last) tensor count, so a new constant comes out.
@@ -182,15 +184,7 @@ class Tracer(TorchFunctionMode):
     def pointwise(
         self, name: str, tracked: list[torch.Tensor], call: tuple[tuple, dict], out: Any, func: Callable
     ) -> None:
-        """Apply the rule of functions that work on each channel by itself, and couple their tensors.
-
-        Args:
-            name: Function name for reasons.
-            tracked: Input tensors with labels.
-            call: All arguments.
-            out: What the function returned.
-            func: The function, to be tried on zeros.
-        """
+        """Apply the rule of functions that work on each channel by itself, and couple their `tracked` tensors."""
         labels, outs, through = self.get(tracked[0]) or [], list(tensors_in(out)), f"goes through '{name}'"
         shapes = {(t.ndim, t.shape[1] if t.ndim > 1 else 0) for t in [*tracked, *outs]}
         if len({self.get(t) is not None and len(self.get(t) or []) for t in tracked}) > 1 or len(shapes) > 1:
@@ -211,12 +205,14 @@ class Tracer(TorchFunctionMode):
         """Tell by trying whether a function makes removed channels, which are zero, anything else."""
 
         def zero(t: torch.Tensor) -> torch.Tensor:
+            """Return zeros for a tensor with labels, else a copy."""
             return torch.zeros_like(t) if id(t) in self.of and not self.lifted(t) else t.clone()
 
         args, kwargs = _replace(call, zero)
         return any(bool((o != 0).any()) for o in tensors_in(func(*args, **kwargs)) if o.is_floating_point())
 
     def _cut(self, name: str, x: torch.Tensor, out: Any) -> None:
+        """Label the parts of a tensor that is cut along its channels, and tie them."""
         labels, start, parts = self.get(x) or [], 0, []
         for o in out:
             parts.append(labels[start : start + o.shape[1]])
@@ -254,6 +250,7 @@ def _replace(tree: Any, swap: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _dim(args: tuple, kwargs: dict, ndim: int, place: int = 1) -> int:
+    """Return the dimension that a function works on, given by name or as argument number `place`."""
     return kwargs.get("dim", args[place] if len(args) > place else 0) % ndim
 
 
@@ -282,3 +279,15 @@ def layer_channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return None
+
+
+def weight_dim(layer: nn.Module, dim: str) -> int:
+    """Return the dimension of the weight of a layer that holds its ``out`` or its ``in`` channels."""
+    return int((dim == "in") != isinstance(layer, nn.ConvTranspose2d))
+
+
+def norm_behind(modules: Mapping[str, nn.Module], path: str) -> nn.BatchNorm2d | None:
+    """Return the BatchNorm with weights that follows a layer in its Conv block, None without."""
+    bn = modules.get(path.rpartition(".")[0] + ".bn")
+    fits = isinstance(bn, nn.BatchNorm2d) and bn.weight is not None
+    return bn if fits and bn.num_features == (layer_channels(modules[path]) or (0,))[0] else None

@@ -19,9 +19,9 @@ from yolo_ext.checkpoint import manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.groups import matches, refuse_frozen
+from yolo_ext.pruning.labels import LAYERS, layer_channels, weight_dim
 from yolo_ext.stock.model import DFL, WIDEST_BRANCH
 
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out
 LAYER_FLOOR = 0.01  # share of a layer that the global ranking spares: a layer without weights would never learn again
 
@@ -40,26 +40,14 @@ class Masks:
 
 
 def eligible(model: nn.Module, cfg: PruneConfig) -> list[dict[str, Any]]:
-    """List the layers and say which may get zeros.
-
-    Args:
-        model: Any YOLO model.
-        cfg: Pruning options with `kind`, `include` and `exclude`.
-
-    Returns:
-        Rows ``{"name", "weights", "in", "out", "eligible", "reason", "gain"}`` in the order of the model; `gain` tells
-        whether GPUs with sparse tensor cores are likely to run a 2:4 layer of this size faster.
-
-    Raises:
-        UsageError: If a selector is broken or matches nothing.
-    """
+    """List the layers that may get zeros as `cfg` says, and why others may not; `gain`: sparse tensor cores help."""
     modules = dict(model.named_modules())
     layers = {p: m for p, m in modules.items() if isinstance(m, LAYERS)}
     included = set().union(*(matches(model, s, "prune.include") for s in cfg.include)) if cfg.include else set(layers)
     excluded = set().union(*(matches(model, s, "prune.exclude") for s in cfg.exclude))
     rows = []
     for i, (path, m) in enumerate(layers.items()):
-        n_in, n_out = _channels(m)
+        n_out, n_in = layer_channels(m) or (0, 0)
         reason = "reads the image" if i == 0 else _unfit(modules, path, cfg.kind)
         if not reason and path in excluded:
             reason = "is excluded by prune.exclude"
@@ -72,10 +60,6 @@ def eligible(model: nn.Module, cfg: PruneConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _channels(m: nn.Module) -> tuple[int, int]:
-    return (m.in_features, m.out_features) if isinstance(m, nn.Linear) else (m.in_channels, m.out_channels)
-
-
 def _unfit(modules: dict[str, nn.Module], path: str, kind: str) -> str:
     """Return why a layer cannot take zeros of this kind, or an empty string."""
     parent = path.rpartition(".")[0]
@@ -86,7 +70,7 @@ def _unfit(modules: dict[str, nn.Module], path: str, kind: str) -> str:
     if kind == "2:4":
         if type(modules[parent.rpartition(".")[0]]).__name__ in WIDEST_BRANCH:
             return "is summed with another branch on export, which breaks the pattern"
-        if (n_in := _channels(modules[path])[0]) % 4:
+        if (n_in := (layer_channels(modules[path]) or (0, 0))[1]) % 4:
             return f"has {n_in} input channels, not a multiple of 4"
     return ""
 
@@ -118,7 +102,7 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
     weights = [modules[n].weight for n in names]
     ratio = 0.5 if cfg.kind == "2:4" else (cfg.ratio or 0.0) if ratio is None else ratio
     if cfg.kind == "2:4":
-        kept = [_two_of_four(w, 0 if isinstance(modules[n], nn.ConvTranspose2d) else 1) for n, w in zip(names, weights)]
+        kept = [_two_of_four(w, weight_dim(modules[n], "in")) for n, w in zip(names, weights)]
     elif cfg.scope == "local":
         kept = [_largest(w.abs().flatten(), ratio).view_as(w) for w in weights]
     else:
@@ -165,18 +149,12 @@ def capture(model: nn.Module) -> Masks | None:
     if not record:
         return None
     modules = dict(model.named_modules())
-    return Masks(record, {path: modules[path].weight.detach() != 0 for path in record["layers"]})
+    return Masks(dict(record), {path: modules[path].weight.detach() != 0 for path in record["layers"]})
 
 
 @torch.no_grad()
 def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Zero the masked weights again: after each optimizer step, and after each update of the EMA.
-
-    Args:
-        masks: Masks of the run.
-        model: The model or its EMA, not wrapped; its manifest gets the record of the masks.
-        optimizer: Its moments are zeroed at the same places, or they would pull the weights back.
-    """
+    """Zero the masked weights of a model or its EMA again, and the moments of its optimizer at the same places."""
     modules = dict(model.named_modules())
     weights = [modules[path].weight for path in masks.kept]
     kept = [k.to(w.device) for k, w in zip(masks.kept.values(), weights)]
@@ -213,6 +191,7 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
 
 
 def _zeros(t: torch.Tensor) -> int:
+    """Return how many elements are zero."""
     return t.numel() - int(t.count_nonzero())
 
 

@@ -147,6 +147,7 @@ def budget_decay(first: float, total: float, n: int) -> float:
         )
 
     def spent(decay: float) -> float:
+        """Return the log of the product of all budgets."""
         return sum(math.log1p(first * decay**i) for i in range(n))
 
     low, high = 0.0, 1.0
@@ -203,6 +204,7 @@ def _sound(losses: dict[str, float]) -> dict[str, float]:
 
 
 def _with(units: list[int], i: int, value: int) -> list[int]:
+    """Return the units with one of them changed."""
     return [*units[:i], value, *units[i + 1 :]]
 
 

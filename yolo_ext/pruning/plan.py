@@ -85,6 +85,7 @@ def isomorphic(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
     modules = dict(model.named_modules())
 
     def kind(path: str, dim: str) -> tuple:
+        """Return what makes layers alike."""
         m = modules[path]
         return type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, dim
 

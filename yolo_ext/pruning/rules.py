@@ -12,7 +12,7 @@ from torch import nn
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.labels import FIXED, Labels, Tracer, layer_channels, tensors_in
+from yolo_ext.pruning.labels import FIXED, LAYERS, Labels, Tracer, layer_channels, tensors_in
 
 PASS_MODULES = (nn.Upsample, nn.ZeroPad2d, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 STOCK = ("torch.", "torchvision.", "ultralytics.")
@@ -21,11 +21,13 @@ UNFOLLOWED = "is used in a way that cannot be followed"
 
 # Rules: (tracer, module, path, input, output) ------------------------------------------------------------------------
 def _input_labels(t: Tracer, x: torch.Tensor, width: int) -> list[int]:
+    """Return the labels of an input, fixed ones when it has none."""
     labels = t.get(x)
     return [FIXED] * width if labels is None else labels
 
 
 def _weights_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.Tensor) -> None:
+    """Consume the labels of the input of a conv or linear layer and produce new ones; depthwise passes them on."""
     n_out, n_in = layer_channels(m)  # type: ignore[misc]
     labels, groups = _input_labels(t, x, n_in), getattr(m, "groups", 1)
     tokens = isinstance(m, nn.Linear) and x.ndim != 2  # its channels are in the last dimension
@@ -48,6 +50,7 @@ def _weights_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torc
 
 
 def _norm_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.Tensor) -> None:
+    """Couple a BatchNorm with the channels that it norms."""
     labels = _input_labels(t, x, x.shape[1])
     if m.weight is None or m.running_mean is None:
         t.labels.freeze(labels, f"meets {path}, a BatchNorm without weights or statistics")
@@ -58,6 +61,7 @@ def _norm_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.T
 
 
 def _pass_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.Tensor) -> None:
+    """Pass labels on through a module that works on each channel by itself."""
     if t.get(x) is not None:
         t.pointwise(type(m).__name__, [x], ((x,), {}), out, m.forward)  # not its call, which would come back here
 
@@ -80,7 +84,7 @@ def _attention_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: to
 
 
 RULES: list[tuple[tuple[type[nn.Module], ...], Callable[..., None]]] = [
-    ((nn.Conv2d, nn.ConvTranspose2d, nn.Linear), _weights_rule),
+    (LAYERS, _weights_rule),
     ((nn.BatchNorm2d,), _norm_rule),
     (stock.ATTENTION, _attention_rule),
     (PASS_MODULES + stock.ACTIVATIONS, _pass_rule),
@@ -113,10 +117,12 @@ def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
     silent = rule is not None or fuses or not followed
 
     def enter(_: nn.Module, args: tuple) -> None:
+        """Note that a module has begun to run."""
         t.stack.append(m)
         t.depth += silent
 
     def leave(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        """Apply the rule of a module that has run."""
         t.stack.pop()
         t.depth -= silent
         if t.depth or not silent:

@@ -21,12 +21,13 @@ from yolo_ext.checkpoint import atomic_write, fingerprint
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
-from yolo_ext.pruning.analyze import group_shares, layer_flops
+from yolo_ext.pruning.analyze import group_shares
 from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import Probes, collect, task_losses
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.plan import kept_of
+from yolo_ext.pruning.solve import layer_flops
 from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.stock.context import recalibrate
@@ -36,7 +37,7 @@ RATIOS = (0.25, 0.5, 0.75)
 CHANGES = ("method", "include", "exclude", "images", "recalibrate", "seed")  # options that the curves depend on
 
 
-def sensitivity(
+def measure_sensitivity(
     model: nn.Module,
     graph: Graph,
     cfg: PruneConfig,
@@ -150,24 +151,18 @@ def _earlier(folder: Path | None, now: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _equal(a: dict[str, float], b: dict[str, float]) -> bool:
+    """Tell whether two sets of figures agree within rounding."""
     return a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-4 * max(1.0, abs(a[k])) for k in a)
 
 
 def _save(found: dict[str, Any], folder: Path | None) -> None:
+    """Write what is known so far, if there is a folder."""
     if folder:
         atomic_write(Path(folder) / FILE, json.dumps(found, indent=2))
 
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Write a sensitivity analysis as JSON, as CSV with one row for each point, and as a picture.
-
-    Args:
-        found: What `sensitivity` returned.
-        folder: Where to write.
-
-    Returns:
-        The files written.
-    """
+    """Write a sensitivity analysis as JSON, as CSV with one row for each point, and as a picture; return the files."""
     folder = Path(folder)
     _save(found, folder)
     losses = [k for k in found["base"] if k != "map"]

@@ -63,21 +63,18 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
     FLOPs are 2 x MACs for a square image of side `imgsz` in pixels, as Ultralytics counts them; convolutions grow with
     the image, attention with its square, a classifier not at all. Widths of `{}` stand for the whole model.
     """
-    deployed, modules = stock.deployed_layers(model), dict(model.named_modules())
-    layers = {p: c for p, c in graph.convs.items() if p in deployed and p in graph.shapes}
+    modules = dict(model.named_modules())
+    layers = uses_of_weights(model, graph)
     biased = {p for p in layers if modules[p].bias is not None or f"{p.rpartition('.')[0]}.bn" in modules}
     area = _area(modules, graph, imgsz)
-    work, depth = {}, {}  # multiplications of each weight; groups
-    for path, (positions, _) in layers.items():
-        stride = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
-        work[path] = positions * (area if positions > 1 else 1) / (stride[0] * stride[1])
-        depth[path] = getattr(modules[path], "groups", 1)
+    work = {p: n * (area if graph.convs[p][0] > 1 else 1) for p, n in layers.items()}
+    depth = {p: getattr(modules[p], "groups", 1) for p in layers}
     values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, stock.ATTENTION)} & set(layers)
 
     def counted(widths: Widths) -> tuple[float, float]:
         flops = params = 0.0
-        for path, (_, kernel) in layers.items():
-            n_out, n_in = graph.shapes[path]
+        for path in layers:
+            (n_out, n_in), (_, kernel) = graph.shapes[path], graph.convs[path]
             out, inp = widths.get((path, "out"), n_out), widths.get((path, "in"), n_in)
             weights = out * kernel * (1 if depth[path] == n_out else inp / depth[path])
             flops += 2.0 * work[path] * (weights + work[path] * inp * (path in values))  # attention x values
@@ -93,6 +90,26 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
         return flops + other_flops, params + other_params
 
     return figures
+
+
+def uses_of_weights(model: nn.Module, graph: Graph) -> dict[str, float]:
+    """Return how often each weight of the layers that are deployed is used for an image of the traced size."""
+    deployed, modules = stock.deployed_layers(model), dict(model.named_modules())
+    found = {}
+    for path, (positions, _) in graph.convs.items():
+        if path in deployed and path in graph.shapes:
+            stride = modules[path].stride if isinstance(modules[path], nn.ConvTranspose2d) else (1, 1)
+            found[path] = positions / (stride[0] * stride[1])
+    return found
+
+
+def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
+    """Return the FLOPs (2 x MACs) of each layer with weights after deployment, for one image of the traced size."""
+    modules, found = dict(model.named_modules()), {}
+    for path, uses in uses_of_weights(model, graph).items():
+        (n_out, n_in), (_, kernel) = graph.shapes[path], graph.convs[path]
+        found[path] = 2.0 * kernel * n_out * n_in / getattr(modules[path], "groups", 1) * uses
+    return found
 
 
 def _area(modules: dict[str, nn.Module], graph: Graph, imgsz: int) -> float:

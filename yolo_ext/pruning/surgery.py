@@ -12,32 +12,25 @@ from torch import nn
 from yolo_ext import stock
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.pruning.graph import Kept
+from yolo_ext.pruning.labels import weight_dim
 
+Slices = list[tuple[int, list[int]]]  # (dimension, kept positions) of one tensor
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
 ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
 
 
-def parameter_slices(module: nn.Module, dims: dict[str, list[int]]) -> dict[str, list[tuple[int, list[int]]]]:
-    """Say how the parameters of a layer shrink: what its weights, gradients and optimizer state have in common.
-
-    Args:
-        module: Conv, ConvTranspose, Linear or BatchNorm before surgery.
-        dims: Its kept positions, by ``out`` and ``in``.
-
-    Returns:
-        Parameter name to (dimension, kept positions) pairs.
-    """
-    transposed, found = isinstance(module, nn.ConvTranspose2d), {}
-    weight = []
+def parameter_slices(module: nn.Module, dims: dict[str, list[int]]) -> dict[str, Slices]:
+    """Return how the parameters of a layer shrink, by name: weights, gradients and optimizer state alike."""
+    weight, found = [], {}
     if "in" in dims and getattr(module, "groups", 1) == 1:  # depthwise: its input goes with its output
-        weight.append((0 if transposed else 1, dims["in"]))
+        weight.append((weight_dim(module, "in"), dims["in"]))
     if "out" in dims:
-        weight.append((1 if transposed else 0, dims["out"]))
+        weight.append((weight_dim(module, "out"), dims["out"]))
         found["bias"] = [(0, dims["out"])]
     return {name: s for name, s in {"weight": weight, **found}.items() if s and getattr(module, name) is not None}
 
 
-def cut(tensor: torch.Tensor, slices: list[tuple[int, list[int]]]) -> torch.Tensor:
+def cut(tensor: torch.Tensor, slices: Slices) -> torch.Tensor:
     """Return a copy of a tensor that holds only the kept positions."""
     tensor = tensor.detach()
     for dim, index in slices:
@@ -46,6 +39,7 @@ def cut(tensor: torch.Tensor, slices: list[tuple[int, list[int]]]) -> torch.Tens
 
 
 def _shrink(m: nn.Module, dims: dict[str, list[int]]) -> None:
+    """Cut a layer or norm in place to the kept positions of its `out` and `in` channels."""
     for name, slices in parameter_slices(m, dims).items():
         old = getattr(m, name)
         new = nn.Parameter(cut(old, slices), requires_grad=old.requires_grad)
@@ -91,31 +85,18 @@ def masked(model: nn.Module, kept: Kept) -> nn.Module:
         if "out" not in dims:
             continue
         m = modules[path]
-        gone = torch.ones(m.weight.shape[1 if isinstance(m, nn.ConvTranspose2d) else 0], dtype=torch.bool)
+        dim = weight_dim(m, "out")
+        gone = torch.ones(m.weight.shape[dim], dtype=torch.bool)
         gone[dims["out"]] = False
         with torch.no_grad():
-            (m.weight.transpose(0, 1) if isinstance(m, nn.ConvTranspose2d) else m.weight)[gone] = 0
+            m.weight.transpose(0, dim)[gone] = 0
             if m.bias is not None:
                 m.bias[gone] = 0
     return copy
 
 
 def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int = 64) -> float:
-    """Compare the pruned model with the masked dense one in float64.
-
-    Args:
-        dense: Model before surgery.
-        pruned: Model after surgery.
-        kept: The plan that led from one to the other.
-        imgsz: Side of the random square image in pixels.
-
-    Returns:
-        Largest absolute difference of any raw output, relative to the largest output (at least 1); infinite or NaN
-        when the outputs differ in shape or are not numbers.
-
-    Raises:
-        CheckFailed: If the pruned model does not run.
-    """
+    """Return the largest difference of raw outputs in float64, relative to the largest output; inf or NaN if none."""
     reference = masked(dense, kept).double().cpu().eval()
     other = deepcopy(pruned).double().cpu().eval()
     x = torch.rand(
@@ -139,11 +120,7 @@ def _raw(out: Any) -> Any:
 
 
 def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
-    """Run one forward and backward pass in train mode on a copy.
-
-    Raises:
-        CheckFailed: If it fails or leaves a gradient that is not finite.
-    """
+    """Run one forward and backward pass in train mode on a copy, and refuse gradients that are not finite."""
     copy = deepcopy(model).float().cpu().train()
     copy.requires_grad_(True)
     try:

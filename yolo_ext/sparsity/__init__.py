@@ -1,2 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Sparsity training: penalties, the pull over the epochs, its controller, and what it did to the model."""
+"""Sparsity training: penalties, what they pull on, how far in each step, and what that did to the model."""
+
+from yolo_ext.sparsity.monitor import History, observe
+from yolo_ext.sparsity.sparsifier import Sparsifier
+
+__all__ = ["History", "Sparsifier", "observe"]

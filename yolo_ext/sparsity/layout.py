@@ -1,18 +1,104 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""All prunable channels of a model numbered through, so that a step over all of them is a handful of tensor calls."""
+"""What sparsity training may pull on: the scales and weights of the channels that pruning could remove.
+
+All channels are numbered through, so that a step over all of them is a handful of tensor calls.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from yolo_ext.sparsity.groups import SparseGroup
+from yolo_ext.core.config import PruneConfig
+from yolo_ext.core.errors import UsageError
+from yolo_ext.pruning.graph import Graph, Group, build_graph
+from yolo_ext.pruning.groups import tied_groups
+from yolo_ext.pruning.labels import layer_channels, norm_behind, weight_dim
 
 Side = tuple[str, int, torch.Tensor]  # parameter, dimension, (size,) channel of each position in it, C where none
 
 
+# Groups ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class SparseGroup:
+    """Channels that can be removed together, and the parameters that go with them.
+
+    Attributes:
+        name: Path of the first layer that produces the channels.
+        size: Number n of channels.
+        gammas: (parameter, (n, repeats) positions) of each BatchNorm over the channels.
+        weights: (parameter, dimension, (n, repeats) positions in it) of each layer that produces or reads them.
+    """
+
+    name: str
+    size: int
+    gammas: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    weights: list[tuple[str, int, torch.Tensor]] = field(default_factory=list)
+
+
+def sparse_groups(model: nn.Module, cfg: PruneConfig, scales: bool = False) -> list[SparseGroup]:
+    """Find the groups that pruning with these options could shrink; slots hold no parameters without gradient.
+
+    `scales` leaves out groups without BatchNorm, which cannot be ranked by scale factors.
+
+    Raises:
+        UsageError: If the model is fused or has no BatchNorm, or nothing in it can be pruned.
+    """
+    _check(model, scales)
+    graph = build_graph(model)
+    _keep_untrained(model, graph)
+    # the simplest criterion that can rank what the penalty can pull on
+    ties = tied_groups(model, graph, replace(cfg, method="slim" if scales else "l1", ratios={}))
+    kept = [_slots(model, g) for t in ties for g in t.groups]
+    if not kept:
+        why = "has a BatchNorm and " if scales else ""
+        raise UsageError(
+            f"Sparsity training finds no group of channels that {why}can be pruned. Look at prune.include, "
+            "prune.exclude, prune.min_channels, prune.round_to and freeze; `yolo-ext analyze` says why layers stay."
+        )
+    return kept
+
+
+def _check(model: nn.Module, scales: bool) -> None:
+    """Refuse a model without the BatchNorm that sparsity training needs."""
+    fused = bool(getattr(model, "is_fused", bool)())
+    if fused or (scales and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())):
+        raise UsageError(
+            "Sparsity training needs BatchNorm, but this model has none: it was fused, or built without. "
+            "Give the .pt as it was trained, before fuse()."
+        )
+
+
+def _keep_untrained(model: nn.Module, graph: Graph) -> None:
+    """Freeze groups that a layer without gradients produces: it could not recover from pruning."""
+    modules = dict(model.named_modules())
+    if not any(p.requires_grad for p in model.parameters()):
+        return  # loaded for inference
+    for g in graph.groups:
+        if any(not p.requires_grad for path in g.producers for p in modules[path].parameters(recurse=False)):
+            g.frozen = g.frozen or "is not trained"
+
+
+def _slots(model: nn.Module, group: Group) -> SparseGroup:
+    """Return the parameters of a group that learn, with the positions of its channels in them."""
+    found = SparseGroup(group.name, group.size)
+    inference = not any(p.requires_grad for p in model.parameters())
+    for m in group.members:
+        layer = model.get_submodule(m.module)
+        name, weight = f"{m.module}.weight", getattr(layer, "weight", None)
+        if weight is None or not (weight.requires_grad or inference):
+            continue
+        if isinstance(layer, nn.BatchNorm2d):
+            found.gammas.append((name, m.index))
+        elif layer_channels(layer) and (m.dim == "out" or getattr(layer, "groups", 1) == 1):
+            found.weights.append((name, weight_dim(layer, m.dim), m.index))
+    return found
+
+
+# Numbering ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Layout:
     """Where each of the C channels sits.
@@ -39,16 +125,7 @@ class Layout:
 
 
 def lay_out(model: nn.Module, groups: list[SparseGroup], weights: bool) -> Layout:
-    """Number the channels of all groups through.
-
-    Args:
-        model: The model that the groups were found in.
-        groups: Its prunable groups.
-        weights: Whether weights matter too, or scales only.
-
-    Returns:
-        The layout, on the device of the model.
-    """
+    """Number the channels of all groups through, on the device of the model; `weights`: not only scales matter."""
     device = next(model.parameters()).device
     starts = [0]
     for g in groups:
@@ -106,27 +183,26 @@ def scale_norms(gammas: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def weight_norms(model: nn.Module, layout: Layout) -> torch.Tensor:
     """Return (C,) norms of all coupled weights with BatchNorm folded in, as pruning ranks them within a group."""
+    modules = dict(model.named_modules())
     squares: dict[str, torch.Tensor] = {}
     parts = []
     for name, dim, _ in layout.weights:
         if name not in squares:
-            squares[name] = _folded_squares(model, name.removesuffix(".weight"))
+            squares[name] = _folded_squares(modules, name.removesuffix(".weight"))
         w = squares[name]
         parts.append(w.flatten() if w.ndim == 1 or w.shape[1 - dim] == 1 else w.sum(1 - dim))
     joined = torch.cat([*parts, parts[0].new_zeros(1)])
     return joined[layout.weight_table].sum(1).sqrt()
 
 
-def _folded_squares(model: nn.Module, path: str) -> torch.Tensor:
+def _folded_squares(modules: Mapping[str, nn.Module], path: str) -> torch.Tensor:
     """Return squared weights of a layer, summed over the kernel and with the BatchNorm of its Conv block folded in."""
-    layer, block = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    layer = modules[path]
     w = layer.weight.detach().float().square()
     w = w.flatten(2).sum(2) if w.ndim > 2 else w
-    out = int(isinstance(layer, nn.ConvTranspose2d))
-    bn = getattr(block, "bn", None)
-    if isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == w.shape[out]:
+    if bn := norm_behind(modules, path):
         scale = bn.weight.detach().float().square() / (bn.running_var.float() + bn.eps)
-        w = w * (scale[None] if out else scale[:, None])
+        w = w * scale[:, None].transpose(0, weight_dim(layer, "out"))
     return w
 
 
@@ -139,14 +215,7 @@ def join_slots(model: nn.Module, layout: Layout, values: torch.Tensor) -> list[t
 
 @torch.no_grad()
 def multiply(model: nn.Module, layout: Layout, scales: torch.Tensor, channels: torch.Tensor | None = None) -> None:
-    """Shrink parameters in place; what belongs to no channel keeps its bits.
-
-    Args:
-        model: The model, or its EMA.
-        layout: Where the channels sit.
-        scales: (m,) factors of the BatchNorm scales.
-        channels: (C,) factors of the coupled weights, None to leave them alone.
-    """
+    """Shrink a model or EMA in place by factors of its (m,) scales and, if given, of the weights of (C,) channels."""
     if layout.scales:
         torch._foreach_mul_([model.get_parameter(n) for n in layout.scales], join_slots(model, layout, scales))
     if channels is not None:

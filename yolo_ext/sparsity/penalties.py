@@ -57,17 +57,7 @@ class Channels:
 
 
 def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> torch.Tensor:
-    """Reduce (C,) values by group.
-
-    Args:
-        values: One value for each channel.
-        group: (C,) number of the group of each channel.
-        groups: Number of groups, none of them empty.
-        op: ``amin`` or ``amax``.
-
-    Returns:
-        (groups,) reduced values.
-    """
+    """Reduce (C,) values by the (C,) numbers of their groups, none of them empty, to (groups,); `op` amin or amax."""
     return values.new_zeros(groups).scatter_reduce_(0, group, values, op, include_self=False)
 
 

@@ -16,14 +16,15 @@ from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import pulls
-from yolo_ext.sparsity.groups import SparseGroup, sparse_groups
 from yolo_ext.sparsity.layout import (
     Layout,
+    SparseGroup,
     join_slots,
     lay_out,
     multiply,
     read_scales,
     scale_norms,
+    sparse_groups,
     weight_norms,
 )  # fmt: skip
 from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
@@ -55,12 +56,7 @@ class Controller:
     lowering: bool = False
 
     def update(self, share: float, fitness: float) -> None:
-        """Set the gain for the next epoch.
-
-        Args:
-            share: Share of prunable channels below the threshold, 0..1.
-            fitness: Fitness of the epoch that is over, larger is better.
-        """
+        """Set the gain for the next epoch from the share of channels below the threshold and the fitness of this."""
         if self.reference is None:
             self.reference = fitness
         self.lowering = self.lowering or share >= self.target or self.reference - fitness > self.max_drop
@@ -145,23 +141,13 @@ class Sparsifier:
             )
 
     def keep_up(self, model: nn.Module, batches: int) -> None:
-        """Let the statistics of BatchNorm follow scales that shrink fast, or validation sees a model that is long gone.
-
-        Args:
-            model: The model that is trained, not wrapped; without a pull it gets its own momentum back.
-            batches: Batches of an epoch.
-        """
+        """Let the statistics of BatchNorm follow scales that shrink fast, or validation sees a model of long ago."""
         least = min(FASTEST, WINDOW / batches) if self.pull else 0.0
         for name, own in self._momenta.items():
             model.get_submodule(name).momentum = max(own, least)
 
     def steer(self, share: float, fitness: float) -> None:
-        """Tell `sparsity.auto` how an epoch ended.
-
-        Args:
-            share: Share of prunable channels below the threshold, 0..1.
-            fitness: Fitness of the epoch, larger is better.
-        """
+        """Tell `sparsity.auto` which share of channels is below the threshold, and the fitness, after an epoch."""
         if self.controller:
             self.controller.update(share, fitness)
 
@@ -234,6 +220,7 @@ class Sparsifier:
 
     # Parts ----------------------------------------------------------------------------------------------------------
     def _channels(self, model: nn.Module) -> Channels:
+        """Return all channels as they are now."""
         gammas = read_scales(model, self.layout)
         norms = scale_norms(gammas, self.layout) if self.scales else weight_norms(model, self.layout)
         own = self.layout
@@ -267,6 +254,7 @@ class Sparsifier:
         return torch.where(known, ease, 1.0)
 
     def _mean(self, norms: torch.Tensor) -> torch.Tensor:
+        """Return the mean strength of a channel, relative to the largest of its group for weights."""
         if self.scales:
             return norms.mean()
         largest = segment(norms, self.layout.group, len(self.groups), "amax")

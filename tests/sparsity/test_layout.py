@@ -10,8 +10,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.criteria import score
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
-from yolo_ext.sparsity.groups import sparse_groups
-from yolo_ext.sparsity.layout import lay_out, multiply, read_scales, scale_norms, weight_norms
+from yolo_ext.sparsity.layout import lay_out, multiply, read_scales, scale_norms, sparse_groups, weight_norms
 
 FAMILIES = ["small", "yolo11n", *(pytest.param(f, marks=pytest.mark.matrix) for f in ("yolov8n", "yolov9t", "yolo26n"))]
 
