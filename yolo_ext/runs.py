@@ -14,11 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from ultralytics.utils import LOGGER, YAML
+from ultralytics.utils import LOGGER
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.cfg import get_save_dir
 from yolo_ext.stock.context import cpu_info
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
@@ -28,45 +29,25 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Record:
-    """What a stage leaves behind in its `stage.json`; None where it has nothing to say.
+    """What a stage leaves behind in its `stage.json`; None where it has nothing to say."""
 
-    Attributes:
-        metrics: Figures of `summary.json`.
-        weights: Newest float model, relative to the run folder.
-        layers: Channels of each layer before and after pruning.
-        checks: Name, value, limit and outcome of each check.
-        notes: Sentences for the report.
-        rows: Measurements side by side: latencies, or other models.
-        ratios: Speed against the base by name: median, 10 and 90 %, significance.
-        f1: Best F1 and its confidence of the FP32 and the INT8 file.
-        float: Reason by path of each layer that stays float.
-        planned: Number of convolutions that should run as INT8.
-        accidents: Reason by path of each of them that does not.
-        chosen: Float weights that the ONNX files were written from.
-        calibration: What the ranges were measured on.
-        profile: Quantization profile.
-        better: Whether QAT beats PTQ.
-        skipped: Why a stage had nothing to do.
-        parity: Differences between the INT8 file, its simulation and PyTorch.
-    """
-
-    metrics: dict[str, Any] | None = None
-    weights: str | None = None
-    layers: Rows | None = None
-    checks: Rows | None = None
-    notes: list[str] | None = None
-    rows: Rows | None = None
-    ratios: dict[str, dict[str, Any]] | None = None
-    f1: dict[str, dict[str, float]] | None = None
-    float: dict[str, str] | None = None
-    planned: int | None = None
-    accidents: dict[str, str] | None = None
-    chosen: str | None = None
-    calibration: dict[str, Any] | None = None
-    profile: str | None = None
-    better: bool | None = None
-    skipped: str | None = None
-    parity: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None  # figures of `summary.json`
+    weights: str | None = None  # newest float model, relative to the run folder
+    layers: Rows | None = None  # channels of each layer before and after pruning
+    checks: Rows | None = None  # name, value, limit and outcome
+    notes: list[str] | None = None  # sentences for the report
+    rows: Rows | None = None  # measurements side by side: latencies, or other models
+    ratios: dict[str, dict[str, Any]] | None = None  # speed against the base by name: median, spread, significance
+    f1: dict[str, dict[str, float]] | None = None  # best F1 and its confidence of the FP32 and the INT8 file
+    float: dict[str, str] | None = None  # reason by path of each layer that stays float
+    planned: int | None = None  # convolutions that should run as INT8
+    accidents: dict[str, str] | None = None  # reason by path of each of them that does not
+    chosen: str | None = None  # float weights that the ONNX files were written from
+    calibration: dict[str, Any] | None = None  # what the ranges were measured on
+    profile: str | None = None  # of quantization
+    better: bool | None = None  # whether QAT beats PTQ
+    skipped: str | None = None  # why a stage had nothing to do
+    parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
 
     def write(self, path: Path) -> None:
         """Write what the stage has to say as JSON."""
@@ -81,22 +62,10 @@ class Record:
 
 # The folder ----------------------------------------------------------------------------------------------------------
 def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = False) -> Path:
-    """Make the run folder as Ultralytics would, ``runs/<task>/<name>``.
+    """Make the run folder as Ultralytics would, ``runs/<task>/<name>``, or, to `resume`, return the one that is there.
 
-    Args:
-        place: `project`, `name`, `exist_ok` and `save_dir` as the user gave them, None where not.
-        task: Ultralytics task.
-        mode: Default name of the run.
-        resume: Use the folder that is there.
-
-    Returns:
-        The folder, which exists.
-
-    Raises:
-        UsageError: If there is nothing to resume.
+    `place` holds `project`, `name`, `exist_ok` and `save_dir` as the user gave them; `mode` is the default name.
     """
-    from yolo_ext.stock.cfg import get_save_dir
-
     args = SimpleNamespace(task=task, mode=mode, project=place.get("project"), name=place.get("name"),
                            save_dir=place.get("save_dir"), exist_ok=bool(place.get("exist_ok")) or resume)  # fmt: skip
     path = Path(get_save_dir(args))
@@ -110,11 +79,6 @@ def discard(folder: Path) -> None:
     """Remove the folder of a run that was refused, unless it holds more than Ultralytics puts there at once."""
     if {p.name for p in folder.rglob("*")} <= {"args.yaml", "weights"}:
         shutil.rmtree(folder)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return a YAML file as a dict, empty when it is missing."""
-    return YAML.load(path) if path.exists() else {}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -137,11 +101,6 @@ def size_mb(path: Path) -> float:
     """Return the size of a file, or of all that is in a folder, in MB (10^6 bytes)."""
     files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
     return sum(f.stat().st_size for f in files) / 1e6
-
-
-def has_boxes(model: nn.Module) -> bool:
-    """Tell whether mAP can be measured: classification has none."""
-    return stock.task_of(model) != "classify"
 
 
 def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, Any]:

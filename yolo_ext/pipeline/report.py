@@ -11,7 +11,10 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.core.config import as_plain
 from yolo_ext.pipeline.run import Run
+from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
+from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import write_summary
+from yolo_ext.stock.context import quiet
 
 PICTURES = 4
 LATENCIES = {  # figures of `summary.json` by what was measured
@@ -42,7 +45,6 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> Path:
-    from yolo_ext.reporting.pages import write_report
 
     layers = next((d.layers for d in run.done.values() if d.layers), [])
     report = {
@@ -65,8 +67,6 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
 
 def _plots(run: Run, summary: dict[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Draw figures by stage and channels by layer, and return path and caption of these and of the training curves."""
-    from yolo_ext.reporting.figures import plot_channels, plot_stages
-
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
     plots = {plot_stages(summary["stages"], folder / "stages.png"): "Stage by stage"}
@@ -82,8 +82,8 @@ def _latency(run: Run) -> dict[str, Any]:
     record = run.done["latency"]
     name, ratio = list((record.ratios or {}).items())[-1]
     note = (
-        f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. {name.split()[-1]} against "
-        f"base FP32 in ONNX Runtime: {ratio['ratio']:.2f}x (10 to 90 %: {ratio['p10']:.2f} to {ratio['p90']:.2f})."
+        f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} "
+        f"is {ratio['ratio']:.2f}x as fast as base FP32 (10 to 90 %: {ratio['p10']:.2f} to {ratio['p90']:.2f})."
     )
     return {"latency": {"rows": record.rows, "note": note}}
 
@@ -99,9 +99,6 @@ def _quantization(run: Run) -> dict[str, Any]:
 def _pictures(run: Run) -> list[dict[str, str]]:
     """Draw base and compressed detections side by side on the first val images."""
     from ultralytics import YOLO
-
-    from yolo_ext.reporting.figures import side_by_side
-    from yolo_ext.stock.context import quiet
 
     new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
     made: list[dict[str, str]] = []

@@ -19,12 +19,14 @@ from yolo_ext.core.config import CONFIGS, EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
 from yolo_ext.core.registry import Need
+from yolo_ext.data.check import check_data
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.runs import Record
 from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
+from yolo_ext.training.trainer import trainer_for
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
 COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
@@ -36,36 +38,22 @@ Loaded = tuple[nn.Module, dict[str, Any]]
 
 @dataclass
 class Run:
-    """One compression run.
+    """One compression run."""
 
-    Attributes:
-        base: Base model file.
-        data: Path of the data.yaml, empty when no stage needs data.
-        task: Ultralytics task.
-        native: Ultralytics training arguments given by the user.
-        sparsity, prune, distill, quant: Options of the techniques, None where one is off.
-        models: Base model and newest one by file, each with its training arguments.
-        folder: Run folder.
-        info: Checked dataset dict.
-        imgsz: Side of the square input in pixels.
-        fresh: Whether the folder held nothing before.
-        done: Records of finished stages.
-    """
-
-    base: Path
-    data: str
-    task: str
-    native: dict[str, Any]
+    base: Path  # base model file
+    data: str  # path of the data.yaml, empty when no stage needs data
+    task: str  # of Ultralytics
+    native: dict[str, Any]  # training arguments of Ultralytics given by the user
     sparsity: SparsityConfig | None
     prune: PruneConfig | None
     distill: DistillConfig | None
     quant: QuantConfig | None
-    models: dict[Path, Loaded]
+    models: dict[Path, Loaded]  # base model and newest one by file, with their training arguments
     folder: Path = Path()
-    info: dict[str, Any] = field(default_factory=dict)
-    imgsz: int = 0
-    fresh: bool = False
-    done: dict[str, Record] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)  # of the checked dataset
+    imgsz: int = 0  # side of the square input in pixels
+    fresh: bool = False  # whether the folder held nothing before
+    done: dict[str, Record] = field(default_factory=dict)  # by finished stage
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -122,15 +110,7 @@ class Run:
 def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stages: Iterable[str]) -> Run:
     """Check everything that can be checked before anything is written, and make the folder.
 
-    Args:
-        model: Base model file.
-        data: Dataset YAML, or nothing.
-        resume: Go on in the folder that is there.
-        options: Techniques, place of the folder, and Ultralytics training arguments.
-        stages: Names of all stages, which a folder that may be written again loses.
-
-    Raises:
-        UsageError: If the input is wrong.
+    One that may be written again loses its `stages`.
     """
     mode = str(options.pop("mode", None) or "compress")
     place = {k: options.pop(k, None) for k in PLACE}
@@ -168,8 +148,6 @@ def _learns_from_data(run: Run) -> str:
 
 def _check_data(run: Run) -> None:
     """Read the dataset, and refuse one that is missing or has other classes than the model."""
-    from yolo_ext.data.check import check_data
-
     if reason := _learns_from_data(run):
         if run.base.suffix != ".pt":
             raise UsageError(
@@ -210,7 +188,7 @@ def _check_techniques(run: Run) -> None:
 
 def _check_resume(run: Run, plain: dict[str, Any]) -> None:
     """Refuse to mix stages of different options in one folder; options that came or went since do not count."""
-    before = runs.read(run.folder / "compress.yaml")
+    before = YAML.load(run.folder / "compress.yaml")
     told = {k: before.pop(k, None) for k in EXT_DEFAULTS}
     changed = [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
     changed += [k for k, config in run.configs.items() if _config(k, told[k]) != config]
@@ -241,8 +219,6 @@ def measure(run: Run, weights: Path) -> dict[str, Any]:
 def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any], weights: Path | None = None) -> Path:
     """Train the newest weights, or those given, in the stage's folder, going on where a killed run stopped."""
     from ultralytics import YOLO
-
-    from yolo_ext.training.trainer import trainer_for
 
     folder = run.folder / stage
     last = folder / "weights" / "last.pt"

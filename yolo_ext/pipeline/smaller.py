@@ -23,19 +23,9 @@ UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,), "CBLinear"
 
 
 def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
-    """Return the YAML of the model of the same family and depth whose GFLOPs are nearest to a target.
+    """Return the YAML of the same family and depth whose GFLOPs at `imgsz` pixels are nearest to `target`.
 
-    Args:
-        model: A YOLO, pruned or not; the YAML that it was built from is scaled in width.
-        target: GFLOPs of the deployed model at `imgsz`.
-        imgsz: Side of the square image in pixels.
-
-    Returns:
-        Model dict for Ultralytics. When every width has more GFLOPs than the target, the narrowest that works; when
-        the full width has fewer, that one.
-
-    Raises:
-        UsageError: If Ultralytics cannot build the YAML of the model.
+    When every width has more, it is the narrowest that works; when the full width has fewer, that one.
     """
     full: dict[str, Any] = dict(deepcopy(manifest(model).yaml or model.yaml))
     full["nc"] = len(model.names)  # of a classifier the YAML may be out of date
@@ -63,11 +53,7 @@ def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
 
 
 def smaller(model: nn.Module, target: float, imgsz: int) -> tuple[str, nn.Module]:
-    """Build the model of `smaller_yaml` with random weights.
-
-    Returns:
-        Its name, such as ``yolov8n width 0.17``, and the model.
-    """
+    """Build the model of `smaller_yaml` with random weights; return its name, such as ``yolov8n width 0.17``, too."""
     yaml = smaller_yaml(model, target, imgsz)
     return f"{Path(str(yaml.get('yaml_file', 'model'))).stem} width {_width(yaml):.2f}", _build(model, yaml)
 
