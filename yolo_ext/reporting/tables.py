@@ -176,4 +176,5 @@ def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
 
 
 def _text(value: float | None, spec: str) -> str:
+    """Format a figure, one that is absent as `-`."""
     return ABSENT if value is None else format(value, spec)
