@@ -16,10 +16,10 @@ from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Row
-from yolo_ext.quantization.fake_quant import get_state, quantized_layers, quantizers, set_mode
+from yolo_ext.quantization.fake_quant import get_state, insert_plan, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import channel_axis, weight_rows
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
-from yolo_ext.quantization.spec import Spec, State
+from yolo_ext.quantization.spec import Plan, Spec, State
 from yolo_ext.stock import evaluating
 
 SHOWN = 3  # layer names in a message
@@ -76,6 +76,18 @@ def calibrate(
         ignored += [name] if h.ignored else []
     _tell(broken, repaired, ignored)
     return get_state(model)
+
+
+def known(plan: Plan, state: State) -> State:
+    """Return what a state has of the sites of a plan."""
+    return {path: {s: state[path][s] for s in sites if s in state.get(path, {})} for path, sites in plan.items()}
+
+
+def calibrate_rest(model: nn.Module, plan: Plan, given: State, batches: Iterable[torch.Tensor], *how: str) -> State:
+    """Insert a plan into a float model, and return its state: the given ranges, and those that calibration finds."""
+    insert_plan(model, plan)
+    found = calibrate(model, batches, *how)
+    return {path: {**sites, **given[path]} for path, sites in found.items()}
 
 
 def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor], total: int | None) -> list[Histogram]:
@@ -135,12 +147,7 @@ def _numpy(act: nn.Module | None) -> Callable[[np.ndarray], np.ndarray] | None:
     """Return an activation without parameters as a function of arrays, None where it changes nothing."""
     if act is None or isinstance(act, nn.Identity) or any(True for _ in act.parameters()):
         return None
-    return partial(_apply, act)
-
-
-def _apply(act: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Return what an activation makes of an array, as float64."""
-    return act(torch.from_numpy(x.copy()).float()).numpy().astype(np.float64)
+    return lambda x: act(torch.from_numpy(x.copy()).float()).numpy().astype(np.float64)
 
 
 # What is wrong: values outside, codes that nothing uses, unlike channels ---------------------------------------------

@@ -18,7 +18,7 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.calibrate import calibrate
+from yolo_ext.quantization.calibrate import calibrate_rest, known
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, set_mode
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import PROFILES, Profile, Spec, State, plan_of
@@ -32,23 +32,11 @@ INPUT, WEIGHT = "input_quantizer", "weight_quantizer"
 
 # Between profiles ----------------------------------------------------------------------------------------------------
 def convert(state: State, source: Profile, target: Profile) -> State:
-    """Return the state for another profile than that it was made for.
+    """Return the state for another profile than that it was made for, or refuse what would compute something else.
 
     Scales and codes stay what they are: ranges need no change between signed and unsigned storage, a symmetric range is
     an asymmetric one whose zero has the middle code, and weights keep their bits where the target can run them. What
     the target does not execute is dropped, which means fewer roundings. What it could quantize besides stays float.
-
-    Args:
-        state: Specs and ranges.
-        source: Profile that they were calibrated or trained for.
-        target: Profile to write.
-
-    Returns:
-        A new state.
-
-    Raises:
-        UsageError: If the target would compute something else: it quantizes tensors that have no range here, has no
-            zero points, or saturates with weights that wide.
     """
     if source.name == target.name:
         return state
@@ -90,6 +78,7 @@ def _problems(state: State, source: Profile, target: Profile) -> list[str]:
 
 
 def _reads_image_too_wide(sites: dict[str, dict], target: Profile) -> bool:
+    """Tell whether a layer reads the image with weights of more bits than the target is to keep there."""
     reads_image = tuple(sites.get("input", {}).get(end) for end in ("lo", "hi")) in IMAGE
     return reads_image and (target.stem_bits or 16) < sites.get("weight", {}).get("bits", 0)
 
@@ -101,17 +90,7 @@ def is_modelopt(ckpt: Mapping[str, Any]) -> bool:
 
 
 def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a checkpoint of Ultralytics' quantization-aware training as the stock model that it holds.
-
-    Args:
-        path: The ``.pt``. Ultralytics itself can load it only with ModelOpt installed.
-
-    Returns:
-        The float32 model in eval mode without its quantizers, and the checkpoint dict for `import_state`.
-
-    Raises:
-        UsageError: If this is no such checkpoint.
-    """
+    """Return the float32 stock model in a checkpoint of Ultralytics' QAT, and the checkpoint for `import_state`."""
     ckpt = raw_checkpoint(path)
     model = ckpt.get("ema") or ckpt.get("model")
     if not is_modelopt(ckpt) or not isinstance(model, nn.Module):
@@ -123,20 +102,11 @@ def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
-    """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile.
+    """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float.
 
-    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127.
-
-    Args:
-        ckpt: The checkpoint dict.
-        model: Its model. Blocks of several branches must be merged already: what replaces them gets the input range of
-            the branches and new weight ranges, because theirs do not add up.
-
-    Returns:
-        `input` and `weight` of each convolution and linear layer that was quantized, transposed ones left float.
-
-    Raises:
-        UsageError: If the checkpoint is none of ModelOpt, of another model, or not of signed 8-bit integers.
+    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127. Blocks
+    of several branches must be merged already: what replaces them gets the input range of the branches and new weight
+    ranges, because theirs do not add up.
     """
     if not is_modelopt(ckpt):
         raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")
@@ -164,17 +134,10 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
 
 
 def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable[torch.Tensor]) -> State:
-    """Insert an imported state into its model and calibrate what the profile quantizes besides.
+    """Insert what `import_state` returned into its model, calibrate what the profile quantizes besides, return all.
 
-    Args:
-        model: The model of `import_state`, without quantizers; it has them afterwards, switched on.
-        state: What `import_state` returned; its ranges are kept.
-        profile: What the runtime executes. Layers that it keeps float are left out, and 8-bit weights become narrower
-            where it needs that.
-        batches: Images (B, C, H, W), 0 to 1; not read where nothing is missing.
-
-    Returns:
-        The state of the profile.
+    Layers that the profile keeps float are left out, and 8-bit weights become narrower where it needs that. The images
+    (B, C, H, W), 0 to 1, are not read where nothing is missing.
     """
     if not profile.output:
         done = convert(state, PROFILES[SOURCE], profile)
@@ -182,17 +145,12 @@ def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable
     else:
         others = [path for path in make_plan(model, profile)[0] if path not in state and path.endswith(".conv")]
         plan, _ = make_plan(model, profile, [f"^{re.escape(path)}$" for path in others])
-        given = {
-            path: {site: state[path][site] for site in sites if site in state.get(path, {})}
-            for path, sites in plan.items()
-        }
+        given = known(plan, state)
         for path, sites in given.items():
             if "weight" in sites:
                 sites["weight"] = {**sites["weight"], "bits": plan[path]["weight"].bits}
             plan[path] |= plan_of({path: sites})[path]
-        insert_plan(model, plan)
-        done = calibrate(model, batches)
-        done = {path: {**sites, **given[path]} for path, sites in done.items()}
+        done = calibrate_rest(model, plan, given, batches)
     load_state(model, done)
     set_mode(model, "on")
     return done

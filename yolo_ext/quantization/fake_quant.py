@@ -100,10 +100,7 @@ def _quantize_sum(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tens
 
 
 def insert_fake_quant(
-    model: nn.Module,
-    profile: Profile,
-    exclude: Sequence[str] = (),
-    config_list: Sequence[Mapping[str, Any]] = (),
+    model: nn.Module, profile: Profile, exclude: Sequence[str] = (), config_list: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, str]:
     """Insert fake quantizers in place for what the profile runs in INT8.
 
@@ -238,16 +235,10 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, Any
 
 
 def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None:
-    """Set what the quantizers of a model do.
+    """Set what the quantizers of a model do, and how much of a range is that of the current batch while training.
 
-    Args:
-        model: A model with fake quantizers.
-        mode: `float` (nothing is quantized), `off` (weights only), `observe` (float, collecting calibration
-            statistics) or `on` (weights and calibrated activations).
-        momentum: If given, weight of the current batch with which ranges follow the data in training mode.
-
-    Raises:
-        UsageError: If there is no such mode.
+    The modes are `float` (nothing is quantized), `off` (weights only), `observe` (float, collecting calibration
+    statistics) and `on` (weights and calibrated activations).
     """
     if mode not in MODES:
         raise UsageError(f"Unknown fake-quant mode '{mode}'. Legal: {', '.join(MODES)}.")
@@ -264,33 +255,21 @@ def get_state(model: nn.Module) -> State:
 
     Activations have `lo` and `hi` once they are calibrated; weights a list `ratio` unless all are 1.
     """
-    state: State = {}
-    found = {(path, site): q for path, site, q, _ in quantizers(model)}
-    layers = {path: layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
-    for path, _ in model.named_modules():
-        for site in SITES:
-            if (path, site) in found:
-                q = found[path, site]
-                ends = {"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {}
-                state.setdefault(path, {})[site] = {**q.spec.as_dict(), **ends}
-            elif site == "weight" and path in layers:
-                ratio = layers[path].weight_ratio
-                extra = {} if bool((ratio == 1).all()) else {"ratio": ratio.tolist()}
-                state.setdefault(path, {})[site] = {**layers[path].weight_spec.as_dict(), **extra}
-    return state
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, layer, _ in quantized_layers(model):
+        if spec := layer.weight_spec:
+            whole = bool((layer.weight_ratio == 1).all())
+            entries[path, "weight"] = {**spec.as_dict(), **({} if whole else {"ratio": layer.weight_ratio.tolist()})}
+    for path, site, q, _ in quantizers(model):
+        entries[path, site] = {**q.spec.as_dict(), **({"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {})}
+    paths = {path for path, _ in entries}
+    ordered = [path for path, _ in model.named_modules() if path in paths]
+    return {path: {site: entries[path, site] for site in SITES if (path, site) in entries} for path in ordered}
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: State) -> None:
-    """Set the ranges returned by `get_state`.
-
-    Args:
-        model: A model with fake quantizers of the same plan.
-        state: What `get_state` returned.
-
-    Raises:
-        UsageError: If a range has no quantizer in this model.
-    """
+    """Set the ranges returned by `get_state` of a model with the same plan."""
     sites: dict[tuple[str, str], Any] = {(path, site): q for path, site, q, _ in quantizers(model)}
     sites |= {(path, "weight"): layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
     unknown = sorted({path for path, r in state.items() for site in r if (path, site) not in sites})

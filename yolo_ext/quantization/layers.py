@@ -219,14 +219,15 @@ class QuantLayer(_Float32):
     fold: tuple[nn.Module, ...]
     mode: str
 
-    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input and weight as the integer kernel sees them."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute with `x`, of the shape that the layer takes, as the INT8 kernel does."""
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return x, self.quantized_weight() if self.mode in ("off", "on") else self.weight
-
-    def result(self, y: torch.Tensor) -> torch.Tensor:
-        """Return what the layer made as its readers see it."""
+        y = self.compute(x, self.quantized_weight() if self.mode in ("off", "on") else self.weight)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Do what the layer does, with another weight."""
+        raise NotImplementedError
 
     def quantized_weight(self) -> torch.Tensor:
         """Return the fake-quantized weight, in the shape and type of the weight."""
@@ -256,31 +257,26 @@ class QuantLayer(_Float32):
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """An `nn.Conv2d` that quantizes its input and its weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `x` of shape (batch, in, height, width) as the INT8 kernel does."""
-        x, weight = self.operands(x)
-        return self.result(self._conv_forward(x, weight, self.bias))
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Convolve `x` (batch, in, height, width)."""
+        return self._conv_forward(x, weight, self.bias)
 
 
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """An `nn.ConvTranspose2d` that quantizes its input and its weight."""
 
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        """Convolve `x` of shape (batch, in, height, width) as the INT8 kernel does."""
-        x, weight = self.operands(x)
-        y = F.conv_transpose2d(
-            x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )  # type: ignore[arg-type]
-        return self.result(y)
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Convolve `x` (batch, in, height, width)."""
+        shape: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, *shape)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """An `nn.Linear` that quantizes its input and its weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply `x` of shape (..., in) as the INT8 kernel does."""
-        x, weight = self.operands(x)
-        return self.result(F.linear(x, weight, self.bias))
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Multiply `x` (..., in)."""
+        return F.linear(x, weight, self.bias)
 
 
 SWAPS: dict[type, type] = {nn.Conv2d: QuantConv2d, nn.ConvTranspose2d: QuantConvTranspose2d, nn.Linear: QuantLinear}

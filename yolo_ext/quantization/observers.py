@@ -2,8 +2,8 @@
 """Range observers: a streaming histogram per tensor and the rules that turn it into a quantization range.
 
 A rule gets the histogram, the `Spec` of the tensor and, for a tensor before an activation, that activation; it returns
-the low and the high end. A weight rule gets a weight of shape (channels, n) and the largest code; it returns the share
-of the largest magnitude that the range covers, shape (channels,).
+the low and the high end. A weight rule gets a weight of shape (channels, n) and the largest code, whose negative is the
+smallest one; it returns the share of the largest magnitude that the range covers, shape (channels,).
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Histogram:
         self.counts += torch.histc(x, 2 * BINS, -limit, limit).cpu().numpy()
 
     def _grow(self, bound: float) -> None:
+        """Widen the bins until the grid holds a magnitude."""
         width = 2.0 ** math.ceil(math.log2(max(bound, 1e-12) / BINS))
         if self.width == 0:
             self.width = width
@@ -120,16 +121,7 @@ def percentile(h: Histogram, spec: Spec, transform: Transform | None = None) -> 
 
 @observers.row("mse", "Range with the least mean squared error after the activation", paper="Choukroun et al., 2019")
 def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
-    """Return the range that minimises the mean squared quantization error.
-
-    Args:
-        h: What was seen.
-        spec: How the tensor is quantized.
-        transform: The activation between the quantizer and its consumers; the error is taken behind it.
-
-    Returns:
-        Low and high end.
-    """
+    """Return the range that minimises the mean squared quantization error, taken behind the activation `transform`."""
     used = h.counts > 0
     x, weight = h.centers[used], h.counts[used]
     target = transform(x) if transform else x
@@ -149,15 +141,8 @@ def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tup
     """Return the range with the least KL divergence between the clipped values and their codes.
 
     As in Migacz, "8-bit inference with TensorRT", 2017, values outside go to the end bins of the reference only, so
-    that clipping costs something; a range of fewer bins than codes would cost nothing else and is no candidate.
-
-    Args:
-        h: What was seen.
-        spec: How the tensor is quantized.
-        transform: Not used: information is counted where the quantizer is.
-
-    Returns:
-        Low and high end; those of the data when there are more codes than bins.
+    that clipping costs something; a range of fewer bins than codes would cost nothing else and is no candidate: with
+    more codes than bins, the range is that of the data. Information is counted where the quantizer is.
     """
     levels = spec.qmax - spec.qmin + 1
 
@@ -212,15 +197,7 @@ def weight_max(weight: torch.Tensor, qmax: int) -> torch.Tensor:
 
 @weight_observers.row("mse", "Range of the channel with the least mean squared error", paper="Choukroun et al., 2019")
 def weight_mse(weight: torch.Tensor, qmax: int) -> torch.Tensor:
-    """Return the range of each channel that minimises the squared quantization error.
-
-    Args:
-        weight: Weight of shape (channels, n).
-        qmax: Largest code; the smallest is its negative.
-
-    Returns:
-        Share of the largest magnitude, 0.3 to 1, shape (channels,).
-    """
+    """Return the share, 0.3 to 1, of each channel's largest magnitude with the least squared quantization error."""
     largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
     best = torch.full((len(weight),), math.inf, device=weight.device)
     ratio = torch.ones_like(best)

@@ -17,18 +17,8 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
+from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.calibrate import calibrate
-from yolo_ext.quantization.fake_quant import (
-    get_state,
-    insert_fake_quant,
-    insert_plan,
-    load_state,
-    merge_branches,
-    quantized_layers,
-    refuse_quantized,
-    set_mode,
-    strip_fake_quant,
-)
 from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn
 from yolo_ext.quantization.layers import weight_rows
 from yolo_ext.quantization.spec import plan_of, resolve_profile
@@ -55,7 +45,7 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
         UsageError: If there are no images, or an option matches nothing.
     """
     profile = resolve_profile(cfg.profile)
-    refuse_quantized(model)
+    fq.refuse_quantized(model)
     known = manifest(model).quant
     options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
     if known and known["profile"] == profile.name and known["options"] == options:
@@ -63,12 +53,12 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
         return known["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
     batches = partial(letterbox_batches, images, imgsz, BATCH, crop=stock.task_of(model) == "classify")
-    merge_branches(model, islice(batches(), MERGE_BATCHES))
-    kept_float = insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
+    fq.merge_branches(model, islice(batches(), MERGE_BATCHES))
+    kept_float = fq.insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
     LOGGER.info(f"{colorstr('quantize: ')}calibrating {profile.name} on {len(images)} images of {imgsz} px")
     calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
     _improve(model, cfg, batches)
-    set_mode(model, "on")
+    fq.set_mode(model, "on")
     calibration = {
         "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,
         "weights": cfg.weight_observer, "imgsz": imgsz,
@@ -91,15 +81,15 @@ def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[
 
 def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Insert what the entry `quant` of a manifest describes into the float model that carries it, exactly as it was."""
-    insert_plan(model, plan_of(record["state"]))
-    load_state(model, record["state"])
-    set_mode(model, "on")
+    fq.insert_plan(model, plan_of(record["state"]))
+    fq.load_state(model, record["state"])
+    fq.set_mode(model, "on")
 
 
 def strip(model: nn.Module) -> nn.Module:
     """Remove fake-quant in place and write specs and ranges, in full precision, into the manifest."""
-    state = get_state(model)
-    strip_fake_quant(model)
+    state = fq.get_state(model)
+    fq.strip_fake_quant(model)
     note(model, quant={**manifest(model).quant, "state": state})
     return model
 
@@ -111,7 +101,7 @@ def bake(model: nn.Module) -> None:
     Training leaves many weights close to the border between two codes (Nagel et al., "Overcoming Oscillations in
     Quantization-Aware Training", 2022), where rounding to fp16, in which checkpoints are kept, would move them across.
     """
-    for _, layer, _ in quantized_layers(model):
+    for _, layer, _ in fq.quantized_layers(model):
         if layer.weight_spec is None:
             continue
         before, weight = weight_rows(layer).abs().amax(1), layer.quantized_weight()
@@ -127,4 +117,4 @@ def observes(cfg: QuantConfig, epoch: int) -> bool:
 
 def set_epoch(model: nn.Module, epoch: int, cfg: QuantConfig) -> None:
     """Let ranges follow the data in the first `cfg.observe_epochs` epochs, counted from 0, and fix them afterwards."""
-    set_mode(model, "on", momentum=MOMENTUM if observes(cfg, epoch) else 0.0)
+    fq.set_mode(model, "on", momentum=MOMENTUM if observes(cfg, epoch) else 0.0)

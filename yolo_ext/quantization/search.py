@@ -21,7 +21,7 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import QuantConfig
-from yolo_ext.quantization.calibrate import calibrate
+from yolo_ext.quantization.calibrate import calibrate_rest, known
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import Profile, State, plan_of
@@ -213,19 +213,12 @@ def order(found: Mapping[str, Any]) -> list[list[str]]:
 def fewest_float(
     order: Sequence[Sequence[str]], evaluate: Callable[[list[str]], float], budget: float
 ) -> tuple[list[str], Trace]:
-    """Find how many groups of layers, from the worst down, must stay float.
+    """Return the layers of the first groups that must stay float to hold a budget, and the trials.
 
-    Doubles the number until the budget holds, then halves the gap. If the loss falls as more layers are float, the
-    number is the smallest; if it does not, the result holds the budget all the same.
-
-    Args:
-        order: Groups of layer paths, the one that is best left float first.
-        evaluate: Loss of a model whose layers of these paths are float, in the unit of the budget.
-        budget: Largest loss.
-
-    Returns:
-        The layers to leave float and the trials, each with the number of groups `float` and its `drop`. If no trial
-        holds the budget these are the layers of the one that lost least.
+    `evaluate` gives the loss, in the unit of the budget, of a model whose layers of these paths are float. The number
+    of groups is doubled until the budget holds, then the gap is halved. If the loss falls as more layers are float, it
+    is the smallest; if it does not, the result holds the budget all the same. If no trial does, the layers are those of
+    the one that lost least. A trial has the number of groups `float` and its `drop`.
     """
     trace: Trace = []
 
@@ -275,10 +268,7 @@ def leave_float(
     C, H, W) from `batches`.
     """
     plan, _ = make_plan(model, profile, cfg.exclude, [*cfg.config_list, *config_list(excluded)])
-    known = {path: {s: state[path][s] for s in sites if s in state.get(path, {})} for path, sites in plan.items()}
-    if all(plan[path].keys() == sites.keys() for path, sites in known.items()):
-        return known
-    net = deepcopy(model).float()
-    insert_plan(net, plan)
-    new = calibrate(net, batches(), cfg.observer, cfg.weight_observer)
-    return {path: {**new[path], **sites} for path, sites in known.items()}
+    given = known(plan, state)
+    if all(plan[path].keys() == sites.keys() for path, sites in given.items()):
+        return given
+    return calibrate_rest(deepcopy(model).float(), plan, given, batches(), cfg.observer, cfg.weight_observer)
