@@ -134,7 +134,7 @@ def test_polygons(place, randomise):
         pytest.param("model=none.onnx source=shots out=o", "'none.onnx' does not exist", id="no onnx"),
         pytest.param("model=bad.onnx source=shots out=o", "cannot load 'bad.onnx'", id="broken onnx"),
         pytest.param("model=bad.txt source=shots out=o", "cannot label images", id="no model file"),
-        pytest.param("model=tiny.pt source=nowhere out=o", "Cannot find 'nowhere'", id="no source"),
+        pytest.param("model=tiny.pt source=nowhere out=o", "nowhere', which does not exist", id="no source"),
         pytest.param("model=tiny.pt source=shots out=shots/o", "lies inside the source", id="out in source"),
         pytest.param("model=tiny.pt source=shots out=o format=xml", "Unknown label format 'xml'", id="format"),
         pytest.param("model=tiny.pt source=shots out=o classes=sqare", "Did you mean 'square'", id="class"),
