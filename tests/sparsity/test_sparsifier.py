@@ -112,7 +112,7 @@ def test_only_what_can_be_pruned_is_touched(fresh, method):
     s = make(model, method, coefficient=0.5, prune=PruneConfig(exclude=["model.3"]))
     train(s, model, 4)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed and changed == s.penalised(model)
+    assert changed and changed == s.penalised()
     assert not any(n.startswith("model.0.") or n.endswith("bias") for n in changed)
     last = [n for n in before if n.startswith("model.5.cv") and n.endswith(".2.weight")]
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in last) or method not in SCALES
@@ -203,7 +203,7 @@ def test_gradient_mode_is_the_subgradient(fresh, method, momentum, lr):
     p = model.get_parameter(name).detach()
     extra = 0.2 / lr * (1 - momentum) * p.sign()  # of one scale, the lasso is the same
     torch.testing.assert_close(model.get_parameter(name).grad[index], (1 + extra)[index], rtol=1e-4, atol=1e-4)
-    untouched = [q for n, q in model.named_parameters() if n not in s.penalised(model)]
+    untouched = [q for n, q in model.named_parameters() if n not in s.penalised()]
     assert all((q.grad == 1).all() for q in untouched)
 
 

@@ -232,17 +232,9 @@ def resolved(cfg: PruneConfig, data: bool) -> PruneConfig:
 def score(
     model: nn.Module, group: Group, method: str, generator: torch.Generator, evidence: Evidence | None = None
 ) -> torch.Tensor | None:
-    """Score the channels of a group by a criterion, which may be the user's own.
+    """Return (n,) finite scores of the channels of a group, small where one can go; None when it cannot be ranked.
 
-    Args:
-        model: The model that the graph was built from.
-        group: One group of n channels.
-        method: Name of a criterion, or ``package.module:function``.
-        generator: Seeded random generator.
-        evidence: What `evidence.collect` measured on this model, for criteria that need data.
-
-    Returns:
-        (n,) finite float scores, small where a channel can go; None when the criterion cannot rank this group.
+    `method` is a criterion or the user's own as ``package.module:function``.
 
     Raises:
         UsageError: If the criterion is unknown, lacks its data, or returns anything else.

@@ -29,6 +29,7 @@ ENOUGH = 1.005  # a step that would gain less than this is left out
 
 def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probes: Probes) -> PruneConfig | None:
     """Return the options of one of `steps`, counted from 1, from those of the run; None when it has nothing to do."""
+    dense = manifest(model).dense
     # A run that is on its way warns about a model that is not sparse enough, it does not stop.
     now, before = (pruned_share(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
     ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
@@ -36,17 +37,17 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
     if cfg.speedup or cfg.params:
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
-        wanted = sizes(model, _dense(model)["imgsz"])[size] / (target * _dense(model)[size])
+        wanted = sizes(model, dense["imgsz"])[size] / (target * dense[size])
         changed: dict[str, Any] = {name: wanted}
         return replace(cfg, **changed) if wanted > ENOUGH else None
     if cfg.latency:
         left = [1 - p * (1 - 1 / cfg.latency) for p in (before, now)]
         return replace(cfg, latency=left[0] / left[1])
     if cfg.size_mb:
-        wanted = _dense(model)["size_mb"] * (1 - now) + cfg.size_mb * now
+        wanted = dense["size_mb"] * (1 - now) + cfg.size_mb * now
         return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None
     if cfg.max_drop and probes.score:
-        room = cfg.max_drop - (_dense(model)["score"] - probes.score(model))
+        room = cfg.max_drop - (dense["score"] - probes.score(model))
         return replace(cfg, max_drop=room) if room > 0 else None
     return replace(cfg, ratio=_relative(cfg.ratio, now, before)) if cfg.ratio else cfg
 
@@ -72,33 +73,10 @@ def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: in
     note(model, dense=found)
 
 
-def _dense(model: nn.Module) -> Mapping[str, Any]:
-    """Return the figures that the targets of all steps count from."""
-    return manifest(model).dense
-
-
 def decide(
     model: nn.Module, cfg: PruneConfig, step: int, steps: int, epoch: int, probes: Probes, imgsz: int = 640
 ) -> tuple[Kept, dict[str, Any]] | None:
-    """Choose what a step removes.
-
-    Args:
-        model: Copy of the EMA, which is changed; frozen layers stay.
-        cfg: Pruning options of the run.
-        step: Which step this is, counted from 1.
-        steps: How many there are.
-        epoch: Epoch that it comes before, counted from 0.
-        probes: What data and the clock can tell.
-        imgsz: Side in pixels of the images that FLOPs are counted for.
-
-    Returns:
-        Kept positions by module path and dimension, and what the manifest is to say about pruning afterwards; None
-        when the step has nothing to remove.
-
-    Raises:
-        UsageError: If the target of this step cannot be reached.
-        CheckFailed: If the pruned model differs from the masked dense one.
-    """
+    """Return what a step removes, and the new record of the manifest, from a copy of the EMA; None for nothing."""
     narrowed = step_config(cfg, model, step, steps, probes)
     if narrowed is None:
         return None
@@ -111,15 +89,7 @@ def decide(
 def cut_run(
     model: nn.Module, ema: Any, optimizer: torch.optim.Optimizer, kept: Kept, record: Mapping[str, Any]
 ) -> None:
-    """Cut what a training run holds by one plan.
-
-    Args:
-        model: The live model, not wrapped.
-        ema: Its `ModelEMA`.
-        optimizer: Its optimizer.
-        kept: Kept positions by module path and dimension, in the numbering of the model as it is.
-        record: What the manifest is to say about pruning afterwards.
-    """
+    """Cut the live model, its `ModelEMA` and the optimizer by one plan in their numbering; manifests get `record`."""
     modules, old = dict(model.named_modules()), dict(model.named_parameters())
     slices = {f"{path}.{name}": s for path, dims in kept.items()
               for name, s in parameter_slices(modules[path], dims).items()}  # fmt: skip

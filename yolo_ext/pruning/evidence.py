@@ -47,19 +47,7 @@ NO_PROBES = Probes()
 
 
 def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence:
-    """Measure how much the task's loss depends on each weight.
-
-    Args:
-        model: Any YOLO; it is not changed.
-        method: ``taylor``, ``hessian`` or ``obd``.
-        batches: Labelled batches as `model.loss` takes them, images (B, C, H, W) in 0..1.
-
-    Returns:
-        Salience in the shape of each parameter that got a gradient; for ``obd`` (outputs,) for each layer.
-
-    Raises:
-        UsageError: If there is not a single image.
-    """
+    """Return how much the task's loss depends on each weight, and for ``obd`` on each output of each layer."""
     copy = _observed(model)
     copy.requires_grad_(True)
     with torch.enable_grad():

@@ -147,14 +147,8 @@ def _check_share(tied: TiedGroups, share: float, floor: float, cfg: PruneConfig)
 def matches(model: nn.Module, selector: str, option: str = "selector") -> set[str]:
     """Return the paths of all modules that a selector means, with everything inside them.
 
-    Args:
-        model: A YOLO model.
-        selector: Layer index (``9``), module path (``model.9.cv2``), module type (``C2f``, ``Conv2d``), ``backbone``,
-            ``neck`` or ``head``, or a regular expression for whole paths; the first of these that fits.
-        option: Where the selector was given, for the error message.
-
-    Raises:
-        UsageError: If nothing fits, or the regular expression is broken.
+    A selector is a layer index (``9``), module path (``model.9.cv2``), module type (``C2f``, ``Conv2d``), ``backbone``,
+    ``neck`` or ``head``, or a regular expression for whole paths; the first of these that fits.
     """
     modules = {path: m for path, m in model.named_modules() if path}
     roots = _roots(model, modules, selector, option)

@@ -288,6 +288,6 @@ def weight_dim(layer: nn.Module, dim: str) -> int:
 
 def norm_behind(modules: Mapping[str, nn.Module], path: str) -> nn.BatchNorm2d | None:
     """Return the BatchNorm with weights that follows a layer in its Conv block, None without."""
-    bn = modules.get(path.rpartition(".")[0] + ".bn")
-    fits = isinstance(bn, nn.BatchNorm2d) and bn.weight is not None
-    return bn if fits and bn.num_features == (layer_channels(modules[path]) or (0,))[0] else None
+    bn, channels = modules.get(path.rpartition(".")[0] + ".bn"), layer_channels(modules[path]) or (0, 0)
+    fits = isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == channels[0]
+    return bn if fits else None  # type: ignore[return-value]

@@ -62,21 +62,7 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Pr
 def prune_with_plan(
     model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Probes = NO_PROBES
 ) -> tuple[nn.Module, Kept]:
-    """Do what `prune_model` does and return the plan too, in the numbering of `model`.
-
-    Args:
-        model: Any YOLO model; it is not changed.
-        cfg: Pruning options with a target.
-        imgsz: Side in pixels of the images that FLOPs are counted for.
-        probes: What data and the clock can tell, for the criteria and targets that need it.
-
-    Returns:
-        The pruned copy, and the kept positions by module path and dimension.
-
-    Raises:
-        UsageError: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
-        CheckFailed: If the pruned model differs from the masked dense one.
-    """
+    """Do what `prune_model` does, and return the kept positions too, in the numbering of `model`."""
     check_prunable(model)
     cfg = resolved(cfg, probes.batches is not None)
     if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):

@@ -164,16 +164,7 @@ def _finish(lab: Labels, touched: set[str]) -> None:
 def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
     """Run a copy of the model in train and eval mode with labelled channels; train mode shows train-only branches.
 
-    Args:
-        model: Any module that takes an image batch; it is not changed.
-        imgsz: Side in pixels of the square image.
-        custom: Follow channels through the code of modules that are not of torch or Ultralytics.
-
-    Returns:
-        The tracer, with all labels.
-
-    Raises:
-        UsageError: If the model does not run.
+    `imgsz` is the side of the image in pixels; `custom` follows channels through the code of modules of others.
     """
     model = deepcopy(model).float().cpu().requires_grad_(False)
     tracer = Tracer(model)

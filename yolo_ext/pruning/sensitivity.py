@@ -26,9 +26,8 @@ from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import Probes, collect, task_losses
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.groups import TiedGroups, tied_groups
-from yolo_ext.pruning.plan import kept_of
+from yolo_ext.pruning.plan import Job
 from yolo_ext.pruning.solve import layer_flops
-from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.stock.context import recalibrate
 
@@ -84,32 +83,31 @@ def measure_sensitivity(
         "key": {"model": fingerprint(model), **{k: v for k, v in asdict(cfg).items() if k in CHANGES}},
     }
     found["groups"] = _earlier(folder, found)
-    flops = layer_flops(model, graph)
-    shares = {id(g): s for g, s in zip(graph.groups, group_shares(graph, flops, sum(flops.values())))}
     measured = {g["name"] for g in found["groups"]}
+    job, shares = Job(model, graph, ties, cfg, probes), _flops_shares(model, graph)
     for tied in (bar := TQDM(ties, desc="Sensitivity")):
-        if tied.name in measured:
-            continue
-        bar.set_description(f"Sensitivity: {tied.name}")
-        found["groups"].append(
-            {
+        if tied.name not in measured:
+            bar.set_description(f"Sensitivity: {tied.name}")
+            row = {
                 "name": tied.name,
                 "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
                 "channels": tied.channels,
                 "flops_share": sum(shares[id(g)] for g in tied.groups),
-                "curve": _curve(model, graph, ties, tied, probes, images, found["ratios"]),
             }
-        )
-        _save(found, folder)
+            found["groups"].append({**row, "curve": _curve(job, tied, images, found["ratios"])})
+            _save(found, folder)
     found["complete"] = True
     _save(found, folder)
     return found
 
 
-def _curve(
-    model: nn.Module, graph: Graph, ties: list[TiedGroups], tied: TiedGroups, probes: Probes,
-    images: list[torch.Tensor], ratios: Iterable[float],
-) -> list[dict[str, Any]]:  # fmt: skip
+def _flops_shares(model: nn.Module, graph: Graph) -> dict[int, float]:
+    """Return the share of the FLOPs, 0..1, by id of a group."""
+    flops = layer_flops(model, graph)
+    return {id(g): s for g, s in zip(graph.groups, group_shares(graph, flops, sum(flops.values())))}
+
+
+def _curve(job: Job, tied: TiedGroups, images: list[torch.Tensor], ratios: Iterable[float]) -> list[dict[str, Any]]:
     """Return the points of one curve; ratios that come to the same number of units give one point."""
     levels: dict[int, float] = {}
     for wanted in ratios:
@@ -117,11 +115,9 @@ def _curve(
     levels.pop(tied.units, None)
     points = []
     for units, wanted in levels.items():
-        kept = kept_of(graph, ties, [units if t is tied else t.units for t in ties])
-        pruned = apply_plan(deepcopy(model), kept)
-        channels = tied.channels * units // tied.units
-        point = {"wanted": wanted, "ratio": 1 - units / tied.units, "channels": channels}
-        points.append({**point, **_measure(pruned, probes, images)})
+        pruned = job.pruned([units if t is tied else t.units for t in job.ties])
+        point = {"wanted": wanted, "ratio": 1 - units / tied.units, "channels": tied.channels * units // tied.units}
+        points.append({**point, **_measure(pruned, job.probes, images)})
     return points
 
 

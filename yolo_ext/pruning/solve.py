@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
@@ -210,14 +211,7 @@ def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], c
             trials pass a cap.
     """
     seen: dict[tuple[int, ...], float] = {}
-
-    def figure(units: list[int]) -> float:
-        if (key := tuple(units)) not in seen:
-            seen[key] = target.figure(units)
-            if target.slow:
-                done = f"trial {len(seen)}: {sum(units) / sum(t.units for t in ties):.1%} of the channels"
-                LOGGER.info(f"{colorstr('prune: ')}{done}, {name} {seen[key]:.4g} (target {target.goal:g})")
-        return seen[key]
+    figure = partial(_figure, name, target, sum(t.units for t in ties), seen)
 
     def miss(units: list[int]) -> float:
         return target.miss(figure(units))
@@ -232,12 +226,7 @@ def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], c
             f"'prune.{name}={target.goal:g}' is passed before anything is pruned for it: {name} is {figure(least):.4g}"
             f"{' with prune.ratios alone' * bool(cfg.ratios)}. Leave one of them out or change it."
         )
-    low, high = 0.0, 1.0
-    for _ in range(target.trials):
-        if not target.cap and min(miss(steps(low)), miss(steps(high))) <= target.tolerance / 2:
-            break
-        middle = (low + high) / 2
-        low, high = (low, middle) if target.passed(figure(steps(middle))) else (middle, high)
+    low, high = _bisect(target, lambda share: figure(steps(share)))
     if target.cap:
         found = steps(low)
         if all(u == t.units for u, t in zip(found, ties)):
@@ -250,6 +239,27 @@ def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], c
         why = "the measurements spread" if target.noisy else f"prune.round_to={cfg.round_to} leaves nothing nearer"
         LOGGER.warning(f"{colorstr('prune: ')}{name} is {figure(found):.4g} instead of {target.goal:g}: {why}")
     return found
+
+
+def _figure(name: str, target: Target, whole: int, seen: dict[tuple[int, ...], float], units: list[int]) -> float:
+    """Return the figure of these units, measured once; `whole` is the number of all units."""
+    if (key := tuple(units)) not in seen:
+        seen[key] = target.figure(units)
+        if target.slow:
+            done = f"trial {len(seen)}: {sum(units) / whole:.1%} of the channels"
+            LOGGER.info(f"{colorstr('prune: ')}{done}, {name} {seen[key]:.4g} (target {target.goal:g})")
+    return seen[key]
+
+
+def _bisect(target: Target, figure: Callable[[float], float]) -> tuple[float, float]:
+    """Return shares on both sides of the goal, from a function of the share to the figure."""
+    low, high = 0.0, 1.0
+    for _ in range(target.trials):
+        if not target.cap and min(target.miss(figure(low)), target.miss(figure(high))) <= target.tolerance / 2:
+            break
+        middle = (low + high) / 2
+        low, high = (low, middle) if target.passed(figure(middle)) else (middle, high)
+    return low, high
 
 
 def _unreachable(name: str, target: Target, most: float, cfg: PruneConfig) -> str:

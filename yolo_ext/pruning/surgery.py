@@ -38,7 +38,7 @@ def cut(tensor: torch.Tensor, slices: Slices) -> torch.Tensor:
     return tensor.clone()
 
 
-def _shrink(m: nn.Module, dims: dict[str, list[int]]) -> None:
+def cut_layer(m: nn.Module, dims: dict[str, list[int]]) -> None:
     """Cut a layer or norm in place to the kept positions of its `out` and `in` channels."""
     for name, slices in parameter_slices(m, dims).items():
         old = getattr(m, name)
@@ -72,7 +72,7 @@ def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     """
     modules = dict(model.named_modules())
     for path, dims in kept.items():
-        _shrink(modules[path], dims)
+        cut_layer(modules[path], dims)
     stock.refresh_widths(model, kept)
     return model
 

@@ -78,18 +78,7 @@ class Sparsifier:
         self, model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epochs: int,
         prune_epochs: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Find what can be pulled on.
-
-        Args:
-            model: The model that is trained, not wrapped.
-            cfg: Sparsity options.
-            prune_cfg: Pruning options that say what can be pruned.
-            epochs: Epochs of the run.
-            prune_epochs: Epochs that start with a pruning; the pull ends at the first one unless `cfg.end` is set.
-
-        Raises:
-            UsageError: If the model, the mode or the schedule does not allow it.
-        """
+        """Find what pruning with these options could remove; the pull ends at the first of `prune_epochs`."""
         self.cfg, self.prune_cfg = cfg, prune_cfg
         self.row = penalties[cfg.method]
         self.scales = Need.SCALES in self.row.needs
@@ -153,12 +142,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def shrink(self, model: nn.Module, fraction: float) -> None:
-        """Pull once, after an optimizer step; at the end of an epoch also for the batches that saw no step.
-
-        Args:
-            model: The model that is trained, not wrapped.
-            fraction: Batches since the last pull / batches of the epoch.
-        """
+        """Pull once for this fraction of the batches of an epoch, after an optimizer step or at the end of one."""
         if self.pull and fraction and self.cfg.mode == "proximal":
             if self.cfg.adaptive:
                 self._watch(model)
@@ -173,11 +157,6 @@ class Sparsifier:
         """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping.
 
         A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
-
-        Args:
-            model: The model that is trained, not wrapped.
-            fraction: Batches since the last pull / batches of the epoch.
-            optimizer: Its optimizer, whose learning rate and momentum turn a pull into a gradient.
         """
         if not (self.pull and fraction and self.cfg.mode == "gradient"):
             return
@@ -201,7 +180,7 @@ class Sparsifier:
             self._value = self._mean(self._channels(model).norms)
         return self._value
 
-    def penalised(self, model: nn.Module) -> set[str]:
+    def penalised(self) -> set[str]:
         """Return the names of the parameters that need no weight decay beside the penalty."""
         return {*self.layout.scales, *(name for name, _, _ in self.layout.weights)}
 

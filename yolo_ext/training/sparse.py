@@ -47,7 +47,7 @@ class Sparse(Technique):
                 note(model, parent=fingerprint(model))  # channels keep their meaning: its own teacher stays comparable
             self.sparsifier = Sparsifier(model, self.cfg, self.prune, trainer.epochs, self.pruned_at)
             self._tell()
-        _without_decay(model, optimizer, self.sparsifier.penalised(model))
+        _without_decay(model, optimizer, self.sparsifier.penalised())
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
         if self.cfg.mode == "gradient":
             optimizer.register_step_pre_hook(lambda o, *_: self.sparsifier.gradient(live(trainer), _part(trainer), o))
