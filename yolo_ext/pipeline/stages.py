@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def compress(
         LOGGER.info(f"\n{colorstr('bold', 'compress: ')}stage {i}/{len(todo)} {stage.name}")
         kept |= stage.trains
         try:
-            run.done[stage.name] = runs.stage(run.folder, stage.name, lambda stage=stage: stage.work(run))  # type: ignore[misc]
+            run.done[stage.name] = runs.stage(run.folder, stage.name, partial(stage.work, run))
         except UsageError:  # what only a measurement shows to be out of reach or broken
             if run.fresh and not kept:
                 shutil.rmtree(run.folder)
