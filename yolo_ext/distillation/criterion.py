@@ -17,26 +17,23 @@ from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import loss_factor
-from yolo_ext.distillation.adapters import Align, Site, Taps, modules, sites
+from yolo_ext.distillation.features import Align, modules
 from yolo_ext.distillation.logits import HeadOutput, resized
-from yolo_ext.distillation.preflight import check, summary, with_logits
-from yolo_ext.distillation.teacher import Guide, make_guides
-from yolo_ext.distillation.terms import Balance, Term, terms
+from yolo_ext.distillation.preflight import check, with_logits
+from yolo_ext.distillation.teacher import Guide, Site, Taps, make_guides, sites
+from yolo_ext.distillation.terms import Balance, Term, terms, title
 from yolo_ext.stock.trainer import CriterionProxy
 
 Branches = dict[str, dict[str, Any]]  # raw outputs by branch of the head
 Maps = dict[Any, torch.Tensor]  # (B, C, H, W) by level of the head or path of a layer
-Pair = tuple[float, HeadOutput, HeadOutput]
+Pair = tuple[float, HeadOutput, HeadOutput]  # gain, output of the student, of the teacher
 
 
 class Distiller:
     """Teachers, adapters and weights of one run. Lives outside the student and is never part of a saved model.
 
-    Attributes:
-        adapters: What is trained along with the student and resumed with it: first one `Align` per level and teacher,
-            then networks of single losses, at last the balance.
-        levels: Level of the student of each of the first adapters, None for the map of another layer.
-        skipped: Batches of this epoch whose distillation loss was not finite.
+    `adapters` are trained along with the student and resumed with it: first one `Align` per level and teacher, then
+    networks of single losses, at last the balance.
     """
 
     def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
@@ -47,48 +44,38 @@ class Distiller:
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)
         self.direct = any(g.kept is not None for g in self.guides)
-        self.sites = [[sites(t.layers, student, g) if t.kind == "features" else [] for t in self.terms]
-                      for g in self.guides]  # fmt: skip
-        self.adapters = nn.ModuleList()
-        self.levels: list[int | None] = []
+        self.sites = [(g, t, site) for g, guide in enumerate(self.guides) for t, term in enumerate(self.terms)
+                      if term.kind == "features" for site in sites(term.layers, student, guide)]  # fmt: skip
         self.aligns: dict[tuple[int, Site], Align] = {}
-        self.extras: dict[tuple[Any, ...], nn.Module] = {}
+        self.extras: dict[tuple[int, int, Site], nn.Module] = {}
         self._build_adapters(shrinks)
+        self.levels = [s.student if isinstance(s.student, int) else None for _, s in self.aligns]
         self.balance = Balance()
-        self.adapters.append(self.balance)
-        self.adapters.to(device)
+        self.adapters = nn.ModuleList([*self.aligns.values(), *self.extras.values(), self.balance]).to(device)
         if _processes() > 1:  # each of them has drawn other numbers
             for tensor in self.adapters.state_dict().values():
                 dist.broadcast(tensor, 0)
-        self.taps = [Taps(m, p) for m, p in zip([student, *(g.model for g in self.guides)], self._tapped())]
+        self.taps = [Taps(student, sorted({s.student for *_, s in self.sites if isinstance(s.student, str)}))]
+        for g, guide in enumerate(self.guides):
+            paths = {s.teacher for i, _, s in self.sites if i == g and isinstance(s.teacher, str)}
+            self.taps.append(Taps(guide.model, sorted(paths)))
         self.keys = ["kd_cls_loss", "kd_box_loss"] * bool(cfg.logits) + ["kd_feat_loss"] * bool(cfg.features)
         self.factors = [1.0] * len(self.terms)
-        self.step = self.skipped = 0
-        self.seen: dict[str, float] | None = {}  # what the first batch shows, None once it is logged
+        self.step = self.skipped = 0  # batches: of the run, and of this epoch without a finite loss
+        self.seen: dict[str, float] | None = {} if RANK in {-1, 0} else None  # what the first batch shows, until logged
 
     def _build_adapters(self, shrinks: bool) -> None:
-        """Fill `adapters`: first what brings maps to one width, then what single losses need."""
-        for g, guide in enumerate(self.guides):
-            for term, found in zip(self.terms, self.sites[g]):
-                for site in found if term.needs(Need.EQUAL_WIDTH) else []:
-                    if (g, site) not in self.aligns:
-                        level = site.student if isinstance(site.student, int) else None
-                        kept = guide.kept[level] if guide.kept and level is not None else None
-                        self.aligns[g, site] = Align(*site.widths, kept, always=shrinks)
-                        self.levels.append(level)
-        self.adapters.extend(self.aligns.values())
-        for g in range(len(self.guides)):
-            for t, term in enumerate(self.terms):
-                for site in self.sites[g][t] if term.needs(Need.MODULE) else []:
-                    kept = self.aligns[g, site].kept
-                    self.extras[g, t, site] = modules[term.row.name](site.widths[1] if kept is None else len(kept))
-        self.adapters.extend(self.extras.values())
-
-    def _tapped(self) -> list[list[str]]:
-        """Return the layers to listen to: of the student, then of each teacher."""
-        found = [[s for own in sites for s in own] for sites in self.sites]
-        ours = {s.student for own in found for s in own if isinstance(s.student, str)}
-        return [sorted(ours), *(sorted({s.teacher for s in own if isinstance(s.teacher, str)}) for own in found)]
+        """Build first what brings maps to one width, then what single losses need."""
+        for g, t, site in self.sites:
+            if self.terms[t].needs(Need.EQUAL_WIDTH) and (g, site) not in self.aligns:
+                levels = self.guides[g].kept
+                kept = levels[site.student] if levels and isinstance(site.student, int) else None
+                self.aligns[g, site] = Align(*site.widths, kept, always=shrinks)
+        for g, t, site in self.sites:
+            if self.terms[t].needs(Need.MODULE):
+                channels = self.aligns[g, site].kept
+                width = site.widths[1] if channels is None else len(channels)
+                self.extras[g, t, site] = modules[self.terms[t].row.name](width)
 
     def begin(self, trainer: Any) -> None:
         """Take the running average of a trainer's student as teacher, where it is to be that."""
@@ -97,8 +84,24 @@ class Distiller:
                 guide.get = lambda: trainer.ema.ema
 
     def summary(self) -> str:
-        """Return in one line each what is distilled from whom, and how both sides correspond."""
-        return summary(self)
+        """Return in one line what is distilled from whom, and how both sides correspond."""
+        cfg, lines = self.cfg, []
+        for g, guide in enumerate(self.guides):
+            n, known = len(guide.classes[0]), len(self.student.names)
+            classes = "" if n in (known, 0) else f", {n} of {known} classes shared"
+            strides = [int(s) for s in stock.detection_head(self.student).stride] if guide.levels else []
+            shared = [strides[i] for i, _ in guide.levels]
+            partly = "" if len(shared) == len(strides) else f", strides {shared} only"
+            names = {i: f"P{s.bit_length() - 1}" for i, s in enumerate(strides)}  # levels of the pyramid
+            found = dict.fromkeys(s for i, _, s in self.sites if i == g)
+            maps = ", ".join(f"{names.get(s.student, s.student)} {s.widths[0]}->{s.widths[1]}" for s in found)
+            how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
+            how = how if any(i == g for i, _ in self.aligns) else "compared as they are"
+            lines.append(f"teacher {guide.name}{classes}{partly}" + (f"; channels {maps}, {how}" if maps else ""))
+        seen = f", which sees {cfg.imgsz} px" if cfg.imgsz else ""
+        every = f", every {cfg.every} batches" if cfg.every > 1 else ""
+        balance = f", kept at {cfg.share:g} of the task loss" if cfg.balance == "auto" else ""
+        return "; ".join([title(self.terms), *lines]) + f"{seen}; {cfg.schedule} schedule{every}{balance}"
 
     def set_epoch(self, epoch: int, epochs: int, close_mosaic: int = 0) -> None:
         """Set the schedule factors for this epoch, counted from 0, and report what the last one skipped."""
@@ -114,11 +117,8 @@ class Distiller:
     ) -> dict[str, torch.Tensor]:
         """Return the weighted losses per image of a batch, with the same names in every batch.
 
-        Args:
-            predictions: Raw train-mode output of the student.
-            batch: Batch of the trainer: ``img`` (B, C, H, W), and boxes where a loss needs them.
-            gains: Weight of each branch of the head, by its key; a head with one branch has the key ``""``.
-            task: Scalar task loss per image, for `balance=auto`.
+        `predictions` are raw train-mode outputs, `gains` the weights of the branches of the head by their keys (``""``
+        where there is one), `task` is the scalar task loss per image.
         """
         taken = self.taps[0].take()
         self.step += 1
@@ -128,18 +128,20 @@ class Distiller:
             return nothing
         found, plain = dict(nothing), zero
         with torch.autocast(batch["img"].device.type, enabled=False):
-            for g in range(len(self.guides)):
-                for term, factor, parts in self._guide(g, _branches(predictions), batch, gains, taken):
-                    for key, part in parts.items():
-                        part = term.weight / len(self.guides) * part
-                        found[key] = found[key] + factor * part
-                        plain = plain + part.detach()
-                        self._note(f"{term.row.name} {key.split('_')[1]}", part)
-        self._tell(task)
-        factor = self.cfg.beta * self.cfg.every
+            for name, key, factor, part in self._parts(_branches(predictions), batch, gains, taken):
+                found[key] = found[key] + factor * part
+                plain = plain + part.detach()
+                if self.seen is not None:
+                    name = f"{name} {key.split('_')[1]}"
+                    self.seen[name] = self.seen.get(name, 0.0) + float(part.detach())
+        if self.seen and task is not None:
+            parts = ", ".join(f"{k} {v:.3g}" for k, v in self.seen.items() if v)
+            LOGGER.info(f"{colorstr('distill: ')}first batch: task loss {float(task):.3g}, at full weight {parts}")
+            self.seen = None
+        scale: Any = self.cfg.beta * self.cfg.every
         if self.cfg.balance == "auto" and task is not None:
-            factor = factor * self.balance(task, plain, self.cfg.share)
-        found = {k: factor * v for k, v in found.items()}
+            scale = scale * self.balance(task, plain, self.cfg.share)
+        found = {k: scale * v for k, v in found.items()}
         if torch.stack([v.detach() for v in found.values()]).isfinite().all():
             return found
         if not self.skipped:
@@ -147,23 +149,27 @@ class Distiller:
         self.skipped += 1
         return nothing
 
-    def _guide(
-        self, g: int, student: Branches, batch: dict[str, Any], gains: dict[str, float], taken: Maps
-    ) -> Iterator[tuple[Term, float, dict[str, torch.Tensor]]]:
-        """Yield (term, schedule factor, losses by name) of one teacher, from the student's branches and tapped maps."""
-        guide = self.guides[g]
-        teacher = _branches(guide.ask(batch["img"]))
-        pairs = self._pairs(guide, student, teacher, gains)
-        maps = [{**dict(enumerate(next(iter(side.values())).get("feats", ()))), **tapped}
-                for side, tapped in ((student, taken), (teacher, self.taps[g + 1].take()))]  # fmt: skip
-        for t, (term, factor) in enumerate(zip(self.terms, self.factors)):
-            if factor and term.kind == "features":
-                yield term, factor, {"kd_feat_loss": self._features(g, t, maps, batch)}
-            elif factor:
-                yield term, factor, self._logits(term, pairs, classify=not guide.levels)
+    def _parts(
+        self, student: Branches, batch: dict[str, Any], gains: dict[str, float], taken: Maps
+    ) -> Iterator[tuple[str, str, float, torch.Tensor]]:
+        """Yield (method, key, schedule factor, weighted loss) from the student's branches and tapped maps."""
+        for g, guide in enumerate(self.guides):
+            teacher = _branches(guide.ask(batch["img"]))
+            pairs = self._pairs(guide, student, teacher, gains)
+            maps = [{**dict(enumerate(next(iter(side.values())).get("feats", ()))), **tapped}
+                    for side, tapped in ((student, taken), (teacher, self.taps[g + 1].take()))]  # fmt: skip
+            for t, (term, factor) in enumerate(zip(self.terms, self.factors)):
+                if not factor:
+                    continue
+                if term.kind == "features":
+                    parts = {"kd_feat_loss": self._features(g, t, maps, batch)}
+                else:
+                    parts = self._logits(term, pairs, classify=not guide.levels)
+                for key, part in parts.items():
+                    yield term.row.name, key, factor, term.weight / len(self.guides) * part
 
     def _pairs(self, guide: Guide, student: Branches, teacher: Branches, gains: dict[str, float]) -> list[Pair]:
-        """Return (gain, output of the student, of the teacher) for each branch of the student that is taught."""
+        """Return the outputs of each branch of the student that is taught."""
         pairs = []
         for name, gain in gains.items():
             # A head without this branch teaches with its dense one, except a one-to-one branch: dense targets
@@ -188,16 +194,15 @@ class Distiller:
     def _features(self, g: int, t: int, maps: list[Maps], batch: dict[str, Any]) -> torch.Tensor:
         """Return a feature loss, added up over the maps that it compares."""
         term, parts = self.terms[t], []
-        for site in self.sites[g][t]:
-            pair, options = (maps[0][site.student], maps[1][site.teacher]), dict(term.options)
-            pair = (pair[0], resized(pair[1], pair[0].shape[2:]))  # of a teacher that sees images of another size
+        options = {**term.options, **({"boxes": batch_boxes(batch)} if term.needs(Need.BOXES) else {})}
+        for site in [s for i, j, s in self.sites if (i, j) == (g, t)]:
+            ours, theirs = maps[0][site.student], maps[1][site.teacher]
+            theirs = resized(theirs, ours.shape[2:])  # of a teacher that sees images of another size
             if term.needs(Need.EQUAL_WIDTH):
-                pair = self.aligns[g, site](*pair)
+                ours, theirs = self.aligns[g, site](ours, theirs)
             if term.needs(Need.MODULE):
                 options["module"] = self.extras[g, t, site]
-            if term.needs(Need.BOXES):
-                options["boxes"] = batch_boxes(batch)
-            parts.append(term.row.fn(*pair, **options))
+            parts.append(term.row.fn(ours, theirs, **options))
         return torch.stack(parts).sum()
 
     def sync(self) -> None:
@@ -215,21 +220,8 @@ class Distiller:
         for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors])):
             tensor.copy_(part.view_as(tensor))
 
-    def _note(self, name: str, value: torch.Tensor) -> None:
-        """Add up what a loss of the first batch is."""
-        if self.seen is not None and RANK in {-1, 0}:
-            self.seen[name] = self.seen.get(name, 0.0) + float(value.detach())
-
-    def _tell(self, task: torch.Tensor | None) -> None:
-        """Log once how large each loss is, which weights can only be chosen by."""
-        if self.seen and task is not None:
-            parts = ", ".join(f"{k} {v:.3g}" for k, v in self.seen.items() if v)
-            LOGGER.info(f"{colorstr('distill: ')}first batch: task loss {float(task):.3g}, at full weight {parts}")
-            self.seen = None
-
 
 def _processes() -> int:
-    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -1,10 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Feature losses between maps of one level, and how maps of different width are brought together.
-
-All compute in float32, without autocast, and are means per image. What a row needs: equal width (an adapter where
-channels differ; the others compare maps of any width), a module (a small network of `adapters.modules` that is trained
-along), boxes (of the objects). `SCALE_FREE` losses do not change with the magnitude of either map.
-"""
+"""Feature losses between (B, C, H, W) maps of one level, in float32 and per image, and networks trained for them."""
 
 from __future__ import annotations
 
@@ -19,7 +14,6 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
 
 feature_losses = Table("feature loss")
-SCALE_FREE = frozenset({"at", "pkd", "spkd", "chsim"})  # cwd is so behind an adapter that normalises
 
 
 def full_precision(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -50,14 +44,7 @@ def _norm(norm: str, legal: tuple[str, str]) -> bool:
 @feature_losses.row("mimic", "Mean squared difference", paper="Li et al., 2017, CVPR", needs=[Need.EQUAL_WIDTH])
 @full_precision
 def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Compute feature mimicking, on whole maps where the paper samples regions.
-
-    Args:
-        student, teacher: (B, C, H, W) features.
-
-    Returns:
-        Scalar: mean over images, channels and positions.
-    """
+    """Compute the mean square of the difference, on whole maps where the paper samples regions."""
     return F.mse_loss(student, teacher)
 
 
@@ -68,19 +55,9 @@ def mgd(
     student: torch.Tensor, teacher: torch.Tensor, *, module: nn.Module, masked: float = 0.65, alpha: float = 2e-5,
     norm: str = "sum", random: torch.Generator | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute masked generative distillation.
+    """Compute alpha |generator(masked student) - teacher|^2, which is 0 only where the generator restores.
 
-    Args:
-        student, teacher: (B, C, H, W) features.
-        module: The generator for C channels, trained with the student.
-        masked: Share of positions that are set to zero, 0.65 for one-stage detectors in the paper.
-        alpha: Weight, 2e-5 for one-stage detectors in the paper.
-        norm: ``sum`` over channels and positions as in the paper, or ``mean``, which does not grow with image size
-            (use an `alpha` near 1 with it).
-        random: Source of the mask.
-
-    Returns:
-        Scalar: alpha times the squared difference, averaged over images. It is 0 only where the generator restores.
+    `alpha` and `masked` are those of the paper for one-stage detectors; norm ``mean`` takes an `alpha` near 1.
     """
     b, _, h, w = student.shape
     mask = torch.rand(b, 1, h, w, generator=random, device=student.device) >= masked
@@ -92,17 +69,7 @@ def mgd(
                     paper="Shu et al., 2021, arXiv:2011.13256", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Compute channel-wise distillation.
-
-    A constant added to a channel does not matter; its scale does, like the temperature.
-
-    Args:
-        student, teacher: (B, C, H, W) features.
-        temperature: Softmax temperature; the loss is multiplied by its square.
-
-    Returns:
-        Scalar: KL divergence summed over positions, averaged over images and channels.
-    """
+    """Compute T^2 KL(teacher || student) over positions; a constant added to a channel does not matter."""
     s, t = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
     kl = F.kl_div(s, t, reduction="sum", log_target=True) / (s.shape[0] * s.shape[1])
     return temperature**2 * kl.clamp(min=0.0)
@@ -112,16 +79,7 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) 
                     paper="Zagoruyko & Komodakis, 2017, arXiv:1612.03928")  # fmt: skip
 @full_precision
 def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> torch.Tensor:
-    """Compute attention transfer.
-
-    Args:
-        student, teacher: (B, any C, H, W) features.
-        norm: ``sum`` over positions, which lies between 0 and 2 at every size, or ``mean`` as in the authors' code,
-            which is H x W times smaller.
-
-    Returns:
-        Scalar: squared difference of the unit-length maps, averaged over images.
-    """
+    """Compute the squared difference of unit-length maps, over positions from 0 to 2; ``mean`` is the authors' code."""
     s, t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student, teacher))
     error = (s - t).square()
     return error.mean() if _norm(norm, ("sum", "mean")) else error.sum(1).mean()
@@ -131,14 +89,7 @@ def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> to
                     paper="Cao et al., 2022, arXiv:2207.02039", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Compute Pearson distillation: features are standardised per channel over images and positions.
-
-    Args:
-        student, teacher: (B, C, H, W) features.
-
-    Returns:
-        Scalar between 0 and 2: half the mean squared difference.
-    """
+    """Compute half the mean square difference of maps that are standardised per channel, from 0 to 2."""
     return 0.5 * F.mse_loss(standardize(student), standardize(teacher))
 
 
@@ -171,20 +122,10 @@ def fgd(
     student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
     temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 1e-3, lam: float = 5e-6,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute focal and global distillation.
+    """Compute focal and global distillation for `boxes` (N, 5): image in the batch, x1, y1, x2, y2 from 0 to 1.
 
-    Args:
-        student, teacher: (B, C, H, W) features.
-        boxes: (N, 5) image index in the batch and x1, y1, x2, y2 from 0 to 1; (0, 5) where there are no objects.
-        module: Two context blocks for the global part, trained with the student; None leaves that part out.
-        temperature: Of both attentions.
-        alpha: Weight of the objects, each divided by its area.
-        beta: Weight of the background, divided by its area.
-        gamma: Weight of the difference of the attentions.
-        lam: Weight of the global part. All four are those of the paper for one-stage detectors.
-
-    Returns:
-        Scalar: weighted sum over channels and positions, averaged over images.
+    The weights are those of the paper for one-stage detectors: of objects and background, each over its area, of the
+    difference of attentions, and of the global part, for which `module` holds two context blocks.
     """
     b, _, h, w = student.shape
     (space_s, channel_s), (space_t, channel_t) = (_attention(x, temperature) for x in (student, teacher))
@@ -204,15 +145,7 @@ def fgd(
                     paper="Tung & Mori, 2019, arXiv:1907.09682")  # fmt: skip
 @full_precision
 def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -> torch.Tensor:
-    """Compute similarity-preserving distillation. The paper's batches are 64 and larger; it needs some images.
-
-    Args:
-        student, teacher: (B, any C, any H, any W) features.
-        norm: ``image``: divided by B, the same for a batch repeated, or ``paper``: divided by B squared.
-
-    Returns:
-        Scalar: squared difference of the (B, B) similarities, each row of unit length.
-    """
+    """Compute the squared difference of (B, B) similarities of unit rows, over B, or over B squared (``paper``)."""
     s, t = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (student, teacher))
     return (s - t).square().sum() / len(s) ** (2 if _norm(norm, ("image", "paper")) else 1)
 
@@ -221,18 +154,81 @@ def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -
                     paper="Liu et al., 2021, arXiv:2202.03680", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") -> torch.Tensor:
-    """Compute inter-channel correlation distillation.
+    """Compute the squared difference of (C, C) correlations with rows of unit length, over C.
 
-    Args:
-        student, teacher: (B, C, any H, any W) features.
-        norm: ``row``: each row of the (C, C) correlations has unit length, divided by C, or ``paper``: plain products
-            divided by C squared, which grow with the fourth power of the features.
-
-    Returns:
-        Scalar: squared difference of the correlations, averaged over images.
+    ``paper``: of plain products over C squared, which grow with the fourth power of the features.
     """
     plain = _norm(norm, ("row", "paper"))
     s, t = (x.flatten(2) @ x.flatten(2).transpose(1, 2) for x in (student, teacher))
     if not plain:
         s, t = F.normalize(s, dim=2), F.normalize(t, dim=2)
     return (s - t).square().sum((1, 2)).mean() / s.shape[1] ** (2 if plain else 1)
+
+
+# Trained along, and never part of a saved model -----------------------------------------------------------------------
+class Align(nn.Module):
+    """Bring student and teacher maps of one level to the same width.
+
+    A student pruned from this very teacher is compared on its `kept` channels. Otherwise a 1x1 convolution maps it
+    where widths differ, and both sides are normalised per channel (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
+    """
+
+    def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:
+        """Prepare for these channels, of which a pruned student has `kept`; `always` has weights and so can shrink."""
+        super().__init__()
+        self.kept = None if kept is None else torch.tensor(kept)
+        direct = kept is not None or (student == teacher and not always)
+        self.conv = None if direct else nn.Conv2d(student, teacher, 1, bias=False)
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both maps, (B, C, H, W) each, comparable channel by channel."""
+        if self.kept is not None:
+            return student.float(), teacher[:, self.kept.to(teacher.device)].float()
+        if self.conv is not None:
+            student = self.conv(student.float())
+        return standardize(student.float()), standardize(teacher.float())
+
+    def shrink(self, index: list[int]) -> None:
+        """Follow a student that is pruned while training: only these of its channels are left."""
+        if self.kept is not None:
+            self.kept = self.kept[torch.tensor(index)]
+            return
+        if self.conv is None:
+            raise ValueError("An adapter without weights cannot follow a student that loses channels.")
+        weight = self.conv.weight.detach()[:, torch.tensor(index, device=self.conv.weight.device)].clone()
+        self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)
+
+
+def generator(channels: int) -> nn.Module:
+    """Return the generator of masked generative distillation (Yang et al., 2022, arXiv:2205.01529)."""
+    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+class ContextBlock(nn.Module):
+    """Add a context pooled over all positions to each of them (GcBlock, Cao et al., 2019, arXiv:1904.11492)."""
+
+    def __init__(self, channels: int) -> None:
+        """Build it as the identity: the last layer starts at 0."""
+        super().__init__()
+        hidden = max(channels // 2, 1)
+        self.attend = nn.Conv2d(channels, 1, 1)
+        self.transform = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.LayerNorm([hidden, 1, 1]), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        )
+        nn.init.zeros_(self.transform[-1].weight)
+        nn.init.zeros_(self.transform[-1].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, C, H, W) features with their context."""
+        weights = self.attend(x).flatten(2).softmax(-1)
+        context = x.flatten(2) @ weights.transpose(1, 2)
+        return x + self.transform(context.unsqueeze(-1))
+
+
+def contexts(channels: int) -> nn.Module:
+    """Return the context blocks of the student and of the teacher for focal and global distillation."""
+    return nn.ModuleList(ContextBlock(channels) for _ in range(2))
+
+
+modules: dict[str, Callable[[int], nn.Module]] = {"mgd": generator, "fgd": contexts}

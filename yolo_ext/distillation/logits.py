@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Outputs of the head, and losses on them. Each loss returns a classification and a box part, per image.
+"""Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image.
 
 A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`.
 """
@@ -19,24 +19,19 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
 
 logit_losses = Table("logit loss")
-Parts = tuple[torch.Tensor, torch.Tensor]
+L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
+Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
+Weight = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Raw output of one branch of a detection head.
+    """Raw output of one branch of a detection head, in units of the stride."""
 
-    Attributes:
-        scores: (B, nc, A) class logits.
-        ltrb: (B, A, 4) distances to the box sides in units of the stride, decoded from bins where there are any.
-        anchors: (A, 2) anchor points in units of the stride.
-        bins: (B, 4, reg_max, A) logits of the distances, or None.
-    """
-
-    scores: torch.Tensor
-    ltrb: torch.Tensor
-    anchors: torch.Tensor
-    bins: torch.Tensor | None = None
+    scores: torch.Tensor  # (B, nc, A) class logits
+    ltrb: torch.Tensor  # (B, A, 4) distances to the box sides, decoded from bins where there are any
+    anchors: torch.Tensor  # (A, 2)
+    bins: torch.Tensor | None = None  # (B, 4, reg_max, A) logits of the distances
 
     @property
     def reg_max(self) -> int:
@@ -70,14 +65,15 @@ def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int]]) -> dict[str, Any]:
-    """Bring the raw output of one branch, as `decode` takes it, to other grids (H, W) of the same strides.
+    """Bring the raw output of one branch, as `decode` takes it, to other grids (H, W); boxes lose their bins.
 
-    Logits and maps are interpolated; boxes become (B, 4, A) distances without bins, by way of their corners: all cells
-    of an object agree on its corners, not on its distances.
+    They are interpolated by their corners: all cells of an object agree on its corners, not on its distances.
     """
     shapes = [f.shape[2:] for f in raw["feats"]]
     sizes = [h * w for h, w in shapes]
-    corners = _corners(raw, stride).split(sizes, -1)
+    out = decode(raw, stride, raw["boxes"].shape[1] // 4)
+    left_top, right_bottom = out.ltrb.chunk(2, -1)  # may be negative, unlike in `HeadOutput.boxes`
+    corners = torch.cat((out.anchors - left_top, out.anchors + right_bottom), -1).transpose(1, 2).split(sizes, -1)
     boxes, scores = [], []
     for box, score, (h, w), (new_h, new_w) in zip(corners, raw["scores"].split(sizes, -1), shapes, grids):
         scores.append(resized(score.unflatten(-1, (h, w)), (new_h, new_w)).flatten(2))
@@ -88,13 +84,6 @@ def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int
         boxes.append(torch.cat((anchors - box[:, :2], box[:, 2:] - anchors), 1).flatten(2))
     feats = [resized(f, g) for f, g in zip(raw["feats"], grids)]
     return {"boxes": torch.cat(boxes, -1), "scores": torch.cat(scores, -1), "feats": feats}
-
-
-def _corners(raw: dict[str, Any], stride: torch.Tensor) -> torch.Tensor:
-    """Return (B, 4, A) x1, y1, x2, y2 in cells, also where a head without bins gives negative distances."""
-    out = decode(raw, stride, raw["boxes"].shape[1] // 4)
-    left_top, right_bottom = out.ltrb.chunk(2, -1)
-    return torch.cat((out.anchors - left_top, out.anchors + right_bottom), -1).transpose(1, 2)
 
 
 def foreground(teacher: HeadOutput) -> torch.Tensor:
@@ -116,20 +105,22 @@ norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: torch.Tensor | None) -> torch.Tensor:
-    """Average a loss (B, A) over anchors by a row of `norms`, weighted by (B, A) `weight`, else by `foreground`."""
+def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: Weight) -> torch.Tensor:
+    """Average a loss (B, A) over anchors by a row of `norms`."""
     if norm not in norms:
         raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
     return norms[norm](loss, foreground(teacher) if weight is None else weight.float())
 
 
 def _nothing(student: HeadOutput) -> torch.Tensor:
-    """Return the part that a loss leaves out."""
     return student.scores.new_zeros((), dtype=torch.float32)
 
 
-def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: torch.Tensor | None) -> Parts:
-    """Compute the mean difference to a power, of the logits over classes and of the distances over sides."""
+def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: Weight) -> Parts:
+    """Compute the mean difference to a power, of the logits over classes and of the distances over sides.
+
+    Boxes are compared as decoded distances, because logits of bins have a free constant per side.
+    """
     cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
     box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
     return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
@@ -154,30 +145,16 @@ def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.T
     return loss.clamp(min=0.0)  # rounding may leave it below
 
 
-L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
-
-
 @logit_losses.row("l1", "Absolute difference of logits and of box distances where the teacher sees objects",
                   paper=L2_PAPER)  # fmt: skip
-def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: torch.Tensor | None = None) -> Parts:
-    """Compute the mean absolute difference.
-
-    The paper scales by the teacher's objectness, for which a head without objectness has its `foreground`. Boxes are
-    compared as decoded distances, because logits of bins have a free constant per side.
-
-    Args:
-        student, teacher: Outputs on the same images.
-        norm, weight: How anchors are averaged, see `average`.
-
-    Returns:
-        Scalars: mean over classes of the logits, mean over sides of the distances in units of the stride.
-    """
+def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
+    """Compute the mean absolute difference; `foreground` stands in for the objectness of the paper."""
     return _lp(student, teacher, 1, norm, weight)
 
 
 @logit_losses.row("l2", "Squared difference of logits and of box distances where the teacher sees objects",
                   paper=L2_PAPER)  # fmt: skip
-def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: torch.Tensor | None = None) -> Parts:
+def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
     """Compute the mean squared difference; otherwise as `l1`."""
     return _lp(student, teacher, 2, norm, weight)
 
@@ -185,22 +162,9 @@ def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight
 @logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
                   needs=[Need.SEVERAL_CLASSES])  # fmt: skip
 def kl(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute softmax distillation of the class scores.
-
-    Args:
-        student, teacher: Outputs on the same images; logits of a classifier are (B, nc, 1) here, with norm ``mean``.
-        temperature: Divides the logits; the loss is multiplied by its square.
-        norm, weight: How anchors are averaged, see `average`; norm ``mean`` is that of the paper.
-
-    Returns:
-        Scalars: classification part, and 0 for the boxes.
-
-    Raises:
-        UsageError: If there is one class only, with which the softmax is always 1.
-    """
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
     if student.scores.shape[1] == 1:
         raise UsageError(
             "The logit loss 'kl' compares classes with one another and this model has one class, so it would always "
@@ -214,21 +178,9 @@ def kl(
     "kl_binary", "KL between the sigmoid of each class", paper="Hinton et al., 2015, arXiv:1503.02531, per class"
 )
 def kl_binary(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute distillation of independent class probabilities, as sigmoid heads give them.
-
-    It is the binary cross entropy less the entropy of the teacher, so that it is 0 for equal outputs.
-
-    Args:
-        student, teacher: Outputs on the same images.
-        temperature: Divides the logits; the loss is multiplied by its square.
-        norm, weight: How anchors are averaged, see `average`.
-
-    Returns:
-        Scalars: classification part, summed over classes, and 0 for the boxes.
-    """
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 times the binary cross entropy less the teacher's entropy, summed over classes; 0 for the boxes."""
     s, t = (x.scores.float() / temperature for x in (student, teacher))
     p = t.sigmoid()
     loss = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1.0 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
@@ -238,21 +190,11 @@ def kl_binary(
 @logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
                   paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
 def bckd(
-    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos",
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute bridging cross-task knowledge distillation.
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos", weight: Weight = None
+) -> Parts:
+    """Compute |p_t - p_s|^beta BCE, summed over classes, and 4 |p_t - p_s| (1 - GIoU), over the sum of `foreground`.
 
-    Both parts sum over all anchors and are divided by the number of objects that the teacher sees, the sum of
-    `foreground`, where the paper divides by the number of assigned positives: give their mask as `weight` for that.
-
-    Args:
-        student, teacher: Outputs on the same images.
-        beta: Power of the disagreement, 1 in the paper.
-        norm, weight: How anchors are averaged, see `average`.
-
-    Returns:
-        Scalars: classification part and box part (weight 4 as in the paper).
+    The paper divides by the number of assigned positives: give their mask as `weight` for that.
     """
     cls, gap = _disagreement(student, teacher, beta)
     box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
@@ -262,19 +204,9 @@ def bckd(
 @logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
                   paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
 def ast(
-    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean",
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller.
-
-    Args:
-        student, teacher: Outputs on the same images.
-        beta: Power of the disagreement.
-        norm, weight: How anchors are averaged, see `average`; norm ``mean`` uses no weight.
-
-    Returns:
-        Scalars: classification part, mean over classes, and box part.
-    """
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean", weight: Weight = None
+) -> Parts:
+    """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller."""
     cls, _ = _disagreement(student, teacher, beta)
     box = _iou_loss(student, teacher, CIoU=True)
     return average(cls.mean(1), teacher, norm, weight), average(box, teacher, norm, weight)
@@ -283,25 +215,9 @@ def ast(
 @logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
                   paper="Zheng et al., 2022, arXiv:2102.12252", needs=[Need.EQUAL_BINS])  # fmt: skip
 def ld(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight",
-    weight: torch.Tensor | None = None,
-) -> Parts:  # fmt: skip
-    """Compute localization distillation.
-
-    The paper adds up a main region (assigned positives) and a valuable region around it; here the teacher's
-    `foreground` grades all anchors, and `weight` takes any region.
-
-    Args:
-        student, teacher: Outputs on the same images, with equally many bins.
-        temperature: Divides the logits, 10 in the paper; the loss is multiplied by its square.
-        norm, weight: How anchors are averaged, see `average`.
-
-    Returns:
-        Scalars: 0 for the classes, and the box part, mean over the four sides.
-
-    Raises:
-        UsageError: If a head has no bins or another number of them.
-    """
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 KL(teacher || student) over bins, mean of the four sides; `weight` takes the regions of the paper."""
     if student.bins is None or teacher.bins is None or student.reg_max != teacher.reg_max or student.reg_max == 1:
         raise UsageError(
             f"The logit loss 'ld' compares distributions over equally many bins; the student has reg_max="

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Before training: what cannot be distilled is refused, what corresponds to what and what it costs is said."""
+"""Before training: what cannot be distilled is refused, and what it costs is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.distillation.teacher import Guide
-from yolo_ext.distillation.terms import AUTO, Term, title
+from yolo_ext.distillation.terms import AUTO, Term
 from yolo_ext.reporting.tables import ABSENT, align
 
 TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student
@@ -27,21 +27,13 @@ CLASSIFY = ("kl", "kl_binary", "l1", "l2")  # the others look at boxes or at obj
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a teacher or of the student before training.
+    """What is known of a teacher or of the student before training."""
 
-    Attributes:
-        name: ``student``, or the file of a teacher.
-        imgsz: Side in pixels of the images as it sees them.
-        params: Parameters as deployed.
-        gflops: GFLOPs as deployed, at this size.
-        accuracy: mAP50-95, or top-1 of a classifier, on the val split from 0 to 1; None where it was not measured.
-    """
-
-    name: str
-    imgsz: int
-    params: int
-    gflops: float
-    accuracy: float | None = None
+    name: str  # ``student``, or the file of a teacher
+    imgsz: int  # side in pixels of the images as it sees them
+    params: int  # as deployed
+    gflops: float  # as deployed, at this size
+    accuracy: float | None = None  # mAP50-95, or top-1 of a classifier, on the val split from 0 to 1 where measured
 
 
 def table(student: Facts, teachers: list[Facts], metric: str) -> str:
@@ -54,10 +46,7 @@ def table(student: Facts, teachers: list[Facts], metric: str) -> str:
 
 
 def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
-    """Return in sentences why a teacher may not help: no better than the student, or far larger.
-
-    After Cho and Hariharan, 2019, ICCV, and Mirzadeh et al., 2020, AAAI.
-    """
+    """Return in sentences why a teacher may not help (Cho & Hariharan, 2019, ICCV; Mirzadeh et al., 2020, AAAI)."""
     found = []
     if teacher.accuracy is not None and student.accuracy is not None and teacher.accuracy <= student.accuracy:
         found.append(
@@ -94,55 +83,29 @@ def with_logits(cfg: DistillConfig, student: nn.Module, guides: list[Guide]) -> 
 
 def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str | None:
     """Return why a loss cannot work with this pair."""
-    heads = [stock.detection_head(m) for m in (student, guide.model)]
+    inner = set(term.layers) - {"neck"}
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
-    if guide.compiled and set(term.layers) - {"neck"}:
+    if guide.compiled and inner:
         return "it reads layers inside of a model, which 'distill.compile' hides. Leave one of them out."
     if guide.imgsz and term.needs(Need.EQUAL_BINS):
         return f"'distill.imgsz={guide.imgsz}' gives the teacher another grid. Leave it out, or use 'bckd'."
     if term.needs(Need.SEVERAL_CLASSES) and len(guide.classes[0]) == 1:
         return "it compares classes with one another, and there is one class. Use 'kl_binary'."
-    if term.needs(Need.EQUAL_BINS) and (heads[0].reg_max != heads[1].reg_max or heads[0].reg_max == 1):
-        return (
-            f"it compares distributions over equally many bins, and the student has reg_max={heads[0].reg_max}, "
-            f"'{guide.name}' reg_max={heads[1].reg_max} (1 is none). Use 'bckd', which compares boxes."
-        )
+    if term.needs(Need.EQUAL_BINS):
+        ours, theirs = (stock.detection_head(m).reg_max for m in (student, guide.model))
+        if ours != theirs or ours == 1:
+            return (
+                f"it compares distributions over equally many bins, and the student has reg_max={ours}, "
+                f"'{guide.name}' reg_max={theirs} (1 is none). Use 'bckd', which compares boxes."
+            )
     if shrinks and term.needs(Need.MODULE) and guide.kept is not None:
         return "its network has the width of the student, which is going to be pruned. Use 'cwd' or 'pkd'."
-    if guide.name == "ema" and set(term.layers) - {"neck"}:
+    if guide.name == "ema" and inner:
         return f"the running average teaches with the inputs of its head only, not with layers {list(term.layers)}."
-    if shrinks and set(term.layers) - {"neck"}:
+    if shrinks and inner:
         return f"layers {list(term.layers)} lose channels while the student is pruned. Use 'neck', or prune first."
     return None
-
-
-def summary(distiller: Any) -> str:
-    """Return what is distilled from whom, and how both sides correspond, as text for the log."""
-    cfg, lines = distiller.cfg, []
-    for g, guide in enumerate(distiller.guides):
-        n, known = len(guide.classes[0]), len(distiller.student.names)
-        classes = "" if n in (known, 0) else f", {n} of {known} classes shared"
-        strides = stock.detection_head(distiller.student).stride.tolist() if guide.levels else []
-        shared = [int(strides[i]) for i, _ in guide.levels]
-        partly = "" if len(shared) == len(strides) else f", strides {shared} only"
-        found = dict.fromkeys(s for term in distiller.sites[g] for s in term)
-        maps = ", ".join(
-            f"{'P' if isinstance(s.student, int) else ''}{_name(s.student, strides)} {s.widths[0]}->{s.widths[1]}"
-            for s in found
-        )
-        how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
-        how = how if any(key[0] == g for key in distiller.aligns) else "compared as they are"
-        lines.append(f"teacher {guide.name}{classes}{partly}" + (f"; channels {maps}, {how}" if maps else ""))
-    seen = f", which sees {cfg.imgsz} px" if cfg.imgsz else ""
-    every = f", every {cfg.every} batches" if cfg.every > 1 else ""
-    balance = f", kept at {cfg.share:g} of the task loss" if cfg.balance == "auto" else ""
-    return "; ".join([title(distiller.terms), *lines]) + f"{seen}; {cfg.schedule} schedule{every}{balance}"
-
-
-def _name(key: int | str, strides: list[float]) -> str:
-    """Return the pyramid level of a level of the head, or the path of a layer."""
-    return str(int(strides[key]).bit_length() - 1) if isinstance(key, int) else key
 
 
 # Cost of a step -------------------------------------------------------------------------------------------------------
@@ -174,17 +137,16 @@ def student_seconds(student: nn.Module, images: torch.Tensor, amp: bool | torch.
 
 def teacher_cost(guide: Guide, images: torch.Tensor) -> tuple[float, float]:
     """Return the seconds a teacher takes for (B, C, H, W) images, and the MB it holds (on a GPU while it runs)."""
-    held = sum(t.numel() * t.element_size() for t in guide.model.state_dict().values())
-    cuda, device = images.device.type == "cuda", images.device
-    before = 0
-    if cuda:
+    held, device = sum(t.nbytes for t in guide.model.state_dict().values()), images.device
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held -= torch.cuda.memory_allocated(device)
     took = _seconds(lambda: guide.ask(images), device)
-    peak = torch.cuda.max_memory_allocated(device) - before if cuda else 0
-    return took, (held + peak) / 1e6
+    if device.type == "cuda":
+        held += torch.cuda.max_memory_allocated(device)
+    return took, held / 1e6
 
 
 def noise(shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
-    """Return noise of a shape as images."""
+    """Return (B, C, H, W) noise as images, the same in each run."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,47 +1,41 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The teacher: a frozen, fused model outside the student, and what of it corresponds to what of the student."""
+"""The teacher: a frozen, fused model outside the student; which levels, classes and maps of both correspond."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 from yolo_ext.distillation.logits import HeadOutput, decode, regrid
+from yolo_ext.stock.context import evaluating
 from yolo_ext.stock.load import load_model
 
 
 # Teachers ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Guide:
-    """One teacher of a run, and how its outputs correspond to those of the student.
+    """One teacher of a run, and how its outputs correspond to those of the student."""
 
-    Attributes:
-        name: Its file, or ``ema``.
-        get: Returns the model; the student's own average is another object after a resume.
-        kept: Channels by level that a pruned student of this teacher still has; None for other teachers.
-        classes: Indices of the shared classes, of the student and of the teacher.
-        levels: Shared levels, of the student and of the teacher; empty for classifiers.
-        imgsz: Longer side in pixels of the images as the teacher sees them, None for that of the batch.
-        compiled: Whether it was asked to be compiled.
-    """
-
-    name: str
-    get: Callable[[], nn.Module]
-    kept: list[list[int]] | None
-    classes: tuple[list[int], list[int]]
-    levels: list[tuple[int, int]]
-    imgsz: int | None = None
-    compiled: bool = False
+    name: str  # its file, or ``ema``
+    get: Callable[[], nn.Module]  # the model; the student's own average is another object after a resume
+    kept: list[list[int]] | None  # channels by level that a pruned student of this teacher still has
+    classes: tuple[list[int], list[int]]  # indices of the shared ones, of the student and of the teacher
+    levels: list[tuple[int, int]]  # shared ones, of the student and of the teacher; empty for classifiers
+    imgsz: int | None = None  # longer side in pixels of the images as the teacher sees them; None: as in the batch
+    compiled: bool = False  # whether it was asked to be
 
     @property
     def model(self) -> nn.Module:
@@ -51,17 +45,15 @@ class Guide:
     @torch.no_grad()
     def ask(self, images: torch.Tensor) -> Any:
         """Return the raw output of the teacher on (B, C, H, W) images, on the grid of a student that sees them."""
-        model = self.model
-        head, size = stock.detection_head(model), self.size(images)
-        seen = images
-        if size != images.shape[2:]:
-            seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+        model, size = self.model, self.size(images)
+        head, resized = stock.detection_head(model), size != images.shape[2:]
+        seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True) if resized else images
         mode, head.training = head.training, True  # the average of the student decodes where it is validated
         try:
             raw = _run(model, seen.to(next(model.parameters()).dtype))
         finally:
             head.training = mode
-        if size == images.shape[2:] or not self.levels:
+        if not resized or not self.levels:
             return raw
         grids = [(-(-images.shape[2] // s), -(-images.shape[3] // s)) for s in head.stride.int().tolist()]
         found = {k: regrid(v, head.stride, grids) for k, v in stock.branches(raw).items()}
@@ -128,16 +120,15 @@ def make_guide(
     half: bool | None = False, classes: bool = True,
 ) -> Guide:  # fmt: skip
     """Load a teacher, or take the student for `ema` until `get` is set, and match levels and, if compared, classes."""
-    if name == "ema":
-        teacher, kept, get = student, None, lambda: student
-    else:
+    teacher, kept = student, None
+    if name != "ema":
         teacher, parent = load_teacher(name, student, device, half)
-        kept, get = kept_channels(student, parent), lambda: teacher
+        kept = kept_channels(student, parent)
         if compiled:
             teacher.compile()
     levels = [] if stock.task_of(student) == "classify" else _level_map(student, teacher, name)
     shared = class_map(teacher, student.names, name) if classes else ([], [])
-    return Guide(name, get, kept, shared, levels, imgsz, compiled)
+    return Guide(name, lambda: teacher, kept, shared, levels, imgsz, compiled)
 
 
 def load_teacher(
@@ -212,3 +203,108 @@ def with_classes(teacher: nn.Module, names: Mapping[int, str], path: str) -> nn.
         head.no, head.nc = head.no + len(names) - head.nc, len(names)
     teacher.names = dict(names)
     return teacher
+
+
+# Maps that feature losses compare -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Site:
+    """A map of the student and the map of the teacher that it is compared with."""
+
+    student: int | str  # level of the head, or path of a layer, whose output is meant
+    teacher: int | str
+    widths: tuple[int, int]  # channels of both
+
+
+def sites(layers: Sequence[str], student: nn.Module, guide: Guide) -> list[Site]:
+    """Return the maps that are compared: neck, backbone, a layer index, the path of a module, or `student:teacher`."""
+    found: list[Site] = []
+    for layer in layers or ("neck",):
+        if layer == "neck":
+            if not guide.levels:
+                raise UsageError("A classifier has no neck: give 'distill.features=None', or layers such as [4, 6].")
+            widths = [stock.level_widths(m) for m in (student, guide.model)]
+            found += [Site(i, j, (widths[0][i], widths[1][j])) for i, j in guide.levels]
+        elif layer == "backbone":
+            found += _backbone(student, guide.model)
+        else:
+            ours, _, theirs = layer.partition(":")
+            found.append(_layer(student, guide.model, ours, theirs or ours))
+    return found
+
+
+def _layer(student: nn.Module, teacher: nn.Module, ours: str, theirs: str) -> Site:
+    """Return the site of one layer each, given by index or path."""
+    paths, shapes = [], []
+    for model, name, who in ((student, ours, "student"), (teacher, theirs, "teacher")):
+        path = f"model.{name}" if name.isdigit() else name
+        modules = [n for n, _ in model.named_modules() if n]
+        if path not in modules:
+            raise UsageError(
+                f"'distill.layers': the {who} has no layer '{name}'.{suggest(path, modules)} Legal: neck, backbone, "
+                f"0 to {len(model.model) - 1}, or the path of a module such as model.4.cv2."
+            )
+        shape = _shapes(model, [path])[path]
+        if shape is None:
+            raise UsageError(f"'distill.layers': layer '{name}' of the {who} does not return one map (B, C, H, W).")
+        paths.append(path)
+        shapes.append(shape)
+    if shapes[0][2:] != shapes[1][2:]:
+        raise UsageError(
+            f"'distill.layers': maps of layer '{ours}' of the student and '{theirs}' of the teacher differ in size, "
+            f"{shapes[0][2:]} and {shapes[1][2:]}. Give two of one stride as 'student:teacher'."
+        )
+    return Site(paths[0], paths[1], (shapes[0][1], shapes[1][1]))
+
+
+def _backbone(student: nn.Module, teacher: nn.Module) -> list[Site]:
+    """Pair what the necks take from the backbones, by size; the deepest map of a size counts."""
+    by_size: list[dict[Any, tuple[str, int]]] = []
+    for model in (student, teacher):
+        count = len((getattr(model, "yaml", None) or {}).get("backbone", ()))
+        used = {i for m in model.model[count:] for i in ([m.f] if isinstance(m.f, int) else m.f) if 0 <= i < count}
+        shapes = _shapes(model, [f"model.{i}" for i in sorted(used | {count - 1}) if i >= 0])
+        by_size.append({s[2:]: (p, s[1]) for p, s in shapes.items() if s})
+    ours, theirs = by_size
+    found = [Site(ours[k][0], theirs[k][0], (ours[k][1], theirs[k][1])) for k in ours if k in theirs]
+    if not found:
+        raise UsageError("'distill.layers=backbone': the backbones have no maps of one size. Name layers instead.")
+    return found
+
+
+@torch.no_grad()
+def _shapes(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """Return the shapes of layer outputs for one square image, None where one is not one (B, C, H, W) map."""
+    like, size = next(model.parameters()), 2 * stock.max_stride(model)
+    taps = Taps(model, paths)
+    with evaluating(model):
+        model(torch.zeros(1, stock.input_channels(model), size, size, device=like.device, dtype=like.dtype))
+    found = taps.take()
+    return {p: tuple(x.shape) if isinstance(x := found.get(p), torch.Tensor) and x.ndim == 4 else None for p in paths}
+
+
+class Taps:
+    """Keeps what chosen layers of a model, not of its copies, return in its latest forward pass.
+
+    The hook is one for all modules of the process, for as long as this object lives: hooks on the layers themselves
+    would be copied into the EMA and saved with the checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, paths: list[str]) -> None:
+        """Listen to these layers."""
+        self.found: dict[str, torch.Tensor] = {}
+        if not paths:
+            return
+        modules, found = dict(model.named_modules()), self.found
+        layers = {id(modules[p]): p for p in paths}
+
+        def keep(module: nn.Module, _: Any, output: Any) -> None:
+            if (path := layers.get(id(module))) is not None:
+                found[path] = output
+
+        self.close = weakref.finalize(self, register_module_forward_hook(keep).remove)
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Return the outputs by path and forget them, which frees their graph."""
+        taken = dict(self.found)
+        self.found.clear()
+        return taken

@@ -19,7 +19,7 @@ from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
-GIVEN = {"student", "teacher", "module", "boxes", "random"}  # what the criterion passes, not the user
+GIVEN = {"student", "teacher", "module", "boxes", "random", "weight"}  # not for the user to set
 AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
 MEMORY = 0.95  # of the running means, so that they follow the last 20 batches or so
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
@@ -27,23 +27,14 @@ TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of a stack.
+    """One loss of a stack."""
 
-    Attributes:
-        kind: ``logits`` or ``features``.
-        row: The method.
-        weight: Weight at schedule factor 1.
-        timing: Arguments of `core.schedules.loss_factor`.
-        options: Keyword arguments of the method.
-        layers: Layers whose maps a feature loss compares; empty for the inputs of the head.
-    """
-
-    kind: str
+    kind: str  # ``logits`` or ``features``
     row: Row
-    weight: float
-    timing: dict[str, Any]
-    options: dict[str, Any]
-    layers: tuple[str, ...] = ()
+    weight: float  # at schedule factor 1
+    timing: dict[str, Any]  # arguments of `core.schedules.loss_factor`
+    options: dict[str, Any]  # keyword arguments of the method
+    layers: tuple[str, ...] = ()  # whose maps a feature loss compares; none for the inputs of the head
 
     def needs(self, what: Need) -> bool:
         """Tell whether the method needs this; your own feature loss gets equal widths."""
@@ -56,19 +47,15 @@ def terms(cfg: DistillConfig) -> list[Term]:
     found = []
     for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
         stack = getattr(cfg, kind) or []
-        stack = AUTO if stack == "auto" else stack
-        entries = [{"name": e} if isinstance(e, str) else dict(e) for e in _listed(stack)]
-        found += [_term(kind, entry, weight, cfg) for entry in entries]
+        entries = AUTO if stack == "auto" else _listed(stack)
+        found += [_term(kind, {"name": e} if isinstance(e, str) else dict(e), weight, cfg) for e in entries]
     if cfg.temperature is not None and not any("temperature" in t.options for t in found):
-        raise UsageError(
-            f"'distill.temperature={cfg.temperature}' has no effect: {', '.join(t.row.name for t in found)} know no "
-            "temperature. Leave it out."
-        )
+        names = ", ".join(t.row.name for t in found)
+        raise UsageError(f"'distill.temperature={cfg.temperature}' has no effect on {names}. Leave it out.")
     return found
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return one value or several as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -76,20 +63,20 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     """Read one entry of a stack, whose options are checked against the signature of the method."""
     row = TABLES[kind][str(entry.pop("name"))]
     key = f"distill.{kind}: {row.name}"
-    own = float(_number(key, "weight", entry.pop("weight", 1.0)))
+    weight *= float(_number(key, "weight", entry.pop("weight", 1.0)))
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
     _check_timing(key, timing)
-    layers = entry.pop("layers", cfg.layers) if kind == "features" else []
+    layers = _listed(entry.pop("layers", cfg.layers)) if kind == "features" else []
     legal = _options(row)
     for name, value in entry.items():
         if legal is not None and name not in legal:
-            words = sorted({"name", "weight", *TIMING, *legal} | ({"layers"} if kind == "features" else set()))
+            words = sorted({"name", "weight", *TIMING, *legal, *(["layers"] if kind == "features" else [])})
             raise UsageError(f"{key} has no option '{name}'.{suggest(name, words)} Legal: {', '.join(words)}.")
         if name == "temperature" and not _number(key, name, value) > 0:
             raise UsageError(f"{key}: 'temperature={value}' is out of range. Legal: above 0.")
     if cfg.temperature is not None and legal is not None and "temperature" in legal:
         entry.setdefault("temperature", cfg.temperature)
-    return Term(kind, row, own * weight, timing, entry, tuple(str(x) for x in _listed(layers)))
+    return Term(kind, row, weight, timing, entry, tuple(str(x) for x in layers))
 
 
 def _options(row: Row) -> set[str] | None:
@@ -97,8 +84,7 @@ def _options(row: Row) -> set[str] | None:
     found = inspect.signature(row.fn).parameters
     if any(p.kind is p.VAR_KEYWORD for p in found.values()):
         return None
-    names = set(list(found)[2:])  # the first two are student and teacher, however they are called
-    return names - GIVEN - {"weight"}
+    return set(list(found)[2:]) - GIVEN  # the first two are student and teacher, however they are called
 
 
 def _number(key: str, name: str, value: Any) -> float:
@@ -123,12 +109,9 @@ def title(found: list[Term]) -> str:
 
 
 class Balance(nn.Module):
-    """A factor that keeps the distillation loss at a share of the task loss, by running means of both.
+    """A factor that keeps the distillation loss at a share of the task loss, by running means of both."""
 
-    The means are buffers, so that they are resumed with the adapters.
-    """
-
-    means: torch.Tensor
+    means: torch.Tensor  # a buffer, so that it is resumed with the adapters
 
     def __init__(self) -> None:
         """Start without a mean; the first batch sets it."""
@@ -136,11 +119,9 @@ class Balance(nn.Module):
         self.register_buffer("means", torch.zeros(2))
 
     def forward(self, task: torch.Tensor, distillation: torch.Tensor, share: float) -> torch.Tensor:
-        """Take in the losses per image of a batch, the distillation's as it is without schedule and factor.
+        """Take in the losses per image of a batch, that without schedule and factor, and return the factor to apply.
 
-        Returns:
-            The factor, a detached scalar, that makes distillation / task loss this share; batches with a loss that is
-            not finite change nothing.
+        Batches with a loss that is not finite change nothing.
         """
         now = torch.stack((task.detach(), distillation.detach())).to(self.means)
         if now.isfinite().all():
