@@ -34,36 +34,40 @@ EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
 COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
 
 
-def _problem(key: str, f: Field, value: Any) -> str | None:
-    """Return what is wrong with this value of an option, or None."""
-    kind, m = str(f.type), f.metadata
-    if value is None:
-        return None if "None" in kind else f"'{key}=None' is illegal: a value is needed ({m['help']})."
-    if kind.startswith("Stack"):
-        return _stack_problem(key, value)
-    if kind == "Entries":
-        return _entries_problem(key, value)
-    if kind.startswith(("list", "dict")) or ("list" in kind and isinstance(value, (list, tuple))):
-        return _collection_problem(key, kind, value, m)
-    if kind.startswith("bool"):
-        return None if isinstance(value, bool) else f"'{key}={value}' is illegal. Legal: True, False."
-    if kind.startswith("str"):
-        if not isinstance(value, str):
-            return f"'{key}={value}' is illegal: give a string ({m['help']})."
-        if "choices" in m and value not in m["choices"]:
-            near = suggest(value, list(m["choices"]))
-            return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
-        return None
-    whole = kind.startswith("int")
-    if not _number(value) or (whole and value != int(value)):
-        return f"'{key}={value}' is illegal: give {'a whole number' if whole else 'a number'} ({m['help']})."
-    return _range_problem(key, value, m)
-
-
 def _number(value: Any) -> bool:
+    """Tell whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _whole(value: Any) -> bool:
+    """Tell whether a value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the items of a list, or a single value as one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _stacked(value: Any) -> bool:
+    """Tell whether a value has the form of a stack of methods; the names are looked up where the methods are."""
+    items = _listed(value)
+    return bool(items) and all(isinstance(v.get("name") if isinstance(v, Mapping) else v, str) for v in items)
+
+
+FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {  # by type of an option: what fits, and what is said if not
+    "bool": (lambda v: isinstance(v, bool), ". Legal: True, False."),
+    "str": (lambda v: isinstance(v, str), ": give a string ({help})."),
+    "int": (lambda v: _number(v) and v == int(v), ": give a whole number ({help})."),
+    "float": (_number, ": give a number ({help})."),
+    "list[int]": (lambda v: all(_whole(n) and n >= 0 for n in _listed(v)), ": give a list of whole numbers ({help})."),
+    "list[str]": (lambda v: all(isinstance(n, str) or _whole(n) for n in _listed(v)), ": give a list of strings."),
+    "dict[str, float]": (
+        lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
+        ": give shares of 0 to below 1 by name ({help}).",
+    ),
+    "Stack": (_stacked, ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."),
+}
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "low": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -72,33 +76,26 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
-def _range_problem(key: str, value: float, limits: Mapping[str, Any]) -> str | None:
-    given = {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
-    if all(BOUNDS[name][1](value, limit) for name, limit in given.items()):
+def _problem(key: str, f: Field, value: Any) -> str | None:
+    """Return what is wrong with this value of an option, or None."""
+    kind, m = str(f.type).removesuffix(" | None"), f.metadata
+    if value is None:
+        return None if "None" in str(f.type) else f"'{key}=None' is illegal: a value is needed ({m['help']})."
+    if kind == "Entries":
+        return _entries_problem(key, value)
+    if kind == "str | list[str]":
+        kind = "list[str]" if isinstance(value, (list, tuple)) else "str"
+    fits, words = FORMS[kind]
+    if not fits(value):
+        return f"'{key}={value}' is illegal{words.format(help=m['help'])}"
+    if "choices" in m and value not in m["choices"]:
+        near = suggest(value, list(m["choices"]))
+        return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
+    limits = {name: m[name] for name in BOUNDS if name in m}
+    if all(BOUNDS[name][1](value, limit) for name, limit in limits.items()):
         return None
-    legal = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in given.items())
+    legal = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in limits.items())
     return f"'{key}={value}' is out of range. Legal: {legal}."
-
-
-def _collection_problem(key: str, kind: str, value: Any, m: Mapping[str, Any]) -> str | None:
-    if kind.startswith("dict"):
-        legal = isinstance(value, Mapping) and all(_number(v) and 0 <= v < 1 for v in value.values())
-        return None if legal else f"'{key}={value}' is illegal: give shares of 0 to below 1 by name ({m['help']})."
-    items = value if isinstance(value, (list, tuple)) else [value]
-    if kind == "list[int]":
-        legal = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in items)
-        return None if legal else f"'{key}={value}' is illegal: give a list of whole numbers ({m['help']})."
-    legal = all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in items)
-    return None if legal else f"'{key}={value}' is illegal: give a list of strings."
-
-
-def _stack_problem(key: str, value: Any) -> str | None:
-    """Return what is wrong with the form of a stack of methods; the names are looked up where the methods are."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    form = f"'{key}={value}' is illegal: give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."
-    if not items or not all(isinstance(v, (str, Mapping)) for v in items):
-        return form
-    return None if all(isinstance(v.get("name"), str) for v in items if isinstance(v, Mapping)) else form
 
 
 def _entries_problem(key: str, value: Any) -> str | None:
@@ -183,24 +180,26 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cast(f: Field, value: Any) -> Any:
-    kind = str(f.type)
+    """Return a legal value in the type of its option."""
+    kind = str(f.type).removesuffix(" | None")
     if value is None:
-        return value
-    if kind.startswith("Stack"):
-        return [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, (list, tuple)) else value
+        return None
     if kind == "Entries":
         return [dict(v) for v in _entries(value)]
-    if kind.startswith("list") or ("list" in kind and not isinstance(value, str)):
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        return items if kind == "list[int]" else [str(v) for v in items]
-    if kind.startswith("dict"):
+    if kind == "Stack":
+        return [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, (list, tuple)) else value
+    if kind == "dict[str, float]":
         return {str(k): float(v) for k, v in value.items()}
-    return int(value) if kind.startswith("int") else float(value) if kind.startswith("float") else value
+    if kind == "list[int]":
+        return _listed(value)
+    if "list" in kind and not (kind.startswith("str") and isinstance(value, str)):
+        return [str(v) for v in _listed(value)]
+    return {"int": int, "float": float}.get(kind, lambda v: v)(value)
 
 
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
     """Return a list that a user wrote as text with commas, as a list or as its only item, each read as `kind`."""
-    items = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    items = given.split(",") if isinstance(given, str) else _listed(given)
     return [kind(text) for text in (str(item).strip() for item in items) if text]
 
 
@@ -214,6 +213,7 @@ def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
 
 
 def _distill_conflicts(cfg: DistillConfig) -> list[str]:
+    """Return the problems between options of distillation."""
     problems = []
     if not cfg.features and not cfg.logits:
         problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
@@ -227,6 +227,7 @@ def _distill_conflicts(cfg: DistillConfig) -> list[str]:
 
 
 def _prune_conflicts(cfg: PruneConfig) -> list[str]:
+    """Return the problems between options of pruning."""
     problems = []
     targets = [t for t in TARGETS if getattr(cfg, t) is not None]
     if len(targets) > 1:

@@ -100,6 +100,7 @@ class Table:
 
 
 def _user_function(path: str, kind: str) -> Callable[..., Any]:
+    """Return the function of a dotted path ``package.module:function``."""
     module, _, attribute = path.partition(":")
     try:
         fn = getattr(importlib.import_module(module), attribute)
