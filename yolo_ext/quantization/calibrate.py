@@ -20,7 +20,7 @@ from yolo_ext.quantization.fake_quant import get_state, insert_plan, quantized_l
 from yolo_ext.quantization.layers import channel_axis, weight_rows
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
 from yolo_ext.quantization.spec import Plan, Spec, State
-from yolo_ext.stock import evaluating
+from yolo_ext.stock.context import evaluating, watched
 
 SHOWN = 3  # layer names in a message
 EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the integer bias of a kernel overflows
@@ -181,23 +181,11 @@ def inspect(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Found]:
     seen: dict[int, _Seen] = {}
     handles = [q.register_forward_pre_hook(partial(_see, seen)) for *_, q in sites]
     device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            for images in batches:
-                model(images.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, handles):
+        for images in batches:
+            model(images.to(device))
     rows = [_weight_row(path, layer) for path, layer, _ in quantized_layers(model) if layer.weight_spec]
     return rows + [_row(path, site, q, seen[id(q)]) for path, site, q in sites if id(q) in seen]
-
-
-def _codes(x: torch.Tensor, lo: float, hi: float, spec: Spec) -> torch.Tensor:
-    """Return codes counted from 0, before they are clipped to `0 .. qmax - qmin`."""
-    if spec.symmetric:
-        return (x / max(-lo, hi, 1e-12) * spec.qmax).round() - spec.qmin
-    scale = max(hi - lo, 1e-12) / spec.qmax
-    return (x / scale).round() + round(-lo / scale)
 
 
 def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -208,7 +196,12 @@ def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None
     if not x.isfinite().all():
         row.low = row.high = math.nan
         return
-    codes = _codes(x, float(q.lo), float(q.hi), spec)
+    lo, hi = float(q.lo), float(q.hi)
+    scale = max(hi - lo, 1e-12) / spec.qmax
+    if spec.symmetric:  # codes are counted from 0, and not clipped yet
+        codes = (x / max(-lo, hi, 1e-12) * spec.qmax).round() - spec.qmin
+    else:
+        codes = (x / scale).round() + round(-lo / scale)
     # Behind a lower limit lies what SiLU makes of nearly nothing: to clip it is the purpose of the limit.
     outside = (codes > levels - 1) | ((codes < 0) & (q.lower == -math.inf))
     row.total += codes.numel()

@@ -110,7 +110,13 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
     """
     if not is_modelopt(ckpt):
         raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")
-    ranges, settings = _ranges(ckpt), _settings(ckpt)
+    ranges: dict[str, dict[str, torch.Tensor]] = {}  # layer -> quantizer -> largest absolute values
+    for key, value in ckpt["modelopt"]["ranges"].items():
+        path, _, quantizer = key.removesuffix("._amax").rpartition(".")
+        if key.endswith("._amax"):
+            ranges.setdefault(path, {})[quantizer] = value.float()
+    steps = ckpt["modelopt"].get("modelopt", {}).get("modelopt_state_dict", [])
+    settings = steps[-1][1].get("metadata", {}).get("quantizer_state", {}) if steps else {}
     layers = {path: m for path, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
     state: State = {}
     for path, layer in layers.items():
@@ -154,22 +160,6 @@ def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable
     load_state(model, done)
     set_mode(model, "on")
     return done
-
-
-def _ranges(ckpt: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return layer path -> quantizer -> largest absolute values."""
-    ranges: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in ckpt["modelopt"]["ranges"].items():
-        path, _, quantizer = key.removesuffix("._amax").rpartition(".")
-        if key.endswith("._amax"):
-            ranges.setdefault(path, {})[quantizer] = value.float()
-    return ranges
-
-
-def _settings(ckpt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings of the quantizers, by path, after the last step of ModelOpt's conversion."""
-    steps = ckpt["modelopt"].get("modelopt", {}).get("modelopt_state_dict", [])
-    return steps[-1][1].get("metadata", {}).get("quantizer_state", {}) if steps else {}
 
 
 def _enabled(settings: Mapping[str, Mapping[str, Any]], path: str) -> bool:

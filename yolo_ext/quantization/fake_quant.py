@@ -20,6 +20,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
+from yolo_ext.stock.context import watched
 
 MODES = ("float", "off", "observe", "on")
 SILU_LOWER = -6.0  # SiLU(-6) = -0.015: spending codes below that costs more than it brings
@@ -41,20 +42,14 @@ def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[st
     fresh = [modules[path] for path in paths if stock.merge_block(modules[path])]
     for block in fresh:
         block.conv.requires_grad_(True)
-        block.bn = _neutral(block.conv)
+        block.bn = nn.BatchNorm2d(block.conv.out_channels, eps=1e-3, momentum=0.03).to(block.conv.weight)
+        block.bn.running_var.fill_(1 - block.bn.eps)  # it changes nothing, in Ultralytics' settings
     for path in paths:
         modules[path].train(model.training)
     _measure(model, fresh, batches)
     note(model, merged=paths)
     set_tripwire(model)
     return paths
-
-
-def _neutral(conv: nn.Conv2d) -> nn.BatchNorm2d:
-    """Return a BatchNorm that changes nothing, in Ultralytics' settings."""
-    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3, momentum=0.03).to(conv.weight.device, conv.weight.dtype)
-    norm.running_var.fill_(1 - norm.eps)  # type: ignore[union-attr]
-    return norm
 
 
 def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor]) -> None:
@@ -69,13 +64,9 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
 
     handles = [b.bn.register_forward_pre_hook(see) for b in blocks]
     device = next(model.parameters()).device
-    try:
-        with stock.evaluating(model):
-            for images in batches if blocks else ():
-                model(images.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, handles):
+        for images in batches if blocks else ():
+            model(images.to(device))
     for norm in (b.bn for b in blocks):
         (total, squares), n = sums[id(norm)]
         if n < 2:

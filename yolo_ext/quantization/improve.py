@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, TQDM
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import QuantAct, channel_axis, channel_rows, weight_rows
-from yolo_ext.stock import evaluating, recalibrate
+from yolo_ext.stock.context import evaluating, recalibrate, watched
 
 DEAD = 1e-6  # added to variances: that of a dead channel stays as it is
 CHANGE = (0.1, 10.0)  # of a variance, at most
@@ -96,18 +96,15 @@ def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str,
 
         return hook
 
-    with evaluating(model):
+    try:
         for images in TQDM(batches, desc="correcting biases"):
             for mode, make in (("float", remember), ("on", correct)):
                 set_mode(model, mode)
-                handles = [m.register_forward_hook(make(path, act)) for path, (m, act) in targets.items()]
-                try:
+                with watched(model, [m.register_forward_hook(make(path, act)) for path, (m, act) in targets.items()]):
                     model(images.to(device))
-                finally:
-                    set_mode(model, "on")
-                    for handle in handles:
-                        handle.remove()
             seen += len(images)
+    finally:
+        set_mode(model, "on")
     for path, shift in total.items():
         bias = targets[path][0].bias
         bias += (shift / seen).to(bias.dtype)
@@ -274,15 +271,11 @@ def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) ->
     def hook(path: str) -> Any:
         return lambda m, x, y: seen[path].append((x[0], y) if len(x) == 1 else (None, None))
 
-    handles = [m.register_forward_hook(hook(path)) for path, m in units.items()]
     many = isinstance(child.f, (list, tuple))
     sources = [f if f == -1 else f % child.i for f in (child.f if many else [child.f])]
     results: list[Any] = []
-    try:
+    with watched(child, [m.register_forward_hook(hook(path)) for path, m in units.items()]):
         results.extend(child([*x] if many else x[0]) for x in zip(*(maps[f] for f in sources)))
-    finally:
-        for handle in handles:
-            handle.remove()
     tensors = {p: all(isinstance(v, torch.Tensor) for call in calls for v in call) for p, calls in seen.items()}
     whole = {p: calls for p, calls in seen.items() if len(calls) == len(results) and tensors[p]}
     inputs, outputs = ({p: torch.cat([c[k] for c in calls]) for p, calls in whole.items()} for k in (0, 1))

@@ -47,6 +47,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def watched(model: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
+    """Put a model into eval mode while hooks look on, of which these handles are removed afterwards."""
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Put back every random generator afterwards, so that a run goes on as if nothing had been in between."""
     python, numpy = random.getstate(), np.random.get_state()
