@@ -42,18 +42,16 @@ def losing(monkeypatch, loss):
     """Make INT8 files lose as much mAP as a function of the number of layers in them says."""
     import onnx
 
-    from yolo_ext.stock import accuracy
+    from yolo_ext.pipeline import int8
 
-    measured = accuracy.accuracy
+    measured = int8.accuracy
 
     def measure(path, data, imgsz):
-        if Path(path).suffix != ".onnx":
-            return measured(path, data, imgsz)
         nodes = [n for n in onnx.load(path).graph.node if n.op_type == "DequantizeLinear" and "weight" in n.name]
         found = measured(path, data, imgsz)
         return {**found, "map": found["map"] - (loss(len(nodes)) if nodes else 0.0)}
 
-    monkeypatch.setattr(accuracy, "accuracy", measure)
+    monkeypatch.setattr(int8, "accuracy", measure)
     return measure
 
 
