@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from yolo_ext.reporting.figures import imwrite
-from yolo_ext.reporting.pages import SECTIONS, render, write_report
+from yolo_ext.reporting.pages import render, write_report
 
+SECTIONS = ("Before and after", "Notes", "Stages", "Checks", "Detections", "Latency", "For comparison",
+            "Channels per layer", "Quantization", "Plots", "Options", "Reproduce")  # fmt: skip
 BEFORE = {
     **{"params": 3_000_000, "gflops": 8.2, "size_mb": 6.2, "map50": 0.9, "map": 0.6, "convs": 64, "int8_convs": 0},
     **{"latency_ms": {"torch": 20.0, "ort": 10.0, "ort_int8": None}, "map_onnx": {"fp32": 0.6, "int8": None}},

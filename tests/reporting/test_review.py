@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from yolo_ext.reporting.review import class_counts, in_order, lowest, render_review
+from yolo_ext.reporting.pages import class_counts, in_order, lowest, render_review
 
 NAMES = {0: "cell", 1: "<b>bad</b>"}
 

@@ -64,7 +64,7 @@ def label(
     """
     from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
     from yolo_ext.data.write import FORMATS
-    from yolo_ext.reporting.review import render_review
+    from yolo_ext.reporting.pages import render_review
     from yolo_ext.stock.load import no_autoinstall
 
     if format not in FORMATS:
@@ -182,7 +182,7 @@ def _summary(
     model: str, format: str, settings: dict[str, Any], images: int, done: Labelled, names: dict[int, str]
 ) -> dict[str, Any]:
     """Return the contents of `label.json`, which tell nothing of this run that the next one would not tell."""
-    from yolo_ext.reporting.review import LOW, class_counts, in_order, lowest
+    from yolo_ext.reporting.pages import LOW, class_counts, in_order, lowest
 
     records = done.records.values()
     review = [{"image": r["image"], "lowest": low} for r in in_order(records) if (low := lowest(r)) and low < LOW]
@@ -194,7 +194,7 @@ def _summary(
 
 def _told(found: dict[str, Any]) -> str:
     """Return the counts of a labelling in words."""
-    from yolo_ext.reporting.review import LOW
+    from yolo_ext.reporting.pages import LOW
 
     parts = {
         f"{len(found['review'])} with a box below {LOW}": found["review"],
@@ -208,7 +208,7 @@ def _told(found: dict[str, Any]) -> str:
 def _report(found: dict[str, Any], done: Labelled, folder: Path) -> None:
     """Print what was labelled."""
     from yolo_ext.data.records import quote
-    from yolo_ext.reporting.review import LOW
+    from yolo_ext.reporting.pages import LOW
     from yolo_ext.reporting.tables import align
 
     rows = [(n, c["boxes"], c["images"], f"{c['mean_confidence']:.2f}", c["low"]) for n, c in found["classes"].items()]

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The report of a run: `report.json` and one self-contained `report.html` that opens offline, without scripts."""
+"""Pages that open offline, without scripts: the report of a run, and the review sheet of auto-labelling."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import base64
 import json
 import math
 import mimetypes
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import cv2
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ultralytics.utils.patches import imread
+from ultralytics.utils.plotting import colors
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, comparison_rows, figure, stage_rows
+from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, comparison_rows, figure, stage_rows
 
 MISSING = "not measured"
 LONG_LIST = 16  # rows; a longer list starts folded
-DIFFERENCES = ("box_mean", "box_max", "score_mean", "score_max")
-PARITY = {
-    "torch": "Fake-quantized PyTorch and the INT8 file simulated in float",
-    "simulation": "The INT8 file as it runs and simulated in float",
-    "float": "The INT8 file as it runs and FP32: what quantization does",
-}
+LOW = 0.5  # boxes below this confidence are marked
+THUMB = 360  # px
 Report = Mapping[str, Any]
+Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), `objects` (`class`, `confidence`, `box`)
 
 
+# The report of a run -------------------------------------------------------------------------------------------------
 def write_report(run_dir: str | Path, report: Report) -> Path:
     """Write `report.json` and `report.html` of a run.
 
@@ -51,58 +53,58 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
 
 def render(report: Report, run_dir: Path) -> str:
     """Return a report (see `write_report`) as one page, pictures with relative paths taken from `run_dir`."""
-    parts = {name: part(report, run_dir) for name, part in SECTIONS.items()}
-    rows = comparison_rows(_side(report, "before"), _side(report, "after"))
-    cards, int8_note = _cards(report, rows)
-    return page(
-        "report.html.j2",
-        title=str(report.get("title") or "Compression report"),
-        verdicts=_verdicts(report.get("checks") or [], rows),
-        cards=cards,
-        int8_note=int8_note,
-        sections={name: part for name, part in parts.items() if part},
-    )
+    summary = report.get("summary") or {}
+    before, after, stages, env = (summary.get(k) or {} for k in ("before", "after", "stages", "env"))
+    command, checks, layers = (report.get(k) or [] for k in ("command", "checks", "layers"))
+    command, rows = command or summary.get("command"), comparison_rows(before, after)
+    sections = {  # an empty one is left out
+        "Before and after": rows,
+        "Notes": report.get("notes"),
+        "Stages": stages and _stages(before, stages),
+        "Checks": checks,
+        "Detections": _embed(report.get("pictures"), run_dir),
+        "Latency": _latency(report.get("latency") or {}),
+        "For comparison": report.get("comparison"),
+        "Channels per layer": layers and {"layers": layers, "pruned": sum(x["after"] < x["before"] for x in layers)},
+        "Quantization": report.get("quantization"),
+        "Plots": _embed(report.get("plots"), run_dir),
+        "Options": report.get("plan"),
+        "Reproduce": {"command": command, "env": env} if command or env else None,
+    }
+    cards, int8_note = _cards(after, rows)
+    return _page(
+        "report.html.j2", title=str(report.get("title") or "Compression report"), verdicts=_verdicts(checks, rows),
+        cards=cards, int8_note=int8_note, sections={name: part for name, part in sections.items() if part},
+    )  # fmt: skip
 
 
 def _verdicts(checks: Sequence[Report], rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Say in a (tone, text) per finding whether the checks passed and where the result is worse than the base."""
     failed = [str(c.get("name")) for c in checks if not c.get("passed")]
     worse = [f"{r.label} {r.delta}" for r in rows if r.verdict == "worse"]
-    strips = []
+    strips = [("", f"✓ {len(checks)} of {len(checks)} checks passed")] if checks else []
     if failed:
-        strips.append(("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}"))
-    elif checks:
-        strips.append(("", f"✓ {len(checks)} of {len(checks)} checks passed"))
-    if worse:
-        strips.append(("warn", f"▼ Worse than the base model: {' · '.join(worse)}"))
-    return strips
+        strips = [("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}")]
+    return strips + ([("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else [])
 
 
-def _cards(report: Report, rows: Sequence[Row]) -> tuple[list[Row], str]:
+def _cards(after: Report, rows: Sequence[Row]) -> tuple[list[Row], str]:
     """Return the five key figures, the latency of INT8 where it was measured, and the note on INT8 mAP it calls for."""
-    known, after = {row.key: row for row in rows}, _side(report, "after")
+    known = {row.key: row for row in rows}
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}")), "torch")
     int8 = known.get("map_onnx.int8")
     note = f"; INT8 {int8.delta}" if int8 and int8.delta != ABSENT else ""
     if speed == "ort_int8" and not note:
         note = f"; INT8 {MISSING}"
+    empty = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS}
     keys = ("params", "gflops", "size_mb", "map", f"latency_ms.{speed}")
-    labels = {f.key: f.label for f in FIELDS}
-    return [known.get(key) or Row(key, labels[key], ABSENT, ABSENT, ABSENT, "") for key in keys], note
+    return [{**empty, **known}[key] for key in keys], note
 
 
-def _figures(report: Report, _: Path) -> list[Row]:
-    """Return the rows Before | After | Delta."""
-    return comparison_rows(_side(report, "before"), _side(report, "after"))
-
-
-def _stages(report: Report, _: Path) -> dict[str, Any]:
+def _stages(before: Report, stages: Report) -> dict[str, Any]:
     """Return the table of stages, the base in front, and the charts of GFLOPs, mAP and one latency."""
-    stages = dict((report.get("summary") or {}).get("stages") or {})
-    if not stages:
-        return {}
-    if _side(report, "before") and not {"base", "before"} & stages.keys():
-        stages = {"base": _side(report, "before"), **stages}
+    if before and not {"base", "before"} & stages.keys():
+        stages = {"base": before, **stages}
     latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
     fields = [f for f in FIELDS if f.key in ("gflops", "map", latency.key)]
@@ -126,81 +128,11 @@ def _chart(title: str, points: Mapping[str, float | None], spec: str) -> dict[st
     return {"title": title, "spots": spots}
 
 
-def _latency(report: Report, _: Path) -> dict[str, Any]:
+def _latency(latency: Report) -> dict[str, Any]:
     """Return names with median, p10 and p90 in ms, and the longest of them, which the bars are drawn against."""
-    latency = report.get("latency") or {}
     rows = [(r.get("name"), *(figure(r, k) for k in ("median", "p10", "p90"))) for r in latency.get("rows") or []]
     longest = max((v for _, median, _, high in rows for v in (median, high) if v is not None), default=1.0)
     return {"rows": rows, "longest": longest, "note": latency.get("note")} if rows or latency.get("note") else {}
-
-
-def _channels(report: Report, _: Path) -> dict[str, Any]:
-    """Return the layers, how many channels each keeps and what it is coupled with or why it was kept."""
-    layers = report.get("layers") or []
-    if not layers:
-        return {}
-    rows = []
-    for layer in layers:
-        before, after, coupled = layer["before"], layer["after"], layer.get("coupled") or []
-        beside = f"coupled with {', '.join(coupled[:3])}{' ...' if len(coupled) > 3 else ''}" if coupled else ""
-        kept = f"{100 * after / before:.0f}%" if before else ABSENT
-        rows.append({**layer, "kept": kept, "beside": layer.get("reason") or beside})
-    pruned = sum(layer["after"] < layer["before"] for layer in layers)
-    total = [sum(layer[side] for layer in layers) for side in ("before", "after")]
-    text = f"{pruned} of {len(layers)} layers pruned, {total[0]:,} → {total[1]:,} output channels."
-    return {"layers": rows, "widest": max(layer["before"] for layer in layers), "text": text}
-
-
-def _comparison(report: Report, _: Path) -> list[list[Any]]:
-    """Return the pruned model beside what else costs as much: is pruning worth it?"""
-    specs = {"params": ",.0f", "gflops": ",.2f", "map": ".4f", "ort": ",.2f"}
-    rows = []
-    for row in report.get("comparison") or []:
-        values = [(figure(row, key), spec) for key, spec in specs.items()]
-        rows.append([row.get("name"), *(ABSENT if v is None else format(v, spec) for v, spec in values)])
-    return rows
-
-
-def _quantization(report: Report, _: Path) -> dict[str, Any]:
-    """Return what runs in INT8, what the file was made with, and how far what should be equal lies apart."""
-    found = report.get("quantization")
-    if not found:
-        return {}
-    parity = found.get("parity") or {}
-    return {
-        **{key: found.get(key) for key in ("convs", "int8_convs")},
-        "float": found.get("float") or {},
-        "made": _made_with(found),
-        "parity": [(what, *(figure(parity[k], d) for d in DIFFERENCES)) for k, what in PARITY.items() if parity.get(k)],
-    }
-
-
-def _made_with(found: Report) -> list[tuple[str, str]]:
-    """Return profile and calibration of an INT8 file, and the threshold that suits it."""
-    made, f1, rows = found.get("calibration") or {}, found.get("f1") or {}, []
-    if found.get("profile"):
-        rows.append(("Profile", _text(found["profile"])))
-    if made:
-        images, imgsz, seed, digest = (_text(made.get(k)) for k in ("images", "imgsz", "seed", "hash"))
-        rows.append(("Calibration", f"{images} images of {imgsz} px, seed {seed}, hash {digest}"))
-        rows.append(("Observers", f"{_text(made.get('observer'))}; of weights {_text(made.get('weights'))}"))
-    best = [(k, *(_fixed(figure(f1[k], d), 3) for d in ("f1", "f1_conf"))) for k in ("fp32", "int8") if k in f1]
-    if best:
-        text = ", ".join(f"{score} at {threshold} ({k.upper()})" for k, score, threshold in best)
-        rows.append(("Best F1 at confidence", text))
-    return rows
-
-
-def _plan(report: Report, _: Path) -> str:
-    """Return the options, one in a line."""
-    return "\n".join(f"{name}: {json.dumps(step)}" for name, step in (report.get("plan") or {}).items())
-
-
-def _reproduce(report: Report, _: Path) -> dict[str, Any]:
-    """Return the command and the environment."""
-    summary = report.get("summary") or {}
-    command, env = report.get("command") or summary.get("command"), summary.get("env") or {}
-    return {"command": command, "env": env} if command or env else {}
 
 
 def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, str]]:
@@ -209,32 +141,13 @@ def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, s
     for picture in pictures or []:
         path = run_dir / str(picture["path"])
         kind = mimetypes.guess_type(path.name)[0] or ""
-        there = path.is_file() and kind.startswith("image/")
-        data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if there else ""
+        data = _data_url(kind, path.read_bytes()) if path.is_file() and kind.startswith("image/") else ""
         read.append({"name": path.name, "caption": _text(picture.get("caption") or path.name), "data": data})
     return read
 
 
-# What `report.html.j2` shows in each section, in this order; an empty one is left out.
-SECTIONS: dict[str, Callable[[Report, Path], Any]] = {
-    "Before and after": _figures,
-    "Notes": lambda report, _: report.get("notes"),
-    "Stages": _stages,
-    "Checks": lambda report, _: report.get("checks"),
-    "Detections": lambda report, run_dir: _embed(report.get("pictures"), run_dir),
-    "Latency": _latency,
-    "For comparison": _comparison,
-    "Channels per layer": _channels,
-    "Quantization": _quantization,
-    "Plots": lambda report, run_dir: _embed(report.get("plots"), run_dir),
-    "Options": _plan,
-    "Reproduce": _reproduce,
-}
-
-
-def _side(report: Report, side: str) -> dict[str, Any]:
-    """Return the measurement `before` or `after`."""
-    return (report.get("summary") or {}).get(side) or {}
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _plain(value: Any) -> Any:
@@ -252,28 +165,108 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def page(template: str, **values: Any) -> str:
-    """Render a template of this package; everything from outside is escaped."""
-    return _environment().get_template(template).render(**values)
+# The review sheet ----------------------------------------------------------------------------------------------------
+def lowest(record: Record) -> float | None:
+    """Return the lowest confidence among the objects of an image, None where there are none."""
+    return min((o["confidence"] for o in record["objects"]), default=None)
 
 
-@cache
-def _environment() -> Environment:
-    """Return the templates with their filters."""
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Sort images by their least certain object; those in which nothing was found come last."""
+    return sorted(records, key=lambda r: (2.0 if (low := lowest(r)) is None else low, r["image"]))
+
+
+def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+    """Return `boxes`, `images`, `mean_confidence` and `low`, the boxes below `LOW`, of each class that was found."""
+    found: dict[int, list[float]] = {}
+    images = Counter[int]()
+    for record in records:
+        images.update({o["class"] for o in record["objects"]})
+        for o in record["objects"]:
+            found.setdefault(o["class"], []).append(o["confidence"])
+    return {
+        names[c]: {
+            "boxes": len(values),
+            "images": images[c],
+            "mean_confidence": round(sum(values) / len(values), 4),
+            "low": sum(v < LOW for v in values),
+        }
+        for c, values in sorted(found.items())
+    }
+
+
+def render_review(
+    title: str, records: Sequence[Record], files: Mapping[str, Path], names: Mapping[int, str], *,
+    notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None, previews: str = "", limit: int = 500,
+) -> str:  # fmt: skip
+    """Return the review sheet, the least certain images first; the same input gives the same bytes.
+
+    `files` go by name, `skipped` says why an image cannot be read, `previews` is the folder, relative to the page, of
+    larger pictures `<image>.jpg`, and `limit` the number of pictures shown.
+    """
+    shown = in_order(records)[:limit]
+    seen = Counter(c for r in shown for c in {o["class"] for o in r["objects"]})
+    filters = [{"name": "All", "key": "", "color": "", "count": len(shown)}]
+    filters += [{"name": names[c], "key": f"c{c}", "color": _color(c), "count": n} for c, n in sorted(seen.items())]
+    if empty := sum(not r["objects"] for r in shown):
+        filters.append({"name": "Nothing found", "key": "none", "color": "", "count": empty})
+    shots = [_shot(r, files[r["image"]], names, previews) for r in shown]
+    return _page(
+        "review.html.j2", title=title, notes=notes, counts=class_counts(records, names), skipped=skipped or {},
+        low=LOW, filters=filters, shots=shots, total=len(records),
     )  # fmt: skip
-    made.globals.update(absent=ABSENT, missing=MISSING, long_list=LONG_LIST)
-    made.filters.update(
-        text=_text, number=_number, fixed=_fixed,
-        anchor=lambda name: name.lower().replace(" ", "-"),
-        percent=lambda value, longest: f"{100 * value / longest if longest else 0:.2f}%",
-        thousands=lambda value: f"{value:,}",
-    )  # fmt: skip
-    return made
 
 
+def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -> dict[str, Any]:
+    """Return what is shown of one image: boxes as SVG stay sharp and can be filtered."""
+    objects, low = record["objects"], lowest(record)
+    counts = sorted(Counter(o["class"] for o in objects).items())
+    least: dict[int, float] = {}
+    for o in objects:
+        least[o["class"]] = min(o["confidence"], least.get(o["class"], 1.0))
+    tone, word = ("none", "nothing found") if low is None else ("warn" if low < LOW else "", f"lowest {low:.2f}")
+    return {
+        **record,
+        "thumbnail": _thumbnail(file),
+        "boxes": [_box(o, names) for o in objects],
+        "link": quote(f"{previews}/{record['image']}.jpg", errors="replace") if previews else "",
+        "classes": " ".join(f"c{c}" for c, _ in counts) or "none",
+        "order": ";".join(f"--c{c}:{round(1e4 * p)}" for c, p in least.items()),
+        "text": " · ".join(f"{n} {names[c]}" for c, n in counts),
+        "tone": tone,
+        "word": word,
+    }
+
+
+def _box(o: Record, names: Mapping[int, str]) -> dict[str, str]:
+    """Return class, colour, title and shape of one object."""
+    low = " low" if o["confidence"] < LOW else ""
+    title = f"{names[o['class']]} {o['confidence']:.2f}"
+    drawn = {"tone": f"c{o['class']}{low}", "color": _color(o["class"]), "title": title, "points": ""}
+    if flat := o.get("polygon"):
+        return {**drawn, "points": " ".join(f"{x:g},{y:g}" for x, y in zip(flat[::2], flat[1::2]))}
+    x0, y0, x1, y1 = o["box"]
+    return {**drawn, **{k: f"{v:g}" for k, v in (("x", x0), ("y", y0), ("w", x1 - x0), ("h", y1 - y0))}}
+
+
+def _color(index: int) -> str:
+    """Return the CSS colour that Ultralytics draws a class in."""
+    return "rgb({},{},{})".format(*colors(index))
+
+
+def _thumbnail(file: Path) -> str:
+    """Return a reduced copy of an image as a data URL, empty where it is gone."""
+    image = imread(file)
+    if image is None:
+        return ""
+    scale = THUMB / max(image.shape[:2])
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return _data_url("image/jpeg", cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
+
+
+# Templates -----------------------------------------------------------------------------------------------------------
 def _text(value: object) -> str:
     """Return a value of a report as text, dicts and lists as JSON."""
     if isinstance(value, (dict, list)):
@@ -288,6 +281,20 @@ def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
-def _fixed(value: float | None, digits: int) -> str:
-    """Format a figure with these digits, None as not measured."""
-    return MISSING if value is None else f"{value:,.{digits}f}"
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+ENVIRONMENT.globals.update(absent=ABSENT, missing=MISSING, long_list=LONG_LIST)
+ENVIRONMENT.filters.update(
+    text=_text, number=_number, figure=figure, cell=cell, json=json.dumps,
+    fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
+    anchor=lambda name: name.lower().replace(" ", "-"),
+    percent=lambda value, longest: f"{100 * value / longest if longest else 0:.2f}%",
+    thousands=lambda value: f"{value:,}",
+)  # fmt: skip
+
+
+def _page(template: str, **values: Any) -> str:
+    """Render a template of this package; everything from outside is escaped."""
+    return ENVIRONMENT.get_template(template).render(**values)

@@ -21,23 +21,14 @@ Verdict = Literal["better", "worse", "same", ""]
 
 @dataclass(frozen=True)
 class Field:
-    """One figure of a measurement.
+    """One figure of a measurement."""
 
-    Args:
-        key: Dotted path inside a measurement of `summary.json`.
-        label: Row label.
-        column: Short label, used where the figure is a column.
-        kind: How two values compare: relative change, score difference, speed ratio or plain count.
-        spec: Format specification of one value.
-        fallback: Other figures of the base model to compare with when it has none of this one: (key, short name).
-    """
-
-    key: str
+    key: str  # dotted path inside a measurement of `summary.json`
     label: str
-    column: str
-    kind: Literal["share", "score", "latency", "count"]
-    spec: str
-    fallback: tuple[tuple[str, str], ...] = ()
+    column: str  # label where the figure is a column
+    kind: Literal["share", "score", "latency", "count"]  # by what two values compare
+    spec: str  # format specification of one value
+    fallback: tuple[tuple[str, str], ...] = ()  # (key, short name) that stand in where the base has none of this
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,11 @@ def figure(measurement: dict[str, Any] | None, key: str) -> float | None:
     return float(value)
 
 
+def cell(value: float | None, spec: str) -> str:
+    """Format a figure, one that is absent as `-`."""
+    return ABSENT if value is None else format(value, spec)
+
+
 def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Row]:
     """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
     rows = []
@@ -91,7 +87,7 @@ def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None)
                     break
         if old is not None or new is not None:
             delta, verdict = compare(old, new, field.kind)
-            rows.append(Row(field.key, label, _text(old, field.spec), _text(new, field.spec), delta, verdict))
+            rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
     return rows
 
 
@@ -117,15 +113,9 @@ def compare(before: float | None, after: float | None, kind: str) -> tuple[str, 
 
 
 def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    """Write the table Before | After | Delta of two measurements.
+    """Write the table Before | After | Delta of two measurements with the keys of `summary.json`, as aligned text.
 
-    Args:
-        before: Measurement of the base model, with the keys of `summary.json`.
-        after: Measurement of the compressed model.
-
-    Returns:
-        Aligned text. Absent figures are `-`; rows absent on both sides are left out; a result worse than the base
-        is marked `worse`.
+    Absent figures are `-`; rows absent on both sides are left out; what got worse is marked.
     """
     rows = []
     for row in comparison_rows(before, after):
@@ -135,32 +125,20 @@ def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None
 
 
 def write_summary(
-    root: Path,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
+    root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Write `summary.json` into a run folder and print the same as one table Before | After | Delta.
-
-    Args:
-        root: Run folder.
-        before: Figures of the base model.
-        after: Figures of the result.
-        stages: Figures by stage.
-
-    Returns:
-        What was written.
-    """
+) -> dict[str, Any]:  # fmt: skip
+    """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it."""
     summary = runs.summary(root, before, after, stages)
     LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
     LOGGER.info(f"Results saved to {root}")
     return summary
 
 
-def stage_rows(stages: dict[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
+def stage_rows(stages: Mapping[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the figures of each stage; figures that no stage has get no column."""
     fields = [f for f in FIELDS if any(figure(m, f.key) is not None for m in stages.values())]
-    rows = [[name, *(_text(figure(m, f.key), f.spec) for f in fields)] for name, m in stages.items()]
+    rows = [[name, *(cell(figure(m, f.key), f.spec) for f in fields)] for name, m in stages.items()]
     return ["Stage", *(f.column for f in fields)], rows
 
 
@@ -173,8 +151,3 @@ def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
         return " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
 
     return "\n".join([line(cells[0]), "-+-".join("-" * w for w in widths), *map(line, cells[1:])])
-
-
-def _text(value: float | None, spec: str) -> str:
-    """Format a figure, one that is absent as `-`."""
-    return ABSENT if value is None else format(value, spec)
