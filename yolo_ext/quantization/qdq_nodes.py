@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,22 +92,19 @@ class Editor:
         the convolution that it makes an integer one.
         """
         scale, zero = self.constant(f"{base}_scale", params.scale), self.constant(f"{base}_zero_point", params.zero)
-        source, result, nodes = x, y, []
-        if params.clip:
-            ends = [self.constant(f"{base}_{end}", v) for end, v in zip(("min", "max"), params.clip)]
-            if clip_behind:
-                result = f"{base}_unclipped"
-                nodes = [helper.make_node("Clip", [result, *ends], [y], f"{base}_Clip")]
-            else:
-                source = f"{base}_clipped"
-                nodes = [helper.make_node("Clip", [x, *ends], [source], f"{base}_Clip")]
+        source = f"{base}_clipped" if params.clip and not clip_behind else x
+        result = f"{base}_unclipped" if params.clip and clip_behind else y
+        codes = f"{base}_quantized"
         pair = [
-            helper.make_node("QuantizeLinear", [source, scale, zero], [f"{base}_quantized"], f"{base}_QuantizeLinear"),
-            helper.make_node(
-                "DequantizeLinear", [f"{base}_quantized", scale, zero], [result], f"{base}_DequantizeLinear"
-            ),
+            _node("QuantizeLinear", [source, scale, zero], codes, base),
+            _node("DequantizeLinear", [codes, scale, zero], result, base),
         ]
-        return [*pair, *nodes] if clip_behind else [*nodes, *pair]
+        if not params.clip:
+            return pair
+        ends = [self.constant(f"{base}_{end}", v) for end, v in zip(("min", "max"), params.clip)]
+        if clip_behind:
+            return [*pair, _node("Clip", [result, *ends], y, base)]
+        return [_node("Clip", [x, *ends], source, base), *pair]
 
     def input(self, x: str, params: Params, base: str) -> tuple[str, list[NodeProto]]:
         """Return the name of `x` quantized with these parameters, and its Q/DQ pair unless it exists already."""
@@ -167,7 +165,12 @@ class Editor:
             self.constant(f"{base}_zero_point", np.zeros_like(scale, codes.dtype)),
         ]
         along = {"axis": axis} if np.ndim(scale) else {}
-        return y, [helper.make_node("DequantizeLinear", inputs, [y], f"{base}_DequantizeLinear", **along)]
+        return y, [_node("DequantizeLinear", inputs, y, base, **along)]
+
+
+def _node(op: str, inputs: list[str], output: str, base: str, **attributes: Any) -> NodeProto:
+    """Return a node of one result whose name starts with `base`."""
+    return helper.make_node(op, inputs, [output], f"{base}_{op}", **attributes)
 
 
 def channel_axis(node: NodeProto) -> int:
@@ -183,11 +186,8 @@ def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]
 
     ONNX Runtime does this itself in float graphs only: in a Q/DQ graph it gives each consumer its own DQ first.
     """
-    uses: dict[str, int] = {o.name: 1 for o in graph.output}
-    for n in nodes:
-        for name in n.input:
-            uses[name] = uses.get(name, 0) + 1
-    sigmoids = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and uses.get(n.output[0]) == 1}
+    uses = Counter([*(name for n in nodes for name in n.input), *(o.name for o in graph.output)])
+    sigmoids = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and uses[n.output[0]] == 1}
     fused, drop = [], set()
     for n in nodes:
         gate = next((i for i in n.input if i in sigmoids), None) if n.op_type == "Mul" else None
