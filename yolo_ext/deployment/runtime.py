@@ -69,13 +69,10 @@ def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) ->
 def session(
     model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """Open an ONNX model on ONNX Runtime's CPU provider; UsageError where that cannot be.
+    """Open an ``.onnx`` file or a serialised model on ONNX Runtime's CPU provider; UsageError where that cannot be.
 
-    Args:
-        model: An ``.onnx`` file, or the serialised model.
-        threads: Threads within an operator; None leaves the choice to ONNX Runtime.
-        simulate: Run Q/DQ nodes as written, in float, instead of fusing them into integer operators.
-        profile: Prefix of the file that ONNX Runtime's profiler writes.
+    Q/DQ nodes run as written, in float, with ``simulate``, and not fused into integer operators; ``profile`` is the
+    prefix of the file that ONNX Runtime's profiler writes.
     """
     options = session_options(threads)
     # Idle workers would otherwise spin on and steal cores from the model that is measured next.
