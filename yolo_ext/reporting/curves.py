@@ -12,7 +12,7 @@ import numpy as np
 from ultralytics.utils import plt_settings
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.figures import save
+from yolo_ext.reporting.figures import save, subplots
 
 CURVES, BARS, RIDGES = 10, 40, 15  # more cannot be told apart or read
 LABELLED = 120  # rows of a heat map; of more, not each has a name
@@ -35,14 +35,12 @@ def drops(found: Mapping[str, Any]) -> np.ndarray:
 @plt_settings({"font.size": 9})
 def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the mAP drop of every layer by the share of its channels that is removed."""
-    import matplotlib.pyplot as plt
-
     groups = found["groups"]
     if not groups:
         raise UsageError("No layers to plot: the sensitivity analysis holds no groups. Analyse at least one.")
     table = drops(found)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, _height(len(groups))), layout="constrained")
-    _drops(figure, left, table, [g["name"] for g in groups], found["ratios"])
+    figure, (left, right) = subplots(1, 2, figsize=(12, _height(len(groups))))
+    _drops(left, table, [g["name"] for g in groups], found["ratios"])
     _worst(right, table, groups, found["base"]["map"])
     left.set_title(f"{found['metric']} drop")
     right.set_ylabel(found["metric"])
@@ -58,19 +56,19 @@ def _height(rows: int) -> float:
     return min(max(4.0, 1.6 + 0.17 * rows), 26.0)
 
 
-def _heat_map(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], top: float, **bar: Any) -> Any:
+def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **bar: Any) -> Any:
     """Draw a table (rows, columns) from 0 to `top`, NaN in grey; return its colour bar."""
     image = ax.imshow(table, aspect="auto", cmap="YlOrRd", vmin=0, vmax=top, interpolation="nearest")
     ax.set_facecolor("#e2e8f0")  # not measured
     every = max(1, math.ceil(len(names) / LABELLED))
     ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=6.5, parse_math=False)
-    return figure.colorbar(image, ax=ax, pad=0.02, **bar)
+    return ax.figure.colorbar(image, ax=ax, pad=0.02, **bar)
 
 
-def _drops(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[float]) -> None:
+def _drops(ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[float]) -> None:
     """Draw the drops (groups, ratios), with their values where there is room."""
     top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
-    _heat_map(figure, ax, table, names, top)
+    _heat_map(ax, table, names, top)
     ax.set_xticks(range(len(ratios)), [f"{r:.0%}" for r in ratios])
     ax.set_xlabel("channels removed")
     if len(names) <= LABELLED:
@@ -83,11 +81,10 @@ def _drops(figure: Any, ax: Any, table: np.ndarray, names: Sequence[str], ratios
 def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base: float) -> None:
     """Draw mAP by the share removed for the layers that lose most."""
     worst = np.argsort(-np.nan_to_num(table, nan=-1.0).max(1), kind="stable")[:CURVES]
-    for color, i in zip(("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink",
-                         "tab:gray", "tab:olive", "tab:cyan"), worst):  # fmt: skip
+    for i in worst:
         curve = groups[i]["curve"]
         ax.plot([0.0, *(p["ratio"] for p in curve)], [base, *(p["map"] for p in curve)],
-                marker="o", ms=3, lw=1.5, color=color, label=groups[i]["name"])  # fmt: skip
+                marker="o", ms=3, lw=1.5, label=groups[i]["name"])  # fmt: skip
     ax.axhline(base, color="#94a3b8", lw=0.8, ls="--")
     ax.set(xlabel="channels removed", title=f"The {len(worst)} most sensitive layers")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
@@ -99,13 +96,11 @@ def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base
 @plt_settings({"font.size": 9})
 def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot box error, score error and, where it was measured, ms saved of each layer, the worst on top."""
-    import matplotlib.pyplot as plt
-
     groups = found["groups"][:BARS][::-1]
     bars = [("box_mean", "box error (px)", "tab:blue"), ("score_mean", "score error", "tab:orange")]
     bars += [("ms", "ms saved by INT8", "tab:green")] if any("ms" in g for g in groups) else []
     height = min(max(3.0, 1.4 + 0.18 * len(groups)), 12.0)
-    figure, axes = plt.subplots(1, len(bars), figsize=(4 * len(bars), height), sharey=True, layout="constrained")
+    figure, axes = subplots(1, len(bars), figsize=(4 * len(bars), height), sharey=True)
     for ax, (key, label, color) in zip(axes, bars):
         ax.barh(range(len(groups)), [g.get(key, 0.0) for g in groups], color=color)
         ax.set_xlabel(label)
@@ -160,12 +155,11 @@ def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edges: np.
         ax.axhline(row, color=color, lw=0.6, zorder=row)
     used = edges[1:][counts.max(0) > VISIBLE * OVERLAP]
     left, right = min(LEFT, used.min(initial=LEFT) / 2), used.max(initial=LEFT * 10)
-    ax.set(
-        xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{shown[-1]['scores']} of a channel"
-    )
-    if shown[-1]["scores"] != "|gamma|":  # where that of gamma lies depends on the group
-        ax.axvline(shown[-1]["threshold"], color="#475569", lw=0.9, ls="--", zorder=len(shown))
-        ax.text(shown[-1]["threshold"], -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
+    scores, threshold = shown[-1]["scores"], shown[-1]["threshold"]
+    ax.set(xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{scores} of a channel")
+    if scores != "|gamma|":  # where that of gamma lies depends on the group
+        ax.axvline(threshold, color="#475569", lw=0.9, ls="--", zorder=len(shown))
+        ax.text(threshold, -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
 
 
 def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
@@ -190,15 +184,13 @@ def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
 @plt_settings({"font.size": 9})
 def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the share of channels below the threshold of each layer over the epochs; where kept whole, grey."""
-    import matplotlib.pyplot as plt
-
     records = _records(history)
     names = list(dict.fromkeys(name for r in records for name in r["layers"]))
     if not names:
         raise UsageError("No layers to plot: the sparsity history holds no layer that can be pruned.")
     table = np.array([[r["layers"].get(name, math.nan) for r in records] for name in names]).reshape(-1, len(records))
-    figure, ax = plt.subplots(figsize=(8.5, _height(len(names))), layout="constrained")
-    bar = _heat_map(figure, ax, table, names, 1, aspect=40)
+    figure, ax = subplots(figsize=(8.5, _height(len(names))))
+    bar = _heat_map(ax, table, names, 1, aspect=40)
     bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     step = math.ceil(len(records) / 20)
     ax.set_xticks(range(0, len(records), step), [str(r["epoch"] + 1) for r in records[::step]])

@@ -33,23 +33,20 @@ MAX_LABELS = 15  # more boxes than this are drawn without class labels, which wo
 @plt_settings({"font.size": 9})
 def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Plot the channels of layers (`name`, `before`, `after`, `reason` if kept) before and after pruning."""
-    import matplotlib.pyplot as plt
-
     if not layers:
         raise UsageError("No layers to plot: the list of layers is empty. Pass at least one layer.")
     rows = np.arange(len(layers))
-    before = np.array([layer["before"] for layer in layers])
-    after = np.array([layer["after"] for layer in layers])
-    drawn, ax = plt.subplots(figsize=(9, 1.1 + 0.19 * len(layers)), layout="constrained")
+    before, after = (np.array([layer[side] for layer in layers]) for side in ("before", "after"))
+    drawn, ax = subplots(figsize=(9, 1.1 + 0.19 * len(layers)))
     pruned = after < before
     ax.barh(rows, before, 0.72, color=BEFORE, label=f"before ({before.sum():,} channels)")
     ax.barh(rows[pruned], after[pruned], 0.72, color=AFTER, label=f"after ({after.sum():,} channels)")
     ax.barh(rows[~pruned], after[~pruned], 0.72, color=KEPT, label=f"not pruned ({(~pruned).sum()} layers)")
     for row, layer in enumerate(layers):
         same = layer["after"] == layer["before"]
-        note = str(layer.get("reason") or "") if same else ""
-        text = f"{layer['before']}" if same else f"{layer['before']} → {layer['after']}"
-        ax.text(layer["before"], row, f" {text}  {note}", va="center", fontsize=6.5, color="#475569", parse_math=False)
+        text = f"  {layer.get('reason') or ''}" if same else f" → {layer['after']}  "
+        text = f" {layer['before']}{text}"
+        ax.text(layer["before"], row, text, va="center", fontsize=6.5, color="#475569", parse_math=False)
     ax.set_yticks(rows, [str(layer["name"]) for layer in layers], fontsize=7, parse_math=False)
     ax.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, before.max() * 1.3), xlabel="output channels")
     ax.spines[["top", "right", "left"]].set_visible(False)
@@ -61,13 +58,11 @@ def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path
 @plt_settings({"font.size": 10})
 def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -> Path:
     """Plot accuracy and, where it was measured, latency after each stage (name: measurement, in order)."""
-    import matplotlib.pyplot as plt
-
     if not stages:
         raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
     timed = any(figure(m, f.key) is not None for m in stages.values() for f in FIELDS if f.kind == "latency")
     panels = [("mAP", "score"), ("latency (ms)", "latency")][: 1 + timed]
-    drawn, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    drawn, grid = subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
     for ax, (title, kind) in zip(grid[0], panels):
         for field in (f for f in FIELDS if f.kind == kind):
             # NaN leaves a gap: a line across a stage would show a value that was never measured there.
@@ -90,24 +85,17 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
 
 def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Tell for each point (`median` in ms, `map`) whether no other is as fast and as accurate and better in one."""
-    return [
-        not any(
-            q["median"] <= p["median"] and q["map"] >= p["map"] and (q["median"] < p["median"] or q["map"] > p["map"])
-            for q in points
-        )
-        for p in points
-    ]
+    pairs = [(p["median"], -p["map"]) for p in points]
+    return [not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in pairs) for p in pairs]
 
 
 @plt_settings({"font.size": 10})
 def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "") -> Path:
     """Plot mAP50-95 of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
-    import matplotlib.pyplot as plt
-
     if not points:
         raise UsageError("No models to plot: nothing has both a latency and a mAP. Pass at least one model.")
     front = pareto(points)
-    drawn, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    drawn, ax = subplots(figsize=(8, 4.8))
     line = sorted((p["median"], p["map"]) for p, best in zip(points, front) if best)
     ax.plot(*zip(*line), color=AFTER, linewidth=1, alpha=0.5, label="Pareto front")
     for p, best in zip(points, front):
@@ -131,10 +119,13 @@ def side_by_side(
     image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
 ) -> tuple[int, int]:
     """Draw boxes of base and compressed model on a picture (file or BGR array); return the counts missed and added."""
-    picture = image if isinstance(image, np.ndarray) else _read(image)
+    picture = image if isinstance(image, np.ndarray) else imread(str(image)) if Path(image).is_file() else None
+    if picture is None:
+        raise UsageError(f"Cannot read the picture '{image}'. Pass an image file that exists, such as a .jpg.")
     missed, added = match_boxes(base_boxes, new_boxes)
-    scaled, left = _enlarge(picture, base_boxes)
-    _, right = _enlarge(picture, new_boxes)
+    scale = max(MIN_WIDTH / picture.shape[1], 1.0)
+    scaled = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else picture
+    left, right = ([[*(float(v) * scale for v in box[:4]), *box[4:]] for box in b] for b in (base_boxes, new_boxes))
     labels = max(len(left), len(right)) <= MAX_LABELS
     marks: dict[int, Mark] = {i: ("added", ADDED) for i in added}
     marks |= {len(right) + n: ("missed", MISSED) for n in range(len(missed))}
@@ -195,20 +186,11 @@ def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
     return np.vstack([strip, image])
 
 
-def _enlarge(image: np.ndarray, boxes: Sequence[Box]) -> tuple[np.ndarray, list[Box]]:
-    """Return a picture of at least `MIN_WIDTH` and the boxes in its pixels."""
-    scale = max(MIN_WIDTH / image.shape[1], 1.0)
-    if scale > 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    return image, [[*(float(v) * scale for v in box[:4]), *box[4:]] for box in boxes]
+def subplots(*grid: int, **options: Any) -> tuple[Any, Any]:
+    """Return a matplotlib figure and its axes."""
+    import matplotlib.pyplot as plt
 
-
-def _read(path: str | Path) -> np.ndarray:
-    """Return a picture (height, width, 3) in BGR."""
-    image = imread(str(path)) if Path(path).is_file() else None
-    if image is None:
-        raise UsageError(f"Cannot read the picture {str(path)!r}. Pass an image file that exists, such as a .jpg.")
-    return image
+    return plt.subplots(*grid, layout="constrained", **options)
 
 
 def save(drawn: Any, path: str | Path) -> Path:

@@ -178,21 +178,14 @@ def in_order(records: Iterable[Record]) -> list[Record]:
 
 def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
     """Return `boxes`, `images`, `mean_confidence` and `low`, the boxes below `LOW`, of each class that was found."""
-    found: dict[int, list[float]] = {}
-    images = Counter[int]()
-    for record in records:
-        images.update({o["class"] for o in record["objects"]})
-        for o in record["objects"]:
-            found.setdefault(o["class"], []).append(o["confidence"])
-    return {
-        names[c]: {
-            "boxes": len(values),
-            "images": images[c],
-            "mean_confidence": round(sum(values) / len(values), 4),
-            "low": sum(v < LOW for v in values),
-        }
-        for c, values in sorted(found.items())
-    }
+    counts = {}
+    boxes = [(o["class"], o["confidence"], i) for i, r in enumerate(records) for o in r["objects"]]
+    for c in sorted({c for c, *_ in boxes}):
+        confidences = [p for k, p, _ in boxes if k == c]
+        mean, low = round(sum(confidences) / len(confidences), 4), sum(p < LOW for p in confidences)
+        images = len({i for k, _, i in boxes if k == c})
+        counts[names[c]] = {"boxes": len(confidences), "images": images, "mean_confidence": mean, "low": low}
+    return counts
 
 
 def render_review(

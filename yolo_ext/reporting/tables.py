@@ -117,11 +117,10 @@ def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None
 
     Absent figures are `-`; rows absent on both sides are left out; what got worse is marked.
     """
-    rows = []
-    for row in comparison_rows(before, after):
-        mark = " (worse)" if row.verdict == "worse" and "slower" not in row.delta else ""
-        rows.append((row.label, row.before, row.after, row.delta + mark))
-    return align(rows, ("", "Before", "After", "Delta"))
+    rows = comparison_rows(before, after)
+    marks = [" (worse)" if r.verdict == "worse" and "slower" not in r.delta else "" for r in rows]
+    cells = [(r.label, r.before, r.after, r.delta + mark) for r, mark in zip(rows, marks)]
+    return align(cells, ("", "Before", "After", "Delta"))
 
 
 def write_summary(
