@@ -393,7 +393,7 @@ def test_positions_after_concat():
 def test_halves_are_tied_and_keep_their_order():
     graph = build_graph(Toy(halves, a=A, b=conv(4, 4), c=conv(12, 4)))
     first, second = [g for g in graph.groups if g.name == "a"]
-    assert any({graph.groups[i].name for i in bundle} == {"a"} and len(bundle) == 2 for bundle in graph.ties)
+    assert any({graph.groups[i].name for i in tied} == {"a"} and len(tied) == 2 for tied in graph.ties)
     where = {(m.module, m.dim): m.index for m in first.members}
     assert where["a", "out"].flatten().tolist() == [0, 1, 2, 3] == where["c", "in"].flatten().tolist()
     where = {(m.module, m.dim): m.index for m in second.members}
@@ -412,8 +412,8 @@ def test_a_fixed_half_keeps_the_other_one():
 def test_attention_prunes_values_at_the_rate_of_the_stream():
     toy = Toy(lambda m, x: m.b(m.t(m.a(x))), a=conv(3, 32), t=Attention(32, num_heads=2), b=conv(32, 4))
     graph = build_graph(toy)
-    bundle = next(b for b in graph.ties if any(graph.groups[g].name == "a" for g in b))
-    groups = [graph.groups[g] for g in bundle]
+    tied = next(b for b in graph.ties if any(graph.groups[g].name == "a" for g in b))
+    groups = [graph.groups[g] for g in tied]
     assert sorted(g.size for g in groups) == [16, 16, 32] and not any(g.frozen for g in groups)
     qkv = {int(i) for g in groups for m in g.members if (m.module, m.dim) == ("t.qkv.conv", "out") for i in m.index}
     assert qkv == {*range(16, 32), *range(48, 64)}  # each head: 8 rows of q, 8 of k, which stay, 16 of v

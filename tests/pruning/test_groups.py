@@ -40,9 +40,9 @@ def named(made: list[TiedGroups]) -> dict[str, TiedGroups]:
 @EXAMPLES
 @given(allowed=st.sets(st.integers(1, 64), min_size=1).map(lambda s: sorted(s, reverse=True)), units=st.floats(0, 64))
 def test_rounding_is_to_the_nearest_allowed_number(allowed, units):
-    bundle = TiedGroups([], [], torch.zeros(max(allowed)), allowed)
-    assert bundle.round(units) in allowed
-    assert abs(bundle.round(units) - units) == min(abs(a - units) for a in allowed)
+    tied = TiedGroups([], [], torch.zeros(max(allowed)), allowed)
+    assert tied.round(units) in allowed
+    assert abs(tied.round(units) - units) == min(abs(a - units) for a in allowed)
 
 
 def test_of_two_equally_near_numbers_the_larger():

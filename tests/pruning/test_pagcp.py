@@ -35,12 +35,12 @@ def config(**options) -> PruneConfig:
 
 
 def flops(*shares: float):
-    """Return relative FLOPs to which bundle i adds `shares[i]` in proportion to its units."""
+    """Return relative FLOPs to which group i adds `shares[i]` in proportion to its units."""
     return lambda units: 1 - sum(s * (1 - u / 10) for s, u in zip(shares, units))
 
 
 def growing(*costs: dict[str, float]):
-    """Return losses of 1 to which each unit that bundle i has lost adds `costs[i]`."""
+    """Return losses of 1 to which each unit that group i has lost adds `costs[i]`."""
     tasks = {t for c in costs for t in c}
     return lambda units: {
         t: 1 + sum(c.get(t, 0.0) * (10 - u) for c, u in zip(costs, units)) for t in sorted(tasks | {"other"})

@@ -17,20 +17,20 @@ from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.plan import by_rank, by_sensitivity, isomorphic, read_sensitivity, scopes
 
 
-def bundle(name: str, scores: list[float]) -> TiedGroups:
-    """Return a bundle of one group without floors."""
+def tied(name: str, scores: list[float]) -> TiedGroups:
+    """Return one group alone, without floors."""
     n = len(scores)
     group = Group(name, [Member(name, "out", torch.arange(n)[:, None])])
     return TiedGroups([group], [torch.arange(n)], torch.tensor(scores), list(range(n, 0, -1)))
 
 
-MADE = [bundle("a", [1, 2, 3, 4]), bundle("b", [5, 6, 7, 8]), bundle("c", [0.1, 0.2, 9, 10])]
+TIES = [tied("a", [1, 2, 3, 4]), tied("b", [5, 6, 7, 8]), tied("c", [0.1, 0.2, 9, 10])]
 
 
 @pytest.mark.parametrize(
     ("classes", "share", "kept"),
     [
-        pytest.param([0, 0, 0], 0.5, [1, 4, 2], id="one-ranking"),  # a keeps one: no bundle vanishes
+        pytest.param([0, 0, 0], 0.5, [1, 4, 2], id="one-ranking"),  # a keeps one: no group vanishes
         pytest.param([0, 1, 2], 0.5, [2, 2, 2], id="each-for-itself"),
         pytest.param([0, 0, 1], 0.5, [1, 4, 2], id="two-classes"),
         pytest.param([0, 1, 1], 0.25, [3, 4, 2], id="classes-lose-the-same-share"),
@@ -38,10 +38,10 @@ MADE = [bundle("a", [1, 2, 3, 4]), bundle("b", [5, 6, 7, 8]), bundle("c", [0.1, 
     ],
 )
 def test_ranking_within_classes(classes, share, kept):
-    assert by_rank(MADE, classes)(share) == kept
+    assert by_rank(TIES, classes)(share) == kept
 
 
-def test_without_bundles_there_is_nothing_to_rank():
+def test_without_groups_there_is_nothing_to_rank():
     assert by_rank([], [])(0.5) == []
     assert by_sensitivity([], {"groups": [], "base": {"map": 0.5}})(0.5) == []
 
@@ -51,7 +51,7 @@ def test_without_bundles_there_is_nothing_to_rank():
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted), scope=st.sampled_from([[0] * 3, [0, 1, 2]])
 )
 def test_more_share_never_keeps_more(shares, scope):
-    steps = by_rank(MADE, scope)
+    steps = by_rank(TIES, scope)
     rows = [steps(s) for s in shares]
     assert all(u >= v for before, after in pairwise(rows) for u, v in zip(before, after))
 
@@ -85,7 +85,7 @@ def test_depthwise_is_another_structure():
 
 # Sensitivity ---------------------------------------------------------------------------------------------------------
 def curves(**drops: list[float]) -> dict:
-    """Return a sensitivity file for bundles of four channels, with the mAP drops at 25, 50 and 75 %."""
+    """Return a sensitivity file for groups of four channels, with the mAP drops at 25, 50 and 75 %."""
     groups = [
         {"name": n, "channels": 4, "curve": [{"ratio": r, "map": 0.5 - d} for r, d in zip((0.25, 0.5, 0.75), row)]}
         for n, row in drops.items()
@@ -94,15 +94,15 @@ def curves(**drops: list[float]) -> dict:
 
 
 def test_the_touchy_layer_is_spared():
-    steps = by_sensitivity(MADE, curves(a=[0.3, 0.4, 0.5], b=[0.0, 0.0, 0.01], c=[0.1, 0.2, 0.45]))
+    steps = by_sensitivity(TIES, curves(a=[0.3, 0.4, 0.5], b=[0.0, 0.0, 0.01], c=[0.1, 0.2, 0.45]))
     assert steps(0.0) == [4, 4, 4]
     assert steps(1.0) == [1, 1, 1]
     assert steps(0.5) == [4, 1, 3]
 
 
-def test_all_bundles_stop_at_one_drop():
+def test_all_groups_stop_at_one_drop():
     """Half way between two measured ratios the drop is taken as half way too."""
-    fine = [bundle(n, [0.0] * 100) for n in "ab"]
+    fine = [tied(n, [0.0] * 100) for n in "ab"]
     found = curves(a=[0.1, 0.2, 0.3], b=[0.2, 0.4, 0.6])
     for g in found["groups"]:
         g["channels"] = 100
@@ -118,7 +118,7 @@ def test_all_bundles_stop_at_one_drop():
     shares=st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted),
 )
 def test_noisy_curves_still_give_monotone_steps(rows, shares):
-    steps = by_sensitivity(MADE, curves(**dict(zip("abc", rows))))
+    steps = by_sensitivity(TIES, curves(**dict(zip("abc", rows))))
     found = [steps(s) for s in shares]
     assert all(u >= v for before, after in pairwise(found) for u, v in zip(before, after))
     assert steps(0.0) == [4, 4, 4]
@@ -136,7 +136,7 @@ def test_curves_of_another_model(change, message):
     found = curves(a=[0.1] * 3, b=[0.1] * 3, c=[0.1] * 3)
     change(found["groups"])
     with pytest.raises(UsageError, match=message):
-        by_sensitivity(MADE, found)
+        by_sensitivity(TIES, found)
 
 
 @pytest.mark.parametrize(

@@ -67,27 +67,27 @@ class Sized:
         self.size = size
 
 
-def bundle(allowed: list[int], *values: list[float]) -> TiedGroups:
+def tied(allowed: list[int], *values: list[float]) -> TiedGroups:
     tensors = [torch.tensor(v) for v in values]
     return TiedGroups([Sized(len(v)) for v in values], [], torch.zeros(allowed[0]), allowed, values=tensors)
 
 
 @pytest.mark.parametrize(
-    ("bundle", "expected"),
+    ("tied", "expected"),
     [
-        pytest.param(bundle([4, 3, 2, 1], [1.0, 0.0, 0.0, 1.0]), 2, id="what-is-near-zero"),
-        pytest.param(bundle([4, 3], [1.0, 0.0, 0.0, 0.0]), 3, id="down-to-the-floor"),
-        pytest.param(bundle([4, 2], [1.0, 0.0, 1.0, 1.0]), 4, id="rounded-to-what-keeps-all-in-use"),
-        pytest.param(bundle([2, 1], [1.0, 0.0], [1.0, 1.0, 1.0, 1.0]), 2, id="all-groups-must-spare-it"),
-        pytest.param(bundle([2, 1], [1.0, 0.0], [1.0, 0.0, 1.0, 0.0]), 1, id="groups-of-two-widths"),
-        pytest.param(bundle([2, 1], [1.0, 0.0], [1.0, 0.0, 1.0, 1.0]), 2, id="half-a-unit-is-none"),
+        pytest.param(tied([4, 3, 2, 1], [1.0, 0.0, 0.0, 1.0]), 2, id="what-is-near-zero"),
+        pytest.param(tied([4, 3], [1.0, 0.0, 0.0, 0.0]), 3, id="down-to-the-floor"),
+        pytest.param(tied([4, 2], [1.0, 0.0, 1.0, 1.0]), 4, id="rounded-to-what-keeps-all-in-use"),
+        pytest.param(tied([2, 1], [1.0, 0.0], [1.0, 1.0, 1.0, 1.0]), 2, id="all-groups-must-spare-it"),
+        pytest.param(tied([2, 1], [1.0, 0.0], [1.0, 0.0, 1.0, 0.0]), 1, id="groups-of-two-widths"),
+        pytest.param(tied([2, 1], [1.0, 0.0], [1.0, 0.0, 1.0, 1.0]), 2, id="half-a-unit-is-none"),
     ],
 )
-def test_spare_units(bundle, expected):
-    assert spare_units([bundle], 0.01) == [expected]
+def test_spare_units(tied, expected):
+    assert spare_units([tied], 0.01) == [expected]
 
 
-def test_without_bundles_nothing_is_near_zero():
+def test_without_groups_nothing_is_near_zero():
     assert near_zero_share([], 0.01) == 0.0 and spare_units([], 0.01) == []
 
 

@@ -136,7 +136,7 @@ def test_exclude_wins_over_include(traced):
 
 
 # Shares --------------------------------------------------------------------------------------------------------------
-def test_shares_by_bundle(traced):
+def test_shares_by_group(traced):
     model, graph = traced
     used = graph()
     found = shares(model, used, PruneConfig(ratios={"model.9": 0.5, "0": 0.25}))

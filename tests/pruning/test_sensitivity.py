@@ -142,7 +142,7 @@ def test_files(yolo, found, tmp_path: Path) -> None:
     assert float(rows[0]["map_drop"]) == pytest.approx(found["base"]["map"] - found["groups"][0]["curve"][0]["map"])
     assert cv2.imread(str(files[2])).std() > 5
     model = yolo("yolov8n")
-    made = tied_groups(model, build_graph(model), CFG)  # fresh graph: the bundles of the same options
+    made = tied_groups(model, build_graph(model), CFG)  # fresh graph: the groups of the same options
     steps = by_sensitivity(made, read_sensitivity(str(files[0])))
     assert steps(0.0) == [b.units for b in made] and sum(steps(1.0)) < sum(steps(0.0))
 

@@ -330,7 +330,7 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     assert sum(lost.values()) / len(lost) > 3 * sum(spared) / len(spared)
 
 
-def test_pagcp_decides_on_all_bundles(traced, monkeypatch):
+def test_pagcp_decides_on_all_groups(traced, monkeypatch):
     model, graph = traced
 
     def pagcp(job):
