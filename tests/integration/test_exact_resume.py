@@ -205,7 +205,19 @@ def test_end_to_end_head_resumes_exactly(check, tmp_path, randomise):
     check(save_model(randomise(DetectionModel("yolo26n.yaml", nc=3, verbose=False)), tmp_path / "yolo26n.pt"))
 
 
-def test_a_state_of_other_weights_is_ignored_with_a_warning(fit, tiny, tmp_path, caplog, monkeypatch):
+def of_other_weights(state: dict[str, Any]) -> None:
+    state["ema"] = {k: v + 1 for k, v in state["ema"].items()}
+    state["model"] = {k: torch.full_like(v, torch.nan) for k, v in state["model"].items() if v.is_floating_point()}
+
+
+def of_another_loader(state: dict[str, Any]) -> None:
+    state["random"]["orders"] = [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(of_other_weights, "not of this checkpoint"), (of_another_loader, "The dataloader of")]
+)
+def test_a_state_that_does_not_fit_is_left_out_with_a_warning(fit, tiny, tmp_path, caplog, monkeypatch, change, words):
     class Stopped(Exception):
         pass
 
@@ -220,11 +232,10 @@ def test_a_state_of_other_weights_is_ignored_with_a_warning(fit, tiny, tmp_path,
     weights = tmp_path / "run/weights"
     path = weights / SIDECAR.format(0)
     state = torch.load(path, weights_only=True)
-    state["ema"] = {k: v + 1 for k, v in state["ema"].items()}
-    state["model"] = {k: torch.full_like(v, torch.nan) for k, v in state["model"].items() if v.is_floating_point()}
+    change(state)
     torch.save(state, path)
     YOLO(str(weights / "last.pt")).train(trainer=yolo_ext.DetectionTrainer, resume=True)
-    assert "not of this checkpoint" in caplog.text
+    assert words in caplog.text
     assert all(torch.isfinite(v).all() for v in load_model(weights / "last.pt")[0].state_dict().values())
 
 
