@@ -175,6 +175,7 @@ class Prune(Technique):
         for model in (live(trainer), ema):
             masks.apply(self.masks, model)
             set_tripwire(model)
+        forget_best(trainer)  # which has fewer zeros
         zeros = 100 * masks.sparsity(ema)["masked"]
         LOGGER.info(f"{colorstr(PREFIX)}before epoch {trainer.epoch + 1}: {zeros:.1f} % of the weights are zero")
 
