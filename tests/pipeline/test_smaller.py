@@ -1,7 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import set_tripwire
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pipeline.smaller import smaller, smaller_yaml
+
+
+@pytest.fixture(scope="module")
+def yolo() -> Callable[[str], tasks.DetectionModel]:
+    """Return a function that gives a detection model with random weights, each made once; do not change them."""
+    return cache(lambda name: tasks.DetectionModel(f"{name}.yaml", nc=3, verbose=False))
 
 
 def gflops(model) -> float:

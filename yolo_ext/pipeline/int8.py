@@ -188,12 +188,7 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
         f"{colorstr('quantize: ')}PTQ loses {lost:.4f} mAP50-95, more than quant.max_drop={cfg.max_drop:g}: "
         "looking for the fewest layers to leave float"
     )
-    layers = [path for path, sites in quant["state"].items() if "weight" in sites]
-    costs = saved_ms(folder / "fp32.onnx", folder / "int8.onnx", layers, run.imgsz) if profile.output else None
-    found = search.sensitivity(model, quant["state"], batches(), costs=costs)
-    search.write(found, folder)
-    LOGGER.info(search.table(found, 5))
-    states: dict[int, Any] = {0: quant["state"]}
+    ranked, states = _ranked(run, model, quant, batches()), {0: quant["state"]}
 
     def evaluate(excluded: list[str]) -> float:
         if not excluded:
@@ -206,7 +201,6 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
         LOGGER.info(f"{colorstr('quantize: ')}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
         return drop
 
-    ranked = search.order(found)
     most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2
     excluded, trace = search.fewest_float(ranked[:most], evaluate, cfg.max_drop)
     drop = next(t["drop"] for t in trace if t["float"] == len(excluded))
@@ -217,9 +211,21 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
     reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
     floats = {**quant["float"], **dict.fromkeys(excluded, reason)}
     note(model, quant={**quant, "state": states[len(excluded)], "float": floats})
-    said = f"{len(excluded)} of {len(layers)} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
+    layers = sum("weight" in sites for sites in quant["state"].values())
+    said = f"{len(excluded)} of {layers} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
     LOGGER.info(f"{colorstr('quantize: ')}{said}; use them again with quant.config_list={files[0]}")
     return bool(excluded), f"{said} (config_list.yaml)."
+
+
+def _ranked(run: Run, model: nn.Module, quant: Mapping[str, Any], batches: Iterator[torch.Tensor]) -> list[list[str]]:
+    """Return groups of layer paths, those first that are best left float, and write what each costs and gains."""
+    folder, layers = run.folder / "ptq", [path for path, sites in quant["state"].items() if "weight" in sites]
+    on_ort = resolve_profile(quant["profile"]).output
+    costs = saved_ms(folder / "fp32.onnx", folder / "int8.onnx", layers, run.imgsz) if on_ort else None
+    found = search.sensitivity(model, quant["state"], batches, costs=costs)
+    search.write(found, folder)
+    LOGGER.info(search.table(found, 5))
+    return search.order(found)
 
 
 # QAT and proof -------------------------------------------------------------------------------------------------------
