@@ -16,8 +16,8 @@ from ultralytics.utils import LOGGER
 import yolo_ext
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.options import DistillConfig
-from yolo_ext.distillation.preflight import Facts
 from yolo_ext.distillation.teacher import Guide
+from yolo_ext.distillation.terms import Facts
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import distill
 

@@ -19,9 +19,8 @@ from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import loss_factor
 from yolo_ext.distillation.features import Align, modules
 from yolo_ext.distillation.logits import HeadOutput, resized
-from yolo_ext.distillation.preflight import check, with_logits
 from yolo_ext.distillation.teacher import Guide, Site, Taps, make_guides, sites
-from yolo_ext.distillation.terms import Balance, Term, terms, title
+from yolo_ext.distillation.terms import Balance, Term, check, terms, title, with_logits
 from yolo_ext.stock.trainer import CriterionProxy
 
 Branches = dict[str, dict[str, Any]]  # raw outputs by branch of the head
@@ -30,11 +29,7 @@ Pair = tuple[float, HeadOutput, HeadOutput]  # gain, output of the student, of t
 
 
 class Distiller:
-    """Teachers, adapters and weights of one run. Lives outside the student and is never part of a saved model.
-
-    `adapters` are trained along with the student and resumed with it: first one `Align` per level and teacher, then
-    networks of single losses, at last the balance.
-    """
+    """Teachers, weights and adapters of one run, which are resumed with the student but never part of a saved model."""
 
     def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
         """Load the teachers and build adapters from the live widths of a student that may be going to shrink."""
@@ -51,6 +46,7 @@ class Distiller:
         self._build_adapters(shrinks)
         self.levels = [s.student if isinstance(s.student, int) else None for _, s in self.aligns]
         self.balance = Balance()
+        # Trained and resumed along with the student, by position.
         self.adapters = nn.ModuleList([*self.aligns.values(), *self.extras.values(), self.balance]).to(device)
         if _processes() > 1:  # each of them has drawn other numbers
             for tensor in self.adapters.state_dict().values():
@@ -92,7 +88,9 @@ class Distiller:
             strides = [int(s) for s in stock.detection_head(self.student).stride] if guide.levels else []
             shared = [strides[i] for i, _ in guide.levels]
             partly = "" if len(shared) == len(strides) else f", strides {shared} only"
-            names = {i: f"P{s.bit_length() - 1}" for i, s in enumerate(strides)}  # levels of the pyramid
+            names: dict[Any, str] = {
+                i: f"P{s.bit_length() - 1}" for i, s in enumerate(strides)
+            }  # levels of the pyramid
             found = dict.fromkeys(s for i, _, s in self.sites if i == g)
             maps = ", ".join(f"{names.get(s.student, s.student)} {s.widths[0]}->{s.widths[1]}" for s in found)
             how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
@@ -206,13 +204,10 @@ class Distiller:
         return torch.stack(parts).sum()
 
     def sync(self) -> None:
-        """Average the gradients of the adapters over all processes, and the balance; to be called before a step.
-
-        Each process sends all of them, because the others wait: zeros where its own loss was off or not finite.
-        """
+        """Average the gradients of the adapters over all processes, and the balance; to be called before a step."""
         if (count := _processes()) == 1:
             return
-        for p in self.adapters.parameters():
+        for p in self.adapters.parameters():  # each sends all of them, also where its own loss was off or not finite
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         tensors = [*(p.grad for p in self.adapters.parameters()), self.balance.means]
         mean = torch.cat([t.flatten() for t in tensors]) / count  # gloo knows no average

@@ -124,8 +124,7 @@ def fgd(
 ) -> torch.Tensor:  # fmt: skip
     """Compute focal and global distillation for `boxes` (N, 5): image in the batch, x1, y1, x2, y2 from 0 to 1.
 
-    The weights are those of the paper for one-stage detectors: of objects and background, each over its area, of the
-    difference of attentions, and of the global part, for which `module` holds two context blocks.
+    Weights as in the paper: objects, background, attentions, and the global part by `module`, two context blocks.
     """
     b, _, h, w = student.shape
     (space_s, channel_s), (space_t, channel_t) = (_attention(x, temperature) for x in (student, teacher))
@@ -154,10 +153,7 @@ def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -
                     paper="Liu et al., 2021, arXiv:2202.03680", needs=[Need.EQUAL_WIDTH])  # fmt: skip
 @full_precision
 def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") -> torch.Tensor:
-    """Compute the squared difference of (C, C) correlations with rows of unit length, over C.
-
-    ``paper``: of plain products over C squared, which grow with the fourth power of the features.
-    """
+    """Compute the squared difference of (C, C) correlations: unit rows over C, or plain over C squared (``paper``)."""
     plain = _norm(norm, ("row", "paper"))
     s, t = (x.flatten(2) @ x.flatten(2).transpose(1, 2) for x in (student, teacher))
     if not plain:
@@ -167,10 +163,8 @@ def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") ->
 
 # Trained along, and never part of a saved model -----------------------------------------------------------------------
 class Align(nn.Module):
-    """Bring student and teacher maps of one level to the same width.
-
-    A student pruned from this very teacher is compared on its `kept` channels. Otherwise a 1x1 convolution maps it
-    where widths differ, and both sides are normalised per channel (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
+    """Bring maps of one level to the same width: those `kept` by a student pruned from this very teacher as they are,
+    else by a 1x1 convolution and normalised per channel (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
     """
 
     def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:

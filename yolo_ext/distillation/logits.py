@@ -1,14 +1,11 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image.
-
-A loss is first summed up per anchor and then averaged over anchors in one of the ways of `norms`.
-"""
+"""Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +18,7 @@ from yolo_ext.core.registry import Need, Table, suggest
 logit_losses = Table("logit loss")
 L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
 Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
-Weight = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
+Weight: TypeAlias = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,6 @@ def foreground(teacher: HeadOutput) -> torch.Tensor:
 
 
 def _objects(weight: torch.Tensor) -> torch.Tensor:
-    """Return the sum of (B, A) weights as the number of objects."""
     # At least one per image and not per batch, or the loss of images without objects would depend on the batch size.
     return weight.sum().clamp(min=float(len(weight)))
 
@@ -101,7 +97,7 @@ def _objects(weight: torch.Tensor) -> torch.Tensor:
 norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "weight": lambda loss, weight: (loss * weight).sum() / _objects(weight),
     "pos": lambda loss, weight: loss.sum() / _objects(weight),
-    "mean": lambda loss, weight: loss.mean(),
+    "mean": lambda loss, _: loss.mean(),
 }
 
 
@@ -117,10 +113,7 @@ def _nothing(student: HeadOutput) -> torch.Tensor:
 
 
 def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: Weight) -> Parts:
-    """Compute the mean difference to a power, of the logits over classes and of the distances over sides.
-
-    Boxes are compared as decoded distances, because logits of bins have a free constant per side.
-    """
+    """Compute the mean |difference|^power of logits, and of decoded distances: bins have a free constant per side."""
     cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
     box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
     return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
@@ -167,16 +160,14 @@ def kl(
     """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
     if student.scores.shape[1] == 1:
         raise UsageError(
-            "The logit loss 'kl' compares classes with one another and this model has one class, so it would always "
-            "be 0. Use 'kl_binary', which compares each class on its own."
+            "The logit loss 'kl' compares classes with one another: of one class it is 0. Use 'kl_binary'."
         )
     loss = _divergence(student.scores, teacher.scores, 1, temperature)
     return average(loss, teacher, norm, weight).clamp(min=0.0), _nothing(student)
 
 
-@logit_losses.row(
-    "kl_binary", "KL between the sigmoid of each class", paper="Hinton et al., 2015, arXiv:1503.02531, per class"
-)
+@logit_losses.row("kl_binary", "KL between the sigmoid of each class",
+                  paper="Hinton et al., 2015, arXiv:1503.02531, per class")  # fmt: skip
 def kl_binary(
     student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
 ) -> Parts:
@@ -218,10 +209,9 @@ def ld(
     student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight", weight: Weight = None
 ) -> Parts:
     """Compute T^2 KL(teacher || student) over bins, mean of the four sides; `weight` takes the regions of the paper."""
-    if student.bins is None or teacher.bins is None or student.reg_max != teacher.reg_max or student.reg_max == 1:
-        raise UsageError(
-            f"The logit loss 'ld' compares distributions over equally many bins; the student has reg_max="
-            f"{student.reg_max}, the teacher reg_max={teacher.reg_max} (1 is none). Use 'bckd', which compares boxes."
-        )
+    ours, theirs = student.reg_max, teacher.reg_max
+    if student.bins is None or teacher.bins is None or not 1 < ours == theirs:
+        bins = f"student has reg_max={ours}, the teacher reg_max={theirs} (1 is none)"
+        raise UsageError(f"The logit loss 'ld' compares equally many bins, but the {bins}. Use 'bckd'.")
     loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
     return _nothing(student), average(loss, teacher, norm, weight).clamp(min=0.0)

@@ -131,9 +131,7 @@ def make_guide(
     return Guide(name, lambda: teacher, kept, shared, levels, imgsz, compiled)
 
 
-def load_teacher(
-    path: str, student: nn.Module, device: torch.device, half: bool | None = False
-) -> tuple[nn.Module, str]:
+def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool | None = False) -> tuple[Any, str]:
     """Load the teacher of a student, frozen and fused; return it with the fingerprint of its weights."""
     teacher, _ = load_model(path)
     parent = fingerprint(teacher)
@@ -143,7 +141,7 @@ def load_teacher(
     heads = [stock.detection_head(m) for m in (teacher, student)]
     if ours != "classify" and not all(hasattr(h, "reg_max") for h in heads):
         raise UsageError(
-            f"Distillation needs a Detect-type head or a classifier; these are {[type(h).__name__ for h in heads]}."
+            f"Distillation needs Detect-type heads or classifiers, not {[type(h).__name__ for h in heads]}."
         )
     teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     cuda = device.type == "cuda"  # float16 there; on a CPU bfloat16, by default where the processor computes in it
@@ -228,32 +226,27 @@ def sites(layers: Sequence[str], student: nn.Module, guide: Guide) -> list[Site]
             found += _backbone(student, guide.model)
         else:
             ours, _, theirs = layer.partition(":")
-            found.append(_layer(student, guide.model, ours, theirs or ours))
+            (path, shape), (other, like) = _map(student, ours, "student"), _map(guide.model, theirs or ours, "teacher")
+            if shape[2:] != like[2:]:
+                sizes = f"{shape[2:]} and {like[2:]}"
+                raise UsageError(
+                    f"'distill.layers={layer}': maps differ in size, {sizes}. Give two of one stride as a:b."
+                )
+            found.append(Site(path, other, (shape[1], like[1])))
     return found
 
 
-def _layer(student: nn.Module, teacher: nn.Module, ours: str, theirs: str) -> Site:
-    """Return the site of one layer each, given by index or path."""
-    paths, shapes = [], []
-    for model, name, who in ((student, ours, "student"), (teacher, theirs, "teacher")):
-        path = f"model.{name}" if name.isdigit() else name
-        modules = [n for n, _ in model.named_modules() if n]
-        if path not in modules:
-            raise UsageError(
-                f"'distill.layers': the {who} has no layer '{name}'.{suggest(path, modules)} Legal: neck, backbone, "
-                f"0 to {len(model.model) - 1}, or the path of a module such as model.4.cv2."
-            )
-        shape = _shapes(model, [path])[path]
-        if shape is None:
-            raise UsageError(f"'distill.layers': layer '{name}' of the {who} does not return one map (B, C, H, W).")
-        paths.append(path)
-        shapes.append(shape)
-    if shapes[0][2:] != shapes[1][2:]:
+def _map(model: nn.Module, layer: str, who: str) -> tuple[str, tuple[int, ...]]:
+    """Return path and shape of what a layer returns that is given by index or path."""
+    path, modules = f"model.{layer}" if layer.isdigit() else layer, [n for n, _ in model.named_modules() if n]
+    if path not in modules:
         raise UsageError(
-            f"'distill.layers': maps of layer '{ours}' of the student and '{theirs}' of the teacher differ in size, "
-            f"{shapes[0][2:]} and {shapes[1][2:]}. Give two of one stride as 'student:teacher'."
+            f"'distill.layers': the {who} has no layer '{layer}'.{suggest(path, modules)} Legal: neck, backbone, "
+            f"0 to {len(model.model) - 1}, or the path of a module such as model.4.cv2."
         )
-    return Site(paths[0], paths[1], (shapes[0][1], shapes[1][1]))
+    if not (shapes := _shapes(model, [path])):
+        raise UsageError(f"'distill.layers': layer '{layer}' of the {who} does not return one map (B, C, H, W).")
+    return path, shapes[path]
 
 
 def _backbone(student: nn.Module, teacher: nn.Module) -> list[Site]:
@@ -263,7 +256,7 @@ def _backbone(student: nn.Module, teacher: nn.Module) -> list[Site]:
         count = len((getattr(model, "yaml", None) or {}).get("backbone", ()))
         used = {i for m in model.model[count:] for i in ([m.f] if isinstance(m.f, int) else m.f) if 0 <= i < count}
         shapes = _shapes(model, [f"model.{i}" for i in sorted(used | {count - 1}) if i >= 0])
-        by_size.append({s[2:]: (p, s[1]) for p, s in shapes.items() if s})
+        by_size.append({s[2:]: (p, s[1]) for p, s in shapes.items()})
     ours, theirs = by_size
     found = [Site(ours[k][0], theirs[k][0], (ours[k][1], theirs[k][1])) for k in ours if k in theirs]
     if not found:
@@ -272,14 +265,13 @@ def _backbone(student: nn.Module, teacher: nn.Module) -> list[Site]:
 
 
 @torch.no_grad()
-def _shapes(model: nn.Module, paths: list[str]) -> dict[str, Any]:
-    """Return the shapes of layer outputs for one square image, None where one is not one (B, C, H, W) map."""
+def _shapes(model: nn.Module, paths: list[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of those layer outputs for one square image that are a (B, C, H, W) map."""
     like, size = next(model.parameters()), 2 * stock.max_stride(model)
     taps = Taps(model, paths)
     with evaluating(model):
         model(torch.zeros(1, stock.input_channels(model), size, size, device=like.device, dtype=like.dtype))
-    found = taps.take()
-    return {p: tuple(x.shape) if isinstance(x := found.get(p), torch.Tensor) and x.ndim == 4 else None for p in paths}
+    return {p: tuple(x.shape) for p, x in taps.take().items() if isinstance(x, torch.Tensor) and x.ndim == 4}
 
 
 class Taps:

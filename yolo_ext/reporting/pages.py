@@ -88,7 +88,7 @@ def _verdicts(checks: Sequence[Report], rows: Sequence[Row]) -> list[tuple[str, 
     return strips + ([("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else [])
 
 
-def _cards(after: Report, rows: Sequence[Row]) -> tuple[list[Row], str]:
+def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
     """Return the five key figures, the latency of INT8 where it was measured, and the note on INT8 mAP it calls for."""
     known = {row.key: row for row in rows}
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}")), "torch")

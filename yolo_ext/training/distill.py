@@ -18,8 +18,8 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
-from yolo_ext.distillation.preflight import Facts, doubts, noise, student_seconds, table, teacher_cost
 from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
+from yolo_ext.distillation.terms import Facts, doubts, noise, student_seconds, table, teacher_cost
 from yolo_ext.pruning.during import follow
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import undisturbed
