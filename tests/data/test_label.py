@@ -17,9 +17,9 @@ from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label
-from yolo_ext.data.formats import read_voc
+from yolo_ext.data.coco import coco_entry, coco_store
+from yolo_ext.data.formats import FORMATS, read_voc, voc_annotation, yolo_text
 from yolo_ext.data.label import JOURNAL, find_images, label_images
-from yolo_ext.data.write import FORMATS, coco_entry, coco_store, voc_annotation, yolo_text
 
 NAMES = {0: "cell", 1: "näme & <x>"}
 SETTINGS = {"model": "m", "conf": 0.25, "names": list(NAMES.values())}
@@ -353,7 +353,7 @@ def test_boxes_survive_every_format(w, h, drawn):
     corners = np.hstack([centre - size / 2, centre + size / 2]) * [w, h, w, h]
     assert np.allclose(corners, wanted, atol=0.01)
 
-    shown = [a["bbox"] for a in json.loads(coco_entry(record, NAMES, False))["annotations"]]
+    shown = [a["bbox"] for a in coco_entry(record, NAMES, False)["annotations"]]
     shown = np.array(shown).reshape(-1, 4)
     assert np.allclose(np.hstack([shown[:, :2], shown[:, :2] + shown[:, 2:]]), wanted, atol=0.01)
 

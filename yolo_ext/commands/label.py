@@ -62,8 +62,8 @@ def label(
     Raises:
         UsageError: The model, an image source or an option is not usable.
     """
+    from yolo_ext.data.formats import FORMATS
     from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
-    from yolo_ext.data.write import FORMATS
     from yolo_ext.reporting.pages import render_review
     from yolo_ext.stock.load import no_autoinstall
 

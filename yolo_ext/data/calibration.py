@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,7 @@ def calibration_images(
     """Choose calibration images.
 
     Args:
-        data: A checked Ultralytics data dict (its train split is used), or image files, folders, globs and text files
-            that list images, one or many.
+        data: A checked Ultralytics data dict (its train split is used), or what `list_images` takes.
         n: How many images; None takes what is there, up to `at_most`.
         seed: Seed of the choice, which does not depend on the order of the files on disk.
         at_most: Most images where `n` is None.
@@ -74,51 +75,36 @@ def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
 
 
 def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
-    """Yield images as a static ONNX file is fed: square letterbox, RGB, 0 to 1.
+    """Yield images as a static ONNX file is fed: float32 (batch, 3, imgsz, imgsz), square letterbox, RGB, 0 to 1.
 
-    Args:
-        paths: Image files; those that cannot be read are skipped with a warning.
-        imgsz: Side of the square in pixels.
-        batch: Images per batch; the last one may be smaller.
-        crop: Cut the largest square out of the middle instead, as classification does.
-
-    Yields:
-        Float32 tensors of shape (batch, 3, imgsz, imgsz).
-
-    Raises:
-        UsageError: If more than half of the images cannot be read, or every image is of a single value.
+    `crop` cuts the largest square out of the middle instead, as classification does. Images that cannot be read are
+    skipped with a warning; UsageError if these are more than half, or if every image is of a single value.
     """
-    letterbox, middle = LetterBox((imgsz, imgsz), auto=False), CenterCrop(imgsz)
-    images: list[np.ndarray] = []
+    letterbox = partial(LetterBox((imgsz, imgsz), auto=False), None)  # it could take labels first
+    squares = _squares(paths, CenterCrop(imgsz) if crop else letterbox)
+    while images := list(islice(squares, batch)):
+        yield torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+
+
+def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield each image that can be read, cut to the square that `fit` makes of it, as RGB (3, H, W)."""
     broken = blank = 0
     for path in paths:
-        image = imread(path)
-        if image is None:
-            broken += 1
-            if 2 * broken > len(paths):
-                raise UsageError(
-                    f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'. "
-                    "`yolo-ext data check` names them all."
-                )
-            LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
+        if (image := imread(path)) is not None:
+            blank += int(image.min() == image.max())
+            yield np.asarray(fit(image))[..., ::-1].transpose(2, 0, 1)
             continue
-        blank += int(image.min() == image.max())
-        square = middle(image) if crop else letterbox(image=image)
-        images.append(np.asarray(square)[..., ::-1].transpose(2, 0, 1))
-        if len(images) == batch:
-            yield _tensor(images)
-            images = []
-    if images:
-        yield _tensor(images)
+        broken += 1
+        if 2 * broken > len(paths):
+            raise UsageError(
+                f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'. "
+                "`yolo-ext data check` names them all."
+            )
+        LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
     if blank == len(paths) - broken:
         raise UsageError(
             f"Each of the {blank} calibration images is of a single value, '{paths[0]}' for one. Give real images."
         )
-
-
-def _tensor(images: list[np.ndarray]) -> torch.Tensor:
-    """Return images of 0 to 255 as one batch of 0 to 1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).float() / 255
 
 
 def list_hash(paths: list[Path]) -> str:

@@ -1,17 +1,30 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""COCO: one JSON file of boxes and polygons for each split."""
+"""COCO: one JSON file of boxes and polygons for each split, and the one that a model's labels are kept in."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 
+from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import Annotation, Item, Object, Size, Source, finite, unique_ids, walk_files
+from yolo_ext.data.records import (
+    Annotation,
+    Item,
+    Object,
+    Size,
+    Source,
+    Store,
+    detected,
+    finite,
+    unique_ids,
+    walk_files,
+)
 
 WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
@@ -31,7 +44,10 @@ def scan_coco(source: Path, images: Path | None = None) -> Source:
     problems: list[str] = []
     for file in files:
         content = _load(file)
-        classes = _classes(content, file)
+        try:
+            classes = {int(c["id"]): str(c["name"]) for c in content["categories"]}  # ids may have gaps
+        except (KeyError, TypeError, ValueError) as e:
+            raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
         names.update(dict.fromkeys(classes[c] for c in sorted(classes)))
         folder = images or _image_folder(file, [str(i.get("file_name")) for i in content["images"][:1]])
         members = found.setdefault(_split_of(file), [])
@@ -51,25 +67,14 @@ def scan_coco(source: Path, images: Path | None = None) -> Source:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """Return the content of a COCO file."""
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise UsageError(f"'{file}' is not valid JSON ({e}). Mend the file.") from e
+        raise UsageError(f"'{file}' is not a COCO file: not valid JSON ({e}). Mend the file.") from e
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
-        raise UsageError(
-            f"'{file}' is not a COCO file: it needs the lists {', '.join(keys)}. Give source= a COCO file."
-        )
+        raise UsageError(f"'{file}' is not a COCO file: it needs the lists {', '.join(keys)}. Give a COCO file.")
     return content
-
-
-def _classes(content: Mapping[str, Any], file: Path) -> dict[Any, str]:
-    """Return class names by category id, which may have gaps."""
-    try:
-        return {int(c["id"]): str(c["name"]) for c in content["categories"]}
-    except (KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
 
 
 def _split_of(file: Path) -> str:
@@ -126,16 +131,16 @@ def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
     return Object(classes[a["category_id"]], (x, y, x + w, y + h), polygons)
 
 
-def coco_object(o: Object, category: int) -> dict[str, Any]:
-    """Return the COCO annotation of an object inside its image, without the ids of itself and of the image."""
+def coco_object(o: Object) -> dict[str, Any]:
+    """Return the COCO annotation of an object inside its image, without any id."""
     x0, y0, x1, y1 = o.box
     area = sum(_area(p) for p in o.polygons) if o.polygons else (x1 - x0) * (y1 - y0)
     return {
-        "category_id": category,
         "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
         "area": round(area, 3),
         "iscrowd": 0,
         "segmentation": [[round(v, 3) for v in p] for p in o.polygons],
+        **({} if o.confidence is None else {"score": o.confidence}),
     }
 
 
@@ -150,16 +155,74 @@ def write_coco(
 ) -> None:
     """Write a COCO file from (file name, (width, height), annotations), so that no split is ever whole in memory."""
     categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does
-    count = 0
+    ids = count(1)
     with file.open("w", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as boxes:
         out.write(f'{{"categories": {json.dumps(categories, ensure_ascii=False)},\n"images": [')
         for i, (name, (w, h), objects) in enumerate(images, 1):
             image = {"id": i, "file_name": name, "width": w, "height": h}
             out.write(("," if i > 1 else "") + "\n" + json.dumps(image, ensure_ascii=False))
             for o in objects:
-                count += 1
-                boxes.write(("," if count > 1 else "") + "\n" + json.dumps({"id": count, "image_id": i, **o}))
+                number = {"id": next(ids), "image_id": i}
+                boxes.write(("," if number["id"] > 1 else "") + "\n" + json.dumps({**number, **o}))
         out.write('\n],\n"annotations": [')
         boxes.seek(0)
         shutil.copyfileobj(boxes, out)
         out.write("\n]}\n")
+
+
+def coco_entry(record: Mapping[str, Any], names: Mapping[int, str], save_conf: bool) -> dict[str, Any]:
+    """Return what COCO says of one image, with a `score`, without the numbers that only the whole file can give."""
+    w, h = record["size"]
+    rows = [{**coco_object(o), "category": o.name} for o in detected(record, names)]
+    return {"width": w, "height": h, "annotations": rows}
+
+
+def coco_store(file: Path, names: Mapping[int, str]) -> Store:
+    """Return the store of one COCO file; what it already holds keeps its numbers and its further keys."""
+    data: dict[str, Any] = _load(file) if file.is_file() else {"images": [], "annotations": [], "categories": []}
+    try:
+        categories = {c["name"]: c["id"] for c in data["categories"]}
+        named = {i: name for name, i in categories.items()}
+        by_id: dict[Any, dict[str, Any]] = {
+            i["id"]: {"width": i.get("width"), "height": i.get("height"), "annotations": []} for i in data["images"]
+        }
+        for a in data["annotations"]:
+            row = dict(a)
+            _, image, category = (row.pop(k) for k in ("id", "image_id", "category_id"))
+            if image in by_id:
+                by_id[image]["annotations"].append({**row, "category": named.get(category)})
+        held = {str(i["file_name"]): by_id[i["id"]] for i in data["images"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UsageError(
+            f"'{file}' is not a COCO file ({type(e).__name__}: {e}). Mend it, or give another out=."
+        ) from e
+    for index, name in names.items():  # from 1, as in COCO itself and as Ultralytics' converter expects
+        free = index + 1 if index + 1 not in categories.values() else max(categories.values()) + 1
+        categories.setdefault(name, free)
+    changed: dict[str, dict[str, Any]] = {}
+
+    def close() -> None:
+        if changed:
+            _update(data, categories, changed)
+            atomic_write(file, json.dumps(data))
+
+    return Store(held.get, changed.__setitem__, close)
+
+
+def _update(data: dict[str, Any], categories: Mapping[str, int], changed: Mapping[str, dict[str, Any]]) -> None:
+    """Replace the annotations of the changed images in a COCO file's content, and number what is new."""
+    present = {c["name"] for c in data["categories"]}
+    data["categories"] += [{"id": i, "name": n} for n, i in categories.items() if n not in present]
+    images = {str(i["file_name"]): i for i in data["images"]}
+    gone = {images[name]["id"] for name in changed if name in images}
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in gone]
+    image_ids = count(max((i["id"] for i in data["images"]), default=0) + 1)
+    ids = count(max((a["id"] for a in data["annotations"]), default=0) + 1)
+    for name, found in sorted(changed.items()):
+        if name not in images:
+            images[name] = {"id": next(image_ids), "file_name": name}
+            data["images"].append(images[name])
+        images[name].update(width=found["width"], height=found["height"])
+        for row in found["annotations"]:
+            numbers = {"id": next(ids), "image_id": images[name]["id"], "category_id": categories[row["category"]]}
+            data["annotations"].append({**numbers, **{k: row[k] for k in sorted(row) if k != "category"}})

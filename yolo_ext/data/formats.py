@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The formats Pascal VOC and YOLO: how their datasets are found and read, and how one annotation is written.
+"""The formats: where their files lie, and how datasets of Pascal VOC and YOLO are found, read and written.
 
 VOC has an XML file for each image and lists of images in ImageSets/Main; YOLO has a data.yaml, images in `images`
 folders and a text file of labels for each.
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree.ElementTree import ParseError
 from xml.sax.saxutils import escape
 
@@ -23,6 +23,7 @@ from ultralytics.utils import DATASETS_DIR
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label, label_rows, load_yaml, pose_columns
+from yolo_ext.data.coco import coco_entry
 from yolo_ext.data.records import (
     Annotation,
     Item,
@@ -30,6 +31,7 @@ from yolo_ext.data.records import (
     Size,
     Source,
     class_names,
+    detected,
     finite,
     list_images,
     unique_ids,
@@ -37,8 +39,11 @@ from yolo_ext.data.records import (
 )
 from yolo_ext.stock.data import IMG_FORMATS, img2label_paths, merge_multi_segment
 
+Record = Mapping[str, Any]  # of a detection, see `label`
+Names = Mapping[int, str]  # class names by class index
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SPLITS = ("train", "val", "test")
+YOLO = "Give a data.yaml, or a folder with images/ and labels/."
 KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, when it is split
 
 
@@ -53,20 +58,14 @@ def scan_voc(source: Path) -> Source:
     folder = next((source / n for n in ("JPEGImages", "images", "Images") if (source / n).is_dir()), None)
     if folder is None:
         raise UsageError(f"'{source}' has no image folder. Legal names: JPEGImages, images.")
-    images: dict[str, Path] = {}
+    images, _, problems = unique_ids({"": [(_id(f, folder), f) for f in walk_files(folder, IMG_FORMATS)]})
     by_name: dict[str, list[str]] = {}
-    problems = []
-    for file in walk_files(folder, IMG_FORMATS):
-        i = file.relative_to(folder).with_suffix("").as_posix()
-        if i in images:
-            problems.append(f"{images[i].name} and {file.name} have the same id")
-            continue
-        images[i] = file
+    for i, file in images.items():
         by_name.setdefault(file.stem, []).append(i)
     items = {i: Item(i, file, None) for i, file in images.items()}
     annotated = set()
     for file in walk_files(labels, {"xml"}):  # the path is the id: <filename> is often stale
-        i = file.relative_to(labels).with_suffix("").as_posix()
+        i = _id(file, labels)
         if i not in images and len(by_name.get(file.stem, ())) == 1:
             i = by_name[file.stem][0]
         if i in annotated:
@@ -77,20 +76,18 @@ def scan_voc(source: Path) -> Source:
         raise UsageError(f"'{labels}' holds no XML files. Give the folder of a VOC dataset.")
     files = walk_files(listed, {"txt"}) if listed.is_dir() else []
     lists = {f.stem: _read_list(f, items, by_name) for f in files}
-    return Source(items, _read_voc_item, annotated, lists, problems=problems)
+    empty = Annotation()  # background
+    return Source(
+        items, lambda item, _: read_voc(item.label) if item.label else empty, annotated, lists, problems=problems
+    )
 
 
-def _read_voc_item(item: Item, size: Size) -> Annotation:
-    """Read the annotation of an item; one without a file is background."""
-    return read_voc(item.label) if item.label else Annotation()
+def _id(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def read_voc(file: Path) -> Annotation:
-    """Read one VOC annotation file.
-
-    Raises:
-        ValueError: The file is not XML, holds a document type, or an object lacks its name or box.
-    """
+    """Read one VOC annotation; ValueError where it is not XML, has a document type, or an object lacks name or box."""
     try:
         root = fromstring(file.read_bytes(), forbid_dtd=True)
     except DefusedXmlException as e:  # entities can expand to gigabytes or read other files; no VOC tool writes them
@@ -142,12 +139,14 @@ def voc_text(image: str, size: Size, objects: Sequence[Object]) -> str:
         "  <segmented>0</segmented>",
     ]
     for o in objects:
+        confidence = [] if o.confidence is None else [f"    <confidence>{o.confidence:.4f}</confidence>"]
         (x0, x1), (y0, y1) = (_whole(o.box[k], o.box[k + 2], size[k]) for k in (0, 1))
         corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(CORNERS, (x0, y0, x1, y1)))
         lines += [
             "  <object>",
             f"    <name>{escape(o.name)}</name>",
             f"    <pose>Unspecified</pose><truncated>{o.truncated:d}</truncated><difficult>{o.difficult:d}</difficult>",
+            *confidence,
             f"    <bndbox>{corners}</bndbox>",
             "  </object>",
         ]
@@ -170,26 +169,25 @@ def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
     yamls = [source] if source.is_file() else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     if len(yamls) > 1:
         raise UsageError(f"'{source}' holds {len(yamls)} YAML files. Give source= one of them.")
-    content = _load(yamls[0]) if yamls else {}
-    folders = _split_folders(content, yamls[0]) if yamls else _plain_folders(source)
-    images, lists, problems = unique_ids({split: _with_ids(where) for split, where in folders.items()})
+    content: dict[str, Any] = {}
+    if yamls:
+        content = load_yaml(yamls[0])
+        if not isinstance(content, dict) or not content.get("names") or not any(content.get(s) for s in SPLITS):
+            raise UsageError(f"Data file '{yamls[0]}' needs names, and an image folder for train, val or test.")
+        folders, names = _split_folders(content, yamls[0]), class_names(content["names"])
+    else:
+        folders, names = _plain(source, classes)
+    images, lists, problems = unique_ids(
+        {s: [m for path in paths for m in _members(path)] for s, paths in folders.items()}
+    )
     if not images:
-        raise UsageError(f"'{source}' holds no images. Give a data.yaml, or a folder with images/ and labels/.")
-    names = class_names(content["names"]) if yamls else _plain_names(source, classes)
+        raise UsageError(f"'{source}' holds no images. {YOLO}")
     labels = map(Path, img2label_paths([*map(str, images.values())]))
     items = {i: Item(i, image, label) for (i, image), label in zip(images.items(), labels)}
     extra = {k: content[k] for k in KEPT if k in content}
     columns = pose_columns(extra, str(source)) if "kpt_shape" in extra else 0
     read = partial(_read_yolo_item, names=names, columns=columns)
     return Source(items, read, images.keys(), lists, names, extra, problems)
-
-
-def _load(file: Path) -> dict[str, Any]:
-    """Return a data.yaml that names classes and at least one split."""
-    content = load_yaml(file)
-    if not isinstance(content, dict) or not content.get("names") or not any(content.get(s) for s in SPLITS):
-        raise UsageError(f"Data file '{file}' needs names, and an image folder for train, val or test.")
-    return content
 
 
 def _split_folders(content: Mapping[str, Any], file: Path) -> dict[str, list[Path]]:
@@ -208,34 +206,25 @@ def _split_folders(content: Mapping[str, Any], file: Path) -> dict[str, list[Pat
     return folders
 
 
-def _plain_folders(source: Path) -> dict[str, list[Path]]:
-    """Return the image folders of a dataset without data.yaml: images/<split>, or images alone."""
+def _plain(source: Path, classes: Sequence[str] | None) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return image folders and class names of a dataset without data.yaml, but with images/<split>, or images alone."""
     folder = source / "images"
     if not folder.is_dir():
-        raise UsageError(f"'{source}' is no YOLO dataset. Give a data.yaml, or a folder with images/ and labels/.")
-    splits = {s: [folder / s] for s in SPLITS if (folder / s).is_dir()}
-    return splits or {"train": [folder]}
+        raise UsageError(f"'{source}' is no YOLO dataset. {YOLO}")
+    splits = {s: [folder / s] for s in SPLITS if (folder / s).is_dir()} or {"train": [folder]}
+    if not classes:
+        file = next((f for f in (source / "classes.txt", source / "labels/classes.txt") if f.is_file()), None)
+        if file is None:
+            raise UsageError(f"'{source}' has neither data.yaml nor classes.txt. Give classes=a,b in label order.")
+        classes = [n for n in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()) if n]
+    return splits, list(classes)
 
 
-def _plain_names(source: Path, classes: Sequence[str] | None) -> list[str]:
-    """Return the class names of a dataset without data.yaml."""
-    file = next((f for f in (source / "classes.txt", source / "labels/classes.txt") if f.is_file()), None)
-    if classes:
-        return list(classes)
-    if file is None:
-        raise UsageError(f"'{source}' has neither data.yaml nor classes.txt. Give classes=a,b in label order.")
-    return [n for n in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()) if n]
-
-
-def _with_ids(where: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return images with their path below the folder, or below `images` for those of a list file."""
-    found = []
-    for path in where:
-        for file in list_images(path):
-            parts = (file.relative_to(path) if path.is_dir() else file).with_suffix("").as_posix()
-            below = parts.rpartition("/images/")[2] if "/images/" in parts else file.stem
-            found.append((parts if path.is_dir() else below, file))
-    return found
+def _members(path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield images with their path below the folder `path`, or below `images` for those of a list file."""
+    for file in list_images(path):
+        home = next((p for p in file.parents if p.name == "images"), file.parent)
+        yield _id(file, path if path.is_dir() else home), file
 
 
 def _read_yolo_item(item: Item, size: Size, names: Sequence[str], columns: int) -> Annotation:
@@ -271,3 +260,33 @@ def yolo_row(o: Object, index: int, size: Size, task: str) -> str:
     x0, y0, x1, y1 = o.box
     w, h = size
     return f"{index} {(x0 + x1) / 2 / w:.6f} {(y0 + y1) / 2 / h:.6f} {(x1 - x0) / w:.6f} {(y1 - y0) / h:.6f}"
+
+
+def yolo_text(record: Record, names: Names, save_conf: bool) -> str:
+    """Return one row for each object: `class x y w h`, or `class x1 y1 x2 y2 ...` for a polygon, normalised."""
+    rows = []
+    for found, o in zip(record["objects"], detected(record, names)):
+        row = yolo_row(o, found["class"], tuple(record["size"]), "segment" if o.polygons else "detect")
+        rows.append(f"{row} {o.confidence:.4f}\n" if save_conf else f"{row}\n")
+    return "".join(rows)
+
+
+def voc_annotation(record: Record, names: Names, save_conf: bool) -> str:
+    """Return a VOC annotation whose objects carry a `confidence`."""
+    return voc_text(Path(record["image"]).name, tuple(record["size"]), detected(record, names))
+
+
+class Format(NamedTuple):
+    """One label format: where its files lie, and how the record of an image becomes its label."""
+
+    suffix: str  # of a label file
+    labels: str  # folder of the labels, empty where one file holds all of them
+    images: str  # folder of the images beside it
+    render: Callable[[Record, Names, bool], Any]  # of a record, the class names and "write confidences"
+
+
+FORMATS = {
+    "yolo": Format(".txt", "labels", "images", yolo_text),
+    "voc": Format(".xml", "Annotations", "JPEGImages", voc_annotation),
+    "coco": Format(".json", "", "images", coco_entry),
+}

@@ -1,8 +1,11 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Label images with a model: labels that are there are kept, and a run that was stopped goes on where it was.
 
-What the model found is kept in a journal, `detections.jsonl`, one line per image after a first line with the settings.
+What the model found is kept in a journal, `detections.jsonl`, one record per line after a first line with the settings.
 Labels, previews and the review sheet come from it, so a second run predicts nothing and writes nothing.
+
+A record is a plain dict: `image` (path relative to the source), `size` (width and height in pixels) and `objects`, each
+with `class`, `confidence`, `box` (x1, y1, x2, y2 in pixels) and, from a segmentation model, `polygon` (x, y, x, ...).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,32 +29,26 @@ from ultralytics.utils.plotting import Annotator, colors
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import attempt, image_probe
-from yolo_ext.data.records import class_names, is_image, link_or_copy, list_images
-from yolo_ext.data.write import FORMATS, Format, Names, Store, coco_store, file_store
+from yolo_ext.data.coco import coco_store
+from yolo_ext.data.formats import FORMATS, Format
+from yolo_ext.data.records import Store, class_names, is_image, link_or_copy, list_images
 from yolo_ext.stock.data import IMG_FORMATS, img2label_paths
 
-Predict = Callable[[np.ndarray], list[dict[str, Any]]]
+Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, 3), BGR, to the objects of a record
+Names = Mapping[int, str]  # class names by class index
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"
 PREVIEW_SIDE = 1280  # px
 
 
 @dataclass
 class Labelled:
-    """What a run found and did.
+    """What a run found and did."""
 
-    Attributes:
-        records: Of every image whose label is that of the model, by image.
-        kept: Images whose label is not the model's, or no longer: it was there before, or was edited.
-        skipped: Image to the reason why it cannot be read.
-        written: Labels written by this run.
-        predicted: Images that the model ran on in this run.
-    """
-
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    written: int = 0
-    predicted: int = 0
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)  # by image, where its label is the model's
+    kept: list[str] = field(default_factory=list)  # images whose label was there before, or was edited
+    skipped: dict[str, str] = field(default_factory=dict)  # image to the reason why it cannot be read
+    written: int = 0  # labels, by this run
+    predicted: int = 0  # images, by this run
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,9 @@ class _Job:
 
 
 def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
-    """List the images to label.
+    """Return the folder that a source for `list_images` starts at, and the images by their path relative to it.
 
-    Args:
-        source: Image, folder, glob, text file with one path per line, or a list of these.
-        out: Output folder; what a run writes there is never taken for a source.
-
-    Returns:
-        The folder that the source starts at, and the images by their path relative to it.
-
-    Raises:
-        UsageError: There are no images, or `out` lies inside the source folder.
+    What a run writes to the folder `out` is never taken for a source, and `out` must not lie inside a source folder.
     """
     sources = [Path(str(s)).absolute() for s in (source if isinstance(source, (list, tuple)) else [source])]
     sources = [s.resolve() if s.is_dir() else s for s in sources]
@@ -93,10 +83,7 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
     root = Path(os.path.commonpath([*roots, *(f.parent for f in files)]))
     within = out != root and out.is_relative_to(root)
     if within and any(s.is_dir() for s in sources):
-        raise UsageError(
-            f"Output folder '{out}' lies inside the source '{root}'. Give one outside it, or "
-            f"out={root} itself to write into the source."
-        )
+        raise UsageError(f"Output folder '{out}' lies inside the source '{root}'. Give one outside it, or out={root}.")
     for name in {f.images for f in FORMATS.values()}:
         root = out / name if root.is_relative_to(out / name) else root  # labels then mirror the folders of a dataset
     own = out if within else out / PREVIEWS
@@ -115,49 +102,26 @@ def _start(source: Path) -> Path | None:
 
 
 def label_images(
-    images: Mapping[str, Path],
-    out: Path,
-    predict: Predict,
-    names: Names,
-    settings: Mapping[str, Any],
-    *,
-    format: str = "yolo",
-    beside: bool = False,
-    overwrite: bool = False,
-    save_conf: bool = False,
-    previews: bool = True,
-    files: str = "link",
-) -> Labelled:
-    """Label images; every file is written whole, and nothing that is there changes unless `overwrite`.
+    images: Mapping[str, Path], out: Path, predict: Predict, names: Names, settings: Mapping[str, Any], *,
+    format: str = "yolo", beside: bool = False, overwrite: bool = False, save_conf: bool = False,
+    previews: bool = True, files: str = "link",
+) -> Labelled:  # fmt: skip
+    """Label images, by their relative path, into `out`; the options are those of the command `label`.
 
-    Args:
-        images: Image files by their relative path.
-        out: Output folder.
-        predict: Function of an image (H, W, 3), BGR, that gives its objects (see `data.write`).
-        names: Class names by class index.
-        settings: What the detections depend on; a folder holds those of one model and one setting only.
-        format: `yolo`, `voc` or `coco`.
-        beside: Write each label where training looks for it (YOLO) or next to its image (VOC), instead of in `out`.
-        overwrite: Replace labels, and detections of other settings.
-        save_conf: Append the confidence to YOLO rows, which Ultralytics then cannot train on.
-        previews: Write a picture with boxes drawn for each image.
-        files: Make `out` a dataset with the images in it: `link` them where the file system allows it, or `copy` them;
-            `none` leaves them out.
-
-    Returns:
-        What was found, kept and skipped.
-
-    Raises:
-        UsageError: Two images share a label, or the folder holds detections of other settings, other class names or a
-            broken COCO file.
+    Every file is written whole, and nothing that is there changes unless `overwrite`. The detections depend on
+    `settings`, of which a folder holds one. UsageError where two images share a label, or the folder holds other
+    settings, other class names or a broken COCO file.
     """
-    kind = FORMATS[format]
+    kind, journal = FORMATS[format], out / JOURNAL
     out.mkdir(parents=True, exist_ok=True)
     files = "none" if beside else files
     dataset = format == "yolo" and files != "none"
-    if dataset:
-        _check_names(out / "data.yaml", names)
-    journal = out / JOURNAL
+    if dataset and (out / "data.yaml").is_file():
+        there, ours = class_names(YAML.load(out / "data.yaml").get("names")), list(names.values())
+        if there != ours:
+            raise UsageError(
+                f"'{out}' has the classes {there}, the model {ours}, which must not be mixed. Give another out=."
+            )
     known = _read_journal(journal, settings, overwrite)
     store = _open_store(images, out, kind, names, beside)
     done = Labelled()
@@ -280,13 +244,23 @@ def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Name
             raise UsageError(
                 f"Images '{other}' and '{image}' would share the label '{place(image)}'. Rename one of them."
             )
-    return file_store(place)
+
+    def read(image: str) -> str | None:
+        file = place(image)
+        return file.read_bytes().decode("utf-8", "replace") if file.is_file() else None
+
+    def write(image: str, text: str) -> None:
+        atomic_write(place(image), text.encode("utf-8", "replace"))  # a file name need not be valid text
+
+    return Store(read, write)
 
 
 def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, dict[str, Any]]:
     """Return the records of earlier runs with the same settings by image; a half line at the end is left out."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = [line for raw in text.splitlines() if (line := _parse(raw)) is not None]
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):  # a killed run left only half of it
+            lines.append(json.loads(line))
     if not lines:
         return {}
     if changed := [k for k in settings if lines[0].get(k) != settings[k]]:
@@ -294,36 +268,14 @@ def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> d
             return {}
         before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)
         raise UsageError(
-            f"'{file.parent}' holds labels made with other settings ({before}). "
-            "Give another out=, or overwrite=True to replace them."
+            f"'{file.parent}' holds labels of other settings ({before}). Give another out= or overwrite=True."
         )
     return {record["image"]: record for record in lines[1:]}
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """Return a line of the journal, None where a killed run left only half of it."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _journal_text(settings: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """Return the journal: a line of settings, then the records sorted by image."""
     return "".join(json.dumps(line) + "\n" for line in (settings, *(known[k] for k in sorted(known))))
-
-
-def _check_names(file: Path, names: Names) -> None:
-    """Refuse to mix labels with those of a dataset that numbers its classes otherwise."""
-    if not file.is_file():
-        return
-    found = class_names(YAML.load(file).get("names"))
-    if found != list(names.values()):
-        raise UsageError(
-            f"'{file}' has the classes {found}, the model {list(names.values())}: labels of both must not be mixed. "
-            "Give another out=."
-        )
 
 
 def update(file: Path, content: str) -> None:

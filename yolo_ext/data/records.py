@@ -1,8 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What every dataset format is read into and written from, images with objects in pixels, and the files that hold them.
 
-Files come by the hundred thousand: they are found without endless links, worked on in parallel, and written whole or
-not at all.
+Files come by the hundred thousand: found without endless links, worked on in parallel, written whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -35,6 +34,7 @@ Size = tuple[int, int]
 Point = Callable[[float, float], tuple[float, float]]
 MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
 SHOWN = 5  # problems quoted in one message
+SOURCES = "Give an image, a folder, a glob or a text file of paths."
 _task: tuple[Callable[[Any], Any], Sequence[Any]]
 
 
@@ -47,6 +47,7 @@ class Object(NamedTuple):
     difficult: bool = False  # VOC flag: left out of the evaluation
     truncated: bool = False  # VOC flag: goes on outside the image
     row: str = ""  # the YOLO label row behind its class, to be written as it was read
+    confidence: float | None = None  # where a model detected it
 
 
 class Annotation(NamedTuple):
@@ -76,6 +77,14 @@ class Source:
     names: list[str] | None = None  # classes in label order, None where they are found by reading
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a data.yaml to be kept
     problems: list[str] = field(default_factory=list)  # what is wrong already
+
+
+class Store(NamedTuple):
+    """Where the labels of a model are kept."""
+
+    read: Callable[[str], Any]  # gives what an image is labelled with, None where there is nothing
+    write: Callable[[str, Any], None]  # sets it
+    close: Callable[[], None] = lambda: None  # ends the run
 
 
 def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], dict[str, list[str]], list[str]]:
@@ -134,6 +143,15 @@ def finite(values: Collection[float]) -> bool:
     return all(map(math.isfinite, values))
 
 
+def detected(record: Mapping[str, Any], names: Mapping[int, str]) -> list[Object]:
+    """Return the objects of the record of a detection, see `label`."""
+    return [
+        Object(names[o["class"]], tuple(o["box"]), (tuple(o["polygon"]),) if "polygon" in o else (),
+               confidence=o["confidence"])
+        for o in record["objects"]
+    ]  # fmt: skip
+
+
 def class_names(given: Any) -> list[str]:
     """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
     if isinstance(given, dict) and sorted(given) == list(range(len(given))):
@@ -150,39 +168,30 @@ def quote(items: Sequence[object], shown: int = SHOWN) -> str:
 
 
 def list_images(source: Any) -> list[Path]:
-    """Return the images of an image file, folder, glob or text file of paths, each sorted, or of a list of such.
-
-    Raises:
-        UsageError: One of them does not exist or cannot be read, or a folder holds a link back to itself.
-    """
+    """Return the images of an image file, folder, glob or text file of paths, each sorted, or of a list of such."""
     if isinstance(source, (list, tuple)):
         return [image for s in source for image in list_images(s)]
     path = Path(str(source))
     try:
         if path.is_dir():
             return walk_files(path, IMG_FORMATS)
-        if path.is_file():
-            files = [path] if is_image(path) else _listed(path)
-        else:
+        if not path.is_file():
             files = [Path(f) for f in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+        elif is_image(path):
+            files = [path]
+        else:
+            lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())  # Ultralytics reads ./ likewise
+            files = [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"'{source}' cannot be read ({e}). Give images, a folder, a glob or a text file.") from e
+        raise UsageError(f"'{source}' cannot be read ({e}). {SOURCES}") from e
     if not files and not path.is_file():
-        raise UsageError(
-            f"Cannot find '{source}', which does not exist. Give an image, a folder, a glob or a text file of paths."
-        )
+        raise UsageError(f"Cannot find '{source}', which does not exist. {SOURCES}")
     return sorted(filter(is_image, files))
 
 
 def is_image(file: Path) -> bool:
     """Return whether a file is called like an image that Ultralytics reads."""
     return file.suffix[1:].lower() in IMG_FORMATS
-
-
-def _listed(file: Path) -> list[Path]:
-    """Return the paths in a text file, those that begin with ``./`` from its own folder, as Ultralytics reads them."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    return [file.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
 
 
 def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:

@@ -37,13 +37,13 @@ def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160,
         UsageError: An argument is illegal, or `out` holds files of somebody else.
     """
     out = Path(out).resolve()
+    counts = {"train": train, "val": val}
+    given = {**counts, "imgsz": imgsz, "seed": seed}
     if train < 1 or val < 1 or imgsz < 64 or seed < 0:
         raise UsageError(
-            f"Shapes set of train={train}, val={val}, imgsz={imgsz}, seed={seed} is not legal. "
-            "Legal: train and val from 1, imgsz from 64, seed from 0."
+            f"Shapes set of {given} is not legal. Legal: train and val from 1, imgsz from 64, seed from 0."
         )
-    counts = {"train": train, "val": val}
-    wanted = {"version": VERSION, "path": str(out), **counts, "imgsz": imgsz, "seed": seed}
+    wanted = {"version": VERSION, "path": str(out), **given}
     if _is_current(out, wanted):
         return out / "data.yaml"
     with staged_folder(out) as stage:
@@ -73,21 +73,12 @@ def _is_current(out: Path, wanted: dict[str, object]) -> bool:
     except (OSError, ValueError) as e:
         raise UsageError(f"'{out}' exists and is not a shapes set. Give a new or empty folder.") from e
     counts = {split: len(list((out / "labels" / split).glob("*.txt"))) for split in ("train", "val")}
-    images = {split: len(list((out / "images" / split).glob("*.jpg"))) for split in ("train", "val")}
-    complete = images == counts == {k: wanted[k] for k in counts} and (out / "data.yaml").is_file()
-    return complete and made == wanted
+    images = {split: len(list((out / "images" / split).glob("*.jpg"))) for split in counts}
+    return made == wanted == {**wanted, **counts} == {**wanted, **images} and (out / "data.yaml").is_file()
 
 
 def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[tuple[float, ...]]]:
-    """Draw one picture.
-
-    Args:
-        rng: Source of all randomness.
-        imgsz: Side in pixels.
-
-    Returns:
-        Image (imgsz, imgsz, 3), uint8, BGR, and rows (class, x, y, w, h) normalised to 0..1.
-    """
+    """Draw one picture; return it (imgsz, imgsz, 3), uint8, BGR, and rows (class, x, y, w, h) normalised to 0..1."""
     image = _background(rng, imgsz)
     for _ in range(rng.integers(0, 3)):
         _distractor(rng, image)
@@ -95,12 +86,11 @@ def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[t
     rows: list[tuple[float, ...]] = []
     for _ in range(rng.integers(2, 6)):
         cls = int(rng.integers(3))
-        outline, box = _place(rng, cls, imgsz, boxes)
-        if outline is None:
+        if (outline := _place(rng, cls, imgsz, boxes)) is None:
             continue
         _paint(rng, image, outline)
-        boxes.append(box)
-        x0, y0, x1, y1 = box / imgsz
+        boxes.append(_box(outline))
+        x0, y0, x1, y1 = boxes[-1] / imgsz
         rows.append((cls, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
@@ -136,18 +126,19 @@ def _distractor(rng: np.random.Generator, image: np.ndarray) -> None:
         cv2.ellipse(image, p, axes, float(rng.uniform(0, 180)), start, start + 130, colour, width, cv2.LINE_AA)
 
 
-def _place(
-    rng: np.random.Generator, cls: int, imgsz: int, boxes: list[np.ndarray]
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return the outline (N, 2) and box (4,) of a shape with room for it, in pixels; None when 30 tries found none."""
+def _place(rng: np.random.Generator, cls: int, imgsz: int, boxes: list[np.ndarray]) -> np.ndarray | None:
+    """Return the outline (N, 2) of a shape with room for it, in pixels; None when 30 tries found none."""
     for _ in range(30):
         outline = _outline(rng, cls) * imgsz * np.exp(rng.uniform(np.log(0.2), np.log(0.42)))
         extent = np.ptp(outline, axis=0)
         outline += rng.uniform(1, imgsz - 1 - extent) - outline.min(0)
-        box = np.concatenate([outline.min(0), outline.max(0)])
-        if all(_cover(box, other) < 0.3 for other in boxes):  # of the smaller box, so IoU stays below 0.3 too
-            return outline, box
-    return None, np.empty(0)
+        if all(_cover(_box(outline), other) < 0.3 for other in boxes):  # of the smaller box: IoU stays below 0.3 too
+            return outline
+    return None
+
+
+def _box(outline: np.ndarray) -> np.ndarray:
+    return np.concatenate([outline.min(0), outline.max(0)])
 
 
 def _cover(a: np.ndarray, b: np.ndarray) -> float:
