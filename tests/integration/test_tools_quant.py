@@ -32,17 +32,15 @@ def run(place, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Leave the measurement of latency out."""
-    from yolo_ext.deployment import latency
+    from yolo_ext.pipeline import stages
 
     entry = {"median": 1.0, "p10": 1.0, "p90": 1.0, "n": 10, "samples": [1.0] * 10}
-    monkeypatch.setattr(latency, "bench", lambda files, imgsz, **options: {name: entry for name in files})
+    monkeypatch.setattr(stages, "bench", lambda files, imgsz, **options: {name: entry for name in files})
 
 
 def losing(monkeypatch, loss):
     """Make INT8 files lose as much mAP as a function of the number of layers in them says."""
     import onnx
-
-    from yolo_ext.pipeline import int8
 
     measured = int8.accuracy
 
@@ -154,9 +152,7 @@ def test_without_strict_a_collapse_is_a_warning_and_the_budget_fails(run, quick,
 
 @pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["strict", "lax"])
 def test_a_convolution_that_is_float_by_accident_is_named(run, quick, monkeypatch, strict):
-    from yolo_ext.deployment import runtime
-
-    report = runtime.conv_report
+    report = int8.conv_report
 
     def spoiled(path):
         found = report(path)
@@ -165,7 +161,7 @@ def test_a_convolution_that_is_float_by_accident_is_named(run, quick, monkeypatc
         return {**found, "int8_convs": found["int8_convs"] - 1,
                 "float_convs": {**found["float_convs"], "/model.2/cv1/conv/Conv": "no Q on the output"}}  # fmt: skip
 
-    monkeypatch.setattr(runtime, "conv_report", spoiled)
+    monkeypatch.setattr(int8, "conv_report", spoiled)
     status, folder, err = run(f"{QUANTIZE} quant.max_drop=1.0 quant.strict={strict}")
     assert status == 1
     if strict:
