@@ -206,7 +206,7 @@ def render_review(
     shots = [_shot(r, files[r["image"]], names, previews) for r in shown]
     return _page(
         "review.html.j2", title=title, notes=notes, counts=class_counts(records, names), skipped=skipped or {},
-        low=LOW, filters=filters, shots=shots, total=len(records),
+        names=names, low=LOW, filters=filters, shots=shots, total=len(records),
     )  # fmt: skip
 
 
@@ -221,7 +221,6 @@ def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -
     return {
         **record,
         "thumbnail": _thumbnail(file),
-        "boxes": [_box(o, names) for o in objects],
         "link": quote(f"{previews}/{record['image']}.jpg", errors="replace") if previews else "",
         "classes": " ".join(f"c{c}" for c, _ in counts) or "none",
         "order": ";".join(f"--c{c}:{round(1e4 * p)}" for c, p in least.items()),
@@ -229,17 +228,6 @@ def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -
         "tone": tone,
         "word": word,
     }
-
-
-def _box(o: Record, names: Mapping[int, str]) -> dict[str, str]:
-    """Return class, colour, title and shape of one object."""
-    low = " low" if o["confidence"] < LOW else ""
-    title = f"{names[o['class']]} {o['confidence']:.2f}"
-    drawn = {"tone": f"c{o['class']}{low}", "color": _color(o["class"]), "title": title, "points": ""}
-    if flat := o.get("polygon"):
-        return {**drawn, "points": " ".join(f"{x:g},{y:g}" for x, y in zip(flat[::2], flat[1::2]))}
-    x0, y0, x1, y1 = o["box"]
-    return {**drawn, **{k: f"{v:g}" for k, v in (("x", x0), ("y", y0), ("w", x1 - x0), ("h", y1 - y0))}}
 
 
 def _color(index: int) -> str:
@@ -280,7 +268,7 @@ ENVIRONMENT = Environment(
 )  # fmt: skip
 ENVIRONMENT.globals.update(absent=ABSENT, missing=MISSING, long_list=LONG_LIST)
 ENVIRONMENT.filters.update(
-    text=_text, number=_number, figure=figure, cell=cell, json=json.dumps,
+    text=_text, number=_number, figure=figure, cell=cell, color=_color, json=json.dumps,
     fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
     anchor=lambda name: name.lower().replace(" ", "-"),
     percent=lambda value, longest: f"{100 * value / longest if longest else 0:.2f}%",
