@@ -60,10 +60,7 @@ def check_data(
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
     """Return the (width, height) in pixels that training will see, after EXIF rotation, and the EXIF orientation or 1.
 
-    Unlike Ultralytics' `check_image` this never rewrites a damaged JPEG.
-
-    Raises:
-        ValueError: Ultralytics would skip this image as corrupt, or stop at it.
+    ValueError where Ultralytics would skip the image or stop at it; a damaged JPEG, which it rewrites, is left alone.
     """
     try:
         with open_image(file) as im:
@@ -113,7 +110,15 @@ def _check_yaml(data: str) -> dict[str, Any]:
     try:
         return check_det_dataset(str(file), autodownload=False)
     except FileNotFoundError as e:
-        raise UsageError(_missing_path(file, content, e)) from e
+        if content.get("download"):
+            how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
+            raise UsageError(
+                f"The images of '{file}' are not here and nothing is fetched unasked. Fetch them: python -c \"{how}\""
+            ) from e
+        reason = str(e).split("\n")[0].replace("❌", "").strip()
+        raise UsageError(
+            f"{reason}. Set path, train and val in '{file}' to existing folders (relative paths start at path)."
+        ) from e
     except Exception as e:
         reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__
         raise UsageError(f"Data file '{file}' is not usable: {reason.rstrip('.')}. Mend that key.") from e
@@ -137,15 +142,6 @@ def _find_yaml(data: str) -> Path:
     near = [by_name[n] for n in difflib.get_close_matches(Path(names[0]).name, by_name, cutoff=0.6)]
     hint = f"Did you mean {quote(near)}?" if near else "Give the path of an existing data.yaml."
     raise UsageError(f"Data file '{data}' does not exist. {hint}")
-
-
-def _missing_path(file: Path, content: dict[str, Any], error: Exception) -> str:
-    """Return the message for images that are not where the data.yaml says."""
-    if content.get("download"):
-        how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
-        return f"The images of '{file}' are not here and nothing is fetched unasked. Fetch them: python -c \"{how}\""
-    reason = str(error).split("\n")[0].replace("❌", "").strip()
-    return f"{reason}. Set path, train and val in '{file}' to existing folders (relative paths start at path)."
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
@@ -200,10 +196,9 @@ def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list
     for image, file in zip(images, files):
         try:
             rows += check_label(file, nc, columns) if file.is_file() else 0
-        except (ArithmeticError, ValueError) as e:
+            kept.append(image)
+        except (ArithmeticError, ValueError) as e:  # noqa: PERF203  the good ones count as well
             (outside if isinstance(e, ArithmeticError) else wrong).append(f"{file}: {e}")
-            continue
-        kept.append(image)
     if wrong:
         raise UsageError(f"Split '{split}' has {len(wrong)} malformed label files: {quote(wrong)}. Mend these files.")
     if outside:
@@ -217,10 +212,7 @@ def check_label(file: Path, nc: int, columns: int = 0) -> int:
     """Return the number of objects in a YOLO label file of a dataset with `nc` classes after checking every row.
 
     Rows are `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised, or have just `columns` columns if not 0.
-
-    Raises:
-        ValueError: A row is malformed or its class is not one of the dataset.
-        ArithmeticError: A coordinate lies outside the image by more than Ultralytics' tolerance of 1 %.
+    ValueError where a row is malformed, ArithmeticError outside the image by more than Ultralytics' tolerance of 1 %.
     """
     try:
         rows = label_rows(file)

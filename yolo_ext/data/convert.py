@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -49,23 +49,14 @@ NOTES = {  # what may be changed or left out, and how it is told
 
 @dataclass
 class Summary:
-    """What a conversion wrote and what it left out.
+    """What a conversion wrote and what it left out."""
 
-    Attributes:
-        out: Output folder.
-        names: Class names in label order.
-        data: The data.yaml files written, one for each fold; none for VOC and COCO.
-        images: Images per split.
-        boxes: Boxes per class; an image in two splits counts once.
-        notes: Counts by image id, class or problem, of every kind in `NOTES` that occurred.
-    """
-
-    out: Path
-    names: list[str]
-    data: list[Path] = field(default_factory=list)
-    images: dict[str, int] = field(default_factory=dict)
-    boxes: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+    out: Path  # folder
+    names: list[str]  # classes in label order
+    data: list[Path]  # the data.yaml files written, one for each fold; none for VOC and COCO
+    images: dict[str, int]  # per split
+    boxes: dict[str, int]  # per class; an image in two splits counts once
+    notes: dict[str, dict[str, int]]  # counts by image id, class or problem, of every kind in `NOTES` that occurred
 
 
 def convert(source: Path, out: Path, **options: Any) -> Summary:

@@ -35,7 +35,7 @@ Point = Callable[[float, float], tuple[float, float]]
 MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
 SHOWN = 5  # problems quoted in one message
 SOURCES = "Give an image, a folder, a glob or a text file of paths."
-_task: tuple[Callable[[Any], Any], Sequence[Any]]
+_task: tuple[Callable[[Any], Any], Sequence[Any]]  # of forked processes
 
 
 class Object(NamedTuple):
@@ -231,22 +231,15 @@ def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[
         with ThreadPool(NUM_THREADS) as pool:
             yield from TQDM(pool.imap(work, items), text, len(items))
         return
-    fork = multiprocessing.get_context("fork")
-    with fork.Pool(len(os.sched_getaffinity(0)), _start, (work, items)) as processes:
+    global _task
+    _task = work, items
+    fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore) as processes:
         yield from TQDM(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))
 
 
-def _start(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    """Keep the work in a new process, and leave Ctrl-C to the parent."""
-    global _task
-    _task = work, items
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _call(index: int) -> Any:
-    """Return the work done on one item of the process's task."""
-    work, items = _task
-    return work(items[index])
+    return _task[0](_task[1][index])
 
 
 @contextmanager

@@ -1,8 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Summarise a YOLO dataset: classes, box sizes, duplicates, leaks between splits, broken files.
-
-Images are the same byte by byte, or nearly the same to the eye.
-"""
+"""Summarise a YOLO dataset: classes, box sizes, broken files, images that are the same or nearly, leaks of splits."""
 
 from __future__ import annotations
 
@@ -41,8 +38,8 @@ class Seen(NamedTuple):
 
     key: bytes = b""  # hash of the file
     print: int = 0  # fingerprint of the picture
-    problem: tuple[str, str] | None = None  # (kind of `KINDS`, text)
-    label: str = "absent"  # or `labels` or `empty`
+    state: str = "unlabelled"  # or `labelled`, `empty` or one of `KINDS`
+    problem: str = ""  # in words
     boxes: Mapping[tuple[str, str, int], int] = {}  # by (class, area name, power of two of the side in pixels)
 
 
@@ -67,12 +64,11 @@ def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
     source = scan_yolo(Path(data))
     if source.problems:
         LOGGER.warning(f"{len(source.problems)} images share a label file: {quote(source.problems)}")
-    items = list(source.items.values())
-    seen = dict(zip(source.items, parallel(partial(_look, source), items, "Checking images and labels")))
+    looks = parallel(partial(_look, source), list(source.items.values()), "Checking images and labels")
+    seen = dict(zip(source.items, looks))
     found: dict[str, Any] = {"data": str(data), "splits": _splits(source, seen), **_boxes(source, seen)}
     for kind in KINDS:
-        wrong = {i: s.problem[1] for i, s in seen.items() if s.problem and s.problem[0] == kind}
-        found[kind] = {str(source.items[i].image): text for i, text in wrong.items()}
+        found[kind] = {str(source.items[i].image): s.problem for i, s in seen.items() if s.state == kind}
     for suffix, groups in _groups(source, {i: s for i, s in seen.items() if s.key}, near).items():
         found[f"duplicates{suffix}"], found[f"leaks{suffix}"] = _place(source, groups)
     found["passed"] = not (found["broken"] or found["malformed"] or any(found["leaks"].values()))
@@ -86,19 +82,19 @@ def _look(source: Source, item: Item) -> Seen:
         size, _ = image_probe(image)
         key, bits = fingerprint(image)
     except (ValueError, OSError) as e:
-        return Seen(problem=("broken", str(e)))
+        return Seen(state="broken", problem=str(e))
     if item.label is None or not item.label.is_file():
         return Seen(key, bits)
     try:
         objects = source.read(item, size).objects
     except (ValueError, OSError) as e:
         kind = "outside" if isinstance(e.__cause__, ArithmeticError) else "malformed"
-        return Seen(key, bits, (kind, f"{item.label.name} {e}"))
+        return Seen(key, bits, kind, f"{item.label.name} {e}")
     boxes: Counter[tuple[str, str, int]] = Counter()
     for o in objects:
         area = max((o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), 0.0)
         boxes[o.name, next(n for n, a in AREAS.items() if area < a), int(math.log2(max(math.sqrt(area), 1)))] += 1
-    return Seen(key, bits, None, "labels" if objects else "empty", boxes)
+    return Seen(key, bits, "labelled" if objects else "empty", boxes=boxes)
 
 
 def _splits(source: Source, seen: Mapping[str, Seen]) -> dict[str, dict[str, int]]:
@@ -106,20 +102,15 @@ def _splits(source: Source, seen: Mapping[str, Seen]) -> dict[str, dict[str, int
     table = {}
     for split, ids in source.lists.items():
         members = [seen[i] for i in ids]
-        table[split] = {
-            "images": len(ids),
-            "boxes": sum(sum(s.boxes.values()) for s in members),
-            "unlabelled": sum(s.label == "absent" and not s.problem for s in members),
-            "empty": sum(s.label == "empty" for s in members),
-            **{kind: sum(s.problem[0] == kind for s in members if s.problem) for kind in KINDS},
-        }
+        states = Counter(s.state for s in members)
+        boxes = sum(sum(s.boxes.values()) for s in members)
+        table[split] = {"images": len(ids), "boxes": boxes, **{k: states[k] for k in ("unlabelled", "empty", *KINDS)}}
     return table
 
 
 def _boxes(source: Source, seen: Mapping[str, Seen]) -> dict[str, Any]:
     """Return boxes by class, split and area, and the histogram of their sides."""
-    columns = [*source.lists, *AREAS]
-    classes = {name: dict.fromkeys(columns, 0) for name in source.names or ()}
+    classes = {name: dict.fromkeys([*source.lists, *AREAS], 0) for name in source.names or ()}
     sides: Counter[int] = Counter()
     for split, ids in source.lists.items():
         for i in ids:
@@ -145,30 +136,25 @@ def _groups(source: Source, seen: Mapping[str, Seen], near: int) -> dict[str, li
 
 def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[str]], dict[str, list[list[str]]]]:
     """Tell duplicates inside a split from leaks between splits; each is a pair of image files."""
+
+    def files(*ids: str) -> list[str]:
+        return [str(source.items[i].image) for i in ids]
+
     splits = {split: set(ids) for split, ids in source.lists.items()}
     inside: list[list[str]] = []
     leaks: dict[str, list[list[str]]] = {f"{a}/{b}": [] for a, b in combinations(splits, 2)}
     for group in groups:
         members = {split: [i for i in group if i in ids] for split, ids in splits.items()}
         for ids in members.values():
-            inside += [_files(source, ids[0], i) for i in ids[1:]]
+            inside += [files(ids[0], i) for i in ids[1:]]
         for a, b in combinations(splits, 2):
             if members[a]:
-                leaks[f"{a}/{b}"] += [_files(source, i if i in members[a] else members[a][0], i) for i in members[b]]
+                leaks[f"{a}/{b}"] += [files(i if i in members[a] else members[a][0], i) for i in members[b]]
     return inside, leaks
 
 
-def _files(source: Source, *ids: str) -> list[str]:
-    """Return the image files of ids."""
-    return [str(source.items[i].image) for i in ids]
-
-
 def fingerprint(file: Path) -> tuple[bytes, int]:
-    """Return a hash of an image's bytes, and 256 bits that say where its picture gets brighter to the right (dHash).
-
-    Raises:
-        ValueError: The picture cannot be decoded.
-    """
+    """Return a hash of an image's bytes, and 256 bits that say where its picture gets brighter to the right (dHash)."""
     raw = file.read_bytes()
     try:
         with open_image(BytesIO(raw)) as im:

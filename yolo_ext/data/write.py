@@ -53,9 +53,8 @@ def write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str
     """Write images and annotations of one split; return what was written or left out, but of the ids seen before."""
     o = plan.options
     tally: Tally = Counter()
-    if o.files != "list":
-        places = [_target(plan, split, i) for i in ids] + [_label(plan, split, i) for i in ids if o.to != "coco"]
-        for folder in {place.parent for place in places}:
+    if o.files != "list":  # folders come first: a worker that made one would do so even after a failure
+        for folder in {place.parent for i in ids for place in _places(plan, split, i)}:
             folder.mkdir(parents=True, exist_ok=True)
     results = parallel(partial(_write_one, plan, split), ids, f"Writing {split}")
 
@@ -78,7 +77,7 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
     """Write one image with its annotation; return its COCO record and what was counted."""
     o, (size, _) = plan.options, plan.found[i]
     kept, tally = _kept(plan, i)
-    target = _target(plan, split, i)
+    target, *label = _places(plan, split, i)
     if o.files != "list":
         link_or_copy(plan.source.items[i].image or Path(), target, link=o.files == "link")
     if o.to == "coco":
@@ -87,7 +86,7 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
     if o.files != "list":
         rows = (f"{yolo_row(k, plan.classes[k.name], size, o.task)}\n" for k in kept)
         text = "".join(rows) if o.to == "yolo" else voc_text(target.name, size, kept)
-        _label(plan, split, i).write_text(text, encoding="utf-8")
+        label[0].write_text(text, encoding="utf-8")
     return ("", size, []), tally
 
 
@@ -113,19 +112,13 @@ def _kept(plan: Plan, i: str) -> tuple[list[Object], Tally]:
     return kept, tally
 
 
-def _target(plan: Plan, split: str, i: str) -> Path:
-    """Return where an image goes; a folder called images inside would hide its labels from Ultralytics."""
-    image = plan.source.items[i].image or Path()
+def _places(plan: Plan, split: str, i: str) -> list[Path]:
+    """Return where an image goes, and its label; a folder called images inside would hide these from Ultralytics."""
+    kind, image = FORMATS[plan.options.to], plan.source.items[i].image or Path()
     parts = [f"{p}_" if p == "images" and plan.options.to == "yolo" else p for p in i.split("/")]
-    folder = "JPEGImages" if plan.options.to == "voc" else f"images/{split}"
-    return plan.stage / folder / "/".join([*parts[:-1], f"{parts[-1]}{image.suffix}"])
-
-
-def _label(plan: Plan, split: str, i: str) -> Path:
-    """Return where the label file of an image goes."""
-    kind = FORMATS[plan.options.to]
-    below = _target(plan, split, i).relative_to(plan.stage / kind.images)
-    return plan.stage / kind.labels / below.with_suffix(kind.suffix)
+    below = "/".join(parts if plan.options.to == "voc" else [split, *parts])
+    target = plan.stage / kind.images / f"{below}{image.suffix}"
+    return [target, plan.stage / kind.labels / f"{below}{kind.suffix}"] if kind.labels else [target]
 
 
 def write_lists(plan: Plan, out: Path, chosen: dict[str, list[str]], folds: list[dict[str, list[str]]]) -> None:
@@ -143,7 +136,7 @@ def write_lists(plan: Plan, out: Path, chosen: dict[str, list[str]], folds: list
         return
     where = {s: f"images/{s}" for s in chosen}
     if folds or o.files == "list":
-        home = {i: _target(plan, s, i).relative_to(stage).as_posix() for s, ids in chosen.items() for i in ids}
+        home = {i: _places(plan, s, i)[0].relative_to(stage).as_posix() for s, ids in chosen.items() for i in ids}
         for name, ids in lists.items():
             rows = [str(plan.source.items[i].image) if o.files == "list" else f"./{home[i]}" for i in ids]
             _write_lines(stage / f"{name}.txt", rows)
