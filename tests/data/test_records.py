@@ -85,8 +85,9 @@ def test_staged_folder_and_links(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from yolo_ext.data import convert, records, write
+from yolo_ext.data import convert, records
 records.MANY = 10
+write = sys.modules["yolo_ext.data.convert"]
 real = write._write_one
 def slow(*a):
     time.sleep(0.05)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.convert import by_folds, by_ratio, deal
+from yolo_ext.data.records import by_folds, by_ratio, deal
 
 IDS = [f"i{k}" for k in range(200)]
 # a in every image, b in a half, c in 20, d in 5

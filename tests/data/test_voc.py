@@ -16,8 +16,8 @@ from ultralytics.utils import LOGGER, YAML
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
-from yolo_ext.data.formats import read_voc, voc_text, yolo_row
-from yolo_ext.data.records import Annotation, Object, staged_folder, to_image
+from yolo_ext.data.formats import read_voc, to_image, voc_text, yolo_row
+from yolo_ext.data.records import Annotation, Object, staged_folder
 
 BCCD = Path(__file__).parents[2].parent / "shared/data/bccd"
 
@@ -297,7 +297,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("yolo_ext.data.write.YAML.save", fail)
+    monkeypatch.setattr(YAML, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         convert(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["s"]

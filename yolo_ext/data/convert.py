@@ -3,26 +3,35 @@
 
 from __future__ import annotations
 
-import random
 import sys
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 from yolo_ext.data.check import image_probe
-from yolo_ext.data.coco import scan_coco
-from yolo_ext.data.formats import SPLITS, scan_voc, scan_yolo
-from yolo_ext.data.records import Item, Size, Source, parallel, quote, staged_folder
-from yolo_ext.data.write import Options, Plan, Tally, write_lists, write_split
+from yolo_ext.data.coco import coco_object, scan_coco, write_coco
+from yolo_ext.data.formats import FORMATS, scan_voc, scan_yolo, to_image, voc_text, yolo_row
+from yolo_ext.data.records import (
+    Object,
+    Size,
+    Source,
+    by_folds,
+    by_ratio,
+    from_lists,
+    link_or_copy,
+    parallel,
+    quote,
+    staged_folder,
+)
 
+Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
 LEGAL = {
     "format": ("voc", "coco", "yolo"),
     "to": ("yolo", "voc", "coco"),
@@ -45,6 +54,36 @@ NOTES = {  # what may be changed or left out, and how it is told
     "broken": "broken images or annotations left out",
     "unused": "annotated images are in no split",
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert; the words that are legal are in `LEGAL`."""
+
+    format: str = "voc"  # of the source
+    to: str = "yolo"
+    classes: Sequence[str] | None = None  # in label order; those of the source by default, sorted for VOC
+    splits: Mapping[str, str] | None = None  # our split to a list or split of the source, e.g. {"train": "trainval"}
+    ratios: Mapping[str, float] | None = None  # our split to its share, for a random split that ignores the lists
+    stratify: bool = False  # spread the classes evenly over random splits or folds
+    folds: int = 0  # pairs of train and val lists over one image tree; a test split stays apart
+    seed: int = 0
+    task: str = "detect"  # `segment` writes polygons as YOLO labels
+    difficult: str = "keep"  # or `skip` the objects that VOC marks as difficult
+    broken: str = "refuse"  # or `skip` and count broken images and annotations
+    files: str = "link"  # images where the file system allows it, `copy` them, or `list` those of a YOLO source
+    images: Path | None = None  # folder that the file names of COCO start from, where it is not found by itself
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker knows: the source, size and orientation of each image, class numbers, what to write where."""
+
+    source: Source
+    found: Mapping[str, tuple[Size, int]]
+    classes: Mapping[str, int]
+    stage: Path
+    options: Options
 
 
 @dataclass
@@ -80,35 +119,32 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()
     _check_options(source, out, o)
-    data = _scan(source, o)
+    scan = {"voc": scan_voc, "coco": partial(scan_coco, images=o.images), "yolo": partial(scan_yolo, classes=o.classes)}
+    data = scan[o.format](source)
     listed = _listed(data, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
     if problems and o.broken == "refuse":
-        raise UsageError(
-            f"'{source}': {len(problems)} problems, nothing was written. {quote(problems, 10)}. Mend these, or leave "
-            "them out with broken=skip."
-        )
+        told = f"'{source}': {len(problems)} problems, nothing was written. {quote(problems, 10)}."
+        raise UsageError(f"{told} Mend these, or leave them out with broken=skip.")
     names = _choose_classes(kinds, data.names, o.classes)
     chosen, folds = _splits(found, listed, kinds, o)
     if empty := [s for s, ids in chosen.items() if not ids]:
-        raise UsageError(
-            f"Nothing readable is left for {quote(empty)} of '{source}': {quote(problems) or 'no images'}."
-        )
+        raise UsageError(f"Nothing readable is left for {quote(empty)} in '{source}': {quote(problems) or 'no image'}.")
     tally: Tally = Counter({("broken", p): 1 for p in problems})
     tally.update(("unused", i) for i in set(data.annotated) - set(used))
     with staged_folder(out) as stage:
         plan = Plan(data, found, {n: k for k, n in enumerate(names)}, stage, o)
         seen: set[str] = set()
         for split, ids in chosen.items():
-            tally += write_split(plan, split, ids, seen)
+            tally += _write_split(plan, split, ids, seen)
             seen.update(ids)
         boxes = {name: tally["box", name] for name in names}
         if not any(boxes.values()):
             raise UsageError(
-                f"No box of the classes {quote(names) or '(none)'} is left in '{source}'. Check the classes and splits."
+                f"No box of {quote(names) or 'any class'} is left in '{source}'. Check classes and splits."
             )
-        write_lists(plan, out, chosen, folds)
+        _write_lists(plan, out, chosen, folds)
         yamls = [out / p.name for p in sorted(stage.glob("*.yaml"))]
     notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
     images = {split: len(ids) for split, ids in chosen.items()}
@@ -136,13 +172,6 @@ def _check_options(source: Path, out: Path, o: Options) -> None:
         raise UsageError(f"Output folder '{out}' exists and is not empty. Give a new folder or empty this one.")
 
 
-def _scan(source: Path, o: Options) -> Source:
-    """Find the files of the source."""
-    if o.format == "coco":
-        return scan_coco(source, o.images)
-    return scan_voc(source) if o.format == "voc" else scan_yolo(source, o.classes)
-
-
 def _listed(data: Source, o: Options) -> dict[str, list[str]]:
     """Return the splits that the source or the user lists, none where they are to be random."""
     if o.ratios or not (o.splits or len(data.lists) > 1):
@@ -154,20 +183,20 @@ def _listed(data: Source, o: Options) -> dict[str, list[str]]:
 
 def _probe(data: Source, used: Sequence[str]) -> tuple[dict[str, tuple[Size, int]], dict[str, set[str]], list[str]]:
     """Read every image header and annotation; return size and orientation, and classes, by id, and what is broken."""
-    items = [data.items.get(i) or Item(i, None, None) for i in used]
     found, kinds, problems = {}, {}, list(data.problems)
-    for item, (probe, names, problem) in zip(items, parallel(partial(_probe_one, data), items, "Reading")):
+    for i, (probe, names, problem) in zip(used, parallel(partial(_probe_one, data), used, "Reading")):
         if probe:
-            found[item.id], kinds[item.id] = probe, {sys.intern(n) for n in names}
+            found[i], kinds[i] = probe, {sys.intern(n) for n in names}
         else:
             problems.append(problem)
     return found, kinds, problems
 
 
-def _probe_one(data: Source, item: Item) -> tuple[tuple[Size, int] | None, set[str], str]:
+def _probe_one(data: Source, i: str) -> tuple[tuple[Size, int] | None, set[str], str]:
     """Return size and orientation of one image and the classes in it, or what is wrong."""
-    if item.image is None:
-        return None, set(), f"{item.id} has no image"
+    item = data.items.get(i)
+    if item is None or item.image is None:
+        return None, set(), f"{i} has no image"
     file = item.image
     try:
         probe = image_probe(file)
@@ -217,90 +246,97 @@ def _report(s: Summary) -> None:
         LOGGER.warning(f"{sum(counted.values())} {NOTES[kind]}: {quote(named)}")
 
 
-def from_lists(
-    lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str] = ("train", "val")
-) -> dict[str, list[str]]:
-    """Return the image ids of each split of the lists in a dataset, named by `splits` (ours to theirs) or alike."""
-    splits = splits or {s: s for s in SPLITS if s in lists}
-    wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
-    if wrong or not set(needed) <= splits.keys():
-        raise UsageError(
-            f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, legal: "
-            f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}. Give e.g. train=trainval "
-            "val=test, or ratio=0.8,0.2."
-        )
-    chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
-    if empty := [splits[s] for s, members in chosen.items() if not members]:
-        raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
-    for a, b in combinations(chosen, 2):
-        shared = set(chosen[a]) & set(chosen[b])
-        if shared and {a, b} == {"train", "val"} and set(chosen[a]) == set(chosen[b]):
-            raise UsageError(
-                f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images, so validation would repeat "
-                f"the training set. Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2."
-            )
-        if shared:
-            LOGGER.warning(
-                f"{a} ('{splits[a]}') and {b} ('{splits[b]}') share {len(shared)} images, so accuracy will be "
-                f"overstated: {quote(sorted(shared))}"
-            )
-    return chosen
+def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str]) -> Tally:
+    """Write images and annotations of one split; return what was written or left out, but of the ids seen before."""
+    o = plan.options
+    tally: Tally = Counter()
+    if o.files != "list":  # folders come first: a worker that made one would do so even after a failure
+        for folder in {place.parent for i in ids for place in _places(plan, split, i)}:
+            folder.mkdir(parents=True, exist_ok=True)
+    results = parallel(partial(_write_one, plan, split), ids, f"Writing {split}")
+
+    def counted() -> Iterator[tuple[str, Size, list[dict[str, Any]]]]:
+        for i, (row, counts) in zip(ids, results):
+            if i not in seen:
+                tally.update(counts)
+            yield row
+
+    if o.to == "coco":
+        (plan.stage / "annotations").mkdir(exist_ok=True)
+        write_coco(plan.stage / f"annotations/instances_{split}.json", [*plan.classes], counted())
+    else:
+        deque(counted(), 0)
+    return tally
 
 
-def by_ratio(
-    ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> dict[str, list[str]]:
-    """Return a seeded random split by shares that sum to 1, the `classes` of each image spread alike if given."""
-    legal = {"train", "val"} <= ratios.keys() <= set(SPLITS) and all(r > 0 for r in ratios.values())
-    if not legal or abs(sum(ratios.values()) - 1) > 1e-6:
-        raise UsageError(f"Ratios {dict(ratios)} are not legal. Give positive shares that sum to 1, e.g. 0.8,0.2.")
-    names = [s for s in SPLITS if s in ratios]
-    chosen = dict(zip(names, deal(ids, [ratios[s] for s in names], seed, classes)))
-    if empty := [s for s, members in chosen.items() if not members]:
-        raise UsageError(
-            f"Ratios {dict(ratios)} leave {quote(empty)} empty with {len(ids)} images. Give a larger share."
-        )
-    return chosen
+def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[dict[str, Any]]], Tally]:
+    """Write one image with its annotation; return its COCO record and what was counted."""
+    o, (size, _) = plan.options, plan.found[i]
+    kept, tally = _kept(plan, i)
+    target, *label = _places(plan, split, i)
+    if o.files != "list":
+        link_or_copy(plan.source.items[i].image or Path(), target, link=o.files == "link")
+    if o.to == "coco":
+        name = target.relative_to(plan.stage / "images" / split).as_posix()
+        return (name, size, [{"category_id": plan.classes[k.name] + 1, **coco_object(k)} for k in kept]), tally
+    if o.files != "list":
+        rows = (f"{yolo_row(k, plan.classes[k.name], size, o.task)}\n" for k in kept)
+        text = "".join(rows) if o.to == "yolo" else voc_text(target.name, size, kept)
+        label[0].write_text(text, encoding="utf-8")
+    return ("", size, []), tally
 
 
-def by_folds(
-    ids: Collection[str], folds: int, seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> list[dict[str, list[str]]]:
-    """Return `folds` seeded splits into train and val, in which every image is validated once."""
-    if not 2 <= folds <= len(ids):
-        raise UsageError(f"'folds={folds}' is illegal with {len(ids)} images. Legal: 2 to {max(len(ids), 2)}.")
-    parts = deal(ids, [1 / folds] * folds, seed, classes)
-    return [{"train": sorted(i for p in parts if p is not part for i in p), "val": part} for part in parts]
+def _kept(plan: Plan, i: str) -> tuple[list[Object], Tally]:
+    """Return the objects of an image that are to be written, and what was changed, left out and kept."""
+    o, item, (size, orientation) = plan.options, plan.source.items[i], plan.found[i]
+    objects, changes = to_image(plan.source.read(item, size), size, orientation)
+    same = o.format == o.to == "yolo"  # rows are kept word for word
+    tally: Tally = Counter({(kind, i): n for kind, n in changes.items() if n and not (same and kind == "clipped")})
+    if o.format == "voc" and item.label is None:
+        tally["background", i] += 1
+    kept = []
+    for obj in objects:
+        if obj.name not in plan.classes:
+            tally["class", obj.name] += 1
+        elif obj.difficult and o.difficult == "skip":
+            tally["difficult", i] += 1
+        elif o.task == "segment" and o.to == "yolo" and not (obj.polygons or obj.row):
+            tally["polygon", i] += 1
+        else:
+            tally["box", obj.name] += 1
+            kept.append(obj)
+    return kept, tally
 
 
-def deal(
-    ids: Collection[str], shares: Sequence[float], seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> list[list[str]]:
-    """Return the sorted ids of parts of the given shares, which sum to 1, dealt at random or class by class.
+def _places(plan: Plan, split: str, i: str) -> list[Path]:
+    """Return where an image goes, and its label; a folder called images inside would hide these from Ultralytics."""
+    kind, image = FORMATS[plan.options.to], plan.source.items[i].image or Path()
+    parts = [f"{p}_" if p == "images" and plan.options.to == "yolo" else p for p in i.split("/")]
+    below = "/".join(parts if plan.options.to == "voc" else [split, *parts])
+    target = plan.stage / kind.images / f"{below}{image.suffix}"
+    return [target, plan.stage / kind.labels / f"{below}{kind.suffix}"] if kind.labels else [target]
 
-    Class by class follows iterative stratification (Sechidis et al., 2011): the rarest class comes first, and each
-    image goes to the part that lacks most images of that class. Every part keeps its share of all images.
-    """
-    order = sorted(ids)
-    random.Random(seed).shuffle(order)
-    stops = [round(sum(shares[: k + 1]) * len(order)) for k in range(len(shares))]
-    free = [stop - start for start, stop in zip([0, *stops], stops)]
-    if classes is None:
-        return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
-    members: dict[str, list[str]] = {}
-    for i in order:
-        for name in classes.get(i, ()):
-            members.setdefault(name, []).append(i)
-    rarest = sorted(members, key=lambda name: (len(members[name]), name))
-    lack = [Counter({name: share * len(members[name]) for name in rarest}) for share in shares]  # type: ignore[misc]
-    parts: list[list[str]] = [[] for _ in shares]
-    done: set[str] = set()
-    for i, name in [(i, n) for n in rarest for i in members[n]] + [(i, "") for i in order]:
-        if i in done:
-            continue
-        done.add(i)
-        k = max((k for k, n in enumerate(free) if n), key=lambda k: (lack[k][name], free[k]))
-        parts[k].append(i)
-        free[k] -= 1
-        lack[k].subtract(classes.get(i, ()))
-    return [sorted(part) for part in parts]
+
+def _write_lists(plan: Plan, out: Path, chosen: dict[str, list[str]], folds: list[dict[str, list[str]]]) -> None:
+    """Write what names the splits of the folder `out` to be: data.yaml and list files of YOLO, ImageSets of VOC."""
+    o, stage = plan.options, plan.stage
+    lists = dict(chosen) if not folds else {f"fold{k}_{s}": ids for k, f in enumerate(folds, 1) for s, ids in f.items()}
+    if o.to == "voc" and {"train", "val"} <= lists.keys():
+        lists["trainval"] = sorted({*lists["train"], *lists["val"]})
+
+    def row(split: str, i: str) -> str:
+        if o.files == "list":
+            return str(plan.source.items[i].image)
+        return i if o.to == "voc" else f"./{_places(plan, split, i)[0].relative_to(stage).as_posix()}"
+
+    where = {s: f"images/{s}" for s in chosen}
+    if o.to == "voc" or (o.to == "yolo" and (folds or o.files == "list")):
+        where = {name: f"ImageSets/Main/{name}.txt" if o.to == "voc" else f"{name}.txt" for name in lists}
+        rows = {i: row(s, i) for s, ids in chosen.items() for i in ids}
+        for name, ids in lists.items():
+            (stage / where[name]).parent.mkdir(parents=True, exist_ok=True)
+            (stage / where[name]).write_text("".join(f"{rows[i]}\n" for i in ids), encoding="utf-8")
+    yamls = {f"fold{k}": {s: where[f"fold{k}_{s}"] for s in fold} for k, fold in enumerate(folds, 1)} or {"data": where}
+    tail = {**plan.source.extra, "names": {k: n for n, k in plan.classes.items()}}
+    for name, splits in yamls.items() if o.to == "yolo" else ():
+        YAML.save(stage / f"{name}.yaml", {"path": str(out), **splits, **tail})

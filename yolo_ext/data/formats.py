@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label, label_rows, load_yaml, pose_columns
 from yolo_ext.data.coco import coco_entry
 from yolo_ext.data.records import (
+    SPLITS,
     Annotation,
     Item,
     Object,
@@ -42,7 +44,7 @@ from yolo_ext.stock.data import IMG_FORMATS, img2label_paths, merge_multi_segmen
 Record = Mapping[str, Any]  # of a detection, see `label`
 Names = Mapping[int, str]  # class names by class index
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-SPLITS = ("train", "val", "test")
+Point = Callable[[float, float], tuple[float, float]]
 YOLO = "Give a data.yaml, or a folder with images/ and labels/."
 KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, when it is split
 
@@ -260,6 +262,41 @@ def yolo_row(o: Object, index: int, size: Size, task: str) -> str:
     x0, y0, x1, y1 = o.box
     w, h = size
     return f"{index} {(x0 + x1) / 2 / w:.6f} {(y0 + y1) / 2 / h:.6f} {(x1 - x0) / w:.6f} {(y1 - y0) / h:.6f}"
+
+
+def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list[Object], Counter[str]]:
+    """Bring objects into the pixels of the upright image of (width, height) `size`, cut at its border.
+
+    An annotation made on the stored pixels of a photo that its EXIF orientation turns is turned with it. Returned are
+    the objects that have an area, and how many were clipped, swapped, degenerate, resized, rotated or crowds.
+    """
+    tally = Counter({"crowd": annotation.crowds}) if annotation.crowds else Counter()
+    w, h = annotation.size or size
+    move: Point | None = None
+    if (w, h) != size:
+        turned = (h, w) == size and orientation in (6, 8)
+        tally["rotated" if turned else "resized"] += 1
+        sx, sy = size[0] / w, size[1] / h
+        turns: dict[int, Point] = {6: lambda x, y: (h - y, x), 8: lambda x, y: (y, w - x)}
+        move = turns[orientation] if turned else lambda x, y: (x * sx, y * sy)
+    objects = []
+    for o in annotation.objects:
+        tally["swapped"] += o.box[0] > o.box[2] or o.box[1] > o.box[3]
+        (x0, y0), (x1, y1) = (move(*o.box[:2]), move(*o.box[2:])) if move else (o.box[:2], o.box[2:])
+        whole = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+        box = max(whole[0], 0.0), max(whole[1], 0.0), min(whole[2], size[0]), min(whole[3], size[1])
+        if (box[2] - box[0]) / size[0] < 1e-6 or (box[3] - box[1]) / size[1] < 1e-6:  # would be written as 0
+            tally["degenerate"] += 1
+            continue
+        tally["clipped"] += any(abs(a - b) > 1e-5 * max(size) for a, b in zip(box, whole))  # six digits were rounded
+        objects.append(o._replace(box=box, polygons=tuple(_outline(p, move, size) for p in o.polygons)))
+    return objects, tally
+
+
+def _outline(polygon: tuple[float, ...], move: Point | None, size: Size) -> tuple[float, ...]:
+    """Return a polygon moved into the image and cut at its border."""
+    points = [move(x, y) if move else (x, y) for x, y in zip(polygon[::2], polygon[1::2])]
+    return tuple(min(max(v, 0.0), s) for point in points for v, s in zip(point, size))
 
 
 def yolo_text(record: Record, names: Names, save_conf: bool) -> str:

@@ -93,11 +93,9 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
 
 def _start(source: Path) -> Path | None:
     """Return the folder where a source starts, None for a text file of paths."""
-    if source.is_dir():
-        return source
     if source.is_file():
         return source.parent if is_image(source) else None
-    fixed = Path(re.split(r"[*?[]", str(source))[0])
+    fixed = source if source.is_dir() else Path(re.split(r"[*?[]", str(source))[0])
     return fixed if fixed.is_dir() else fixed.parent
 
 
@@ -120,7 +118,7 @@ def label_images(
         there, ours = class_names(YAML.load(out / "data.yaml").get("names")), list(names.values())
         if there != ours:
             raise UsageError(
-                f"'{out}' has the classes {there}, the model {ours}, which must not be mixed. Give another out=."
+                f"Classes of '{out}', {there}, and the model, {ours}, must not be mixed. Give another out=."
             )
     known = _read_journal(journal, settings, overwrite)
     store = _open_store(images, out, kind, names, beside)
@@ -241,9 +239,7 @@ def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Name
     owners: dict[Path, str] = {}
     for image in images:
         if (other := owners.setdefault(place(image), image)) != image:
-            raise UsageError(
-                f"Images '{other}' and '{image}' would share the label '{place(image)}'. Rename one of them."
-            )
+            raise UsageError(f"Images '{other}' and '{image}' would share the label '{place(image)}'. Rename one.")
 
     def read(image: str) -> str | None:
         file = place(image)
@@ -267,9 +263,7 @@ def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         if overwrite:
             return {}
         before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)
-        raise UsageError(
-            f"'{file.parent}' holds labels of other settings ({before}). Give another out= or overwrite=True."
-        )
+        raise UsageError(f"'{file.parent}' has labels of other settings ({before}). Give out=, or overwrite=True.")
     return {record["image"]: record for record in lines[1:]}
 
 

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What every dataset format is read into and written from, images with objects in pixels, and the files that hold them.
+"""What every dataset format is read into and written from: images with objects in pixels, splits, and files.
 
 Files come by the hundred thousand: found without endless links, worked on in parallel, written whole or not at all.
 """
@@ -10,6 +10,7 @@ import glob
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
@@ -17,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
-from ultralytics.utils import NUM_THREADS, TQDM
+from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.data import IMG_FORMATS
@@ -31,7 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
-Point = Callable[[float, float], tuple[float, float]]
+SPLITS = ("train", "val", "test")
 MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
 SHOWN = 5  # problems quoted in one message
 SOURCES = "Give an image, a folder, a glob or a text file of paths."
@@ -103,39 +105,91 @@ def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path
     return images, lists, problems
 
 
-def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list[Object], Counter[str]]:
-    """Bring objects into the pixels of the upright image of (width, height) `size`, cut at its border.
+def from_lists(
+    lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str] = ("train", "val")
+) -> dict[str, list[str]]:
+    """Return the image ids of each split of the lists in a dataset, named by `splits` (ours to theirs) or alike."""
+    splits = splits or {s: s for s in SPLITS if s in lists}
+    wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
+    if wrong or not set(needed) <= splits.keys():
+        raise UsageError(
+            f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, legal: "
+            f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}. Give e.g. train=trainval "
+            "val=test, or ratio=0.8,0.2."
+        )
+    chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
+    if empty := [splits[s] for s, members in chosen.items() if not members]:
+        raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
+    for a, b in combinations(chosen, 2):
+        shared = sorted({*chosen[a]} & {*chosen[b]})
+        if shared and (a, b) == ("train", "val") and len(shared) == len(chosen[a]) == len(chosen[b]):
+            raise UsageError(
+                f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images, so validation would repeat "
+                f"the training set. Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2."
+            )
+        if shared:
+            both = f"{a} ('{splits[a]}') and {b} ('{splits[b]}')"
+            LOGGER.warning(f"{both} share {len(shared)} images, so accuracy is overstated: {quote(shared)}")
+    return chosen
 
-    An annotation made on the stored pixels of a photo that its EXIF orientation turns is turned with it. Returned are
-    the objects that have an area, and how many were clipped, swapped, degenerate, resized, rotated or crowds.
+
+def by_ratio(
+    ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> dict[str, list[str]]:
+    """Return a seeded random split by shares that sum to 1, the `classes` of each image spread alike if given."""
+    legal = {"train", "val"} <= ratios.keys() <= set(SPLITS) and all(r > 0 for r in ratios.values())
+    if not legal or abs(sum(ratios.values()) - 1) > 1e-6:
+        raise UsageError(f"Ratios {dict(ratios)} are not legal. Give positive shares that sum to 1, e.g. 0.8,0.2.")
+    names = [s for s in SPLITS if s in ratios]
+    chosen = dict(zip(names, deal(ids, [ratios[s] for s in names], seed, classes)))
+    if empty := [s for s, members in chosen.items() if not members]:
+        raise UsageError(
+            f"Ratios {dict(ratios)} leave {quote(empty)} empty with {len(ids)} images. Give larger shares."
+        )
+    return chosen
+
+
+def by_folds(
+    ids: Collection[str], folds: int, seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> list[dict[str, list[str]]]:
+    """Return `folds` seeded splits into train and val, in which every image is validated once."""
+    if not 2 <= folds <= len(ids):
+        raise UsageError(f"'folds={folds}' is illegal with {len(ids)} images. Legal: 2 to {max(len(ids), 2)}.")
+    parts = deal(ids, [1 / folds] * folds, seed, classes)
+    return [{"train": sorted(i for p in parts if p is not part for i in p), "val": part} for part in parts]
+
+
+def deal(
+    ids: Collection[str], shares: Sequence[float], seed: int, classes: Mapping[str, Collection[str]] | None = None
+) -> list[list[str]]:
+    """Return the sorted ids of parts of the given shares, which sum to 1, dealt at random or class by class.
+
+    Class by class follows iterative stratification (Sechidis et al., 2011): the rarest class comes first, and each
+    image goes to the part that lacks most images of that class. Every part keeps its share of all images.
     """
-    tally = Counter({"crowd": annotation.crowds}) if annotation.crowds else Counter()
-    w, h = annotation.size or size
-    move: Point | None = None
-    if (w, h) != size:
-        turned = (h, w) == size and orientation in (6, 8)
-        tally["rotated" if turned else "resized"] += 1
-        sx, sy = size[0] / w, size[1] / h
-        turns: dict[int, Point] = {6: lambda x, y: (h - y, x), 8: lambda x, y: (y, w - x)}
-        move = turns[orientation] if turned else lambda x, y: (x * sx, y * sy)
-    objects = []
-    for o in annotation.objects:
-        tally["swapped"] += o.box[0] > o.box[2] or o.box[1] > o.box[3]
-        (x0, y0), (x1, y1) = (move(*o.box[:2]), move(*o.box[2:])) if move else (o.box[:2], o.box[2:])
-        whole = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
-        box = max(whole[0], 0.0), max(whole[1], 0.0), min(whole[2], size[0]), min(whole[3], size[1])
-        if (box[2] - box[0]) / size[0] < 1e-6 or (box[3] - box[1]) / size[1] < 1e-6:  # would be written as 0
-            tally["degenerate"] += 1
+    order = sorted(ids)
+    random.Random(seed).shuffle(order)
+    stops = [round(sum(shares[: k + 1]) * len(order)) for k in range(len(shares))]
+    free = [stop - start for start, stop in zip([0, *stops], stops)]
+    if classes is None:
+        return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
+    members: dict[str, list[str]] = {}
+    for i in order:
+        for name in classes.get(i, ()):
+            members.setdefault(name, []).append(i)
+    rarest = sorted(members, key=lambda name: (len(members[name]), name))
+    lack = [Counter({name: share * len(members[name]) for name in rarest}) for share in shares]  # type: ignore[misc]
+    parts: list[list[str]] = [[] for _ in shares]
+    done: set[str] = set()
+    for i, name in [(i, n) for n in rarest for i in members[n]] + [(i, "") for i in order]:
+        if i in done:
             continue
-        tally["clipped"] += any(abs(a - b) > 1e-5 * max(size) for a, b in zip(box, whole))  # six digits were rounded
-        objects.append(o._replace(box=box, polygons=tuple(_outline(p, move, size) for p in o.polygons)))
-    return objects, tally
-
-
-def _outline(polygon: tuple[float, ...], move: Point | None, size: Size) -> tuple[float, ...]:
-    """Return a polygon moved into the image and cut at its border."""
-    points = [move(x, y) if move else (x, y) for x, y in zip(polygon[::2], polygon[1::2])]
-    return tuple(min(max(v, 0.0), s) for point in points for v, s in zip(point, size))
+        done.add(i)
+        k = max((k for k, n in enumerate(free) if n), key=lambda k: (lack[k][name], free[k]))
+        parts[k].append(i)
+        free[k] -= 1
+        lack[k].subtract(classes.get(i, ()))
+    return [sorted(part) for part in parts]
 
 
 def finite(values: Collection[float]) -> bool:
