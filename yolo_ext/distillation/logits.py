@@ -1,0 +1,217 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import make_anchors
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import Need, Table, suggest
+
+logit_losses = Table("logit loss")
+L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
+Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
+Weight: TypeAlias = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Raw output of one branch of a detection head, in units of the stride."""
+
+    scores: torch.Tensor  # (B, nc, A) class logits
+    ltrb: torch.Tensor  # (B, A, 4) distances to the box sides, decoded from bins where there are any
+    anchors: torch.Tensor  # (A, 2)
+    bins: torch.Tensor | None = None  # (B, 4, reg_max, A) logits of the distances
+
+    @property
+    def reg_max(self) -> int:
+        """Number of bins of a distance; 1 where it is predicted as a number."""
+        return 1 if self.bins is None else self.bins.shape[2]
+
+    def boxes(self) -> torch.Tensor:
+        """Return (B, A, 4) corner boxes x1, y1, x2, y2 in units of the stride."""
+        # A head without bins may give negative distances, with which GIoU is unbounded.
+        left_top, right_bottom = self.ltrb.float().clamp(min=0).chunk(2, -1)
+        return torch.cat((self.anchors - left_top, self.anchors + right_bottom), -1)
+
+
+def decode(raw: dict[str, Any], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None) -> HeadOutput:
+    """Decode `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats` of one branch, with these `classes` only."""
+    anchors, _ = make_anchors(raw["feats"], stride, 0.5)
+    b, _, a = raw["boxes"].shape
+    bins = raw["boxes"].float().view(b, 4, reg_max, a)
+    ltrb = bins.squeeze(2)
+    if reg_max > 1:
+        ltrb = (bins.softmax(2) * torch.arange(reg_max, device=bins.device).view(1, 1, -1, 1)).sum(2)
+    scores = raw["scores"] if classes is None else raw["scores"][:, classes]
+    return HeadOutput(scores, ltrb.transpose(1, 2), anchors.float(), bins)
+
+
+def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return (B, C, H, W) maps at another height and width, as float32 where they change."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
+
+
+def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int]]) -> dict[str, Any]:
+    """Bring the raw output of one branch, as `decode` takes it, to other grids (H, W); boxes lose their bins.
+
+    They are interpolated by their corners: all cells of an object agree on its corners, not on its distances.
+    """
+    shapes = [f.shape[2:] for f in raw["feats"]]
+    sizes = [h * w for h, w in shapes]
+    out = decode(raw, stride, raw["boxes"].shape[1] // 4)
+    left_top, right_bottom = out.ltrb.chunk(2, -1)  # may be negative, unlike in `HeadOutput.boxes`
+    corners = torch.cat((out.anchors - left_top, out.anchors + right_bottom), -1).transpose(1, 2).split(sizes, -1)
+    boxes, scores = [], []
+    for box, score, (h, w), (new_h, new_w) in zip(corners, raw["scores"].split(sizes, -1), shapes, grids):
+        scores.append(resized(score.unflatten(-1, (h, w)), (new_h, new_w)).flatten(2))
+        ratio = box.new_tensor([new_w / w, new_h / h] * 2).view(1, 4, 1, 1)
+        box = resized(box.unflatten(-1, (h, w)), (new_h, new_w)) * ratio
+        y, x = (torch.arange(n, device=box.device) + 0.5 for n in (new_h, new_w))
+        anchors = torch.stack(torch.meshgrid(x, y, indexing="xy"))
+        boxes.append(torch.cat((anchors - box[:, :2], box[:, 2:] - anchors), 1).flatten(2))
+    feats = [resized(f, g) for f, g in zip(raw["feats"], grids)]
+    return {"boxes": torch.cat(boxes, -1), "scores": torch.cat(scores, -1), "feats": feats}
+
+
+def foreground(teacher: HeadOutput) -> torch.Tensor:
+    """Return (B, A) how much the teacher sees an object at each anchor: its largest class probability."""
+    return teacher.scores.float().sigmoid().amax(1)
+
+
+def _objects(weight: torch.Tensor) -> torch.Tensor:
+    # At least one per image and not per batch, or the loss of images without objects would depend on the batch size.
+    return weight.sum().clamp(min=float(len(weight)))
+
+
+# Weighted sum over the number of objects, plain sum over it, plain mean.
+norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "weight": lambda loss, weight: (loss * weight).sum() / _objects(weight),
+    "pos": lambda loss, weight: loss.sum() / _objects(weight),
+    "mean": lambda loss, _: loss.mean(),
+}
+
+
+def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: Weight) -> torch.Tensor:
+    """Average a loss (B, A) over anchors by a row of `norms`."""
+    if norm not in norms:
+        raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
+    return norms[norm](loss, foreground(teacher) if weight is None else weight.float())
+
+
+def _nothing(student: HeadOutput) -> torch.Tensor:
+    return student.scores.new_zeros((), dtype=torch.float32)
+
+
+def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: Weight) -> Parts:
+    """Compute the mean |difference|^power of logits, and of decoded distances: bins have a free constant per side."""
+    cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
+    box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
+    return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, dim: int, temperature: float) -> torch.Tensor:
+    """Return KL(teacher || student) of the softmax over `dim`, times the squared temperature."""
+    s, t = ((x.float() / temperature).log_softmax(dim) for x in (student, teacher))
+    return temperature**2 * (t.exp() * (t - s)).sum(dim)
+
+
+def _disagreement(student: HeadOutput, teacher: HeadOutput, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return BCE times |p_t - p_s|^beta, and |p_t - p_s| itself, both (B, nc, A)."""
+    z, target = student.scores.float(), teacher.scores.float().sigmoid()
+    gap = (target - z.sigmoid()).abs()
+    return F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap**beta, gap
+
+
+def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.Tensor:
+    """Return (B, A) 1 - IoU of the boxes, of the kind that `bbox_iou` takes."""
+    loss = 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
+    return loss.clamp(min=0.0)  # rounding may leave it below
+
+
+@logit_losses.row("l1", "Absolute difference of logits and of box distances where the teacher sees objects",
+                  paper=L2_PAPER)  # fmt: skip
+def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
+    """Compute the mean absolute difference; `foreground` stands in for the objectness of the paper."""
+    return _lp(student, teacher, 1, norm, weight)
+
+
+@logit_losses.row("l2", "Squared difference of logits and of box distances where the teacher sees objects",
+                  paper=L2_PAPER)  # fmt: skip
+def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
+    """Compute the mean squared difference; otherwise as `l1`."""
+    return _lp(student, teacher, 2, norm, weight)
+
+
+@logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
+                  needs=[Need.SEVERAL_CLASSES])  # fmt: skip
+def kl(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
+    if student.scores.shape[1] == 1:
+        raise UsageError(
+            "The logit loss 'kl' compares classes with one another: of one class it is 0. Use 'kl_binary'."
+        )
+    loss = _divergence(student.scores, teacher.scores, 1, temperature)
+    return average(loss, teacher, norm, weight).clamp(min=0.0), _nothing(student)
+
+
+@logit_losses.row("kl_binary", "KL between the sigmoid of each class",
+                  paper="Hinton et al., 2015, arXiv:1503.02531, per class")  # fmt: skip
+def kl_binary(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 times the binary cross entropy less the teacher's entropy, summed over classes; 0 for the boxes."""
+    s, t = (x.scores.float() / temperature for x in (student, teacher))
+    p = t.sigmoid()
+    loss = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1.0 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return average(temperature**2 * loss.sum(1), teacher, norm, weight).clamp(min=0.0), _nothing(student)
+
+
+@logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
+                  paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
+def bckd(
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos", weight: Weight = None
+) -> Parts:
+    """Compute |p_t - p_s|^beta BCE, summed over classes, and 4 |p_t - p_s| (1 - GIoU), over the sum of `foreground`.
+
+    The paper divides by the number of assigned positives: give their mask as `weight` for that.
+    """
+    cls, gap = _disagreement(student, teacher, beta)
+    box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
+    return average(cls.sum(1), teacher, norm, weight), 4.0 * average(box, teacher, norm, weight)
+
+
+@logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
+                  paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
+def ast(
+    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean", weight: Weight = None
+) -> Parts:
+    """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller."""
+    cls, _ = _disagreement(student, teacher, beta)
+    box = _iou_loss(student, teacher, CIoU=True)
+    return average(cls.mean(1), teacher, norm, weight), average(box, teacher, norm, weight)
+
+
+@logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
+                  paper="Zheng et al., 2022, arXiv:2102.12252", needs=[Need.EQUAL_BINS])  # fmt: skip
+def ld(
+    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight", weight: Weight = None
+) -> Parts:
+    """Compute T^2 KL(teacher || student) over bins, mean of the four sides; `weight` takes the regions of the paper."""
+    ours, theirs = student.reg_max, teacher.reg_max
+    if student.bins is None or teacher.bins is None or not 1 < ours == theirs:
+        bins = f"student has reg_max={ours}, the teacher reg_max={theirs} (1 is none)"
+        raise UsageError(f"The logit loss 'ld' compares equally many bins, but the {bins}. Use 'bckd'.")
+    loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
+    return _nothing(student), average(loss, teacher, norm, weight).clamp(min=0.0)
