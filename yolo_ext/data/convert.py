@@ -119,8 +119,8 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()
     _check_options(source, out, o)
-    scan = {"voc": scan_voc, "coco": partial(scan_coco, images=o.images), "yolo": partial(scan_yolo, classes=o.classes)}
-    data = scan[o.format](source)
+    scan = partial(scan_coco, images=o.images) if o.format == "coco" else partial(scan_yolo, classes=o.classes)
+    data = scan_voc(source) if o.format == "voc" else scan(source)
     listed = _listed(data, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
