@@ -13,18 +13,7 @@ from typing import Any
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import (
-    Annotation,
-    Item,
-    Object,
-    Size,
-    Source,
-    Store,
-    detected,
-    finite,
-    unique_ids,
-    walk_files,
-)
+from yolo_ext.data.records import Annotation, Item, Object, Source, Store, detected, finite, unique_ids, walk_files
 
 WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
@@ -151,7 +140,7 @@ def _area(polygon: Sequence[float]) -> float:
 
 
 def write_coco(
-    file: Path, names: Sequence[str], images: Iterable[tuple[str, Size, Sequence[Mapping[str, Any]]]]
+    file: Path, names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], Sequence[Mapping[str, Any]]]]
 ) -> None:
     """Write a COCO file from (file name, (width, height), annotations), so that no split is ever whole in memory."""
     categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ultralytics.utils import LOGGER, YAML
 
@@ -18,28 +18,10 @@ from yolo_ext.core.registry import suggest
 from yolo_ext.data.check import image_probe
 from yolo_ext.data.coco import coco_object, scan_coco, write_coco
 from yolo_ext.data.formats import FORMATS, scan_voc, scan_yolo, to_image, voc_text, yolo_row
-from yolo_ext.data.records import (
-    Object,
-    Size,
-    Source,
-    by_folds,
-    by_ratio,
-    from_lists,
-    link_or_copy,
-    parallel,
-    quote,
-    staged_folder,
-)
+from yolo_ext.data.records import Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder
 
+Size = tuple[int, int]
 Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
-LEGAL = {
-    "format": ("voc", "coco", "yolo"),
-    "to": ("yolo", "voc", "coco"),
-    "task": ("detect", "segment"),
-    "difficult": ("keep", "skip"),
-    "broken": ("refuse", "skip"),
-    "files": ("link", "copy", "list"),
-}
 NOTES = {  # what may be changed or left out, and how it is told
     "clipped": "boxes clipped at the image border",
     "swapped": "boxes with swapped corners turned round",
@@ -58,20 +40,22 @@ NOTES = {  # what may be changed or left out, and how it is told
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; the words that are legal are in `LEGAL`."""
+    """How to convert."""
 
-    format: str = "voc"  # of the source
-    to: str = "yolo"
+    format: Literal["voc", "coco", "yolo"] = "voc"  # of the source
+    to: Literal["yolo", "voc", "coco"] = "yolo"
     classes: Sequence[str] | None = None  # in label order; those of the source by default, sorted for VOC
     splits: Mapping[str, str] | None = None  # our split to a list or split of the source, e.g. {"train": "trainval"}
     ratios: Mapping[str, float] | None = None  # our split to its share, for a random split that ignores the lists
     stratify: bool = False  # spread the classes evenly over random splits or folds
     folds: int = 0  # pairs of train and val lists over one image tree; a test split stays apart
     seed: int = 0
-    task: str = "detect"  # `segment` writes polygons as YOLO labels
-    difficult: str = "keep"  # or `skip` the objects that VOC marks as difficult
-    broken: str = "refuse"  # or `skip` and count broken images and annotations
-    files: str = "link"  # images where the file system allows it, `copy` them, or `list` those of a YOLO source
+    task: Literal["detect", "segment"] = "detect"  # `segment` writes polygons as YOLO labels
+    difficult: Literal["keep", "skip"] = "keep"  # or `skip` the objects that VOC marks as difficult
+    broken: Literal["refuse", "skip"] = "refuse"  # or `skip` and count broken images and annotations
+    files: Literal["link", "copy", "list"] = (
+        "link"  # images where the file system allows it, `copy` them, or `list` those of a YOLO source
+    )
     images: Path | None = None  # folder that the file names of COCO start from, where it is not found by itself
 
 
@@ -155,8 +139,9 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
 
 def _check_options(source: Path, out: Path, o: Options) -> None:
     """Refuse illegal options, and an output folder that would endanger anything."""
-    for key, legal in LEGAL.items():
-        if (value := getattr(o, key)) not in legal:
+    for key, kind in get_type_hints(Options).items():
+        legal, value = get_args(kind), getattr(o, key)
+        if get_origin(kind) is Literal and value not in legal:
             raise UsageError(f"'{key}={value}' is illegal.{suggest(value, [*legal])} Legal: {', '.join(legal)}.")
     if o.splits and o.ratios:
         raise UsageError("Both lists and ratios are given. Give one of them, e.g. train=trainval val=test.")
@@ -270,24 +255,7 @@ def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[st
 
 
 def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[dict[str, Any]]], Tally]:
-    """Write one image with its annotation; return its COCO record and what was counted."""
-    o, (size, _) = plan.options, plan.found[i]
-    kept, tally = _kept(plan, i)
-    target, *label = _places(plan, split, i)
-    if o.files != "list":
-        link_or_copy(plan.source.items[i].image or Path(), target, link=o.files == "link")
-    if o.to == "coco":
-        name = target.relative_to(plan.stage / "images" / split).as_posix()
-        return (name, size, [{"category_id": plan.classes[k.name] + 1, **coco_object(k)} for k in kept]), tally
-    if o.files != "list":
-        rows = (f"{yolo_row(k, plan.classes[k.name], size, o.task)}\n" for k in kept)
-        text = "".join(rows) if o.to == "yolo" else voc_text(target.name, size, kept)
-        label[0].write_text(text, encoding="utf-8")
-    return ("", size, []), tally
-
-
-def _kept(plan: Plan, i: str) -> tuple[list[Object], Tally]:
-    """Return the objects of an image that are to be written, and what was changed, left out and kept."""
+    """Write one image with its annotation; return its COCO record, and what was changed, left out and kept."""
     o, item, (size, orientation) = plan.options, plan.source.items[i], plan.found[i]
     objects, changes = to_image(plan.source.read(item, size), size, orientation)
     same = o.format == o.to == "yolo"  # rows are kept word for word
@@ -305,7 +273,17 @@ def _kept(plan: Plan, i: str) -> tuple[list[Object], Tally]:
         else:
             tally["box", obj.name] += 1
             kept.append(obj)
-    return kept, tally
+    target, *label = _places(plan, split, i)
+    if o.files != "list":
+        link_or_copy(item.image or Path(), target, link=o.files == "link")
+    if o.to == "coco":
+        name = target.relative_to(plan.stage / "images" / split).as_posix()
+        return (name, size, [{"category_id": plan.classes[k.name] + 1, **coco_object(k)} for k in kept]), tally
+    if o.files != "list":
+        rows = (f"{yolo_row(k, plan.classes[k.name], size, o.task)}\n" for k in kept)
+        text = "".join(rows) if o.to == "yolo" else voc_text(target.name, size, kept)
+        label[0].write_text(text, encoding="utf-8")
+    return ("", size, []), tally
 
 
 def _places(plan: Plan, split: str, i: str) -> list[Path]:

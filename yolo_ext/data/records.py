@@ -254,24 +254,18 @@ def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
     Hidden ones are left out and linked folders followed, but a link that leads back to a folder above it, which
     Ultralytics would follow over and over, is a UsageError.
     """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found: list[Path] = []
-    stack: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]
-    while stack:
-        path, above = stack.pop()
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                file, link = Path(entry.path), entry.is_symlink()
-                if file.is_dir() if link else entry.is_dir():
-                    real = os.path.realpath(file)
-                    if real in above:
-                        raise UsageError(f"'{file}' links back to its own parent '{real}'. Remove the link.")
-                    stack.append((entry.path, (*above, real)))
-                    continue
-                wanted = entry.name.rpartition(".")[2].lower() in suffixes
-                if wanted and ((file.is_file() or not file.exists()) if link else entry.is_file()):
-                    found.append(file)  # dead links too, to be named as unreadable, but no pipe, which would block
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for link in filter(Path.is_symlink, [Path(path, f) for f in folders]):
+            if (real := link.resolve()) in [above.resolve() for above in link.absolute().parents]:
+                raise UsageError(f"'{link}' links back to its own parent '{real}'. Remove the link.")
+        named = [Path(path, f) for f in files if not f.startswith(".") and f.rpartition(".")[2].lower() in suffixes]
+        found += [f for f in named if f.is_file() or not f.exists()]  # dead links, to be named, but no pipe: it blocks
     return sorted(found)
 
 
@@ -303,13 +297,11 @@ def staged_folder(out: Path) -> Iterator[Path]:
     stage.mkdir(parents=True)
     try:
         yield stage
+        old = stage.with_suffix(".old")
         if out.exists():
-            old = stage.with_suffix(".old")
             out.rename(old)
-            stage.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            stage.rename(out)
+        stage.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
