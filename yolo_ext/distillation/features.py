@@ -193,12 +193,6 @@ class Align(nn.Module):
         self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)
 
 
-def generator(channels: int) -> nn.Module:
-    """Return the generator of masked generative distillation (Yang et al., 2022, arXiv:2205.01529)."""
-    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-    return nn.Sequential(first, nn.ReLU(), second)
-
-
 class ContextBlock(nn.Module):
     """Add a context pooled over all positions to each of them (GcBlock, Cao et al., 2019, arXiv:1904.11492)."""
 
@@ -220,9 +214,8 @@ class ContextBlock(nn.Module):
         return x + self.transform(context.unsqueeze(-1))
 
 
-def contexts(channels: int) -> nn.Module:
-    """Return the context blocks of the student and of the teacher for focal and global distillation."""
-    return nn.ModuleList(ContextBlock(channels) for _ in range(2))
-
-
-modules: dict[str, Callable[[int], nn.Module]] = {"mgd": generator, "fgd": contexts}
+# What a loss takes as `module`, by the number of channels; two context blocks are of student and teacher.
+modules: dict[str, Callable[[int], nn.Module]] = {
+    "mgd": lambda c: nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)),
+    "fgd": lambda c: nn.ModuleList([ContextBlock(c), ContextBlock(c)]),
+}

@@ -74,8 +74,12 @@ class Guide:
         if not self.levels:
             scores = raw["scores"][:, classes].unsqueeze(-1)
             return HeadOutput(scores, scores.new_zeros(len(scores), 1, 4), scores.new_zeros(1, 2))
-        levels = [pair[side] for pair in self.levels]
-        raw = _pick_levels(raw, levels)
+        levels, feats = [pair[side] for pair in self.levels], raw["feats"]
+        if levels != list(range(len(feats))):
+            sizes = [f.shape[-2] * f.shape[-1] for f in feats]
+            parts = {k: raw[k].split(sizes, -1) for k in ("boxes", "scores")}
+            raw = {k: torch.cat([v[i] for i in levels], -1) for k, v in parts.items()}
+            raw["feats"] = [feats[i] for i in levels]
         same = classes in ([], list(range(raw["scores"].shape[1])))  # none where only features are compared
         index = None if same else torch.tensor(classes, device=raw["scores"].device)
         return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
@@ -92,16 +96,6 @@ def _run(model: nn.Module, images: torch.Tensor) -> Any:
         reason = str(error).strip().splitlines()[0]
         LOGGER.warning(f"{colorstr('distill: ')}the teacher cannot be compiled and runs as it is ({reason})")
         return model(images)
-
-
-def _pick_levels(raw: dict[str, Any], levels: list[int]) -> dict[str, Any]:
-    """Return the raw output of one branch with these levels only, in this order."""
-    if levels == list(range(len(raw["feats"]))):
-        return raw
-    sizes = [f.shape[-2] * f.shape[-1] for f in raw["feats"]]
-    parts = {k: raw[k].split(sizes, -1) for k in ("boxes", "scores")}
-    picked = {k: torch.cat([v[i] for i in levels], -1) for k, v in parts.items()}
-    return {**picked, "feats": [raw["feats"][i] for i in levels]}
 
 
 def teachers(cfg: DistillConfig) -> list[str]:
@@ -126,7 +120,14 @@ def make_guide(
         kept = kept_channels(student, parent)
         if compiled:
             teacher.compile()
-    levels = [] if stock.task_of(student) == "classify" else _level_map(student, teacher, name)
+    levels: list[tuple[int, int]] = []
+    if stock.task_of(student) != "classify":
+        ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
+        levels = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+        if not levels:
+            raise UsageError(
+                f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with a common stride."
+            )
     shared = class_map(teacher, student.names, name) if classes else ([], [])
     return Guide(name, lambda: teacher, kept, shared, levels, imgsz, compiled)
 
@@ -161,15 +162,6 @@ def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
         width = dict(student.named_modules())[path].in_channels
         levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
     return levels
-
-
-def _level_map(student: nn.Module, teacher: nn.Module, name: str) -> list[tuple[int, int]]:
-    """Return (level of the student, level of the teacher) for each stride that both heads have."""
-    ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
-    found = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
-    if not found:
-        raise UsageError(f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with a common stride.")
-    return found
 
 
 def class_map(teacher: nn.Module, names: Mapping[int, str], path: str) -> tuple[list[int], list[int]]:

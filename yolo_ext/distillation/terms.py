@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +73,12 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     key = f"distill.{kind}: {row.name}"
     weight *= float(_number(key, "weight", entry.pop("weight", 1.0)))
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
-    _check_timing(key, timing)
+    start, end = timing["start"], timing["end"]
+    decays[timing["schedule"]]  # refuses what there is not
+    for name in ("final", "start", "warmup", *(["end"] if end is not None else [])):
+        _number(key, name, timing[name])
+    if end is not None and end <= start:
+        raise UsageError(f"{key}: 'end={end}' is not after 'start={start}'.")
     layers = _listed(entry.pop("layers", cfg.layers)) if kind == "features" else []
     taken = inspect.signature(row.fn).parameters
     legal = set(list(taken)[2:]) - GIVEN  # the first two are student and teacher, however they are called
@@ -94,15 +99,6 @@ def _number(key: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise UsageError(f"{key}: '{name}={value}' is illegal: give a number of at least 0.")
     return value
-
-
-def _check_timing(key: str, timing: Mapping[str, Any]) -> None:
-    """Refuse a schedule that does not exist, and epochs in the wrong order."""
-    decays[timing["schedule"]]
-    for name in ("final", "start", "warmup", *(["end"] if timing["end"] is not None else [])):
-        _number(key, name, timing[name])
-    if timing["end"] is not None and timing["end"] <= timing["start"]:
-        raise UsageError(f"{key}: 'end={timing['end']}' is not after 'start={timing['start']}'.")
 
 
 def title(found: list[Term]) -> str:
@@ -164,10 +160,8 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
     if term.needs(Need.EQUAL_BINS):
         ours, theirs = (stock.detection_head(m).reg_max for m in (student, guide.model))
         if ours != theirs or ours == 1:
-            return (
-                f"it compares distributions over equally many bins, and the student has reg_max={ours}, "
-                f"'{guide.name}' reg_max={theirs} (1 is none). Use 'bckd', which compares boxes."
-            )
+            bins = f"the student has reg_max={ours}, '{guide.name}' reg_max={theirs} (1 is none)"
+            return f"it compares distributions over equally many bins, and {bins}. Use 'bckd', which compares boxes."
     if shrinks and term.needs(Need.MODULE) and guide.kept is not None:
         return "its network has the width of the student, which is going to be pruned. Use 'cwd' or 'pkd'."
     if guide.name == "ema" and inner:
@@ -191,9 +185,8 @@ class Facts:
 
 def table(student: Facts, teachers: list[Facts], metric: str) -> str:
     """Return the facts as an aligned table; `metric` is the title of the accuracy."""
-    rows = [
-        [f.name, f.imgsz, f"{f.params:,}", f"{f.gflops:.2f}", cell(f.accuracy, ".4f")] for f in (student, *teachers)
-    ]
+    models = (student, *teachers)
+    rows = [[f.name, f.imgsz, f"{f.params:,}", f"{f.gflops:.2f}", cell(f.accuracy, ".4f")] for f in models]
     return align(rows, ["", "Pixels", "Parameters", "GFLOPs", metric])
 
 
