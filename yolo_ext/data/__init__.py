@@ -7,5 +7,3 @@ from yolo_ext.data.convert import convert
 from yolo_ext.data.label import label_images
 from yolo_ext.data.shapes import make_shapes
 from yolo_ext.data.summary import summarise
-
-__all__ = ["calibration_images", "check_data", "convert", "label_images", "make_shapes", "summarise"]

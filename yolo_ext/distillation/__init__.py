@@ -4,5 +4,3 @@
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import HeadOutput, logit_losses
-
-__all__ = ["DistillationLoss", "Distiller", "HeadOutput", "feature_losses", "logit_losses"]

@@ -2,5 +2,3 @@
 """`compress`: the whole path from a trained model to a smaller, verified one."""
 
 from yolo_ext.pipeline.stages import compress
-
-__all__ = ["compress"]

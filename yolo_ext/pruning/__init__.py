@@ -10,25 +10,3 @@ from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import check_plan, check_prunable, make_plan, prune_model, prune_with_plan
 from yolo_ext.pruning.sensitivity import measure_sensitivity
 from yolo_ext.pruning.surgery import apply_plan, verify
-
-__all__ = [
-    "Graph",
-    "Group",
-    "GroupWeights",
-    "Kept",
-    "Member",
-    "Probes",
-    "analyze_model",
-    "apply_plan",
-    "build_graph",
-    "check_plan",
-    "check_prunable",
-    "layer_report",
-    "make_plan",
-    "measure_sensitivity",
-    "prune_model",
-    "prune_with_plan",
-    "task_losses",
-    "verify",
-    "zero_weights",
-]

@@ -3,5 +3,3 @@
 
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import comparison_table
-
-__all__ = ["comparison_table", "write_report"]

@@ -3,5 +3,3 @@
 
 from yolo_ext.sparsity.monitor import History, observe
 from yolo_ext.sparsity.sparsifier import Sparsifier
-
-__all__ = ["History", "Sparsifier", "observe"]
