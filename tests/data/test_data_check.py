@@ -139,7 +139,7 @@ def test_malformed_labels(tmp_path, label, expected):
 )
 def test_legal_labels(tmp_path, label, columns):
     (tmp_path / "a.txt").write_text(label, encoding="utf-8")
-    assert check_label(tmp_path / "a.txt", 2, columns) == 1
+    assert len(check_label(tmp_path / "a.txt", 2, columns)) == 1
 
 
 @given(

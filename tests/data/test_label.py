@@ -97,7 +97,7 @@ def test_the_result_is_a_dataset_that_training_reads(run, tmp_path):
     assert content["names"] == NAMES and content["path"] == str(tmp_path / "out")
     images = [f for f in (tmp_path / "out/images").rglob("*") if f.suffix in {".jpg", ".png"}]
     assert len(images) == 4
-    counts = {f.name: check_label(Path(p), 2) for f, p in zip(images, img2label_paths([*map(str, images)]))}
+    counts = {f.name: len(check_label(Path(p), 2)) for f, p in zip(images, img2label_paths([*map(str, images)]))}
     assert counts == {"a.jpg": 2, "b c.png": 0, "ü.jpg": 2}
 
 

@@ -195,7 +195,7 @@ def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list
     outside: list[str] = []
     for image, file in zip(images, files):
         try:
-            rows += check_label(file, nc, columns) if file.is_file() else 0
+            rows += len(check_label(file, nc, columns)) if file.is_file() else 0
             kept.append(image)
         except (ArithmeticError, ValueError) as e:  # noqa: PERF203  the good ones count as well
             (outside if isinstance(e, ArithmeticError) else wrong).append(f"{file}: {e}")
@@ -208,14 +208,14 @@ def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list
     return kept
 
 
-def check_label(file: Path, nc: int, columns: int = 0) -> int:
-    """Return the number of objects in a YOLO label file of a dataset with `nc` classes after checking every row.
+def check_label(file: Path, nc: int, columns: int = 0) -> list[list[str]]:
+    """Return the words of each row of a YOLO label file of a dataset with `nc` classes after checking every row.
 
     Rows are `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised, or have just `columns` columns if not 0.
     ValueError where a row is malformed, ArithmeticError outside the image by more than Ultralytics' tolerance of 1 %.
     """
     try:
-        rows = label_rows(file)
+        rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         values = [[float(x) for x in row] for row in rows]
     except ValueError as e:  # a word where a number belongs, or bytes that are not text
         raise ValueError(f"not numbers ({e})") from e
@@ -233,9 +233,4 @@ def check_label(file: Path, nc: int, columns: int = 0) -> int:
         coords = row[1:5] if columns else row[1:]  # keypoints out of sight may lie anywhere
         if max(coords) > 1.01 or min(coords) < -0.01:
             raise ArithmeticError(f"class {row[0]:g} at {quote([f'{x:g}' for x in coords])}")
-    return len(values)
-
-
-def label_rows(file: Path) -> list[list[str]]:
-    """Return the words of each row of a YOLO label file."""
-    return [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return rows

@@ -53,9 +53,7 @@ class Options:
     task: Literal["detect", "segment"] = "detect"  # `segment` writes polygons as YOLO labels
     difficult: Literal["keep", "skip"] = "keep"  # or `skip` the objects that VOC marks as difficult
     broken: Literal["refuse", "skip"] = "refuse"  # or `skip` and count broken images and annotations
-    files: Literal["link", "copy", "list"] = (
-        "link"  # images where the file system allows it, `copy` them, or `list` those of a YOLO source
-    )
+    files: Literal["link", "copy", "list"] = "link"  # images; `list` leaves those of a YOLO source where they are
     images: Path | None = None  # folder that the file names of COCO start from, where it is not found by itself
 
 

@@ -23,7 +23,7 @@ from defusedxml.ElementTree import fromstring
 from ultralytics.utils import DATASETS_DIR
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_label, label_rows, load_yaml, pose_columns
+from yolo_ext.data.check import check_label, load_yaml, pose_columns
 from yolo_ext.data.coco import coco_entry
 from yolo_ext.data.records import (
     SPLITS,
@@ -134,25 +134,19 @@ def _read_list(file: Path, items: Collection[str], by_name: dict[str, list[str]]
 
 def voc_text(image: str, size: Size, objects: Sequence[Object]) -> str:
     """Return the VOC annotation of an image file of (width, height) in whole pixels, which most VOC readers expect."""
-    lines = [
-        "<annotation>",
-        f"  <filename>{escape(image)}</filename>",
-        f"  <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>",
-        "  <segmented>0</segmented>",
-    ]
+    boxes = []
     for o in objects:
-        confidence = [] if o.confidence is None else [f"    <confidence>{o.confidence:.4f}</confidence>"]
         (x0, x1), (y0, y1) = (_whole(o.box[k], o.box[k + 2], size[k]) for k in (0, 1))
         corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(CORNERS, (x0, y0, x1, y1)))
-        lines += [
-            "  <object>",
-            f"    <name>{escape(o.name)}</name>",
-            f"    <pose>Unspecified</pose><truncated>{o.truncated:d}</truncated><difficult>{o.difficult:d}</difficult>",
-            *confidence,
-            f"    <bndbox>{corners}</bndbox>",
-            "  </object>",
-        ]
-    return "\n".join([*lines, "</annotation>", ""])
+        found = "" if o.confidence is None else f"    <confidence>{o.confidence:.4f}</confidence>\n"
+        flags = f"<truncated>{o.truncated:d}</truncated><difficult>{o.difficult:d}</difficult>"
+        boxes.append(
+            f"  <object>\n    <name>{escape(o.name)}</name>\n    <pose>Unspecified</pose>{flags}\n"
+            f"{found}    <bndbox>{corners}</bndbox>\n  </object>\n"
+        )
+    head = f"  <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>\n"
+    head = f"  <filename>{escape(image)}</filename>\n{head}  <segmented>0</segmented>\n"
+    return f"<annotation>\n{head}{''.join(boxes)}</annotation>\n"
 
 
 def _whole(low: float, high: float, side: int) -> tuple[int, int]:
@@ -234,10 +228,10 @@ def _read_yolo_item(item: Item, size: Size, names: Sequence[str], columns: int) 
     if item.label is None or not item.label.is_file():
         return Annotation()
     try:
-        check_label(item.label, len(names), columns)
+        rows = check_label(item.label, len(names), columns)
     except ArithmeticError as e:
         raise ValueError(f"has a label outside the image: {e}") from e
-    return Annotation(objects=tuple(_yolo_object(row, size, names, columns) for row in label_rows(item.label)))
+    return Annotation(objects=tuple(_yolo_object(row, size, names, columns) for row in rows))
 
 
 def _yolo_object(row: Sequence[str], size: Size, names: Sequence[str], columns: int) -> Object:
