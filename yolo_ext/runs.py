@@ -19,8 +19,7 @@ from ultralytics.utils import LOGGER
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.cfg import get_save_dir
-from yolo_ext.stock.context import cpu_info
+from yolo_ext.stock.context import cpu_info, get_save_dir
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
 NESTED = {"latency_ms": ("torch", "ort", "ort_int8"), "map_onnx": ("fp32", "int8")}

@@ -147,7 +147,7 @@ def test_a_missed_budget_is_exit_status_1(monkeypatch, capsys):
 @pytest.mark.parametrize("command", cli.STOCK)
 def test_stock_commands_are_handed_on_word_by_word(monkeypatch, command):
     seen = []
-    monkeypatch.setattr("yolo_ext.stock.cfg.yolo_entrypoint", lambda argv: seen.extend(argv))
+    monkeypatch.setattr("yolo_ext.stock.context.yolo_entrypoint", lambda argv: seen.extend(argv))
     words = ["segment", command, "model=m.pt", "source=x", "conf=0.3"]
     assert cli.main(words) == 0
     assert seen == words

@@ -148,7 +148,7 @@ def test_the_start_is_reported_once_and_kept(fit, tiny, tmp_path, log):
 
 def test_training_is_the_same_with_and_without_the_report(fit, tiny, monkeypatch):
     last = [fit(tiny, yolo_ext.DetectionTrainer, "with", epochs=1, quant=QUANT).last]
-    monkeypatch.setattr(quant, "report_start", lambda trainer: None)
+    monkeypatch.setattr(quant.Quant, "start", lambda self, trainer: None)
     last.append(fit(tiny, yolo_ext.DetectionTrainer, "without", epochs=1, quant=QUANT).last)
     a, b = (load_model(p)[0].state_dict() for p in last)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -166,7 +166,7 @@ def test_every_validation_is_of_the_quantized_model(fit, tiny, monkeypatch):
         seen.append(bool(quantized) and all(q.ready and q.mode == "on" for q in quantized))
         return init(self, model)
 
-    monkeypatch.setattr(quant, "report_start", lambda trainer: None)
+    monkeypatch.setattr(quant.Quant, "start", lambda self, trainer: None)
     monkeypatch.setattr(DetectionValidator, "init_metrics", spy)
     trainer = fit(tiny, yolo_ext.DetectionTrainer, quant=QUANT)
     assert seen == [True, True, True]

@@ -14,7 +14,7 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_ext.stock.exporter import head_args
+from yolo_ext.stock.load import head_args
 
 SIZE = 96
 SMALL = {

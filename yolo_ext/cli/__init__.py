@@ -57,7 +57,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
 def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
     """Hand the words on to Ultralytics, unless two models are to be compared."""
-    from yolo_ext.stock.cfg import yolo_entrypoint
+    from yolo_ext.stock.context import yolo_entrypoint
 
     try:
         if command == "predict" and "compare" in options:

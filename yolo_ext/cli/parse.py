@@ -48,7 +48,7 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    from yolo_ext.stock.cfg import TASKS, merge_equals_args
+    from yolo_ext.stock.context import TASKS, merge_equals_args
 
     try:
         words = [w[2:] if w.startswith("--") else w for w in merge_equals_args(argv)]
@@ -84,7 +84,7 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _read_pair(word: str, flat: dict[str, Any]) -> list[str]:
     """Read `key=value` as Ultralytics does into `flat` and return what is wrong with it."""
-    from yolo_ext.stock.cfg import parse_key_value_pair
+    from yolo_ext.stock.context import parse_key_value_pair
 
     try:
         key, value = parse_key_value_pair(word)

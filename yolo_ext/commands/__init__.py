@@ -135,7 +135,7 @@ def check_native(native: Mapping[str, Any]) -> None:
     """
     from ultralytics.utils.torch_utils import select_device
 
-    from yolo_ext.stock.cfg import get_cfg
+    from yolo_ext.stock.context import get_cfg
 
     try:
         get_cfg(overrides={k: v for k, v in native.items() if k != "task"})

@@ -95,7 +95,7 @@ def export(
     from yolo_ext import runs, stock
     from yolo_ext.quantization.convert import is_modelopt
     from yolo_ext.reporting.tables import write_summary
-    from yolo_ext.stock.exporter import export_formats
+    from yolo_ext.stock.load import export_formats
 
     formats = [f for f in export_formats()["Argument"] if f != "-"]
     if format not in formats:

@@ -18,18 +18,17 @@ from torch import nn
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.export import export_onnx, max_relative_error
-from yolo_ext.deployment.runtime import Predict, Source, describe, load_image, run, session
+from yolo_ext.deployment.runtime import Predict, Source, describe, full_batches, load_image, run, session
 from yolo_ext.stock import module_path
 from yolo_ext.stock.context import quiet
-from yolo_ext.stock.exporter import as_exported, choose_head
-from yolo_ext.stock.load import float_model
+from yolo_ext.stock.load import as_exported, choose_head, float_model
 from yolo_ext.stock.model import deployed
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there
 PIXELS = 10.0  # floor of the relative error of keypoints: a limit of 1e-3 then means 1e-2 px, as for boxes
 WEIGHT_FLOOR = 1e-3  # share of a tensor's largest weight; errors of smaller weights are measured against it
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+LAYERS, OPS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear), {"Conv", "ConvTranspose", "Gemm"}
 STEP = 64  # tensors read at once, which bounds memory
 TOLERANCES = {"fp32": (1e-4, 1e-5), "fp16": (3e-2, 1e-2)}  # relative to the largest value; the second if none is found
 
@@ -42,29 +41,16 @@ def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> I
     """
     batch, channels = meta["shape"][0] or 1, meta["shape"][1] or 3
     images, (h, w) = list(images), height_width(imgsz)
-    singles = _singles(images, (h, w), channels)
+    one = (1, channels, h, w)
+    made = np.random.default_rng(0).random(one, dtype=np.float32), np.zeros(one, np.float32), np.ones(one, np.float32)
+    singles = itertools.chain((load_image(path, (h, w)) for path in images), made)
     while waiting := list(itertools.islice(singles, batch)):
         yield np.concatenate(waiting)
     two = [*images, *images][:2]
     if meta["shape"][0] is None:
-        yield np.concatenate([load_image(p, (h, w)) for p in two] + [np.zeros((1, channels, h, w), np.float32)])
+        yield np.concatenate([*(load_image(path, (h, w)) for path in two), made[1]])
     if None in meta["shape"][2:]:
-        yield np.concatenate([load_image(p, (h + meta["stride"], w)) for p in two])
-
-
-def _singles(images: Iterable[str | Path], size: tuple[int, int], channels: int) -> Iterator[np.ndarray]:
-    """Yield images one by one, the made ones last."""
-    for path in images:
-        yield load_image(path, size)
-    shape = (1, channels, *size)
-    yield np.random.default_rng(0).random(shape, dtype=np.float32)
-    yield np.zeros(shape, np.float32)
-    yield np.ones(shape, np.float32)
-
-
-def _rows(output: np.ndarray, final: bool) -> np.ndarray:
-    """Return one image's output as rows: anchors of a dense head, detections of an end-to-end head or NMS."""
-    return output if final or output.ndim == 1 else output.T
+        yield np.concatenate([load_image(path, (h + meta["stride"], w)) for path in two])
 
 
 def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -80,30 +66,27 @@ def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np
     return a, matched
 
 
-def _differences(
-    a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]
-) -> tuple[np.ndarray, float, list[np.ndarray]]:
+def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, float, list[Any]]:
     """Compare the outputs for one image.
 
     Returned are per row the largest box error in px, the largest score error and the top score of ``a`` (N, 3), the
     relative error of the rest, and the absolute errors of each output.
     """
-    final = meta["end2end"] or bool(meta["nms"])
-    p, q = _rows(a[0], final), _rows(b[0], final)
+    final = meta["end2end"] or bool(meta["nms"])  # rows are detections; those of a dense head are anchors
+    p, q = (y if final or y.ndim == 1 else y.T for y in (a[0], b[0]))
     rest, others = max_relative_error(a[1:], b[1:]), [np.abs(y - z) for y, z in zip(a[1:], b[1:])]
     if p.ndim == 1:  # classification: one row of probabilities, no boxes
         error = np.abs(p - q)
         return np.array([[0.0, error.max(), p.max()]]), rest, [error, *others]
     ranked = np.zeros((0, 3))
+    if meta["end2end"]:  # always full and sorted, so scores also compare rank by rank, whatever rows they belong to
+        ranked = np.array([[0.0, np.abs(p[:, 4] - q[:, 4]).max(), 0.0]])
     if final:
-        if meta["end2end"]:  # always full and sorted, so scores also compare rank by rank, whatever rows they belong to
-            ranked = np.array([[0.0, np.abs(p[:, 4] - q[:, 4]).max(), 0.0]])
         p, q = _aligned(p, q, meta["nms"]["conf"] + EDGE if meta["nms"] else 0.0)
-    scores = slice(4, 5 if final else 4 + meta["nc"])
-    first_extra = 6 if final else 4 + meta["nc"]
-    if p.shape[1] > first_extra and len(p):
+    scores, extras = slice(4, 5 if final else 4 + meta["nc"]), 6 if final else 4 + meta["nc"]
+    if p.shape[1] > extras and len(p):
         floor = PIXELS if meta["task"] == "pose" else 1.0
-        rest = max(rest, max_relative_error([p[:, first_extra:]], [q[:, first_extra:]], floor))
+        rest = max(rest, max_relative_error([p[:, extras:]], [q[:, extras:]], floor))
     error = np.abs(p - q)
     rows = np.stack([error[:, :4].max(1), error[:, scores].max(1), p[:, scores].max(1)], 1)
     return np.concatenate([rows, ranked]), rest, [error, *others]
@@ -114,19 +97,16 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
 
     Returned are ``rows`` (box error in px, score error and top score of the reference ``a`` for each anchor), ``rest``
     (largest relative error of masks, keypoints and angles), ``outputs`` (``max`` and ``mean`` absolute error of each),
-    ``inputs`` (number of images), ``shapes``, and ``worst``, the batch with the largest error; UsageError where the
-    outputs have different shapes.
+    ``inputs`` (number of images), ``shapes``, and ``worst``, the batch with the largest error.
     """
-    rows, rest, count, worst = [], 0.0, 0, (-1.0, np.zeros(0))
+    rows, rest, worst = [], 0.0, (-1.0, np.zeros(0))
     shapes: list[list[int]] = []
     errors: list[list[tuple[float, float, int]]] = []
     for x in batches:
         ya, yb = a(x), b(x)
-        if [y.shape for y in ya] != [y.shape for y in yb]:
-            raise UsageError(
-                f"The two models give outputs of shapes {[y.shape for y in ya]} and {[y.shape for y in yb]}."
-            )
-        count += len(x)
+        mine, other = ([y.shape for y in outputs] for outputs in (ya, yb))
+        if mine != other:
+            raise UsageError(f"The two models give outputs of shapes {mine} and {other}.")
         shapes += [list(x.shape)] if list(x.shape) not in shapes else []
         for i in range(len(x)):
             found, extra, each = _differences([y[i] for y in ya], [y[i] for y in yb], meta)
@@ -135,18 +115,10 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
             errors.append([(float(e.max(initial=0)), float(e.sum()), e.size) for e in each])
             size = float(np.nan_to_num(found[:, :2] * [0.01, 1.0], nan=np.inf).max(initial=extra))
             worst = (size, x) if size > worst[0] else worst
-    outputs = [
-        {"max": max(m for m, _, _ in per), "mean": sum(s for _, s, _ in per) / max(1, sum(n for _, _, n in per))}
-        for per in zip(*errors)
-    ]
-    return {
-        "rows": np.concatenate(rows),
-        "rest": rest,
-        "outputs": outputs,
-        "inputs": count,
-        "shapes": shapes,
-        "worst": worst[1],
-    }
+    figures = [[*zip(*output)] for output in zip(*errors)]  # for each output: maxima, sums, numbers of values
+    outputs = [{"max": max(peak), "mean": sum(total) / max(1, sum(n))} for peak, total, n in figures]
+    found = {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs}
+    return {**found, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:
@@ -156,21 +128,20 @@ def summary(rows: np.ndarray) -> dict[str, float]:
 
 
 def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: float) -> dict[str, Any]:
-    """Compare the weights in an ONNX file with those of the fused model, by name.
+    """Compare the weights in an ONNX file by name with the fused model's: one that is off may hide in the outputs.
 
-    A single weight that is a little off may move no score by more than rounding does; here it shows exactly. Returned
-    are ``compared`` (number of tensors found on both sides), ``weight_max`` (largest relative error) and ``different``:
+    Returned are ``compared`` (tensors found on both sides), ``weight_max`` (largest relative error) and ``different``:
     tensor name to its largest relative error and how many values are off by more than ``limit``, the worst first.
     """
-    known = deployed_weights(model, end2end)
+    known = {k: v.numpy() for k, v in _fused(model, end2end).state_dict().items() if v.ndim}
     found: dict[str, dict[str, float]] = {}
     compared, largest = 0, 0.0
     for tensor in onnx.load(onnx_path).graph.initializer:
-        name = weight_name(tensor.name, known)
-        if name is None or list(tensor.dims) != list(known[name].shape):
+        a = known.get(_known(tensor.name, known))
+        if a is None or list(tensor.dims) != list(a.shape):
             continue
-        a, b = known[name], numpy_helper.to_array(tensor).astype(np.float32)
-        error = np.abs(a - b) / (np.abs(a) + WEIGHT_FLOOR * np.abs(a).max() + np.finfo(np.float32).tiny)
+        error = np.abs(a - numpy_helper.to_array(tensor).astype(np.float32))
+        error /= np.abs(a) + WEIGHT_FLOOR * np.abs(a).max() + np.finfo(np.float32).tiny
         error = np.nan_to_num(error, nan=np.inf)
         compared, largest = compared + 1, max(largest, float(error.max(initial=0.0)))
         if off := int((error > limit).sum()):
@@ -179,20 +150,15 @@ def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: 
     return {"compared": compared, "weight_max": largest, "different": worst_first}
 
 
-def fused(model: Source, end2end: bool) -> Any:
+def _fused(model: Source, end2end: bool) -> Any:
     """Return the fused model with the head that was exported."""
     with quiet():
         return deployed(choose_head(float_model(model), end2end))
 
 
-def deployed_weights(model: Source, end2end: bool) -> dict[str, np.ndarray]:
-    """Return the tensors of the fused model by name, as an export holds them."""
-    return {k: v.numpy() for k, v in fused(model, end2end).state_dict().items() if v.ndim}
-
-
-def weight_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the name in the model of a tensor of an ONNX file, None without one; embedded NMS adds one level."""
-    return next((n for n in (name, name.removeprefix("model.")) if n in known), None)
+def _known(name: str, known: Iterable[str]) -> str:
+    """Return the name in the model of a tensor of an ONNX file, "" without one; embedded NMS adds one level."""
+    return next((n for n in (name, name.removeprefix("model.")) if n in known), "")
 
 
 def first_difference(
@@ -200,35 +166,25 @@ def first_difference(
 ) -> dict[str, Any] | None:
     """Find the first node of an ONNX file, in the order of computation, that does not do what the model does on ``x``.
 
-    Convolutions and linear layers are compared with the torch modules themselves, found through the names of their
-    weights. The nodes between them have no module of their own; they are compared with the same tensors of a fresh,
-    unsimplified export of the same model. ``different`` are weights known to differ, from `compare_weights`.
-
-    Returned are ``node``, ``op``, ``module`` (path in the model), ``tensor``, ``error`` (largest, relative to the
-    tensor's largest value), ``weights`` (those of the node that differ) and ``between``, the nodes since the last layer
-    that agreed, which are suspect too where the torch module got another input. None if no node can be blamed.
+    Layers are compared with the torch modules that have their weights, the nodes between them with the same tensors of
+    a fresh, unsimplified export. ``different`` are weights known to differ, from `compare_weights`. Returned are
+    ``node``, ``op``, ``module`` (path in the model), ``tensor``, ``error`` (relative to the tensor's largest value),
+    ``weights`` (those of the node that differ) and ``between``, the nodes since the last layer that agreed, which are
+    suspect too where the torch module got another input. None if no node can be blamed.
     """
     meta, proto = describe(onnx_path), onnx.load(onnx_path)
-    batch = meta["shape"][0] or 1
-    x = np.concatenate([x, np.repeat(x[-1:], -len(x) % batch, 0)])  # a static graph takes full batches only
+    x = full_batches(x, meta["shape"][0] or 1)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"opset": meta["opset"], "batch": meta["batch"], "dynamic": None in meta["shape"]}
-        fresh = export_onnx(
-            model, Path(folder) / "fresh.onnx", x.shape[2:], simplify=False, end2end=meta["end2end"], nms=meta["nms"],
-            **options,
-        )  # fmt: skip
-        reference = onnx.load(fresh)
+        options = {k: meta[k] for k in ("opset", "batch", "end2end", "nms")} | {"dynamic": None in meta["shape"]}
+        reference = onnx.load(export_onnx(model, Path(folder) / "m.onnx", x.shape[2:], simplify=False, **options))
     layers = _layer_outputs(model, x, meta["end2end"])
     for tolerance in TOLERANCES[meta["precision"]]:
         passed: list[str] = []
         for node, gap, layer in _gaps(proto, reference, layers, x):
             bad = {name: different[name] for name in node.input if different and name in different}
             if gap > tolerance or bad:
-                found = {
-                    "node": node.name,
-                    "op": node.op_type,
-                    "module": layer or module_path(node.name).rpartition(".")[0],
-                }
+                found = {"node": node.name, "op": node.op_type}
+                found["module"] = layer or module_path(node.name).rpartition(".")[0]
                 return {**found, "tensor": node.output[0], "error": gap, "weights": bad, "between": passed}
             passed = [] if layer else [*passed, node.name]
     return None
@@ -249,7 +205,7 @@ def describe_difference(found: Mapping[str, Any] | None) -> str:
 
 def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.ndarray]:
     """Run the fused model once and return the output of each convolution and linear layer by module path."""
-    net = as_exported(fused(model, end2end))
+    net = as_exported(_fused(model, end2end))
     found: dict[str, np.ndarray] = {}
     for path, module in net.named_modules():
         if isinstance(module, LAYERS):  # copied, because the activation that follows may work in place
@@ -265,29 +221,20 @@ def _gaps(
     """Yield the nodes in order of computation with their relative error and, for a layer, its module path."""
     shared = {name for n in reference.graph.node for name in n.output}
     weights = {f"{path}.weight": path for path in layers}
-    nodes = [n for n in proto.graph.node if n.output]
+    nodes = [(n, n.output[0]) for n in proto.graph.node if n.output]
     for start in range(0, len(nodes), STEP):
         part = nodes[start : start + STEP]
-        paths = {n.output[0]: _layer(n, weights) for n in part}
-        mine = _tensors(proto, [n.output[0] for n in part], x)
-        fresh = _tensors(reference, [t for t, path in paths.items() if path is None and t in shared], x)
-        for n in part:
-            path = paths[n.output[0]]
-            expected = layers[path] if path else fresh.get(n.output[0])
-            yield n, _gap(expected, mine.get(n.output[0])), path
+        paths = {t: weights.get(_known(n.input[1], weights)) for n, t in part if n.op_type in OPS and n.input[1:]}
+        mine = _tensors(proto, [t for _, t in part], x)
+        fresh = _tensors(reference, [t for _, t in part if not paths.get(t) and t in shared], x)
+        for n, t in part:
+            path = paths.get(t)
+            yield n, _gap(layers[path] if path else fresh.get(t), mine[t]), path
 
 
-def _layer(node: onnx.NodeProto, weights: Mapping[str, str]) -> str | None:
-    """Return the module path of a convolution or linear layer."""
-    if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or len(node.input) < 2:
-        return None
-    name = weight_name(node.input[1], weights)
-    return weights[name] if name else None
-
-
-def _gap(a: np.ndarray | None, b: np.ndarray | None) -> float:
+def _gap(a: np.ndarray | None, b: np.ndarray) -> float:
     """Return the largest difference relative to the largest value of ``a``; 0 where there is nothing to compare."""
-    if a is None or b is None or not np.issubdtype(a.dtype, np.floating):
+    if a is None or not np.issubdtype(a.dtype, np.floating):
         return 0.0
     if a.shape != b.shape:
         return float("inf")
@@ -298,11 +245,9 @@ def _gap(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 
 def _tensors(proto: onnx.ModelProto, names: list[str], x: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the named inner tensors of a graph for an input."""
+    """Return the named inner tensors of a graph for an input; `proto` comes back with them as its outputs."""
     if not names:
         return {}
-    opened = onnx.ModelProto()
-    opened.CopyFrom(proto)
-    del opened.graph.output[:]
-    opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return dict(zip(names, run(session(opened.SerializeToString()), x)))
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return dict(zip(names, run(session(proto.SerializeToString()), x)))

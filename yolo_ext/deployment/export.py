@@ -1,9 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Export to ONNX and OpenVINO.
-
-ONNX: Ultralytics' exporter, then onnxsim, accepted only where it changes nothing, then FP16 if asked. OpenVINO's
-intermediate representation is made by OpenVINO's own converter from our ONNX file.
-"""
+"""Export to ONNX, and from there by OpenVINO's own converter to its intermediate representation."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.runtime import NMS, consumers_of, metadata, run, session
-from yolo_ext.stock.exporter import export_file, head_args
-from yolo_ext.stock.load import float_model
+from yolo_ext.stock.load import export_file, float_model, head_args
 
 SIMPLIFY_TOLERANCE = 1e-5
 SUFFIX = "_openvino_model"  # by which Ultralytics knows such a folder
@@ -49,13 +44,12 @@ def simplify_checked(proto: onnx.ModelProto, *shapes: tuple[int, ...]) -> onnx.M
         rng = np.random.default_rng(0)
         images = [rng.random(shape, dtype=np.float32) for shape in shapes]
         error = max(max_relative_error(run(before, x), run(after, x)) for x in images)
+        problem = f"changed the outputs by {error:.1e}" if error > SIMPLIFY_TOLERANCE else ""
     except Exception as failure:  # onnxsim is native code and raises whatever its passes raise
-        LOGGER.warning(f"onnxsim failed ({failure}); the graph is exported unsimplified.")
-        return proto
-    if error > SIMPLIFY_TOLERANCE:
-        LOGGER.warning(f"onnxsim changed the outputs by {error:.1e}; the graph is exported unsimplified.")
-        return proto
-    return simplified
+        problem = f"failed ({failure})"
+    if problem:
+        LOGGER.warning(f"onnxsim {problem}; the graph is exported unsimplified.")
+    return proto if problem else simplified
 
 
 def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,7 +72,7 @@ def decode_nodes(graph: onnx.GraphProto) -> list[str]:
     consumers = consumers_of(graph)
     decoding: set[str] = set()
     for node in reversed(graph.node):  # in order of computation, so that consumers come first
-        users = [u for name in node.output for u in consumers.get(name, [])]
+        users = [u for name in node.output for u in consumers[name]]
         weight = next((dims[name] for name in node.input[1:2] if name in dims), [])
         # The DFL convolution has the fixed weights 0, 1, ... of an expected value: (1, bins, 1, 1).
         layer = node.op_type in {"Conv", "ConvTranspose", "Gemm"} and not (weight[:1] == [1] and weight[2:] == [1, 1])
@@ -97,32 +91,23 @@ def _trace(model: Any, args: dict[str, Any]) -> onnx.ModelProto:
             raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {reason[0]}).") from error
 
 
-def _check(out: Path, model: Any, size: tuple[int, int], nms: Any) -> None:
-    """Refuse a file name, size or option that does not fit the model."""
+def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None:
+    """Refuse a file name, a size, or NMS where there are no boxes."""
     if out.suffix != ".onnx":
         raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
-    stride = int(max(model.stride))
     for side in size:
         if side < stride or side % stride:
             near = max(stride, round(side / stride) * stride)
             raise UsageError(f"imgsz={side} is not a multiple of the model's stride {stride}. Try imgsz={near}.")
-    if nms is not None and model.task == "classify":
+    if boxless:
         raise UsageError("nms=True is illegal for a classification model, which has no boxes. Leave it out.")
 
 
 def export_onnx(
-    weights: str | Path | nn.Module,
-    out: str | Path,
-    imgsz: Size,
-    *,
-    opset: int | None = None,
-    simplify: bool = True,
-    dynamic: bool = False,
-    batch: int = 1,
-    end2end: bool = False,
-    nms: Mapping[str, Any] | None = None,
+    weights: str | Path | nn.Module, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True,
+    dynamic: bool = False, batch: int = 1, end2end: bool = False, nms: Mapping[str, Any] | None = None,
     half: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """Export an Ultralytics model to ONNX with Ultralytics' exporter and metadata.
 
     Args:
@@ -145,7 +130,8 @@ def export_onnx(
         CheckFailed: Ultralytics' exporter failed.
     """
     out, (h, w), model = Path(out), height_width(imgsz), float_model(weights)
-    _check(out, model, (h, w), nms)
+    stride = int(max(model.stride))
+    _check(out, (h, w), stride, nms is not None and model.task == "classify")
     args: dict[str, Any] = {"imgsz": [h, w], "batch": batch, "dynamic": dynamic, "opset": opset, **head_args(end2end)}
     embedded = {**NMS, **nms} if nms is not None else {}
     proto = _trace(model, {**args, **embedded, **({"nms": True} if embedded else {})})
@@ -154,7 +140,7 @@ def export_onnx(
         metadata["args"] = str({**ast.literal_eval(metadata["args"]), **embedded})
     if simplify:
         channels = model.yaml.get("channels", 3)
-        other = (batch if embedded else batch + 2, channels, h + int(max(model.stride)), w)
+        other = (batch if embedded else batch + 2, channels, h + stride, w)
         proto = simplify_checked(proto, (batch, channels, h, w), *([other] if dynamic else []))
     proto = to_half(proto) if half else proto
     del proto.metadata_props[:]  # onnxsim appends a second copy of every entry
@@ -174,11 +160,8 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
 
     Args:
         onnx_path: File with Ultralytics' metadata.
-        out: Folder to write, ``*_openvino_model``; one that is there is replaced.
+        out: Folder to write, ``*_openvino_model``, replaced if it is there; also returned.
         half: Store the weights in FP16.
-
-    Returns:
-        ``out`` as a path.
 
     Raises:
         UsageError: OpenVINO is not installed, ``out`` has another ending, or OpenVINO cannot read the file.
@@ -207,10 +190,9 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
 
 
 def compiled(folder: str | Path, threads: int, options: dict[str, str] | None = None) -> Any:
-    """Return a model of a ``*_openvino_model`` folder compiled for the CPU; UsageError without one or without OpenVINO.
+    """Return the model of a ``*_openvino_model`` folder compiled for the CPU, with more properties of OpenVINO.
 
-    More properties of OpenVINO are such as ``{"INFERENCE_PRECISION_HINT": "f32"}``: processors with BF16 arithmetic
-    compute in BF16 otherwise.
+    One is ``{"INFERENCE_PRECISION_HINT": "f32"}``: processors with BF16 arithmetic compute in BF16 otherwise.
     """
     need_openvino()
     import openvino

@@ -77,7 +77,7 @@ def _load_torch(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float
     import torch
 
     from yolo_ext.deployment.latency import RUNNERS
-    from yolo_ext.stock import exporter  # noqa: F401  part of the runtime, not of the model
+    from yolo_ext.stock import load  # noqa: F401  part of the runtime, not of the model
 
     torch.set_num_threads(threads)
     before = _status("VmRSS")

@@ -136,8 +136,7 @@ def _torch_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable
     import torch
 
     from yolo_ext.stock.context import quiet
-    from yolo_ext.stock.exporter import as_exported
-    from yolo_ext.stock.load import float_model
+    from yolo_ext.stock.load import as_exported, float_model
 
     with quiet():
         model = as_exported(float_model(path).fuse())

@@ -1,14 +1,12 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Models as functions on the CPU, in torch and in ONNX Runtime, and what ONNX Runtime really runs in INT8.
-
-What surrounds a model is done as Ultralytics' predictor does it: letterbox before, NMS after.
-"""
+"""Models as functions on the CPU, letterbox before and NMS after them, and what ONNX Runtime really runs in INT8."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,10 +21,9 @@ from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.detector import open_session, session_options
+from yolo_ext.deployment.detector import NO_METADATA, open_session, session_options
 from yolo_ext.stock.data import LetterBox
-from yolo_ext.stock.exporter import as_exported, choose_head, with_nms
-from yolo_ext.stock.load import float_model
+from yolo_ext.stock.load import as_exported, choose_head, float_model, with_nms
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
@@ -50,18 +47,12 @@ def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
     return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
 
 
-def detect(predict: Predict, x: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
-    """Run one image (1, C, H, W) and return what `postprocess` makes of the first output."""
-    return postprocess(predict(x)[0], meta, conf, iou)
-
-
 def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
-    """Return the detections (N, 6+) in the first output (1, ...) of a model that `describe` describes.
+    """Return the detections in the first output (1, ...) of a model that `describe` describes.
 
-    They are x1, y1, x2, y2 in pixels of the input (OBB: centre and size), score, class, and what the task adds.
-    Ultralytics' NMS only thresholds the output of an NMS-free head.
+    They are (N, 6+): x1, y1, x2, y2 in input pixels (OBB: centre and size), score, class, and what the task adds.
     """
-    final = meta["end2end"] or bool(meta["nms"])
+    final = meta["end2end"] or bool(meta["nms"])  # such an output is only thresholded
     options = {"nc": meta["nc"], "end2end": final, "rotated": meta["task"] == "obb", "max_det": 300}
     return non_max_suppression(torch.from_numpy(y), conf, iou, **options)[0]
 
@@ -69,10 +60,9 @@ def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) ->
 def session(
     model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False, profile: Path | None = None
 ) -> ort.InferenceSession:
-    """Open an ``.onnx`` file or a serialised model on ONNX Runtime's CPU provider; UsageError where that cannot be.
+    """Open an ``.onnx`` file or a serialised model on ONNX Runtime's CPU provider.
 
-    Q/DQ nodes run as written, in float, with ``simulate``, and not fused into integer operators; ``profile`` is the
-    prefix of the file that ONNX Runtime's profiler writes.
+    With ``simulate`` Q/DQ nodes run as written, in float; ``profile`` is the prefix of the profiler's file.
     """
     options = session_options(threads)
     # Idle workers would otherwise spin on and steal cores from the model that is measured next.
@@ -102,34 +92,19 @@ def metadata(model: ort.InferenceSession) -> dict[str, Any]:
 def describe(source: Source) -> dict[str, Any]:
     """Return what is needed to read a model's outputs.
 
-    Args:
-        source: Ultralytics model, ``.pt`` file or ``.onnx`` file.
-
-    Returns:
-        ``task``, ``nc`` (number of classes), ``end2end`` (NMS-free output), ``dual`` (torch: both heads are there) and
-        ``nms``: the options of embedded NMS, None without. Of an ONNX file also ``shape``, (B, C, H, W) with None
-        where it is open, its ``outputs`` (names), ``imgsz`` (height, width), ``batch``, ``stride``, ``opset`` and
-        ``precision`` ("fp32", "fp16" or "int8").
-
-    Raises:
-        UsageError: The file is unusable or carries no Ultralytics metadata.
+    That is ``task``, ``nc`` (classes), ``end2end`` (NMS-free output), ``dual`` (torch: both heads are there) and
+    ``nms`` (options of embedded NMS, None without); of an ONNX file also ``shape``, (B, C, H, W) with None where it is
+    open, ``outputs`` (names), ``imgsz`` (height, width), ``batch``, ``stride``, ``opset`` and ``precision``.
     """
     if _is_torch(source):
         model = float_model(source)
-        head = model.model[-1]
-        return {
-            "task": model.task,
-            "nc": len(model.names),
-            "end2end": bool(getattr(model, "end2end", False)),
-            "dual": None not in (getattr(head, "one2one_cv2", None), getattr(head, "cv2", None)),
-            "nms": None,
-        }
+        dual = all(getattr(model.model[-1], name, None) is not None for name in ("one2one_cv2", "cv2"))
+        end2end = bool(getattr(model, "end2end", False))
+        return {"task": model.task, "nc": len(model.names), "end2end": end2end, "dual": dual, "nms": None}
     opened = session(source)
     meta = metadata(opened)
     if not meta.get("names"):
-        raise UsageError(
-            f"ONNX model '{source}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
-        )
+        raise UsageError(NO_METADATA.format(source))
     given: dict[str, Any] = meta["args"] if isinstance(meta.get("args"), dict) else {}
     proto = onnx.load(source, load_external_data=False)
     return {
@@ -172,40 +147,39 @@ def predictor(
         nms: Torch only: suppress as an export with these options of embedded NMS does, see `describe`.
 
     Returns:
-        Function of images (B, C, H, W) that gives the exported outputs: boxes and scores first, then mask prototypes.
-        A static ONNX file is run as often as its batch size asks, the last batch filled up.
+        Function of images (B, C, H, W), any number, that gives the outputs: boxes and scores, then mask prototypes.
     """
-    if not _is_torch(source):
-        return _onnx_predictor(session(source, simulate=simulate))
-    model = as_exported(choose_head(float_model(source), end2end))
-    net = with_nms(model, nms) if nms else model
+    if _is_torch(source):
+        model = as_exported(choose_head(float_model(source), end2end))
+        net = with_nms(model, nms) if nms else model
 
-    def forward(x: np.ndarray) -> list[np.ndarray]:
-        with torch.inference_mode():
-            y = net(torch.from_numpy(x))
-        return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
+        def forward(x: np.ndarray) -> list[np.ndarray]:
+            with torch.inference_mode():
+                y = net(torch.from_numpy(x))
+            return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
 
-    return forward
-
-
-def _onnx_predictor(opened: ort.InferenceSession) -> Predict:
-    """Return a function that runs a session in batches of the size that it takes."""
+        return forward
+    opened = session(source, simulate=simulate)
     size = opened.get_inputs()[0].shape[0]
 
     def batches(x: np.ndarray) -> list[np.ndarray]:
         n = size if isinstance(size, int) else len(x)
-        filled = np.concatenate([x, np.repeat(x[-1:], -len(x) % n, 0)])
+        filled = full_batches(x, n)
         parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
         return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
 
     return batches
 
 
+def full_batches(x: np.ndarray, size: int) -> np.ndarray:
+    """Return images (B, C, H, W), the last one repeated until they fill batches of a static graph's size."""
+    return np.concatenate([x, np.repeat(x[-1:], -len(x) % size, 0)])
+
+
 def conv_report(path: str | Path) -> dict[str, Any]:
     """Tell which convolutions ONNX Runtime runs in integers on this CPU, and why the others stay float.
 
-    The evidence is the graph after ONNX Runtime's extended optimisations, where Q/DQ fusion has happened. The layout
-    passes that follow only rename and reorder nodes.
+    The evidence is the graph after its extended optimisations; the layout passes that follow only rename and reorder.
 
     Args:
         path: An ``.onnx`` file.
@@ -233,12 +207,12 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     return {"convs": len(convs), "int8_convs": len(convs) - len(floats), "float_convs": floats}
 
 
-def consumers_of(graph: onnx.GraphProto) -> dict[str, list[Any]]:
+def consumers_of(graph: onnx.GraphProto) -> defaultdict[str, list[Any]]:
     """Return the nodes that read each tensor of a graph."""
-    consumers: dict[str, list[Any]] = {}
+    consumers = defaultdict[str, list[Any]](list)
     for node in graph.node:
         for name in node.input:
-            consumers.setdefault(name, []).append(node)
+            consumers[name].append(node)
     return consumers
 
 
@@ -259,10 +233,9 @@ def _reasons(graph: onnx.GraphProto) -> Callable[[Any], str]:
         if not x or not w:
             return "weight not dequantized" if x else "input not dequantized"
         out = conv.output[0]
-        users = consumers.get(out, [])
-        if len(users) == 1 and users[0].op_type in {"Relu", "Clip"}:  # folded where the zero point already clips
-            out = users[0].output[0]
-            users = consumers.get(out, [])
+        if [u.op_type for u in consumers[out]] in (["Relu"], ["Clip"]):  # folded where the zero point already clips
+            out = consumers[out][0].output[0]
+        users = consumers[out]
         if not any(u.op_type == "QuantizeLinear" for u in users):
             return "no Q on the output"
         if len(users) > 1 or out in outputs:

@@ -18,7 +18,7 @@ from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.solve import layer_flops
 from yolo_ext.reporting.tables import align
-from yolo_ext.stock.exporter import as_exported
+from yolo_ext.stock.load import as_exported
 
 RUNS, WARMUP = 15, 3
 

@@ -20,7 +20,7 @@ from yolo_ext.quantization.fake_quant import get_state, insert_plan, quantized_l
 from yolo_ext.quantization.layers import channel_axis, weight_rows
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
 from yolo_ext.quantization.spec import Plan, Spec, State
-from yolo_ext.stock.context import evaluating, watched
+from yolo_ext.stock.context import evaluating
 
 SHOWN = 3  # layer names in a message
 EMPTY = 2e-5  # just above what `with_zero` makes of one; smaller and the integer bias of a kernel overflows
@@ -181,7 +181,7 @@ def inspect(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Found]:
     seen: dict[int, _Seen] = {}
     handles = [q.register_forward_pre_hook(partial(_see, seen)) for *_, q in sites]
     device = next(model.parameters()).device
-    with watched(model, handles):
+    with evaluating(model, handles):
         for images in batches:
             model(images.to(device))
     rows = [_weight_row(path, layer) for path, layer, _ in quantized_layers(model) if layer.weight_spec]

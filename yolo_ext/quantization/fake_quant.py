@@ -20,7 +20,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
-from yolo_ext.stock.context import watched
+from yolo_ext.stock.context import evaluating
 
 MODES = ("float", "off", "observe", "on")
 SILU_LOWER = -6.0  # SiLU(-6) = -0.015: spending codes below that costs more than it brings
@@ -64,7 +64,7 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
 
     handles = [b.bn.register_forward_pre_hook(see) for b in blocks]
     device = next(model.parameters()).device
-    with watched(model, handles):
+    with evaluating(model, handles):
         for images in batches if blocks else ():
             model(images.to(device))
     for norm in (b.bn for b in blocks):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from yolo_ext import stock
 from yolo_ext.quantization.spec import Plan
-from yolo_ext.stock.context import watched
+from yolo_ext.stock.context import evaluating
 
 MARK = "_yolo_ext_quantized"  # on a tensor: path of the layer whose quantizer made its codes
 PASS: set[Callable] = {  # operations whose results have codes of their argument
@@ -93,7 +93,7 @@ def _trace(model: nn.Module, plan: Plan) -> tuple[dict[str, str], set[str]]:
     handles += [modules[path].register_forward_pre_hook(arrives(path)) for path, s in plan.items() if "input" in s]
     side, like = 2 * stock.max_stride(model), next(model.parameters())
     channels = next(m.in_channels for m in modules.values() if isinstance(m, nn.Conv2d))
-    with watched(model, handles), _Marks() as marks:
+    with evaluating(model, handles), _Marks() as marks:
         model(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))
     return arrived, marks.read
 

@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, TQDM
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.fake_quant import quantized_layers, set_mode
 from yolo_ext.quantization.layers import QuantAct, channel_axis, channel_rows, weight_rows
-from yolo_ext.stock.context import evaluating, recalibrate, watched
+from yolo_ext.stock.context import evaluating, recalibrate
 
 DEAD = 1e-6  # added to variances: that of a dead channel stays as it is
 CHANGE = (0.1, 10.0)  # of a variance, at most
@@ -100,7 +100,8 @@ def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str,
         for images in TQDM(batches, desc="correcting biases"):
             for mode, make in (("float", remember), ("on", correct)):
                 set_mode(model, mode)
-                with watched(model, [m.register_forward_hook(make(path, act)) for path, (m, act) in targets.items()]):
+                hooks = [m.register_forward_hook(make(path, act)) for path, (m, act) in targets.items()]
+                with evaluating(model, hooks):
                     model(images.to(device))
             seen += len(images)
     finally:
@@ -274,7 +275,7 @@ def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) ->
     many = isinstance(child.f, (list, tuple))
     sources = [f if f == -1 else f % child.i for f in (child.f if many else [child.f])]
     results: list[Any] = []
-    with watched(child, [m.register_forward_hook(hook(path)) for path, m in units.items()]):
+    with evaluating(child, [m.register_forward_hook(hook(path)) for path, m in units.items()]):
         results.extend(child([*x] if many else x[0]) for x in zip(*(maps[f] for f in sources)))
     tensors = {p: all(isinstance(v, torch.Tensor) for call in calls for v in call) for p, calls in seen.items()}
     whole = {p: calls for p, calls in seen.items() if len(calls) == len(results) and tensors[p]}

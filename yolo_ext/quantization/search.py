@@ -27,7 +27,7 @@ from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import Profile, State, plan_of
 from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
-from yolo_ext.stock.exporter import choose_head
+from yolo_ext.stock.load import choose_head
 
 BY = ("layer", "block")
 CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections; so many are looked at in any case

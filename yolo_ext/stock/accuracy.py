@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Accuracy of a model over a split by Ultralytics' validators: torch and exported files on the same pixels."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,12 @@ from ultralytics.utils.metrics import smooth
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
 from yolo_ext.stock.data import check_det_dataset
-from yolo_ext.stock.exporter import head_args
-from yolo_ext.stock.load import float_model
+from yolo_ext.stock.load import float_model, head_args
 
 VALIDATORS: dict[str, Any] = {
-    "detect": detect.DetectionValidator,
-    "obb": obb.OBBValidator,
-    "segment": segment.SegmentationValidator,
-    "pose": pose.PoseValidator,
-    "classify": classify.ClassificationValidator,
-}
+    "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,
+    "pose": pose.PoseValidator, "classify": classify.ClassificationValidator,
+}  # fmt: skip
 
 
 def accuracy(
@@ -39,27 +33,20 @@ def accuracy(
     loader: Any = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Measure a model on the val split by the validator of its task.
+    """Measure a model on the val split: boxes as `map50`, `map`, `f1` and its `f1_conf`, classifiers as `top1`.
 
-    Without rectangular batches, a torch model and its static export see the same pixels.
+    The model, or ``.pt``, is not changed and runs without rectangular batches: so its static export (``.onnx``,
+    ``*_openvino_model``), which has its own size and batch, sees the same pixels. Nothing is downloaded.
 
     Args:
-        model: Ultralytics model or ``.pt`` file, which is not changed, or an ``.onnx`` file or ``*_openvino_model``
-            folder with Ultralytics' metadata, which runs at its own size and batch.
-        data: Data set YAML, or the folder of a classification set. Nothing is downloaded.
+        model: Ultralytics model or file.
+        data: Data set YAML, or the folder of a classification set.
         imgsz: Square input size in pixels.
         batch: Images per forward pass of a torch model.
         end2end: Use the NMS-free head of a dual-head torch model.
-        like: Validator of a trainer: its class and arguments (data, size, batch, device) count instead of the above.
+        like: Validator of a trainer, whose class and arguments count instead of the above.
         loader: Loader of the images in place of a new one.
         options: More Ultralytics arguments.
-
-    Returns:
-        ``map50``, ``map`` (mAP50-95), ``f1`` (its largest mean over classes) and ``f1_conf`` (the confidence there) of
-        boxes, or ``top1`` of a classifier; on several GPUs nothing but on the first one.
-
-    Raises:
-        UsageError: The model, task or data set is not usable.
     """
     net = float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -93,9 +80,7 @@ def _task(path: Path) -> str:
     except Exception as error:  # protobuf's error is of a class of its own
         raise UsageError(f"'{path}' is not an ONNX model ({error}).") from error
     if "task" not in props:
-        raise UsageError(
-            f"ONNX model '{path}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
-        )
+        raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
     return props["task"]
 
 

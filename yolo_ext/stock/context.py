@@ -1,24 +1,126 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What surrounds a model while it runs: modes, random generators, log level, BatchNorm statistics, the machine."""
+"""What surrounds a model: the Ultralytics that is there, its arguments, modes, random generators and the machine."""
 
-from __future__ import annotations
-
+import inspect
 import logging
 import os
 import platform
 import random
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import ultralytics
 from torch import nn
-from ultralytics.utils import LOGGER
-from ultralytics.utils.torch_utils import get_cpu_info
+from ultralytics import cfg
+from ultralytics.cfg import TASKS, cfg2dict, get_cfg, get_save_dir, merge_equals_args, parse_key_value_pair
+from ultralytics.data import augment, build_yolo_dataset
+from ultralytics.data import utils as data_utils
+from ultralytics.data.dataset import ClassificationDataset
+from ultralytics.engine import exporter
+from ultralytics.engine.validator import BaseValidator
+from ultralytics.nn import tasks
+from ultralytics.nn.modules import Conv, Detect
+from ultralytics.utils import LOGGER, checks, torch_utils
+
+from yolo_ext.core.errors import UsageError
+
+LEGAL = ">=8.4.140,<8.5"  # tested lower bound, excluded upper bound
+MEND = f"Run: pip install 'ultralytics{LEGAL}'"
+# Each with the number of its positional arguments and the names of the others that ours pass on; methods count `self`.
+CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
+    (tasks.load_checkpoint, 1, ()),
+    (tasks.torch_safe_load, 1, ()),
+    (tasks.yaml_model_load, 1, ()),
+    (tasks.BaseModel.fuse, 1, ("verbose",)),
+    (torch_utils.get_flops, 2, ()),
+    (torch_utils.fuse_conv_and_bn, 2, ()),
+    (cfg.get_cfg, 0, ("overrides",)),
+    (cfg.cfg2dict, 1, ()),
+    (cfg.get_save_dir, 1, ()),
+    (cfg.merge_equals_args, 1, ()),
+    (cfg.parse_key_value_pair, 1, ()),
+    (cfg.entrypoint, 0, ()),
+    (augment.LetterBox, 1, ("auto",)),
+    (augment.CenterCrop, 1, ()),
+    (data_utils.check_det_dataset, 1, ("autodownload",)),
+    (data_utils.check_cls_dataset, 1, ()),
+    (data_utils.img2label_paths, 1, ()),
+    (build_yolo_dataset, 4, ("mode", "rect", "stride")),
+    (ClassificationDataset, 0, ("root", "args", "augment", "prefix")),
+    (BaseValidator, 0, ("dataloader", "save_dir", "args")),
+    (BaseValidator.__call__, 1, ("model",)),
+    (exporter.Exporter, 0, ("overrides",)),
+    (exporter.NMSModel, 2, ()),
+    (exporter.export_formats, 0, ()),
+]
+ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
+    (Detect, ("shape", "export", "xyxy", "end2end")),  # cached anchors; what a head returns
+    (tasks.DetectionModel, ("end2end",)),
+    (Conv, ("forward", "forward_fuse")),
+    (checks, ("AUTOINSTALL",)),
+]
+
+
+# Ultralytics --------------------------------------------------------------------------------------------------------
+def check_stock() -> None:
+    """Refuse an Ultralytics outside the tested range, or one that lacks what this package builds on."""
+    have = ultralytics.__version__
+    if not checks.check_version(have, LEGAL):
+        raise UsageError(f"Ultralytics {have} is not supported. Legal: {LEGAL}. {MEND}")
+    if missing := lacking():
+        raise UsageError(
+            f"Ultralytics {have} lacks what yolo_ext builds on, or has changed it: {', '.join(missing)}. {MEND} "
+            f"in a version that yolo_ext was tested with, or update yolo_ext."
+        )
+
+
+@cache
+def lacking() -> list[str]:
+    """Return what this Ultralytics lacks: functions that cannot be called as ours do, and attributes."""
+    calls = [f"{f.__module__}.{f.__qualname__}()" for f, n, names in CALLS if not callable_with(f, n, names)]
+    return calls + [f"{owner.__name__}.{a}" for owner, names in ATTRIBUTES for a in names if not hasattr(owner, a)]
+
+
+def callable_with(function: Any, n: int, names: tuple[str, ...] = ()) -> bool:
+    """Tell whether something can be called with `n` positional arguments and arguments of these names."""
+    try:
+        inspect.signature(function).bind(*range(n), **dict.fromkeys(names))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def yolo_entrypoint(argv: list[str]) -> None:
+    """Run Ultralytics' own command line with these words, as if `yolo` had been called."""
+    before, seen = list(sys.argv), [sys.argv, getattr(cfg, "ARGV", [])]
+    try:
+        for words in seen:
+            words[:] = ["yolo", *argv]  # predict tells the command line from Python by the program name
+        cfg.entrypoint()
+    finally:  # or every later predict() of this process would take itself for the command line
+        for words in seen:
+            words[:] = before
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Give an object, module or class these attributes for as long as a block runs."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 @contextmanager
@@ -34,9 +136,10 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
         LOGGER.setLevel(level)
 
 
+# Models and the machine ---------------------------------------------------------------------------------------------
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and each of its modules back into its own mode afterwards."""
+def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
+    """Put a model into eval mode; afterwards each module is back in its own one and the handles of hooks are gone."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -44,15 +147,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-@contextmanager
-def watched(model: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
-    """Put a model into eval mode while hooks look on, of which these handles are removed afterwards."""
-    try:
-        with evaluating(model):
-            yield
-    finally:
         for handle in handles:
             handle.remove()
 
@@ -71,10 +165,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Re-estimate BatchNorm statistics from images (B, C, H, W) in 0..1, and return their number.
-
-    Li et al., EagleEye, 2020, arXiv:2007.02491.
-    """
+    """Re-estimate BatchNorm from images (B, C, H, W) in 0..1 (EagleEye, arXiv:2007.02491), and return their number."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     momenta, training, seen = [m.momentum for m in norms], model.training, 0
     device = next(model.parameters()).device
@@ -106,7 +197,7 @@ def cpu_info() -> dict[str, Any]:
     flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), None)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
-        "cpu": get_cpu_info(),
+        "cpu": torch_utils.get_cpu_info(),
         "threads": os.cpu_count(),
         "avx2": None if flags is None else "avx2" in flags,
         "vnni": None if flags is None else bool(flags & {"avx512_vnni", "avx_vnni"}),

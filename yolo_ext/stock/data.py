@@ -1,13 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Ultralytics' own reading of data: transforms, checks, paths of labels, datasets with labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from ultralytics.cfg import get_cfg
 from ultralytics.data import ClassificationDataset, YOLODataset, build_yolo_dataset
 from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
@@ -21,22 +18,7 @@ from ultralytics.data.utils import (
 )
 from ultralytics.utils import patches
 
-from yolo_ext.stock.context import quiet
-
-__all__ = [
-    "IMG_FORMATS",
-    "CenterCrop",
-    "LetterBox",
-    "YOLODataset",
-    "check_cls_dataset",
-    "check_det_dataset",
-    "exif_size",
-    "find_dataset_yaml",
-    "img2label_paths",
-    "labelled_dataset",
-    "merge_multi_segment",
-    "open_image",
-]
+from yolo_ext.stock.context import get_cfg, quiet
 
 LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
@@ -46,10 +28,9 @@ open_image = getattr(patches, "_image_open", Image.open)
 def labelled_dataset(
     info: dict[str, Any], task: str, imgsz: int, batch: int, stride: int = 32, given: dict[str, Any] | None = None
 ) -> tuple[Any, list[Path]]:
-    """Return the train split as Ultralytics reads it, square and without augmentation, and its image files in order.
+    """Return the train split of a checked dataset dict, square and not augmented, and its image files in order.
 
-    `info` is the checked dataset dict, `imgsz` and `stride` are in pixels, `given` are the training arguments of a
-    model, of which those count that say how masks and classes are read.
+    Of the training arguments `given` of a model, those count that say how masks and classes are read.
     """
     chosen = {k: v for k, v in (given or {}).items() if k in LABEL_ARGS}
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})

@@ -1,35 +1,26 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Models read from files: stock checkpoints and model YAMLs."""
+"""Models read from files (stock checkpoints, model YAMLs), made to return what their export returns, and exported."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from ultralytics import RTDETR, YOLO
+from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import checks
+from ultralytics.utils import DEFAULT_CFG_DICT, checks
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.context import quiet
+from yolo_ext.stock.context import check_stock, get_cfg, quiet, replaced
 from yolo_ext.stock.model import task_of
-from yolo_ext.stock.premises import check_stock
 
 
-@contextmanager
-def no_autoinstall() -> Iterator[None]:
+def no_autoinstall() -> AbstractContextManager[None]:
     """Keep Ultralytics from running pip for a module that a checkpoint names."""
-    before = checks.AUTOINSTALL
-    checks.AUTOINSTALL = False
-    try:
-        yield
-    finally:
-        checks.AUTOINSTALL = before
+    return replaced(checks, AUTOINSTALL=False)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -47,7 +38,12 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     check_stock()
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
-        return _built(p).float().eval(), {}
+        try:
+            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
+            built = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
+        except Exception as e:
+            raise UsageError(f"Cannot build a model from '{p}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
+        return built.float().eval(), {}
     if p.suffix != ".pt":
         raise UsageError(
             f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
@@ -66,15 +62,6 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
         )
     return model.float().eval().requires_grad_(True), ckpt
-
-
-def _built(path: Path) -> nn.Module:
-    """Return an untrained model from its YAML."""
-    try:
-        transformer = yaml_model_load(path)["head"][-1][2] == "RTDETRDecoder"
-        return RTDETR(str(path)).model if transformer else YOLO(str(path), verbose=False).model
-    except Exception as e:
-        raise UsageError(f"Cannot build a model from '{path}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -118,3 +105,36 @@ def float_model(weights: str | Path | nn.Module) -> Any:
     model.criterion = None
     model.task = getattr(model, "task", None) or task_of(model)  # absent on a module built from YAML
     return model
+
+
+def head_args(end2end: bool) -> dict[str, Any]:
+    """Return the arguments that select the one-to-one (NMS-free) or the one-to-many head of a dual-head model."""
+    if "end2end" in DEFAULT_CFG_DICT:  # not in each release; elsewhere, nms=False means NMS-free
+        return {"end2end": end2end}
+    return {"nms": False if end2end else None}
+
+
+def choose_head(model: Any, end2end: bool) -> Any:
+    """Have a dual-head model run its NMS-free head or the other one; a model with a single head stays as it is."""
+    if bool(getattr(model, "end2end", False)) != end2end:
+        model.end2end = end2end
+    return model
+
+
+def as_exported(model: Any) -> Any:
+    """Have the head of a model return what an export does, without the tensors that only training reads."""
+    model.model[-1].export = True
+    return model
+
+
+def with_nms(model: Any, nms: dict[str, Any]) -> nn.Module:
+    """Wrap a model as the exporter does to embed NMS with these options."""
+    model.model[-1].xyxy = True
+    return NMSModel(model, get_cfg(overrides={"format": "onnx", "dynamic": False, "batch": 1, **nms}))
+
+
+def export_file(model: Any, folder: Path, **args: Any) -> Path:
+    """Export a float model into a folder, so that nothing appears beside the user's weights, and return the file."""
+    model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
+    with quiet(), no_autoinstall():
+        return Path(Exporter(overrides={"device": "cpu", "mode": "export", **args})(model))

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Ultralytics' models: their blocks and heads, what remains of them once deployed, their sizes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -16,8 +14,6 @@ from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, get_flops
 
 from yolo_ext.core.errors import UsageError
-
-SUPPORTED = ("8.4.140", "8.5")  # tested lower bound, excluded upper bound
 
 
 def _classes(module: Any, *names: str) -> tuple[type[nn.Module], ...]:

@@ -5,10 +5,8 @@ Every change is put back behind its block. What cannot be asked for by name is c
 exactness would be lost, the run goes on and says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.callbacks import get_default_callbacks
 
 from yolo_ext.core.errors import UsageError, YoloExtError
-from yolo_ext.stock.context import quiet
-from yolo_ext.stock.model import SUPPORTED
-from yolo_ext.stock.premises import callable_with
+from yolo_ext.stock.context import MEND, callable_with, quiet, replaced
 
 # What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
 METHODS = {
@@ -39,15 +35,11 @@ EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_sta
 # Premises -----------------------------------------------------------------------------------------------------------
 def check_trainer(stock: Any) -> None:
     """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
-    lacking = [
-        f"the method {name}()" for name, n in METHODS.items() if not callable_with(getattr(stock, name, None), n)
-    ]
-    lacking += [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]
-    if lacking:
-        low, high = SUPPORTED
+    lacking = [f"the method {m}()" for m, n in METHODS.items() if not callable_with(getattr(stock, m, None), n)]
+    if lacking := lacking + [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]:
         raise UsageError(
             f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it: "
-            f"{', '.join(lacking)}. Run: pip install 'ultralytics>={low},<{high}', and look at your own trainer class."
+            f"{', '.join(lacking)}. {MEND}, and look at your own trainer class."
         )
 
 
@@ -98,12 +90,8 @@ def labels_optional(wanted: bool) -> Iterator[None]:
         finally:
             dataset.augment = augment
 
-    if wanted:
-        YOLODataset.cache_labels = scan
-    try:
+    with replaced(YOLODataset, cache_labels=scan if wanted else stock):
         yield
-    finally:
-        YOLODataset.cache_labels = stock
 
 
 @contextmanager
@@ -114,11 +102,8 @@ def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> Iterator[None
     def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
         held[:] = [run(args[0].detach())]  # held until the backward pass is through
 
-    handle = model.register_forward_hook(hook)
-    try:
+    with model.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -138,13 +123,10 @@ class _AtomicPath(type(Path())):  # type: ignore[misc]
 @contextmanager
 def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[None]:
     """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
-    own, before = (trainer.wdir, trainer.last, trainer.best), _AtomicPath.written
+    own, before = {name: _AtomicPath(getattr(trainer, name)) for name in ("wdir", "last", "best")}, _AtomicPath.written
     _AtomicPath.write = staticmethod(write)  # type: ignore[assignment]  # as paths take no attributes of their own
-    trainer.wdir, trainer.last, trainer.best = (_AtomicPath(p) for p in own)
-    try:
+    with replaced(trainer, **own):
         yield
-    finally:
-        trainer.wdir, trainer.last, trainer.best = own
     if _AtomicPath.written == before:
         LOGGER.warning(
             f"Ultralytics {__version__} writes checkpoints in a way that yolo_ext does not know: "
@@ -152,16 +134,9 @@ def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[N
         )
 
 
-@contextmanager
-def as_of_last_epoch(trainer: Any) -> Iterator[None]:
+def as_of_last_epoch(trainer: Any) -> AbstractContextManager[None]:
     """Let the trainer save as at the end of the epoch before, without a numbered copy."""
-    period, trainer.save_period = trainer.save_period, -1
-    trainer.epoch -= 1
-    try:
-        yield
-    finally:
-        trainer.epoch += 1
-        trainer.save_period = period
+    return replaced(trainer, save_period=-1, epoch=trainer.epoch - 1)
 
 
 @contextmanager
@@ -186,11 +161,8 @@ def whole_final_files(finalize: Callable[[Path], None]) -> Iterator[None]:
             LOGGER.info(f"Optimizer stripped from {f}, {result.stat().st_size / 1e6:.1f}MB")
         return stripped
 
-    engine.strip_optimizer = strip
-    try:
+    with replaced(engine, strip_optimizer=strip):
         yield
-    finally:
-        engine.strip_optimizer = stock
 
 
 def forget_best(trainer: Any) -> None:
@@ -202,18 +174,16 @@ def forget_best(trainer: Any) -> None:
 # Order of images ----------------------------------------------------------------------------------------------------
 def order_of(loader: Any) -> tuple[torch.Tensor, bool] | None:
     """Return the state of a loader's generator and whether it has begun; None where the loader shows neither."""
-    generator = getattr(loader, "generator", None)
-    return (generator.get_state(), loader.iterator is not None) if generator and hasattr(loader, "iterator") else None
+    if getattr(loader, "generator", None) is None or not hasattr(loader, "iterator"):
+        return None
+    return loader.generator.get_state(), loader.iterator is not None
 
 
 def continue_order(loader: Any, order: torch.Tensor, mid_run: bool, resets: bool) -> bool:
     """Make the next iterator of a loader without workers go on with the order of images, and tell whether it can.
 
-    Args:
-        loader: Dataloader without workers.
-        order: State of its generator.
-        mid_run: Whether the uninterrupted run keeps its iterator, which has then ended an epoch, or makes a new one.
-        resets: Whether the training loop may reset the loader before it is used; that depends on the version.
+    Mid-run, the uninterrupted run keeps its iterator, which has then ended an epoch, instead of making a new one.
+    `resets` tells that the training loop may reset the loader before it is used; that depends on the version.
     """
     make = getattr(loader, "_get_iterator", None)
     if order_of(loader) is None or not callable(make):
@@ -294,12 +264,6 @@ class _Validator(Proxy):
         return self.base(trainer, self.read(model) if isinstance(model, Path) else model, **options)
 
 
-@contextmanager
-def validated_as(trainer: Any, read: Callable[[Path], Any]) -> Iterator[None]:
+def validated_as(trainer: Any, read: Callable[[Path], Any]) -> AbstractContextManager[None]:
     """Have the validator of a trainer measure what `read` makes of a checkpoint."""
-    own = trainer.validator
-    trainer.validator = _Validator(own, read=read)
-    try:
-        yield
-    finally:
-        trainer.validator = own
+    return replaced(trainer, validator=_Validator(trainer.validator, read=read))

@@ -105,8 +105,7 @@ def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
     """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
     from yolo_ext.deployment.latency import measure, speedup
     from yolo_ext.stock.context import quiet
-    from yolo_ext.stock.exporter import as_exported
-    from yolo_ext.stock.load import float_model
+    from yolo_ext.stock.load import as_exported, float_model
 
     x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
     runners: dict[str, Callable[[], Any]] = {}

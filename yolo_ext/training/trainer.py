@@ -18,7 +18,7 @@ from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pr
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock import trainer as engine
-from yolo_ext.stock.cfg import cfg2dict
+from yolo_ext.stock.context import cfg2dict
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant

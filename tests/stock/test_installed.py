@@ -8,15 +8,15 @@ from ultralytics.nn.modules import Detect
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock import premises
+from yolo_ext.stock import context
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """Have each test, and what follows, look anew."""
-    premises.lacking.cache_clear()
+    context.lacking.cache_clear()
     yield
-    premises.lacking.cache_clear()
+    context.lacking.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_supported_versions(monkeypatch, version, legal):
 
 def test_the_installed_version_is_all_that_is_needed():
     stock.check_stock()
-    assert premises.lacking() == []
+    assert context.lacking() == []
 
 
 def test_what_changed_is_named(monkeypatch):
     def boxed(size):
         """Like a LetterBox that has lost its argument `auto`."""
 
-    calls = [(boxed, n, names) if f is augment.LetterBox else (f, n, names) for f, n, names in premises.CALLS]
-    monkeypatch.setattr(premises, "CALLS", calls)
+    calls = [(boxed, n, names) if f is augment.LetterBox else (f, n, names) for f, n, names in context.CALLS]
+    monkeypatch.setattr(context, "CALLS", calls)
     monkeypatch.delattr(Detect, "export")
     with pytest.raises(UsageError, match=r"boxed\(\), Detect\.export\. Run: pip install"):
         stock.check_stock()
