@@ -53,16 +53,13 @@ def calibration_images(
     pool = sorted(p for p in files if p.resolve() not in val)
     if not pool:
         raise UsageError(
-            f"All {len(files)} calibration images in '{source}' are validation images, which would flatter the INT8 "
-            "figures. Give a train split that differs from val, or a folder of other images."
+            f"All {len(files)} of '{source}' are validation images, which flatter INT8. Give other images."
         )
     if len(pool) < len(files):
         LOGGER.warning(f"Calibration leaves out {len(files) - len(pool)} train images that are validation images too")
     if n is not None and n > len(pool):
-        raise UsageError(
-            f"{n} calibration images are wanted, but '{source}' has {len(pool)}. Ask for {len(pool)} or fewer, give no "
-            f"number to take up to {at_most}, or give more images. 128 to 512 are usual."
-        )
+        told = f"{n} calibration images are wanted, but '{source}' has {len(pool)}. Ask for {len(pool)} or fewer"
+        raise UsageError(f"{told}, give no number to take up to {at_most}, or give more images. 128 to 512 are usual.")
     return sorted(random.Random(seed).sample(pool, min(wanted, len(pool))))
 
 
@@ -96,14 +93,12 @@ def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iter
             continue
         broken += 1
         if 2 * broken > len(paths):
-            raise UsageError(
-                f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'. "
-                "`yolo-ext data check` names them all."
-            )
+            told = f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'."
+            raise UsageError(f"{told} `yolo-ext data check` names them all.")
         LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
     if blank == len(paths) - broken:
         raise UsageError(
-            f"Each of the {blank} calibration images is of a single value, '{paths[0]}' for one. Give real images."
+            f"Each of the {blank} calibration images is of a single value, as '{paths[0]}'. Give real ones."
         )
 
 

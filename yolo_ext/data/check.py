@@ -103,21 +103,18 @@ def _check_yaml(data: str) -> dict[str, Any]:
     if content.get("names") is None and content.get("nc") is None:
         absent.append("names")
     if absent:
-        raise UsageError(
-            f"Data file '{file}' lacks {quote(absent)}; it holds {quote(list(content), 20)}. "
-            "Add train and val (image folders relative to path) and names (one name per class)."
-        )
+        told = f"Data file '{file}' lacks {quote(absent)}; it holds {quote(list(content), 20)}."
+        raise UsageError(f"{told} Add train and val (image folders relative to path) and names (one name per class).")
     try:
         return check_det_dataset(str(file), autodownload=False)
     except FileNotFoundError as e:
         if content.get("download"):
             how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
-            raise UsageError(
-                f"The images of '{file}' are not here and nothing is fetched unasked. Fetch them: python -c \"{how}\""
-            ) from e
-        reason = str(e).split("\n")[0].replace("❌", "").strip()
+            told = f"The images of '{file}' are not here and nothing is fetched unasked."
+            raise UsageError(f'{told} Fetch them: python -c "{how}"') from e
+        told = str(e).split("\n")[0].replace("❌", "").strip()
         raise UsageError(
-            f"{reason}. Set path, train and val in '{file}' to existing folders (relative paths start at path)."
+            f"{told}. Set path, train and val in '{file}' to folders (relative ones start at path)."
         ) from e
     except Exception as e:
         reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__

@@ -139,9 +139,7 @@ def _area(polygon: Sequence[float]) -> float:
     return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]))) / 2
 
 
-def write_coco(
-    file: Path, names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], Sequence[Mapping[str, Any]]]]
-) -> None:
+def write_coco(file: Path, names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], list[Any]]]) -> None:
     """Write a COCO file from (file name, (width, height), annotations), so that no split is ever whole in memory."""
     categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does
     ids = count(1)
@@ -182,9 +180,7 @@ def coco_store(file: Path, names: Mapping[int, str]) -> Store:
                 by_id[image]["annotations"].append({**row, "category": named.get(category)})
         held = {str(i["file_name"]): by_id[i["id"]] for i in data["images"]}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UsageError(
-            f"'{file}' is not a COCO file ({type(e).__name__}: {e}). Mend it, or give another out=."
-        ) from e
+        raise UsageError(f"'{file}' is not a COCO file ({e!r}). Mend it, or give another out=.") from e
     for index, name in names.items():  # from 1, as in COCO itself and as Ultralytics' converter expects
         free = index + 1 if index + 1 not in categories.values() else max(categories.values()) + 1
         categories.setdefault(name, free)

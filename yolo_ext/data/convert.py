@@ -21,6 +21,7 @@ from yolo_ext.data.formats import FORMATS, scan_voc, scan_yolo, to_image, voc_te
 from yolo_ext.data.records import Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder
 
 Size = tuple[int, int]
+Splits = dict[str, list[str]]  # ids by split
 Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
 NOTES = {  # what may be changed or left out, and how it is told
     "clipped": "boxes clipped at the image border",
@@ -109,8 +110,8 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     if problems and o.broken == "refuse":
         told = f"'{source}': {len(problems)} problems, nothing was written. {quote(problems, 10)}."
         raise UsageError(f"{told} Mend these, or leave them out with broken=skip.")
-    names = _choose_classes(kinds, data.names, o.classes)
-    chosen, folds = _splits(found, listed, kinds, o)
+    names = _choose_classes(set().union(*kinds.values()), data.names, o.classes)
+    chosen, folds = _splits(listed, kinds, o)
     if empty := [s for s, ids in chosen.items() if not ids]:
         raise UsageError(f"Nothing readable is left for {quote(empty)} in '{source}': {quote(problems) or 'no image'}.")
     tally: Tally = Counter({("broken", p): 1 for p in problems})
@@ -123,9 +124,7 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
             seen.update(ids)
         boxes = {name: tally["box", name] for name in names}
         if not any(boxes.values()):
-            raise UsageError(
-                f"No box of {quote(names) or 'any class'} is left in '{source}'. Check classes and splits."
-            )
+            raise UsageError(f"No box of {quote(names) or 'any class'} is left in '{source}'. Check classes, splits.")
         _write_lists(plan, out, chosen, folds)
         yamls = [out / p.name for p in sorted(stage.glob("*.yaml"))]
     notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
@@ -155,7 +154,7 @@ def _check_options(source: Path, out: Path, o: Options) -> None:
         raise UsageError(f"Output folder '{out}' exists and is not empty. Give a new folder or empty this one.")
 
 
-def _listed(data: Source, o: Options) -> dict[str, list[str]]:
+def _listed(data: Source, o: Options) -> Splits:
     """Return the splits that the source or the user lists, none where they are to be random."""
     if o.ratios or not (o.splits or len(data.lists) > 1):
         return {}
@@ -189,11 +188,8 @@ def _probe_one(data: Source, i: str) -> tuple[tuple[Size, int] | None, set[str],
         return None, set(), f"{file.name}: {e}"
 
 
-def _choose_classes(
-    kinds: Mapping[str, Collection[str]], known: list[str] | None, wanted: Sequence[str] | None
-) -> list[str]:
+def _choose_classes(found: set[str], known: list[str] | None, wanted: Sequence[str] | None) -> list[str]:
     """Return the class names in label order."""
-    found = set().union(*kinds.values())
     if wanted is None:
         return known or sorted(found)
     names = list(wanted)
@@ -205,16 +201,14 @@ def _choose_classes(
     return names
 
 
-def _splits(
-    found: Collection[str], listed: Mapping[str, Sequence[str]], kinds: Mapping[str, Collection[str]], o: Options
-) -> tuple[dict[str, list[str]], list[dict[str, list[str]]]]:
+def _splits(listed: Splits, kinds: Mapping[str, Collection[str]], o: Options) -> tuple[Splits, list[Splits]]:
     """Return the ids of each image folder to write, and the train and val ids of each fold."""
-    chosen = {split: [i for i in ids if i in found] for split, ids in listed.items()}
+    chosen = {split: [i for i in ids if i in kinds] for split, ids in listed.items()}
     classes = kinds if o.stratify else None
     if not o.folds:
-        return chosen or by_ratio(found, o.ratios or {"train": 0.8, "val": 0.2}, o.seed, classes), []
+        return chosen or by_ratio(kinds, o.ratios or {"train": 0.8, "val": 0.2}, o.seed, classes), []
     test = {"test": chosen["test"]} if "test" in chosen else {}
-    pool = set().union(*chosen.values()) if chosen else set(found)
+    pool = set().union(*chosen.values()) if chosen else set(kinds)
     pool -= set(test.get("test", ()))
     return {"all": sorted(pool), **test}, [{**f, **test} for f in by_folds(pool, o.folds, o.seed, classes)]
 
@@ -293,7 +287,7 @@ def _places(plan: Plan, split: str, i: str) -> list[Path]:
     return [target, plan.stage / kind.labels / f"{below}{kind.suffix}"] if kind.labels else [target]
 
 
-def _write_lists(plan: Plan, out: Path, chosen: dict[str, list[str]], folds: list[dict[str, list[str]]]) -> None:
+def _write_lists(plan: Plan, out: Path, chosen: Splits, folds: list[Splits]) -> None:
     """Write what names the splits of the folder `out` to be: data.yaml and list files of YOLO, ImageSets of VOC."""
     o, stage = plan.options, plan.stage
     lists = dict(chosen) if not folds else {f"fold{k}_{s}": ids for k, f in enumerate(folds, 1) for s, ids in f.items()}

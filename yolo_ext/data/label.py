@@ -118,7 +118,7 @@ def label_images(
         there, ours = class_names(YAML.load(out / "data.yaml").get("names")), list(names.values())
         if there != ours:
             raise UsageError(
-                f"Classes of '{out}', {there}, and the model, {ours}, must not be mixed. Give another out=."
+                f"Classes {there} of '{out}' and {ours} of the model must not be mixed. Give another out=."
             )
     known = _read_journal(journal, settings, overwrite)
     store = _open_store(images, out, kind, names, beside)

@@ -33,6 +33,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]
+Splits = dict[str, list[str]]  # ids by split
+Kinds = Mapping[str, Collection[str]]  # classes in an image, by its id
 SPLITS = ("train", "val", "test")
 MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
 SHOWN = 5  # problems quoted in one message
@@ -75,7 +77,7 @@ class Source:
     items: dict[str, Item]  # by id
     read: Callable[[Item, Size], Annotation]  # of an image of that size; raises ValueError where it is broken
     annotated: Collection[str]  # ids to be split where there are no lists
-    lists: dict[str, list[str]] = field(default_factory=dict)  # ids by name of a split or list
+    lists: Splits = field(default_factory=dict)  # ids by name of a split or list
     names: list[str] | None = None  # classes in label order, None where they are found by reading
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a data.yaml to be kept
     problems: list[str] = field(default_factory=list)  # what is wrong already
@@ -89,12 +91,12 @@ class Store(NamedTuple):
     close: Callable[[], None] = lambda: None  # ends the run
 
 
-def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], dict[str, list[str]], list[str]]:
+def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], Splits, list[str]]:
     """Return image by id, ids by split and clashes within a split, from the (wanted id, image) of each split."""
     owner: dict[str, Path] = {}
     clash = any(owner.setdefault(i, f) != f for members in files.values() for i, f in members)
     images: dict[str, Path] = {}
-    lists: dict[str, list[str]] = {}
+    lists: Splits = {}
     problems = []
     for split, members in files.items():
         for i, file in members:
@@ -105,37 +107,31 @@ def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path
     return images, lists, problems
 
 
-def from_lists(
-    lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str] = ("train", "val")
-) -> dict[str, list[str]]:
+def from_lists(lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str]) -> Splits:
     """Return the image ids of each split of the lists in a dataset, named by `splits` (ours to theirs) or alike."""
     splits = splits or {s: s for s in SPLITS if s in lists}
     wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
     if wrong or not set(needed) <= splits.keys():
-        raise UsageError(
+        told = (
             f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, legal: "
-            f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}. Give e.g. train=trainval "
-            "val=test, or ratio=0.8,0.2."
         )
+        told += f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}."
+        raise UsageError(f"{told} Give e.g. train=trainval val=test, or ratio=0.8,0.2.")
     chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
     if empty := [splits[s] for s, members in chosen.items() if not members]:
         raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
     for a, b in combinations(chosen, 2):
         shared = sorted({*chosen[a]} & {*chosen[b]})
         if shared and (a, b) == ("train", "val") and len(shared) == len(chosen[a]) == len(chosen[b]):
-            raise UsageError(
-                f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images, so validation would repeat "
-                f"the training set. Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2."
-            )
+            told = f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images."
+            raise UsageError(f"{told} Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2.")
         if shared:
             both = f"{a} ('{splits[a]}') and {b} ('{splits[b]}')"
             LOGGER.warning(f"{both} share {len(shared)} images, so accuracy is overstated: {quote(shared)}")
     return chosen
 
 
-def by_ratio(
-    ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> dict[str, list[str]]:
+def by_ratio(ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Kinds | None = None) -> Splits:
     """Return a seeded random split by shares that sum to 1, the `classes` of each image spread alike if given."""
     legal = {"train", "val"} <= ratios.keys() <= set(SPLITS) and all(r > 0 for r in ratios.values())
     if not legal or abs(sum(ratios.values()) - 1) > 1e-6:
@@ -143,15 +139,11 @@ def by_ratio(
     names = [s for s in SPLITS if s in ratios]
     chosen = dict(zip(names, deal(ids, [ratios[s] for s in names], seed, classes)))
     if empty := [s for s, members in chosen.items() if not members]:
-        raise UsageError(
-            f"Ratios {dict(ratios)} leave {quote(empty)} empty with {len(ids)} images. Give larger shares."
-        )
+        raise UsageError(f"Ratios {dict(ratios)} leave {quote(empty)} empty with {len(ids)} images. Raise the share.")
     return chosen
 
 
-def by_folds(
-    ids: Collection[str], folds: int, seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> list[dict[str, list[str]]]:
+def by_folds(ids: Collection[str], folds: int, seed: int, classes: Kinds | None = None) -> list[Splits]:
     """Return `folds` seeded splits into train and val, in which every image is validated once."""
     if not 2 <= folds <= len(ids):
         raise UsageError(f"'folds={folds}' is illegal with {len(ids)} images. Legal: 2 to {max(len(ids), 2)}.")
@@ -159,9 +151,7 @@ def by_folds(
     return [{"train": sorted(i for p in parts if p is not part for i in p), "val": part} for part in parts]
 
 
-def deal(
-    ids: Collection[str], shares: Sequence[float], seed: int, classes: Mapping[str, Collection[str]] | None = None
-) -> list[list[str]]:
+def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kinds | None = None) -> list[list[str]]:
     """Return the sorted ids of parts of the given shares, which sum to 1, dealt at random or class by class.
 
     Class by class follows iterative stratification (Sechidis et al., 2011): the rarest class comes first, and each
@@ -173,7 +163,7 @@ def deal(
     free = [stop - start for start, stop in zip([0, *stops], stops)]
     if classes is None:
         return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
-    members: dict[str, list[str]] = {}
+    members: Splits = {}
     for i in order:
         for name in classes.get(i, ()):
             members.setdefault(name, []).append(i)

@@ -40,9 +40,7 @@ def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160,
     counts = {"train": train, "val": val}
     given = {**counts, "imgsz": imgsz, "seed": seed}
     if train < 1 or val < 1 or imgsz < 64 or seed < 0:
-        raise UsageError(
-            f"Shapes set of {given} is not legal. Legal: train and val from 1, imgsz from 64, seed from 0."
-        )
+        raise UsageError(f"Shapes set of {given} is not legal. Legal: train, val from 1, imgsz from 64, seed from 0.")
     wanted = {"version": VERSION, "path": str(out), **given}
     if _is_current(out, wanted):
         return out / "data.yaml"
