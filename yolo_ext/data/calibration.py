@@ -18,7 +18,7 @@ from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import list_images
-from yolo_ext.stock.data import IMG_FORMATS, CenterCrop, LetterBox
+from yolo_ext.stock.load import IMG_FORMATS, CenterCrop, LetterBox
 
 USUAL = 300  # images; TensorRT and Ultralytics advise as many
 

@@ -15,7 +15,7 @@ from ultralytics.utils.checks import check_file
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import jpeg_is_whole, list_images, quote
-from yolo_ext.stock.data import (
+from yolo_ext.stock.load import (
     IMG_FORMATS,
     check_cls_dataset,
     check_det_dataset,
@@ -91,6 +91,15 @@ def load_yaml(file: Path) -> Any:
         return YAML.load(file)
     except Exception as e:
         raise UsageError(f"Data file '{file}' is not valid YAML: {' '.join(str(e).split())}. Mend the file.") from e
+
+
+def class_names(given: Any) -> list[str]:
+    """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
+    if isinstance(given, dict) and sorted(given) == list(range(len(given))):
+        given = [given[i] for i in range(len(given))]
+    if not isinstance(given, list) or not given:
+        raise UsageError(f"Class names '{given}' are illegal. Legal: a list, or one name for each number from 0.")
+    return [str(n) for n in given]
 
 
 def _check_yaml(data: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -13,7 +14,7 @@ from typing import Any
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import Annotation, Item, Object, Source, Store, detected, finite, unique_ids, walk_files
+from yolo_ext.data.records import Annotation, Item, Object, Source, Store, unique_ids, walk_files
 
 WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
@@ -104,10 +105,15 @@ def _group(content: Mapping[str, Any], classes: Mapping[Any, str], problems: lis
         except (KeyError, TypeError, ValueError) as e:
             problems.append(f"image {image.get('id') if isinstance(image, dict) else image}: {e!r} is wrong or absent")
             continue
-        known = size if finite(size) and min(size) > 0 else None
+        known = size if _finite(size) and min(size) > 0 else None
         grouped.append((image, Annotation(known, tuple(objects.pop(i, ())), crowds.pop(i, 0))))
     problems += [f"{len(found)} annotations belong to no image: image_id {i}" for i, found in objects.items()]
     return grouped
+
+
+def _finite(values: Sequence[float]) -> bool:
+    """Return whether all values are finite."""
+    return all(map(math.isfinite, values))
 
 
 def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
@@ -115,7 +121,7 @@ def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
     x, y, w, h = map(float, a["bbox"])
     parts = a.get("segmentation")
     polygons = tuple(tuple(map(float, p)) for p in parts) if isinstance(parts, list) else ()
-    if not finite((x, y, w, h)) or w < 0 or h < 0 or not all(len(p) >= 6 and finite(p) for p in polygons):
+    if not _finite((x, y, w, h)) or w < 0 or h < 0 or not all(len(p) >= 6 and _finite(p) for p in polygons):
         raise ValueError(f"box {a['bbox']} or its polygon")
     return Object(classes[a["category_id"]], (x, y, x + w, y + h), polygons)
 
@@ -155,6 +161,15 @@ def write_coco(file: Path, names: Sequence[str], images: Iterable[tuple[str, tup
         boxes.seek(0)
         shutil.copyfileobj(boxes, out)
         out.write("\n]}\n")
+
+
+def detected(record: Mapping[str, Any], names: Mapping[int, str]) -> list[Object]:
+    """Return the objects of the record of a detection, see `label`."""
+    return [
+        Object(names[o["class"]], tuple(o["box"]), (tuple(o["polygon"]),) if "polygon" in o else (),
+               confidence=o["confidence"])
+        for o in record["objects"]
+    ]  # fmt: skip
 
 
 def coco_entry(record: Mapping[str, Any], names: Mapping[int, str], save_conf: bool) -> dict[str, Any]:

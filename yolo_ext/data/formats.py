@@ -23,23 +23,10 @@ from defusedxml.ElementTree import fromstring
 from ultralytics.utils import DATASETS_DIR
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_label, load_yaml, pose_columns
-from yolo_ext.data.coco import coco_entry
-from yolo_ext.data.records import (
-    SPLITS,
-    Annotation,
-    Item,
-    Object,
-    Size,
-    Source,
-    class_names,
-    detected,
-    finite,
-    list_images,
-    unique_ids,
-    walk_files,
-)
-from yolo_ext.stock.data import IMG_FORMATS, img2label_paths, merge_multi_segment
+from yolo_ext.data.check import check_label, class_names, load_yaml, pose_columns
+from yolo_ext.data.coco import coco_entry, detected
+from yolo_ext.data.records import SPLITS, Annotation, Item, Object, Size, Source, list_images, unique_ids, walk_files
+from yolo_ext.stock.load import IMG_FORMATS, img2label_paths, merge_multi_segment
 
 Record = Mapping[str, Any]  # of a detection, see `label`
 Names = Mapping[int, str]  # class names by class index
@@ -102,11 +89,11 @@ def read_voc(file: Path) -> Annotation:
         name = (node.findtext("name") or "").strip()
         corners = node.find("bndbox")
         box = tuple(_number(corners.findtext(k)) for k in CORNERS) if corners is not None else (math.nan,)
-        if not name or not finite(box):
+        if not name or not np.isfinite(box).all():
             raise ValueError(f"has no name or no complete box in object {i}")
         flags = {k: _number(node.findtext(k)) > 0 for k in ("difficult", "truncated")}
         objects.append(Object(name, box, **flags))  # type: ignore[arg-type]
-    known = finite(size) and min(size) > 0
+    known = np.isfinite(size).all() and min(size) > 0
     return Annotation(size if known else None, tuple(objects))  # type: ignore[arg-type]
 
 

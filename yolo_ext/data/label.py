@@ -28,11 +28,11 @@ from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import attempt, image_probe
+from yolo_ext.data.check import attempt, class_names, image_probe
 from yolo_ext.data.coco import coco_store
 from yolo_ext.data.formats import FORMATS, Format
-from yolo_ext.data.records import Store, class_names, is_image, link_or_copy, list_images
-from yolo_ext.stock.data import IMG_FORMATS, img2label_paths
+from yolo_ext.data.records import Store, is_image, link_or_copy, list_images
+from yolo_ext.stock.load import IMG_FORMATS, img2label_paths
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, 3), BGR, to the objects of a record
 Names = Mapping[int, str]  # class names by class index

@@ -7,7 +7,6 @@ Files come by the hundred thousand: found without endless links, worked on in pa
 from __future__ import annotations
 
 import glob
-import math
 import multiprocessing
 import os
 import random
@@ -27,11 +26,10 @@ from uuid import uuid4
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.data import IMG_FORMATS
+from yolo_ext.stock.load import IMG_FORMATS
 
 T = TypeVar("T")
 R = TypeVar("R")
-Box = tuple[float, float, float, float]
 Size = tuple[int, int]
 Splits = dict[str, list[str]]  # ids by split
 Kinds = Mapping[str, Collection[str]]  # classes in an image, by its id
@@ -46,7 +44,7 @@ class Object(NamedTuple):
     """One object of an image, in pixels counted from 0."""
 
     name: str  # of its class
-    box: Box  # xmin, ymin, xmax, ymax
+    box: tuple[float, float, float, float]  # xmin, ymin, xmax, ymax
     polygons: tuple[tuple[float, ...], ...] = ()  # outlines, each x1, y1, x2, y2, ...
     difficult: bool = False  # VOC flag: left out of the evaluation
     truncated: bool = False  # VOC flag: goes on outside the image
@@ -180,29 +178,6 @@ def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kind
         free[k] -= 1
         lack[k].subtract(classes.get(i, ()))
     return [sorted(part) for part in parts]
-
-
-def finite(values: Collection[float]) -> bool:
-    """Return whether all values are finite."""
-    return all(map(math.isfinite, values))
-
-
-def detected(record: Mapping[str, Any], names: Mapping[int, str]) -> list[Object]:
-    """Return the objects of the record of a detection, see `label`."""
-    return [
-        Object(names[o["class"]], tuple(o["box"]), (tuple(o["polygon"]),) if "polygon" in o else (),
-               confidence=o["confidence"])
-        for o in record["objects"]
-    ]  # fmt: skip
-
-
-def class_names(given: Any) -> list[str]:
-    """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
-    if isinstance(given, dict) and sorted(given) == list(range(len(given))):
-        given = [given[i] for i in range(len(given))]
-    if not isinstance(given, list) or not given:
-        raise UsageError(f"Class names '{given}' are illegal. Legal: a list, or one name for each number from 0.")
-    return [str(n) for n in given]
 
 
 def quote(items: Sequence[object], shown: int = SHOWN) -> str:

@@ -21,7 +21,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import image_probe
 from yolo_ext.data.formats import scan_yolo
 from yolo_ext.data.records import Item, Source, parallel, quote
-from yolo_ext.stock.data import open_image
+from yolo_ext.stock.load import open_image
 
 BITS = 256
 NEAR = 10  # bits of the fingerprint that may differ
