@@ -1,11 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What computes as integer kernels do: quantizers of activations, and layers with quantized weights.
 
-The scale of a weight follows from the largest current weight of each channel times a ratio, which commutes with folding
-BatchNorm. Gradients are clipped straight-through ones.
-
-Methods: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-2018; per-channel weights: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
+As in Jacob et al., 2018 (per channel: Krishnamoorthi, 2018); gradients are clipped straight-through ones. Weight scales
+are the largest current weight of each channel times a ratio, which commutes with folding BatchNorm.
 """
 
 from __future__ import annotations
@@ -42,11 +39,8 @@ def fake_quantize_weight(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> tor
 
 
 class _Tensor(Function):
-    """Activations with one scale and zero point."""
-
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> Any:
-        """Return the dequantized codes."""
         s, z = scale.item(), round(zero.item())
         low, high = qmin - z, qmax - z
         ctx.save_for_backward(x)
@@ -56,17 +50,13 @@ class _Tensor(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Pass gradients on inside the range."""
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(g, x, *ctx.ends), None, None, None, None
 
 
 class _Weight(Function):
-    """Weights with scales that broadcast to them."""
-
     @staticmethod
     def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
-        """Return the dequantized codes."""
         ctx.save_for_backward(w, scale)
         ctx.qmax = qmax
         return (w / scale).round_().clamp_(-qmax, qmax).mul_(scale)
@@ -74,7 +64,6 @@ class _Weight(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Pass gradients on inside the range."""
         w, scale = ctx.saved_tensors
         return g * (w.abs() <= scale * (ctx.qmax + 0.5)), None, None
 
@@ -84,7 +73,6 @@ class _Float32:
     """Keeps what ranges are made of in float32: `.half()` must not round it, only `.to(device)` may move it."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        """Convert everything else."""
         own: Any = self
         kept = {k: t for k in OWN if (t := getattr(own, k, None)) is not None}
         data = {k: t.data for k, t in kept.items()}
@@ -103,31 +91,18 @@ class _Float32:
 
 
 class RangeQuantizer(_Float32, nn.Module):
-    """Per-tensor fake quantizer of a range.
-
-    Attributes:
-        spec: Bits and scheme.
-        lo: Low end of the range, a float32 scalar buffer; never above zero.
-        hi: High end of the range, a float32 scalar buffer; never below zero.
-        mode: One of `MODES`.
-        momentum: Weight of the current batch when training updates the range; 0 keeps it fixed.
-        ready: Whether the range has been set; until then values pass unchanged.
-        lower: Limit below which the range never extends.
-        fixed: Whether the range is known beforehand and never observed.
-        histogram: What calibration has seen, only while it runs.
-    """
-
-    lo: torch.Tensor
-    hi: torch.Tensor
+    """Per-tensor fake quantizer of a range, whose ends `lo` <= 0 <= `hi` are float32 scalar buffers."""
 
     def __init__(self, spec: Spec, lower: float = -math.inf) -> None:
         """Make an uncalibrated quantizer."""
         super().__init__()
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
-        self.spec, self.lower = spec, lower
-        self.mode, self.momentum, self.ready, self.fixed = "on", 0.0, False, False
-        self.histogram: Histogram | None = None
+        self.spec, self.lower = spec, lower  # below which the range never extends
+        self.mode, self.momentum = "on", 0.0  # weight of the current batch where training updates the range
+        self.ready = False  # until the range is set, values pass unchanged
+        self.fixed = False  # known beforehand, and never observed
+        self.histogram: Histogram | None = None  # what calibration has seen, while it runs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize `x` (any shape and float type), or pass it on as the mode says."""
@@ -179,9 +154,7 @@ class QuantAct(nn.Module):
     def __init__(self, act: nn.Module, output: RangeQuantizer | None, activation: RangeQuantizer | None) -> None:
         """Wrap `act`."""
         super().__init__()
-        self.act = act
-        self.output_quantizer = output
-        self.activation_quantizer = activation
+        self.act, self.output_quantizer, self.activation_quantizer = act, output, activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize the pre-activation `x` of shape (batch, channels, height, width), activate it, quantize that."""
@@ -198,36 +171,23 @@ class QuantAct(nn.Module):
 
 # Layers --------------------------------------------------------------------------------------------------------------
 class QuantLayer(_Float32):
-    """What the quantized layers share; made only by `insert_plan`.
-
-    Attributes:
-        input_quantizer: Quantizer of the input, None where it arrives quantized or stays float.
-        weight_spec: Bits and granularity of the weight, None where it stays float.
-        weight_ratio: Value of the largest code / largest weight, a float32 buffer (channels,) or, per tensor, (1,).
-        output_quantizer: Quantizer of the result of a layer without a block around it, otherwise None.
-        fold: The block around the layer, in a tuple so that it is no submodule; its BatchNorm, gone once it is fused,
-            counts for per-tensor weights.
-        mode: One of `MODES`.
-    """
+    """What the quantized layers share; made only by `insert_plan`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    input_quantizer: RangeQuantizer | None
+    input_quantizer: RangeQuantizer | None  # None where the input arrives quantized or stays float
     weight_spec: Spec | None
-    weight_ratio: torch.Tensor
-    output_quantizer: RangeQuantizer | None
-    fold: tuple[nn.Module, ...]
+    weight_ratio: torch.Tensor  # value of the largest code / largest weight, float32 (channels,) or, per tensor, (1,)
+    output_quantizer: RangeQuantizer | None  # of the result of a layer without a block around it
+    fold: tuple[nn.Module, ...]  # the block around it, so that it is no submodule; for the BN of per-tensor weights
     mode: str
+    compute: Callable[..., torch.Tensor]  # what the layer does to its input, with another weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute with `x`, of the shape that the layer takes, as the INT8 kernel does."""
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         y = self.compute(x, self.quantized_weight() if self.mode in ("off", "on") else self.weight)
         return y if self.output_quantizer is None else self.output_quantizer(y)
-
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Do what the layer does, with another weight."""
-        raise NotImplementedError
 
     def quantized_weight(self) -> torch.Tensor:
         """Return the fake-quantized weight, in the shape and type of the weight."""

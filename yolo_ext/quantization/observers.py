@@ -33,59 +33,38 @@ class Histogram:
 
     The grid is anchored at zero and its width is a power of two, so growing the range merges pairs of bins exactly:
     the result does not depend on the order of the batches.
-
-    Attributes:
-        counts: Count per bin, shape (2 * BINS,), for values from `-BINS * width` to `BINS * width`.
-        width: Width of a bin; 0 before the first update.
-        lo: Smallest value seen.
-        hi: Largest value seen.
-        mean_lo: Mean over the batches of the smallest value.
-        mean_hi: Mean over the batches of the largest value.
-        batches: Number of updates.
-        ignored: Number of values that were NaN or infinite.
     """
 
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS))
-    width: float = 0.0
-    lo: float = math.inf
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS))  # from `-BINS * width` to `BINS * width`
+    width: float = 0.0  # of a bin; 0 before the first update
+    lo: float = math.inf  # smallest and largest value seen
     hi: float = -math.inf
-    mean_lo: float = 0.0
+    mean_lo: float = 0.0  # over the batches, of their smallest and largest values
     mean_hi: float = 0.0
     batches: int = 0
-    ignored: int = 0
+    ignored: int = 0  # values that were NaN or infinite
 
     def update(self, x: torch.Tensor) -> None:
         """Add the finite values of `x` (any shape)."""
         x = x.detach().float().flatten()
         lo, hi = (v.item() for v in torch.aminmax(x)) if x.numel() else (math.nan, math.nan)
         if not (math.isfinite(lo) and math.isfinite(hi)):
-            total, x = x.numel(), x[x.isfinite()]
-            self.ignored += total - x.numel()
-            if not x.numel():
-                return
-            lo, hi = (v.item() for v in torch.aminmax(x))
+            finite = x[x.isfinite()]
+            self.ignored += x.numel() - finite.numel()
+            if finite.numel():
+                self.update(finite)
+            return
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         self.batches += 1
         self.mean_lo += (lo - self.mean_lo) / self.batches
         self.mean_hi += (hi - self.mean_hi) / self.batches
-        self._grow(max(-lo, hi))
+        width = 2.0 ** math.ceil(math.log2(max(-lo, hi, 1e-12) / BINS))
+        self.width = self.width or width
+        while self.width < width:
+            self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), BINS // 2)
+            self.width *= 2
         limit = BINS * self.width
         self.counts += torch.histc(x, 2 * BINS, -limit, limit).cpu().numpy()
-
-    def _grow(self, bound: float) -> None:
-        """Widen the bins until the grid holds a magnitude."""
-        width = 2.0 ** math.ceil(math.log2(max(bound, 1e-12) / BINS))
-        if self.width == 0:
-            self.width = width
-        while self.width < width:
-            half = self.counts.reshape(-1, 2).sum(1)
-            self.counts = np.pad(half, BINS // 2)
-            self.width *= 2
-
-    @property
-    def centers(self) -> np.ndarray:
-        """Return the centre of every bin, shape (2 * BINS,)."""
-        return (np.arange(-BINS, BINS) + 0.5) * self.width
 
     @property
     def bounded(self) -> bool:
@@ -123,7 +102,7 @@ def percentile(h: Histogram, spec: Spec, transform: Transform | None = None) -> 
 def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range that minimises the mean squared quantization error, taken behind the activation `transform`."""
     used = h.counts > 0
-    x, weight = h.centers[used], h.counts[used]
+    x, weight = ((np.arange(-BINS, BINS) + 0.5) * h.width)[used], h.counts[used]
     target = transform(x) if transform else x
 
     def error(lo: float, hi: float) -> float:
@@ -140,9 +119,8 @@ def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[f
 def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range with the least KL divergence between the clipped values and their codes.
 
-    As in Migacz, "8-bit inference with TensorRT", 2017, values outside go to the end bins of the reference only, so
-    that clipping costs something; a range of fewer bins than codes would cost nothing else and is no candidate: with
-    more codes than bins, the range is that of the data. Information is counted where the quantizer is.
+    Values outside go to the end bins of the reference only, so that clipping costs something; a range of fewer bins
+    than codes would cost nothing else and is no candidate. Information is counted where the quantizer is.
     """
     levels = spec.qmax - spec.qmin + 1
 
@@ -181,10 +159,7 @@ def _search(h: Histogram, spec: Spec, error: Callable[[float, float], float]) ->
 
 
 def with_zero(lo: float, hi: float) -> tuple[float, float]:
-    """Return the range widened until it holds zero and is not empty.
-
-    Padding and dead channels are exactly zero, so zero must have a code of its own.
-    """
+    """Return the range widened until it is not empty and holds zero, which padding and dead channels are exactly."""
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     return lo, max(hi, lo + 1e-5)
 

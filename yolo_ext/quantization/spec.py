@@ -20,33 +20,25 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 
 SITES = ("input", "weight", "output", "activation", "residual", "add")
-BITS = (2, 16)
 
 
 @dataclass(frozen=True)
 class Spec:
     """How one tensor is quantized.
 
-    Attributes:
-        bits: 2 to 16.
-        symmetric: Zero is the middle code and both ends are equally far; in narrow range, so that a negative BatchNorm
-            gain flips weight codes exactly. Otherwise codes run from 0 and zero has any of them.
-        per_channel: One scale for each output channel; weights only.
-        observer: Range observer of this tensor, None for that of the run.
-
-    Raises:
-        UsageError: If the number of bits is out of range.
+    Symmetric codes have zero in the middle, in narrow range, so that a negative BatchNorm gain flips weight codes
+    exactly; others run from 0, and zero has any of them.
     """
 
     bits: int = 8
     symmetric: bool = False
-    per_channel: bool = False
-    observer: str | None = None
+    per_channel: bool = False  # one scale for each output channel; weights only
+    observer: str | None = None  # None for that of the run
 
     def __post_init__(self) -> None:
         """Refuse bits that cannot be simulated."""
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not BITS[0] <= self.bits <= BITS[1]:
-            raise UsageError(f"quant_bits={self.bits!r} is illegal. Legal: a whole number, {BITS[0]} to {BITS[1]}.")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise UsageError(f"quant_bits={self.bits!r} is illegal. Legal: a whole number, 2 to 16.")
 
     @property
     def qmax(self) -> int:
@@ -80,40 +72,22 @@ def plan_of(state: State) -> Plan:
 # Profiles ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Profile:
-    """What one runtime needs of a quantized graph.
-
-    Attributes:
-        name: Name of the row.
-        summary: One line for help and reports.
-        weight_bits: Bits of the symmetric per-channel weights, stored as INT8 in narrow range.
-        activation_bits: Bits of the per-tensor activations.
-        symmetric: Zero is the middle activation code; otherwise it has a code of its own anywhere.
-        signed: Store activations as signed integers.
-        output: Quantize convolution outputs too, before the activation.
-        functional: Quantize what lies between the convolutions too: activations, additions, concatenations.
-        residual: Quantize what an addition reads beside its convolution.
-        float_stem: Keep the convolution that reads the image float: with 3 input channels its float kernel is the
-            faster one, and its error is one of the largest.
-        stem_bits: Most bits of weights with which a conversion keeps the convolution that reads the image; None is any.
-        fuse_silu: Write SiLU as one `com.microsoft.QuickGelu` node.
-        transpose_dfl: Take the softmax of the box distances over the last axis, which is the fast one in ONNX Runtime.
-        int32_bias: Write biases as INT32 with a scale; otherwise they stay float.
-    """
+    """What one runtime needs of a quantized graph."""
 
     name: str
-    summary: str
-    weight_bits: int = 8
+    summary: str  # one line for help and reports
+    weight_bits: int = 8  # of the symmetric per-channel weights, stored as INT8 in narrow range
     activation_bits: int = 8
-    symmetric: bool = False
-    signed: bool = False
-    output: bool = True
-    functional: bool = False
-    residual: bool = False
-    float_stem: bool = True
-    stem_bits: int | None = None
-    fuse_silu: bool = True
-    transpose_dfl: bool = True
-    int32_bias: bool = True
+    symmetric: bool = False  # zero is the middle activation code; otherwise it has a code of its own anywhere
+    signed: bool = False  # store activations as signed integers
+    output: bool = True  # quantize convolution outputs too, before the activation
+    functional: bool = False  # quantize what lies between the convolutions: activations, additions, concatenations
+    residual: bool = False  # quantize what an addition reads beside its convolution
+    float_stem: bool = True  # with 3 input channels the float kernel is the faster one, and its error is large
+    stem_bits: int | None = None  # most bits of weights with which a conversion keeps the convolution on the image
+    fuse_silu: bool = True  # write SiLU as one `com.microsoft.QuickGelu` node
+    transpose_dfl: bool = True  # softmax of the box distances over the last axis, the fast one in ONNX Runtime
+    int32_bias: bool = True  # write biases as INT32 with a scale; otherwise they stay float
 
     @property
     def activation(self) -> Spec:
@@ -154,13 +128,7 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def resolve_profile(name: str) -> Profile:
-    """Return the profile called `name`; `auto` picks one by the flags of this CPU.
-
-    Args:
-        name: `auto` or a key of `PROFILES`.
-
-    Returns:
-        The profile.
+    """Return the profile of a name in `PROFILES`; `auto` picks one by the flags of this CPU.
 
     Raises:
         UsageError: If there is no such profile.
