@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,8 @@ def cfg_dir() -> Path:
 
 
 CONFIGS: dict[str, Any] = {
-    "sparsity": SparsityConfig,
-    "prune": PruneConfig,
-    "distill": DistillConfig,
-    "quant": QuantConfig,
-}
+    "sparsity": SparsityConfig, "prune": PruneConfig, "distill": DistillConfig, "quant": QuantConfig,
+}  # fmt: skip
 EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
 COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
 
@@ -39,14 +36,14 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: Any) -> bool:
-    """Tell whether a value is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _listed(value: Any) -> list[Any]:
     """Return the items of a list, or a single value as one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _strings(value: Any) -> bool:
+    """Tell whether a value is one or several strings; layer indices are as good."""
+    return all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in _listed(value))
 
 
 def _stacked(value: Any) -> bool:
@@ -55,75 +52,80 @@ def _stacked(value: Any) -> bool:
     return bool(items) and all(isinstance(v.get("name") if isinstance(v, Mapping) else v, str) for v in items)
 
 
-FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {  # by type of an option: what fits, and what is said if not
-    "bool": (lambda v: isinstance(v, bool), ". Legal: True, False."),
-    "str": (lambda v: isinstance(v, str), ": give a string ({help})."),
-    "int": (lambda v: _number(v) and v == int(v), ": give a whole number ({help})."),
-    "float": (_number, ": give a number ({help})."),
-    "list[int]": (lambda v: all(_whole(n) and n >= 0 for n in _listed(v)), ": give a list of whole numbers ({help})."),
-    "list[str]": (lambda v: all(isinstance(n, str) or _whole(n) for n in _listed(v)), ": give a list of strings."),
+# By type of an option: what fits, how it is read, and what is said if it does not fit.
+FORMS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
+    "bool": (lambda v: isinstance(v, bool), bool, ". Legal: True, False."),
+    "str": (lambda v: isinstance(v, str), str, ": give a string ({help})."),
+    "int": (lambda v: _number(v) and v == int(v), int, ": give a whole number ({help})."),
+    "float": (_number, float, ": give a number ({help})."),
+    "list[int]": (
+        lambda v: all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in _listed(v)),
+        _listed,
+        ": give a list of whole numbers ({help}).",
+    ),
+    "list[str]": (_strings, lambda v: [str(n) for n in _listed(v)], ": give a list of strings."),
+    "str | list[str]": (
+        lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and _strings(v)),
+        lambda v: v if isinstance(v, str) else [str(n) for n in v],
+        ": give a string or a list of strings ({help}).",
+    ),
     "dict[str, float]": (
         lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
+        lambda v: {str(k): float(n) for k, n in v.items()},
         ": give shares of 0 to below 1 by name ({help}).",
     ),
-    "Stack": (_stacked, ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."),
+    "Stack": (
+        _stacked,
+        lambda v: [dict(n) if isinstance(n, Mapping) else n for n in v] if isinstance(v, (list, tuple)) else v,
+        ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}.",
+    ),
 }
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-    "low": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "high": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
+    "low": ("at least", operator.ge), "above": ("above", operator.gt),
+    "high": ("at most", operator.le), "below": ("below", operator.lt),
+}  # fmt: skip
 
 
-def _problem(key: str, f: Field, value: Any) -> str | None:
-    """Return what is wrong with this value of an option, or None."""
-    kind, m = str(f.type).removesuffix(" | None"), f.metadata
+def _read(key: str, f: Field, value: Any) -> Any:
+    """Return the value of an option in its type; the error says what is wrong with it."""
+    kind, optional, _ = str(f.type).partition(" | None")
+    m = f.metadata
+    if value is None and optional:
+        return None
     if value is None:
-        return None if "None" in str(f.type) else f"'{key}=None' is illegal: a value is needed ({m['help']})."
+        raise UsageError(f"'{key}=None' is illegal: a value is needed ({m['help']}).")
     if kind == "Entries":
-        return _entries_problem(key, value)
-    if kind == "str | list[str]":
-        kind = "list[str]" if isinstance(value, (list, tuple)) else "str"
-    fits, words = FORMS[kind]
+        return _entries(key, value)
+    fits, cast, words = FORMS[kind]
     if not fits(value):
-        return f"'{key}={value}' is illegal{words.format(help=m['help'])}"
-    if "choices" in m and value not in m["choices"]:
+        raise UsageError(f"'{key}={value}' is illegal{words.format(help=m['help'])}")
+    if value not in m.get("choices", (value,)):
         near = suggest(value, list(m["choices"]))
-        return f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}."
-    limits = {name: m[name] for name in BOUNDS if name in m}
-    if all(BOUNDS[name][1](value, limit) for name, limit in limits.items()):
-        return None
-    legal = " and ".join(f"{BOUNDS[name][0]} {limit}" for name, limit in limits.items())
-    return f"'{key}={value}' is out of range. Legal: {legal}."
+        raise UsageError(f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}.")
+    if not all(holds(value, m[name]) for name, (_, holds) in BOUNDS.items() if name in m):
+        legal = " and ".join(f"{text} {m[name]}" for name, (text, _) in BOUNDS.items() if name in m)
+        raise UsageError(f"'{key}={value}' is out of range. Legal: {legal}.")
+    return cast(value)
 
 
-def _entries_problem(key: str, value: Any) -> str | None:
-    """Return what is wrong with the form of entries; what they say is looked up where the model is."""
-    try:
-        items = _entries(value)
-    except Exception as e:  # YAML has exceptions of its own
-        reason = str(e).splitlines()[0] if isinstance(e, OSError) else "the file is not valid YAML or JSON"
-        return f"'{key}={value}' is illegal: {reason}. Give a list of dicts, or a YAML or JSON file with one."
-    legal = isinstance(items, list) and all(isinstance(v, Mapping) for v in items)
-    if legal:
-        return None
-    example = "[{'op_types': ['Conv2d'], 'quant_bits': 4}]"
-    return f"'{key}={value}' is illegal: give a list of dicts such as {example}, or a YAML or JSON file with one."
-
-
-def _entries(value: Any) -> Any:
-    """Return a list of dicts as it is, or as it is in a file."""
+def _entries(key: str, value: Any) -> list[dict[str, Any]]:
+    """Return dicts as they are given or lie in a file; what they say is looked up where the model is."""
     import yaml  # Ultralytics' YAML.load reads .yaml files only
 
-    if isinstance(value, Mapping):
-        return [dict(value)]
-    if not isinstance(value, str):
-        return list(value) if isinstance(value, tuple) else value
-    if not Path(value).is_file():
-        raise FileNotFoundError(f"there is no file '{value}'")
-    found = yaml.safe_load(Path(value).read_text())
-    return found.get("config_list") if isinstance(found, Mapping) else found
+    hint = "a list of dicts such as [{'op_types': ['Conv2d'], 'quant_bits': 4}], or a YAML or JSON file with one"
+    items = [value] if isinstance(value, Mapping) else value
+    try:
+        if isinstance(value, str):
+            items = yaml.safe_load(Path(value).read_text())
+    except OSError:
+        raise UsageError(f"'{key}={value}' is illegal: there is no file '{value}'. Give {hint}.") from None
+    except Exception as e:  # YAML has exceptions of its own
+        raise UsageError(f"'{key}={value}' is illegal: the file is not valid YAML or JSON. Give {hint}.") from e
+    if isinstance(items, Mapping):
+        items = items.get("config_list")
+    if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):
+        raise UsageError(f"'{key}={value}' is illegal: give {hint}.")
+    return [dict(v) for v in items]
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,58 +145,39 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
     for technique, given in options.items():
         if technique not in CONFIGS:
             problems.append(f"Unknown technique '{technique}'.{suggest(technique, list(CONFIGS))}")
-            continue
-        cls = CONFIGS[technique]
-        known = {f.name: f for f in fields(cls)}
-        if given is None or given is False:
-            parsed[technique] = None
-            continue
-        if isinstance(given, cls):
-            given = asdict(given)
-        elif given is True:
-            given = {}
-        if not isinstance(given, Mapping):
-            problems.append(
-                f"'{technique}={given}' is illegal: give options such as '{technique}.{fields(cls)[0].name}=...'."
-            )
-            continue
-        known = {f.name: f for f in fields(cls)}
-        given = {k: v for k, v in given.items() if k in known or v not in RETIRED.get(f"{technique}.{k}", ())}
-        for name, value in given.items():
-            key = f"{technique}.{name}"
-            if name not in known:
-                problems.append(f"Unknown option '{key}'.{suggest(key, [f'{technique}.{n}' for n in known])}")
-            elif problem := _problem(key, known[name], value):
-                problems.append(problem)
-        if not problems:
-            parsed[technique] = cls(**{k: _cast(known[k], v) for k, v in given.items()})
+        else:
+            parsed[technique] = None if given is None or given is False else _config(technique, given, problems)
     prune, sparsity = parsed.get("prune"), parsed.get("sparsity")
     if prune and sparsity and prune.method == "auto":  # the criterion that goes with the penalty
         parsed["prune"] = replace(prune, method=sparsity.method)
-    if not problems:
-        problems += _conflicts(parsed)
+    problems = problems or [*_conflicts(parsed)]
     if problems:
         more = "" if len(problems) == 1 else f"{len(problems)} problems with the options:\n  "
         raise UsageError(more + "\n  ".join(problems) + " See `yolo-ext help` for all options.")
     return {**EXT_DEFAULTS, **parsed}
 
 
-def _cast(f: Field, value: Any) -> Any:
-    """Return a legal value in the type of its option."""
-    kind = str(f.type).removesuffix(" | None")
-    if value is None:
+def _config(technique: str, given: Any, problems: list[str]) -> Any:
+    """Return the config of a technique; what is wrong with its options is added to `problems`."""
+    cls = CONFIGS[technique]
+    known = {f.name: f for f in fields(cls)}
+    given = asdict(given) if isinstance(given, cls) else {} if given is True else given
+    if not isinstance(given, Mapping):
+        problems.append(
+            f"'{technique}={given}' is illegal: give options such as '{technique}.{next(iter(known))}=...'."
+        )
         return None
-    if kind == "Entries":
-        return [dict(v) for v in _entries(value)]
-    if kind == "Stack":
-        return [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, (list, tuple)) else value
-    if kind == "dict[str, float]":
-        return {str(k): float(v) for k, v in value.items()}
-    if kind == "list[int]":
-        return _listed(value)
-    if "list" in kind and not (kind.startswith("str") and isinstance(value, str)):
-        return [str(v) for v in _listed(value)]
-    return {"int": int, "float": float}.get(kind, lambda v: v)(value)
+    values = {}
+    for name, value in given.items():
+        key = f"{technique}.{name}"
+        if name in known:
+            try:
+                values[name] = _read(key, known[name], value)
+            except UsageError as e:
+                problems.append(str(e))
+        elif value not in RETIRED.get(key, ()):
+            problems.append(f"Unknown option '{key}'.{suggest(key, [f'{technique}.{n}' for n in known])}")
+    return cls(**values)
 
 
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
@@ -203,53 +186,44 @@ def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
     return [kind(text) for text in (str(item).strip() for item in items) if text]
 
 
-def _conflicts(parsed: Mapping[str, Any]) -> list[str]:
-    """Return the problems between options that are legal one by one."""
-    prune, distill, sparsity = (parsed.get(k) for k in ("prune", "distill", "sparsity"))
-    problems = _prune_conflicts(prune) if prune else []
-    if sparsity and sparsity.end is not None and sparsity.end <= sparsity.start:
-        problems.append(f"'sparsity.end={sparsity.end}' is not after 'sparsity.start={sparsity.start}'.")
-    return problems + (_distill_conflicts(distill) if distill else [])
+def _conflicts(parsed: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problems between options that are legal one by one."""
+    if parsed.get("prune"):
+        yield from _prune_conflicts(parsed["prune"])
+    for technique in ("sparsity", "distill"):
+        cfg = parsed.get(technique)
+        if cfg and cfg.end is not None and cfg.end <= cfg.start:
+            yield f"'{technique}.end={cfg.end}' is not after '{technique}.start={cfg.start}'."
+    if cfg and not cfg.features and not cfg.logits:
+        yield "'distill.features' and 'distill.logits' are both off: give at least one loss."
+    if cfg and cfg.layers and not cfg.features:
+        yield f"'distill.layers={cfg.layers}' goes with 'distill.features', which is off."
+    if cfg and isinstance(cfg.teacher, list) and (not cfg.teacher or {"self", "ema"} & set(cfg.teacher)):
+        yield f"'distill.teacher={cfg.teacher}' is illegal: several teachers are a list of .pt files."
 
 
-def _distill_conflicts(cfg: DistillConfig) -> list[str]:
-    """Return the problems between options of distillation."""
-    problems = []
-    if not cfg.features and not cfg.logits:
-        problems.append("'distill.features' and 'distill.logits' are both off: give at least one loss.")
-    if cfg.end is not None and cfg.end <= cfg.start:
-        problems.append(f"'distill.end={cfg.end}' is not after 'distill.start={cfg.start}'.")
-    if cfg.layers and not cfg.features:
-        problems.append(f"'distill.layers={cfg.layers}' goes with 'distill.features', which is off.")
-    if cfg.teacher == [] or (isinstance(cfg.teacher, list) and {"self", "ema"} & set(cfg.teacher)):
-        problems.append(f"'distill.teacher={cfg.teacher}' is illegal: several teachers are a list of .pt files.")
-    return problems
-
-
-def _prune_conflicts(cfg: PruneConfig) -> list[str]:
-    """Return the problems between options of pruning."""
-    problems = []
+def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
+    """Yield the problems between options of pruning."""
     targets = [t for t in TARGETS if getattr(cfg, t) is not None]
     if len(targets) > 1:
-        problems.append(f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them.")
+        yield f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them."
     if not targets and not cfg.ratios and cfg.scope != "pagcp" and cfg.kind == "structured":
         others = ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
-        problems.append(f"Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), {others} or 'prune.ratios'.")
+        yield f"Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), {others} or 'prune.ratios'."
     if cfg.kind == "unstructured" and targets != ["ratio"]:
-        problems.append("'prune.kind=unstructured' needs 'prune.ratio' and no other target, such as prune.ratio=0.8.")
+        yield "'prune.kind=unstructured' needs 'prune.ratio' and no other target, such as prune.ratio=0.8."
     if cfg.kind == "2:4" and targets:
-        problems.append(f"'prune.kind=2:4' always zeroes half of the weights: leave 'prune.{targets[0]}' out.")
+        yield f"'prune.kind=2:4' always zeroes half of the weights: leave 'prune.{targets[0]}' out."
     if cfg.kind != "structured" and (cfg.ratios or cfg.sensitivity or cfg.scope not in ("global", "local")):
-        problems.append(f"'prune.kind={cfg.kind}' knows no 'ratios', 'sensitivity' or 'scope={cfg.scope}'.")
+        yield f"'prune.kind={cfg.kind}' knows no 'ratios', 'sensitivity' or 'scope={cfg.scope}'."
     if cfg.at and (cfg.every or cfg.steps or cfg.start is not None or cfg.end is not None):
-        problems.append("'prune.at' lists the epochs: leave 'prune.every', 'start', 'end' and 'steps' out.")
+        yield "'prune.at' lists the epochs: leave 'prune.every', 'start', 'end' and 'steps' out."
     if cfg.at != sorted(set(cfg.at)):
-        problems.append(f"'prune.at={cfg.at}' is illegal: give each epoch once, in order.")
+        yield f"'prune.at={cfg.at}' is illegal: give each epoch once, in order."
     if cfg.start is not None and cfg.end is not None and cfg.end < cfg.start:
-        problems.append(f"'prune.end={cfg.end}' is before 'prune.start={cfg.start}'.")
+        yield f"'prune.end={cfg.end}' is before 'prune.start={cfg.start}'."
     if cfg.sensitivity and cfg.scope == "pagcp":
-        problems.append("'prune.sensitivity' and 'prune.scope=pagcp' both share out the channels: give one.")
-    return problems
+        yield "'prune.sensitivity' and 'prune.scope=pagcp' both share out the channels: give one."
 
 
 def as_plain(configs: Mapping[str, Any]) -> dict[str, Any]:
