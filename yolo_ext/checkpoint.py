@@ -2,11 +2,8 @@
 """Stock-class checkpoints with a plain-dict manifest, atomic writes, and the tripwire against silent un-pruning.
 
 The manifest is a plain dict in the attribute `yolo_ext` of the model (so that it follows the module through EMA,
-`deepcopy` and every stock save, and loads without this package), repeated under the key `yolo_ext` of the checkpoints
-that we write. `manifest` reads it, `note` writes it.
+`deepcopy` and every stock save, and loads without this package), repeated under that key of the checkpoints we write.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -52,38 +49,31 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise
 
 
+def as_bytes(found: Any) -> bytes:
+    """Return what `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    return buffer.getvalue()
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What was done to a model, as plain data; a field is empty where nothing of the kind was.
+    """What was done to a model, as plain data; a field is empty where nothing of the kind was."""
 
-    Attributes:
-        schema: Version of this layout; 0 in files from before it had one.
-        version: yolo_ext that wrote it last.
-        yaml: Model YAML before the tripwire was set.
-        parent: Fingerprint of the model that a later pruning counts from.
-        dense: Figures of the model that a run with several pruning steps started with: `gflops`, `params`, `size_mb`,
-            `imgsz` and, where it was measured, `score`.
-        prune: `config`, `kept` and `shapes` in the numbering of the first dense model, its fingerprint `parent`,
-            `frozen` (reason by layer), `coupled`, `notes`, `gap` of the proof, and `steps` of a pruning in training.
-        masks: `kind`, `layers` and `ratio` of zero weights.
-        sparsity: Last state of a sparsity training: `method`, `coefficient`, `epochs`, `threshold`, `share`, `speedup`.
-        merged: Paths of the blocks whose branches were merged.
-        quant: `profile`, `options`, `float` (reason by layer), `calibration`, `state` (ranges), and, after QAT, the
-            accuracies `ptq` and `base`.
-        other: What a newer yolo_ext knows besides; it stays in the file.
-    """
-
-    schema: int = 0
-    version: str = ""
-    yaml: Mapping[str, Any] = field(default_factory=dict)
-    parent: str = ""
-    dense: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = 0  # version of this layout; 0 in files from before it had one
+    version: str = ""  # of yolo_ext that wrote it last
+    yaml: Mapping[str, Any] = field(default_factory=dict)  # model YAML before the tripwire was set
+    parent: str = ""  # fingerprint of the model that a later pruning counts from
+    dense: Mapping[str, Any] = field(default_factory=dict)  # figures of what a run with several prunings started with
+    # `kept` and `shapes` count in the dense model of fingerprint `parent`; `gap` is of the proof; one of `steps` each
+    # is a pruning in training; and `config`, `frozen` (reason by layer), `coupled` and `notes`.
     prune: Mapping[str, Any] = field(default_factory=dict)
-    masks: Mapping[str, Any] = field(default_factory=dict)
-    sparsity: Mapping[str, Any] = field(default_factory=dict)
-    merged: Sequence[str] = ()
+    masks: Mapping[str, Any] = field(default_factory=dict)  # `kind`, `layers` and `ratio` of zero weights
+    sparsity: Mapping[str, Any] = field(default_factory=dict)  # last state of a sparsity training
+    merged: Sequence[str] = ()  # paths of the blocks whose branches were merged
+    # `profile`, `options`, `float` (reason by layer), `calibration`, `state` (ranges); after QAT, its `ptq` and `base`.
     quant: Mapping[str, Any] = field(default_factory=dict)
-    other: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)  # what a newer yolo_ext knows besides; it stays in the file
 
 
 FIELDS = frozenset(f.name for f in fields(Manifest)) - {"other"}
@@ -153,16 +143,13 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
         raise ValueError(f"Checkpoint would hold classes of yolo_ext: {foreign}.")
     m = deepcopy(model).cpu()
     m.criterion = None
-    args = getattr(m, "args", None)
-    m.args = dict(args) if isinstance(args, dict) else dict(vars(args)) if args is not None else {}
+    args = getattr(m, "args", None) or {}
+    m.args = dict(args if isinstance(args, dict) else vars(args))
     m = m.half().eval().requires_grad_(False)
     ckpt = {
         "epoch": -1,
-        "best_fitness": None,
+        **dict.fromkeys(("best_fitness", "ema", "updates", "optimizer")),
         "model": m,
-        "ema": None,
-        "updates": None,
-        "optimizer": None,
         "train_args": m.args,
         "date": datetime.now().isoformat(),
         "version": ultralytics.__version__,
@@ -170,9 +157,7 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
         MANIFEST: getattr(m, MANIFEST, {}),
         **extra,
     }
-    buffer = io.BytesIO()
-    torch.save(ckpt, buffer)
-    return buffer.getvalue()
+    return as_bytes(ckpt)
 
 
 def size_mb(model: nn.Module) -> float:
@@ -181,19 +166,7 @@ def size_mb(model: nn.Module) -> float:
 
 
 def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
-    """Write a checkpoint that plain ``YOLO`` loads, whole or not at all.
-
-    Args:
-        model: Float model of stock classes only; it is not changed.
-        path: Where to write the ``.pt``.
-        extra: More plain entries for the checkpoint dict, such as ``train_metrics``.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: If a module of ours is still inside, which plain Ultralytics could not load.
-    """
+    """Write a checkpoint of stock classes, with plain `extra` entries, that plain ``YOLO`` loads; return the path."""
     atomic_write(path, serialised(model, **extra))
     return Path(path)
 
@@ -202,6 +175,4 @@ def finalize(path: Path) -> None:
     """Repeat the manifest of a finished checkpoint under its own key, where tools find it without the module."""
     ckpt = torch.load(path, map_location="cpu", weights_only=False)
     ckpt[MANIFEST] = getattr(ckpt.get("ema") or ckpt["model"], MANIFEST, {})
-    buffer = io.BytesIO()
-    torch.save(ckpt, buffer)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, as_bytes(ckpt))

@@ -22,8 +22,7 @@ from ultralytics.utils.patches import imread
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.detector import NO_METADATA, open_session, session_options
-from yolo_ext.stock.data import LetterBox
-from yolo_ext.stock.load import as_exported, choose_head, float_model, with_nms
+from yolo_ext.stock.load import LetterBox, as_exported, choose_head, float_model, with_nms
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs

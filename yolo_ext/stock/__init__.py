@@ -2,7 +2,7 @@
 """Every touch of Ultralytics internals; nothing else in this package imports them.
 
 `context` is the Ultralytics that is there and what surrounds a model that runs, `model` knows blocks and heads, `load`
-reads and exports files, `accuracy` runs validators, and `data` and `trainer` are the parts of these names.
+reads models and data and exports, `accuracy` runs validators, and `trainer` is what trainers are extended at.
 """
 
 # fmt: off

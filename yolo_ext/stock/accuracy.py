@@ -13,8 +13,7 @@ from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
-from yolo_ext.stock.data import check_det_dataset
-from yolo_ext.stock.load import float_model, head_args
+from yolo_ext.stock.load import check_det_dataset, float_model, head_args
 
 VALIDATORS: dict[str, Any] = {
     "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,

@@ -1,21 +1,37 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Models read from files (stock checkpoints, model YAMLs), made to return what their export returns, and exported."""
+"""Models and data sets read from files as Ultralytics reads them, and models exported as it exports them."""
 
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 from ultralytics import RTDETR, YOLO
+from ultralytics.data import ClassificationDataset, YOLODataset, build_yolo_dataset
+from ultralytics.data.augment import CenterCrop, LetterBox
+from ultralytics.data.converter import merge_multi_segment
+from ultralytics.data.utils import (
+    IMG_FORMATS,
+    check_cls_dataset,
+    check_det_dataset,
+    exif_size,
+    find_dataset_yaml,
+    img2label_paths,
+)  # fmt: skip
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import DEFAULT_CFG_DICT, checks
+from ultralytics.utils import DEFAULT_CFG_DICT, checks, patches
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import check_stock, get_cfg, quiet, replaced
 from yolo_ext.stock.model import task_of
+
+LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
+# Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
+open_image = getattr(patches, "_image_open", Image.open)
 
 
 def no_autoinstall() -> AbstractContextManager[None]:
@@ -138,3 +154,20 @@ def export_file(model: Any, folder: Path, **args: Any) -> Path:
     model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
     with quiet(), no_autoinstall():
         return Path(Exporter(overrides={"device": "cpu", "mode": "export", **args})(model))
+
+
+def labelled_dataset(
+    info: dict[str, Any], task: str, imgsz: int, batch: int, stride: int = 32, given: dict[str, Any] | None = None
+) -> tuple[Any, list[Path]]:
+    """Return the train split of a checked dataset dict, square and not augmented, and its image files in order.
+
+    Of the training arguments `given` of a model, those count that say how masks and classes are read.
+    """
+    chosen = {k: v for k, v in (given or {}).items() if k in LABEL_ARGS}
+    hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})
+    with quiet():
+        if task == "classify":
+            data: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
+            return data, [Path(sample[0]) for sample in data.samples]
+        data = build_yolo_dataset(hyp, info["train"], batch, info, mode="val", rect=False, stride=stride)
+    return data, [Path(f) for f in data.im_files]

@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Ultralytics' models: their blocks and heads, what remains of them once deployed, their sizes."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -87,7 +88,7 @@ def max_stride(model: nn.Module) -> int:
 def image_size(net: nn.Module, ckpt: Mapping[str, Any], given: Any = None, *, rounded: bool = False) -> int:
     """Return the side in pixels of the square input: as given, else that of the checkpoint's training, else 640.
 
-    What is no multiple of the model's largest stride is refused, or rounded up as a training of Ultralytics does.
+    What is no multiple of the model's largest stride is refused, or `rounded` up as a training of Ultralytics does.
     """
     stride = max_stride(net)
     whole = isinstance(given, int) and not isinstance(given, bool) and given > 0
@@ -101,11 +102,8 @@ def image_size(net: nn.Module, ckpt: Mapping[str, Any], given: Any = None, *, ro
 
 
 def probe_size(model: nn.Module) -> int:
-    """Return the side in pixels of the smallest image that shows how the channels of a model are coupled.
-
-    Two cells on the coarsest level; a transformer head also needs as many cells as it has queries.
-    """
-    stride = max_stride(model)
+    """Return the side in pixels of the smallest image that shows how the channels of a model are coupled."""
+    stride = max_stride(model)  # two cells on the coarsest level, and as many cells as a transformer has queries
     size, queries = 2 * stride, getattr(detection_head(model), "num_queries", 0)
     while sum((size * 4 // stride // 2**level) ** 2 for level in range(3)) < queries:
         size += stride
@@ -122,13 +120,9 @@ def returned_tensors(out: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a YOLO returns, without the neck maps that the head passes along as ``feats``."""
     if isinstance(out, torch.Tensor):
         yield out
-    elif isinstance(out, dict):
-        for k, v in out.items():
-            if k != "feats":
-                yield from returned_tensors(v)
-    elif isinstance(out, (list, tuple)):
-        for v in out:
-            yield from returned_tensors(v)
+    elif isinstance(out, (dict, list, tuple)):
+        for part in [v for k, v in out.items() if k != "feats"] if isinstance(out, dict) else out:
+            yield from returned_tensors(part)
 
 
 def refresh_widths(model: nn.Module, kept: dict[str, dict[str, list[int]]] | None = None) -> None:
@@ -228,13 +222,8 @@ def branches(raw: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
 
 def level_inputs(model: nn.Module) -> list[str]:
     """Return, for each level, the path of the first layer of the head's box branch, whose input is the neck map."""
-    index = len(model.model) - 1
-    head = detection_head(model)
-    names = []
-    for level, branch in enumerate(head.cv2):
-        layer = next(n for n, m in branch.named_modules() if isinstance(m, nn.Conv2d))
-        names.append(f"model.{index}.cv2.{level}.{layer}")
-    return names
+    first = [next(n for n, m in b.named_modules() if isinstance(m, nn.Conv2d)) for b in detection_head(model).cv2]
+    return [f"{head_prefix(model)}cv2.{level}.{layer}" for level, layer in enumerate(first)]
 
 
 def level_widths(model: nn.Module) -> list[int]:
@@ -251,8 +240,6 @@ def restart_ema(ema: Any) -> None:
 
 def rewrap(trainer: Any) -> None:
     """Wrap the model of a multi-GPU run anew after surgery: DDP holds on to the parameters that it was made with."""
-    import inspect
-
     old = trainer.model
     if not isinstance(old, nn.parallel.DistributedDataParallel):
         return
@@ -268,5 +255,5 @@ def freeze(model: nn.Module, layers: Any) -> None:
     chosen = layers if isinstance(layers, list) else range(layers) if isinstance(layers, int) else []
     prefixes = tuple(f"model.{i}." for i in chosen)
     for name, p in model.named_parameters():
-        if prefixes and name.startswith(prefixes):
+        if name.startswith(prefixes):
             p.requires_grad_(False)

@@ -18,7 +18,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.pruning.evidence import Probes
-from yolo_ext.stock.data import labelled_dataset
+from yolo_ext.stock.load import labelled_dataset
 
 ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
 
