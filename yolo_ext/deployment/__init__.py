@@ -9,27 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # at run time a name is imported on its first use: all but the detector need torch
     from yolo_ext.deployment.detector import Detections, Detector
     from yolo_ext.deployment.export import export_onnx, export_openvino
-    from yolo_ext.deployment.latency import bench, measure, speedup
-    from yolo_ext.deployment.runtime import conv_report, describe, predictor
+    from yolo_ext.deployment.latency import bench, speedup
+    from yolo_ext.deployment.runtime import conv_report, predictor
 
 __all__ = [
-    "Detections",
-    "Detector",
-    "bench",
-    "conv_report",
-    "describe",
-    "export_onnx",
-    "export_openvino",
-    "measure",
-    "predictor",
-    "speedup",
-]
-_HOMES = ("detector", "latency", "runtime", "export")  # where they are, the lightest first
+    "Detections", "Detector", "bench", "conv_report", "export_onnx", "export_openvino", "predictor", "speedup",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use."""
+    """Import public names on first use, from the lightest file that has them."""
     if name not in __all__:
         raise AttributeError(f"module 'yolo_ext.deployment' has no attribute '{name}'")
-    homes = (importlib.import_module(f"yolo_ext.deployment.{home}") for home in _HOMES)
+    homes = (importlib.import_module(f"{__name__}.{home}") for home in ("detector", "runtime", "export", "latency"))
     return next(getattr(home, name) for home in homes if hasattr(home, name))

@@ -23,20 +23,16 @@ def height_width(imgsz: Size) -> tuple[int, int]:
 
 
 def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int, int]:
-    """Return where a letterboxed picture lies in the network's input, from (height, width) of both in pixels.
-
-    That is the scale in x and y (input over picture), and the left and top border in pixels.
-    """
+    """Return scale in x and y, left and top border in px of a letterboxed picture, from (height, width) of both."""
     gain = min(inside[0] / image[0], inside[1] / image[1])
     h, w = (max(round(side * gain), 1) for side in image[:2])
     return w / image[1], h / image[0], round((inside[1] - w) / 2 - 0.1), round((inside[0] - h) / 2 - 0.1)
 
 
 def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndarray:
-    """Return the anchors of a one-to-many head that score above a threshold, each with its best class only.
+    """Return the anchors above a threshold of an output (4 + nc + extras, anchors), each with its best class only.
 
-    The output is (4 + nc + extras, anchors) of one image: x, y, w, h, class scores and extras. A row (N, 6 + extras) is
-    the box in input pixels, x1, y1, x2, y2 or as it was where rotated, score, class, extras.
+    A row (N, 6 + extras) is x1, y1, x2, y2 in input pixels (x, y, w, h where rotated), score, class, extras.
     """
     rows = output[:, output[4 : 4 + nc].max(0) > conf].T
     scores = rows[:, 4 : 4 + nc]
@@ -46,10 +42,7 @@ def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndar
 
 
 def suppress(rows: np.ndarray, iou: float, max_det: int, *, rotated: bool) -> np.ndarray:
-    """Return the rows of `dense` that survive class-aware non-maximum suppression, at most `max_det`, the best first.
-
-    The lower score of two boxes goes whose overlap is above `iou`; the last column of rotated boxes is their angle.
-    """
+    """Return the rows of `dense` that survive class-aware NMS, the best first; rotated ones end with their angle."""
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[:MAX_CANDIDATES]]
     offset: np.ndarray = rows[:, 5:6] * CLASS_OFFSET
     if rotated:
@@ -114,10 +107,9 @@ def around(rboxes: np.ndarray) -> np.ndarray:
 
 
 def masks(protos: np.ndarray, weights: np.ndarray, boxes: np.ndarray, image: Sequence[int]) -> np.ndarray:
-    """Return instance masks (N, height, width), bool, at the size of the picture, cut to their boxes.
+    """Return masks (N, height, width), bool, of a picture of that size, cut to boxes x1, y1, x2, y2 (N, 4).
 
-    Prototypes are (C, h, w) at a quarter of the input's size, coefficients (N, C), boxes x1, y1, x2, y2 (N, 4) and
-    `image` height and width in pixels of the picture.
+    Prototypes are (C, h, w), at a quarter of the input's size, and their weights (N, C).
     """
     c, *small = protos.shape
     height, width = image[:2]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,34 +19,23 @@ from yolo_ext.deployment import decode
 Image: TypeAlias = str | Path | np.ndarray
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 GREY = 114  # of the border
+NO_METADATA = "ONNX model '{}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
 PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one picture, the best score first.
+    """What was found in one picture, the best score first; all in pixels of the picture."""
 
-    Attributes:
-        boxes: x1, y1, x2, y2 in pixels of the picture (N, 4), float32.
-        scores: Confidences (N,), float32.
-        classes: Class indices (N,), int64.
-        names: Class names by class index.
-        shape: Height and width of the picture in pixels.
-        masks: Segment: one mask of the picture's size for each box (N, height, width), bool.
-        keypoints: Pose: x, y in pixels of the picture and, where the model has it, visibility (N, K, 2 or 3).
-        rboxes: OBB: x, y, w, h in pixels of the picture and the angle in radians (N, 5); `boxes` lie upright around it.
-        probs: Classify: probability of each class; there are no boxes then.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-    names: dict[int, str]
-    shape: tuple[int, int]
-    masks: np.ndarray | None = None
-    keypoints: np.ndarray | None = None
-    rboxes: np.ndarray | None = None
-    probs: np.ndarray | None = None
+    boxes: np.ndarray  # x1, y1, x2, y2 (N, 4), float32
+    scores: np.ndarray  # confidences (N,), float32
+    classes: np.ndarray  # class indices (N,), int64
+    names: dict[int, str]  # class names by class index
+    shape: tuple[int, int]  # height and width of the picture
+    masks: np.ndarray | None = None  # segment: one for each box (N, height, width), bool
+    keypoints: np.ndarray | None = None  # pose: x, y and, where the model has it, visibility (N, K, 2 or 3)
+    rboxes: np.ndarray | None = None  # OBB: x, y, w, h and radians (N, 5); `boxes` lie upright around them
+    probs: np.ndarray | None = None  # classify: probability of each class; there are no boxes then
 
     def __len__(self) -> int:
         """Return the number of boxes."""
@@ -55,22 +45,13 @@ class Detections:
 class Detector:
     """An exported YOLO: call it with a picture, or a list of pictures.
 
-    Attributes:
-        task: Ultralytics task of the model.
-        names: Class names by class index.
-        imgsz: Height and width of the network's input in pixels.
+    It has a ``task``, ``names`` by class index, and ``imgsz``, height and width of the network's input in pixels.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        conf: float = 0.25,
-        iou: float = 0.7,
-        classes: Sequence[int | str] | None = None,
-        threads: int | None = None,
-        max_det: int = 300,
-        imgsz: int | Sequence[int] | None = None,
-    ) -> None:
+        self, path: str | Path, conf: float = 0.25, iou: float = 0.7, classes: Sequence[int | str] | None = None,
+        threads: int | None = None, max_det: int = 300, imgsz: int | Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Open the file.
 
         Args:
@@ -86,7 +67,12 @@ class Detector:
         Raises:
             UsageError: The file or an option is not usable.
         """
-        _check_range(conf, iou, threads, max_det)
+        for key, value in (("conf", conf), ("iou", iou)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"'{key}={value}' is illegal. Legal: 0 to 1.")
+        for key, count in (("threads", threads), ("max_det", max_det)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
         self._session = open_session(path, session_options(threads))
         self._meta = _metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
@@ -184,10 +170,7 @@ class Detector:
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = None) -> np.ndarray:
-    """Scale a picture (H, W, C), uint8, into a frame of (height, width) and fill it with grey, as Ultralytics does.
-
-    With a stride the border is cut down to the next multiple of it.
-    """
+    """Scale a picture (H, W, C), uint8, into a grey frame (height, width), which a stride cuts to its multiples."""
     h, w = image.shape[:2]
     gain = min(size[0] / h, size[1] / w)
     inner = max(round(w * gain), 1), max(round(h * gain), 1)
@@ -231,13 +214,11 @@ def _resize_smooth(image: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 def _read(source: Image, channels: int) -> np.ndarray:
     """Return a picture (H, W, C), uint8, in BGR or grey."""
-    image: Any = source
-    if not isinstance(source, np.ndarray):
-        try:
+    image: Any = source if isinstance(source, np.ndarray) else None
+    if image is None:
+        with contextlib.suppress(OSError, cv2.error):
             flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
             image = cv2.imdecode(np.fromfile(source, np.uint8), flag)
-        except (OSError, cv2.error):
-            image = None
         if image is None:
             raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
     image = np.atleast_3d(image)
@@ -277,15 +258,12 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
     """Return Ultralytics' metadata: task, names, stride, imgsz, kpt_shape, and how the output is to be read."""
     found: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     if not found.get("names") or not found.get("task"):
-        raise UsageError(
-            f"ONNX model '{path}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
-        )
+        raise UsageError(NO_METADATA.format(path))
     if found["task"] not in TASKS:
         raise UsageError(f"Task '{found['task']}' of '{path}' is not supported. Legal: {', '.join(TASKS)}.")
     try:
         found |= {key: ast.literal_eval(found[key]) if key in found else None for key in PARSED}
-        names = found["names"]
-        names = names if isinstance(names, dict) else dict(enumerate(names))
+        names = found["names"] if isinstance(found["names"], dict) else dict(enumerate(found["names"]))
         found["names"] = {int(k): str(v) for k, v in names.items()}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UsageError(f"The metadata of '{path}' cannot be read ({error}). Export the model again.") from error
@@ -314,13 +292,3 @@ def _class_index(given: int | str, names: dict[int, str]) -> int:
     if not found:
         raise UsageError(f"Unknown class '{given}'. Legal: {', '.join(f'{i} {n}' for i, n in names.items())}.")
     return found[0]
-
-
-def _check_range(conf: float, iou: float, threads: int | None, max_det: int) -> None:
-    """Refuse illegal options."""
-    for key, value in (("conf", conf), ("iou", iou)):
-        if not 0 <= value <= 1:
-            raise UsageError(f"'{key}={value}' is illegal. Legal: 0 to 1.")
-    for key, count in (("threads", threads), ("max_det", max_det)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
