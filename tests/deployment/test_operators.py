@@ -7,8 +7,7 @@ import torch
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.footprint import peak_memory
-from yolo_ext.deployment.latency import runtime_of
-from yolo_ext.deployment.operators import around, operators, saved_ms
+from yolo_ext.deployment.latency import around, operators, runtime_of, saved_ms
 from yolo_ext.stock import module_path
 
 

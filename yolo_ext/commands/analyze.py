@@ -150,7 +150,7 @@ def _of_quantization(
 def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
     """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
     from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.operators import saved_ms
+    from yolo_ext.deployment.latency import saved_ms
     from yolo_ext.quantization.qdq import write_qdq
     from yolo_ext.quantization.spec import resolve_profile
 

@@ -149,7 +149,7 @@ def _about(
     """Return what is measured once for each model: size, surroundings, memory, accuracy."""
     from yolo_ext import runs
     from yolo_ext.deployment.footprint import peak_memory
-    from yolo_ext.deployment.operators import around
+    from yolo_ext.deployment.latency import around
     from yolo_ext.deployment.runtime import conv_report
     from yolo_ext.stock.accuracy import accuracy
 
@@ -185,7 +185,7 @@ def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, imag
 
 def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
     """Return and print the time of each operator inside ONNX Runtime, by file."""
-    from yolo_ext.deployment.operators import operators
+    from yolo_ext.deployment.latency import operators
     from yolo_ext.reporting.tables import align
 
     found = {f: operators(f, size, threads=threads, batch=batch) for f in files if f.endswith(".onnx")}

@@ -1,15 +1,12 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Peak memory of a process that does nothing but run one model: ``python -m yolo_ext.deployment.footprint FILE ...``.
-
-Light on purpose: exported models are run without importing torch, as in deployment.
-"""
+"""Peak memory of a process that only runs one model, without torch for exported ones: ``python -m ...footprint``."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,10 @@ RUNS = 3
 
 
 def peak_memory(path: str | Path, imgsz: int, threads: int = 1, batch: int = 1) -> dict[str, float] | None:
-    """Return the memory in MB (10^6 bytes) of a process that runs a ``.pt``, ``.onnx`` or ``*_openvino_model``.
+    """Return the resident memory in MB (10^6 bytes) of a process that runs a ``.pt``, ``.onnx`` or OpenVINO folder.
 
-    That is ``peak_mb`` (largest resident memory) and ``runtime_mb`` (of the runtime before it loads the model); None
-    where the system does not tell (no /proc) or the process failed.
+    That is ``peak_mb`` and ``runtime_mb`` (of the runtime before it loads the model); None where the system does not
+    tell (no /proc) or the process failed.
     """
     words = [sys.executable, "-m", "yolo_ext.deployment.footprint", str(Path(path).resolve())]
     words += [str(n) for n in (imgsz, threads, batch)]
@@ -35,15 +32,6 @@ def _status(key: str) -> float:
     """Return a figure of this process in MB; not of getrusage, whose maximum is inherited from the parent process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def _run(path: Path, imgsz: int, threads: int, batch: int) -> dict[str, float]:
-    """Run a model a few times and return the memory, see `peak_memory`."""
-    load = _load_openvino if path.is_dir() else _load_onnx if path.suffix == ".onnx" else _load_torch
-    before, runner = load(path, imgsz, threads, batch)
-    for _ in range(RUNS):
-        runner()
-    return {"peak_mb": _status("VmHWM"), "runtime_mb": before}
 
 
 def _load_openvino(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
@@ -76,13 +64,31 @@ def _load_torch(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float
     """Return the memory with torch and Ultralytics alone, and a function that runs the model once."""
     import torch
 
-    from yolo_ext.deployment.latency import RUNNERS
     from yolo_ext.stock import load  # noqa: F401  part of the runtime, not of the model
 
     torch.set_num_threads(threads)
     before = _status("VmRSS")
-    return before, RUNNERS["torch"](path, imgsz, threads, batch)
+    return before, torch_runner(path, imgsz, threads, batch)
+
+
+def torch_runner(path: Path, imgsz: int | Sequence[int], _threads: int, batch: int) -> Callable[[], Any]:
+    """Return a function that runs a ``.pt`` once in torch, fused, in as many threads as torch has."""
+    import torch
+
+    from yolo_ext.stock import load, quiet
+
+    with quiet():
+        model = load.as_exported(load.float_model(path).fuse())
+    size = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
+    shape = (batch, model.yaml.get("channels", 3), *size)
+    x = torch.from_numpy(np.random.default_rng(0).random(shape, dtype=np.float32))
+    return torch.inference_mode()(lambda: model(x))
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run(Path(sys.argv[1]), *(int(n) for n in sys.argv[2:5]))))
+    file, settings = Path(sys.argv[1]), [int(n) for n in sys.argv[2:5]]
+    load = _load_openvino if file.is_dir() else _load_onnx if file.suffix == ".onnx" else _load_torch
+    runtime, runner = load(file, *settings)
+    for _ in range(RUNS):
+        runner()
+    print(json.dumps({"peak_mb": _status("VmHWM"), "runtime_mb": runtime}))

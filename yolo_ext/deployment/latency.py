@@ -1,57 +1,53 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Latency side by side: models take turns, so that a change of clock or load meets them all alike."""
+"""Latency of models side by side, and where their time goes: operators, and the letterbox and NMS around them."""
 
 from __future__ import annotations
 
 import gc
+import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from ultralytics.utils import TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.export import SUFFIX, compiled
+from yolo_ext.deployment.footprint import torch_runner
+from yolo_ext.deployment.runtime import describe, postprocess, predictor, preprocess, run, session
+from yolo_ext.stock import module_path
 
+Calls: TypeAlias = dict[tuple[str, str], list[float]]  # ms of each call of a node, by its name and operator
 MIN_ROUNDS = 10
 
 
 def measure(
     runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: int = 10, seconds: float | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Time functions interleaved, in a fresh random order each round.
+    """Time functions that take turns, so that a change of clock or load meets them all, after untimed calls of each.
 
-    A rotating order is not enough: it lets each model always follow the same other one, whose leftovers in the cache
-    alone made one file look 2.6 % faster than itself.
-
-    Args:
-        runners: Name to a function that runs the model once.
-        rounds: Timed calls of each function.
-        warmup: Untimed calls of each beforehand.
-        seconds: Stop after this time even if ``rounds`` is not reached, though not before 10 rounds.
-
-    Returns:
-        Per name ``median, p10, p90`` in ms, ``n`` rounds, and ``samples``, the ms of each round for `speedup`.
-
-    Raises:
-        UsageError: Nothing to measure, or fewer than one round.
+    The order is random in each round: in a rotating one a model always follows the same other one, whose leftovers in
+    the cache alone made one file look 2.6 % faster than itself. After ``seconds`` and 10 rounds it ends. Returned are,
+    by name, ``median, p10, p90`` in ms, ``n`` rounds, and ``samples``, the ms of each round for `speedup`.
     """
     if not runners or rounds < 1:
         raise UsageError(f"Cannot measure {len(runners)} models over {rounds} rounds. Give at least one of each.")
-    names = list(runners)
-    for name in names:
+    for runner in runners.values():
         for _ in range(warmup):
-            runners[name]()
-    samples: dict[str, list[float]] = {name: [] for name in names}
+            runner()
+    samples: dict[str, list[float]] = {name: [] for name in runners}
     order = np.random.default_rng(0)
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of one call would be charged to that model
     start = time.perf_counter()
     try:
         for r in TQDM(range(rounds), desc="Latency", leave=False):
-            for name in order.permutation(names).tolist():
+            for name in order.permutation(list(runners)).tolist():
                 t = time.perf_counter()
                 runners[name]()
                 samples[name].append((time.perf_counter() - t) * 1e3)
@@ -77,8 +73,8 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     agree on which model is faster, over at least 10 rounds.
 
     Args:
-        before: Entry of `measure` for the reference.
-        after: Entry of the same `measure` call for the model to judge.
+        before: What `bench` gives for the reference.
+        after: What the same call gives for the model to judge.
 
     Returns:
         ``ratio`` (median; above 1 means ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
@@ -89,93 +85,54 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     a, b = np.asarray(before["samples"]), np.asarray(after["samples"])
     if len(a) != len(b):
         raise UsageError(f"Runs of {len(a)} and {len(b)} rounds cannot be paired. Measure both in one call.")
-    ratio = _spread(a / b)
-    outside = ratio["p10"] > 1 or ratio["p90"] < 1
-    return {
-        "ratio": ratio["median"],
-        "p10": ratio["p10"],
-        "p90": ratio["p90"],
-        "significant": outside and len(a) >= MIN_ROUNDS,
-    }
+    found = _spread(a / b)
+    outside = found["p10"] > 1 or found["p90"] < 1
+    return {"ratio": found.pop("median"), **found, "significant": outside and len(a) >= MIN_ROUNDS}
 
 
-def check_fits(path: Path, legal: list[Any], imgsz: Size, batch: int) -> None:
-    """Refuse images that a graph of input shape ``legal`` (B, C, H, W), open where no number stands, does not take."""
-    want = (batch, *height_width(imgsz))
-    if any(isinstance(size, int) and size != w for w, size in zip(want, (legal[0], *legal[2:]))):
+def _noise(path: str | Path, legal: list[Any], imgsz: Size, batch: int) -> np.ndarray:
+    """Return random images for a graph of input shape ``legal`` (B, C, H, W), open where no number stands."""
+    h, w = height_width(imgsz)
+    if any(isinstance(size, int) and size != want for want, size in zip((batch, h, w), (legal[0], *legal[2:]))):
         raise UsageError(
             f"'{path}' is a static graph of shape {legal}; batch={batch} and imgsz={imgsz} do not fit. "
             "Use its own batch and imgsz, or export it anew, with dynamic=True for any."
         )
+    shape = (batch, legal[1] if isinstance(legal[1], int) else 3, h, w)
+    return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 
 def _onnx_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
     """Return a function that runs a file once in ONNX Runtime."""
-    from yolo_ext.deployment.runtime import run, session
-
     model = session(path, threads)
-    legal = model.get_inputs()[0].shape
-    check_fits(path, legal, imgsz, batch)
-    x = noise(batch, legal[1] if isinstance(legal[1], int) else 3, imgsz)
+    x = _noise(path, model.get_inputs()[0].shape, imgsz, batch)
     return lambda: run(model, x)
 
 
 def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
     """Return a function that runs a file once in OpenVINO."""
-    from yolo_ext.deployment.export import compiled
-
     model = compiled(path, threads)
-    legal = [d.get_length() if d.is_static else None for d in model.input(0).partial_shape]
-    check_fits(path, legal, imgsz, batch)
-    x, request = noise(batch, legal[1] or 3, imgsz), model.create_infer_request()
+    x = _noise(path, [d.get_length() if d.is_static else None for d in model.input(0).partial_shape], imgsz, batch)
+    request = model.create_infer_request()
     return lambda: request.infer([x])
 
 
-def _torch_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
-    """Return a function that runs a file once in torch, fused."""
-    import torch
-
-    from yolo_ext.stock.context import quiet
-    from yolo_ext.stock.load import as_exported, float_model
-
-    with quiet():
-        model = as_exported(float_model(path).fuse())
-    x = torch.from_numpy(noise(batch, model.yaml.get("channels", 3), imgsz))
-
-    def runner() -> None:
-        with torch.inference_mode():
-            model(x)
-
-    return runner
-
-
-def noise(batch: int, channels: int, imgsz: Size) -> np.ndarray:
-    """Return random images (batch, channels, height, width), float32 in 0..1."""
-    return np.random.default_rng(0).random((batch, channels, *height_width(imgsz)), dtype=np.float32)
-
-
-RUNNERS = {"ort": _onnx_runner, "torch": _torch_runner, "openvino": _openvino_runner}
+RUNNERS = {"ort": _onnx_runner, "torch": torch_runner, "openvino": _openvino_runner}
 
 
 def runtime_of(path: str | Path) -> str:
     """Return which runtime a file is measured in, "ort", "torch" or "openvino"; UsageError where none reads it."""
     path = Path(path)
     kinds = {".onnx": "ort", ".pt": "torch"}
-    if path.suffix not in kinds and not path.name.endswith("_openvino_model"):
+    if path.suffix not in kinds and not path.name.endswith(SUFFIX):
         raise UsageError(f"Cannot measure '{path}'. Legal: .onnx and .pt files and *_openvino_model folders.")
     return kinds.get(path.suffix, "openvino")
 
 
 def bench(
-    models: Mapping[str, str | Path],
-    imgsz: Size,
-    *,
-    threads: int = 1,
-    batch: int = 1,
-    rounds: int = 60,
-    warmup: int = 10,
-    seconds: float | None = None,
-) -> dict[str, dict[str, Any]]:
+    models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, batch: int = 1, rounds: int = 60,
+    warmup: int = 10, seconds: float | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Measure files side by side on the CPU.
 
     ``.onnx`` runs in ONNX Runtime, ``.pt`` in torch (fused, eval, inference mode), ``*_openvino_model`` in OpenVINO.
@@ -187,17 +144,15 @@ def bench(
         batch: Images per call; a static ONNX file has a fixed one.
         rounds: Timed calls of each model.
         warmup: Untimed calls of each beforehand.
-        seconds: Time limit of the timed part, see `measure`.
+        seconds: Time after which the measurement ends, though not before 10 rounds.
 
     Returns:
-        Per name what `measure` gives, in ms per call, and ``runtime`` (see `runtime_of`), ``threads``, ``batch`` and
-        ``imgsz``.
+        By name ``median, p10, p90`` in ms per call, ``n`` rounds, ``samples`` (ms of each), ``runtime`` ("ort", "torch"
+        or "openvino"), ``threads``, ``batch`` and ``imgsz``.
 
     Raises:
         UsageError: A file is missing, of another kind, or does not fit ``batch`` and ``imgsz``.
     """
-    import torch
-
     runtimes = {name: runtime_of(file) for name, file in models.items()}
     runners = {name: RUNNERS[runtimes[name]](Path(file), imgsz, threads, batch) for name, file in models.items()}
     # The last session that is opened runs 1 to 3 % faster than copies of it; here that is one which is not measured.
@@ -212,3 +167,89 @@ def bench(
         del spare
     setting = {"threads": threads, "batch": batch, "imgsz": imgsz}
     return {name: {**entry, "runtime": runtimes[name], **setting} for name, entry in found.items()}
+
+
+def operators(path: str | Path, imgsz: int, *, threads: int = 1, batch: int = 1, runs: int = 20) -> dict[str, Any]:
+    """Profile an ONNX file over ``runs`` calls with ONNX Runtime's own profiler.
+
+    Returned are ``nodes`` (``name, op, ms, share`` of each node after ONNX Runtime's optimisations) and ``ops`` (``op,
+    count, ms, share`` summed by operator), both the slowest first, with the mean ms of a call.
+    """
+    times = {key: sum(calls) / runs for key, calls in _profile(path, imgsz, threads, batch, runs).items()}
+    total = sum(times.values()) or 1
+    nodes: list[dict[str, Any]] = [
+        {"name": name, "op": op, "ms": ms, "share": ms / total}
+        for (name, op), ms in sorted(times.items(), key=lambda item: -item[1])
+    ]
+    ops: list[dict[str, Any]] = []
+    for op in {n["op"] for n in nodes}:
+        rows = [n for n in nodes if n["op"] == op]
+        ops.append({"op": op, "count": len(rows), **{k: sum(n[k] for n in rows) for k in ("ms", "share")}})
+    return {"nodes": nodes, "ops": sorted(ops, key=lambda row: -row["ms"])}
+
+
+def _profile(path: str | Path, imgsz: int, threads: int, batch: int, runs: int) -> Calls:
+    """Return the ms of the calls of an ONNX file but the first, which warms up."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = session(path, threads, profile=Path(folder) / "profile")
+        try:
+            x = _noise(path, model.get_inputs()[0].shape, imgsz, batch)
+            for _ in range(runs + 1):
+                run(model, x)
+        finally:
+            file = model.end_profiling()
+        events = [e for e in json.loads(Path(file).read_text()) if e.get("name", "").endswith("_kernel_time")]
+    times: Calls = {}
+    for event in events[len(events) // (runs + 1) :]:  # every call runs the same nodes
+        key = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
+        times.setdefault(key, []).append(event["dur"] / 1e3)
+    return times
+
+
+def saved_ms(
+    fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *, runs: int = 30
+) -> dict[str, float]:
+    """Return how many ms on one thread each layer (module path) gains by INT8, negative where INT8 is slower.
+
+    The Q/DQ nodes and the activation of a layer count with it; what lies between layers does not.
+    """
+    layers = list(layers)
+    before, after = (_by_layer(_profile(file, imgsz, 1, 1, runs), layers) for file in (fp32, int8))
+    return {path: before[path] - after[path] for path in layers}
+
+
+def _by_layer(times: Calls, layers: list[str]) -> dict[str, float]:
+    """Return the median ms of each layer's block from the names of nodes, which follow module paths."""
+    blocks = {path.removesuffix(".conv"): path for path in layers}
+    found = dict.fromkeys(layers, 0.0)
+    for (name, _), calls in times.items():
+        path = module_path(name)
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        if path:
+            found[blocks[path]] += float(np.median(calls))  # other work on the machine hits single calls
+    return found
+
+
+def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) -> dict[str, float]:
+    """Time the letterbox before a model and the NMS after it, on its own output for a picture (height, width, 3).
+
+    Returned are the medians ``pre_ms`` and ``post_ms`` (0 for classification) and ``detections``, on which NMS depends.
+    """
+    meta = describe(path)
+    pre = _median(lambda: preprocess(image, imgsz), rounds)
+    if meta["task"] == "classify":
+        return {"pre_ms": pre, "post_ms": 0.0, "detections": 0}
+    y = predictor(path, end2end=meta["end2end"])(preprocess(image, imgsz))[0]
+    post = _median(lambda: postprocess(y, meta, 0.25, 0.7), rounds)
+    return {"pre_ms": pre, "post_ms": post, "detections": len(postprocess(y, meta, 0.25, 0.7))}
+
+
+def _median(work: Callable[[], Any], rounds: int) -> float:
+    """Return the median ms of a call, the first one left out."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times[1:]))

@@ -22,7 +22,7 @@ from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches
 from yolo_ext.deployment import verify as deployed
 from yolo_ext.deployment.export import export_onnx
-from yolo_ext.deployment.operators import saved_ms
+from yolo_ext.deployment.latency import saved_ms
 from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.pipeline.run import QAT, Run, measure, train
 from yolo_ext.quantization import search
