@@ -194,6 +194,7 @@ def _conflicts(parsed: Mapping[str, Any]) -> Iterator[str]:
         cfg = parsed.get(technique)
         if cfg and cfg.end is not None and cfg.end <= cfg.start:
             yield f"'{technique}.end={cfg.end}' is not after '{technique}.start={cfg.start}'."
+    cfg = parsed.get("distill")
     if cfg and not cfg.features and not cfg.logits:
         yield "'distill.features' and 'distill.logits' are both off: give at least one loss."
     if cfg and cfg.layers and not cfg.features:

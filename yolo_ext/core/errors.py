@@ -5,20 +5,13 @@ from __future__ import annotations
 
 
 class YoloExtError(Exception):
-    """Base of both errors. The CLI prints its message without a traceback.
+    """Base of both errors. The CLI prints its message without a traceback."""
 
-    Attributes:
-        exit_status: Exit status of the command line that hits this error.
-    """
-
-    exit_status = 1
+    exit_status = 1  # of the command line
 
 
 class UsageError(YoloExtError, ValueError):
-    """Wrong input: an unknown option, an illegal value, a missing or broken file. Exit status 2.
-
-    A `ValueError` too, which is what a caller in Python expects of wrong input.
-    """
+    """Wrong input: an unknown option, an illegal value, a missing or broken file. A `ValueError` for callers in Python."""
 
     exit_status = 2
 

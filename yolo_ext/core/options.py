@@ -24,11 +24,8 @@ class PruneConfig:
     method: str = option(
         "auto", "Criterion: auto is taylor where there are train images, else lamp; or package.module:function"
     )
-    kind: str = option(
-        "structured",
-        "Remove channels, or zero single weights, which saves no time on today's runtimes",
-        choices=("structured", "unstructured", "2:4"),
-    )
+    kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
+                       choices=("structured", "unstructured", "2:4"))  # fmt: skip
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
     params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
@@ -39,8 +36,7 @@ class PruneConfig:
     scope: str = option(
         "global",
         "Rank channels over the model, layer by layer, or among layers of one structure; pagcp spends a loss budget",
-        choices=("global", "local", "isomorphic", "pagcp"),
-    )
+        choices=("global", "local", "isomorphic", "pagcp"))  # fmt: skip
     include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
     exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
     ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}")
@@ -78,8 +74,7 @@ class SparsityConfig:
     mode: str = option(
         "proximal",
         "Shrink after each optimizer step, which makes exact zeros, or add the subgradient (slim, group_slim)",
-        choices=("proximal", "gradient"),
-    )
+        choices=("proximal", "gradient"))  # fmt: skip
     adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
@@ -89,13 +84,11 @@ class SparsityConfig:
     epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1)
     threshold: float = option(0.01, "Channels below this (of the largest of their group) count as gone", above=0.0)
     auto: bool = option(
-        False, "Steer the pull: raise it until `target` is reached or mAP drops by `max_drop`, then lower"
-    )
+        False, "Steer the pull: raise it until `target` is reached or mAP drops by `max_drop`, then lower")  # fmt: skip
     target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0)
     max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0)
-    protect: float = option(
-        0.1, "Share of each group, at least 8, whose strongest channels never go", low=0.0, high=1.0
-    )
+    protect: float = option(0.1, "Share of each group, at least 8, whose strongest channels never go",
+                            low=0.0, high=1.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,16 +117,12 @@ class DistillConfig:
     mosaic: str = option("keep", "Distillation after mosaic is switched off (close_mosaic)", choices=("keep", "stop"))
     alpha: float = option(1.0, "Weight of the task's own loss (hard targets)", low=0.0)
     beta: float = option(1.0, "Weight of all distillation losses together (soft targets)", low=0.0)
-    balance: str = option(
-        "fixed",
-        "fixed: weights as given; auto: keep distillation at `share` of the task loss",
-        choices=("fixed", "auto"),
-    )
+    balance: str = option("fixed", "fixed: weights as given; auto: keep distillation at `share` of the task loss",
+                          choices=("fixed", "auto"))  # fmt: skip
     share: float = option(0.3, "Distillation loss / task loss that balance=auto keeps, times the schedule", above=0.0)
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
-    imgsz: int | None = option(
-        None, "Longer side in pixels of the images as the teacher sees them; None: as they are", low=32
-    )
+    imgsz: int | None = option(None, "Longer side in pixels of the images as the teacher sees them; None: as they are",
+                               low=32)  # fmt: skip
     compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
     half: bool | None = option(
         None, "Teacher in bfloat16 on a CPU too; None: where the processor computes in it. On a GPU it is in float16"
@@ -149,8 +138,7 @@ class QuantConfig:
     profile: str = option("auto", "What runs the model; auto looks at this CPU. See `yolo-ext help quantize`")
     calib: int | None = option(None, "Calibration images; None takes up to 300 of the train split", low=1)
     source: str | list[str] | None = option(
-        None, "Calibration images from a folder, list or glob instead of the train split"
-    )
+        None, "Calibration images from a folder, list or glob instead of the train split")  # fmt: skip
     seed: int = option(0, "Seed of the choice of calibration images", low=0)
     observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
     weight_observer: str = option("max", "How weight ranges are found; see `yolo-ext help quantize`")
@@ -167,11 +155,9 @@ class QuantConfig:
     epochs: int = option(10, "QAT epochs", low=1)
     lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0)
     observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0)
-    freeze_bn: float = option(
-        0.0, "Share of the QAT epochs after which BatchNorm statistics stay as they are", low=0.0, high=1.0
-    )
+    freeze_bn: float = option(0.0, "Share of the QAT epochs after which BatchNorm statistics stay as they are",
+                              low=0.0, high=1.0)  # fmt: skip
     supervision: str = option(
         "auto",
         "QAT learns from labels, or from the features of its float self; auto: from features unless distill.* is given",
-        choices=("auto", "labels", "features"),
-    )
+        choices=("auto", "labels", "features"))  # fmt: skip

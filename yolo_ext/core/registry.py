@@ -47,13 +47,7 @@ class Row:
 
 
 class Table:
-    """A named table of methods, filled by the `row` decorator.
-
-    Example:
-        >>> criteria = Table("pruning criterion")
-        >>> @criteria.row("l1", "Sum of absolute weights", paper="Li et al., 2017")
-        ... def l1(group): ...
-    """
+    """A named table of methods, filled by the `row` decorator."""
 
     def __init__(self, kind: str) -> None:
         """Make an empty table of methods of this kind, such as ``pruning criterion``."""
@@ -61,11 +55,7 @@ class Table:
         self._rows: dict[str, Row] = {}
 
     def row(self, name: str, summary: str, *, paper: str = "", needs: Sequence[Need] = ()) -> Callable[[F], F]:
-        """Register the decorated function under `name`.
-
-        Raises:
-            ValueError: If the table has that name already.
-        """
+        """Register the decorated function under `name`, which must be new."""
 
         def add(fn: F) -> F:
             if name in self._rows:
@@ -84,29 +74,21 @@ class Table:
         return list(self._rows)
 
     def __getitem__(self, name: str) -> Row:
-        """Return the row called `name`, or the user's own function for a dotted path ``package.module:function``.
-
-        Raises:
-            UsageError: If there is no such method.
-        """
+        """Return the row called `name`, or the user's own function for a dotted path ``package.module:function``."""
         if name in self._rows:
             return self._rows[name]
-        if ":" in str(name):
-            return Row(name, _user_function(name, self.kind), "user method")
-        raise UsageError(
-            f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} "
-            f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
-        )
-
-
-def _user_function(path: str, kind: str) -> Callable[..., Any]:
-    """Return the function of a dotted path ``package.module:function``."""
-    module, _, attribute = path.partition(":")
-    try:
-        fn = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # whatever the user's module does while it is imported
-        problem = f"{type(e).__name__}: {e}"
-        raise UsageError(f"Cannot import {kind} '{path}' ({problem}). Write it as 'package.module:function'.") from e
-    if not callable(fn):
-        raise UsageError(f"The {kind} '{path}' is not callable.")
-    return fn
+        module, colon, attribute = str(name).partition(":")
+        if not colon:
+            raise UsageError(
+                f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} "
+                f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
+            )
+        try:
+            fn = getattr(importlib.import_module(module), attribute)
+        except Exception as e:  # whatever the user's module does while it is imported
+            problem = f"{type(e).__name__}: {e}"
+            hint = "Write it as 'package.module:function'."
+            raise UsageError(f"Cannot import {self.kind} '{name}' ({problem}). {hint}") from e
+        if not callable(fn):
+            raise UsageError(f"The {self.kind} '{name}' is not callable.")
+        return Row(name, fn, "user method")

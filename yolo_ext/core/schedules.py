@@ -1,9 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Schedules: pure functions of the epoch without memory, so that a resumed run goes on as it would have.
-
-When a run prunes and how much of the target each time, how the pull of sparsity training is spread over the epochs, and
-what a loss weight is multiplied by.
-"""
+"""Schedules of pruning, losses and sparsity: functions of the epoch without memory, so that a resumed run goes on."""
 
 from __future__ import annotations
 
@@ -38,11 +34,7 @@ def pruned_share(*, step: int, steps: int, kind: str) -> float:
 
 
 def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
-    """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes.
-
-    Raises:
-        UsageError: If an epoch lies outside the run, or the options leave no epoch to prune in.
-    """
+    """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes."""
     given = {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}
     for name, epoch in given.items():
         if epoch is not None and epoch >= epochs:
@@ -90,17 +82,7 @@ def cosine(*, progress: float, final: float) -> float:
 def loss_factor(
     *, epoch: int, epochs: int, schedule: str, final: float, start: int, end: int | None, warmup: int
 ) -> float:
-    """Return the factor, 0..1, on the weight of a loss in one epoch; 0 outside of the active epochs.
-
-    Args:
-        epoch: Epoch, counted from 0.
-        epochs: Epochs of the run.
-        schedule: Row of `decays`, run through from the first to the last active epoch.
-        final: Factor at the last active epoch.
-        start: First active epoch.
-        end: First epoch that is not active any more; None is the end of the run.
-        warmup: Active epochs over which the factor rises besides.
-    """
+    """Return the factor, 0..1, on a weight in one epoch: from `start` to before `end` one of `decays`, 0 elsewhere."""
     if epoch < start or (end is not None and epoch >= end):
         return 0.0
     last = (epochs if end is None else end) - 1
@@ -112,27 +94,21 @@ def loss_factor(
 def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning: int | None = None) -> list[float]:
     """Return the pull of each epoch, in units of what is pulled; their sum is the coefficient.
 
-    Args:
-        cfg: Sparsity options.
-        coefficient: How far the whole run pulls a parameter that the loss does not defend.
-        epochs: Epochs of the run.
-        first_pruning: Epoch that starts with the first pruning, where the pull ends unless `cfg.end` says otherwise.
-
-    Raises:
-        UsageError: If the active epochs lie outside the run, or there are none.
+    The pull ends with the epoch `first_pruning` unless `cfg.end` says otherwise.
     """
     end = cfg.end if cfg.end is not None else epochs if first_pruning is None else first_pruning
     if cfg.end is not None and cfg.end > epochs:
-        raise UsageError(f"'sparsity.end={end}' lies outside a run of {epochs} epochs. Legal: 1 to {epochs}.")
+        raise UsageError(f"'sparsity.end={cfg.end}' lies outside a run of {epochs} epochs. Legal: 1 to {epochs}.")
     if cfg.start >= end:
         what = "the first pruning" if cfg.end is None and first_pruning is not None else "the end"
         raise UsageError(
             f"'sparsity.start={cfg.start}' leaves no epoch for sparsity training: {what} is at epoch {end}. "
             "Lower sparsity.start, raise epochs, or prune later."
         )
-    shape = []
-    for i in range(end - cfg.start):
-        ramp = min(1.0, (i + 1) / (cfg.warmup + 1))
-        shape.append(ramp * decays[cfg.schedule].fn(progress=i / max(end - cfg.start - 1, 1), final=cfg.final))
-    unit = coefficient / sum(shape)
-    return [0.0] * cfg.start + [unit * s for s in shape] + [0.0] * (epochs - end)
+    factors = [
+        loss_factor(epoch=e, epochs=epochs, schedule=cfg.schedule, final=cfg.final, start=cfg.start, end=end,
+                    warmup=cfg.warmup)
+        for e in range(epochs)
+    ]  # fmt: skip
+    unit = coefficient / sum(factors)
+    return [unit * f for f in factors]
