@@ -263,7 +263,7 @@ def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> d
         if overwrite:
             return {}
         before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)
-        raise UsageError(f"'{file.parent}' has labels of other settings ({before}). Give out=, or overwrite=True.")
+        raise UsageError(f"'{file.parent}' holds other settings ({before}). Give another out=, or overwrite=True.")
     return {record["image"]: record for record in lines[1:]}
 
 
