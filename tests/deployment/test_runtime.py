@@ -14,7 +14,16 @@ from onnx import TensorProto, helper, numpy_helper
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.runtime import conv_report, describe, detect, load_image, metadata, predictor, run, session
+from yolo_ext.deployment.runtime import (
+    conv_report,
+    describe,
+    load_image,
+    metadata,
+    postprocess,
+    predictor,
+    run,
+    session,
+)
 
 
 def conv_graph(tmp_path, *, x=True, w=True, q=True, users=1, relu=False, act=TensorProto.UINT8, named=True):
@@ -134,12 +143,12 @@ def test_describe_torch(name, dual):
 
 
 @pytest.mark.parametrize("end2end", [False, True], ids=["dense", "nms-free"])
-def test_predictor_and_detect_of_both_heads(end2end):
+def test_predictor_and_detections_of_both_heads(end2end):
     predict = predictor(DetectionModel("yolo26n.yaml", nc=3, verbose=False), end2end=end2end)
     x = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
     assert [y.shape for y in predict(x)] == [(1, 84, 6) if end2end else (1, 7, 84)]
     meta = {"task": "detect", "nc": 3, "end2end": end2end, "nms": None}
-    found = detect(predict, x, meta, conf=0.0, iou=0.7)
+    found = postprocess(predict(x)[0], meta, conf=0.0, iou=0.7)
     assert found.shape[1] == 6 and len(found) and set(found[:, 5].tolist()) <= {0.0, 1.0, 2.0}
 
 

@@ -19,10 +19,8 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.export import export_onnx, max_relative_error
 from yolo_ext.deployment.runtime import Predict, Source, describe, full_batches, load_image, run, session
-from yolo_ext.stock import module_path
-from yolo_ext.stock.context import quiet
+from yolo_ext.stock import deployed, module_path, quiet
 from yolo_ext.stock.load import as_exported, choose_head, float_model
-from yolo_ext.stock.model import deployed
 
 TIE = 1e-4  # scores closer than this have no order
 EDGE = 1e-3  # rounding decides whether a detection this close to the threshold of embedded NMS is there

@@ -15,7 +15,7 @@ from ultralytics.utils.metrics import batch_probiou, box_iou
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.compare import compare, compare_weights, first_difference, inputs, summary
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import Predict, Source, conv_report, describe, detect, load_image, predictor
+from yolo_ext.deployment.runtime import NMS, Predict, Source, conv_report, describe, load_image, postprocess, predictor
 from yolo_ext.stock.accuracy import accuracy
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
@@ -43,12 +43,11 @@ CONFIDENT = 0.1  # anchors below this score never become detections, and their b
 
 
 def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size) -> dict[str, Any]:
-    """Compare the raw head output of the torch model with that of its FP32 or FP16 export, anchor by anchor.
+    """Compare the raw head output of the torch model with that of its FP32 or FP16 export over `compare.inputs`.
 
-    Noise, zeros and ones are added to the images. An open batch size is tried with 1 and 3 images, an open image size
-    with a second one. Returned are ``box_max, box_mean`` in pixels, ``score_max, score_mean`` (of FP16 both of
-    confident anchors only), ``extra_max`` (masks, keypoints, angle; relative), ``outputs`` (``name, max, mean``,
-    absolute), ``inputs`` (number of images), their ``shapes``, and ``worst``, the batch with the largest error.
+    Returned are ``box_max, box_mean`` in pixels, ``score_max, score_mean`` (of FP16 both of confident anchors only),
+    ``extra_max`` (masks, keypoints, angle; relative), ``outputs`` (``name, max, mean``, absolute), ``inputs`` (number
+    of images), their ``shapes``, and ``worst``, the batch with the largest error.
     """
     meta = describe(onnx_path)
     if len(meta["shape"]) == 4 and None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
@@ -81,22 +80,14 @@ def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) ->
 
 
 def verify_detections(
-    a: Source,
-    b: Source,
-    images: Iterable[str | Path],
-    imgsz: Size,
-    conf: float = 0.25,
-    iou: float = 0.7,
-    *,
-    match_iou: float = 0.99,
+    a: Source, b: Source, images: Iterable[str | Path], imgsz: Size, conf: float = 0.25, *, match_iou: float = 0.99,
     margin: float = 1e-3,
-) -> dict[str, Any]:
-    """Compare the detections of two models after the same preprocessing and NMS.
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the detections of two models after the same preprocessing and NMS at IoU 0.7.
 
     Two of one class are the same from ``match_iou`` on; those within ``margin`` of ``conf`` need no partner, because
-    rounding decides whether they appear. Embedded NMS has its own IoU, and a confidence threshold that counts if it is
-    higher. Returned are ``matched`` (share of the detections of both sides with a partner), ``mean_iou`` and
-    ``mean_score_diff`` of the pairs, ``detections`` (of both sides together) and ``images``.
+    rounding decides whether they appear. Returned are ``matched`` (share of the detections of both sides with a
+    partner), ``mean_iou`` and ``mean_score_diff`` of the pairs, ``detections`` (of both sides together), ``images``.
     """
     predicts, metas, conf = _alike(a, b, conf)
     rotated = metas[0]["task"] == "obb"
@@ -106,7 +97,7 @@ def verify_detections(
     score_diffs: list[float] = []
     for path in images:
         x = load_image(path, imgsz)
-        da, db = (detect(p, x, m, max(conf - margin, 0.0), iou) for p, m in zip(predicts, metas))
+        da, db = (postprocess(p(x)[0], m, max(conf - margin, 0.0), NMS["iou"]) for p, m in zip(predicts, metas))
         pairs = _match(da, db, match_iou, rotated)
         overlaps += [overlap for _, _, overlap in pairs]
         score_diffs += [abs(float(da[i, 4] - db[j, 4])) for i, j, _ in pairs]
@@ -114,17 +105,17 @@ def verify_detections(
             sure = found[:, 4] > conf + margin
             total += int(sure.sum())
             partnered += int(sure[partners].sum())
+    means = {"mean_iou": overlaps, "mean_score_diff": score_diffs}
     return {
         "matched": partnered / total if total else 1.0,
-        "mean_iou": float(np.mean(overlaps)) if overlaps else None,
-        "mean_score_diff": float(np.mean(score_diffs)) if score_diffs else None,
+        **{name: float(np.mean(values)) if values else None for name, values in means.items()},
         "detections": total,
         "images": len(images),
     }
 
 
 def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[str, Any]], float]:
-    """Return two models that run the same head and NMS, how to read them, and the confidence threshold of both."""
+    """Return two models that run the same head and NMS, how to read them, and the higher confidence threshold."""
     metas = [describe(a), describe(b)]
     for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
         meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
@@ -139,12 +130,9 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
 
 
 def verify_int8(
-    fp32_onnx: str | Path,
-    int8_onnx: str | Path,
-    images: Iterable[str | Path],
-    imgsz: Size,
+    fp32_onnx: str | Path, int8_onnx: str | Path, images: Iterable[str | Path], imgsz: Size,
     fake_quant: nn.Module | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Compare a quantized file as it runs with its own float simulation, with the FP32 file and with torch.
 
     A gap to the simulation means the integer kernels compute something else than the Q/DQ graph says (saturation of
@@ -157,13 +145,12 @@ def verify_int8(
     pixel moved by 1e-6; ``anchors`` (their number), ``detections`` (INT8 against FP32, matched at IoU 0.5; none in
     classification), and `conv_report`'s figures.
     """
-    images = _listed(images)
-    meta = describe(int8_onnx)
+    images, meta = _listed(images), describe(int8_onnx)
     int8, simulated = predictor(int8_onnx), predictor(int8_onnx, simulate=True)
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
     if fake_quant is not None:
         torch_one = predictor(fake_quant, end2end=meta["end2end"], nms=meta["nms"])
-        pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, lambda x: torch_one(_moved(x)))}
+        pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, lambda x: torch_one(x + _moves(x.shape)))}
     result: dict[str, Any] = {}
     for name, (reference, other) in pairs.items():
         rows = _confident(compare(reference, other, (load_image(path, imgsz) for path in images), meta)["rows"])
@@ -173,9 +160,9 @@ def verify_int8(
     return {**result, **conv_report(int8_onnx)}
 
 
-def _moved(x: np.ndarray) -> np.ndarray:
-    """Return images with every pixel moved by 1e-6 up or down."""
-    return x + np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), x.shape)
+def _moves(shape: tuple[int, ...]) -> np.ndarray:
+    """Return 1e-6 or -1e-6 for each pixel."""
+    return np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), shape)
 
 
 def _listed(images: Iterable[str | Path]) -> list[str | Path]:
@@ -187,77 +174,46 @@ def _listed(images: Iterable[str | Path]) -> list[str | Path]:
 
 
 def verify(
-    weights: Source,
-    onnx_path: str | Path,
-    images: Iterable[str | Path],
-    imgsz: Size,
-    *,
-    int8_onnx: str | Path | None = None,
-    fake_quant: nn.Module | None = None,
-    data: str | Path | None = None,
+    weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
+    int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
     limits: dict[str, float] | None = None,
-) -> dict[str, Any]:
-    """Run every check that applies and compare it with its limit.
+) -> dict[str, Any]:  # fmt: skip
+    """Run every check of an FP32 or FP16 file, and of an INT8 file made from it, and compare it with its limit.
 
-    Args:
-        weights: Float Ultralytics model or ``.pt`` file.
-        onnx_path: Its FP32 or FP16 export; FP16 has wider limits.
-        images: Real images, 16 or more for a result that means something.
-        imgsz: Input size in pixels: the side of a square, or height and width.
-        int8_onnx: Quantized file to check against its simulation.
-        fake_quant: Torch model with fake quantizers, to check against the same simulation.
-        data: Data set YAML; adds the mAP of torch against that of the file. Left out for classification, which has no
-            boxes, for embedded NMS, whose threshold cuts the curve, and for inputs that are not square.
-        limits: Overrides of entries of `LIMITS`.
-
-    Returns:
-        ``passed``, ``checks`` (``name, value, limit, passed`` each), ``precision``, what the checks measured under
-        ``weights``, ``tensors``, ``detections``, ``int8`` and ``map``, and ``first_difference`` where weights, tensors
-        or detections fail (see `compare.first_difference`).
-
-    Raises:
-        UsageError: A file is missing or unusable, there is no image, or a limit is unknown.
+    With ``data`` also mAP, but for classification, which has no boxes, for embedded NMS, whose threshold cuts the
+    curve, and for inputs that are not square. ``limits`` override entries of `LIMITS`. Returned are ``passed``,
+    ``checks`` (``name, value, limit, passed`` each), ``precision``, what was measured under ``weights``, ``tensors``,
+    ``detections``, ``int8`` and ``map``, and ``first_difference`` where weights, tensors or detections fail.
     """
     if unknown := set(limits or ()) - set(LIMITS):
         raise UsageError(f"Unknown limits {sorted(unknown)}. Legal: {', '.join(LIMITS)}.")
-    meta, images = describe(onnx_path), _listed(images)
+    meta, images, (height, width) = describe(onnx_path), _listed(images), height_width(imgsz)
     precision = meta["precision"]
     if precision == "int8":
-        raise UsageError(
-            f"'{onnx_path}' is quantized. Give the FP32 file that it was made from as onnx= and it as int8=."
-        )
-    limits = limits or {}
-    bounds = _bounds(precision, limits)
+        raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
+    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {}), **(limits or {})}
     result: dict[str, Any] = {"precision": precision, "tensors": verify_tensors(weights, onnx_path, images, imgsz)}
     worst = result["tensors"].pop("worst")
     result["weights"] = compare_weights(weights, onnx_path, meta["end2end"], bounds["weight_max"])
     if meta["task"] in BOXES:
         result["detections"] = verify_detections(weights, onnx_path, images, imgsz, match_iou=MATCH_IOU[precision])
-    if data is not None and meta["task"] != "classify" and not meta["nms"] and len({*height_width(imgsz)}) == 1:
-        size = height_width(imgsz)[0]
-        measured = accuracy(weights, data, size, end2end=meta["end2end"]), accuracy(onnx_path, data, size)
-        result["map"] = dict(zip(("torch", "onnx"), measured))
+    if data is not None and meta["task"] != "classify" and not meta["nms"] and height == width:
+        of_torch = accuracy(weights, data, width, end2end=meta["end2end"])
+        result["map"] = {"torch": of_torch, "onnx": accuracy(onnx_path, data, width)}
     if int8_onnx is not None:
         result["int8"] = verify_int8(onnx_path, int8_onnx, images, imgsz, fake_quant)
-        bounds = _bounds(precision, limits, result["int8"].get("rounding"))
-    checks = [_check(name, value, bounds[name]) for name, value in _values(result).items()]
+        for figure, value in result["int8"].get("rounding", {}).items():
+            for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS) - set(limits or ()):
+                bounds[name] = max(bounds[name], FRAGILE * value)
+    checks = _checks(result, bounds)
     failed = {c["name"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:
         result["first_difference"] = first_difference(weights, onnx_path, worst, result["weights"]["different"])
     return {"passed": not failed, "checks": checks, **result}
 
 
-def _bounds(precision: str, given: dict[str, float], rounding: dict[str, float] | None = None) -> dict[str, float]:
-    """Return the limits: those given, else ours, of INT8 twice what rounding alone does where that is more."""
-    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
-    for figure, value in (rounding or {}).items():
-        for name in {f"int8_{figure}", f"torch_{figure}"} & set(bounds):
-            bounds[name] = max(bounds[name], FRAGILE * value)
-    return {**bounds, **given}
-
-
-def _values(result: dict[str, Any]) -> dict[str, float]:
-    """Return what was measured by the names of the limits."""
+def _checks(result: dict[str, Any], bounds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the table of checks: each figure that was measured with its limit."""
     values = {name: result["tensors"][name] for name in ("score_max", "box_max", "extra_max")}
     if result["weights"]["compared"]:
         values["weight_max"] = result["weights"]["weight_max"]
@@ -268,10 +224,6 @@ def _values(result: dict[str, Any]) -> dict[str, float]:
     for prefix, name in (("int8", "simulation"), ("torch", "torch")):
         gap = result.get("int8", {}).get(name, {})
         values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}
-    return values
-
-
-def _check(name: str, value: float, limit: float) -> dict[str, Any]:
-    """Return one line of the table of checks."""
-    passed = value >= limit if name == "matched" else value <= limit  # a NaN passes neither
-    return {"name": name, "value": value, "limit": limit, "passed": bool(passed)}
+    rows = [(name, value, bounds[name]) for name, value in values.items()]
+    passed = [value >= limit if name == "matched" else value <= limit for name, value, limit in rows]  # a NaN: neither
+    return [{"name": n, "value": v, "limit": b, "passed": bool(ok)} for (n, v, b), ok in zip(rows, passed)]
