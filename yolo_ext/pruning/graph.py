@@ -24,17 +24,11 @@ Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions,
 
 @dataclass
 class Member:
-    """Where the channels of a group sit in one tensor dimension.
+    """Where the channels of a group sit in one tensor dimension."""
 
-    Attributes:
-        module: Module path, such as ``model.2.cv1.conv``.
-        dim: ``out`` or ``in``.
-        index: (channels, repeats) positions in that dimension; row k belongs to channel k of the group.
-    """
-
-    module: str
-    dim: str
-    index: torch.Tensor
+    module: str  # path, such as model.2.cv1.conv
+    dim: str  # "out" or "in"
+    index: torch.Tensor  # (channels, repeats) positions in that dimension; row k belongs to channel k of the group
 
 
 @dataclass
@@ -115,15 +109,13 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
                 lab.freeze(part, _tied(reason))
     modules = dict(model.named_modules())
     shapes = {p: s for p, m in modules.items() if (s := layer_channels(m)) and p in lab.inp}
-    groups = _groups(lab, _places(lab))
+    groups = _groups(lab)
     for g in groups:
         if g.frozen.startswith("is reshaped") and g.name.startswith(stock.head_prefix(model)):
             g.frozen += " (head output)"
-    graph = Graph(groups, _ties(lab, groups), shapes=shapes)
-    for path, positions in tracer.positions.items():
-        kernel = getattr(modules[path], "kernel_size", (1, 1))
-        graph.convs[path] = (positions, kernel[0] * kernel[1])
-    return graph
+    kernels = {p: getattr(modules[p], "kernel_size", (1, 1)) for p in tracer.positions}
+    convs = {p: (n, kernels[p][0] * kernels[p][1]) for p, n in tracer.positions.items()}
+    return Graph(groups, _ties(lab, groups), convs, shapes)
 
 
 def _tied(reason: str) -> str:
@@ -132,38 +124,27 @@ def _tied(reason: str) -> str:
     return reason if reason.startswith(start) else start + reason
 
 
-def _places(lab: Labels) -> dict[int, list[tuple[str, str, int]]]:
-    """Return, for each coupled set of channels, the (module, dim, position) places where it sits."""
-    places: dict[int, list[tuple[str, str, int]]] = defaultdict(list)
+def _groups(lab: Labels) -> list[Group]:
+    """Collect coupled sets with the same members into groups; the parts of a cut tensor stay apart."""
+    places: dict[int, dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
     for dim, table in (("out", lab.out), ("in", lab.inp)):
         for path, labels in table.items():
             for i, c in enumerate(labels):
                 if c != FIXED:
-                    places[lab.find(c)].append((path, dim, i))
-    return places
-
-
-def _groups(lab: Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[Group]:
-    """Collect coupled sets with the same members into groups; the parts of a cut tensor stay apart."""
-    part_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+                    places[lab.find(c)][path, dim].append(i)
+    part_of: dict[int, set[tuple[int, int]]] = defaultdict(set)
     for t, parts in enumerate(lab.ties):
         for p, part in enumerate(parts):
             for c in part:
-                if c != FIXED and (t, p) not in part_of[lab.find(c)]:
-                    part_of[lab.find(c)].append((t, p))
-    by_signature: dict[Any, list[int]] = defaultdict(list)
+                if c != FIXED:
+                    part_of[lab.find(c)].add((t, p))
+    alike: dict[Any, list[int]] = defaultdict(list)
     for root in sorted(places):
-        repeats: dict[tuple[str, str], int] = defaultdict(int)
-        for path, dim, _ in places[root]:
-            repeats[path, dim] += 1
-        reason = lab.frozen.get(root, "")
-        by_signature[tuple(sorted(repeats.items())), tuple(sorted(part_of[root])), reason].append(root)
+        repeats = sorted((where, len(index)) for where, index in places[root].items())
+        alike[tuple(repeats), tuple(sorted(part_of[root])), lab.frozen.get(root, "")].append(root)
     groups = []
-    for (signature, _, reason), roots in by_signature.items():
-        members = []
-        for (path, dim), _repeat in signature:
-            rows = [[i for p, d, i in places[r] if (p, d) == (path, dim)] for r in roots]
-            members.append(Member(path, dim, torch.tensor(rows)))
+    for (repeats, _, reason), roots in alike.items():
+        members = [Member(*where, torch.tensor([places[r][where] for r in roots])) for where, _ in repeats]
         members.sort(key=lambda m: (m.dim != "out", m.module not in lab.inp, stock.natural_key(m.module)))
         groups.append(Group(members[0].module, members, reason))
     return sorted(groups, key=lambda g: stock.natural_key(g.name))
@@ -171,32 +152,24 @@ def _groups(lab: Labels, places: dict[int, list[tuple[str, str, int]]]) -> list[
 
 def _ties(lab: Labels, groups: list[Group]) -> list[list[int]]:
     """Join groups that must keep the same share of channels, and freeze those that cannot."""
-    home: dict[tuple[str, str, int], int] = {}
+    home: dict[int, int] = {}  # root label -> number of its group
     for g, group in enumerate(groups):
-        for m in group.members:
-            home.update({(m.module, m.dim, int(i)): g for i in m.index.flatten()})
-    where = {lab.find(c): home[path, dim, i] for dim, table in (("out", lab.out), ("in", lab.inp))
-             for path, labels in table.items() for i, c in enumerate(labels) if c != FIXED}  # fmt: skip
-    parent = list(range(len(groups)))
-
-    def find(g: int) -> int:
-        """Return the first group of those joined so far."""
-        while parent[g] != g:
-            g = parent[g]
-        return g
-
+        first = group.members[0]
+        labels = (lab.out if first.dim == "out" else lab.inp)[first.module]
+        home.update({lab.find(labels[i]): g for i in first.index[:, 0].tolist()})
+    joined = Labels()
+    joined.new(len(groups))
     for parts in lab.ties:
-        members = [{where[lab.find(c)] for c in part if c != FIXED} for part in parts]
+        members = [{home[lab.find(c)] for c in part if c != FIXED} for part in parts]
         whole = all(len(m) == 1 and groups[next(iter(m))].size == len(set(part)) for m, part in zip(members, parts))
         flat = set().union(*members)
-        if not whole or len(flat) < len(parts):
-            for g in flat:
-                groups[g].frozen = groups[g].frozen or "is cut into parts that several layers share"
         for g in flat:
-            parent[find(g)] = find(min(flat))
+            joined.union([g], [min(flat)], "")
+            if not whole or len(flat) < len(parts):
+                groups[g].frozen = groups[g].frozen or "is cut into parts that several layers share"
     ties: dict[int, list[int]] = defaultdict(list)
     for g in range(len(groups)):
-        ties[find(g)].append(g)
+        ties[joined.find(g)].append(g)
     for tie in ties.values():
         reason = next((groups[g].frozen for g in tie if groups[g].frozen), "")
         for g in tie:

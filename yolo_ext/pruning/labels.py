@@ -10,6 +10,7 @@ as after a sigmoid: such a channel cannot be removed from the input of a layer w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,23 +36,15 @@ RESHAPES = frozenset(["flatten", "view", "reshape", "permute", "transpose", "unf
 MEANS = frozenset(["mean", "sum", "amax", "amin"])
 
 
+@dataclass
 class Labels:
-    """Union-find over channel labels, with freeze reasons and equal-count constraints.
+    """Union-find over channel labels, with freeze reasons and equal-count constraints."""
 
-    Attributes:
-        frozen: Root label to the reason why it stays.
-        ties: Lists of parts that must stay equally wide.
-        out: Layer path to the labels of its output channels.
-        inp: Layer path to the labels of its input channels.
-    """
-
-    def __init__(self) -> None:
-        """Start without labels."""
-        self.parent: list[int] = []
-        self.frozen: dict[int, str] = {}
-        self.ties: list[list[list[int]]] = []
-        self.out: dict[str, list[int]] = {}
-        self.inp: dict[str, list[int]] = {}
+    parent: list[int] = field(default_factory=list)
+    frozen: dict[int, str] = field(default_factory=dict)  # root label -> why it stays
+    ties: list[list[list[int]]] = field(default_factory=list)  # lists of parts that must stay equally wide
+    out: dict[str, list[int]] = field(default_factory=dict)  # layer path -> labels of its output channels
+    inp: dict[str, list[int]] = field(default_factory=dict)  # layer path -> labels of its input channels
 
     def new(self, n: int) -> list[int]:
         """Return n labels that nothing else has."""
@@ -102,15 +95,7 @@ class Labels:
 
 
 class Tracer(TorchFunctionMode):
-    """Follows labels through every torch function that is called outside the modules that have a rule.
-
-    Attributes:
-        labels: What is known so far.
-        positions: Layer path to the number of its output positions in the traced image.
-        stack: The modules that are running, innermost last.
-        depth: How many of them have a rule, which speaks for all that happens inside.
-        owner: Id of a parameter to the path of the layer with a rule that it belongs to.
-    """
+    """Follows labels through every torch function that is called outside the modules that have a rule."""
 
     def __init__(self, model: nn.Module) -> None:
         """Prepare to trace a model."""
@@ -118,13 +103,13 @@ class Tracer(TorchFunctionMode):
         self.labels = Labels()
         self.of: dict[int, tuple[list[int], str]] = {}  # id of a tensor -> labels of its channels, why it is lifted
         self.keep: list[Any] = []  # keeps tensors alive, so that ids stay unique
-        self.depth = 0
-        self.stack: list[nn.Module] = []
+        self.stack: list[nn.Module] = []  # the modules that are running, innermost last
+        self.depth = 0  # how many of them have a rule, which speaks for all that happens inside
         self.paths = {m: name for name, m in model.named_modules()}
         self.head = stock.detection_head(model)
-        self.owner: dict[int, str] = {}
+        self.owner: dict[int, str] = {}  # id of a parameter -> the layer with a rule that it belongs to
         self.touched: set[str] = set()  # layers whose weights are used outside of them as well
-        self.positions: dict[str, int] = {}
+        self.positions: dict[str, int] = {}  # layer path -> number of its output positions in the traced image
 
     def get(self, x: torch.Tensor) -> list[int] | None:
         """Return the labels of the channels of a tensor, None when it has none."""
@@ -205,7 +190,6 @@ class Tracer(TorchFunctionMode):
         """Tell by trying whether a function makes removed channels, which are zero, anything else."""
 
         def zero(t: torch.Tensor) -> torch.Tensor:
-            """Return zeros for a tensor with labels, else a copy."""
             return torch.zeros_like(t) if id(t) in self.of and not self.lifted(t) else t.clone()
 
         args, kwargs = _replace(call, zero)
@@ -232,11 +216,8 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of nested lists, tuples and dicts."""
     if isinstance(tree, torch.Tensor):
         yield tree
-    elif isinstance(tree, dict):
-        for v in tree.values():
-            yield from tensors_in(v)
-    elif isinstance(tree, (list, tuple)):
-        for v in tree:
+    elif isinstance(tree, (dict, list, tuple)):
+        for v in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors_in(v)
 
 
@@ -274,11 +255,9 @@ def _keeps_channels(name: str, x: torch.Tensor, args: tuple, kwargs: dict, out: 
 
 def layer_channels(module: nn.Module) -> tuple[int, int] | None:
     """Return (out, in) channels of a layer with weights, else None."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        return module.out_channels, module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    return None
+    return (module.out_channels, module.in_channels) if isinstance(module, LAYERS) else None
 
 
 def weight_dim(layer: nn.Module, dim: str) -> int:

@@ -101,14 +101,6 @@ def rule_of(module: nn.Module) -> Callable[..., None] | None:
     return None
 
 
-def _fuse(t: Tracer, m: nn.Module, xs: list[Any], out: torch.Tensor) -> None:
-    """CBFuse adds one part of each cut map, resized, to the last map."""
-    parts = [x[i] for x, i in zip(xs, m.idx)] + [xs[-1]]
-    tracked = [p for p in parts if t.get(p) is not None]
-    if tracked:
-        t.pointwise("add", tracked, ((parts,), {}), out, lambda p: sum(x.sum() for x in p))
-
-
 # Tracing -------------------------------------------------------------------------------------------------------------
 def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
     """Let the tracer know when a module runs, and apply its rule to what it returns."""
@@ -117,19 +109,19 @@ def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
     silent = rule is not None or fuses or not followed
 
     def enter(_: nn.Module, args: tuple) -> None:
-        """Note that a module has begun to run."""
         t.stack.append(m)
         t.depth += silent
 
     def leave(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        """Apply the rule of a module that has run."""
         t.stack.pop()
         t.depth -= silent
         if t.depth or not silent:
             return
         inputs = list(tensors_in((args, kwargs)))
-        if fuses:
-            _fuse(t, m, args[0], out)
+        if fuses:  # CBFuse adds one part of each cut map, resized, to the last map
+            parts = [x[i] for x, i in zip(args[0], m.idx)] + [args[0][-1]]
+            if tracked := [p for p in parts if t.get(p) is not None]:
+                t.pointwise("add", tracked, ((parts,), {}), out, lambda p: sum(x.sum() for x in p))
         elif rule is not None and len(inputs) == 1 and isinstance(out, torch.Tensor) and inputs[0].ndim > 1:
             rule(t, m, path, inputs[0], out)
         else:
@@ -137,38 +129,28 @@ def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
 
     m.register_forward_pre_hook(enter)
     m.register_forward_hook(leave, with_kwargs=True)
-
-
-def _own(t: Tracer) -> None:
-    """Note which layer each parameter belongs to; one that two layers share belongs to none."""
-    for m, path in t.paths.items():
-        if rule_of(m) is not None:
-            for p in m._parameters.values():
-                if p is not None and id(p) in t.owner:
-                    t.touched.update((path, t.owner[id(p)]))
-                elif p is not None:
-                    t.owner[id(p)] = path
+    for p in m._parameters.values() if rule is not None else ():
+        if p is not None and t.owner.setdefault(id(p), path) != path:  # two layers share it
+            t.touched.update((path, t.owner[id(p)]))
 
 
 def _finish(lab: Labels, touched: set[str]) -> None:
     """Freeze layers whose weights have another use, and channels that are produced but never seen to be used."""
     for path in touched:
-        lab.freeze(
-            lab.out.get(path, []) + lab.inp.get(path, []), f"meets {path}, whose weights are also used elsewhere"
-        )
+        reason = f"meets {path}, whose weights are also used elsewhere"
+        lab.freeze(lab.out.get(path, []) + lab.inp.get(path, []), reason)
     used = {lab.find(c) for p, labels in lab.inp.items() if labels != lab.out.get(p) for c in labels if c != FIXED}
     for labels in lab.out.values():
         lab.freeze([c for c in labels if c != FIXED and lab.find(c) not in used], UNFOLLOWED)
 
 
 def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
-    """Run a copy of the model in train and eval mode with labelled channels; train mode shows train-only branches.
+    """Run a copy in train mode, which has more branches, and eval mode on an image of side `imgsz` in pixels.
 
-    `imgsz` is the side of the image in pixels; `custom` follows channels through the code of modules of others.
+    `custom` follows channels through the code of modules of others.
     """
     model = deepcopy(model).float().cpu().requires_grad_(False)
     tracer = Tracer(model)
-    _own(tracer)
     for m, path in tracer.paths.items():
         _watch(tracer, m, path, custom)
     for training in (True, False):
