@@ -26,21 +26,13 @@ AUTO, WITH_DATA, WITHOUT_DATA = "auto", "taylor", "lamp"  # the best ones of ben
 
 @dataclass(frozen=True)
 class GroupWeights:
-    """What a criterion may look at: one group of n coupled channels.
+    """What a criterion may look at: one group of n coupled channels, its weights with BatchNorm folded in."""
 
-    Attributes:
-        out: For each layer that produces the channels, (n, fan_in) weights with BatchNorm folded in.
-        generator: Seeded random generator.
-        inp: For each layer that reads the channels, (n, fan_out) weights with BatchNorm folded in.
-        gamma: For each BatchNorm over the channels, (n,) absolute scales.
-        evidence: For each coupled tensor, (n, k) salience of its elements; empty without data.
-    """
-
-    out: list[torch.Tensor]
-    generator: torch.Generator
-    inp: list[torch.Tensor] = field(default_factory=list)
-    gamma: list[torch.Tensor] = field(default_factory=list)
-    evidence: list[torch.Tensor] = field(default_factory=list)
+    out: list[torch.Tensor]  # (n, fan_in) weights for each layer that produces the channels
+    generator: torch.Generator  # seeded
+    inp: list[torch.Tensor] = field(default_factory=list)  # (n, fan_out) weights for each layer that reads them
+    gamma: list[torch.Tensor] = field(default_factory=list)  # (n,) absolute scales for each BatchNorm over them
+    evidence: list[torch.Tensor] = field(default_factory=list)  # (n, k) salience for each coupled tensor, with data
 
 
 def _magnitude(layers: list[torch.Tensor], p: int) -> torch.Tensor:
@@ -60,35 +52,29 @@ def random(group: GroupWeights) -> torch.Tensor:
     return torch.rand(group.out[0].shape[0], generator=group.generator)
 
 
-@criteria.row(
-    "l1", "Sum of absolute weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710"
-)
+@criteria.row("l1", "Sum of absolute weights, relative to the mean of the group",
+              paper="Li et al., 2017, arXiv:1608.08710")  # fmt: skip
 def l1(group: GroupWeights) -> torch.Tensor:
     """Return (n,) L1 magnitudes divided by their mean."""
     return _relative(_magnitude(group.out, 1))
 
 
-@criteria.row(
-    "l2", "Sum of squared weights, relative to the mean of the group", paper="Li et al., 2017, arXiv:1608.08710"
-)
+@criteria.row("l2", "Sum of squared weights, relative to the mean of the group",
+              paper="Li et al., 2017, arXiv:1608.08710")  # fmt: skip
 def l2(group: GroupWeights) -> torch.Tensor:
     """Return (n,) squared L2 magnitudes divided by their mean."""
     return _relative(_magnitude(group.out, 2))
 
 
-@criteria.row(
-    "group_norm",
-    "Sum of squares of all coupled weights, readers too, relative to the mean of the group",
-    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
-)
+@criteria.row("group_norm", "Sum of squares of all coupled weights, readers too, relative to the mean of the group",
+              paper="Fang et al., DepGraph, 2023, arXiv:2301.12900")  # fmt: skip
 def group_norm(group: GroupWeights) -> torch.Tensor:
     """Return (n,) squared L2 norms over all layers that produce or read a channel, divided by their mean."""
     return _relative(_magnitude(group.out + group.inp, 2))
 
 
-@criteria.row(
-    "lamp", "Magnitude over the sum of all larger ones in the group", paper="Lee et al., 2021, arXiv:2010.07611"
-)
+@criteria.row("lamp", "Magnitude over the sum of all larger ones in the group",
+              paper="Lee et al., 2021, arXiv:2010.07611")  # fmt: skip
 def lamp(group: GroupWeights) -> torch.Tensor:
     """Return (n,) LAMP scores: m_k / sum of m_j over all j not ranked below k; the largest channel scores 1.
 
@@ -101,11 +87,8 @@ def lamp(group: GroupWeights) -> torch.Tensor:
     return torch.empty_like(score).scatter_(0, order, ascending / remaining)
 
 
-@criteria.row(
-    "fpgm",
-    "Distance to all other filters of the group: what is near the median can be replaced",
-    paper="He et al., 2019, arXiv:1811.00250",
-)
+@criteria.row("fpgm", "Distance to all other filters of the group: what is near the median can be replaced",
+              paper="He et al., 2019, arXiv:1811.00250")  # fmt: skip
 def fpgm(group: GroupWeights) -> torch.Tensor:
     """Return (n,) sums of the L2 distances to all other filters, divided by their mean."""
     # in float64, where the fast distances by matrix product are exact enough for equal filters
@@ -113,64 +96,36 @@ def fpgm(group: GroupWeights) -> torch.Tensor:
 
 
 # With a sparsity penalty ---------------------------------------------------------------------------------------------
-@criteria.row(
-    "slim",
-    "Scale of BatchNorm, over the whole model",
-    paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
-    needs=[Need.SPARSITY],
-)
+@criteria.row("slim", "Scale of BatchNorm, over the whole model", needs=[Need.SPARSITY],
+              paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519")  # fmt: skip
 def slim(group: GroupWeights) -> torch.Tensor | None:
     """Return (n,) mean |gamma| over the BatchNorms, None without BatchNorm."""
     return torch.stack(group.gamma).mean(0) if group.gamma else None
 
 
-@criteria.row(
-    "group_slim",
-    "Norm of all coupled BatchNorm scales, over the whole model",
-    paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
-    needs=[Need.SPARSITY],
-)
+@criteria.row("group_slim", "Norm of all coupled BatchNorm scales, over the whole model", needs=[Need.SPARSITY],
+              paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900")  # fmt: skip
 def group_slim(group: GroupWeights) -> torch.Tensor | None:
     """Return (n,) root mean squares of gamma over the BatchNorms, None without BatchNorm."""
     return torch.stack(group.gamma).square().mean(0).sqrt() if group.gamma else None
 
 
-@criteria.row(
-    "group_reg",
-    "Norm of all coupled weights after growing regularization, relative to the largest",
-    paper="Wang et al., 2021, arXiv:2012.09243",
-    needs=[Need.SPARSITY],
-)
-@criteria.row(
-    "group_sl",
-    "Norm of all coupled weights after group sparse learning, relative to the largest",
-    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
-    needs=[Need.SPARSITY],
-)
+@criteria.row("group_reg", "Norm of all coupled weights after growing regularization, relative to the largest",
+              needs=[Need.SPARSITY], paper="Wang et al., 2021, arXiv:2012.09243")  # fmt: skip
+@criteria.row("group_sl", "Norm of all coupled weights after group sparse learning, relative to the largest",
+              needs=[Need.SPARSITY], paper="Fang et al., DepGraph, 2023, arXiv:2301.12900")  # fmt: skip
 def group_sparse(group: GroupWeights) -> torch.Tensor:
     """Return (n,) L2 norms over all coupled layers, divided by the largest: the penalty made the rest small."""
     return _relative(_magnitude(group.out + group.inp, 2).sqrt(), largest=True)
 
 
 # With data -----------------------------------------------------------------------------------------------------------
-@criteria.row(
-    "obd",
-    "Loss increase by the Kronecker-factored Fisher of the channel's outputs",
-    paper="Wang et al., EigenDamage (OBD-C), 2019, arXiv:1905.05934",
-    needs=[Need.DATA],
-)
-@criteria.row(
-    "hessian",
-    "Loss increase by squared weights and the Fisher diagonal of single images",
-    paper="LeCun et al., Optimal Brain Damage, 1989",
-    needs=[Need.DATA],
-)
-@criteria.row(
-    "taylor",
-    "Loss change by weight times gradient",
-    paper="Molchanov et al., 2019, arXiv:1906.10771",
-    needs=[Need.DATA],
-)
+@criteria.row("obd", "Loss increase by the Kronecker-factored Fisher of the channel's outputs", needs=[Need.DATA],
+              paper="Wang et al., EigenDamage (OBD-C), 2019, arXiv:1905.05934")  # fmt: skip
+@criteria.row("hessian", "Loss increase by squared weights and the Fisher diagonal of single images", needs=[Need.DATA],
+              paper="LeCun et al., Optimal Brain Damage, 1989")  # fmt: skip
+@criteria.row("taylor", "Loss change by weight times gradient", needs=[Need.DATA],
+              paper="Molchanov et al., 2019, arXiv:1906.10771")  # fmt: skip
 def salience(group: GroupWeights) -> torch.Tensor:
     """Return (n,) salience summed over all coupled tensors; zero where no loss depends on the channels.
 
@@ -180,9 +135,6 @@ def salience(group: GroupWeights) -> torch.Tensor:
 
 
 # What they look at ---------------------------------------------------------------------------------------------------
-def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return (n, k): all that the first dimension holds at the (n, repeats) positions of each channel."""
-    return tensor[index].flatten(1)
 
 
 def _side(tensor: torch.Tensor, layer: nn.Module, dim: str) -> torch.Tensor:
@@ -216,11 +168,11 @@ def group_weights(
             found.gamma.append(layer.weight.detach().float().cpu().abs()[m.index].mean(1))
         else:
             weight = _side(_folded(modules, m.module), layer, m.dim)
-            (found.out if m.dim == "out" else found.inp).append(_rows(weight, m.index))
+            (found.out if m.dim == "out" else found.inp).append(weight[m.index].flatten(1))
         for name in (f"{m.module}.weight", f"{m.module}.bias", m.module):
             measured = (evidence or {}).get(name)
             if measured is not None and (m.dim == "out" or measured.ndim > 1):
-                found.evidence.append(_rows(_side(measured, layer, m.dim), m.index))
+                found.evidence.append(_side(measured, layer, m.dim)[m.index].flatten(1))
     return found
 
 
@@ -232,13 +184,7 @@ def resolved(cfg: PruneConfig, data: bool) -> PruneConfig:
 def score(
     model: nn.Module, group: Group, method: str, generator: torch.Generator, evidence: Evidence | None = None
 ) -> torch.Tensor | None:
-    """Return (n,) finite scores of the channels of a group, small where one can go; None when it cannot be ranked.
-
-    `method` is a criterion or the user's own as ``package.module:function``.
-
-    Raises:
-        UsageError: If the criterion is unknown, lacks its data, or returns anything else.
-    """
+    """Return (n,) finite scores of the channels of a group, small where one can go; None when it cannot be ranked."""
     row = criteria[method]
     if Need.DATA in row.needs and evidence is None:
         raise UsageError(

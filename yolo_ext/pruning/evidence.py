@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.utils import DEFAULT_CFG, TQDM, IterableSimpleNamespace
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
@@ -29,12 +31,9 @@ PER_BOX = ("cls", "bboxes", "keypoints", "batch_idx")
 class Probes:
     """Ways to look at a model from outside; each is None where there are no data to look with.
 
-    Attributes:
-        batches: Labelled train batches as `model.loss` takes them (images in 0..1, on the device of the model), anew
-            and in the same order at each call.
-        images: Train image batches (B, C, H, W) in 0..1 for BatchNorm, anew at each call.
-        score: mAP50-95 (top-1 accuracy for classification) of a model on the val split; the model is not changed.
-        speed: Measured latency of the first model over that of the second.
+    `batches` are labelled train batches as `model.loss` takes them (images in 0..1, on the device of the model), anew
+    and in the same order at each call, `images` those (B, C, H, W) for BatchNorm. `score` is the mAP50-95 (top-1
+    accuracy for classification) on the val split, `speed` the measured latency of a model over that of another.
     """
 
     batches: Callable[[], Iterable[dict[str, Any]]] | None = None
@@ -48,11 +47,10 @@ NO_PROBES = Probes()
 
 def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence:
     """Return how much the task's loss depends on each weight, and for ``obd`` on each output of each layer."""
-    copy = _observed(model)
-    copy.requires_grad_(True)
+    copy = _observed(model).requires_grad_(True)
+    batches = TQDM(_single(batches, copy) if method == "hessian" else batches, desc=f"Measuring {method}")
     with torch.enable_grad():
-        found = COLLECTORS[method](copy, _progress(_single(batches, copy) if method == "hessian" else batches, method))
-    return {name: t.cpu() for name, t in found.items()}
+        return {name: t.cpu() for name, t in COLLECTORS[method](copy, batches).items()}
 
 
 @torch.no_grad()
@@ -73,8 +71,6 @@ def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
 # Running the model ---------------------------------------------------------------------------------------------------
 def _observed(model: nn.Module) -> nn.Module:
     """Return a float copy that gives training outputs, deterministically, and knows the loss gains."""
-    from ultralytics.utils import DEFAULT_CFG, IterableSimpleNamespace
-
     copy = deepcopy(model).float()
     own = getattr(copy, "args", None) or {}
     own = own if isinstance(own, dict) else vars(own)
@@ -97,27 +93,20 @@ def _on(batch: Batch, model: nn.Module) -> Batch:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def _progress(batches: Iterable[Batch], method: str) -> Iterator[Batch]:
-    """Yield batches behind a progress bar."""
-    from ultralytics.utils import TQDM
-
-    yield from TQDM(batches, desc=f"Measuring {method}")
-
-
 def _single(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
     """Yield the images of labelled batches one by one."""
     per_box = PER_BOX if model.args.overlap_mask else (*PER_BOX, "masks")
     for batch in batches:
-        size = len(batch["img"])
+        size, boxes = len(batch["img"]), batch.get("batch_idx")
         for i in range(size):
             one = {}
             for key, value in batch.items():
-                if key in per_box and "batch_idx" in batch:
-                    one[key] = value[batch["batch_idx"].view(-1) == i]
+                if key in per_box and boxes is not None:
+                    one[key] = value[boxes.view(-1) == i]
                 else:
                     each = isinstance(value, (list, tuple, torch.Tensor)) and len(value) == size
                     one[key] = value[i : i + 1] if each else value
-            if "batch_idx" in one:
+            if boxes is not None:
                 one["batch_idx"] = torch.zeros_like(one["batch_idx"])
             yield one
 
@@ -140,8 +129,10 @@ def _counted(images: int) -> int:
 
 
 # Collectors ----------------------------------------------------------------------------------------------------------
-def _sum_of_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> tuple[Evidence, int]:
-    """Return the sum over the batches of the gradients raised to a power, and the number of images."""
+
+
+def _by_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> Evidence:
+    """Return |w * g| for each weight, g its mean gradient (power 1), or w^2 * F, F its mean squared one (power 2)."""
     total: Evidence = {}
     images = 0
     for batch in batches:
@@ -149,21 +140,9 @@ def _sum_of_gradients(model: nn.Module, batches: Iterable[Batch], power: int) ->
         for name, p in model.named_parameters():
             if p.grad is not None:
                 total[name] = total.get(name, 0) + p.grad.pow(power)
-    return total, _counted(images)
-
-
-def _taylor(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
-    """Return |w * g| for each weight, g the mean gradient over the images."""
-    total, images = _sum_of_gradients(model, batches, 1)
     weights = dict(model.named_parameters())
-    return {name: (weights[name].detach() * g / images).abs() for name, g in total.items()}
-
-
-def _hessian(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
-    """Return w^2 * F for each weight, F the mean squared gradient of single images."""
-    total, images = _sum_of_gradients(model, batches, 2)
-    weights = dict(model.named_parameters())
-    return {name: weights[name].detach().square() * g / images for name, g in total.items()}
+    _counted(images)
+    return {name: (weights[name].detach().pow(power) * g / images).abs() for name, g in total.items()}
 
 
 def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
@@ -175,33 +154,26 @@ def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     energy: Evidence = {}
     gradient: Evidence = {}
 
-    def moment(x: torch.Tensor) -> torch.Tensor:
-        """Return (positions, channels) squares."""
+    def moment(x: torch.Tensor) -> torch.Tensor:  # (positions, channels) squares
         channels = x.detach().transpose(1, -1) if x.ndim == 4 else x.detach()
         return channels.reshape(-1, channels.shape[-1]).square()
 
-    def watch(path: str) -> Callable:
-        """Return a hook that measures a layer."""
+    def save(path: str, g: torch.Tensor) -> None:
+        gradient[path] = gradient.get(path, 0) + len(g) * moment(g).mean(0)
 
-        def after(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            energy[path] = energy.get(path, 0) + moment(out).sum(0)
-
-            def save(g: torch.Tensor) -> None:
-                gradient[path] = gradient.get(path, 0) + len(g) * moment(g).mean(0)
-
-            out.register_hook(save)
-
-        return after
+    def after(path: str, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        energy[path] = energy.get(path, 0) + moment(out).sum(0)
+        out.register_hook(partial(save, path))
 
     for path, m in model.named_modules():
         if isinstance(m, LAYERS):
-            m.register_forward_hook(watch(path))
+            m.register_forward_hook(partial(after, path))
     images = _counted(sum(_backward(model, batch) for batch in batches))
     return {path: energy[path] * g / images**2 for path, g in gradient.items()}
 
 
 COLLECTORS: dict[str, Callable[[nn.Module, Iterable[Batch]], Evidence]] = {
-    "taylor": _taylor,
-    "hessian": _hessian,
+    "taylor": partial(_by_gradients, power=1),
+    "hessian": partial(_by_gradients, power=2),
     "obd": _obd,
 }

@@ -27,23 +27,16 @@ SECTIONS = ("backbone", "neck", "head")
 
 @dataclass
 class TiedGroups:
-    """Groups that shrink at the same rate, in `units`: unit u removes the next worst channels of each group.
+    """Groups that shrink at the same rate, in `units`: unit u removes the next worst channels of each group."""
 
-    Attributes:
-        groups: The groups; most often there is one.
-        order: For each group, its channels from worst to best.
-        scores: (units,) ascending.
-        allowed: Numbers of kept units that rounding and floors allow, descending; the first one is all of them.
-        share: Share of units that `prune.ratios` removes, whatever the target; None for groups that are free.
-        values: For each group, the scores of its channels.
-    """
-
-    groups: list[Group]
-    order: list[torch.Tensor]
-    scores: torch.Tensor
-    allowed: list[int]
-    share: float | None = None
-    values: list[torch.Tensor] = field(default_factory=list)
+    groups: list[Group]  # most often one
+    order: list[torch.Tensor]  # for each group, its channels from worst to best
+    scores: torch.Tensor  # (units,) ascending
+    allowed: list[int]  # numbers of kept units that rounding and floors allow, descending; the first one is all of them
+    share: float | None = (
+        None  # of units that `prune.ratios` removes, whatever the target; None where free
+    )
+    values: list[torch.Tensor] = field(default_factory=list)  # for each group, the scores of its channels
 
     @property
     def name(self) -> str:
@@ -66,12 +59,7 @@ class TiedGroups:
 
 
 def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evidence | None = None) -> list[TiedGroups]:
-    """Score all groups that the options leave prunable; the others become frozen in `graph`, with the reason.
-
-    Raises:
-        UsageError: If the criterion is unknown or fails, a selector is broken or matches nothing, a share of
-            `cfg.ratios` breaks a floor, or layers are frozen that would lose channels.
-    """
+    """Score all groups that the options leave prunable; the others become frozen in `graph`, with the reason."""
     cfg = resolved(cfg, evidence is not None)
     restrict(model, graph, cfg)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -83,9 +71,9 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
         found = _ranked(model, graph, groups, cfg, generator, evidence)
         if isinstance(found, TiedGroups):
             made[i] = found
-        else:
-            for g in groups:
-                g.frozen = found
+            continue
+        for g in groups:
+            g.frozen = found
     for i, share in shares(model, graph, cfg).items():
         _check_share(made[i], share, _floor(model, graph, made[i].groups, cfg), cfg)
         made[i].share = share
@@ -101,20 +89,18 @@ def _ranked(
     units, widest = min(g.size for g in groups), max(g.size for g in groups)
     if any(g.size % units for g in groups):
         return "is coupled with a part whose width does not divide its own"
-    floor = _floor(model, graph, groups, cfg)
-    step = widest // units
-    legal = [u for u in range(1, units) if u * step % cfg.round_to == 0 and u * step >= floor]
+    floor, step = _floor(model, graph, groups, cfg), widest // units
+    legal = [u for u in range(units - 1, 0, -1) if u * step % cfg.round_to == 0 and u * step >= floor]
     if not legal:
         return f"has {groups[0].size} channels, which the floors do not let shrink"
     values: list[torch.Tensor] = []
     for g in groups:
-        scored = score(model, g, cfg.method, generator, evidence)
-        if scored is None:
+        if (scored := score(model, g, cfg.method, generator, evidence)) is None:
             return f"has no BatchNorm, which '{cfg.method}' ranks by"
         values.append(scored)
     order = [v.argsort(stable=True) for v in values]
     rows = [v[o].view(units, -1).mean(1) for v, o in zip(values, order)]
-    return TiedGroups(groups, order, torch.stack(rows).mean(0), [units, *reversed(legal)], values=values)
+    return TiedGroups(groups, order, torch.stack(rows).mean(0), [units, *legal], values=values)
 
 
 def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> float:
@@ -151,46 +137,32 @@ def matches(model: nn.Module, selector: str, option: str = "selector") -> set[st
     ``neck`` or ``head``, or a regular expression for whole paths; the first of these that fits.
     """
     modules = {path: m for path, m in model.named_modules() if path}
-    roots = _roots(model, modules, selector, option)
-    found = {path for path in modules if not roots.isdisjoint(_ancestors(path))}
-    if not found:
+    path = f"model.{selector}" if selector.isdecimal() else selector
+    if selector in SECTIONS:
+        roots = _section(model, selector, option)
+    elif path in modules:
+        roots = [path]
+    elif not (roots := [p for p, m in modules.items() if type(m).__name__ == selector]):
+        try:
+            roots = [p for p in modules if re.fullmatch(selector, p)]
+        except re.error as e:
+            raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
+    if not roots:
         names = [*SECTIONS, *sorted({type(m).__name__ for m in modules.values()}), *modules]
         raise UsageError(
             f"'{option}={selector}' matches no layer.{suggest(selector, names)} Legal: a layer index such as 9, a name "
             "such as model.9.cv2, a type such as C2f, backbone, neck, head, or a regular expression for whole names."
         )
-    return found
+    return {p for p in modules if f"{p}.".startswith(tuple(f"{root}." for root in roots))}
 
 
-def _ancestors(path: str) -> set[str]:
-    """Return a path and those of all modules around it."""
-    parts = path.split(".")
-    return {".".join(parts[: i + 1]) for i in range(len(parts))}
-
-
-def _roots(model: nn.Module, modules: dict[str, nn.Module], selector: str, option: str) -> set[str]:
-    """Return the paths that a selector names itself, without what is inside."""
-    if selector in SECTIONS:
-        return _section(model, selector, option)
-    path = f"model.{selector}" if selector.isdecimal() else selector
-    if path in modules:
-        return {path}
-    if typed := {p for p, m in modules.items() if type(m).__name__ == selector}:
-        return typed
-    try:
-        pattern = re.compile(selector)
-    except re.error as e:
-        raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
-    return {p for p in modules if pattern.fullmatch(p)}
-
-
-def _section(model: nn.Module, name: str, option: str) -> set[str]:
+def _section(model: nn.Module, name: str, option: str) -> list[str]:
     """Return the layers of the backbone, the neck or the head, as the model's YAML parts them."""
     yaml = manifest(model).yaml or getattr(model, "yaml", None)  # that of a pruned model holds the tripwire
     if not yaml or "backbone" not in yaml:
         raise UsageError(f"'{option}={name}' means nothing here: the model has no YAML. Give layer names.")
     neck, head = len(yaml["backbone"]), len(model.model) - 1
-    return {f"model.{i}" for i in {"backbone": range(neck), "neck": range(neck, head), "head": [head]}[name]}
+    return [f"model.{i}" for i in {"backbone": range(neck), "neck": range(neck, head), "head": [head]}[name]]
 
 
 def _chosen(model: nn.Module, graph: Graph, selector: str, option: str) -> set[str]:
@@ -210,21 +182,14 @@ def restrict(model: nn.Module, graph: Graph, cfg: PruneConfig) -> None:
         layers = [p for g in groups for p in g.producers]
         stays = next((p for p in layers if p in excluded), "")
         outside = bool(cfg.include) and included.isdisjoint(layers)
-        for g in groups:
-            if stays:
-                own = excluded.issuperset(g.producers)
-                coupled = f"is coupled with {stays}, which prune.exclude keeps"
-                g.frozen = g.frozen or ("is excluded by prune.exclude" if own else coupled)
-            elif outside:
-                g.frozen = g.frozen or "is not in prune.include"
+        reason = f"is coupled with {stays}, which prune.exclude keeps" if stays else "is not in prune.include"
+        for g in groups if stays or outside else []:
+            own = stays and excluded.issuperset(g.producers)
+            g.frozen = g.frozen or ("is excluded by prune.exclude" if own else reason)
 
 
 def shares(model: nn.Module, graph: Graph, cfg: PruneConfig) -> dict[int, float]:
-    """Return the share to remove of each of `graph.ties` that `cfg.ratios` names.
-
-    Raises:
-        UsageError: If a selector is broken, matches nothing that can be pruned, or contradicts another one.
-    """
+    """Return the share to remove of each of `graph.ties` that `cfg.ratios` names."""
     found: dict[int, tuple[float, str]] = {}
     for selector, share in cfg.ratios.items():
         layers = _chosen(model, graph, selector, "prune.ratios")
