@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from yolo_ext.cli.parse import FORWARDED
-from yolo_ext.commands import COMMANDS, command, say
+from yolo_ext.commands import COMMANDS, HELP, command, say
 from yolo_ext.core.config import CONFIGS, default_yaml, help_lines
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table
@@ -98,14 +98,17 @@ def command_help(function: Callable[..., Any]) -> str:
 
 
 def documented(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the help of each parameter, from the section `Args` of the docstring."""
+    """Return the help of each parameter: from the section `Args` of the docstring, else of a command like it."""
     section = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     for line in textwrap.dedent(section).splitlines():
         name, _, text = line.partition(": ") if not line.startswith(" ") else (next(reversed(found)), "", line)
         found[name] = " ".join(f"{found.get(name, '')} {text}".replace("`", "").split())
     like = getattr(function, "like", None)
-    return {**(documented(like) if like else {}), **{name: text.rstrip(".") for name, text in found.items()}}
+    others = (
+        documented(like) if like else {k: v for k, v in HELP.items() if k in inspect.signature(function).parameters}
+    )
+    return {**others, **{name: text.rstrip(".") for name, text in found.items()}}
 
 
 def technique_help(technique: str) -> str:

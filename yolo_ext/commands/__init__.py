@@ -1,9 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The commands: one typed function each.
+"""The commands: one typed function each. Its signature gives the keys, the section `Args` of its docstring their help.
 
-The signature of a command gives its keys, their types and defaults, and which of them are needed; the section `Args` of
-its docstring gives the help of each key. Modules of commands import nothing heavy at the top: the command line reads
-them all to know what there is.
+Modules of commands import nothing heavy at the top: the command line reads them all to know what there is.
 """
 
 from __future__ import annotations
@@ -27,6 +25,12 @@ LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its im
 COMMANDS = Table("command")
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
+HELP = {  # of keys that a command does not explain itself
+    "imgsz": "Side of the square input in pixels; that of the training by default",
+    "quant": "Options of quantization",
+    "place": f"{', '.join(PLACE)} for the run folder",
+    "native": f"{', '.join(PLACE)} for the run folder, and any training argument of Ultralytics",
+}
 
 # Types of keys. A number behind `int` is the least legal one.
 Count = Annotated[int, 1]
@@ -38,9 +42,7 @@ Technique = Any  # options as a dict or a dataclass, True for the defaults, None
 def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Make a command of the decorated function, which then refuses values that do not fit its annotations.
 
-    Args:
-        summary: One line for the overview.
-        like: Command that explains the keys that the docstring of this one does not.
+    `summary` is its line in the overview; `like` is a command that explains the keys that it does not explain.
     """
 
     def add(fn: F) -> F:
@@ -70,22 +72,14 @@ def takes_native(fn: Callable[..., Any]) -> bool:
 
 # Checks --------------------------------------------------------------------------------------------------------------
 def need(options: Mapping[str, Any], *names: str) -> None:
-    """Check that the user gave these keys.
-
-    Raises:
-        UsageError: If one is missing.
-    """
+    """Check that the user gave these keys."""
     missing = [k for k in names if options.get(k) in (None, "")]
     if missing:
         raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
 
 
 def check_values(fn: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check values by the annotations of a function; None is as good as not given.
-
-    Raises:
-        UsageError: If one does not fit.
-    """
+    """Check values by the annotations of a function; None is as good as not given."""
     kinds = typing.get_type_hints(fn, include_extras=True)
     for key, value in values.items():
         if value is not None and (legal := _legal(kinds.get(key, Any), value)):
@@ -94,30 +88,28 @@ def check_values(fn: Callable[..., Any], values: Mapping[str, Any]) -> None:
 
 def _legal(kind: Any, value: Any) -> str:
     """Return what is legal for a type, in words, where a value does not fit it; an empty string where it does."""
-    if typing.get_origin(kind) in (typing.Union, UnionType):
-        found = [_legal(k, value) for k in typing.get_args(kind) if k is not type(None)]
-        return "" if "" in found else found[0]
-    if kind is bool:
-        return "" if isinstance(value, bool) else ". Legal: True or False."
-    if typing.get_origin(kind) is Literal:
-        names = typing.get_args(kind)
-        return "" if value in names else f".{suggest(value, [*names])} Legal: {', '.join(names)}."
-    if kind == Share:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "" if number and 0 <= value <= 1 else ". Legal: a number from 0 to 1."
-    if typing.get_origin(kind) is Annotated:
-        low = typing.get_args(kind)[1]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return "" if whole and value >= low else f": give a whole number of at least {low}."
-    return ""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits, words = True, ""
+    if origin in (typing.Union, UnionType):
+        found = [_legal(k, value) for k in args if k is not type(None)]
+        fits, words = "" in found, found[0]
+    elif kind is bool:
+        fits, words = isinstance(value, bool), ". Legal: True or False."
+    elif origin is Literal:
+        fits, words = value in args, f".{suggest(value, [*args])} Legal: {', '.join(args)}."
+    elif kind == Share:
+        fits, words = number and 0 <= value <= 1, ". Legal: a number from 0 to 1."
+    elif origin is Annotated:
+        fits, words = (
+            number and isinstance(value, int) and value >= args[1],
+            f": give a whole number of at least {args[1]}.",
+        )
+    return "" if fits else words
 
 
 def numbers(key: str, given: Any, kind: Callable[[str], Any], legal: Callable[[Any], bool], hint: str) -> list[Any]:
-    """Read one or several numbers.
-
-    Raises:
-        UsageError: If there is none, or one is not legal.
-    """
+    """Read one or several numbers; `hint` says what to give where there is none, or one is not legal."""
     try:
         found = comma_list(given, kind)
     except ValueError:
@@ -127,18 +119,16 @@ def numbers(key: str, given: Any, kind: Callable[[str], Any], legal: Callable[[A
     return found
 
 
-def check_native(native: Mapping[str, Any]) -> None:
-    """Let Ultralytics check the values of its own keys before anything else happens.
-
-    Raises:
-        UsageError: If one is illegal.
-    """
+def check_native(model: Any, native: dict[str, Any]) -> None:
+    """Check the keys of Ultralytics before anything else happens; a task word, which is taken out, has to be right."""
     from ultralytics.utils.torch_utils import select_device
 
+    from yolo_ext import stock
     from yolo_ext.stock.context import get_cfg
 
+    task = native.pop("task", None)
     try:
-        get_cfg(overrides={k: v for k, v in native.items() if k != "task"})
+        get_cfg(overrides={**native})
         select_device(native.get("device"), verbose=False)
     except (SyntaxError, TypeError, ValueError) as e:
         raise UsageError(str(e).strip().splitlines()[0]) from e
@@ -147,6 +137,8 @@ def check_native(native: Mapping[str, Any]) -> None:
     name = str(native.get("optimizer", "auto"))
     if name.lower() not in map(str.lower, OPTIMIZERS):
         raise UsageError(f"Unknown optimizer '{name}'.{suggest(name, [*OPTIMIZERS])} Legal: {', '.join(OPTIMIZERS)}.")
+    if task and (found := stock.task_of(stock.load_model(model)[0])) != task:
+        raise UsageError(f"'{model}' is a '{found}' model, not '{task}'. Leave the task word out.")
 
 
 def say(text: str) -> None:

@@ -25,14 +25,9 @@ def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list
 
     Args:
         model: ``.pt`` or ``.yaml``.
-        imgsz: Side of the square input in pixels.
-        place: `project`, `name`, `exist_ok`, `save_dir`.
 
-    Returns:
-        One row for each group.
-
-    Raises:
-        UsageError: If the model cannot be loaded or must not be changed any more.
+    Returns: One row for each group.
+    Raises: `UsageError` if the model cannot be loaded or must not be changed any more.
     """
     from yolo_ext import runs, stock
     from yolo_ext.pruning import analyze as groups
@@ -70,14 +65,10 @@ def sensitivity(
         by: Quantization: `layer` or `block`.
         images: Quantization: train images on which detections are compared.
         map: Quantization: measure the mAP on the val split with each layer alone in INT8, too, which takes long.
-        imgsz: Side of the square input in pixels.
         place: `project`, `name`, `exist_ok`, `save_dir`; a folder that holds an unfinished analysis is gone on with.
 
-    Returns:
-        The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
-
-    Raises:
-        UsageError: If the input is wrong.
+    Returns: The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
+    Raises: `UsageError` if the input is wrong.
     """
     from yolo_ext import stock
     from yolo_ext.data.check import check_data

@@ -41,14 +41,9 @@ def bench(
         source: Image for which letterbox and NMS are timed, by default one of `data`, else noise.
         profile: Also print and write the time of each operator inside ONNX Runtime.
         memory: Also measure peak memory, each model in a process of its own.
-        place: `project`, `name`, `exist_ok`, `save_dir`.
 
-    Returns:
-        ``rows`` (one for each model, threads and batch), ``models`` (what does not depend on these), ``env`` and, if
-        asked, ``profile``; the contents of ``bench.json``.
-
-    Raises:
-        UsageError: If a file is missing or does not fit.
+    Returns: The contents of ``bench.json``: ``rows`` (by model, threads and batch), ``models``, ``env``, ``profile``.
+    Raises: `UsageError` if a file is missing or does not fit.
     """
     from ultralytics.utils import TQDM
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from yolo_ext.commands import LOGGER, Count, Natural, Technique, check_native, command, need
 from yolo_ext.core.config import COMPRESS_DEFAULTS, TARGETS, cfg_dir
-from yolo_ext.core.errors import UsageError
 
 SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
 BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
@@ -27,24 +26,18 @@ def compress(
     Args:
         model: Base ``.pt``.
         data: Dataset YAML; may be left out only when there is no training and no quantization.
-        imgsz: Side of the square input in pixels; that of the training by default.
         epochs: Fine-tune epochs, 0 for none; 30 by default.
         sparsity: Options of a sparsity training that comes first.
         prune: Options of pruning; True removes half of the FLOPs.
         distill: Options of the distillation while fine-tuning.
-        quant: Options of quantization.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
 
-    Returns:
-        The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
-
-    Raises:
-        UsageError: If the input is wrong; nothing has been written then.
+    Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
+    Raises: `UsageError` if the input is wrong; nothing has been written then.
     """
-    techniques = {"prune": _on("prune", prune), "distill": _on("distill", distill), "quant": _on("quant", quant)}
-    size = {"imgsz": imgsz, "epochs": epochs}
-    return _compress("compress", model, data, resume, {"sparsity": sparsity, **techniques, **size}, native)
+    techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": _on("distill", distill),
+                  "quant": _on("quant", quant)}  # fmt: skip
+    return _compress("compress", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
 
 
 @command("Train with any technique in the loop")
@@ -65,20 +58,15 @@ def train(
         distill: Options of distillation.
         quant: Options of quantization-aware training.
         resume: Go on with a training that was stopped.
-        native: `project`, `name`, `exist_ok`, `save_dir` for the run folder, and any training argument of Ultralytics.
 
-    Returns:
-        The contents of ``summary.json``.
-
-    Raises:
-        UsageError: If the input is wrong.
+    Returns: The contents of ``summary.json``.
+    Raises: `UsageError` if the input is wrong.
     """
     from yolo_ext.training import train as run
 
     if not resume:
         need({"data": data}, "data")
-    check_native(native)
-    check_task(model, native.pop("task", None))
+    check_native(model, native)
     given = {"data": data, "imgsz": imgsz, "epochs": epochs, "resume": resume or None, "sparsity": sparsity,
              "prune": prune, "distill": distill, "quant": quant}  # fmt: skip
     return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
@@ -139,10 +127,8 @@ def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
 
     Args:
         seed: Seed of the data and of the trainings.
-        place: `project`, `name`, `exist_ok`, `save_dir` for the run folder.
 
-    Returns:
-        What `compress` returns.
+    Returns: What `compress` returns.
     """
     from ultralytics import YOLO
     from ultralytics.utils import colorstr
@@ -169,8 +155,7 @@ def _compress(
     """Run the pipeline under the name of a command."""
     from yolo_ext.pipeline import compress as run
 
-    check_native(native)
-    check_task(model, native.pop("task", None))
+    check_native(model, native)
     given = {k: v for k, v in options.items() if v is not None}
     return run(model=model, data=data, resume=resume, **{**native, **given, "mode": mode})
 
@@ -183,16 +168,3 @@ def _on(technique: str, given: Technique) -> Technique:
     aim = (*TARGETS, "ratios", "kind")  # how far to prune
     told = any(options.get(k) is not None for k in aim) or options.get("scope") == "pagcp"
     return {**({} if technique == "prune" and told else COMPRESS_DEFAULTS[technique]), **options}
-
-
-def check_task(model: Any, task: Any) -> None:
-    """Refuse a task word that is not the task of the model.
-
-    Raises:
-        UsageError: If it is not.
-    """
-    from yolo_ext.stock.load import load_model
-    from yolo_ext.stock.model import task_of
-
-    if task and (found := task_of(load_model(model)[0])) != task:
-        raise UsageError(f"'{model}' is a '{found}' model, not '{task}'. Leave the task word out.")

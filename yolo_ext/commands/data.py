@@ -43,11 +43,8 @@ def convert(
         files: `link` or `copy` images; YOLO to YOLO also `list`, which leaves them where they are.
         images: Folder of the images of a COCO file.
 
-    Returns:
-        What was converted.
-
-    Raises:
-        UsageError: If the source or an option is wrong; nothing has been written then.
+    Returns: What was converted.
+    Raises: `UsageError` if the source or an option is wrong; nothing has been written then.
     """
     from yolo_ext.data.convert import convert as run
 
@@ -70,11 +67,8 @@ def split(
         ratio: Shares of train, val and test; ``0.8,0.2`` by default.
         folds: Number of folds instead.
 
-    Returns:
-        What was written.
-
-    Raises:
-        UsageError: If the source or an option is wrong; nothing has been written then.
+    Returns: What was written.
+    Raises: `UsageError` if the source or an option is wrong; nothing has been written then.
     """
     shares = ratio or (None if folds else (0.8, 0.2))
     return convert(source, out, "yolo", "yolo", ratio=shares, folds=folds, stratify=stratify, seed=seed,
@@ -88,13 +82,9 @@ def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[s
     Args:
         check: data.yaml, or the folder of one.
         near: How many of 256 bits may differ between the fingerprints of two images that are called nearly the same.
-        place: `project`, `name`, `exist_ok`, `save_dir`.
 
-    Returns:
-        The contents of ``data.json``; `passed` is False where files are broken or splits share images.
-
-    Raises:
-        UsageError: If the data.yaml is unusable.
+    Returns: The contents of ``data.json``; `passed` is False where files are broken or splits share images.
+    Raises: `UsageError` if the data.yaml is unusable.
     """
     from yolo_ext import runs
     from yolo_ext.data.summary import NEAR, summarise

@@ -85,12 +85,8 @@ def export(
         agnostic_nms: NMS over all classes together, inside the graph.
         native: `project`, `name`, `exist_ok`, `save_dir` for the run folder; other formats: any export argument.
 
-    Returns:
-        The files written.
-
-    Raises:
-        UsageError: If the model or an option is wrong.
-        CheckFailed: If the exporter failed.
+    Returns: The files written.
+    Raises: `UsageError` if the model or an option is wrong, `CheckFailed` if the exporter failed.
     """
     from yolo_ext import runs, stock
     from yolo_ext.quantization.convert import is_modelopt
@@ -301,13 +297,9 @@ def verify(
         data: Dataset YAML whose val images are used; adds a comparison of mAP.
         source: Folder, glob or list of images instead of `data`.
         imgsz: Size of the input in pixels; by default that of the ONNX file.
-        place: `project`, `name`, `exist_ok`, `save_dir`.
 
-    Returns:
-        ``passed``, ``checks`` and what they measured.
-
-    Raises:
-        UsageError: If a file is missing or there are no images.
+    Returns: ``passed``, ``checks`` and what they measured.
+    Raises: `UsageError` if a file is missing or there are no images.
     """
     from yolo_ext import runs, stock
     from yolo_ext.data.check import check_data

@@ -56,11 +56,8 @@ def label(
         files: Make `out` a dataset with the images in it: ``link`` or ``copy`` them, or ``none``.
         review: Pictures on the review sheet.
 
-    Returns:
-        The contents of `label.json`.
-
-    Raises:
-        UsageError: The model, an image source or an option is not usable.
+    Returns: The contents of `label.json`.
+    Raises: `UsageError` if the model, an image source or an option is not usable.
     """
     from yolo_ext.data.formats import FORMATS
     from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
@@ -232,11 +229,8 @@ def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) 
         native: `project`, `name`, `exist_ok`, `save_dir` for the pictures, and any prediction argument of Ultralytics,
             which both models take.
 
-    Returns:
-        The contents of ``compare.json``: `model`, `compare`, `iou`, `total` and one row of counts for each picture.
-
-    Raises:
-        UsageError: A model or the source is not usable, or the models do not fit together.
+    Returns: The contents of ``compare.json``: `model`, `compare`, `iou`, `total`, and counts for each picture.
+    Raises: `UsageError` if a model or the source is not usable, or the models do not fit together.
     """
     from yolo_ext import runs
     from yolo_ext.reporting.figures import side_by_side

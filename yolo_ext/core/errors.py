@@ -11,7 +11,7 @@ class YoloExtError(Exception):
 
 
 class UsageError(YoloExtError, ValueError):
-    """Wrong input: an unknown option, an illegal value, a missing or broken file. A `ValueError` for callers in Python."""
+    """Wrong input: an unknown option, an illegal value, a missing or broken file. A `ValueError` too."""
 
     exit_status = 2
 
