@@ -251,7 +251,7 @@ def test_ranges_follow_training_data_until_frozen(quantized, images):
     assert moved["model.0.conv"]["input"] == before["model.0.conv"]["input"]  # images are 0 to 1 whatever comes
     ends = [e for sites in moved.values() for site, e in sites.items() if site != "weight"]
     assert all(e["lo"] <= 0 <= e["hi"] for e in ends)
-    assert moved["model.1.conv"]["output"]["lo"] >= fq.SILU_LOWER
+    assert moved["model.1.conv"]["output"]["lo"] >= fq.SILU_LOWER["output"]
     fq.set_mode(quantized, "on", momentum=0.0)
     quantized(images)
     assert fq.get_state(quantized) == moved

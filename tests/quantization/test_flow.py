@@ -14,8 +14,7 @@ from ultralytics.nn.modules.block import SPPELAN, SPPF, Bottleneck
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import merge_branches
-from yolo_ext.quantization.flow import drop_needless
-from yolo_ext.quantization.plan import make_plan
+from yolo_ext.quantization.plan import drop_needless, make_plan
 from yolo_ext.quantization.spec import PROFILES, Spec
 
 FULL = PROFILES["ort-x86-full"]

@@ -1,11 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Ranges: activations from images, weights from themselves; and what is wrong with them afterwards."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,7 @@ from yolo_ext.core.registry import Row
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import channel_axis, weight_rows
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
-from yolo_ext.quantization.spec import Plan, Spec, State
+from yolo_ext.quantization.spec import Plan, State
 from yolo_ext.stock.context import evaluating
 
 SHOWN = 3  # layer names in a message
@@ -64,17 +62,28 @@ def calibrate(
     histograms = _observe(model, [q for *_, q, _ in sites], batches, total)
     for layer in layers if weight_rule else ():
         layer.weight_ratio.copy_(weight_rule(weight_rows(layer), layer.weight_spec.qmax).clamp(1e-3, 1.0))  # type: ignore[misc]
-    broken, repaired, ignored = [], [], []
+    broken: list[str] = []
+    repaired: list[str] = []
+    ignored: list[str] = []
     for (path, site, q, act), h, rule in zip(sites, histograms, rules):
-        name = f"{path} ({site})"
-        if q.fixed or not h.batches:
-            broken += [name] if h.ignored and not q.fixed else []
+        if q.fixed:
             continue
-        lo, hi, whole = _range(h, rule, q.spec, _numpy(act) if site == "output" else None)
-        q.set_range(lo, hi)
-        repaired += [] if whole else [name]
-        ignored += [name] if h.ignored else []
-    _tell(broken, repaired, ignored)
+        if h.ignored:
+            (ignored if h.batches else broken).append(f"{path} ({site})")
+        if h.batches and not _set_range(q, h, rule, _numpy(act) if site == "output" else None):
+            repaired.append(f"{path} ({site})")
+    if broken:
+        raise UsageError(
+            f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. The float model is broken there: "
+            "predict with it, or keep the layers float with quant.exclude."
+        )
+    if repaired:
+        LOGGER.warning(
+            f"Calibration found an empty or infinite range in {_some(repaired)}. It was replaced by the smallest and "
+            "largest finite value, or by 0 to 1 where there were only zeros."
+        )
+    if ignored:
+        LOGGER.warning(f"Calibration left out NaN and infinite values in {_some(ignored)}.")
     return get_state(model)
 
 
@@ -114,32 +123,15 @@ def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor]
     return histograms
 
 
-def _range(h: Histogram, rule: Row, spec: Spec, transform: Callable | None) -> tuple[float, float, bool]:
-    """Return a usable range, and whether it is what the rule gave."""
-    lo, hi = (float(v) for v in rule.fn(h, spec, transform))
-    if math.isfinite(lo) and math.isfinite(hi) and lo <= hi and max(-lo, hi) >= EMPTY:
-        return lo, hi, True
-    return (h.lo, h.hi, False) if max(-h.lo, h.hi) >= EMPTY else (0.0, 1.0, False)
-
-
-def _tell(broken: list[str], repaired: list[str], ignored: list[str]) -> None:
-    """Refuse or warn, once for all layers."""
-    if broken:
-        raise UsageError(
-            f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. The float model is broken there: "
-            "predict with it, or keep the layers float with quant.exclude."
-        )
-    if repaired:
-        LOGGER.warning(
-            f"Calibration found an empty or infinite range in {_some(repaired)}. It was replaced by the smallest and "
-            "largest finite value, or by 0 to 1 where there were only zeros."
-        )
-    if ignored:
-        LOGGER.warning(f"Calibration left out NaN and infinite values in {_some(ignored)}.")
+def _set_range(q: Any, h: Histogram, rule: Row, transform: Callable | None) -> bool:
+    """Give a quantizer the range of a rule, or a usable one; tell which."""
+    lo, hi = (float(v) for v in rule.fn(h, q.spec, transform))
+    usable = math.isfinite(lo) and math.isfinite(hi) and lo <= hi and max(-lo, hi) >= EMPTY
+    q.set_range(*((lo, hi) if usable else (h.lo, h.hi) if max(-h.lo, h.hi) >= EMPTY else (0.0, 1.0)))
+    return usable
 
 
 def _some(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
@@ -153,43 +145,36 @@ def _numpy(act: nn.Module | None) -> Callable[[np.ndarray], np.ndarray] | None:
 # What is wrong: values outside, codes that nothing uses, unlike channels ---------------------------------------------
 @dataclass
 class _Seen:
-    """What went through one quantizer."""
+    """What went through one quantizer: how often each code, how many values, their ends, the largest by channel."""
 
     codes: torch.Tensor
     total: int = 0
     clipped: int = 0
     low: float = 0.0
     high: float = 0.0
-    channels: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    channels: torch.Tensor = torch.zeros(())
 
 
 @torch.no_grad()
 def inspect(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[Found]:
-    """Look at what every quantizer of a model gets.
+    """Return what every quantizer of a model makes of images (B, C, H, W): a row for each layer and site.
 
-    Args:
-        model: A model with calibrated fake quantizers, which run in the mode that they are in; left as it was.
-        batches: Images (B, C, H, W), 0 to 1.
-
-    Returns:
-        A row for each layer and site: `path`, `site`, `bits`, ends `lo` and `hi` of the range, `low` and `high` of the
-        data (zero included), `clip` (share of values outside the range, without what a lower bound cuts on purpose),
-        `used` (share of the codes that occur, of those that could), `wide` (range / range of the data) and `channels`
-        (largest magnitude of a channel / median over the channels).
+    Its figures are the ends `lo` and `hi` of the range, `low` and `high` of the data (zero included), `clip` (share of
+    values outside the range, without what a lower bound cuts on purpose), `used` (share of the codes that occur, of
+    those that could), `wide` (range / range of the data) and `channels` (largest magnitude of one / their median).
     """
     sites = [(path, site, q) for path, site, q, _ in quantizers(model) if q.ready]
     seen: dict[int, _Seen] = {}
     handles = [q.register_forward_pre_hook(partial(_see, seen)) for *_, q in sites]
-    device = next(model.parameters()).device
     with evaluating(model, handles):
         for images in batches:
-            model(images.to(device))
+            model(images.to(next(model.parameters()).device))
     rows = [_weight_row(path, layer) for path, layer, _ in quantized_layers(model) if layer.weight_spec]
     return rows + [_row(path, site, q, seen[id(q)]) for path, site, q in sites if id(q) in seen]
 
 
 def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None:
-    """Note what a quantizer is going to quantize, as its forward pre-hook."""
+    """Note what a quantizer is going to quantize."""
     x, spec = args[0].detach().float(), q.spec
     levels = spec.qmax - spec.qmin + 1
     row = seen.setdefault(id(q), _Seen(torch.zeros(levels, dtype=torch.long)))
@@ -197,10 +182,10 @@ def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None
         row.low = row.high = math.nan
         return
     lo, hi = float(q.lo), float(q.hi)
-    scale = max(hi - lo, 1e-12) / spec.qmax
     if spec.symmetric:  # codes are counted from 0, and not clipped yet
         codes = (x / max(-lo, hi, 1e-12) * spec.qmax).round() - spec.qmin
     else:
+        scale = max(hi - lo, 1e-12) / spec.qmax
         codes = (x / scale).round() + round(-lo / scale)
     # Behind a lower limit lies what SiLU makes of nearly nothing: to clip it is the purpose of the limit.
     outside = (codes > levels - 1) | ((codes < 0) & (q.lower == -math.inf))
@@ -210,14 +195,13 @@ def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None
     bounded = x.clamp(min=q.lower)
     row.low, row.high = min(row.low, float(bounded.min())), max(row.high, float(bounded.max()))
     largest = (x.abs().amax((0, 2, 3)) if x.ndim == 4 else x.abs().flatten(0, -2).amax(0)).cpu()
-    row.channels = torch.maximum(row.channels, largest) if row.channels.numel() else largest
+    row.channels = largest.clamp(min=row.channels)
 
 
 def _row(path: str, site: str, q: Any, seen: _Seen) -> Found:
     """Return the row of a quantizer."""
     lo, hi = float(q.lo), float(q.hi)
-    width = 2 * max(-lo, hi) if q.spec.symmetric else hi - lo
-    data = 2 * max(-seen.low, seen.high) if q.spec.symmetric else seen.high - seen.low
+    width, data = (2 * max(-a, b) if q.spec.symmetric else b - a for a, b in ((lo, hi), (seen.low, seen.high)))
     could = max(min(len(seen.codes), seen.total), 1)
     return {
         "path": path, "site": site, "bits": q.spec.bits, "lo": lo, "hi": hi, "low": seen.low, "high": seen.high,
@@ -235,9 +219,9 @@ def _weight_row(path: str, layer: Any) -> Found:
     used = codes.round().clamp(-spec.qmax, spec.qmax).unique().numel() / min(2 * spec.qmax + 1, max(rows.numel(), 1))
     return {
         "path": path, "site": "weight", "bits": spec.bits, "lo": -float(ends.max()), "hi": float(ends.max()),
-        "low": float(rows.min()), "high": float(rows.max()),
+        "low": float(rows.min()), "high": float(rows.max()), "used": used, "wide": 1.0,
         "clip": float((codes.abs() > spec.qmax + 0.5).float().mean()),
-        "used": used, "wide": 1.0, "channels": 1.0 if spec.per_channel else _unlike(channels),
+        "channels": 1.0 if spec.per_channel else _unlike(channels),
     }  # fmt: skip
 
 
@@ -249,42 +233,22 @@ def _unlike(channels: torch.Tensor) -> float:
 
 def findings(rows: Sequence[Found]) -> list[str]:
     """Say what is wrong in what `inspect` returned, in sentences, the worst layers first; none when all is well."""
-    sound = [r for r in rows if math.isfinite(r["low"] + r["high"])]
+    broken = [r for r in rows if not math.isfinite(r["low"] + r["high"])]
+    sound = [r for r in rows if r not in broken]
     outputs = [r for r in sound if r["site"] != "weight"]
-    found = [
-        _sentence(
-            "Values that are not finite reach",
-            [r for r in rows if not math.isfinite(r["low"] + r["high"])],
-            "low",
-            "The model is broken there.",
-        ),
-        _sentence(
-            f"More than {CLIPPED:.0%} of the values are clipped in",
-            [r for r in outputs if r["clip"] > CLIPPED],
-            "clip",
-            "Calibrate on more images, or with quant.observer=minmax.",
-            "{clip:.1%}",
-        ),
-        _sentence(
-            f"The range is more than {WIDE:g} times as wide as the data in",
-            [r for r in outputs if r["wide"] > WIDE],
-            "wide",
-            "Calibrate on images like those that the model will see.",
-            "{used:.0%} of the codes used",
-        ),
-        _sentence(
-            f"The largest channel is more than {UNLIKE:g} times the median one in",
-            [r for r in sound if r["channels"] > UNLIKE],
-            "channels",
-            "One range cannot hold them: leave these layers float with quant.exclude.",
-            "{channels:.0f} times",
-        ),
-    ]
-    return [sentence for sentence in found if sentence]
-
-
-def _sentence(what: str, rows: list[Found], key: str, advice: str, figure: str = "") -> str:
-    """Return a sentence that names the rows with the largest `key`, empty where there are none."""
-    worst = sorted(rows, key=lambda r: -r[key])
-    names = [f"{r['path']} {r['site']}" + (f" ({figure.format(**r)})" if figure else "") for r in worst]
-    return f"{what} {_some(names)}. {advice}" if rows else ""
+    problems = (
+        ("Values that are not finite reach", broken, "low", "", "The model is broken there."),
+        (f"More than {CLIPPED:.0%} of the values are clipped in", [r for r in outputs if r["clip"] > CLIPPED],
+         "clip", " ({clip:.1%})", "Calibrate on more images, or with quant.observer=minmax."),
+        (f"The range is more than {WIDE:g} times as wide as the data in", [r for r in outputs if r["wide"] > WIDE],
+         "wide", " ({used:.0%} of the codes used)", "Calibrate on images like those that the model will see."),
+        (f"The largest channel is more than {UNLIKE:g} times the median one in",
+         [r for r in sound if r["channels"] > UNLIKE], "channels", " ({channels:.0f} times)",
+         "One range cannot hold them: leave these layers float with quant.exclude."),
+    )  # fmt: skip
+    said = []
+    for what, found, key, figure, advice in problems:
+        worst = sorted(found, key=lambda r: -r[key])
+        names = [f"{r['path']} {r['site']}{figure.format(**r)}" for r in worst]
+        said += [f"{what} {_some(names)}. {advice}"] if found else []
+    return said

@@ -23,8 +23,8 @@ from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
 from yolo_ext.stock.context import evaluating
 
 MODES = ("float", "off", "observe", "on")
-SILU_LOWER = -6.0  # SiLU(-6) = -0.015: spending codes below that costs more than it brings
-SILU_MIN = -0.27846456  # smallest value of SiLU
+# Before SiLU, codes below SiLU(-6) = -0.015 cost more than they bring; behind it, there is no smaller value.
+SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 
 
 # Merging -------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[st
     paths = stock.branched(model)
     if not paths:
         return []
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules = dict(model.named_modules())
     fresh = [modules[path] for path in paths if stock.merge_block(modules[path])]
     for block in fresh:
         block.conv.requires_grad_(True)
@@ -54,25 +54,23 @@ def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[st
 
 def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor]) -> None:
     """Give the BatchNorms of blocks the statistics of what they see, and undo that in their affine parameters."""
-    empty = (torch.zeros(2, b.conv.out_channels, dtype=torch.float64) for b in blocks)
-    sums: dict[int, list[Any]] = {id(b.bn): [zeros, 0] for b, zeros in zip(blocks, empty)}
+    seen: dict[Any, list[Any]] = {b.bn: [0, 0] for b in blocks}  # sums of values and squares (2, channels), and number
 
     def see(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].double().cpu()
-        sums[id(norm)][0] += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
-        sums[id(norm)][1] += x.numel() // x.shape[1]
+        seen[norm][0] += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+        seen[norm][1] += x.numel() // x.shape[1]
 
     handles = [b.bn.register_forward_pre_hook(see) for b in blocks]
     device = next(model.parameters()).device
     with evaluating(model, handles):
         for images in batches if blocks else ():
             model(images.to(device))
-    for norm in (b.bn for b in blocks):
-        (total, squares), n = sums[id(norm)]
+    for norm, (sums, n) in seen.items():
         if n < 2:
             continue
-        mean = total / n
-        var = ((squares / n - mean**2) * n / (n - 1)).clamp_min(1e-6)
+        mean, square = sums / n
+        var = ((square - mean**2) * n / (n - 1)).clamp_min(1e-6)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
@@ -81,12 +79,10 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
 
 # Insertion -----------------------------------------------------------------------------------------------------------
 def _quantize_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Quantize what a bottleneck reads."""
     return (module.residual_quantizer(args[0]), *args[1:])
 
 
 def _quantize_sum(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    """Quantize what a bottleneck returns."""
     return module.add_quantizer(out)
 
 
@@ -109,11 +105,10 @@ def insert_fake_quant(
             broken or matches nothing, or if nothing is left to quantize.
     """
     refuse_quantized(model)
-    for name, value in model.named_parameters():
-        if not value.isfinite().all():
-            raise UsageError(
-                f"'{name}' holds NaN or infinite values: this model is broken. Give an earlier checkpoint."
-            )
+    if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise UsageError(
+            f"'{broken[0]}' holds NaN or infinite values: the model is broken. Give an earlier checkpoint."
+        )
     plan, reasons = make_plan(model, profile, exclude, config_list)
     if not plan:
         raise UsageError(
@@ -142,11 +137,7 @@ def insert_plan(model: nn.Module, plan: Plan) -> None:
     for path, sites in plan.items():
         layer, block = modules[path], modules.get(path.rpartition(".")[0])
         device = next(layer.parameters()).device
-        made = {
-            site: RangeQuantizer(spec).to(device).train(layer.training)
-            for site, spec in sites.items()
-            if site != "weight"
-        }
+        made = {s: RangeQuantizer(spec).to(device).train(layer.training) for s, spec in sites.items() if s != "weight"}
         if "residual" in made:
             layer.residual_quantizer = made["residual"]
             layer.register_forward_pre_hook(_quantize_input)
@@ -170,10 +161,9 @@ def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], bloc
     channels = layer.weight.shape[channel_axis(layer)] if weight is None or weight.per_channel else 1
     layer.register_buffer("weight_ratio", torch.ones(channels, device=layer.weight.device))
     if in_block and {"output", "activation"} & set(made):
-        if isinstance(block.act, nn.SiLU):
-            for site, lower in (("output", SILU_LOWER), ("activation", SILU_MIN)):
-                if site in made:
-                    made[site].lower = lower
+        for site in SILU_LOWER if isinstance(block.act, nn.SiLU) else ():
+            if site in made:
+                made[site].lower = SILU_LOWER[site]
         block.act = QuantAct(block.act, made.get("output"), made.get("activation")).train(block.training)
 
 
@@ -187,13 +177,10 @@ def strip_fake_quant(model: nn.Module) -> nn.Module:
             for name in ("input_quantizer", "output_quantizer", "weight_spec", "weight_ratio", "fold", "mode"):
                 delattr(module, name)
             module.__class__ = STOCK[type(module)]
-        for name, hooks, ours in (
-            ("residual_quantizer", module._forward_pre_hooks, _quantize_input),
-            ("add_quantizer", module._forward_hooks, _quantize_sum),
-        ):
-            if hasattr(module, name):
-                delattr(module, name)
-                for key in [k for k, h in hooks.items() if h is ours]:
+        for name in {"residual_quantizer", "add_quantizer"} & set(module._modules):
+            delattr(module, name)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if hook in (_quantize_input, _quantize_sum)]:
                     del hooks[key]
     return model
 

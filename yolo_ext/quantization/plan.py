@@ -1,33 +1,36 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What of a model is quantized and how: the rules of a profile, changed by the user's `config_list`."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.quantization.flow import drop_needless
 from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec
 from yolo_ext.reporting.tables import align
+from yolo_ext.stock.context import evaluating
 
 LAYERS: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 OF_LAYERS = SITES[:4]
-KEYS = [
-    "op_types", "op_names", "op_names_re", "exclude_op_names", "exclude_op_names_re", "exclude",
-    "quant_types", "target_names", "quant_bits", "quant_dtype", "quant_scheme", "granularity", "observer",
-]  # fmt: skip
+PICKS = ("op_types", "op_names", "op_names_re")
+SETTINGS = ("quant_dtype", "quant_bits", "quant_scheme", "granularity", "observer")
+KEYS = [*PICKS, "exclude_op_names", "exclude_op_names_re", "exclude", "quant_types", "target_names", *SETTINGS]
 TARGETS = {"_input_": "input", "_output_": "output", "inputs": "input", "outputs": "output"}  # names of NNI 3
-SCHEMES = {"symmetric": True, "asymmetric": False, "affine": False}
+WORDS = {
+    "quant_scheme": {"symmetric": True, "asymmetric": False, "affine": False},
+    "granularity": {"per_channel": True, "per_tensor": False, "default": False},
+}
 EXCLUDED = "excluded by entry"
-GRANULARITY = {"per_channel": True, "per_tensor": False, "default": False}
 DFL = "DFL: the fixed integral over box distances is the most sensitive layer"
 MERGED = "branch that is merged on fuse: quantized only in a fused model"
 TYPES = {
@@ -65,20 +68,24 @@ def make_plan(
     if profile.float_stem and first in candidates:
         reasons[first] = STEM
     for pattern in exclude:
-        for path in _search(pattern, {**candidates, **reasons}, "The exclude pattern"):
-            if path in candidates:
-                reasons[path] = f"excluded by '{pattern}'"
+        found = _search(pattern, {**candidates, **reasons}, "The exclude pattern")
+        reasons |= {path: f"excluded by '{pattern}'" for path in found if path in candidates}
     plan = {path: _sites(profile, block) for path, block in candidates.items() if path not in reasons}
     layers = {path: m for path, m in model.named_modules() if type(m) in LAYERS}
     for number, entry in enumerate(config_list, 1):
-        _apply(entry, number, plan, reasons, layers, candidates, profile)
+        where = f"Entry {number} of quant.config_list"
+        if not isinstance(entry, Mapping):
+            raise UsageError(f"{where} is '{entry}'. Give a dict such as {{op_types: [Conv2d], quant_bits: 8}}.")
+        try:
+            _apply(entry, number, plan, reasons, layers, candidates, profile)
+        except UsageError as e:
+            raise UsageError(f"{where}: {e}") from e
     if profile.functional or profile.residual:
         for path in sums(model):
             if any(layer.startswith(f"{path}.") for layer in plan):
                 plan[path] = {"add" if profile.functional else "residual": profile.activation}
         drop_needless(model, plan)
-    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    return {path: plan[path] for path in sorted(plan, key=order.__getitem__) if plan[path]}, reasons
+    return {path: plan[path] for path, _ in model.named_modules() if plan.get(path)}, reasons
 
 
 def quantizable_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -99,15 +106,15 @@ def float_modules(model: nn.Module) -> dict[str, str]:
         for child, _ in m.named_modules()
     }
     quantized = {f"{path}.conv" for path in quantizable_blocks(model)} - merged
-    dfl = {f"{path}.conv" for path, m in model.named_modules() if isinstance(m, stock.DFL)}
+    special = dict.fromkeys(merged, MERGED)
+    special |= {f"{path}.conv": DFL for path, m in model.named_modules() if isinstance(m, stock.DFL)}
     head = stock.head_prefix(model) if isinstance(getattr(model, "model", None), nn.Sequential) else "\0"
     reasons = {}
     for path, m in model.named_modules():
-        if path in quantized or not isinstance(m, LAYERS):
-            continue
-        kind = next((reason for cls, reason in TYPES.items() if isinstance(m, cls)), None)
-        what = kind or (HEAD if path.startswith(head) else BARE)
-        reasons[path] = DFL if path in dfl else MERGED if path in merged else what
+        if isinstance(m, LAYERS) and path not in quantized:
+            usual = HEAD if path.startswith(head) else BARE
+            kind = next((reason for cls, reason in TYPES.items() if isinstance(m, cls)), usual)
+            reasons[path] = special.get(path, kind)
     return reasons
 
 
@@ -119,11 +126,9 @@ def sums(model: nn.Module) -> list[str]:
 def _sites(profile: Profile, block: Any) -> dict[str, Spec]:
     """Return what the profile quantizes of a layer, whose block is None where there is none around it."""
     sites = {"input": profile.activation, "weight": Spec(profile.weight_bits, symmetric=True, per_channel=True)}
-    if profile.output:
-        sites["output"] = profile.activation
-    if profile.functional and block is not None and not isinstance(block.act, nn.Identity):
-        sites["activation"] = profile.activation
-    return sites
+    activated = profile.functional and block is not None and not isinstance(block.act, nn.Identity)
+    also = [site for site, wanted in (("output", profile.output), ("activation", activated)) if wanted]
+    return sites | dict.fromkeys(also, profile.activation)
 
 
 # Entries of a `config_list` ------------------------------------------------------------------------------------------
@@ -145,22 +150,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _apply(
-    entry: Mapping[str, Any],
-    number: int,
-    plan: Plan,
-    reasons: dict[str, str],
-    layers: Mapping[str, nn.Module],
-    blocks: Mapping[str, nn.Module],
-    profile: Profile,
-) -> None:
+    entry: Mapping[str, Any], number: int, plan: Plan, reasons: dict[str, str], layers: Mapping[str, nn.Module],
+    blocks: Mapping[str, nn.Module], profile: Profile,
+) -> None:  # fmt: skip
     """Change plan and reasons as one entry of a `config_list` says."""
-    where = f"Entry {number} of quant.config_list"
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where} is '{entry}'. Give a dict such as {{op_types: [Conv2d], quant_bits: 8}}.")
-    for key in entry:
-        if key not in KEYS:
-            raise UsageError(f"{where} has the unknown key '{key}'.{suggest(str(key), KEYS)} Legal: {', '.join(KEYS)}.")
-    chosen = _selected(entry, where, layers)
+    if unknown := [key for key in entry if key not in KEYS]:
+        raise UsageError(f"unknown key '{unknown[0]}'.{suggest(str(unknown[0]), KEYS)} Legal: {', '.join(KEYS)}.")
+    chosen = _selected(entry, layers)
     if entry.get("exclude"):
         for path in chosen:
             plan.pop(path, None)
@@ -168,107 +164,170 @@ def _apply(
         return
     wanted = [TARGETS.get(t, t) for t in _listed(entry.get("quant_types", entry.get("target_names")))]
     if bad := [t for t in wanted if t not in OF_LAYERS]:
-        raise UsageError(f"{where}: quant type '{bad[0]}' is unknown. Legal: {', '.join(OF_LAYERS)}.")
+        raise UsageError(f"quant type '{bad[0]}' is unknown. Legal: {', '.join(OF_LAYERS)}.")
     if "activation" in wanted and not profile.functional:
-        raise UsageError(
-            f"{where}: profile '{profile.name}' runs activations in float. Give quant.profile=ort-x86-full."
-        )
+        raise UsageError(f"profile '{profile.name}' runs activations in float. Give quant.profile=ort-x86-full.")
     for path in chosen:
         reason, block = reasons.get(path, ""), blocks.get(path)
         if reason in (DFL, MERGED):
-            if path in _named(entry.get("op_names"), where, layers):
-                raise UsageError(f"{where}: '{path}' cannot be quantized ({reason}).")
+            if path in _named(entry.get("op_names"), layers):
+                raise UsageError(f"'{path}' cannot be quantized ({reason}).")
             continue
         if reason and not ({"op_names", "op_names_re"} & set(entry) or reason.startswith(EXCLUDED)):
             continue  # a whole type means the layers that the profile quantizes; others are named one by one
         if block is None and "activation" in wanted:
-            raise UsageError(f"{where}: '{path}' has no activation behind it. Legal: {', '.join(SITES[:3])}.")
+            raise UsageError(f"'{path}' has no activation behind it. Legal: {', '.join(SITES[:3])}.")
         usual = _sites(profile, block)
         sites = plan.get(path) or usual
         if wanted:
             sites = {site: sites.get(site) or usual.get(site, profile.activation) for site in wanted}
-        plan[path] = {site: _changed(spec, site, entry, where) for site, spec in sites.items()}
+        plan[path] = {site: _changed(spec, site, entry) for site, spec in sites.items()}
         reasons.pop(path, None)
 
 
-def _selected(entry: Mapping[str, Any], where: str, layers: Mapping[str, nn.Module]) -> list[str]:
+def _selected(entry: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> list[str]:
     """Return the paths of the layers that an entry picks."""
-    types = {cls.__name__: cls for cls in LAYERS}
-    picked: set[str] = set()
-    for kind in _listed(entry.get("op_types")):
-        if kind not in {**types, "default": None}:
-            raise UsageError(f"{where}: op type '{kind}' is unknown. Legal: {', '.join(types)}, default.")
-        picked |= {p for p, m in layers.items() if kind == "default" or type(m) is types[kind]}
-    picked |= _named(entry.get("op_names"), where, layers)
-    for pattern in _listed(entry.get("op_names_re")):
-        picked |= set(_search(pattern, layers, f"{where}: pattern"))
-    if not {"op_types", "op_names", "op_names_re"} & set(entry):
-        raise UsageError(f"{where} picks no layers. Give op_types, op_names or op_names_re.")
-    picked -= _named(entry.get("exclude_op_names"), where, layers)
-    for pattern in _listed(entry.get("exclude_op_names_re")):
-        picked -= set(_search(pattern, layers, f"{where}: pattern"))
+    legal, kinds = [*(cls.__name__ for cls in LAYERS), "default"], _listed(entry.get("op_types"))
+    if unknown := [kind for kind in kinds if kind not in legal]:
+        raise UsageError(f"op type '{unknown[0]}' is unknown. Legal: {', '.join(legal)}.")
+    if not set(PICKS) & set(entry):
+        raise UsageError("it picks no layers. Give op_types, op_names or op_names_re.")
+
+    def matching(key: str) -> set[str]:
+        return {path for pattern in _listed(entry.get(key)) for path in _search(pattern, layers, "pattern")}
+
+    picked = {path for path, m in layers.items() if {"default", type(m).__name__} & set(kinds)}
+    picked |= _named(entry.get("op_names"), layers) | matching("op_names_re")
+    picked -= _named(entry.get("exclude_op_names"), layers) | matching("exclude_op_names_re")
     if not picked:
-        raise UsageError(f"{where} picks no layer of this model: {dict(entry)}.")
+        raise UsageError(f"it picks no layer of this model: {dict(entry)}.")
     return [path for path in layers if path in picked]
 
 
-def _named(names: Any, where: str, layers: Mapping[str, nn.Module]) -> set[str]:
+def _named(names: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     """Return the paths of layers that are given by their own name or that of their block."""
-    found = set()
-    for name in _listed(names):
-        path = name if name in layers else f"{name}.conv"
-        if path not in layers:
-            raise UsageError(f"{where}: there is no layer '{name}'.{suggest(str(name), list(layers))}")
-        found.add(path)
-    return found
+    paths = {name: name if name in layers else f"{name}.conv" for name in _listed(names)}
+    if missing := [name for name, path in paths.items() if path not in layers]:
+        raise UsageError(f"there is no layer '{missing[0]}'.{suggest(str(missing[0]), list(layers))}")
+    return set(paths.values())
 
 
-def _changed(spec: Spec, site: str, entry: Mapping[str, Any], where: str) -> Spec:
+def _changed(spec: Spec, site: str, entry: Mapping[str, Any]) -> Spec:
     """Return the spec of a site with the settings of an entry."""
-
-    def value(key: str) -> Any:
-        given = entry.get(key)
-        if not isinstance(given, Mapping):
-            return given
-        each = {TARGETS.get(k, k): v for k, v in given.items()}
-        if bad := [k for k in each if k not in OF_LAYERS]:
-            raise UsageError(f"{where}: {key} of the unknown quant type '{bad[0]}'. Legal: {', '.join(OF_LAYERS)}.")
-        return each.get(site)
-
-    weight = site == "weight"
-    changes: dict[str, Any] = {}
-    if (dtype := value("quant_dtype")) is not None:
-        if not (match := re.fullmatch(r"u?int(\d+)", str(dtype))):
-            raise UsageError(f"{where}: quant_dtype '{dtype}' is unknown. Legal: int8, uint8, int4 and so on.")
-        changes["bits"] = int(match[1])
-    if (bits := value("quant_bits")) is not None:
-        changes["bits"] = bits
-    if (scheme := value("quant_scheme")) is not None:
-        symmetric = _choice(scheme, SCHEMES, "quant_scheme", where)
-        if weight and not symmetric and isinstance(entry["quant_scheme"], Mapping):
-            raise UsageError(
-                f"{where}: weights are always symmetric (a negative BatchNorm gain would move the codes of others)."
-            )
-        changes["symmetric"] = symmetric or weight
-    if (granularity := value("granularity")) is not None:
-        per_channel = _choice(granularity, GRANULARITY, "granularity", where)
-        if not weight and per_channel and isinstance(entry["granularity"], Mapping):
-            raise UsageError(f"{where}: only weights can be per_channel; no runtime has activations of that kind.")
-        changes["per_channel"] = per_channel and weight
-    try:
-        if not weight and (observer := value("observer")) is not None:
-            changes["observer"] = observers[str(observer)].name
-        return replace(spec, **changes)
-    except UsageError as e:
-        raise UsageError(f"{where}: {e}") from e
+    weight, changes = site == "weight", dict[str, Any]()
+    for key in SETTINGS:
+        value = entry.get(key)
+        if own := isinstance(value, Mapping):  # one by quant type
+            each = {TARGETS.get(k, k): v for k, v in value.items()}
+            if bad := [k for k in each if k not in OF_LAYERS]:
+                raise UsageError(f"{key} of the unknown quant type '{bad[0]}'. Legal: {', '.join(OF_LAYERS)}.")
+            value = each.get(site)
+        if value is None:
+            continue
+        if legal := WORDS.get(key):
+            if str(value) not in legal:
+                near = suggest(str(value), list(legal))
+                raise UsageError(f"{key} '{value}' is unknown.{near} Legal: {', '.join(legal)}.")
+            value = legal[str(value)]
+        if key == "quant_dtype":
+            if not (match := re.fullmatch(r"u?int(\d+)", str(value))):
+                raise UsageError(f"quant_dtype '{value}' is unknown. Legal: int8, uint8, int4 and so on.")
+            changes["bits"] = int(match[1])
+        elif key == "quant_bits":
+            changes["bits"] = value
+        elif key == "quant_scheme":
+            if own and weight and not value:
+                raise UsageError("weights are always symmetric (a negative BatchNorm gain would move others' codes).")
+            changes["symmetric"] = value or weight
+        elif key == "granularity":
+            if own and value and not weight:
+                raise UsageError("only weights can be per_channel; no runtime has activations of that kind.")
+            changes["per_channel"] = value and weight
+        elif not weight:
+            changes["observer"] = observers[str(value)].name
+    return replace(spec, **changes)
 
 
-def _choice(value: Any, legal: Mapping[str, bool], key: str, where: str) -> bool:
-    """Return what a word of an entry means."""
-    if str(value) not in legal:
-        near = suggest(str(value), list(legal))
-        raise UsageError(f"{where}: {key} '{value}' is unknown.{near} Legal: {', '.join(legal)}.")
-    return legal[str(value)]
+# Which tensors reach a layer quantized already: one forward pass in which they carry a mark ---------------------------
+MARK = "_yolo_ext_quantized"  # on a tensor: path of the layer whose quantizer made its codes
+PASS: set[Callable] = {  # operations whose results have codes of their argument
+    torch.chunk, torch.split, torch.max_pool2d, torch.reshape, torch.flatten, torch.transpose, torch.permute,
+    torch.Tensor.chunk, torch.Tensor.split, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.flatten,
+    torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.contiguous, torch.Tensor.narrow,
+    torch.Tensor.__getitem__, torch.Tensor.detach, F.max_pool2d, F.interpolate,
+}  # fmt: skip
+JOIN: set[Callable] = {torch.cat, torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+
+
+class _Marks(TorchFunctionMode):
+    """Hands marks on through operations that keep codes, and notes whose codes a concatenation or sum reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in JOIN:
+            operands = args[0] if func is torch.cat else args[:2]
+            self.read |= {getattr(x, MARK) for x in operands if hasattr(x, MARK)}
+        elif func in PASS and args and (mark := getattr(args[0], MARK, None)):
+            moved = kwargs.get("mode", "nearest") == "nearest"  # another interpolation makes new values
+            for y in (out if isinstance(out, (tuple, list)) else [out]) if moved else ():
+                setattr(y, MARK, mark)
+        return out
+
+
+@torch.no_grad()
+def drop_needless(model: nn.Module, plan: Plan) -> None:
+    """Take from a plan, in place, the inputs that arrive quantized as they should be, and what nothing quantized reads.
+
+    The model runs once on a small black image.
+    """
+    arrived, read = _trace(model, plan)
+    direct = set()
+    for path, mark in arrived.items():
+        kind = next(site for site in ("add", "residual", "activation", "output") if site in plan[mark])
+        if replace(plan[mark][kind], observer=None) == replace(plan[path]["input"], observer=None):
+            del plan[path]["input"]  # one that asks for other codes makes them itself
+            direct.add(mark)
+    for path, sites in plan.items():
+        for site, readers in (("activation", read | direct), ("add", read | direct), ("residual", direct)):
+            if site in sites and path not in readers:
+                del sites[site]
+
+
+def _trace(model: nn.Module, plan: Plan) -> tuple[dict[str, str], set[str]]:
+    """Return layer -> mark of what its input site gets, and the marks that concatenations and sums read."""
+    handles: list[Any] = []
+    arrived: dict[str, str] = {}
+
+    def marked(path: str, x: torch.Tensor) -> torch.Tensor:
+        y = x.view_as(x)  # others may read the tensor as it was
+        setattr(y, MARK, path)
+        return y
+
+    def arrives(path: str, m: nn.Module, x: tuple[torch.Tensor, ...]) -> None:
+        if mark := getattr(x[0], MARK, None):
+            arrived[path] = mark
+
+    functional = any({"activation", "add"} & set(sites) for sites in plan.values())
+    for path, m in model.named_modules():
+        last = "output" if isinstance(getattr(m, "act", None), nn.Identity) else "activation"
+        if functional and last in plan.get(f"{path}.conv", {}):
+            handles.append(m.register_forward_hook(lambda m, x, y, p=path: marked(f"{p}.conv", y)))
+        if "add" in plan.get(path, {}):
+            handles.append(m.register_forward_hook(lambda m, x, y, p=path: marked(p, y)))
+        if "residual" in plan.get(path, {}):
+            handles.append(m.register_forward_pre_hook(lambda m, x, p=path: (marked(p, x[0]),)))
+        if "input" in plan.get(path, {}):
+            handles.append(m.register_forward_pre_hook(partial(arrives, path)))
+    side, like = 2 * stock.max_stride(model), next(model.parameters())
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    with evaluating(model, handles), _Marks() as marks:
+        model(torch.zeros(1, channels, side, side, device=like.device, dtype=like.dtype))
+    return arrived, marks.read
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -276,9 +335,7 @@ def rows(plan: Plan, reasons: Mapping[str, str]) -> list[list[str]]:
     """Return the resolved table: layer, and for each site bits and scheme, or why the layer stays float."""
 
     def cell(spec: Spec | None) -> str:
-        if spec is None:
-            return "-"
-        return f"{spec.bits}{'s' if spec.symmetric else 'u'}{'c' if spec.per_channel else ''}"
+        return f"{spec.bits}{'s' if spec.symmetric else 'u'}{'c' if spec.per_channel else ''}" if spec else "-"
 
     table = [[path, *(cell(sites.get(s)) for s in SITES), ""] for path, sites in plan.items()]
     return table + [[path, *("-" for _ in SITES), reason] for path, reason in reasons.items()]
@@ -287,7 +344,6 @@ def rows(plan: Plan, reasons: Mapping[str, str]) -> list[list[str]]:
 def table(plan: Plan, reasons: Mapping[str, str]) -> str:
     """Return plan and reasons (path -> why a layer stays float) as text, without sites that are nowhere quantized."""
     columns = list(zip(["Layer", *SITES, "Float because"], *rows(plan, reasons)))
-    shown = [c for c in columns if c[0] not in SITES or set(c[1:]) - {"-"}]
-    header, *body = zip(*shown)
+    header, *body = zip(*(c for c in columns if c[0] not in SITES or set(c[1:]) - {"-"}))
     legend = "Bits; s: zero in the middle, u: zero anywhere, c: a scale for each channel, -: float"
     return f"{align(body, header)}\n{legend}"
