@@ -10,11 +10,9 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: all but th
     from yolo_ext.deployment.detector import Detections, Detector
     from yolo_ext.deployment.export import export_onnx, export_openvino
     from yolo_ext.deployment.latency import bench, speedup
-    from yolo_ext.deployment.runtime import conv_report, predictor
+    from yolo_ext.deployment.runtime import predictor
 
-__all__ = [
-    "Detections", "Detector", "bench", "conv_report", "export_onnx", "export_openvino", "predictor", "speedup",
-]  # fmt: skip
+__all__ = ["Detections", "Detector", "bench", "export_onnx", "export_openvino", "predictor", "speedup"]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,8 +115,8 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
             worst = (size, x) if size > worst[0] else worst
     figures = [[*zip(*output)] for output in zip(*errors)]  # for each output: maxima, sums, numbers of values
     outputs = [{"max": max(peak), "mean": sum(total) / max(1, sum(n))} for peak, total, n in figures]
-    found = {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs}
-    return {**found, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
+    measured = {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs}
+    return {**measured, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import cv2
@@ -123,9 +123,8 @@ def masks(protos: np.ndarray, weights: np.ndarray, boxes: np.ndarray, image: Seq
     logits = (weights @ protos.reshape(c, -1)).reshape(-1, *small)
     found: np.ndarray = np.zeros((len(weights), height, width), bool)
     y, x = np.arange(height)[:, None], np.arange(width)
-    resize: Callable[..., np.ndarray] = cv2.resize
     for mask, logit, (x1, y1, x2, y2) in zip(found, logits, boxes):
-        part = resize(logit, size[::-1], interpolation=cv2.INTER_LINEAR)[inside]
-        mask[:] = resize(part, (width, height), interpolation=cv2.INTER_LINEAR) > 0
+        part = cv2.resize(logit, size[::-1], interpolation=cv2.INTER_LINEAR)[inside]
+        mask[:] = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) > 0
         mask &= (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
     return found

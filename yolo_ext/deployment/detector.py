@@ -186,10 +186,10 @@ def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = Non
 def _crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale the shorter side to a square input and cut its centre; a rectangular input is filled as it is."""
     h, w = image.shape[:2]
-    if size[0] == size[1]:
-        h, w = (size[0], int(size[0] * w / h)) if h <= w else (int(size[0] * h / w), size[0])
-    else:
+    if size[0] != size[1]:
         h, w = size
+    else:
+        h, w = (size[0], int(size[0] * w / h)) if h <= w else (int(size[0] * h / w), size[0])
     image = _resize_smooth(_resize_smooth(image, w, 1), h, 0)
     top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
     return image[top : top + size[0], left : left + size[1]]
@@ -214,8 +214,9 @@ def _resize_smooth(image: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 def _read(source: Image, channels: int) -> np.ndarray:
     """Return a picture (H, W, C), uint8, in BGR or grey."""
-    image: Any = source if isinstance(source, np.ndarray) else None
-    if image is None:
+    image: Any = source
+    if not isinstance(source, np.ndarray):
+        image = None
         with contextlib.suppress(OSError, cv2.error):
             flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
             image = cv2.imdecode(np.fromfile(source, np.uint8), flag)
@@ -223,10 +224,8 @@ def _read(source: Image, channels: int) -> np.ndarray:
             raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
     image = np.atleast_3d(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
-        raise UsageError(
-            f"An image of shape {image.shape} and type {image.dtype} does not fit. "
-            f"Legal: (height, width, {channels}), uint8{', BGR' if channels == 3 else ''}."
-        )
+        legal = f"(height, width, {channels}), uint8{', BGR' if channels == 3 else ''}"
+        raise UsageError(f"An image of shape {image.shape} and type {image.dtype} does not fit. Legal: {legal}.")
     return image
 
 
@@ -234,13 +233,13 @@ def open_session(model: str | Path | bytes, options: Any) -> Any:
     """Return an ONNX Runtime session on the CPU of a file or a serialised model, every failure as one UsageError."""
     import onnxruntime as ort
 
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise UsageError(f"ONNX model '{model}' does not exist. Export one first.")
+    given = model if isinstance(model, bytes) else str(model)
+    if isinstance(given, str) and not Path(given).is_file():
+        raise UsageError(f"ONNX model '{given}' does not exist. Export one first.")
     try:
-        given = model if isinstance(model, bytes) else str(model)
         return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        name = "the model" if isinstance(model, bytes) else f"'{model}'"
+        name = f"'{given}'" if isinstance(given, str) else "the model"
         raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error
 
 
@@ -288,7 +287,7 @@ def _input_size(fixed: list[int] | None, given: int | Sequence[int] | None, meta
 
 def _class_index(given: int | str, names: dict[int, str]) -> int:
     """Return the index of a class given by index or name."""
-    found = [i for i, name in names.items() if given in (i, name)]
-    if not found:
-        raise UsageError(f"Unknown class '{given}'. Legal: {', '.join(f'{i} {n}' for i, n in names.items())}.")
-    return found[0]
+    for i, name in names.items():
+        if given in (i, name):
+            return i
+    raise UsageError(f"Unknown class '{given}'. Legal: {', '.join(f'{i} {n}' for i, n in names.items())}.")

@@ -61,9 +61,8 @@ def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     for i, node in enumerate(proto.graph.node):
         node.name = node.name or f"{node.op_type}_{i}"
-    return convert_float_to_float16(
-        proto, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST, node_block_list=decode_nodes(proto.graph)
-    )
+    kept = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": decode_nodes(proto.graph)}
+    return convert_float_to_float16(proto, keep_io_types=True, **kept)
 
 
 def decode_nodes(graph: onnx.GraphProto) -> list[str]:
@@ -112,7 +111,7 @@ def export_onnx(
 
     Args:
         weights: A ``.pt`` file or an Ultralytics model; neither is changed.
-        out: File to write, ``.onnx``; replaced atomically.
+        out: File to write, ``.onnx``, replaced atomically; also returned.
         imgsz: Input size in pixels, the side of a square or height and width, multiples of the largest stride.
         opset: ONNX opset; None takes Ultralytics' choice for the installed torch.
         simplify: Run onnxsim; the result is kept only if ONNX Runtime's outputs agree within 1e-5.
@@ -121,9 +120,6 @@ def export_onnx(
         end2end: Export the NMS-free head of a dual-head model (YOLO26, YOLOv10) instead of the one-to-many head.
         nms: Embed NMS as Ultralytics does, with these options (keys of `runtime.NMS`); None leaves it out.
         half: FP16 weights and activations, with FP32 input, output and box decode.
-
-    Returns:
-        ``out`` as a path.
 
     Raises:
         UsageError: ``weights``, ``out``, ``imgsz`` or ``nms`` is not usable.
@@ -149,10 +145,11 @@ def export_onnx(
     return out
 
 
-def need_openvino() -> None:
-    """Refuse to go on where OpenVINO is not installed; nothing is installed on the way."""
+def need_openvino() -> Any:
+    """Return the module of OpenVINO, and refuse to go on where it is not installed."""
     if importlib.util.find_spec("openvino") is None:
         raise UsageError("OpenVINO is not installed. Run `pip install openvino`, or give format=onnx.")
+    return importlib.import_module("openvino")
 
 
 def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = False) -> Path:
@@ -166,10 +163,7 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
     Raises:
         UsageError: OpenVINO is not installed, ``out`` has another ending, or OpenVINO cannot read the file.
     """
-    need_openvino()
-    import openvino
-
-    out = Path(out)
+    openvino, out = need_openvino(), Path(out)
     if not out.name.endswith(SUFFIX):
         raise UsageError(f"Output '{out}' does not end in '{SUFFIX}', by which Ultralytics knows it. Rename it.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +188,7 @@ def compiled(folder: str | Path, threads: int, options: dict[str, str] | None = 
 
     One is ``{"INFERENCE_PRECISION_HINT": "f32"}``: processors with BF16 arithmetic compute in BF16 otherwise.
     """
-    need_openvino()
-    import openvino
-
+    openvino = need_openvino()
     file = next(Path(folder).glob("*.xml"), None)
     if file is None:
         raise UsageError(f"'{folder}' holds no OpenVINO model (.xml). Export one with format=openvino.")

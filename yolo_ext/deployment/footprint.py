@@ -34,49 +34,42 @@ def _status(key: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def _load_openvino(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
-    """Return the memory with OpenVINO alone, and a function that runs the model once."""
+def _openvino(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that runs a folder once in OpenVINO alone."""
     import openvino
 
-    before = _status("VmRSS")
+    ready()
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.Core().compile_model(str(next(path.glob("*.xml"))), "CPU", options)
     request = model.create_infer_request()
     pixels: Any = np.zeros((batch, 3, imgsz, imgsz), np.float32)
-    return before, lambda: request.infer([pixels])
+    return lambda: request.infer([pixels])
 
 
-def _load_onnx(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
-    """Return the memory with ONNX Runtime alone, and a function that runs the model once."""
+def _onnx(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that runs a file once in ONNX Runtime alone."""
     import onnxruntime as ort
 
-    before = _status("VmRSS")
+    ready()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     node = session.get_inputs()[0]
     shape = [n if isinstance(n, int) else d for n, d in zip(node.shape, (batch, 3, imgsz, imgsz))]
     x: Any = np.zeros(shape, np.float32)
-    return before, lambda: session.run(None, {node.name: x})
+    return lambda: session.run(None, {node.name: x})
 
 
-def _load_torch(path: Path, imgsz: int, threads: int, batch: int) -> tuple[float, Callable[[], Any]]:
-    """Return the memory with torch and Ultralytics alone, and a function that runs the model once."""
-    import torch
-
-    from yolo_ext.stock import load  # noqa: F401  part of the runtime, not of the model
-
-    torch.set_num_threads(threads)
-    before = _status("VmRSS")
-    return before, torch_runner(path, imgsz, threads, batch)
-
-
-def torch_runner(path: Path, imgsz: int | Sequence[int], _threads: int, batch: int) -> Callable[[], Any]:
-    """Return a function that runs a ``.pt`` once in torch, fused, in as many threads as torch has."""
+def torch_runner(
+    path: Path, imgsz: int | Sequence[int], threads: int, batch: int, ready: Callable[[], Any] = lambda: None
+) -> Callable[[], Any]:
+    """Return a function that runs a ``.pt`` once in torch, fused, and give torch that many threads."""
     import torch
 
     from yolo_ext.stock import load, quiet
 
+    torch.set_num_threads(threads)
+    ready()
     with quiet():
         model = load.as_exported(load.float_model(path).fuse())
     size = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
@@ -86,9 +79,9 @@ def torch_runner(path: Path, imgsz: int | Sequence[int], _threads: int, batch: i
 
 
 if __name__ == "__main__":
-    file, settings = Path(sys.argv[1]), [int(n) for n in sys.argv[2:5]]
-    load = _load_openvino if file.is_dir() else _load_onnx if file.suffix == ".onnx" else _load_torch
-    runtime, runner = load(file, *settings)
+    file, (size, threads, batch), before = Path(sys.argv[1]), (int(n) for n in sys.argv[2:5]), list[float]()
+    load = _openvino if file.is_dir() else _onnx if file.suffix == ".onnx" else torch_runner
+    runner = load(file, size, threads, batch, lambda: before.append(_status("VmRSS")))
     for _ in range(RUNS):
         runner()
-    print(json.dumps({"peak_mb": _status("VmHWM"), "runtime_mb": runtime}))
+    print(json.dumps({"peak_mb": _status("VmHWM"), "runtime_mb": before[0]}))

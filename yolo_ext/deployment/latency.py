@@ -68,16 +68,15 @@ def _spread(values: Any) -> dict[str, float]:
 def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Compare two models that were measured together, and say whether the difference exceeds the noise.
 
-    The rounds are paired: each gives one ratio ``before / after``, so that load which hits both cancels. The
-    difference is significant if the 10-90 % range of those ratios excludes 1, that is if at least nine in ten rounds
-    agree on which model is faster, over at least 10 rounds.
+    Each round gives one ratio ``before / after``, so that load which hits both cancels. The difference is significant
+    if nine in ten rounds, of 10 or more, agree on which model is faster: the 10-90 % range of the ratios excludes 1.
 
     Args:
         before: What `bench` gives for the reference.
         after: What the same call gives for the model to judge.
 
     Returns:
-        ``ratio`` (median; above 1 means ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
+        ``ratio`` (median; above 1: ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
 
     Raises:
         UsageError: The two were not measured in the same rounds.
@@ -154,17 +153,16 @@ def bench(
         UsageError: A file is missing, of another kind, or does not fit ``batch`` and ``imgsz``.
     """
     runtimes = {name: runtime_of(file) for name, file in models.items()}
-    runners = {name: RUNNERS[runtimes[name]](Path(file), imgsz, threads, batch) for name, file in models.items()}
-    # The last session that is opened runs 1 to 3 % faster than copies of it; here that is one which is not measured.
-    last = next((name for name in reversed(list(models)) if runtimes[name] == "ort"), None)
-    spare = RUNNERS["ort"](Path(models[last]), imgsz, threads, batch) if last else None
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    threads_before = torch.get_num_threads()
     try:
+        runners = {name: RUNNERS[runtimes[name]](Path(file), imgsz, threads, batch) for name, file in models.items()}
+        # The last session that is opened runs 1 to 3 % faster than copies of it; let it be one that is not measured.
+        last = next((file for name, file in reversed(list(models.items())) if runtimes[name] == "ort"), None)
+        spare = RUNNERS["ort"](Path(last), imgsz, threads, batch) if last else None
         found = measure(runners, rounds=rounds, warmup=warmup, seconds=seconds)
-    finally:
-        torch.set_num_threads(torch_threads)
         del spare
+    finally:
+        torch.set_num_threads(threads_before)
     setting = {"threads": threads, "batch": batch, "imgsz": imgsz}
     return {name: {**entry, "runtime": runtimes[name], **setting} for name, entry in found.items()}
 
@@ -237,19 +235,10 @@ def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) ->
     Returned are the medians ``pre_ms`` and ``post_ms`` (0 for classification) and ``detections``, on which NMS depends.
     """
     meta = describe(path)
-    pre = _median(lambda: preprocess(image, imgsz), rounds)
-    if meta["task"] == "classify":
-        return {"pre_ms": pre, "post_ms": 0.0, "detections": 0}
-    y = predictor(path, end2end=meta["end2end"])(preprocess(image, imgsz))[0]
-    post = _median(lambda: postprocess(y, meta, 0.25, 0.7), rounds)
-    return {"pre_ms": pre, "post_ms": post, "detections": len(postprocess(y, meta, 0.25, 0.7))}
-
-
-def _median(work: Callable[[], Any], rounds: int) -> float:
-    """Return the median ms of a call, the first one left out."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times[1:]))
+    work: dict[str, Callable[[], Any]] = {"pre": lambda: preprocess(image, imgsz)}
+    if meta["task"] != "classify":
+        y = predictor(path, end2end=meta["end2end"])(preprocess(image, imgsz))[0]
+        work["post"] = lambda: postprocess(y, meta, 0.25, 0.7)
+    times = {name: entry["median"] for name, entry in measure(work, rounds=rounds, warmup=1).items()}
+    detections = len(work["post"]()) if "post" in work else 0
+    return {"pre_ms": times["pre"], "post_ms": times.get("post", 0.0), "detections": detections}

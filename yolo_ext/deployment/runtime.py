@@ -106,6 +106,8 @@ def describe(source: Source) -> dict[str, Any]:
         raise UsageError(NO_METADATA.format(source))
     given: dict[str, Any] = meta["args"] if isinstance(meta.get("args"), dict) else {}
     proto = onnx.load(source, load_external_data=False)
+    quantized = any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in proto.graph.node)
+    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
     return {
         "task": meta["task"],
         "nc": len(meta["names"]),
@@ -118,20 +120,13 @@ def describe(source: Source) -> dict[str, Any]:
         "batch": int(meta.get("batch") or 1),
         "stride": int(meta.get("stride") or 32),
         "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
-        "precision": _precision(proto.graph),
+        "precision": "int8" if quantized else "fp16" if half else "fp32",
     }
 
 
 def _is_torch(source: Source) -> bool:
     """Return whether a source is a torch model or its file."""
     return isinstance(source, nn.Module) or str(source).endswith(".pt")
-
-
-def _precision(graph: onnx.GraphProto) -> str:
-    """Return "int8", "fp16" or "fp32"."""
-    if any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in graph.node):
-        return "int8"
-    return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer) else "fp32"
 
 
 def predictor(
@@ -178,16 +173,7 @@ def full_batches(x: np.ndarray, size: int) -> np.ndarray:
 def conv_report(path: str | Path) -> dict[str, Any]:
     """Tell which convolutions ONNX Runtime runs in integers on this CPU, and why the others stay float.
 
-    The evidence is the graph after its extended optimisations; the layout passes that follow only rename and reorder.
-
-    Args:
-        path: An ``.onnx`` file.
-
-    Returns:
-        ``{"convs": n, "int8_convs": n, "float_convs": {node name: reason}}``.
-
-    Raises:
-        UsageError: The file is missing or cannot be loaded.
+    Returned are ``convs`` and ``int8_convs`` (numbers) and ``float_convs``: node name to reason.
     """
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
@@ -195,6 +181,7 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     for node in convs:
         node.name = node.name or node.output[0]
     options = session_options(1)
+    # Q/DQ fusion is among the extended optimisations; the layout passes that follow only rename and reorder nodes.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")

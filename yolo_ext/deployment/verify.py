@@ -24,17 +24,9 @@ from yolo_ext.stock.accuracy import accuracy
 # as much as moving every pixel by 1e-6 does. In an untrained one that alone is 1.6 px, so twice of it is allowed where
 # there is a torch model to measure it on.
 LIMITS = {
-    "weight_max": 1e-3,
-    "score_max": 1e-4,
-    "box_max": 1e-2,
-    "extra_max": 1e-3,
-    "matched": 0.995,
-    "map": 1e-3,
-    "int8_box_mean": 0.3,
-    "int8_score_max": 0.1,
-    "torch_box_mean": 0.3,
-    "torch_score_max": 0.1,
-}
+    "weight_max": 1e-3, "score_max": 1e-4, "box_max": 1e-2, "extra_max": 1e-3, "matched": 0.995, "map": 1e-3,
+    "int8_box_mean": 0.3, "int8_score_max": 0.1, "torch_box_mean": 0.3, "torch_score_max": 0.1,
+}  # fmt: skip
 FP16_LIMITS = {"weight_max": 5e-2, "score_max": 2e-2, "box_max": 1.0, "extra_max": 5e-2, "matched": 0.95, "map": 5e-3}
 MATCH_IOU = {"fp32": 0.99, "fp16": 0.9}
 BOXES = {"detect", "segment", "pose", "obb"}  # tasks with detections
@@ -67,10 +59,8 @@ def _confident(rows: np.ndarray) -> np.ndarray:
 
 def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) -> list[tuple[int, int, float]]:
     """Pair detections of one class greedily from the highest IoU down; return (row of a, row of b, IoU)."""
-    if rotated:
-        overlap = batch_probiou(*(torch.cat([d[:, :4], d[:, -1:]], 1) for d in (a, b)))
-    else:
-        overlap = box_iou(a[:, :4], b[:, :4])
+    turned = [torch.cat([d[:, :4], d[:, -1:]], 1) for d in (a, b)]
+    overlap = batch_probiou(*turned) if rotated else box_iou(a[:, :4], b[:, :4])
     overlap, pairs = overlap * (a[:, None, 5] == b[None, :, 5]), []
     while overlap.numel() and overlap.max() >= match_iou:
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
@@ -93,25 +83,19 @@ def verify_detections(
     rotated = metas[0]["task"] == "obb"
     images = list(images)
     total = partnered = 0
-    overlaps: list[float] = []
-    score_diffs: list[float] = []
+    agreed: list[tuple[float, float]] = []  # IoU and difference of the scores of each pair
     for path in images:
         x = load_image(path, imgsz)
         da, db = (postprocess(p(x)[0], m, max(conf - margin, 0.0), NMS["iou"]) for p, m in zip(predicts, metas))
         pairs = _match(da, db, match_iou, rotated)
-        overlaps += [overlap for _, _, overlap in pairs]
-        score_diffs += [abs(float(da[i, 4] - db[j, 4])) for i, j, _ in pairs]
-        for found, partners in ((da, [i for i, _, _ in pairs]), (db, [j for _, j, _ in pairs])):
-            sure = found[:, 4] > conf + margin
+        agreed += [(overlap, abs(float(da[i, 4] - db[j, 4]))) for i, j, overlap in pairs]
+        for detections, partners in ((da, [i for i, _, _ in pairs]), (db, [j for _, j, _ in pairs])):
+            sure = detections[:, 4] > conf + margin
             total += int(sure.sum())
             partnered += int(sure[partners].sum())
-    means = {"mean_iou": overlaps, "mean_score_diff": score_diffs}
-    return {
-        "matched": partnered / total if total else 1.0,
-        **{name: float(np.mean(values)) if values else None for name, values in means.items()},
-        "detections": total,
-        "images": len(images),
-    }
+    iou, difference = [float(np.mean(values)) for values in zip(*agreed)] or (None, None)
+    found = {"matched": partnered / total if total else 1.0, "mean_iou": iou, "mean_score_diff": difference}
+    return {**found, "detections": total, "images": len(images)}
 
 
 def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[str, Any]], float]:
@@ -120,9 +104,7 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
     for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
         meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
     if metas[0]["nc"] != metas[1]["nc"]:
-        raise UsageError(
-            f"The two models have {metas[0]['nc']} and {metas[1]['nc']} classes. Compare models of one data set."
-        )
+        raise UsageError(f"The models have {metas[0]['nc']} and {metas[1]['nc']} classes. Give models of one data set.")
     nms = next((m["nms"] for m in metas if m["nms"]), None)
     if nms:  # both sides suppress as the file does, or its max_det would look like missed detections
         metas, conf = [{**m, "nms": nms} for m in metas], max(conf, nms["conf"])
@@ -150,7 +132,11 @@ def verify_int8(
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
     if fake_quant is not None:
         torch_one = predictor(fake_quant, end2end=meta["end2end"], nms=meta["nms"])
-        pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, lambda x: torch_one(x + _moves(x.shape)))}
+
+        def moved(x: np.ndarray) -> list[np.ndarray]:
+            return torch_one(x + np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), x.shape))
+
+        pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, moved)}
     result: dict[str, Any] = {}
     for name, (reference, other) in pairs.items():
         rows = _confident(compare(reference, other, (load_image(path, imgsz) for path in images), meta)["rows"])
@@ -158,11 +144,6 @@ def verify_int8(
     if meta["task"] in BOXES:
         result["detections"] = verify_detections(fp32_onnx, int8_onnx, images, imgsz, match_iou=0.5, margin=0.05)
     return {**result, **conv_report(int8_onnx)}
-
-
-def _moves(shape: tuple[int, ...]) -> np.ndarray:
-    """Return 1e-6 or -1e-6 for each pixel."""
-    return np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), shape)
 
 
 def _listed(images: Iterable[str | Path]) -> list[str | Path]:
