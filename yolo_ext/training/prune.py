@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Pruning in a training run: before it, between epochs, and the zeros of masks after each optimizer step."""
 
-from __future__ import annotations
-
 import logging
 from copy import deepcopy
 from typing import Any

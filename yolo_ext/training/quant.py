@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Quantization-aware training in a training run: the model, its ranges and BatchNorm by epoch, validation."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from dataclasses import replace

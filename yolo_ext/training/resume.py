@@ -6,8 +6,6 @@ anew. On one device without dataloader workers, a run that was killed goes on he
 With workers, on several devices, or with Albumentations, the random part differs; weights and optimizer are exact.
 """
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Iterable

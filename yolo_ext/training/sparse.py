@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Sparsity training in a training run: around each optimizer step, and after each epoch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

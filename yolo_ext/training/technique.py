@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What a technique may do to a training run: the hooks that the trainer calls on each of them, in one order."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,19 +16,14 @@ class Technique:
     """One technique in one training run; it holds what it needs from hook to hook, and the trainer holds nothing of it.
 
     Hooks come in the order of their names below. One that a technique has no use for is left as it is: it does nothing.
-
-    Attributes:
-        key: Key of its options.
-        cfg: Its parsed options, None where it is off.
-        needs_labels: Whether the train split has to have labels.
     """
 
-    key: ClassVar[str]
-    needs_labels = True
+    key: ClassVar[str]  # of its options
+    needs_labels = True  # of the train split
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
         """Take settled options by key, and the arguments of Ultralytics."""
-        self.cfg = configs[self.key]
+        self.cfg = configs[self.key]  # None where it is off
 
     # Before there is a trainer ------------------------------------------------------------------------------------
     @classmethod
@@ -50,10 +43,7 @@ class Technique:
         return nullcontext()
 
     def build(self, trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Make what is trained along, and give it its part of a new optimizer.
-
-        Out of memory, Ultralytics may come here again with another optimizer: what has been made stays.
-        """
+        """Make what is trained along, and give it its part of the optimizer: of a second one after out of memory."""
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Return a criterion around `base`; the last technique comes first, and so innermost."""

@@ -1,10 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Trainers: one thin mixin in front of each stock Ultralytics trainer, and the same by callback for any other."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pr
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock import trainer as engine
-from yolo_ext.stock.context import cfg2dict
+from yolo_ext.stock.context import cfg2dict, replaced
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant
@@ -26,26 +23,19 @@ from yolo_ext.training.resume import Exact
 from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
+BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
 TECHNIQUES: tuple[type[Technique], ...] = (Prune, Sparse, Distill, Quant)  # in the order in which they act
 
 
 def techniques_of(configs: dict[str, Any], args: Any) -> tuple[Technique, ...]:
-    """Return the techniques of a run in the order in which they act.
-
-    Args:
-        configs: Parsed options by key; options that follow from others are filled in.
-        args: Arguments of Ultralytics, of which those are changed that follow from our options.
-
-    Raises:
-        UsageError: If options contradict each other.
-    """
+    """Return the techniques of a run as they act one behind the other; set what follows from them."""
     for cls in reversed(TECHNIQUES):  # QAT may bring a teacher
         if configs[cls.key]:
             cls.settle(configs, args)
     return tuple(cls(configs, args) for cls in TECHNIQUES if configs[cls.key] or cls is Prune)
 
 
-class CompressionMixin:
+class CompressionMixin(BEHIND):
     """Sparsity training, pruning, distillation and quantization-aware training for any Ultralytics trainer.
 
     Options come as four more keys, each a dict or a config dataclass: `sparsity`, `prune`, `distill`, `quant`.
@@ -56,38 +46,20 @@ class CompressionMixin:
         >>> YOLO("best.pt").train(trainer=yolo_ext.DetectionTrainer, data="data.yaml", prune={"speedup": 2})
     """
 
-    # Set by the Ultralytics trainer behind this mixin.
     args: Any
-    data: dict[str, Any]
-    ema: Any
-    epoch: int
-    loss_names: tuple[str, ...]
     metrics: dict[str, Any]
-    resume: bool
-    save_dir: Path
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None) -> None:
-        """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume.
-
-        Raises:
-            UsageError: If an option is unknown or illegal.
-        """
+        """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume."""
         stock.check_stock()
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
-        super().__init__({**EXT_DEFAULTS, **cfg2dict(cfg)}, overrides, _callbacks)  # type: ignore[call-arg]
+        super().__init__({**EXT_DEFAULTS, **cfg2dict(cfg)}, overrides, _callbacks)
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
     def setup_compression(self, options: dict[str, Any]) -> None:
-        """Take the options of a run; called once, by the constructor or by `attach`.
-
-        Args:
-            options: `sparsity`, `prune`, `distill` and `quant`, dicts, dataclasses or None.
-
-        Raises:
-            UsageError: If options contradict each other, or this Ultralytics is not as ours expect it.
-        """
+        """Take the options of a run by key; called once, by the constructor or by `attach`."""
         engine.check_trainer(super())
         self.compression = parse(options)
         self.techniques = techniques_of(self.compression, self.args)
@@ -111,7 +83,7 @@ class CompressionMixin:
                 "Leave it out, or train the YAML of the dense model."
             )
         else:
-            model = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+            model = super().get_model(cfg, weights, verbose)
             if weights is not None:
                 hand_on(weights, model)
         if not self.compression["quant"] or (self.compression["prune"] and not self.resume):
@@ -155,7 +127,7 @@ class CompressionMixin:
                 self.exact.before_batch()
             elif event == "on_train_batch_end":
                 self.exact.after_batch(self)
-        super().run_callbacks(event)  # type: ignore[misc]
+        super().run_callbacks(event)
 
     def _start(self) -> None:
         model: Any = live(self)
@@ -169,13 +141,13 @@ class CompressionMixin:
 
     def _model_train(self) -> None:
         """Put the model into training mode, but for what techniques hold."""
-        super()._model_train()  # type: ignore[misc]
+        super()._model_train()
         for t in self.techniques:
             t.train_mode(self)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Build the stock optimizer and our groups of parameters, which the scheduler needs this early."""
-        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        optimizer = super().build_optimizer(model, *args, **kwargs)
         for t in self.techniques:
             t.build(self, live(self), optimizer)
         return optimizer
@@ -183,85 +155,72 @@ class CompressionMixin:
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stock dataset, where training needs no labels one without any too."""
         with engine.labels_optional(any(not t.needs_labels for t in self.techniques)):
-            return super().build_dataset(*args, **kwargs)  # type: ignore[misc]
+            return super().build_dataset(*args, **kwargs)
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
         """Find the batch size that fits into memory together with what techniques bring."""
         with ExitStack() as held:
             for t in self.techniques:
                 held.enter_context(t.batch_search(self))
-            return super().auto_batch(*args, **kwargs)  # type: ignore[misc]
+            return super().auto_batch(*args, **kwargs)
 
     def preprocess_batch(self, batch: dict) -> dict:
         """Prepare a batch, behind the warmup that may have set `accumulate`."""
         self.exact.prepare_batch(self)
-        return super().preprocess_batch(batch)  # type: ignore[misc]
+        return super().preprocess_batch(batch)
 
     def optimizer_step(self) -> None:
         """Step as usual, with the techniques around it."""
         for t in self.techniques:
             t.before_step(self)
-        super().optimizer_step()  # type: ignore[misc]
+        super().optimizer_step()
         for t in self.techniques:
             t.after_step(self)
         self.exact.after_step(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
-        super()._load_checkpoint_state(ckpt)  # type: ignore[misc]
+        super()._load_checkpoint_state(ckpt)
         for t in self.techniques:
             t.reload(self, ckpt)
 
     def get_validator(self) -> Any:
         """Build the validator from arguments without our keys, which its own check would refuse."""
-        own = self.args
-        self.args = type(own)(**{k: v for k, v in vars(own).items() if k not in EXT_DEFAULTS})
-        try:
-            return super().get_validator()  # type: ignore[misc]
-        finally:
-            self.args = own
+        own = {k: v for k, v in vars(self.args).items() if k not in EXT_DEFAULTS}
+        with replaced(self, args=type(self.args)(**own)):
+            return super().get_validator()
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Write the row of an epoch, with what techniques have to show."""
         found = {k: v for t in self.techniques for k, v in t.columns(self).items()}
         self.metrics = {**self.metrics, **found}
-        super().save_metrics({**metrics, **found})  # type: ignore[misc]
+        super().save_metrics({**metrics, **found})
 
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
         self.exact.save(self)
-        with self._stock_ema(), engine.saved_whole(self, atomic_write):
-            saved = super().save_model()  # type: ignore[misc]
+        with replaced(self.ema, ema=self.as_stock(self.ema.ema)), engine.saved_whole(self, atomic_write):
+            saved = super().save_model()
         self.exact.clear(self, keep=self.epoch)
         return saved
 
-    @contextmanager
-    def _stock_ema(self) -> Iterator[None]:
-        own = self.ema.ema
-        self.ema.ema = self.as_stock(own)
-        try:
-            yield
-        finally:
-            self.ema.ema = own
-
     def progress_string(self) -> str:
         """Return the header of the progress bar, in whose 11 columns our loss names need their short form."""
-        full = self.loss_names
-        self.loss_names = tuple(n.removesuffix("_loss") if n.startswith(("kd_", "sparsity_")) else n for n in full)
-        try:
-            return super().progress_string()  # type: ignore[misc]
-        finally:
-            self.loss_names = full
+        ours = ("kd_", "sparsity_")
+        short = tuple(n.removesuffix("_loss") if n.startswith(ours) else n for n in self.loss_names)
+        with replaced(self, loss_names=short):
+            return super().progress_string()
 
     def final_eval(self) -> None:
         """Strip and validate as usual, and repeat the manifest at the top of the final checkpoints."""
-        with engine.whole_final_files(finalize), engine.validated_as(self, self._final):
-            super().final_eval()  # type: ignore[misc]
+
+        def final(path: Path) -> Any:
+            return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
+
+        with engine.whole_final_files(finalize), engine.validated_as(self, final):
+            super().final_eval()
         if RANK in {-1, 0}:
             self.exact.clear(self)
-
-    def _final(self, path: Path) -> Any:
-        return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
 
 
 class DetectionTrainer(CompressionMixin, engine.tasks.detect.DetectionTrainer):
@@ -285,24 +244,14 @@ class ClassificationTrainer(CompressionMixin, engine.tasks.classify.Classificati
 
 
 TRAINERS: dict[str, type] = {
-    "detect": DetectionTrainer,
-    "segment": SegmentationTrainer,
-    "pose": PoseTrainer,
-    "obb": OBBTrainer,
+    "detect": DetectionTrainer, "segment": SegmentationTrainer, "pose": PoseTrainer, "obb": OBBTrainer,
     "classify": ClassificationTrainer,
-}
+}  # fmt: skip
 STOCK = {cls.__bases__[1]: cls for cls in TRAINERS.values()}
 
 
 def trainer_for(task: str) -> type:
-    """Return the trainer of a task.
-
-    Args:
-        task: An Ultralytics task name.
-
-    Raises:
-        UsageError: If there is none for it.
-    """
+    """Return the trainer of an Ultralytics task, such as ``detect``; raise `UsageError` where there is none."""
     if task not in TRAINERS:
         raise UsageError(f"There is no compression trainer for task '{task}'. Legal: {', '.join(TRAINERS)}.")
     return TRAINERS[task]
