@@ -21,6 +21,8 @@ TOP = 10  # operators of a profile that are printed
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
 EXTRAS = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
           "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
+PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
+           ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
 
 
 @command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
@@ -49,57 +51,51 @@ def bench(
 
     from yolo_ext import runs
     from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.reporting.figures import plot_tradeoff
     from yolo_ext.reporting.tables import write_summary
+    from yolo_ext.stock import cpu_info
 
     files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
         raise UsageError(f"Model files do not exist: {', '.join(missing)}. Give models=a.pt,b.onnx.")
     for file in files:
         runtime_of(file)
-    size, counts, batches = _size(files[0], imgsz), _whole("threads", threads), _whole("batch", batch)
-    env = _environment()
-    image = _image(data, source, size)
-    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
-    about = {f: _about(f, image, size, counts[0], batches[0], data, memory) for f in TQDM(files, desc="Models")}
-    _print(rows, about, f"{size} px, {rounds} interleaved rounds", image[1])
-    folder = runs.folder(place, task="detect", mode="bench")
-    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": image[1]}
-    found |= {"rows": rows, "models": about}
-    if profile:
-        found["profile"] = _profile(files, size, counts[0], batches[0])
-    runs.write_json(folder / "bench.json", found)
-    _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
-    if data:
-        _plot(rows, about, counts[0], batches[0], size, folder)
-    figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
-    write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
-    return found
-
-
-def _environment() -> dict[str, Any]:
-    """Return and print what the figures depend on, and warn of a machine that is busy."""
-    from yolo_ext.stock.context import cpu_info
-
+    counts, batches = (
+        [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
+        for k, v in {"threads": threads, "batch": batch}.items()
+    )
+    first = (counts[0], batches[0])
+    size = _size(files[0], imgsz)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     env = {**cpu_info(), "load": load}
     LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
     if (load or 0) > BUSY * (os.cpu_count() or 1):
         LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
-    return env
-
-
-def _whole(key: str, given: Any) -> list[int]:
-    """Read one or several whole numbers of at least 1."""
-    hint = f"whole numbers of at least 1, such as {key}=1,2"
-    return list(dict.fromkeys(numbers(key, given, int, lambda n: n >= 1, hint)))
+    image, name = _image(data, source, size)
+    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
+    about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
+    _print(rows, about, f"{size} px, {rounds} interleaved rounds", name)
+    folder = runs.folder(place, task="detect", mode="bench")
+    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about}
+    if profile:
+        found["profile"] = _profile(files, size, *first)
+    runs.write_json(folder / "bench.json", found)
+    _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
+    if data:
+        points = [{**r, "name": Path(r["model"]).name, "map": about[r["model"]]["map"]}
+                  for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
+        plot_tradeoff(points, folder / "tradeoff.png", f"{size} px, batch {first[1]}, threads {first[0]}")
+    figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
+    write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
+    return found
 
 
 def _size(file: str, given: int | None) -> int:
     """Return the side of the input in pixels that the user asks for, else that of the file."""
-    if file.endswith(".pt"):
-        from yolo_ext.stock import image_size, load_model
+    from yolo_ext import stock
 
-        return image_size(*load_model(file), given)
+    if file.endswith(".pt"):
+        return stock.image_size(*stock.load_model(file), given)
     if given is None and file.endswith(".onnx"):
         from yolo_ext.deployment.runtime import describe
 
@@ -139,9 +135,9 @@ def _image(data: str | None, source: str | None, size: int) -> tuple[np.ndarray,
 
 
 def _about(
-    file: str, image: tuple[np.ndarray, str], size: int, threads: int, batch: int, data: str | None, memory: bool
+    file: str, image: np.ndarray, size: int, setting: tuple[int, int], data: str | None, memory: bool
 ) -> dict[str, Any]:
-    """Return what is measured once for each model: size, surroundings, memory, accuracy."""
+    """Return what is measured once for each model: size, surroundings, memory with (threads, batch), accuracy."""
     from yolo_ext import runs
     from yolo_ext.deployment.footprint import peak_memory
     from yolo_ext.deployment.latency import around
@@ -149,21 +145,19 @@ def _about(
     from yolo_ext.stock.accuracy import accuracy
 
     path = Path(file)
-    found: dict[str, Any] = {"size_mb": runs.size_mb(path)}
-    if path.is_file():
-        found.update(around(path, image[0], size))
-    if path.suffix == ".onnx":
-        found.update({k: v for k, v in conv_report(path).items() if k in ("convs", "int8_convs")})
-    if memory:
-        found.update(peak_memory(path, size, threads, batch) or {})
-    if data:
-        found.update(accuracy(path, data, size))
-    return found
+    convs = conv_report(path) if path.suffix == ".onnx" else {}
+    return {
+        "size_mb": runs.size_mb(path),
+        **(around(path, image, size) if path.is_file() else {}),
+        **{k: convs[k] for k in ("convs", "int8_convs") if k in convs},
+        **((memory and peak_memory(path, size, *setting)) or {}),
+        **(accuracy(path, data, size) if data else {}),
+    }
 
 
 def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
     """Print the times, and below them what is measured once for each model."""
-    from yolo_ext.reporting.tables import ABSENT, align
+    from yolo_ext.reporting.tables import align, cell
 
     cells = []
     for r in rows:
@@ -172,9 +166,8 @@ def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, imag
         times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
         cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
     LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
-    cells = [[f, *(ABSENT if a.get(k) is None else format(a[k], spec) for k, spec in EXTRAS.items())]
-             for f, a in about.items()]  # fmt: skip
     head = ["Model", "Size MB", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime", "mAP50-95"]
+    cells = [[f, *(cell(a.get(k), spec) for k, spec in EXTRAS.items())] for f, a in about.items()]
     LOGGER.info(align(cells, head) + f"\nImage: {image}\n")
 
 
@@ -185,10 +178,9 @@ def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str,
 
     found = {f: operators(f, size, threads=threads, batch=batch) for f in files if f.endswith(".onnx")}
     for file, each in found.items():
-        ops = [[r["op"], r["count"], f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each["ops"][:TOP]]
-        nodes = [[r["name"], r["op"], f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each["nodes"][:TOP]]
-        LOGGER.info(f"{file}: time by operator\n{align(ops, ['Operator', 'Nodes', 'ms', 'Share'])}\n")
-        LOGGER.info(f"{file}: slowest nodes\n{align(nodes, ['Node', 'Operator', 'ms', 'Share'])}\n")
+        for key, title, head in PROFILE:
+            cells = [[*(r[k] for k in head), f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each[key][:TOP]]
+            LOGGER.info(f"{file}: {title}\n{align(cells, [*head.values(), 'ms', 'Share'])}\n")
     return found
 
 
@@ -197,23 +189,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     from yolo_ext.checkpoint import atomic_write
 
     text = io.StringIO()
-    fields = list(dict.fromkeys(k for r in rows for k in r))
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(path, text.getvalue())
-
-
-def _plot(rows: list[dict[str, Any]], about: dict[str, Any], threads: int, batch: int, size: int, folder: Path) -> None:
-    """Draw mAP against latency in the first setting."""
-    from yolo_ext.reporting.figures import plot_tradeoff
-
-    points = [
-        {"name": Path(r["model"]).name, "map": about[r["model"]]["map"], **{k: r[k] for k in ("median", "p10", "p90")}}
-        for r in rows
-        if (r["threads"], r["batch"]) == (threads, batch)
-    ]
-    plot_tradeoff(points, folder / "tradeoff.png", f"{size} px, batch {batch}, threads {threads}")
 
 
 def _figures(row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
