@@ -33,9 +33,7 @@ class TiedGroups:
     order: list[torch.Tensor]  # for each group, its channels from worst to best
     scores: torch.Tensor  # (units,) ascending
     allowed: list[int]  # numbers of kept units that rounding and floors allow, descending; the first one is all of them
-    share: float | None = (
-        None  # of units that `prune.ratios` removes, whatever the target; None where free
-    )
+    share: float | None = None  # of units that `prune.ratios` removes, whatever the target; None where free
     values: list[torch.Tensor] = field(default_factory=list)  # for each group, the scores of its channels
 
     @property

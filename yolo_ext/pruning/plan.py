@@ -22,7 +22,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table, suggest
 from yolo_ext.pruning.evidence import NO_PROBES, Probes
-from yolo_ext.pruning.graph import Graph, Kept
+from yolo_ext.pruning.graph import Graph, Group, Kept
 from yolo_ext.pruning.groups import TiedGroups
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.surgery import apply_plan
@@ -34,23 +34,14 @@ scopes = Table("pruning scope")  # row: (tied groups, model) -> the class of eac
 
 @dataclass(frozen=True)
 class Job:
-    """What is pruned and what may be asked about it.
-
-    Attributes:
-        model: The model; it is not changed.
-        graph: Its couplings.
-        ties: What can be pruned, that with a share of its own included.
-        cfg: Pruning options.
-        probes: What data and the clock can tell.
-        imgsz: Side of the image in pixels, for the FLOPs.
-    """
+    """What is pruned, which stays as it is, and what may be asked about it."""
 
     model: nn.Module
     graph: Graph
-    ties: Sequence[TiedGroups]
+    ties: Sequence[TiedGroups]  # what can be pruned, that with a share of its own included
     cfg: PruneConfig
     probes: Probes = NO_PROBES
-    imgsz: int = 640
+    imgsz: int = 640  # side of the image in pixels, for the FLOPs
 
     @property
     def whole(self) -> list[int]:
@@ -84,14 +75,13 @@ def isomorphic(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
     """Put those into one class whose groups have the same size and the same kinds of layers."""
     modules = dict(model.named_modules())
 
-    def kind(path: str, dim: str) -> tuple:
-        """Return what makes layers alike."""
-        m = modules[path]
-        return type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, dim
+    def kinds(group: Group) -> list[tuple]:
+        found = ((modules[m.module], m.dim) for m in group.members)
+        return sorted(
+            (type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, dim) for m, dim in found
+        )
 
-    return [
-        tuple(sorted((g.size, tuple(sorted(kind(m.module, m.dim) for m in g.members))) for g in t.groups)) for t in ties
-    ]
+    return [tuple(sorted((g.size, tuple(kinds(g))) for g in t.groups)) for t in ties]
 
 
 def by_rank(ties: Sequence[TiedGroups], classes: Sequence[Hashable]) -> Steps:
@@ -119,9 +109,6 @@ def by_sensitivity(ties: Sequence[TiedGroups], curves: dict[str, Any]) -> Steps:
 
     The share 0..1 counts through all drops in the file of `yolo-ext sensitivity`, from none to the largest. Between two
     measured ratios the drop is taken as linear; beyond the last one nothing is known and nothing is pruned.
-
-    Raises:
-        UsageError: If a group has no curve.
     """
     groups = {g["name"]: g for g in curves["groups"]}
     lines = [_line(t, groups, curves["base"]["map"]) for t in ties]
@@ -159,16 +146,13 @@ def read_sensitivity(file: str) -> dict[str, Any]:
         float(found["base"]["map"])
         for g in found["groups"]:
             _ = g["name"], [(p["ratio"], p["map"]) for p in g["curve"]]
+        return found
     except OSError as e:
-        raise UsageError(
-            f"'prune.sensitivity={file}' cannot be read ({e.strerror}). Run `yolo-ext sensitivity`."
-        ) from e
+        problem = f"cannot be read ({e.strerror}). Run `yolo-ext sensitivity`."
     except (ValueError, LookupError, TypeError) as e:
-        raise UsageError(
-            f"'prune.sensitivity={file}' is not a file of `yolo-ext sensitivity` ({type(e).__name__}: {e}). "
-            "Give its sensitivity.json."
-        ) from e
-    return found
+        made = "is not a file of `yolo-ext sensitivity`"
+        problem = f"{made} ({type(e).__name__}: {e}). Give its sensitivity.json."
+    raise UsageError(f"'prune.sensitivity={file}' {problem}")
 
 
 # What stays ----------------------------------------------------------------------------------------------------------
@@ -229,22 +213,24 @@ def near_zero_share(ties: Sequence[TiedGroups], threshold: float) -> float:
 def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: PruneConfig, gap: float) -> None:
     """Write what was done into the manifest; indices always count in the numbering of the first dense model."""
     previous = deepcopy(dict(manifest(dense).prune))
-    shapes = previous["shapes"] if previous else {p: list(s) for p, s in graph.shapes.items()}
-    total: Kept = deepcopy(previous["kept"]) if previous else {}
+    total: Kept = previous.get("kept", {})
     for path, dims in kept.items():
+        earlier = total.setdefault(path, {})
         for dim, index in dims.items():
-            old = total.setdefault(path, {}).get(dim)
-            total[path][dim] = [old[i] for i in index] if old is not None else list(index)
-    # The teacher that a student grew from knows it by the weights it started with, not by those of today.
-    parent = previous["parent"] if previous else manifest(dense).parent or fingerprint(dense)
+            earlier[dim] = [earlier[dim][i] for i in index] if dim in earlier else list(index)
+    modules, coupled = dict(pruned.named_modules()), {}
+    for indices in graph.ties:
+        layers = {p for i in indices for p in graph.groups[i].producers if layer_channels(modules[p])}
+        coupled.update({p: sorted(layers - {p}, key=stock.natural_key) for p in layers if len(layers) > 1})
     told = {
+        "shapes": {p: list(s) for p, s in graph.shapes.items()},
+        # The teacher that a student grew from knows it by the weights it started with, not by those of today.
+        "parent": manifest(dense).parent or fingerprint(dense),
         **previous,
         "config": asdict(cfg),
         "kept": total,
-        "shapes": shapes,
-        "parent": parent,
         "frozen": graph.reasons(),
-        "coupled": coupled_layers(pruned, graph),
+        "coupled": coupled,
         "notes": graph.notes,
         "gap": gap,
     }
@@ -252,27 +238,15 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
     set_tripwire(pruned)
 
 
-def coupled_layers(model: nn.Module, graph: Graph) -> dict[str, list[str]]:
-    """Return, for every layer whose channels also come from or are tied to others, the paths of those."""
-    modules, found = dict(model.named_modules()), {}
-    for indices in graph.ties:
-        layers = {p for i in indices for p in graph.groups[i].producers if layer_channels(modules[p])}
-        found.update({p: sorted(layers - {p}, key=stock.natural_key) for p in layers if len(layers) > 1})
-    return found
-
-
 def layer_report(model: nn.Module) -> list[dict[str, Any]]:
-    """Return channels before and after for every layer of a pruned model, with the reason where nothing changed.
+    """Return channels `before` and `after` for every layer of a pruned model, and the `reason` where nothing changed.
 
-    Returns:
-        Rows ``{"name", "before", "after", "reason", "coupled"}`` in the order of the model.
+    Rows are in the order of the model; `name` is the path of a layer, `coupled` those that it shrinks with.
     """
-    found = manifest(model).prune or {"shapes": {}, "frozen": {}}
-    modules = dict(model.named_modules())
-    rows = []
+    found, rows = manifest(model).prune or {"shapes": {}}, []
     for path in sorted(found["shapes"], key=stock.natural_key):
         before = found["shapes"][path][0]
-        after = getattr(modules[path], "out_channels", None) or getattr(modules[path], "out_features", before)
+        after = (layer_channels(model.get_submodule(path)) or (before, 0))[0]
         reason = found["frozen"].get(path, "") if after == before else ""
         coupled = found.get("coupled", {}).get(path, [])
         rows.append({"name": path, "before": before, "after": after, "reason": reason, "coupled": coupled})

@@ -26,27 +26,16 @@ targets = Table("pruning target")  # row: Job -> Target
 
 @dataclass(frozen=True)
 class Target:
-    """One figure that the plan must reach.
+    """One figure that the plan must reach."""
 
-    Attributes:
-        figure: From the kept units of each to the figure.
-        goal: Where it shall be.
-        tolerance: Deviation relative to the goal beyond which the user is told; the search ends at half of it.
-        rises: Whether it rises with the share of channels that go.
-        trials: Largest number of bisection steps.
-        slow: Whether each figure takes a copy of the model, so that the user wants to see it happen.
-        noisy: Whether it is a measurement, so that single channels do not show in it.
-        cap: Whether the goal must not be passed, however near the figure comes.
-    """
-
-    figure: Callable[[list[int]], float]
+    figure: Callable[[list[int]], float]  # from the kept units of each
     goal: float
-    tolerance: float = 0.01
-    rises: bool = True
-    trials: int = 24
-    slow: bool = False
-    noisy: bool = False
-    cap: bool = False
+    tolerance: float = 0.01  # relative to the goal, beyond which the user is told; the search ends at half of it
+    rises: bool = True  # with the share of channels that go
+    trials: int = 24  # at most, of the bisection
+    slow: bool = False  # each figure takes a copy of the model, so that the user wants to see it happen
+    noisy: bool = False  # it is a measurement, so that single channels do not show in it
+    cap: bool = False  # the goal must not be passed, however near the figure comes
 
     def miss(self, value: float) -> float:
         """Return how far a figure is from the goal, relative to it."""
@@ -67,7 +56,8 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
     modules = dict(model.named_modules())
     layers = uses_of_weights(model, graph)
     biased = {p for p in layers if modules[p].bias is not None or f"{p.rpartition('.')[0]}.bn" in modules}
-    area = _area(modules, graph, imgsz)
+    stem, (positions, _) = next(iter(graph.convs.items()))  # layers are listed in the order of their first call
+    area = imgsz**2 / (positions * getattr(modules[stem], "stride", (1,))[0] ** 2)  # over that of the traced image
     work = {p: n * (area if graph.convs[p][0] > 1 else 1) for p, n in layers.items()}
     depth = {p: getattr(modules[p], "groups", 1) for p in layers}
     values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, stock.ATTENTION)} & set(layers)
@@ -106,17 +96,11 @@ def uses_of_weights(model: nn.Module, graph: Graph) -> dict[str, float]:
 
 def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
     """Return the FLOPs (2 x MACs) of each layer with weights after deployment, for one image of the traced size."""
-    modules, found = dict(model.named_modules()), {}
+    found = {}
     for path, uses in uses_of_weights(model, graph).items():
         (n_out, n_in), (_, kernel) = graph.shapes[path], graph.convs[path]
-        found[path] = 2.0 * kernel * n_out * n_in / getattr(modules[path], "groups", 1) * uses
+        found[path] = 2.0 * kernel * n_out * n_in / getattr(model.get_submodule(path), "groups", 1) * uses
     return found
-
-
-def _area(modules: dict[str, nn.Module], graph: Graph, imgsz: int) -> float:
-    """Return how many times more pixels an image of `imgsz` has than the one that the graph was traced with."""
-    stem, (positions, _) = next(iter(graph.convs.items()))  # layers are listed in the order of their first call
-    return imgsz**2 / (positions * getattr(modules[stem], "stride", (1,))[0] ** 2)
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
@@ -202,14 +186,7 @@ def max_drop(job: Job) -> Target:
 
 # Solver --------------------------------------------------------------------------------------------------------------
 def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], cfg: PruneConfig) -> list[int]:
-    """Return the kept units of each whose figure is nearest to the goal, by bisection and then one by one.
-
-    Of a target with a cap, these are the last ones found within it.
-
-    Raises:
-        UsageError: If the floors keep the figure away from the goal, it is passed before the pruning begins, or all
-            trials pass a cap.
-    """
+    """Return the kept units of each whose figure is nearest to the goal (within it, if it is a cap)."""
     seen: dict[tuple[int, ...], float] = {}
     figure = partial(_figure, name, target, sum(t.units for t in ties), seen)
 
@@ -230,7 +207,11 @@ def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], c
     if target.cap:
         found = steps(low)
         if all(u == t.units for u, t in zip(found, ties)):
-            raise UsageError(_cap_unmet(name, target, list(seen.values())))
+            raise UsageError(
+                f"'prune.{name}={target.goal:g}' cannot be met: the mildest of {len(seen)} trials loses "
+                f"{min(f for f in seen.values() if f > target.goal):.4f}. "
+                f"Raise prune.{name}, or prune to another target and fine-tune."
+            )
         return found
     found = min(steps(low), steps(high), key=miss)
     if not target.noisy and miss(found) > target.tolerance / 2:
@@ -270,15 +251,6 @@ def _unreachable(name: str, target: Target, most: float, cfg: PruneConfig) -> st
         f"'prune.{name}={target.goal:g}' cannot be reached: the floors{spared} allow at {bound}. {way} prune.{name}, "
         f"lower prune.min_channels={cfg.min_channels} or prune.round_to={cfg.round_to}, "
         f"or raise prune.max_ratio={cfg.max_ratio:g}."
-    )
-
-
-def _cap_unmet(name: str, target: Target, seen: list[float]) -> str:
-    """Return what to say when all figures pass the cap."""
-    return (
-        f"'prune.{name}={target.goal:g}' cannot be met: the mildest of {len(seen)} trials loses "
-        f"{min(f for f in seen if f > target.goal):.4f}. "
-        f"Raise prune.{name}, or prune to another target and fine-tune."
     )
 
 
