@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,16 +30,15 @@ def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list
     Returns: One row for each group.
     Raises: `UsageError` if the model cannot be loaded or must not be changed any more.
     """
-    from yolo_ext import runs, stock
-    from yolo_ext.pruning import analyze as groups
-    from yolo_ext.pruning.prune import check_prunable
+    from yolo_ext import pruning, runs, stock
+    from yolo_ext.pruning.analyze import table
     from yolo_ext.reporting.tables import write_summary
 
     net, ckpt = stock.load_model(model)
-    check_prunable(net)
+    pruning.check_prunable(net)
     size = stock.image_size(net, ckpt, imgsz)
-    rows = groups.analyze_model(net, size)
-    LOGGER.info(groups.table(rows))
+    rows = pruning.analyze_model(net, size)
+    LOGGER.info(table(rows))
     folder = runs.folder(place, task=stock.task_of(net), mode="analyze")
     runs.write_json(folder / "groups.json", rows)
     figures = runs.model_figures(net, Path(model), size)
@@ -72,6 +72,7 @@ def sensitivity(
     """
     from yolo_ext import stock
     from yolo_ext.data.check import check_data
+    from yolo_ext.pruning.prune import check_prunable
 
     strange = [k for k, v in {"ratios": ratios, "prune": prune}.items() if v] if kind == "quant" else [*(quant or ())]
     if strange:
@@ -82,32 +83,31 @@ def sensitivity(
     net, ckpt = stock.load_model(model)
     stock.refuse_rtdetr(net)
     size = stock.image_size(net, ckpt, imgsz)
-    if kind == "quant":
-        return _of_quantization(net, cfg, check_data(data, task=stock.task_of(net)), size, by, images, map, place)
-    return _of_pruning(net, cfg, data, size, tuple(sorted(shares)), place)
+    if kind == "prune":
+        check_prunable(net)
+    info = check_data(data, task=stock.task_of(net))
+    if kind == "prune":
+        return _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place)
+    return _of_quantization(net, cfg, info, size, by, images, map, place)
 
 
 def _of_pruning(
-    net: nn.Module, cfg: Any, data: str, size: int, shares: tuple[float, ...], place: dict[str, Any]
+    net: nn.Module, cfg: Any, info: dict[str, Any], size: int, shares: tuple[float, ...], place: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure mAP and losses with each group pruned by each share, and write what was found."""
-    from yolo_ext import runs, stock
-    from yolo_ext.data.check import check_data
-    from yolo_ext.pruning import sensitivity as curves
-    from yolo_ext.pruning.graph import build_graph
-    from yolo_ext.pruning.prune import check_prunable
+    from yolo_ext import pruning, runs, stock
+    from yolo_ext.pruning.sensitivity import write
     from yolo_ext.training.probes import make_probes
 
-    check_prunable(net)
-    probes = make_probes(check_data(data, task=stock.task_of(net)), size, cfg, stock.task_of(net), net)
+    probes = make_probes(info, size, cfg, stock.task_of(net), net)
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     try:
-        found = curves.measure_sensitivity(net, build_graph(net), cfg, probes, shares, folder=folder)
+        found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
     except UsageError:
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
-    files = curves.write(found, folder)
+    files = write(found, folder)
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
     return found
 
@@ -117,41 +117,40 @@ def _of_quantization(
     place: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
-    from yolo_ext import runs, stock
+    from yolo_ext import quantization, runs, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.quantization import search as errors
-    from yolo_ext.quantization.qat import prepare, strip
+    from yolo_ext.quantization.search import table, write
     from yolo_ext.training.probes import make_probes
 
     task = stock.task_of(net)
-    prepare(net, cfg, info, size)
-    quantized = manifest(strip(net)).quant
+    quantization.prepare(net, cfg, info, size)
+    quantized = manifest(quantization.strip(net)).quant
     chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
     batches = letterbox_batches(chosen, size, crop=task == "classify")
     score = make_probes(info, size, PruneConfig(ratio=0.5), task, net).score if accuracy else None
-    measured = errors.sensitivity(net, quantized["state"], batches, by, score, _ms_saved(net, quantized, size))
-    found = {"profile": quantized["profile"], **measured}
-    LOGGER.info(errors.table(found))
-    files = errors.write(found, runs.folder(place, task=task, mode="sensitivity"))
+    saved = _ms_saved(net, quantized, size)
+    found = {"profile": quantized["profile"]}
+    found |= quantization.sensitivity(net, quantized["state"], batches, by, score, saved)
+    LOGGER.info(table(found))
+    files = write(found, runs.folder(place, task=task, mode="sensitivity"))
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}")
     return found
 
 
 def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
     """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
-    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext import deployment, quantization
     from yolo_ext.deployment.latency import saved_ms
-    from yolo_ext.quantization.qdq import write_qdq
-    from yolo_ext.quantization.spec import resolve_profile
 
-    profile = resolve_profile(quantized["profile"])
+    profile = quantization.resolve_profile(quantized["profile"])
     if not profile.output:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        fp32 = export_onnx(net, Path(folder) / "fp32.onnx", imgsz)
-        write_qdq(fp32, Path(folder) / "int8.onnx", quantized["state"], profile)
-        return saved_ms(fp32, Path(folder) / "int8.onnx", quantized["state"], imgsz)
+        fp32 = deployment.export_onnx(net, Path(folder) / "fp32.onnx", imgsz)
+        int8 = Path(folder) / "int8.onnx"
+        quantization.write_qdq(fp32, int8, quantized["state"], profile)
+        return saved_ms(fp32, int8, quantized["state"], imgsz)
 
 
 @command("Check the installation")
@@ -163,14 +162,12 @@ def checks() -> bool:
     for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
         LOGGER.info(f"{key:<14}{value}")
     problems = []
-    try:
+    with suppress(PackageNotFoundError):
         version("thop")
         problems.append(
             "PyPI's 'thop' is installed and overwrites 'ultralytics-thop'; Ultralytics may report 0.0 GFLOPs. "
             "Run: pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
         )
-    except PackageNotFoundError:
-        pass
     try:
         stock.check_stock()
         stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
@@ -178,5 +175,5 @@ def checks() -> bool:
         problems.append(str(e))
     for p in problems:
         LOGGER.error(p)
-    LOGGER.info("All checks passed" if not problems else f"{len(problems)} problems")
+    LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed")
     return not problems

@@ -48,10 +48,19 @@ def convert(
     """
     from yolo_ext.data.convert import convert as run
 
+    hint = "one share for each split, such as ratio=0.8,0.2"
+    shares = (
+        [] if ratio is None else numbers("ratio", ratio, float, lambda r: isinstance(ratio, (str, list, tuple)), hint)
+    )
+    if len(shares) > len(SPLITS):
+        raise UsageError(f"'ratio={ratio}' is illegal. Give {hint}.")
+    if isinstance(classes, str) and Path(classes).is_file():
+        classes = Path(classes).read_text(encoding="utf-8-sig").splitlines()
     lists = {k: str(v) for k, v in zip(SPLITS, (train, val, test)) if v not in (None, "")}
-    return run(Path(source), Path(out), format=format, to=to, splits=lists or None, ratios=_ratios(ratio),
-               folds=folds or 0, stratify=stratify, seed=seed, classes=_classes(classes), task=task,
-               difficult=difficult, broken=broken, files=files, images=Path(images) if images else None)  # fmt: skip
+    return run(Path(source), Path(out), format=format, to=to, splits=lists or None,
+               ratios=dict(zip(SPLITS, shares)) or None, folds=folds or 0, stratify=stratify, seed=seed,
+               classes=comma_list(classes) if classes else None, task=task, difficult=difficult, broken=broken,
+               files=files, images=Path(images) if images else None)  # fmt: skip
 
 
 @command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)
@@ -88,33 +97,32 @@ def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[s
     """
     from yolo_ext import runs
     from yolo_ext.data.summary import NEAR, summarise
+    from yolo_ext.reporting.figures import plot_boxes
 
     found = summarise(check, NEAR if near is None else near)
-    show(found)
+    _show(found)
     folder = runs.folder(place, task="detect", mode="data")
     runs.write_json(folder / "data.json", found)
-    plot(found, folder / "boxes.png")
+    plot_boxes(found, folder / "boxes.png")
     LOGGER.info(f"Results saved to {folder}")
     return found
 
 
-def show(found: Mapping[str, Any]) -> None:
+def _show(found: Mapping[str, Any]) -> None:
     """Print what `summarise` found as tables, a histogram and warnings."""
     from yolo_ext.data.records import quote
     from yolo_ext.data.summary import AREAS, KINDS
     from yolo_ext.reporting.tables import align
 
-    splits, classes = found["splits"], found["classes"]
-    columns = list(next(iter(splits.values())))
-    LOGGER.info(align([[s, *row.values()] for s, row in splits.items()], ["Split", *columns]))
+    splits, classes, sizes = found["splits"], found["classes"], found["sizes"]
+    LOGGER.info(align([[s, *row.values()] for s, row in splits.items()], ["Split", *next(iter(splits.values()))]))
     header = ["Boxes of class", *splits, *AREAS]
     LOGGER.info("\n" + align([[n, *(row[k] for k in header[1:])] for n, row in classes.items()], header))
-    most = max(found["sizes"].values(), default=0)
-    bars = [[side, n, "#" * round(40 * n / most)] for side, n in found["sizes"].items()]
-    if bars:
-        width = max(len(side) for side, _, _ in bars)
+    if sizes:
         LOGGER.info("\nBoxes by square root of area in pixels")
-        LOGGER.info("\n".join(f"{side:>{width}} {n:>8} {bar}" for side, n, bar in bars))
+        width, most = max(map(len, sizes)), max(sizes.values())
+        for side, n in sizes.items():
+            LOGGER.info(f"{side:>{width}} {n:>8} {'#' * round(40 * n / most)}")
     for kind, text in KINDS.items():
         if files := found[kind]:
             LOGGER.warning(f"{len(files)} {text}: {quote([f'{f} ({why})' for f, why in files.items()])}")
@@ -124,47 +132,5 @@ def show(found: Mapping[str, Any]) -> None:
         for where, pairs in {"inside a split": found[f"duplicates{suffix}"], **found[f"leaks{suffix}"]}.items():
             if pairs:
                 LOGGER.warning(f"{where}: {len(pairs)} pairs of {how}: {quote([' = '.join(p) for p in pairs], 3)}")
-    verdict = "Passed: no broken file, no leak" if found["passed"] else "Failed: broken files or leaks between splits"
-    LOGGER.info(verdict)
-
-
-def plot(found: Mapping[str, Any], file: Path) -> None:
-    """Draw the boxes by class and by size, as `summarise` found them, into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    classes, sizes = found["classes"], found["sizes"]
-    figure = Figure(figsize=(10, max(3.0, 1 + 0.25 * len(classes))), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    start = [0] * len(classes)
-    for split in found["splits"]:
-        counts = [row[split] for row in classes.values()]
-        left.barh(list(classes), counts, left=start, label=split)
-        start = [a + b for a, b in zip(start, counts)]
-    left.invert_yaxis()
-    left.set(title="Boxes by class", xlabel="boxes")
-    left.legend()
-    right.bar(list(sizes), list(sizes.values()))
-    right.tick_params(axis="x", rotation=45)
-    right.set(title="Boxes by size", xlabel="square root of area in pixels", ylabel="boxes")
-    FigureCanvasAgg(figure).print_figure(file, dpi=120)
-
-
-def _ratios(given: Any) -> dict[str, float] | None:
-    """Read shares of train, val and test."""
-    if given is None:
-        return None
-    hint = "one share for each split, such as ratio=0.8,0.2"
-    shares = numbers("ratio", given, float, lambda r: isinstance(given, (str, list, tuple)), hint)
-    if len(shares) > len(SPLITS):
-        raise UsageError(f"'ratio={given}' is illegal. Give {hint}.")
-    return dict(zip(SPLITS, shares))
-
-
-def _classes(given: Any) -> list[str] | None:
-    """Read class names from a list, from text with commas, or from a text file with one name per line."""
-    if not given:
-        return None
-    if isinstance(given, str) and Path(given).is_file():
-        given = Path(given).read_text(encoding="utf-8-sig").splitlines()
-    return comma_list(given)
+    failed = "Failed: broken files or leaks between splits"
+    LOGGER.info("Passed: no broken file, no leak" if found["passed"] else failed)

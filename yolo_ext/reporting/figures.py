@@ -115,6 +115,25 @@ def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: s
     return save(drawn, path)
 
 
+@plt_settings({"font.size": 10})
+def plot_boxes(found: Mapping[str, Any], path: str | Path) -> Path:
+    """Plot the boxes by class and by size, as `data.summarise` counts them."""
+    classes, sizes = found["classes"], found["sizes"]
+    drawn, (left, right) = subplots(1, 2, figsize=(10, max(3.0, 1 + 0.25 * len(classes))))
+    start = np.zeros(len(classes))
+    for split in found["splits"]:
+        counts = [row[split] for row in classes.values()]
+        left.barh(list(classes), counts, left=start, label=split)
+        start += counts
+    left.invert_yaxis()
+    left.set(title="Boxes by class", xlabel="boxes")
+    left.legend()
+    right.bar(list(sizes), list(sizes.values()))
+    right.tick_params(axis="x", rotation=45)
+    right.set(title="Boxes by size", xlabel="square root of area in pixels", ylabel="boxes")
+    return save(drawn, path)
+
+
 def side_by_side(
     image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
 ) -> tuple[int, int]:
