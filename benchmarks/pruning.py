@@ -55,7 +55,7 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
     del options["epochs"]
     before = None
     if run == "smaller":
-        from yolo_ext.pipeline.smaller import smaller_yaml
+        from yolo_ext.pipeline.compare import smaller_yaml
 
         dense = load_model(base)[0]
         file = folder / "smaller.yaml"

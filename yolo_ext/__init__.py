@@ -1,6 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Compression for stock Ultralytics YOLO: prune, distill, quantize, export, verify and measure."""
 
+# fmt: off
+# isort: off
 from __future__ import annotations
 
 import importlib
@@ -11,35 +13,15 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and 
     from yolo_ext.core.errors import CheckFailed, UsageError, YoloExtError
     from yolo_ext.pipeline import compress
     from yolo_ext.training.trainer import (
-        ClassificationTrainer,
-        CompressionMixin,
-        DetectionTrainer,
-        OBBTrainer,
-        PoseTrainer,
-        SegmentationTrainer,
-        attach,
-        trainer_for,
+        ClassificationTrainer, CompressionMixin, DetectionTrainer, OBBTrainer, PoseTrainer, SegmentationTrainer,
+        attach, trainer_for,
     )
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckFailed",
-    "ClassificationTrainer",
-    "CompressionMixin",
-    "DetectionTrainer",
-    "DistillConfig",
-    "OBBTrainer",
-    "PoseTrainer",
-    "PruneConfig",
-    "QuantConfig",
-    "SegmentationTrainer",
-    "SparsityConfig",
-    "UsageError",
-    "YoloExtError",
-    "__version__",
-    "attach",
-    "compress",
-    "trainer_for",
+    "CheckFailed", "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "DistillConfig", "OBBTrainer",
+    "PoseTrainer", "PruneConfig", "QuantConfig", "SegmentationTrainer", "SparsityConfig", "UsageError",
+    "YoloExtError", "__version__", "attach", "compress", "trainer_for",
 ]
 _HOMES = ("core.errors", "core.config", "training.trainer", "pipeline")  # where they are, the lightest first
 

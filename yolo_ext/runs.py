@@ -49,7 +49,7 @@ class Record:
     parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
 
     def write(self, path: Path) -> None:
-        """Write what the stage has to say as JSON."""
+        """Write what the stage has to say."""
         write_json(path, {k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
@@ -59,7 +59,6 @@ class Record:
         return cls(**{f.name: found.get(f.name) for f in fields(cls)})
 
 
-# The folder ----------------------------------------------------------------------------------------------------------
 def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = False) -> Path:
     """Make the run folder as Ultralytics would, ``runs/<task>/<name>``, or, to `resume`, return the one that is there.
 
@@ -95,7 +94,6 @@ def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
     return Record.read(file)
 
 
-# Figures -------------------------------------------------------------------------------------------------------------
 def size_mb(path: Path) -> float:
     """Return the size of a file, or of all that is in a folder, in MB (10^6 bytes)."""
     files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
@@ -111,18 +109,14 @@ def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, 
 
 def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the full set of figures of `summary.json`, None where one was not measured."""
-    full: dict[str, Any] = {k: found.get(k) for k in METRICS}
-    for key, names in NESTED.items():
-        full[key] = {n: (found.get(key) or {}).get(n) for n in names}
-    return full
+    nested = {key: {n: (found.get(key) or {}).get(n) for n in names} for key, names in NESTED.items()}
+    return {k: nested.get(k, found.get(k)) for k in METRICS}
 
 
 def summary(
-    root: Path,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
+    root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json`, the figures before, after and by stage, and return its contents."""
     found: dict[str, Any] = {
         "before": metrics(before),

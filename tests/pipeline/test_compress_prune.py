@@ -160,7 +160,7 @@ def compared(base, data, tmp_path_factory) -> dict[str, Any]:
         def killed(*args, **kwargs):
             raise RuntimeError("power cut")
 
-        m.setattr("yolo_ext.pipeline.stages.bench", killed)
+        m.setattr("yolo_ext.pipeline.compare.bench", killed)
         with pytest.raises(RuntimeError, match="power cut"):
             compress(base, data, **options)
     stamp = (folder / "finetune" / "stage.json").stat().st_mtime_ns

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,43 +53,40 @@ PLANNED, BUDGET = "INT8 convolutions as planned", "INT8 mAP50-95 loss (quant.max
 COLLAPSE = 0.05  # mAP50-95 lost, or five budgets if that is more: no tuning of ranges brings this back
 SHIFT = 0.1  # of the confidence with the best F1; its curve is flat there, and half as much is noise
 LOOKED_AT = 32  # images for sensitivity, detectors and parity
+SAYS = colorstr("quantize: ")
+SATURATES = (
+    "The INT8 kernels of this CPU compute something else than the file says: without VNNI, sums of 8-bit weights "
+    "saturate. Take quant.profile=ort-x86, whose weights have 7 bits."
+)
 
 
 def ptq(run: Run) -> Record:
     """Calibrate the newest float model and write it as INT8, with the fewest layers float that hold the budget."""
     cfg, (model, args) = run.quant, deepcopy(run.load())
     assert cfg
+    images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
+    batches = partial(letterbox_batches, images, run.imgsz, crop=run.task == "classify")  # which sees the middle only
     prepare(model, cfg, run.info, run.imgsz)
-    notes = findings(inspect(model, _batches(run, cfg)()))
+    notes = findings(inspect(model, batches()))
     for sentence in notes:
         LOGGER.warning(f"quantize: {sentence}")
     strip(model)
     if cfg.config_list:
         LOGGER.info(table(plan_of(manifest(model).quant["state"]), manifest(model).quant["float"]))
-    place = "ptq", "weights", "ptq.pt"
-    changed, file = not _same(run.load()[0].state_dict(), model.state_dict()), run.save(model, args, *place)
+    before, now, place = run.load()[0].state_dict(), model.state_dict(), ("ptq", "weights", "ptq.pt")
+    changed = before.keys() != now.keys() or any(not torch.equal(v.float(), now[k].float()) for k, v in before.items())
+    file = run.save(model, args, *place)
     weights = file if changed else run.weights()
     record = _emit(run, "ptq", weights, manifest(model).quant)
     lost = _loss(record, record)
     if cfg.mixed and cfg.mode != "qat" and lost is not None and lost > cfg.max_drop:
-        mixed, more = _mixed(run, cfg, model, record, lost)
+        mixed, more = _mixed(run, cfg, model, batches, record, lost)
         if mixed:
             run.save(model, args, *place)
             record = _emit(run, "ptq", weights, manifest(model).quant)
         notes.append(more)
     notes += [*(record.notes or []), *_problems(cfg, record)]
     return replace(record, notes=notes, weights=run.relative(file) if changed else None)
-
-
-def _batches(run: Run, cfg: QuantConfig) -> Callable[[], Iterator[torch.Tensor]]:
-    """Return what gives the first calibration images as batches (B, 3, imgsz, imgsz)."""
-    images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
-    crop = run.task == "classify"  # a classifier sees the middle of an image
-    return lambda: letterbox_batches(images, run.imgsz, crop=crop)
-
-
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(v.float(), b[k].float()) for k, v in a.items())
 
 
 def _loss(record: Record, reference: Record) -> float | None:
@@ -105,53 +103,46 @@ def onnx_accuracy(run: Run, file: Path) -> dict[str, Any]:
 # Writing -------------------------------------------------------------------------------------------------------------
 def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Record:
     """Write FP32 and INT8 ONNX of float weights and their ranges, measure both, and keep what was quantized how."""
-    fp32 = export_onnx(run.load(weights)[0], run.folder / stage / "fp32.onnx", run.imgsz)
-    int8 = run.folder / stage / "int8.onnx"
+    model, int8 = run.load(weights)[0], run.folder / stage / "int8.onnx"
+    fp32 = export_onnx(model, run.folder / stage / "fp32.onnx", run.imgsz)
     written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
     found = {name: onnx_accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
     maps = {name: f["map"] for name, f in found.items()}
-    integer, planned, accidents = _proof(int8, run.load(weights)[0], quant, written)
+    integer, planned, accidents = _proof(int8, model, quant, written["quantized"])
     convs = conv_report(fp32)["convs"]  # the INT8 file has the DFL as a MatMul
     m = measure(run, weights)
     m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=convs, int8_convs=integer)
     f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
-    LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
+    LOGGER.info(f"{SAYS}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
+    notes = []
     if f1:
         a, b = (f"mAP50-95 {maps[k]:.4f}, F1 {v['f1']:.3f} at confidence {v['f1_conf']:.2f}" for k, v in f1.items())
-        LOGGER.info(f"{colorstr('quantize: ')}FP32 {a}; INT8 {b}")
+        LOGGER.info(f"{SAYS}FP32 {a}; INT8 {b}")
+        old, new = (v["f1_conf"] for v in f1.values())
+        if abs(new - old) > SHIFT:  # which mAP does not show
+            told = f"INT8 moved the confidence of the best F1 from {old:.2f} to {new:.2f}"
+            notes.append(f"{told}: change conf= by as much.")
     return Record(
         m, f1=f1, float={p: quant["float"].get(p, r) for p, r in written["float"].items()}, planned=planned,
         accidents=accidents, chosen=str(weights), calibration=quant.get("calibration"), profile=quant["profile"],
-        notes=_threshold(f1),
+        notes=notes,
     )  # fmt: skip
 
 
-def _threshold(f1: dict[str, dict[str, float]]) -> list[str]:
-    """Say that confidences moved, which mAP does not show."""
-    if not f1 or abs(f1["int8"]["f1_conf"] - f1["fp32"]["f1_conf"]) <= SHIFT:
-        return []
-    fp32, int8 = (f1[k]["f1_conf"] for k in ("fp32", "int8"))
-    return [f"INT8 moved the confidence of the best F1 from {fp32:.2f} to {int8:.2f}: change conf= by as much."]
-
-
 def _proof(
-    int8: Path, model: nn.Module, quant: Mapping[str, Any], written: dict[str, Any]
+    int8: Path, model: nn.Module, quant: Mapping[str, Any], quantized: Iterable[str]
 ) -> tuple[int, int, dict[str, str]]:
     """Return how many convolutions ONNX Runtime runs in integers, how many were planned, and which failed and why."""
     report, modules = conv_report(int8), dict(model.named_modules())
-
-    def integer(path: str) -> bool:
-        sites = quant["state"][path]
-        narrow = all(entry["bits"] <= 8 for entry in sites.values())
-        return isinstance(modules.get(path), nn.Conv2d) and narrow and {"weight", "output"} <= set(sites)
-
+    planned: set[str] = set()
     # Files for TensorRT and OpenVINO have no Q behind a convolution, which ONNX Runtime needs to run it in integers.
-    on_ort = resolve_profile(quant["profile"]).output
-    planned = {path for path in written["quantized"] if on_ort and integer(path)}
+    for path in quantized if resolve_profile(quant["profile"]).output else ():
+        sites = quant["state"][path]
+        narrow = {"weight", "output"} <= set(sites) and all(entry["bits"] <= 8 for entry in sites.values())
+        planned |= {path} if narrow and isinstance(modules.get(path), nn.Conv2d) else set()
     floats = {module_path(node).rpartition(".")[0]: reason for node, reason in report["float_convs"].items()}
-    accidents = {path: reason for path, reason in floats.items() if path in planned}
-    return report["int8_convs"], len(planned), accidents
+    return report["int8_convs"], len(planned), {path: reason for path, reason in floats.items() if path in planned}
 
 
 def _problems(cfg: QuantConfig, record: Record) -> list[str]:
@@ -177,16 +168,18 @@ def _problems(cfg: QuantConfig, record: Record) -> list[str]:
 
 
 # Mixed precision -----------------------------------------------------------------------------------------------------
-def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: float) -> tuple[bool, str]:
+def _mixed(
+    run: Run, cfg: QuantConfig, model: nn.Module, batches: Callable[[], Iterator[torch.Tensor]], plain: Record,
+    lost: float,
+) -> tuple[bool, str]:  # fmt: skip
     """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better.
 
     With QAT to follow, at most half of the layers: more would give most of the speed away.
     """
-    quant, folder, batches = manifest(model).quant, run.folder / "ptq", _batches(run, cfg)
-    profile, reference = resolve_profile(quant["profile"]), (plain.metrics or {})["map_onnx"]["fp32"]
+    quant, folder, reference = manifest(model).quant, run.folder / "ptq", (plain.metrics or {})["map_onnx"]["fp32"]
+    profile, budget = resolve_profile(quant["profile"]), f"quant.max_drop={cfg.max_drop:g}"
     LOGGER.info(
-        f"{colorstr('quantize: ')}PTQ loses {lost:.4f} mAP50-95, more than quant.max_drop={cfg.max_drop:g}: "
-        "looking for the fewest layers to leave float"
+        f"{SAYS}PTQ loses {lost:.4f} mAP50-95, more than {budget}: looking for the fewest layers to leave float"
     )
     ranked, states = _ranked(run, model, quant, batches()), {0: quant["state"]}
 
@@ -198,7 +191,7 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
         write_qdq(folder / "fp32.onnx", file, states[len(excluded)], profile)
         drop = reference - onnx_accuracy(run, file)["map"]
         file.unlink()
-        LOGGER.info(f"{colorstr('quantize: ')}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
+        LOGGER.info(f"{SAYS}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
         return drop
 
     most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2
@@ -206,14 +199,13 @@ def _mixed(run: Run, cfg: QuantConfig, model: nn.Module, plain: Record, lost: fl
     drop = next(t["drop"] for t in trace if t["float"] == len(excluded))
     runs.write_json(folder / "mixed.json", {"excluded": excluded, "drop": drop, "trace": trace})
     if drop > cfg.max_drop and cfg.mode != "ptq":
-        return False, f"No {most} layers left float bring PTQ within quant.max_drop={cfg.max_drop:g}."
-    files = search.write_config_list(excluded, folder, cfg.config_list)
-    reason = f"float to hold quant.max_drop={cfg.max_drop:g}"
-    floats = {**quant["float"], **dict.fromkeys(excluded, reason)}
+        return False, f"No {most} layers left float bring PTQ within {budget}."
+    file = search.write_config_list(excluded, folder, cfg.config_list)[0]
+    floats = {**quant["float"], **dict.fromkeys(excluded, f"float to hold {budget}")}
     note(model, quant={**quant, "state": states[len(excluded)], "float": floats})
     layers = sum("weight" in sites for sites in quant["state"].values())
     said = f"{len(excluded)} of {layers} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
-    LOGGER.info(f"{colorstr('quantize: ')}{said}; use them again with quant.config_list={files[0]}")
+    LOGGER.info(f"{SAYS}{said}; use them again with quant.config_list={file}")
     return bool(excluded), f"{said} (config_list.yaml)."
 
 
@@ -239,7 +231,7 @@ def qat(run: Run) -> Record:
         if lost is not None:
             change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f}"
             reason = f"PTQ {change} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
-        LOGGER.info(f"{colorstr('quantize: ')}{reason}")
+        LOGGER.info(f"{SAYS}{reason}")
         return Record(skipped=reason)
     options: dict[str, Any] = {"quant": cfg}
     # Distillation belongs to the fine-tuning, where there is one; QAT learns from its float self then.
@@ -252,8 +244,7 @@ def qat(run: Run) -> Record:
     if better:
         notes = [*(record.notes or []), *_problems(cfg, record)]
         record = replace(record, weights=run.relative(best), notes=notes)
-    verdict = "better than PTQ: keeping QAT" if better else "no better than PTQ: keeping PTQ"
-    LOGGER.info(f"{colorstr('quantize: ')}QAT is {verdict}")
+    LOGGER.info(f"{SAYS}QAT is {'better than PTQ: keeping QAT' if better else 'no better than PTQ: keeping PTQ'}")
     return replace(record, better=better)
 
 
@@ -266,9 +257,12 @@ def verify(run: Run) -> Record:
     for kind, file in files.items():
         shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
     model = run.load(Path(record.chosen))[0]
+    fake, state = deepcopy(model), json.loads((run.folder / stage / "quant.json").read_text(encoding="utf-8"))["state"]
+    insert_plan(fake, plan_of(state))
+    load_state(fake, state)  # the quantizers that the INT8 file was written from
     found = deployed.verify(
         model, files["fp32"], run.info["images"]["val"][:LOOKED_AT], run.imgsz, int8_onnx=files["int8"], data=run.data,
-        fake_quant=_fake_quantized(model, run.folder / stage / "quant.json"),
+        fake_quant=fake,
     )  # fmt: skip
     lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
     checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]]
@@ -279,25 +273,8 @@ def verify(run: Run) -> Record:
     passed = f"{sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
     LOGGER.info(f"{colorstr('verify: ')}{passed}; the file to deploy: {files['int8']}")
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
-    return Record(checks=checks, parity=parity, notes=_saturation(found["checks"], record.profile or ""))
-
-
-def _fake_quantized(model: nn.Module, file: Path) -> nn.Module:
-    """Return a copy of a stage's model with the quantizers that its INT8 file was written from."""
-    model, state = deepcopy(model), json.loads(file.read_text(encoding="utf-8"))["state"]
-    insert_plan(model, plan_of(state))
-    load_state(model, state)
-    return model
-
-
-def _saturation(checks: list[dict[str, Any]], profile: str) -> list[str]:
-    """Say what to do about 8-bit weights that this CPU cannot multiply without saturation."""
-    sound = all(c["passed"] for c in checks if c["name"].startswith("int8_"))
-    if sound or resolve_profile(profile).weight_bits < 8:
-        return []
-    sentence = (
-        "The INT8 kernels of this CPU compute something else than the file says: without VNNI, sums of 8-bit weights "
-        "saturate. Take quant.profile=ort-x86, whose weights have 7 bits."
-    )
-    LOGGER.warning(f"quantize: {sentence}")
-    return [sentence]
+    unsound = any(not c["passed"] for c in found["checks"] if c["name"].startswith("int8_"))
+    notes = [SATURATES] if unsound and resolve_profile(record.profile or "").weight_bits >= 8 else []
+    for sentence in notes:
+        LOGGER.warning(f"quantize: {sentence}")
+    return Record(checks=checks, parity=parity, notes=notes)

@@ -71,6 +71,11 @@ class Run:
         return bool(self.prune and (self.prune.at or self.prune.every or self.prune.steps))
 
     @property
+    def cuts(self) -> bool:
+        """Whether the run takes channels away."""
+        return self.prune is not None and self.prune.kind == "structured"
+
+    @property
     def teaching(self) -> DistillConfig | None:
         """Distillation options of a training, with the base model as teacher where the user named none."""
         itself = self.distill is not None and self.distill.teacher == "self"
@@ -106,7 +111,6 @@ class Run:
         return name, self.done[name]
 
 
-# Opening -------------------------------------------------------------------------------------------------------------
 def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stages: Iterable[str]) -> Run:
     """Check everything that can be checked before anything is written, and make the folder.
 
@@ -135,28 +139,23 @@ def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stage
     return run
 
 
-def _learns_from_data(run: Run) -> str:
-    """Return which option needs data and trained weights, or an empty string."""
-    prune = run.prune
-    found = {f"'epochs={run.epochs}'": run.epochs > 0, "'distill'": run.distill, "'quant'": run.quant}
-    if prune and prune.kind == "structured":
-        found[f"'prune.method={prune.method}'"] = prune.method != "auto" and Need.DATA in criteria[prune.method].needs
-        found["'prune.max_drop'"] = prune.max_drop is not None
-        found["'prune.scope=pagcp'"] = prune.scope == "pagcp"
-    return next((name for name, needs in found.items() if needs), "")
-
-
 def _check_data(run: Run) -> None:
     """Read the dataset, and refuse one that is missing or has other classes than the model."""
-    if reason := _learns_from_data(run):
-        if run.base.suffix != ".pt":
-            raise UsageError(
-                f"'model={run.base}' has no trained weights, which {reason} needs. "
-                "Give a .pt; a .yaml can be pruned with epochs=0 only."
-            )
-        if not run.data:
-            hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
-            raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
+    learns = {f"'epochs={run.epochs}'": run.epochs > 0, "'distill'": run.distill, "'quant'": run.quant}
+    if run.prune and run.cuts:
+        cfg = run.prune
+        learns[f"'prune.method={cfg.method}'"] = cfg.method != "auto" and Need.DATA in criteria[cfg.method].needs
+        learns["'prune.max_drop'"] = cfg.max_drop is not None
+        learns["'prune.scope=pagcp'"] = cfg.scope == "pagcp"
+    reason = next((name for name, needs in learns.items() if needs), "")
+    if reason and run.base.suffix != ".pt":
+        raise UsageError(
+            f"'model={run.base}' has no trained weights, which {reason} needs. "
+            "Give a .pt; a .yaml can be pruned with epochs=0 only."
+        )
+    if reason and not run.data:
+        hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
+        raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
     if not run.data:
         return
     base, _ = run.load()
@@ -171,38 +170,34 @@ def _check_data(run: Run) -> None:
 
 def _check_techniques(run: Run) -> None:
     """Refuse a target that cannot be reached or a teacher that does not fit before hours of training."""
-    (base, _), configs, prune = run.load(), run.configs, run.prune
+    base, prune = run.load()[0], run.prune
     native = {**run.native, "model": str(run.base), "task": run.task}
     once = prune and replace(prune, at=[], every=None, start=None, end=None, steps=None)
-    alone = run.quant and replace(run.quant, mode="qat", supervision="labels")  # QAT follows by itself
-    before = {**configs, "prune": once, "quant": None}
-    epochs = run.sparsity.epochs if run.sparsity else max(run.epochs, 1)
-    info = run.info or {"names": base.names}
+    before = {**run.configs, "prune": once, "quant": None}
+    epochs, info = run.sparsity.epochs if run.sparsity else max(run.epochs, 1), run.info or {"names": base.names}
     check_training(before, {**native, "epochs": epochs}, base, info, run.imgsz)
-    if prune and not run.epochs and (prune.at or prune.every or prune.steps or prune.start or prune.end):
+    if prune and not run.epochs and (run.prunes_later or prune.start or prune.end):
         raise UsageError("'epochs=0' trains nothing, so there are no epochs to prune in. Leave prune.at or every out.")
     check_settled({"prune": prune}, {**native, "epochs": max(run.epochs, 1)})
-    if alone:
+    if run.quant:  # QAT follows by itself
+        alone = replace(run.quant, mode="qat", supervision="labels")
         check_training({"quant": alone}, native, base, run.info, run.imgsz)
 
 
 def _check_resume(run: Run, plain: dict[str, Any]) -> None:
     """Refuse to mix stages of different options in one folder; options that came or went since do not count."""
     before = YAML.load(run.folder / "compress.yaml")
-    told = {k: before.pop(k, None) for k in EXT_DEFAULTS}
-    changed = [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
-    changed += [k for k, config in run.configs.items() if _config(k, told[k]) != config]
+    changed = []
+    for k, config in run.configs.items():
+        if told := before.pop(k, None):
+            told = CONFIGS[k](**{f.name: told[f.name] for f in fields(CONFIGS[k]) if f.name in told})
+        changed += [k] if told != config else []
+    changed += [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
     if changed:
         raise UsageError(
             f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed). "
             "Give another name=, or the options of that run to go on with it."
         )
-
-
-def _config(technique: str, told: dict[str, Any] | None) -> Any:
-    """Return the options of an earlier run as they are known today."""
-    cls = CONFIGS[technique]
-    return told and cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
 
 
 # Measuring and training ----------------------------------------------------------------------------------------------
@@ -222,28 +217,29 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
 
     folder = run.folder / stage
     last = folder / "weights" / "last.pt"
-    place: dict[str, Any] = {"save_dir": str(folder), "exist_ok": True}
-    if last.exists() and _unfinished(last):
-        weights, args = last, {"resume": True, **place}
+    args: dict[str, Any] = {"resume": True}
+    if _unfinished(last):
+        weights = last
     else:
         if folder.exists():
             shutil.rmtree(folder)
-        args = {"data": run.data, "imgsz": run.imgsz, **native, **options, **place}
+        args = {"data": run.data, "imgsz": run.imgsz, **native, **options}
         if isinstance(args.get("batch"), int) and args["batch"] > 0:
             # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
             args.setdefault("nbs", args["batch"])
-    YOLO(str(weights or run.weights())).train(trainer=trainer_for(run.task), **args)
+    yolo = YOLO(str(weights or run.weights()))
+    yolo.train(trainer=trainer_for(run.task), save_dir=str(folder), exist_ok=True, **args)
     best = folder / "weights" / "best.pt"
     return best if best.exists() else last
 
 
 def _unfinished(last: Path) -> bool:
-    """Tell whether a training checkpoint still holds the state to go on."""
+    """Tell whether there is a training checkpoint, and it still holds the state to go on."""
     try:
         ckpt = torch.load(last, map_location="cpu", weights_only=False)
+        return ckpt.get("epoch", -1) >= 0 and ckpt.get("optimizer") is not None
     except Exception:  # a file of a killed writer is no checkpoint
         return False
-    return ckpt.get("epoch", -1) >= 0 and ckpt.get("optimizer") is not None
 
 
 def finetuning(run: Run) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""`compress`: base model in, smaller and verified model out, stage by stage; here those of the float model.
-
-A stage reads the files of earlier ones, writes its own folder and returns a record. It is done once: a killed run goes
-on with the stage that has none.
-"""
+"""`compress`: base model in, smaller and verified model out. A stage is done once: it reads the files of earlier ones,
+writes its own folder and returns a record, and a killed run goes on with the stage that has none."""
 
 from __future__ import annotations
 
@@ -22,23 +19,30 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
+from yolo_ext.core.config import as_plain
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
+from yolo_ext.pipeline.compare import compare
 from yolo_ext.pipeline.int8 import onnx_accuracy, ptq, qat, verify
-from yolo_ext.pipeline.report import finish
 from yolo_ext.pipeline.run import FINETUNE, Run, finetuning, measure, open_run, train
-from yolo_ext.pipeline.smaller import smaller
 from yolo_ext.pruning.masks import eligible, packed_mb, sparsity, zero_weights
 from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import TOLERANCE
-from yolo_ext.reporting.tables import ABSENT, align
+from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
+from yolo_ext.reporting.pages import write_report
+from yolo_ext.reporting.tables import write_summary
 from yolo_ext.runs import Record
-from yolo_ext.stock.context import recalibrate
 from yolo_ext.training.probes import make_probes
+
+PICTURES = 4
+LATENCIES = (  # figures of `summary.json` before and after by what was measured
+    {"torch": "base torch", "ort": "base FP32"},
+    {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
+)
 
 
 def compress(
@@ -75,14 +79,14 @@ def compress(
     return finish(run)
 
 
-# Before and by training ----------------------------------------------------------------------------------------------
+# Stages --------------------------------------------------------------------------------------------------------------
 def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
     m = measure(run, run.base)
     if run.quant:
         file = export_onnx(run.load(run.base)[0], run.folder / "base" / "fp32.onnx", run.imgsz)
-        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": onnx_accuracy(run, file)["map"]})
-        m.update({k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")})
+        convs = {k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")}
+        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": onnx_accuracy(run, file)["map"]}, **convs)
     return Record(m)
 
 
@@ -94,8 +98,8 @@ def sparsify(run: Run) -> Record:
     if distill := run.teaching:  # losses that see the scale of features would defend the scale factors
         options["distill"] = replace(distill, features="pkd", logits="kl_binary", temperature=None, layers=[])
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
-    found = manifest(run.load(best)[0]).sparsity
-    note = f"Sparsity training brought {100 * found['share']:.1f} % of the channels below {cfg.threshold:g}."
+    share = manifest(run.load(best)[0]).sparsity["share"]
+    note = f"Sparsity training brought {100 * share:.1f} % of the channels below {cfg.threshold:g}."
     return Record(measure(run, best), run.relative(best), notes=[note])
 
 
@@ -107,7 +111,6 @@ def finetune(run: Run) -> Record:
     return _describe(run, record, run.load(best)[0], "finetune") if run.prunes_later else record
 
 
-# Pruning -------------------------------------------------------------------------------------------------------------
 def prune(run: Run) -> Record:
     """Prune the newest model to the target and re-estimate BatchNorm."""
     cfg, (model, args) = run.prune, deepcopy(run.load())
@@ -118,7 +121,7 @@ def prune(run: Run) -> Record:
     else:
         zero_weights(model, cfg, cfg.ratio)
     if probes.images and cfg.recalibrate and cfg.kind != "unstructured":  # small weights hardly move the statistics
-        recalibrate(model, probes.images())
+        stock.recalibrate(model, probes.images())
     file = run.save(model, args, "prune", "weights", "pruned.pt")
     return _describe(run, Record(measure(run, file), run.relative(file)), model, "prune")
 
@@ -128,14 +131,12 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
     assert run.prune
     if run.prune.kind != "structured":
         return replace(record, notes=_masks(run, run.prune, pruned, stage))
-    plan = manifest(pruned).prune
+    plan, notes = manifest(pruned).prune, []
     runs.write_json(run.folder / stage / "plan.json", plan)
+    for r in plan["notes"]:  # of PAGCP: how far it pruned each group, and which loss set the limit
+        limit = f", limited by {r['limit']}" if r["limit"] else ""
+        notes.append(f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels{limit})")
     gate = {"name": "Pruned model equals the masked dense one", "value": plan["gap"], "limit": TOLERANCE}
-    notes = [  # of PAGCP: how far it pruned each group, and which loss set the limit
-        f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels"
-        + (f", limited by {r['limit']})" if r["limit"] else ")")
-        for r in plan["notes"]
-    ]
     return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}], notes=notes)
 
 
@@ -144,10 +145,8 @@ def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[st
     found, rows = sparsity(masked), eligible(masked, cfg)
     runs.write_json(run.folder / stage / "masks.json", {**found, "eligible": rows})
     able, wide = (sum(bool(r[k]) for r in rows) for k in ("eligible", "gain"))
-    notes = [
-        f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers are zero. This saves disk space "
-        f"({packed_mb(masked):.1f} MB zipped), not time."
-    ]
+    share, size = f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers", packed_mb(masked)
+    notes = [f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time."]
     if cfg.kind == "2:4":
         notes.append(f"{wide} layers are wide enough for sparse tensor cores to run them faster (masks.json).")
     for note in notes:
@@ -155,47 +154,16 @@ def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[st
     return notes
 
 
-# Comparison ----------------------------------------------------------------------------------------------------------
-def compare(run: Run) -> Record:
-    """Put the pruned model beside what else costs as many FLOPs: the same family built narrower, and random pruning."""
-    pruned = run.load()[0]
-    width, narrow = smaller(pruned, stock.gflops(pruned, run.imgsz), run.imgsz)
-    random = _random_baseline(run, pruned)
-    rows = {"base": run.base, "pruned": run.weights(), width: narrow, "random criterion, same FLOPs and epochs": random}
-    with tempfile.TemporaryDirectory() as tmp:
-        files = {name: export_onnx(m, Path(tmp) / f"{i}.onnx", run.imgsz) for i, (name, m) in enumerate(rows.items())}
-        times = bench(files, run.imgsz, threads=1, rounds=100, seconds=15)
-    found: list[dict[str, Any]] = []
-    for name, m in rows.items():
-        figures = measure(run, m) if isinstance(m, Path) else runs.model_figures(m, None, run.imgsz)
-        row = {k: figures.get(k) for k in ("params", "gflops", "map")}
-        found.append({"name": name, **row, "ort": times[name]["median"]})
-    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", ABSENT if r["map"] is None else f"{r['map']:.4f}",
-              f"{r['ort']:.2f}"] for r in found]  # fmt: skip
-    LOGGER.info(align(cells, ["For comparison", "Parameters", "GFLOPs", "mAP50-95", "ONNX Runtime ms"]))
-    return Record(rows=found)
-
-
-def _random_baseline(run: Run, pruned: nn.Module) -> Path:
-    """Prune the base by the random criterion to the same FLOPs and train it as the delivered model was."""
-    assert run.prune
-    model, args = deepcopy(run.load(run.base))
-    ratio = stock.gflops(model, run.imgsz) / stock.gflops(pruned, run.imgsz)
-    cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.prune.round_to)
-    made = prune_model(model, cfg, run.imgsz)
-    if images := make_probes(run.info, run.imgsz, cfg, run.task).images:
-        recalibrate(made, images())
-    file = run.save(made, args, "compare", "random.pt")
-    options = {"distill": run.teaching} if run.teaching else {}
-    return train(run, "compare/random", options, finetuning(run), file) if run.epochs else file
-
-
-# Latency -------------------------------------------------------------------------------------------------------------
 def latency(run: Run) -> Record:
     """Measure base and compressed files interleaved in ONNX Runtime; INT8 also on all threads, and beside PyTorch."""
     rounds, seconds = (200, 20) if run.quant else (100, 15)
     with tempfile.TemporaryDirectory() as tmp:
-        onnx = _onnx_files(run, Path(tmp))
+        if run.quant:
+            made = {f"compressed {kind.upper()}": run.folder / "onnx" / f"{kind}.onnx" for kind in ("fp32", "int8")}
+            onnx = {"base FP32": run.folder / "base" / "fp32.onnx", **made}
+        else:  # such a run delivers none
+            models = {"base FP32": run.base, "compressed FP32": run.weights()}
+            onnx = {k: export_onnx(run.load(m)[0], Path(tmp) / f"{k}.onnx", run.imgsz) for k, m in models.items()}
         times = bench(onnx, run.imgsz, threads=1, rounds=rounds, seconds=seconds)
     ratios = {name: speedup(times["base FP32"], times[name]) for name in list(onnx)[1:]}
     for name, r in ratios.items():
@@ -208,20 +176,10 @@ def latency(run: Run) -> Record:
     if run.quant and (threads := os.cpu_count() or 1) > 1:
         wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10)
         times.update({f"{name}, {threads} threads": found for name, found in wide.items()})
-    rows = [{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()]
-    return Record(rows=rows, ratios=ratios)
+    return Record(rows=[{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()],
+                  ratios=ratios)  # fmt: skip
 
 
-def _onnx_files(run: Run, folder: Path) -> dict[str, Path]:
-    """Return the ONNX files of base and result by name, written into a folder where the run delivers none."""
-    if run.quant:
-        made = {f"compressed {kind.upper()}": run.folder / "onnx" / f"{kind}.onnx" for kind in ("fp32", "int8")}
-        return {"base FP32": run.folder / "base" / "fp32.onnx", **made}
-    models = {"base FP32": run.base, "compressed FP32": run.weights()}
-    return {name: export_onnx(run.load(m)[0], folder / f"{name}.onnx", run.imgsz) for name, m in models.items()}
-
-
-# Order ---------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Stage:
     """One stage: its name and folder, what does it, when a run wants it, and whether it trains."""
@@ -232,19 +190,96 @@ class Stage:
     trains: bool = False
 
 
-def _cuts(run: Run) -> PruneConfig | None:
-    """Return the pruning options of a run that takes channels away."""
-    return run.prune if run.prune and run.prune.kind == "structured" else None
-
-
 STAGES = (  # in this order
     Stage("base", base),
     Stage("sparsify", sparsify, lambda run: run.sparsity, trains=True),
     Stage("prune", prune, lambda run: run.prune and not run.prunes_later),
     Stage("finetune", finetune, lambda run: run.epochs > 0 and (run.prune or run.distill), trains=True),
-    Stage("compare", compare, lambda run: (cuts := _cuts(run)) and cuts.compare),
+    Stage("compare", compare, lambda run: run.prune and run.cuts and run.prune.compare),
     Stage("ptq", ptq, lambda run: run.quant),
     Stage("qat", qat, lambda run: run.quant and run.quant.mode != "ptq", trains=True),
     Stage("verify", verify, lambda run: run.quant),
-    Stage("latency", latency, lambda run: run.quant or _cuts(run)),
+    Stage("latency", latency, lambda run: run.quant or run.cuts),
 )
+
+
+# The end -------------------------------------------------------------------------------------------------------------
+def finish(run: Run) -> dict[str, Any]:
+    """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
+    stages = {name: dict(d.metrics) for name, d in run.done.items() if d.metrics}
+    before, after = stages["base"], stages[run.quantized()[0] if run.quant else list(stages)[-1]]
+    if "latency" in run.done:
+        times = {r["name"]: r["median"] for r in run.done["latency"].rows or []}
+        for figures, names in zip((before, after), LATENCIES):
+            figures["latency_ms"] = {k: times.get(name) for k, name in names.items()}
+    if run.weights() != run.base:
+        (run.folder / "weights").mkdir(exist_ok=True)
+        shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
+    summary = write_summary(run.folder, before, after, stages)
+    checks = [c for d in run.done.values() for c in d.checks or []]
+    LOGGER.info(f"Report: {write_report(run.folder, _report(run, summary, checks))}")
+    return {**summary, "run_dir": str(run.folder), "checks": checks}
+
+
+def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sections of the report, with figures and pictures drawn."""
+    layers = next((d.layers for d in run.done.values() if d.layers), [])
+    report = {
+        "title": f"Compression report: {run.base.name}",
+        "command": summary["command"],
+        # The report puts the base in front of the stages itself.
+        "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
+        "layers": layers,
+        "checks": checks,
+        "comparison": run.done["compare"].rows if "compare" in run.done else [],
+        "notes": [note for d in run.done.values() for note in d.notes or []],
+        "plots": _plots(run, summary, layers),
+        "pictures": _pictures(run) if run.data else [],
+        "plan": {k: v for k, v in as_plain(run.configs).items() if v},
+    }
+    if "latency" in run.done:
+        record = run.done["latency"]
+        name, r = list((record.ratios or {}).items())[-1]  # what INT8 gains, or else pruning
+        note = (
+            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} "
+            f"is {r['ratio']:.2f}x as fast as base FP32 (10 to 90 %: {r['p10']:.2f} to {r['p90']:.2f})."
+        )
+        report["latency"] = {"rows": record.rows, "note": note}
+    if run.quant:
+        record = run.quantized()[1]
+        counts = {k: (record.metrics or {})[k] for k in ("convs", "int8_convs")}
+        told = {k: getattr(record, k) for k in ("float", "f1", "profile", "calibration")}
+        report["quantization"] = {**counts, **told, "parity": run.done["verify"].parity}
+    return report
+
+
+def _plots(run: Run, summary: dict[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Draw figures by stage and channels by layer, and return path and caption of these and of the training curves."""
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    plots = {plot_stages(summary["stages"], folder / "stages.png"): "Stage by stage"}
+    if layers:
+        plots[plot_channels(layers, folder / "channels.png")] = "Channels before and after"
+    plots |= {run.folder / name / "results.png": f"Training curves: {name}" for name in run.done}
+    return [{"path": str(path), "caption": caption} for path, caption in plots.items() if path.exists()]
+
+
+def _pictures(run: Run) -> list[dict[str, str]]:
+    """Draw base and compressed detections side by side on the first val images."""
+    from ultralytics import YOLO
+
+    new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
+    made: list[dict[str, str]] = []
+    if run.task not in ("detect", "segment", "pose") or new == run.base:
+        return made
+    with stock.quiet():
+        models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
+        for i, image in enumerate(run.info["images"]["val"][:PICTURES]):
+            found: list[Any] = []
+            for m in models:
+                boxes = m.predict(str(image), imgsz=run.imgsz, device="cpu", verbose=False, rect=False)[0].boxes
+                found.append([tuple(r) for r in boxes.data.tolist()] if boxes is not None else [])
+            path = run.folder / "plots" / f"detections_{i}.png"
+            missed, added = side_by_side(str(image), found[0], found[1], run.info["names"], path)
+            made.append({"path": str(path), "caption": f"{Path(image).name}: {missed} missed, {added} added"})
+    return made

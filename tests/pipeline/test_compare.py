@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER, YAML
 from yolo_ext import stock
 from yolo_ext.checkpoint import set_tripwire
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pipeline.smaller import smaller, smaller_yaml
+from yolo_ext.pipeline.compare import smaller, smaller_yaml
 
 
 @pytest.fixture(scope="module")
