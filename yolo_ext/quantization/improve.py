@@ -1,13 +1,12 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Improvements of a calibrated model that need images but no labels and no training."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -26,17 +25,11 @@ FLAT = 0.1  # least slope: where nearly all values are in the flat part, a shift
 
 
 # BatchNorm -----------------------------------------------------------------------------------------------------------
-class _Pair(nn.Module):
-    """Two models that see the same images."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        """Take both."""
-        super().__init__()
-        self.models = nn.ModuleList(models)
+class _Pair(nn.ModuleList):
+    """Models that see the same images."""
 
     def forward(self, x: torch.Tensor) -> None:
-        """Run both."""
-        for m in self.models:
+        for m in self:
             m(x)
 
 
@@ -55,7 +48,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
     set_mode(exact, "float")
     set_mode(model, "on", momentum=0.0)
     with evaluating(model):
-        seen = recalibrate(_Pair(model, exact).eval(), TQDM(batches, desc="re-estimating BatchNorm"))
+        seen = recalibrate(_Pair([model, exact]).eval(), TQDM(batches, desc="re-estimating BatchNorm"))
     for m, e, (mean, var) in zip(norms, _norms(exact), trained if seen else []):
         m.running_mean.sub_(e.running_mean).add_(mean)
         m.running_var.add_(DEAD).div_(e.running_var + DEAD).clamp_(*CHANGE).mul_(var)
@@ -63,7 +56,6 @@ def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
 
 
 def _norms(model: nn.Module) -> list[Any]:
-    """Return the BatchNorms that have statistics."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
 
 
@@ -122,12 +114,10 @@ def _biased(layer: Any, block: Any) -> tuple[Any, Callable]:
 
 
 def _axis(m: nn.Module) -> int:
-    """Return the axis of the channels in what a module returns."""
     return -1 if isinstance(m, nn.Linear) else 1
 
 
 def _channel_means(m: nn.Module, y: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each channel (channels,)."""
     return y.float().movedim(_axis(m), 0).flatten(1).mean(1)
 
 
@@ -144,22 +134,13 @@ Errors = dict[str, tuple[float, float]]
 
 @dataclass
 class Rounding:
-    """Learned rounding of the weight of one quantized layer.
-
-    Attributes:
-        layer: The layer.
-        down: Codes next below the weights, shape (channels, n).
-        scale: Value of a code, shape (channels, 1).
-        nearest: Weights that are rounded to the nearest code, shape (channels, n). Zeros stay zero, and the largest
-            weight, which the scale comes from, stays what it is.
-        logits: What is learned, shape (channels, n).
-    """
+    """Learned rounding of the weight of one quantized layer, in rows (channels, n)."""
 
     layer: Any
-    down: torch.Tensor
-    scale: torch.Tensor
-    nearest: torch.Tensor
-    logits: torch.Tensor
+    down: torch.Tensor  # codes next below the weights
+    scale: torch.Tensor  # value of a code (channels, 1)
+    nearest: torch.Tensor  # rounded to the nearest code: zeros stay zero, and the largest weight, which sets the scale
+    logits: torch.Tensor  # what is learned
 
     def up(self) -> torch.Tensor:
         """Return the shares of rounding up, 0 to 1."""
@@ -204,29 +185,29 @@ def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
     """Learn the rounding of all quantized weights in so many steps per block, and write it into the float weights.
 
     Each block is made to give what it gives in the float model, for the inputs that it gets from the quantized blocks
-    before it. A block for which nearest rounding is better keeps that. Nearest rounding then finds the learned codes,
-    so nothing else has to know of them. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
-    2020, arXiv:2004.10568, with whole blocks as the unit (Li et al., "BRECQ", 2021, arXiv:2102.05426).
-
-    Returns:
-        Path of the block -> its mean squared error with nearest and with learned rounding.
+    before it (Nagel et al., "Up or Down?", 2020, arXiv:2004.10568, with the blocks of Li et al., "BRECQ", 2021,
+    arXiv:2102.05426). A block for which nearest rounding is better keeps that. Nearest rounding then finds the learned
+    codes. Returned is path of the block -> its mean squared error with nearest and with learned rounding.
     """
-    images = _first(batches).to(next(model.parameters()).device)
-    exact: dict[int, list[Any]] = {-1: list(images.split(CHUNK))}  # maps by number of the layer
-    quantized: dict[int, list[Any]] = {-1: list(images.split(CHUNK))}
+    images = [*islice(chain.from_iterable(batches), IMAGES)]
+    if not images:
+        raise UsageError("AdaRound got no images.")
+    chunks = torch.stack(images).to(next(model.parameters()).device).split(CHUNK)
+    exact: dict[int, list[Any]] = {-1: list(chunks)}  # maps by number of the layer
+    quantized: dict[int, list[Any]] = {-1: list(chunks)}
     errors: Errors = {}
     skipped: list[str] = []
     try:
         with evaluating(model):
             for child in TQDM(model.model, desc="rounding"):
-                units = dict(_units(child, f"model.{child.i}", head=child is model.model[-1]))
+                units = _units(child, f"model.{child.i}", head=child is model.model[-1])
                 set_mode(model, "float")
-                exact[-1], _, targets = _run(child, exact, units)
+                exact[-1], targets = _run(child, exact, units)
                 set_mode(model, "on")
-                made, inputs, _ = _run(child, quantized, units)
+                made, inputs = _run(child, quantized, units)
                 for path, unit in units.items():
                     if path in inputs and path in targets:
-                        errors[path] = _learn(unit, inputs[path], targets[path], steps)
+                        errors[path] = _learn(unit, inputs[path][0], targets[path][1], steps)
                     else:
                         skipped.append(path)
                 quantized[-1] = _run(child, quantized, {})[0] if units and child is not model.model[-1] else made
@@ -241,46 +222,30 @@ def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
     return errors
 
 
-def _first(batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the first images (n, C, H, W)."""
-    found: list[torch.Tensor] = []
-    for x in batches:
-        found.append(x)
-        if sum(map(len, found)) >= IMAGES:
-            break
-    if not found:
-        raise UsageError("AdaRound got no images.")
-    return torch.cat(found)[:IMAGES]
-
-
-def _units(child: nn.Module, path: str, head: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is reconstructed as a whole: a layer of the model, of its head every branch."""
-    found = [(path, child)]
-    if head:
-        found = [(f"{path}.{name}", m) for name, m in child.named_children()]
-        lists = [(p, m) for p, m in found if isinstance(m, nn.ModuleList)]
-        found = [f for f in found if f not in lists]
-        found += [(f"{p}.{name}", m) for p, branches in lists for name, m in branches.named_children()]
-    yield from ((p, m) for p, m in found if any(layer.weight_spec for _, layer, _ in quantized_layers(m)))
+def _units(child: nn.Module, path: str, head: bool) -> dict[str, nn.Module]:
+    """Return by path what is reconstructed as a whole: a layer of the model, of its head every branch."""
+    found = {} if head else {path: child}
+    for name, m in child.named_children() if head else ():
+        branches = m.named_children() if isinstance(m, nn.ModuleList) else ()
+        found |= {f"{path}.{name}.{k}": branch for k, branch in branches} or {f"{path}.{name}": m}
+    return {p: m for p, m in found.items() if any(layer.weight_spec for _, layer, _ in quantized_layers(m))}
 
 
 @torch.no_grad()
-def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) -> tuple[list[Any], dict, dict]:
-    """Run a layer on all chunks; return its results, and inputs and outputs of units that have one tensor each."""
+def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) -> tuple[list[Any], dict]:
+    """Run a layer on all chunks; return its results, and by path input and output of units that have one each."""
     seen: dict[str, list[Any]] = {path: [] for path in units}
-
-    def hook(path: str) -> Any:
-        return lambda m, x, y: seen[path].append((x[0], y) if len(x) == 1 else (None, None))
-
+    hooks = [m.register_forward_hook(lambda m, x, y, p=path: seen[p].append((*x, y))) for path, m in units.items()]
     many = isinstance(child.f, (list, tuple))
     sources = [f if f == -1 else f % child.i for f in (child.f if many else [child.f])]
-    results: list[Any] = []
-    with evaluating(child, [m.register_forward_hook(hook(path)) for path, m in units.items()]):
-        results.extend(child([*x] if many else x[0]) for x in zip(*(maps[f] for f in sources)))
-    tensors = {p: all(isinstance(v, torch.Tensor) for call in calls for v in call) for p, calls in seen.items()}
-    whole = {p: calls for p, calls in seen.items() if len(calls) == len(results) and tensors[p]}
-    inputs, outputs = ({p: torch.cat([c[k] for c in calls]) for p, calls in whole.items()} for k in (0, 1))
-    return results, inputs, outputs
+    with evaluating(child, hooks):
+        results = [child([*x] if many else x[0]) for x in zip(*(maps[f] for f in sources))]
+
+    def single(calls: list[Any]) -> bool:
+        tensors = all(len(call) == 2 and all(isinstance(v, torch.Tensor) for v in call) for call in calls)
+        return tensors and len(calls) == len(results)
+
+    return results, {path: [torch.cat(v) for v in zip(*calls)] for path, calls in seen.items() if single(calls)}
 
 
 def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> tuple[float, float]:
@@ -288,7 +253,6 @@ def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: 
     roundings = [start(layer) for _, layer, _ in quantized_layers(unit) if layer.weight_spec]
     before = _error(unit, inputs, targets)
     logits = [r.logits for r in roundings]
-    weights = sum(v.numel() for v in logits)
     optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     with _soft(roundings), torch.enable_grad():
@@ -298,20 +262,18 @@ def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: 
             if (done := (step / steps - WARMUP) / (1 - WARMUP)) >= 0:
                 beta = BETA[0] + (BETA[1] - BETA[0]) * done
                 undecided = sum((1 - (2 * r.up() - 1).abs().pow(beta)).sum() for r in roundings)
-                loss = loss + REGULARISER / weights * undecided
+                loss = loss + REGULARISER / sum(v.numel() for v in logits) * undecided
             gradients = torch.autograd.grad(loss, logits, allow_unused=True, materialize_grads=True)
             for v, gradient in zip(logits, gradients):
                 v.grad = gradient
             optimizer.step()
-    kept = [r.layer.weight.detach().clone() for r in roundings]
+    kept = [r.layer.weight.clone() for r in roundings]
     for r in roundings:
         bake(r)
     after = _error(unit, inputs, targets)
-    if after < before:
-        return before, after
-    for r, w in zip(roundings, kept):
-        r.layer.weight.data.copy_(w)
-    return before, before
+    for r, weight in zip(roundings, [] if after < before else kept):
+        r.layer.weight.data.copy_(weight)
+    return before, min(before, after)
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Mixed precision: what the quantization of each layer costs and gains, and the fewest layers to leave float."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -29,7 +27,6 @@ from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
 from yolo_ext.stock.load import choose_head
 
-BY = ("layer", "block")
 CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections; so many are looked at in any case
 COLUMNS = ("name", "layers", "error", "box_mean", "score_max", "score_mean", "sqnr", "map_drop", "ms", "error_per_ms")
 EXACT = 200.0  # dB where no score changed at all
@@ -67,38 +64,34 @@ def sensitivity(
     Raises:
         UsageError: If there are no images or no quantized layers, or `by` is illegal.
     """
-    if by not in BY:
-        raise UsageError(f"'by={by}' is illegal. Legal: {', '.join(BY)}.")
+    if by not in ("layer", "block"):
+        raise UsageError(f"'by={by}' is illegal. Legal: layer, block.")
     # The head that an export holds: anchors keep their places, and a list of detections has no order to compare.
     net = choose_head(deepcopy(model).float().eval().requires_grad_(False), False)
     images = [b.to(next(net.parameters()).device) for b in batches]
     made = _groups(net, state, by)
     if not images or not made:
-        raise UsageError(
-            "Sensitivity needs images and at least one quantized layer: give data= and check quant.exclude."
-        )
-    reference = _Reference(net, images)
-    found: dict[str, Any] = {
-        "by": by, "images": sum(len(b) for b in images), "anchors": reference.anchors,
-        "base": {"map": score(model) if score else None}, "groups": [],
-    }  # fmt: skip
-    found["all"] = _measure(net, state, list(state), reference, score)
+        raise UsageError("Sensitivity needs images and at least one quantized layer. Give data=, check quant.exclude.")
+    reference, base = _Reference(net, images), score(model) if score else None
+    whole, groups = _measure(net, state, list(state), reference, score), []
     for name, paths in TQDM(made.items(), desc="Quantization sensitivity"):
         errors = _measure(net, state, paths, reference, score)
-        shares = [errors[k] / found["all"][k] for k in ("box_mean", "score_mean") if found["all"][k] > 0]
-        row = {"name": name, "layers": paths, "error": sum(shares) / max(len(shares), 1), **errors}
-        if score:
-            row["map_drop"] = found["base"]["map"] - row["map"]
+        shares = [errors[k] / whole[k] for k in ("box_mean", "score_mean") if whole[k] > 0]
+        row: dict[str, Any] = {"name": name, "layers": paths, "error": sum(shares) / max(len(shares), 1), **errors}
+        if base is not None:
+            row["map_drop"] = base - row["map"]
         if costs is not None:
             row["ms"] = sum(costs.get(p, 0.0) for p in paths)
-        found["groups"].append(row)
+        groups.append(row)
     if costs is not None:
-        gained = [max(g["ms"], 0.0) for g in found["groups"]]
-        least = max(FLOOR * sum(gained) / len(gained), 1e-6)
-        for g in found["groups"]:
+        least = max(FLOOR * sum(max(g["ms"], 0.0) for g in groups) / len(groups), 1e-6)
+        for g in groups:
             g["error_per_ms"] = g["error"] / max(g["ms"], least)
-    found["groups"].sort(key=lambda g: (-g["error"], g["name"]))
-    return found
+    groups.sort(key=lambda g: (-g["error"], g["name"]))
+    return {
+        "by": by, "images": sum(len(b) for b in images), "anchors": len(reference.rows), "base": {"map": base},
+        "groups": groups, "all": whole,
+    }  # fmt: skip
 
 
 def _groups(net: nn.Module, state: State, by: str) -> dict[str, list[str]]:
@@ -117,7 +110,6 @@ class _Reference:
     """Outputs of the float model at its confident anchors."""
 
     def __init__(self, net: Any, images: list[torch.Tensor]) -> None:
-        """Run the float model."""
         self.images, self.final = images, bool(getattr(net, "end2end", False))
         self.classify = stock.task_of(net) == "classify"
         self.nc = len(net.names) if hasattr(net, "names") else stock.detection_head(net).nc
@@ -126,7 +118,6 @@ class _Reference:
         least = min(CONFIDENT, float(tops.topk(min(LEAST, len(tops))).values[-1]))
         self.keep = [self.scores(r).amax(1) >= least for r in rows]
         self.rows = torch.cat([r[k] for r, k in zip(rows, self.keep)])
-        self.anchors = len(self.rows)
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the class scores of rows (n, columns) of an output."""
@@ -156,9 +147,7 @@ class _Reference:
         }
 
 
-def _measure(
-    net: nn.Module, state: State, paths: list[str], reference: _Reference, score: Score | None
-) -> dict[str, float]:
+def _measure(net: nn.Module, state: State, paths: list[str], reference: Any, score: Score | None) -> dict[str, float]:
     """Return the errors with only these layers quantized."""
     part = {path: state[path] for path in paths}
     insert_plan(net, plan_of(part))
@@ -174,33 +163,29 @@ def table(found: Mapping[str, Any], rows: int = 15) -> str:
     heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "Score SQNR dB",
              "map_drop": "mAP drop", "ms": "ms saved"}  # fmt: skip
     shown = [k for k in heads if any(k in g for g in found["groups"])]
+
+    def cell(group: Mapping[str, Any], key: str) -> str:
+        if key == "sqnr":
+            return "exact" if group[key] >= EXACT else f"{group[key]:.1f}"
+        return f"{group[key]:.4f}" if key in group else ABSENT
+
     lines = [{"name": "everything", "error": 1.0, **found["all"]}, *found["groups"][:rows]]
-    cells = [[g["name"], *(_cell(g, key) for key in shown)] for g in lines]
+    cells = [[g["name"], *(cell(g, key) for key in shown)] for g in lines]
     more = len(found["groups"]) - rows
     tail = f"\n{more} more {found['by']}s with smaller errors" if more > 0 else ""
     return align(cells, [f"Quantized {found['by']}", *(heads[k] for k in shown)]) + tail
 
 
-def _cell(group: Mapping[str, Any], key: str) -> str:
-    """Return a figure of a group as text."""
-    if key not in group:
-        return ABSENT
-    if key == "sqnr":
-        return "exact" if group[key] >= EXACT else f"{group[key]:.1f}"
-    return f"{group[key]:.4f}"
-
-
 def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write what `sensitivity` found as JSON, as CSV with a row for each group, and as a picture; return the files."""
-    atomic_write(folder / "quant_sensitivity.json", json.dumps(found, indent=2))
+    files = [folder / f"quant_sensitivity.{kind}" for kind in ("json", "csv", "png")]
+    atomic_write(files[0], json.dumps(found, indent=2))
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(COLUMNS)
-    for g in found["groups"]:
-        lines.writerow([" ".join(g[k]) if k == "layers" else g.get(k, "") for k in COLUMNS])
-    atomic_write(folder / "quant_sensitivity.csv", text.getvalue())
-    picture = plot_quant_sensitivity(found, folder / "quant_sensitivity.png")
-    return [folder / "quant_sensitivity.json", folder / "quant_sensitivity.csv", picture]
+    cells = ([" ".join(g[k]) if k == "layers" else g.get(k, "") for k in COLUMNS] for g in found["groups"])
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *cells])
+    atomic_write(files[1], text.getvalue())
+    plot_quant_sensitivity(found, files[2])
+    return files
 
 
 # Mixed precision -----------------------------------------------------------------------------------------------------
@@ -215,10 +200,9 @@ def fewest_float(
 ) -> tuple[list[str], Trace]:
     """Return the layers of the first groups that must stay float to hold a budget, and the trials.
 
-    `evaluate` gives the loss, in the unit of the budget, of a model whose layers of these paths are float. The number
-    of groups is doubled until the budget holds, then the gap is halved. If the loss falls as more layers are float, it
-    is the smallest; if it does not, the result holds the budget all the same. If no trial does, the layers are those of
-    the one that lost least. A trial has the number of groups `float` and its `drop`.
+    `evaluate` gives the loss of a model whose layers of these paths are float. The number of groups is doubled until
+    the budget holds, then the gap is halved: the smallest number if the loss falls as more layers are float. If no
+    trial holds it, the one that lost least counts. A trial has the number of groups `float` and its `drop`.
     """
     trace: Trace = []
 
@@ -255,17 +239,13 @@ def write_config_list(excluded: Sequence[str], folder: Path, before: Sequence[Ma
 
 
 def leave_float(
-    model: nn.Module,
-    state: State,
-    excluded: Sequence[str],
-    profile: Profile,
-    cfg: QuantConfig,
+    model: nn.Module, state: State, excluded: Sequence[str], profile: Profile, cfg: QuantConfig,
     batches: Callable[[], Iterable[torch.Tensor]],
-) -> State:
+) -> State:  # fmt: skip
     """Return the state of a float model, which is not changed, in which these layers stay float.
 
-    A layer behind them that read their codes needs a quantizer of its own then; such ranges are measured on images (B,
-    C, H, W) from `batches`.
+    A layer behind them that read their codes gets a quantizer of its own, whose range is measured on images from
+    `batches` (B, C, H, W).
     """
     plan, _ = make_plan(model, profile, cfg.exclude, [*cfg.config_list, *config_list(excluded)])
     given = known(plan, state)
