@@ -16,13 +16,9 @@ __all__ = ["COMMANDS", "STOCK", "main", "parse_args"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line and return the exit status: 0 done, 1 a check or budget failed, 2 wrong usage, 130 stopped.
 
-    Args:
-        argv: Words after the program name; those of this process by default.
-
-    Returns:
-        The exit status: 0 done, 1 a check or budget failed, 2 wrong usage, 130 stopped.
+    `argv` are the words after the program name; those of this process by default.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
@@ -47,12 +43,13 @@ def _run(command: str, options: dict[str, Any]) -> int:
     function = COMMANDS[command].fn
     need(options, *needed(function))
     found = function(**options)
-    if isinstance(found, Mapping) and "passed" not in found:
+    passed = found.get("passed") if isinstance(found, Mapping) else found is not False
+    if passed is None:
         failed = [c for c in found.get("checks", ()) if not c["passed"]]
         for c in failed:
             say(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
-        return 1 if failed else 0
-    return 1 if found is False or (isinstance(found, Mapping) and not found["passed"]) else 0
+        passed = not failed
+    return 0 if passed else 1
 
 
 def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from yolo_ext.cli.parse import FORWARDED
@@ -15,13 +16,13 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table
 
 TOPICS = {  # whose options are explained in full
-    "compress": tuple(CONFIGS),
-    "train": tuple(CONFIGS),
-    "sparsity": ("sparsity",),
-    "prune": ("prune",),
-    "distill": ("distill",),
-    "quantize": ("quant",),
-    "quant": ("quant",),
+    "compress": tuple(CONFIGS), "train": tuple(CONFIGS), "quantize": ("quant",), **{t: (t,) for t in CONFIGS},
+}  # fmt: skip
+TABLES = {  # of methods, by technique
+    "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
+    "sparsity": ("sparsity.penalties:penalties",),
+    "distill": ("distillation.logits:logit_losses", "distillation.features:feature_losses", "core.schedules:decays"),
+    "quant": ("quantization.observers:observers", "quantization.observers:weight_observers"),
 }
 FURTHER = {"native": "further", "place": "run folder"}  # what stands for several keys
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
@@ -61,9 +62,6 @@ def help(topic: str | None = None) -> None:
 
     Args:
         topic: Command or technique.
-
-    Raises:
-        UsageError: If there is no such topic.
     """
     say(help_text(topic))
 
@@ -126,24 +124,8 @@ def technique_help(technique: str) -> str:
 
 def method_tables(technique: str) -> list[Table]:
     """Return the method tables of a technique."""
-    if technique == "prune":
-        from yolo_ext.core.schedules import removals
-        from yolo_ext.pruning.criteria import criteria
-
-        return [criteria, removals]
-    if technique == "sparsity":
-        from yolo_ext.sparsity.penalties import penalties
-
-        return [penalties]
-    if technique == "distill":
-        from yolo_ext.core.schedules import decays
-        from yolo_ext.distillation.features import feature_losses
-        from yolo_ext.distillation.logits import logit_losses
-
-        return [logit_losses, feature_losses, decays]
-    from yolo_ext.quantization.observers import observers, weight_observers
-
-    return [observers, weight_observers]
+    places = (place.split(":") for place in TABLES[technique])
+    return [getattr(import_module(f"yolo_ext.{module}"), name) for module, name in places]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:

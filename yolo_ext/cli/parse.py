@@ -35,17 +35,7 @@ def needed(function: Callable[..., Any]) -> list[str]:
 
 
 def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """Split a command line into the command and its options, dotted keys nested.
-
-    Args:
-        argv: Words after the program name, in any order.
-
-    Returns:
-        Command and options; options of a `recipe=file.yaml` come first and are overridden by the words.
-
-    Raises:
-        UsageError: One message that lists all unknown words and keys.
-    """
+    """Split words into the command and its options, dotted keys nested; the words override those of a recipe."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
     from yolo_ext.stock.context import TASKS, merge_equals_args
@@ -100,12 +90,8 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         technique, dot, name = key.partition(".")
-        if not dot:
-            nested[key] = value
-        elif isinstance(nested.setdefault(technique, {}), dict):
-            nested[technique] = {**nested[technique], name: value}
-        else:
-            nested[technique] = {name: value}
+        before = nested.get(technique)
+        nested[technique] = {**(before if isinstance(before, dict) else {}), name: value} if dot else value
     return nested
 
 

@@ -96,7 +96,7 @@ def _of_pruning(
 ) -> dict[str, Any]:
     """Measure mAP and losses with each group pruned by each share, and write what was found."""
     from yolo_ext import pruning, runs, stock
-    from yolo_ext.pruning.sensitivity import write
+    from yolo_ext.pruning.analyze import write
     from yolo_ext.training.probes import make_probes
 
     probes = make_probes(info, size, cfg, stock.task_of(net), net)

@@ -33,25 +33,7 @@ class Job:
     quant: dict[str, Any]  # quantization options
     graph: dict[str, Any]  # arguments of `export_onnx`
     modelopt: dict[str, Any] | None  # checkpoint of Ultralytics' own QAT, if the model is one
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the model carries ranges of a quantization."""
-        from yolo_ext.checkpoint import manifest
-
-        return bool(self.modelopt or manifest(self.net).quant)
-
-    @property
-    def side(self) -> int:
-        """The longer side of the input in pixels."""
-        return self.imgsz if isinstance(self.imgsz, int) else max(self.imgsz)
-
-    def images(self) -> dict[str, Any]:
-        """Return the checked dataset dict."""
-        from yolo_ext import stock
-        from yolo_ext.data.check import check_data
-
-        return check_data(str(self.data), task=stock.task_of(self.net))
+    quantized: bool  # whether the model carries ranges of a quantization
 
 
 @command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format")
@@ -89,6 +71,7 @@ def export(
     Raises: `UsageError` if the model or an option is wrong, `CheckFailed` if the exporter failed.
     """
     from yolo_ext import runs, stock
+    from yolo_ext.checkpoint import manifest
     from yolo_ext.quantization.convert import is_modelopt
     from yolo_ext.reporting.tables import write_summary
     from yolo_ext.stock.load import export_formats
@@ -105,14 +88,15 @@ def export(
         return [_by_ultralytics(model, format, out, {**given, **native})]
     if unused := sorted(set(native) - {*PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(asked)}, out.")
+    modelopt = ckpt if is_modelopt(ckpt) else None
     job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, {} if quant is True else quant or {},
-              _graph(given), ckpt if is_modelopt(ckpt) else None)  # fmt: skip
+              _graph(given), modelopt, bool(modelopt or manifest(net).quant))  # fmt: skip
     if job.quant and not (format == "onnx" and job.quantized) and job.precision != "int8":
         raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
     files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
     for file in files:
         LOGGER.info(f"Export saved as {file} ({runs.size_mb(file):.1f} MB)")
-    figures = runs.model_figures(net, Path(model), job.side)
+    figures = runs.model_figures(net, Path(model), _side(job.imgsz))
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
     write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
@@ -121,11 +105,11 @@ def export(
 
 def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
+    from yolo_ext import stock
     from yolo_ext.quantization.convert import is_modelopt, load_modelopt
-    from yolo_ext.stock.load import load_model
 
     try:
-        net, ckpt = load_model(model)
+        net, ckpt = stock.load_model(model)
     except UsageError as error:  # such a file needs ModelOpt to load
         try:
             return load_modelopt(model)
@@ -136,14 +120,19 @@ def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _size(net: nn.Module, ckpt: dict[str, Any], given: Any) -> Any:
     """Return the image size given by the user, a whole number or (height, width), else that of the training."""
-    from yolo_ext.stock.model import image_size
+    from yolo_ext import stock
 
     if given is None:
-        return image_size(net, ckpt)
+        return stock.image_size(net, ckpt)
     sides = list(given) if isinstance(given, (list, tuple)) else [given]
     if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
         raise UsageError(f"'imgsz={given}' is illegal: give a whole number, or height and width as imgsz=[480,640].")
     return sides[0] if len({*sides}) == 1 else tuple(sides)
+
+
+def _side(imgsz: Any) -> int:
+    """Return the longer side of an image size in pixels."""
+    return imgsz if isinstance(imgsz, int) else max(imgsz)
 
 
 def _precision(given: dict[str, Any]) -> str:
@@ -179,16 +168,16 @@ def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
 
     half = job.precision == "half"
     target = Path(out or model.with_name(f"{model.stem}{'_fp16' if half else ''}.onnx"))
-    if job.precision != "int8" and (job.precision or not job.quantized):
+    if half or not (job.precision or job.quantized):
         return [export_onnx(job.net, target, job.imgsz, half=half, **job.graph)]
     net, state, profile = _quantized(job, "auto")  # before anything is written
     fp32 = export_onnx(net, target, job.imgsz, **job.graph)
-    files = [fp32, target.with_name(f"{target.stem}_int8.onnx")]
-    write_qdq(files[0], files[1], state, profile)
+    int8 = target.with_name(f"{target.stem}_int8.onnx")
+    write_qdq(fp32, int8, state, profile)
     if profile.output:  # made for ONNX Runtime
-        integer, convs = conv_report(files[1])["int8_convs"], conv_report(files[0])["convs"]
+        integer, convs = conv_report(int8)["int8_convs"], conv_report(fp32)["convs"]
         LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
-    return files
+    return [fp32, int8]
 
 
 def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
@@ -198,34 +187,35 @@ def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
 
     need_openvino()
     kind = {"int8": "_int8", "half": "_fp16"}.get(job.precision, "")
-    net = job.net
-    if job.precision == "int8":
+    net, int8 = job.net, job.precision == "int8"
+    if int8:
         net, state, profile = _quantized(job, "openvino")
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(net, Path(folder) / "fp32.onnx", job.imgsz, **job.graph)
-        if job.precision == "int8":
+        if int8:
             fp32, file = file, Path(folder) / "int8.onnx"
             write_qdq(fp32, file, state, replace(profile, fuse_silu=False))
         target = out or model.with_name(f"{model.stem}{kind}{SUFFIX}")
         return [export_openvino(file, target, half=job.precision == "half")]
 
 
-def _quantized(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
-    """Return float model, state and profile: from its own quantization where that is exact, else calibrated on images.
+def _quantized(job: Job, default: str) -> tuple[nn.Module, Any, Any]:
+    """Return float model, state and profile (`default` where the user names none).
 
-    `profile` is the one to use where the user names none.
+    They come from the model's own quantization where that is exact, else they are calibrated on images.
     """
+    from yolo_ext import quantization, stock
     from yolo_ext.checkpoint import manifest, note
+    from yolo_ext.data.check import check_data
     from yolo_ext.quantization.convert import convert
-    from yolo_ext.quantization.qat import prepare, strip
-    from yolo_ext.quantization.spec import resolve_profile
 
     if job.modelopt:
-        return _imported(job, job.quant.get("profile") or profile)
+        return _imported(job, quantization.resolve_profile(job.quant.get("profile") or default))
     known = manifest(job.net).quant
     if known and set(job.quant) <= {"profile"}:
-        source = resolve_profile(known["profile"])
-        target = resolve_profile(job.quant.get("profile") or (source.name if profile == "auto" else profile))
+        source = quantization.resolve_profile(known["profile"])
+        given = job.quant.get("profile") or (source.name if default == "auto" else default)
+        target = quantization.resolve_profile(given)
         try:
             return job.net, convert(known["state"], source, target), target
         except UsageError:
@@ -233,34 +223,34 @@ def _quantized(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
                 raise
     if not job.data:
         raise UsageError("int8=True needs images to calibrate on. Give data=data.yaml.")
-    cfg = parse({"quant": {"profile": profile, **job.quant}})["quant"]
+    cfg = parse({"quant": {"profile": default, **job.quant}})["quant"]
     note(job.net, quant=None)  # calibrated anew
-    prepare(job.net, cfg, job.images(), job.side)
-    return strip(job.net), manifest(job.net).quant["state"], resolve_profile(cfg.profile)
+    quantization.prepare(job.net, cfg, check_data(job.data, task=stock.task_of(job.net)), _side(job.imgsz))
+    return quantization.strip(job.net), manifest(job.net).quant["state"], quantization.resolve_profile(cfg.profile)
 
 
-def _imported(job: Job, profile: str) -> tuple[nn.Module, Any, Any]:
+def _imported(job: Job, profile: Any) -> tuple[nn.Module, Any, Any]:
     """Return model, state and profile from the ranges of Ultralytics' QAT, with those calibrated that it lacks."""
     from yolo_ext import stock
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.data.check import check_data
     from yolo_ext.quantization import convert
     from yolo_ext.quantization.fake_quant import merge_branches, strip_fake_quant
-    from yolo_ext.quantization.spec import resolve_profile
 
     def batches() -> Iterator[torch.Tensor]:
         """Yield images (B, C, H, W); asked for where something is missing only."""
         if not job.data:
             raise UsageError(
-                f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{target.name}' needs others "
-                "too. Give data=data.yaml to calibrate them."
+                f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{profile.name}' needs "
+                "others too. Give data=data.yaml to calibrate them."
             )
-        images = calibration_images(job.images())
-        yield from letterbox_batches(images, job.side, crop=stock.task_of(job.net) == "classify")
+        task = stock.task_of(job.net)
+        images = calibration_images(check_data(job.data, task=task))
+        yield from letterbox_batches(images, _side(job.imgsz), crop=task == "classify")
 
-    target = resolve_profile(profile)
     merge_branches(job.net, batches())
-    state = convert.complete(job.net, convert.import_state(job.modelopt or {}, job.net), target, batches())
-    return strip_fake_quant(job.net), state, target
+    state = convert.complete(job.net, convert.import_state(job.modelopt or {}, job.net), profile, batches())
+    return strip_fake_quant(job.net), state, profile
 
 
 def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str, Any]) -> Path:
@@ -307,7 +297,7 @@ def verify(
     from yolo_ext.deployment.compare import describe_difference
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.deployment.verify import verify as run
-    from yolo_ext.reporting.tables import align
+    from yolo_ext.reporting.tables import align, write_summary
 
     net, ckpt = stock.load_model(model)
     if not data and not source:
@@ -315,27 +305,17 @@ def verify(
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
-    rows = [
-        [c["name"], f"{c['value']:.3g}", f"{c['limit']:.3g}", "ok" if c["passed"] else "FAILED"]
-        for c in found["checks"]
-    ]
+    rows = [[c["name"], *(f"{c[k]:.3g}" for k in ("value", "limit")), "ok" if c["passed"] else "FAILED"]
+            for c in found["checks"]]  # fmt: skip
     LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
     if "first_difference" in found:
         LOGGER.info(describe_difference(found["first_difference"]))
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
-    side = size if isinstance(size, int) else max(size)
-    _summarise(found, runs.model_figures(net, Path(model), side), Path(int8 or onnx), folder)
+    maps = {k: v or {} for k, v in (found.get("map") or {}).items()}
+    base, ours = maps.get("torch", {}), maps.get("onnx", {})
+    figures = runs.model_figures(net, Path(model), _side(size))
+    fp32 = ours.get("map") if found["precision"] == "fp32" else None
+    after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": fp32}, **ours}
+    write_summary(folder, {**figures, "size_mb": None, **base}, after)  # sizes as in `export`
     return found
-
-
-def _summarise(found: dict[str, Any], figures: dict[str, Any], file: Path, folder: Path) -> None:
-    """Write the summary of a verification: the model against the file."""
-    from yolo_ext import runs
-    from yolo_ext.reporting.tables import write_summary
-
-    maps = found.get("map") or {}
-    fp32 = (maps.get("onnx") or {}).get("map") if found["precision"] == "fp32" else None
-    before = {**figures, "size_mb": None, **(maps.get("torch") or {})}  # as in `export`
-    after = {**figures, "size_mb": runs.size_mb(file), "map_onnx": {"fp32": fp32}, **(maps.get("onnx") or {})}
-    write_summary(folder, before, after)

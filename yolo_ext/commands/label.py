@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +16,6 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from yolo_ext.data.label import Labelled
 
 TASKS = ("detect", "segment")
@@ -59,30 +57,33 @@ def label(
     Returns: The contents of `label.json`.
     Raises: `UsageError` if the model, an image source or an option is not usable.
     """
+    from ultralytics import YOLO
+
     from yolo_ext.data.formats import FORMATS
     from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
     from yolo_ext.reporting.pages import render_review
-    from yolo_ext.stock.load import no_autoinstall
+    from yolo_ext.stock import no_autoinstall
 
     if format not in FORMATS:
         raise UsageError(f"Unknown label format '{format}'.{suggest(format, [*FORMATS])} Legal: {', '.join(FORMATS)}.")
     folder = Path(out).resolve()
     root, images = find_images(source, folder)
-    about = _about(model, imgsz)
-    names = about["names"]
+    task, names, size = _about(model, imgsz)
     wanted = _choose(classes, names)
     digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]
-    settings = {"model": digest, "imgsz": about["imgsz"], "conf": conf, "iou": iou, "classes": wanted,
+    settings = {"model": digest, "imgsz": size, "conf": conf, "iou": iou, "classes": wanted,
                 "names": list(names.values())}  # fmt: skip
-    find = _finder(model, about, conf=conf, iou=iou, classes=wanted, device=device)
+    options: dict[str, Any] = {"imgsz": size, "conf": conf, "iou": iou, "classes": wanted, "device": device}
     with no_autoinstall():
+        yolo = YOLO(str(model), task=task)
         done = label_images(
-            images, folder, find, names, settings, format=format, beside=beside or folder == root,
-            overwrite=overwrite, save_conf=save_conf, previews=previews, files=files or "none",
+            images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
+            names, settings, format=format, beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf,
+            previews=previews, files=files or "none",
         )  # fmt: skip
     found = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
-    notes = [f"{found['model']} · {about['imgsz']} px · confidence from {conf} · {format} labels", _told(found)]
+    notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", _told(found)]
     page = render_review(
         f"Review of {len(done.records)} labelled images", list(done.records.values()), images, names, notes=notes,
         skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review,
@@ -92,24 +93,24 @@ def label(
     return found
 
 
-def _about(model: str | Path, imgsz: int | None) -> dict[str, Any]:
-    """Return `task`, `names` and `imgsz` of a model after checking that it finds boxes or polygons."""
+def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], int]:
+    """Return task, class names and image size of a model after checking that it finds boxes or polygons."""
     from yolo_ext import stock
 
     if Path(model).suffix == ".onnx":
-        found = _about_onnx(model, imgsz)
+        task, names, size = _about_onnx(model, imgsz)
     elif Path(model).suffix == ".pt":
         net, ckpt = stock.load_model(model)
-        found = {"task": stock.task_of(net), "names": net.names, "imgsz": stock.image_size(net, ckpt, imgsz)}
+        task, names, size = stock.task_of(net), net.names, stock.image_size(net, ckpt, imgsz)
     else:
         raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
-    if found["task"] not in TASKS:
-        raise UsageError(f"'{model}' is a '{found['task']}' model. Labelling takes {' and '.join(TASKS)} models.")
-    return {**found, "names": {int(i): str(n) for i, n in found["names"].items()}}
+    if task not in TASKS:
+        raise UsageError(f"'{model}' is a '{task}' model. Labelling takes {' and '.join(TASKS)} models.")
+    return task, {int(i): str(n) for i, n in names.items()}, size
 
 
-def _about_onnx(model: str | Path, imgsz: int | None) -> dict[str, Any]:
-    """Return `task`, `names` and `imgsz` from the metadata of an ONNX file."""
+def _about_onnx(model: str | Path, imgsz: int | None) -> tuple[Any, dict[Any, Any], Any]:
+    """Return task, class names and image size from the metadata of an ONNX file."""
     from yolo_ext.deployment.runtime import metadata, session
 
     opened = session(model)
@@ -119,10 +120,9 @@ def _about_onnx(model: str | Path, imgsz: int | None) -> dict[str, Any]:
     batch, _, *size = opened.get_inputs()[0].shape
     if isinstance(batch, int) and batch != 1:
         raise UsageError(f"'{model}' is fixed to batch {batch}; labelling runs one image at a time. Export it anew.")
-    fixed = all(isinstance(s, int) for s in size)
-    if fixed and imgsz and [imgsz, imgsz] != size:
+    if imgsz and all(isinstance(s, int) for s in size) and [imgsz, imgsz] != size:
         raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {size}. Leave imgsz out.")
-    return {"task": meta.get("task"), "names": meta["names"], "imgsz": imgsz or meta.get("imgsz") or 640}
+    return meta.get("task"), meta["names"], imgsz or meta.get("imgsz") or 640
 
 
 def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
@@ -137,22 +137,6 @@ def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
         hint = suggest(unknown[0], [*names.values()])
         raise UsageError(f"Unknown classes {quote(unknown)}.{hint} Legal: {quote([*names.values()], 30)}, or indices.")
     return sorted({by_name[t] for t in texts})
-
-
-def _finder(model: str | Path, about: dict[str, Any], **options: Any) -> Callable[[np.ndarray], list[dict[str, Any]]]:
-    """Return a function from an image (height, width, 3) to its objects, through Ultralytics' own predictor."""
-    from ultralytics import YOLO
-
-    from yolo_ext.stock.load import no_autoinstall
-
-    with no_autoinstall():
-        yolo = YOLO(str(model), task=about["task"])
-
-    def find(image: np.ndarray) -> list[dict[str, Any]]:
-        """Return the objects of one image."""
-        return _objects(yolo.predict(image, imgsz=about["imgsz"], verbose=False, save=False, **options)[0])
-
-    return find
 
 
 def _objects(result: Any) -> list[dict[str, Any]]:
