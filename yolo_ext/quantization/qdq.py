@@ -1,8 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Write a calibrated state into an FP32 ONNX file as Q/DQ nodes that the runtime of a profile turns into INT8."""
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,17 +47,15 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
     model = _load(Path(fp32), wide)
     graph = model.graph
     writer = _Writer(graph, Editor(profile, _constants(graph)), state)
-    if missing := writer.missing():
+    if missing := [path for path in writer.state if path not in writer.found]:
         raise CheckFailed(
             f"{fp32} lacks {len(missing)} layers that have calibrated ranges, such as '{missing[0]}'. "
             "Export the model that was calibrated, and calibrate again after any change of its structure."
         )
     nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
     nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
-    editor = writer.editor
-    if profile.transpose_dfl:
-        nodes = transpose_dfl(nodes, editor.constants, editor.initializers)
-    _replace(graph, nodes, editor.initializers)
+    nodes = transpose_dfl(nodes, writer.editor) if profile.transpose_dfl else nodes
+    _replace(graph, nodes, writer.editor.initializers)
     if profile.fuse_silu and all(o.domain != "com.microsoft" for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.checker.check_model(model, full_check=True)
@@ -89,9 +86,7 @@ def _load(path: Path, wide: bool) -> onnx.ModelProto:
         raise UsageError(f"'{path}' has opset {opset}; {what} needs {needed} or later. Export again with opset=18.")
     if wide and opset < WIDE_OPSET:
         if any(n.op_type == "GridSample" for n in model.graph.node):  # the one operator here whose meaning changed
-            raise UsageError(
-                f"'{path}' samples grids; more than 8 bits need opset {WIDE_OPSET} there. Export again with it."
-            )
+            raise UsageError(f"'{path}' samples grids; more than 8 bits need opset {WIDE_OPSET}. Export again with it.")
         default.version, model.ir_version = WIDE_OPSET, max(model.ir_version, 10)
     return model
 
@@ -120,30 +115,20 @@ def _layers(graph: onnx.GraphProto, known: Collection[str], constants: Collectio
 
 @dataclass
 class _Writer:
-    """Knows where in a graph the sites of a state are.
-
-    Attributes:
-        graph: The float graph.
-        editor: Makes the new nodes.
-        state: The state, less a head branch that was not exported.
-        layers: Node number -> path of layers.
-        before: Node number -> input tensor -> path, site: what is quantized where a node reads it.
-        behind: Tensor -> start of names, parameters: what is quantized where a node makes it.
-        wanted: Tensors that some quantized node reads.
-        quantized: Tensor -> parameters of what is quantized already.
-    """
+    """Knows where in a float graph the sites of a state are."""
 
     graph: onnx.GraphProto
     editor: Editor
-    state: State
-    layers: dict[int, str] = field(default_factory=dict)
-    before: dict[int, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    state: State  # less a head branch that was not exported
+    layers: dict[int, str] = field(default_factory=dict)  # by number of the node
+    # What is quantized where a node reads it: number of the node -> tensor -> path and site.
+    before: dict[int, dict[str, tuple[str, str]]] = field(default_factory=lambda: defaultdict(dict))
+    # What is quantized where a node makes it: tensor -> start of names and parameters.
     behind: dict[str, tuple[str, Params]] = field(default_factory=dict)
-    wanted: set[str] = field(default_factory=set)
-    quantized: dict[str, Params] = field(default_factory=dict)
+    wanted: set[str] = field(default_factory=set)  # tensors that some quantized node reads
+    quantized: dict[str, Params] = field(default_factory=dict)  # what is quantized already
 
     def __post_init__(self) -> None:
-        """Look for all sites."""
         self.layers = _layers(self.graph, self.state, self.editor.constants)
         self.state = deployed(self.state, set(self.layers.values()))
         self.paths = [module_path(n.name).rpartition(".")[0] for n in self.graph.node]
@@ -156,10 +141,6 @@ class _Writer:
                 self._place_sum(path, sites)
         self._want()
 
-    def missing(self) -> list[str]:
-        """Return the paths of the state that the graph lacks."""
-        return [path for path in self.state if path not in self.found]
-
     def params(self, path: str, site: str) -> Params:
         """Return scale and zero point of a site."""
         return quant_params(self.state[path][site], self.editor.profile.signed, f"the {site} of '{path}'")
@@ -168,7 +149,7 @@ class _Writer:
         """Note where the sites of a layer, node number `i`, are."""
         sites, node = self.state[path], self.graph.node[i]
         if "input" in sites:
-            self.before.setdefault(i, {})[node.input[0]] = path, "input"
+            self.before[i][node.input[0]] = path, "input"
         if "output" in sites:
             self.behind[node.output[0]] = f"{path}.output", self.params(path, "output")
         if "activation" not in sites:
@@ -176,9 +157,7 @@ class _Writer:
         scope = f"{path.rpartition('.')[0]}.act"
         act = [n for p, n in zip(self.paths, self.graph.node) if p == scope]
         if not act:
-            raise CheckFailed(
-                f"The file has no activation '{scope}' to quantize. Export the model that was calibrated."
-            )
+            raise CheckFailed(f"The file has no activation '{scope}' to quantize. Export the calibrated model.")
         self.behind[act[-1].output[0]] = f"{path}.activation", self.params(path, "activation")
         if self.editor.profile.functional and [n.op_type for n in act] == ["Sigmoid", "Mul"]:
             gate = quant_params({**sites["activation"], "lo": 0.0, "hi": 1.0}, self.editor.profile.signed)
@@ -198,7 +177,7 @@ class _Writer:
             residual = next(name for name in self.graph.node[add].input if name not in made)
             for i in inside:
                 if residual in self.graph.node[i].input:
-                    self.before.setdefault(i, {})[residual] = path, "residual"
+                    self.before[i][residual] = path, "residual"
 
     def _want(self) -> None:
         """Find what must be quantized where it passes, from its readers backwards."""
@@ -227,7 +206,9 @@ class _Writer:
         if (path := self.layers.get(i, "")) in self.state:
             nodes += self._quantize_weights(new, path)
         nodes.append(new)
-        passed = self.quantized.get(node.input[0]) if _keeps_codes(node) else None
+        linear = any(a.name == "mode" and a.s not in (b"nearest", b"") for a in node.attribute)  # makes new values
+        keeps = node.op_type in PASS and not (node.op_type == "Resize" and linear)
+        passed = self.quantized.get(node.input[0]) if keeps else None
         for k, tensor in enumerate(node.output):
             made = self.behind.get(tensor) or ((tensor, passed) if passed and tensor in self.wanted else None)
             if made is None:
@@ -247,26 +228,16 @@ class _Writer:
             )
         if "weight" not in sites:
             return []
-        names, nodes = self.editor.weights(node, path, sites["weight"], x)
-        node.input[1:] = names
+        node.input[1:], nodes = self.editor.weights(node, path, sites["weight"], x)
         return nodes
-
-
-def _keeps_codes(node: NodeProto) -> bool:
-    """Tell whether the results of a node have codes of its first input."""
-    linear = any(a.name == "mode" and a.s not in (b"nearest", b"") for a in node.attribute)
-    return node.op_type in PASS and not (node.op_type == "Resize" and linear)
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: Iterable[TensorProto]) -> None:
     """Put nodes and initializers into a graph, without what nothing reads any more."""
-
-    def used() -> set[str]:
-        return {name for n in nodes for name in n.input} | {o.name for o in graph.output}
-
-    read = used()
+    outputs = {o.name for o in graph.output}
+    read = outputs.union(*(n.input for n in nodes))
     nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in read]
-    read = used()
+    read = outputs.union(*(n.input for n in nodes))
     kept = [i for i in graph.initializer if i.name in read]
     del graph.node[:], graph.initializer[:]
     del graph.value_info[:]  # shapes of intermediate tensors that the edits made stale; runtimes infer them

@@ -1,10 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The ONNX nodes and initializers of quantized tensors, and rewrites that change no number but the time."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,27 +13,21 @@ from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization.spec import Profile, Spec
 
 BIAS_LIMIT = 2**29  # leaves the INT32 accumulator room for the products
-DTYPES = {(8, False): np.uint8, (8, True): np.int8, (16, False): np.uint16, (16, True): np.int16}
+DTYPES: dict[tuple[int, bool], Any] = {
+    (8, False): np.uint8,
+    (8, True): np.int8,
+    (16, False): np.uint16,
+    (16, True): np.int16,
+}
 
 
 @dataclass(frozen=True)
 class Params:
-    """How ONNX quantizes one activation tensor.
+    """How ONNX quantizes one activation tensor."""
 
-    Attributes:
-        scale: Step between two codes, float32.
-        zero: Code of zero, a scalar of the storage type.
-        clip: Ends of the range where the storage type has more codes than the spec, else None.
-    """
-
-    scale: np.float32
-    zero: np.ndarray
-    clip: tuple[np.float32, np.float32] | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Return what makes two of them the same."""
-        return float(self.scale), int(self.zero), str(self.zero.dtype), self.clip
+    scale: np.float32  # step between two codes
+    zero: np.generic  # code of zero, of the storage type
+    clip: tuple[np.float32, np.float32] | None = None  # ends of the range where the storage type has more codes
 
 
 def quant_params(entry: dict[str, Any], signed: bool = False, name: str = "a tensor") -> Params:
@@ -56,29 +47,20 @@ def quant_params(entry: dict[str, Any], signed: bool = False, name: str = "a ten
         )
     width = 8 if spec.bits <= 8 else 16
     zero = 0 if spec.symmetric else int(np.rint(-lo / scale))
-    clip = None
-    if spec.bits != width:
-        clip = np.float32(spec.qmin - zero) * scale, np.float32(spec.qmax - zero) * scale
+    ends = np.float32(spec.qmin - zero) * scale, np.float32(spec.qmax - zero) * scale
     half = 2 ** (width - 1)
     stored = zero + (0 if signed else half) if spec.symmetric else zero - (half if signed else 0)
-    return Params(scale, np.asarray(stored, DTYPES[width, signed]), clip)
+    return Params(scale, DTYPES[width, signed](stored), ends if spec.bits != width else None)
 
 
 @dataclass
 class Editor:
-    """Makes nodes, and collects their initializers.
-
-    Attributes:
-        profile: What the runtime executes.
-        constants: Arrays of the float file by name.
-        initializers: What the new nodes need.
-        shared: Name of the dequantized tensor by tensor and parameters.
-    """
+    """Makes nodes, and collects their initializers."""
 
     profile: Profile
-    constants: dict[str, np.ndarray]
-    initializers: list[TensorProto] = field(default_factory=list)
-    shared: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    constants: dict[str, np.ndarray]  # of the float file by name
+    initializers: list[TensorProto] = field(default_factory=list)  # what the new nodes need
+    shared: dict[tuple[Any, ...], str] = field(default_factory=dict)  # dequantized tensors by tensor and parameters
 
     def constant(self, name: str, value: Any) -> str:
         """Add an initializer and return its name."""
@@ -102,13 +84,12 @@ class Editor:
         if not params.clip:
             return pair
         ends = [self.constant(f"{base}_{end}", v) for end, v in zip(("min", "max"), params.clip)]
-        if clip_behind:
-            return [*pair, _node("Clip", [result, *ends], y, base)]
-        return [_node("Clip", [x, *ends], source, base), *pair]
+        clip = _node("Clip", [result if clip_behind else x, *ends], y if clip_behind else source, base)
+        return [*pair, clip] if clip_behind else [clip, *pair]
 
     def input(self, x: str, params: Params, base: str) -> tuple[str, list[NodeProto]]:
         """Return the name of `x` quantized with these parameters, and its Q/DQ pair unless it exists already."""
-        key = (x, *params.key)
+        key = (x, params, str(params.zero.dtype))
         if key in self.shared:
             return self.shared[key], []
         self.shared[key] = y = f"{base}_dequantized"
@@ -140,36 +121,24 @@ class Editor:
             largest = np.abs(bias).reshape(-1, scale.size).max(0)
             scale = np.maximum(scale, largest / (x.scale * np.float32(BIAS_LIMIT)))  # type: ignore[union-attr]
         shape = [-1 if d == axis else 1 for d in range(w.ndim)]
-        codes = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax).astype(
-            DTYPES[8 if spec.bits <= 8 else 16, True]
-        )
-        name, nodes = self._dequantized(path, "weight", codes, scale if spec.per_channel else scale[0], axis)
-        names = [name]
+        codes = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax)
+        codes = codes.astype(DTYPES[8 if spec.bits <= 8 else 16, True])
+        nodes = [self._dequantized(f"{path}.weight", codes, scale if spec.per_channel else scale[0], axis)]
         if bias is not None and integer:
             step = np.tile(scale, len(bias) // scale.size) * x.scale  # type: ignore[union-attr]
-            name, more = self._dequantized(path, "bias", np.rint(bias / step).astype(np.int32), step, 0)
-            names, nodes = [*names, name], [*nodes, *more]
-        elif bias is not None:
-            names.append(node.input[2])
-        return names, nodes
+            nodes.append(self._dequantized(f"{path}.bias", np.rint(bias / step).astype(np.int32), step, 0))
+        kept = [node.input[2]] if bias is not None and not integer else []
+        return [*(n.output[0] for n in nodes), *kept], nodes
 
-    def _dequantized(
-        self, path: str, kind: str, codes: np.ndarray, scale: Any, axis: int
-    ) -> tuple[str, list[NodeProto]]:
-        """Return the name of a constant that is stored as codes, and the node that dequantizes it."""
-        base = f"{path}.{kind}"
-        y = f"{base}_dequantized"
-        inputs = [
-            self.constant(f"{base}_quantized", codes),
-            self.constant(f"{base}_scale", scale),
-            self.constant(f"{base}_zero_point", np.zeros_like(scale, codes.dtype)),
-        ]
+    def _dequantized(self, base: str, codes: np.ndarray, scale: Any, axis: int) -> NodeProto:
+        """Return the node that dequantizes a constant that is stored as codes."""
+        values = {"quantized": codes, "scale": scale, "zero_point": np.zeros_like(scale, codes.dtype)}
+        inputs = [self.constant(f"{base}_{name}", value) for name, value in values.items()]
         along = {"axis": axis} if np.ndim(scale) else {}
-        return y, [_node("DequantizeLinear", inputs, y, base, **along)]
+        return _node("DequantizeLinear", inputs, f"{base}_dequantized", base, **along)
 
 
 def _node(op: str, inputs: list[str], output: str, base: str, **attributes: Any) -> NodeProto:
-    """Return a node of one result whose name starts with `base`."""
     return helper.make_node(op, inputs, [output], f"{base}_{op}", **attributes)
 
 
@@ -191,18 +160,14 @@ def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]
     fused, drop = [], set()
     for n in nodes:
         gate = next((i for i in n.input if i in sigmoids), None) if n.op_type == "Mul" else None
-        if gate and {sigmoids[gate].input[0], gate} == set(n.input):
+        if gate and {x := sigmoids[gate].input[0], gate} == set(n.input):
             drop.add(gate)
-            n = helper.make_node(
-                "QuickGelu", [sigmoids[gate].input[0]], list(n.output), n.name, domain="com.microsoft", alpha=1.0
-            )
+            n = helper.make_node("QuickGelu", [x], list(n.output), n.name, domain="com.microsoft", alpha=1.0)
         fused.append(n)
     return [n for n in fused if n.output[0] not in drop]
 
 
-def transpose_dfl(
-    nodes: list[NodeProto], constants: Mapping[str, np.ndarray], initializers: list[TensorProto]
-) -> list[NodeProto]:
+def transpose_dfl(nodes: list[NodeProto], editor: Editor) -> list[NodeProto]:
     """Return the nodes with the DFL softmax over the last axis, where ONNX Runtime is about ten times faster.
 
     Transpose to (batch, 16, 4, anchors), Softmax(axis=1) and Conv become Transpose to (batch, 4, anchors, 16),
@@ -216,14 +181,13 @@ def transpose_dfl(
         transpose = makers.get(softmax.input[0])
         if transpose is None or [list(a.ints) for a in transpose.attribute] != [[0, 2, 1, 3]]:
             continue
-        weight, name = constants[conv.input[1]].reshape(1, 1, -1, 1), f"{conv.input[1]}_last_axis"
-        initializers.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
+        weight = editor.constants[conv.input[1]].reshape(1, 1, -1, 1)
+        name = editor.constant(f"{conv.input[1]}_last_axis", weight)
         renamed = {n.output[0]: f"{n.output[0]}_last_axis" for n in (transpose, softmax)}
         transpose.attribute[0].ints[:] = [0, 1, 3, 2]
         softmax.attribute[0].i = 3
         conv.op_type, conv.input[1] = "MatMul", name
         del conv.attribute[:]
         for n in (transpose, softmax, conv):
-            n.input[0] = renamed.get(n.input[0], n.input[0])
-            n.output[0] = renamed.get(n.output[0], n.output[0])
+            n.input[0], n.output[0] = (renamed.get(name, name) for name in (n.input[0], n.output[0]))
     return nodes
