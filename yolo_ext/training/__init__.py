@@ -21,8 +21,6 @@ from yolo_ext.training.distill import remember
 from yolo_ext.training.technique import Technique
 from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techniques_of, trainer_for
 
-__all__ = ["TRAINERS", "CompressionMixin", "attach", "check_settled", "check_training", "train", "trainer_for"]
-
 
 def train(model: str | Path, **options: Any) -> dict[str, Any]:
     """Train a YOLO with our trainer of its task.
@@ -73,16 +71,7 @@ def check_training(
 ) -> None:
     """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
 
-    Args:
-        configs: Parsed technique options by key; what is left out is off.
-        args: Arguments of Ultralytics with `model` and `task`; what is left out has its default.
-        model: The model, which is not changed.
-        info: Checked dataset dict.
-        imgsz: Side of the square input in pixels.
-
-    Raises:
-        UsageError: If options contradict each other, the pruning target is out of reach, the teacher does not fit, a
-            method does not exist, or there are no images to calibrate with.
+    These are parsed options by key and arguments of Ultralytics, with `model` and `task`; the rest has its default.
     """
     student = deepcopy(model)
     stock.freeze(student, args.get("freeze"))

@@ -18,7 +18,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
 from yolo_ext.distillation.terms import Facts, doubts, noise, student_seconds, table, teacher_cost
-from yolo_ext.pruning.during import follow
+from yolo_ext.pruning.surgery import follow
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import undisturbed
 from yolo_ext.stock.load import load_model
@@ -46,11 +46,7 @@ def self_teacher(model: str) -> str:
 
 
 class Distill(Technique):
-    """Teachers are asked along with the student, whose loss grows by what they say.
-
-    Attributes:
-        distiller: Teachers and adapters, from the first optimizer on.
-    """
+    """Teachers are asked along with the student, whose loss grows by what they say."""
 
     key = "distill"
 
@@ -58,7 +54,7 @@ class Distill(Technique):
         """Look up whether the student is going to lose channels."""
         super().__init__(configs, args)
         self.shrinks = bool(pruning_epochs(configs, args))
-        self.distiller: Any = None
+        self.distiller: Any = None  # teachers and adapters, from the first optimizer on
 
     @classmethod
     def settle(cls, configs: dict[str, Any], args: Any) -> None:
@@ -139,7 +135,7 @@ class Distill(Technique):
         metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
         LOGGER.info("\n" + table(student, found, metric))
         for teacher in found:
-            if _same_file(teacher.name, trainer.args.model):
+            if Path(teacher.name).resolve() == Path(str(trainer.args.model)).resolve():
                 teacher = replace(teacher, accuracy=None)  # teaches what the student is going to lose
             for doubt in doubts(student, teacher, metric):
                 LOGGER.warning(f"{colorstr(PREFIX)}{doubt}.")
@@ -173,16 +169,13 @@ class Distill(Technique):
         model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
         batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
         images = noise((batch, stock.input_channels(model), size, size), trainer.device)
-        amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
-        plain = student_seconds(model, images, amp)
-        parts = [teacher_cost(guide, images) for guide in guides]
-        taught = sum(p[0] for p in parts)
-        memory = "weights and activations" if trainer.device.type == "cuda" else "weights"
+        plain = student_seconds(model, images, torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp)
+        taught, held = map(sum, zip(*(teacher_cost(guide, images) for guide in guides)))
         return (
             f"{batch} images at {size} px: student {1e3 * plain:.0f} ms without its loss, teachers "
             f"{1e3 * taught:.0f} ms{f' in each {every}th batch' if every > 1 else ''}, so a step takes about "
-            f"{1 + taught / every / plain:.2f} times as long; teachers hold {sum(p[1] for p in parts):.0f} MB "
-            f"({memory})"
+            f"{1 + taught / every / plain:.2f} times as long; teachers hold {held:.0f} MB "
+            f"({'weights and activations' if trainer.device.type == 'cuda' else 'weights'})"
         )
 
 
@@ -193,16 +186,11 @@ def cut_adapters(
     paths = stock.level_inputs(model)
     for adapter, level in zip(distiller.adapters, distiller.levels):
         index = kept.get(paths[level], {}).get("in")
-        if index is None:
-            continue
-        old = adapter.conv.weight if adapter.conv is not None else None
-        adapter.shrink(index)
-        if old is not None:
-            follow(optimizer, [(old, adapter.conv.weight, [(1, index)])])
-
-
-def _same_file(a: Any, b: Any) -> bool:
-    return Path(str(a)).resolve() == Path(str(b)).resolve()
+        if index is not None:
+            old = getattr(adapter.conv, "weight", None)
+            adapter.shrink(index)
+            if old is not None:
+                follow(optimizer, [(old, adapter.conv.weight, [(1, index)])])
 
 
 def _accuracy(trainer: Any, model: nn.Module, imgsz: int) -> float | None:
@@ -210,7 +198,5 @@ def _accuracy(trainer: Any, model: nn.Module, imgsz: int) -> float | None:
     key = (fingerprint(model), str(Path(trainer.args.data).resolve()), imgsz)
     if key not in _known:
         found = score(accuracy(model, like=trainer.validator, imgsz=imgsz, rect=False, cache=False))
-        if found is None:
-            return None
-        _known[key] = found
-    return _known[key]
+        _known.update({} if found is None else {key: found})
+    return _known.get(key)

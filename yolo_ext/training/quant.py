@@ -46,9 +46,7 @@ class Quant(Technique):
         """Refuse what contradicts QAT; choose teacher and learning rate where they follow from it."""
         cfg = configs["quant"]
         if cfg.mode == "ptq":
-            raise UsageError(
-                "'quant.mode=ptq' does not train. Use `yolo-ext quantize` for it, or quant.mode=qat to train."
-            )
+            raise UsageError("'quant.mode=ptq' does not train. Use `yolo-ext quantize`, or quant.mode=qat to train.")
         for name, why in (("quantize", "Both insert fake quantizers"), ("distill_model", "It hides the student")):
             if value := getattr(args, name, None):
                 raise UsageError(
@@ -89,17 +87,16 @@ class Quant(Technique):
         """Say what the model is worth before it is trained, which is the result of PTQ, and note it in the manifest."""
         if trainer.resume:  # which has said it
             return
-        with undisturbed(trainer.device):
-            model = deepcopy(trainer.ema.ema)
-            found = _accuracy(trainer, model)
-            set_mode(model, "float")
-            base = _accuracy(trainer, model)
-        if RANK not in {-1, 0}:
-            return
-        for m in (live(trainer), trainer.ema.ema):
-            note(m, quant={**manifest(m).quant, "ptq": found, "base": base})
-        metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
-        LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found:.4f} (float {base:.4f})")
+        model, own, found = deepcopy(trainer.ema.ema), trainer.validator, {}
+        with undisturbed(trainer.device):  # on several GPUs all take part, and one knows
+            for name, mode in (("ptq", "on"), ("base", "float")):
+                set_mode(model, mode)
+                found[name] = score(accuracy(model, like=own, loader=own.dataloader)) or 0.0
+        if RANK in {-1, 0}:
+            for m in (live(trainer), trainer.ema.ema):
+                note(m, quant={**manifest(m).quant, **found})
+            metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
+            LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found['ptq']:.4f} (float {found['base']:.4f})")
 
     # By epoch and step ----------------------------------------------------------------------------------------------
     def before_epoch(self, trainer: Any) -> None:
@@ -109,11 +106,10 @@ class Quant(Technique):
 
     def train_mode(self, trainer: Any) -> None:
         """Fix the statistics of BatchNorm when it is time."""
-        if trainer.epoch < math.ceil(self.cfg.freeze_bn * trainer.epochs):
-            return
-        for m in live(trainer).modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.eval()
+        if trainer.epoch >= math.ceil(self.cfg.freeze_bn * trainer.epochs):
+            for m in live(trainer).modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.eval()
 
     def before_step(self, trainer: Any) -> None:
         """Keep ranges that follow the data equal on all devices."""
@@ -169,9 +165,3 @@ def mean_of_ranks(model: nn.Module, ranks: int) -> None:
     mean = torch.stack(ends)
     dist.all_reduce(mean)
     torch._foreach_copy_(ends, list((mean / ranks).unbind()))
-
-
-def _accuracy(trainer: Any, model: nn.Module) -> float:
-    """Return mAP50-95, or top-1 of a classifier, on the val split; on several GPUs all take part, and one knows."""
-    own = trainer.validator
-    return score(accuracy(model, like=own, loader=own.dataloader)) or 0.0

@@ -15,15 +15,9 @@ from yolo_ext.stock.trainer import LoggedLoss, forget_best
 from yolo_ext.training.prune import pruning_epochs
 from yolo_ext.training.technique import Technique, input_size, live
 
-GROUP = "sparse"  # name of the parameter group without weight decay
-
 
 class Sparse(Technique):
-    """Channels that the loss does not defend are pulled to zero.
-
-    Attributes:
-        sparsifier: What is pulled and how far, from the first optimizer on.
-    """
+    """Channels that the loss does not defend are pulled to zero."""
 
     key = "sparsity"
 
@@ -32,7 +26,7 @@ class Sparse(Technique):
         super().__init__(configs, args)
         self.epochs, self.pruned_at = args.epochs, pruning_epochs(configs, args)
         self.prune = configs["prune"] or PruneConfig(ratio=0.5, method=self.cfg.method)
-        self.sparsifier: Any = None
+        self.sparsifier: Any = None  # what is pulled and how far, from the first optimizer on
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
         """Refuse a model of which nothing can become sparse, and a schedule outside of the run."""
@@ -44,20 +38,17 @@ class Sparse(Technique):
             if not trainer.resume and not is_pruned(model):
                 note(model, parent=fingerprint(model))  # channels keep their meaning: its own teacher stays comparable
             self.sparsifier = Sparsifier(model, self.cfg, self.prune, trainer.epochs, self.pruned_at)
-            self._tell()
+            if RANK in {-1, 0}:
+                LOGGER.info(
+                    f"{colorstr('sparsity: ')}{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run, "
+                    f"{len(self.sparsifier.groups)} groups that can be pruned"
+                )
         _without_decay(model, optimizer, self.sparsifier.penalised())
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
         if self.cfg.mode == "gradient":
             optimizer.register_step_pre_hook(lambda o, *_: self.sparsifier.gradient(live(trainer), _part(trainer), o))
         else:
             optimizer.register_step_post_hook(lambda *_: self.sparsifier.shrink(live(trainer), _part(trainer)))
-
-    def _tell(self) -> None:
-        if RANK in {-1, 0}:
-            LOGGER.info(
-                f"{colorstr('sparsity: ')}{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run, "
-                f"{len(self.sparsifier.groups)} groups that can be pruned"
-            )
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Log the penalty beside the losses."""
@@ -116,8 +107,6 @@ def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer, names: se
     chosen = {p for n, p in model.named_parameters() if n in names}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if p in chosen]
-        if not moved or not group.get("weight_decay"):
-            continue
-        group["params"] = [p for p in group["params"] if p not in chosen]
-        like = {k: v for k, v in group.items() if k != "params"}
-        optimizer.add_param_group({**like, "params": moved, "weight_decay": 0.0, "param_group": GROUP})
+        if moved and group.get("weight_decay"):
+            group["params"] = [p for p in group["params"] if p not in chosen]
+            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0, "param_group": "sparse"})
