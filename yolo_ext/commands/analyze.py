@@ -70,9 +70,8 @@ def sensitivity(
     Returns: The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
     Raises: `UsageError` if the input is wrong.
     """
-    from yolo_ext import stock
+    from yolo_ext import pruning, stock
     from yolo_ext.data.check import check_data
-    from yolo_ext.pruning.prune import check_prunable
 
     strange = [k for k, v in {"ratios": ratios, "prune": prune}.items() if v] if kind == "quant" else [*(quant or ())]
     if strange:
@@ -84,7 +83,7 @@ def sensitivity(
     stock.refuse_rtdetr(net)
     size = stock.image_size(net, ckpt, imgsz)
     if kind == "prune":
-        check_prunable(net)
+        pruning.check_prunable(net)
     info = check_data(data, task=stock.task_of(net))
     if kind == "prune":
         return _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place)
@@ -97,7 +96,7 @@ def _of_pruning(
     """Measure mAP and losses with each group pruned by each share, and write what was found."""
     from yolo_ext import pruning, runs, stock
     from yolo_ext.pruning.analyze import write
-    from yolo_ext.training.probes import make_probes
+    from yolo_ext.training.prune import make_probes
 
     probes = make_probes(info, size, cfg, stock.task_of(net), net)
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
@@ -121,7 +120,7 @@ def _of_quantization(
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
     from yolo_ext.quantization.search import table, write
-    from yolo_ext.training.probes import make_probes
+    from yolo_ext.training.prune import make_probes
 
     task = stock.task_of(net)
     quantization.prepare(net, cfg, info, size)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PRECISION = {8: "int8", "int8": "int8", "w8a8": "int8", 16: "half", "fp16": "half", "w16a16": "half"}
+PRECISION = {"8": "int8", "int8": "int8", "w8a8": "int8", "16": "half", "fp16": "half", "w16a16": "half",
+             "32": "", "fp32": ""}  # fmt: skip
 NMS_KEYS = ("conf", "iou", "max_det", "agnostic_nms")
 
 
@@ -72,7 +73,7 @@ def export(
     """
     from yolo_ext import runs, stock
     from yolo_ext.checkpoint import manifest
-    from yolo_ext.quantization.convert import is_modelopt
+    from yolo_ext.quantization.qat import is_modelopt
     from yolo_ext.reporting.tables import write_summary
     from yolo_ext.stock.load import export_formats
 
@@ -106,7 +107,7 @@ def export(
 def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
     from yolo_ext import stock
-    from yolo_ext.quantization.convert import is_modelopt, load_modelopt
+    from yolo_ext.quantization.qat import is_modelopt, load_modelopt
 
     try:
         net, ckpt = stock.load_model(model)
@@ -137,13 +138,10 @@ def _side(imgsz: Any) -> int:
 
 def _precision(given: dict[str, Any]) -> str:
     """Return "", "half" or "int8" from `half`, `int8` or Ultralytics' newer `quantize`."""
-    asked = {k for k in ("half", "int8") if given.get(k)}
-    level = given.get("quantize")
-    if level not in (None, 32, "32", "fp32"):
-        key = int(level) if str(level).isdigit() else str(level)
-        if key not in PRECISION:
-            raise UsageError(f"'quantize={level}' is illegal for ONNX and OpenVINO. Legal: 8, 16, 32.")
-        asked.add(PRECISION[key])
+    level = str(given.get("quantize", 32))
+    if level not in PRECISION:
+        raise UsageError(f"'quantize={level}' is illegal for ONNX and OpenVINO. Legal: 8, 16, 32.")
+    asked = {k for k in ("half", "int8") if given.get(k)} | ({PRECISION[level]} - {""})
     if len(asked) > 1:
         raise UsageError("half=True and int8=True exclude each other: give one of them.")
     return next(iter(asked), "")
@@ -207,7 +205,7 @@ def _quantized(job: Job, default: str) -> tuple[nn.Module, Any, Any]:
     from yolo_ext import quantization, stock
     from yolo_ext.checkpoint import manifest, note
     from yolo_ext.data.check import check_data
-    from yolo_ext.quantization.convert import convert
+    from yolo_ext.quantization.spec import convert
 
     if job.modelopt:
         return _imported(job, quantization.resolve_profile(job.quant.get("profile") or default))
@@ -234,7 +232,7 @@ def _imported(job: Job, profile: Any) -> tuple[nn.Module, Any, Any]:
     from yolo_ext import stock
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
     from yolo_ext.data.check import check_data
-    from yolo_ext.quantization import convert
+    from yolo_ext.quantization.qat import complete, import_state
     from yolo_ext.quantization.fake_quant import merge_branches, strip_fake_quant
 
     def batches() -> Iterator[torch.Tensor]:
@@ -249,7 +247,7 @@ def _imported(job: Job, profile: Any) -> tuple[nn.Module, Any, Any]:
         yield from letterbox_batches(images, _side(job.imgsz), crop=task == "classify")
 
     merge_branches(job.net, batches())
-    state = convert.complete(job.net, convert.import_state(job.modelopt or {}, job.net), profile, batches())
+    state = complete(job.net, import_state(job.modelopt or {}, job.net), profile, batches())
     return strip_fake_quant(job.net), state, profile
 
 

@@ -81,15 +81,15 @@ def label(
             names, settings, format=format, beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf,
             previews=previews, files=files or "none",
         )  # fmt: skip
-    found = _summary(Path(model).name, format, settings, len(images), done, names)
+    found, told = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
-    notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", _told(found)]
+    notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]
     page = render_review(
         f"Review of {len(done.records)} labelled images", list(done.records.values()), images, names, notes=notes,
         skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review,
     )  # fmt: skip
     update(folder / "review.html", page)
-    _report(found, done, folder)
+    _report(found, told, done, folder)
     return found
 
 
@@ -132,7 +132,7 @@ def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
     if classes is None:
         return None
     texts = comma_list(classes)
-    by_name = {**{str(i): i for i in names}, **{n: i for i, n in names.items()}}
+    by_name = {str(i): i for i in names} | {n: i for i, n in names.items()}
     if unknown := [t for t in texts if t not in by_name]:
         hint = suggest(unknown[0], [*names.values()])
         raise UsageError(f"Unknown classes {quote(unknown)}.{hint} Legal: {quote([*names.values()], 30)}, or indices.")
@@ -161,32 +161,27 @@ def _objects(result: Any) -> list[dict[str, Any]]:
 
 def _summary(
     model: str, format: str, settings: dict[str, Any], images: int, done: Labelled, names: dict[int, str]
-) -> dict[str, Any]:
-    """Return the contents of `label.json`, which tell nothing of this run that the next one would not tell."""
+) -> tuple[dict[str, Any], str]:
+    """Return the contents of `label.json`, which tell nothing of this run only, and its counts in words."""
     from yolo_ext.reporting.pages import LOW, class_counts, in_order, lowest
 
     records = done.records.values()
     review = [{"image": r["image"], "lowest": low} for r in in_order(records) if (low := lowest(r)) and low < LOW]
     empty = sum(not r["objects"] for r in records)
-    return {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
-            "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
-            "skipped": done.skipped}  # fmt: skip
-
-
-def _told(found: dict[str, Any]) -> str:
-    """Return the counts of a labelling in words."""
-    from yolo_ext.reporting.pages import LOW
-
-    parts = {
-        f"{len(found['review'])} with a box below {LOW}": found["review"],
-        f"{found['nothing_found']} with nothing found": found["nothing_found"],
-        f"{len(found['kept'])} keep a label that was there or was edited": found["kept"],
-        f"{len(found['skipped'])} cannot be read": found["skipped"],
+    found = {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
+             "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
+             "skipped": done.skipped}  # fmt: skip
+    counts = {
+        f"with a box below {LOW}": len(review),
+        "with nothing found": empty,
+        "keep a label that was there or was edited": len(done.kept),
+        "cannot be read": len(done.skipped),
     }
-    return ", ".join([f"{found['labelled']} of {found['images']} images labelled", *(p for p, n in parts.items() if n)])
+    told = [f"{len(records)} of {images} images labelled", *(f"{n} {what}" for what, n in counts.items() if n)]
+    return found, ", ".join(told)
 
 
-def _report(found: dict[str, Any], done: Labelled, folder: Path) -> None:
+def _report(found: dict[str, Any], told: str, done: Labelled, folder: Path) -> None:
     """Print what was labelled."""
     from yolo_ext.data.records import quote
     from yolo_ext.reporting.pages import LOW
@@ -194,7 +189,7 @@ def _report(found: dict[str, Any], done: Labelled, folder: Path) -> None:
 
     rows = [(n, c["boxes"], c["images"], f"{c['mean_confidence']:.2f}", c["low"]) for n, c in found["classes"].items()]
     LOGGER.info("\n" + align(rows, ["Class", "Boxes", "Images", "Mean conf", f"Below {LOW}"]))
-    LOGGER.info(_told(found))
+    LOGGER.info(told)
     if done.skipped:
         LOGGER.warning(f"Not read: {quote([f'{name} ({why})' for name, why in done.skipped.items()])}")
     LOGGER.info(f"{done.predicted} images predicted, {done.written} labels written in this run")

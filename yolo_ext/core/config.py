@@ -237,14 +237,11 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
     rows = []
     for f in fields(CONFIGS[technique]):
         default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
+        if isinstance(default, float) and "e" in str(default):  # YAML would read an exponent as a string
+            default = f"{default:.8f}".rstrip("0")
         choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
-        rows.append((f"{technique}.{f.name}", _plain(default), f.metadata["help"] + choices))
+        rows.append((f"{technique}.{f.name}", str(default), f.metadata["help"] + choices))
     return rows
-
-
-def _plain(value: Any) -> str:
-    """Write a default without an exponent, which YAML would read as a string."""
-    return f"{value:.8f}".rstrip("0") if isinstance(value, float) and "e" in str(value) else str(value)
 
 
 def default_yaml() -> str:
@@ -263,11 +260,7 @@ def default_yaml() -> str:
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """Load a recipe by path or by the name of a bundled one, flat with dotted keys.
-
-    Raises:
-        UsageError: If there is no such recipe, or it is not a YAML of options.
-    """
+    """Load a recipe by path or by the name of a bundled one, flat with dotted keys."""
     from ultralytics.utils import YAML
 
     bundled = cfg_dir() / "recipes"
