@@ -101,10 +101,8 @@ def _legal(kind: Any, value: Any) -> str:
     elif kind == Share:
         fits, words = number and 0 <= value <= 1, ". Legal: a number from 0 to 1."
     elif origin is Annotated:
-        fits, words = (
-            number and isinstance(value, int) and value >= args[1],
-            f": give a whole number of at least {args[1]}.",
-        )
+        fits = number and isinstance(value, int) and value >= args[1]
+        words = f": give a whole number of at least {args[1]}."
     return "" if fits else words
 
 

@@ -53,7 +53,6 @@ def bench(
     from yolo_ext.deployment.latency import runtime_of
     from yolo_ext.reporting.figures import plot_tradeoff
     from yolo_ext.reporting.tables import write_summary
-    from yolo_ext.stock import cpu_info
 
     files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
@@ -66,11 +65,7 @@ def bench(
     )
     first = (counts[0], batches[0])
     size = _size(files[0], imgsz)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    env = {**cpu_info(), "load": load}
-    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
-    if (load or 0) > BUSY * (os.cpu_count() or 1):
-        LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
+    env = _environment()
     image, name = _image(data, source, size)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
@@ -88,6 +83,18 @@ def bench(
     figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
     write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
     return found
+
+
+def _environment() -> dict[str, Any]:
+    """Return and print what the figures depend on, and warn of a machine that is busy."""
+    from yolo_ext.stock import cpu_info
+
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    env = {**cpu_info(), "load": load}
+    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
+    if (load or 0) > BUSY * (os.cpu_count() or 1):
+        LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
+    return env
 
 
 def _size(file: str, given: int | None) -> int:

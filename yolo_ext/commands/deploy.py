@@ -232,8 +232,8 @@ def _imported(job: Job, profile: Any) -> tuple[nn.Module, Any, Any]:
     from yolo_ext import stock
     from yolo_ext.data.calibration import calibration_images, letterbox_batches
     from yolo_ext.data.check import check_data
-    from yolo_ext.quantization.qat import complete, import_state
     from yolo_ext.quantization.fake_quant import merge_branches, strip_fake_quant
+    from yolo_ext.quantization.qat import complete, import_state
 
     def batches() -> Iterator[torch.Tensor]:
         """Yield images (B, C, H, W); asked for where something is missing only."""
