@@ -24,10 +24,9 @@ from yolo_ext.data.shapes import make_shapes
 from yolo_ext.deployment.runtime import conv_report, predictor
 from yolo_ext.distillation.teacher import kept_channels
 from yolo_ext.pruning.masks import capture
-from yolo_ext.quantization.convert import convert
 from yolo_ext.quantization.fake_quant import get_state
 from yolo_ext.quantization.qat import replay
-from yolo_ext.quantization.spec import resolve_profile
+from yolo_ext.quantization.spec import convert, resolve_profile
 from yolo_ext.stock.load import load_model
 
 FILES = Path(__file__).parents[1] / "fixtures" / "v0_1"

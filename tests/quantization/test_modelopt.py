@@ -13,8 +13,8 @@ from ultralytics.nn.modules import Conv, RepConv
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
-from yolo_ext.quantization.convert import complete, import_state, is_modelopt, load_modelopt
 from yolo_ext.quantization.fake_quant import merge_branches
+from yolo_ext.quantization.qat import complete, import_state, is_modelopt, load_modelopt
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.quantization.spec import PROFILES
 

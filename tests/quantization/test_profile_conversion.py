@@ -13,10 +13,9 @@ from ultralytics import YOLO
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.runtime import conv_report, run, session
 from yolo_ext.quantization.calibrate import calibrate
-from yolo_ext.quantization.convert import convert
 from yolo_ext.quantization.fake_quant import insert_fake_quant, insert_plan, load_state
 from yolo_ext.quantization.qdq import write_qdq
-from yolo_ext.quantization.spec import PROFILES, State, plan_of
+from yolo_ext.quantization.spec import PROFILES, State, convert, plan_of
 
 OUTPUT, ACTIVATION, ASYMMETRIC, WIDE = "'output'", "'activation'", "asymmetric", "over 7 bits"
 EXACT = None

@@ -6,8 +6,6 @@ The `act` of its Ultralytics block is wrapped by the quantizer of the convolutio
 BN, where the folded convolution ends. Blocks of several branches are merged before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

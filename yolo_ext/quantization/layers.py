@@ -5,8 +5,6 @@ As in Jacob et al., 2018 (per channel: Krishnamoorthi, 2018); gradients are clip
 are the largest current weight of each channel times a ratio, which commutes with folding BatchNorm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ the low and the high end. A weight rule gets a weight of shape (channels, n) and
 smallest one; it returns the share of the largest magnitude that the range covers, shape (channels,).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

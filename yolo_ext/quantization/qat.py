@@ -1,74 +1,56 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""From a float model to a calibrated fake-quantized one and back, and what training with that does by epoch."""
-
-from __future__ import annotations
+"""From a float model to a calibrated fake-quantized one and back, and from what Ultralytics' own training quantized."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 
-from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
+from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
 from yolo_ext.quantization import fake_quant as fq
-from yolo_ext.quantization.calibrate import calibrate
+from yolo_ext.quantization.calibrate import calibrate, calibrate_rest, known
 from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn
-from yolo_ext.quantization.layers import weight_rows
-from yolo_ext.quantization.spec import plan_of, resolve_profile
+from yolo_ext.quantization.layers import channel_rows, weight_rows
+from yolo_ext.quantization.plan import make_plan
+from yolo_ext.quantization.spec import PROFILES, Profile, Spec, State, convert, plan_of, resolve_profile
+from yolo_ext.stock import task_of
+from yolo_ext.stock.load import raw_checkpoint
 
-MOMENTUM = 0.01  # of the moving average of ranges
+MOMENTUM = 0.01  # of the moving average of ranges while training updates them
 BATCH = 16  # calibration images at once
 MERGE_BATCHES = 4  # of them, on which merged branches get their BatchNorm statistics
+INPUT, WEIGHT = "input_quantizer", "weight_quantizer"  # of ModelOpt
 
 
 def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int) -> dict[str, str]:
-    """Insert fake-quant into a model in place, with ranges from its manifest or else from calibration.
+    """Insert fake-quant into a float model in place, with ranges from its manifest or else from calibration.
 
-    Args:
-        model: Float model of stock classes. Blocks of several branches are merged, and the improvements that `cfg` asks
-            for change its weights.
-        cfg: Quantization options.
-        data: Checked dataset dict; calibration images come from its train split unless `cfg.source` is given.
-        imgsz: Side of the square input in pixels.
-
-    Returns:
-        Paths of the layers that stay float, with the reason.
-
-    Raises:
-        UsageError: If there are no images, or an option matches nothing.
+    Branches are merged, and the improvements that `cfg` asks for change weights. Calibration images come from the train
+    split of a checked dataset dict, unless `cfg.source` is given. Returned is path -> reason of the layers left float.
     """
     profile = resolve_profile(cfg.profile)
     fq.refuse_quantized(model)
-    known = manifest(model).quant
+    before = manifest(model).quant
     options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
-    if known and known["profile"] == profile.name and known["options"] == options:
-        replay(model, known)
-        return known["float"]
+    if before and before["profile"] == profile.name and before["options"] == options:
+        replay(model, before)
+        return before["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
-    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=stock.task_of(model) == "classify")
+    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=task_of(model) == "classify")
     fq.merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = fq.insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
     LOGGER.info(f"{colorstr('quantize: ')}calibrating {profile.name} on {len(images)} images of {imgsz} px")
     calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
-    _improve(model, cfg, batches)
-    fq.set_mode(model, "on")
-    calibration = {
-        "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,
-        "weights": cfg.weight_observer, "imgsz": imgsz,
-    }  # fmt: skip
-    note(model, quant={"profile": profile.name, "options": options, "float": kept_float, "calibration": calibration})
-    return kept_float
-
-
-def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
-    """Do what the options ask for beyond ranges; where weights move, activations are measured once more."""
     if cfg.adaround:
         adaround(model, batches(), cfg.adaround)
     if cfg.bn:
@@ -77,6 +59,13 @@ def _improve(model: nn.Module, cfg: QuantConfig, batches: Callable[[], Iterable[
         correct_bias(model, batches())
     if cfg.adaround or cfg.bn or cfg.bias_correction:
         calibrate(model, batches(), cfg.observer, None)  # another weight range would lose the roundings
+    fq.set_mode(model, "on")
+    calibration = {
+        "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,
+        "weights": cfg.weight_observer, "imgsz": imgsz,
+    }  # fmt: skip
+    note(model, quant={"profile": profile.name, "options": options, "float": kept_float, "calibration": calibration})
+    return kept_float
 
 
 def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -88,10 +77,8 @@ def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 def strip(model: nn.Module) -> nn.Module:
     """Remove fake-quant in place and write specs and ranges, in full precision, into the manifest."""
-    state = fq.get_state(model)
-    fq.strip_fake_quant(model)
-    note(model, quant={**manifest(model).quant, "state": state})
-    return model
+    note(model, quant={**manifest(model).quant, "state": fq.get_state(model)})
+    return fq.strip_fake_quant(model)
 
 
 @torch.no_grad()
@@ -110,11 +97,100 @@ def bake(model: nn.Module) -> None:
         layer.weight_ratio.mul_(torch.where(after > 0, before / after, 1.0))  # the scale stays
 
 
-def observes(cfg: QuantConfig, epoch: int) -> bool:
-    """Tell whether ranges follow the data in this epoch, counted from 0."""
-    return epoch < cfg.observe_epochs
+# From ModelOpt, which need not be installed ---------------------------------------------------------------------------
+# Its checkpoints hold a stock model and ranges of layer inputs and weights: 8 bits, symmetric, weights per channel, as
+# `tensorrt` executes them; ONNX Runtime needs the ranges of the outputs besides.
+def is_modelopt(ckpt: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint dict comes from Ultralytics' quantization-aware training."""
+    return bool(isinstance(ckpt.get("modelopt"), Mapping) and ckpt["modelopt"].get("ranges"))
 
 
-def set_epoch(model: nn.Module, epoch: int, cfg: QuantConfig) -> None:
-    """Let ranges follow the data in the first `cfg.observe_epochs` epochs, counted from 0, and fix them afterwards."""
-    fq.set_mode(model, "on", momentum=MOMENTUM if observes(cfg, epoch) else 0.0)
+def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the float32 stock model in a checkpoint of Ultralytics' QAT, and the checkpoint for `import_state`."""
+    ckpt = raw_checkpoint(path)
+    model = ckpt.get("ema") or ckpt.get("model")
+    if not is_modelopt(ckpt) or not isinstance(model, nn.Module):
+        raise UsageError(f"'{path}' is no checkpoint of Ultralytics' quantization-aware training (quantize=8).")
+    model = getattr(model, "student_model", model).float().eval().requires_grad_(True)
+    model.args = {**DEFAULT_CFG_DICT, **ckpt.get("train_args", {})}
+    model.task = getattr(model, "task", None) or task_of(model)
+    return model, ckpt
+
+
+def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
+    """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float.
+
+    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127. Blocks
+    of several branches must be merged already: what replaces them gets the input range of the branches and new weight
+    ranges, because theirs do not add up.
+    """
+    if not is_modelopt(ckpt):
+        raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")
+    ranges: dict[str, dict[str, torch.Tensor]] = {}  # layer -> quantizer -> largest absolute values
+    for key, value in ckpt["modelopt"]["ranges"].items():
+        path, _, quantizer = key.removesuffix("._amax").rpartition(".")
+        if key.endswith("._amax"):
+            ranges.setdefault(path, {})[quantizer] = value.float()
+    steps = ckpt["modelopt"].get("modelopt", {}).get("modelopt_state_dict", [])
+    settings = steps[-1][1].get("metadata", {}).get("quantizer_state", {}) if steps else {}
+    layers = {path: m for path, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    state: State = {}
+    for path, layer in layers.items():
+        block = f"{path.rpartition('.')[0]}." if path.endswith(".conv") else "\0"
+        merged = [p for p in ranges if p.startswith(block) and p not in layers]
+        sources = [p for p in (*merged, path) if INPUT in ranges.get(p, {}) and _enabled(settings, p)]
+        if not sources:
+            continue
+        limit = max(float(ranges[p][INPUT].max()) for p in sources)
+        state[path] = {
+            "input": {**Spec(symmetric=True).as_dict(), "lo": -limit, "hi": limit},
+            "weight": Spec(symmetric=True, per_channel=True).as_dict(),
+        }
+        if not merged:
+            state[path]["weight"]["ratio"] = _ratio(path, layer, ranges[path][WEIGHT])
+    if not state:
+        raise UsageError("None of the layers that ModelOpt quantized is in this model. Give that of the checkpoint.")
+    return state
+
+
+def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable[torch.Tensor]) -> State:
+    """Insert what `import_state` returned into its model, calibrate what the profile quantizes besides, return all.
+
+    Layers that the profile keeps float are left out, and 8-bit weights become narrower where it needs that. The images
+    (B, C, H, W), 0 to 1, are not read where nothing is missing.
+    """
+    if not profile.output:
+        done = convert(state, PROFILES["tensorrt"], profile)  # by whose rules ModelOpt trains
+        replay(model, {"state": done})
+        return done
+    others = [path for path in make_plan(model, profile)[0] if path not in state and path.endswith(".conv")]
+    plan, _ = make_plan(model, profile, [f"^{re.escape(path)}$" for path in others])
+    given = known(plan, state)
+    for path, sites in given.items():
+        if "weight" in sites:
+            sites["weight"] = {**sites["weight"], "bits": plan[path]["weight"].bits}
+        plan[path] |= plan_of({path: sites})[path]
+    done = calibrate_rest(model, plan, given, batches)
+    fq.load_state(model, done)
+    fq.set_mode(model, "on")
+    return done
+
+
+def _enabled(settings: Mapping[str, Mapping[str, Any]], path: str) -> bool:
+    """Tell whether both quantizers of a layer are on, and refuse those of other formats."""
+    found = [settings.get(f"{path}.{quantizer}", {}) for quantizer in (INPUT, WEIGHT)]
+    if any(s.get("_disabled") for s in found):
+        return False
+    if wrong := [s for s in found if s.get("_num_bits", 8) != 8 or s.get("_unsigned")]:
+        raise UsageError(f"'{path}' was trained with {wrong[0].get('_num_bits')} bits. Legal: signed 8-bit integers.")
+    return True
+
+
+def _ratio(path: str, layer: Any, limits: torch.Tensor) -> list[float]:
+    """Return the largest value of each channel's range over its largest weight; 1 for a channel of zeros."""
+    largest = channel_rows(layer).abs().amax(1)
+    if limits.numel() not in (1, len(largest)):
+        raise UsageError(
+            f"'{path}' has {len(largest)} channels, its ranges {limits.numel()}. Give the model they are of."
+        )
+    return torch.where(largest > 0, limits.flatten() / largest, torch.ones_like(largest)).tolist()

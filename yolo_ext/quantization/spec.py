@@ -9,16 +9,17 @@ layer path and site:
 - `residual` (what its first convolution and its addition both read) and `add` (the sum) belong to a bottleneck.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ultralytics.utils import LOGGER, colorstr
+
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 
+IMAGE = ((0.0, 1.0), (-1.0, 1.0))  # ranges of the layer that reads the image
 SITES = ("input", "weight", "output", "activation", "residual", "add")
 
 
@@ -55,7 +56,7 @@ class Spec:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
-    def of(cls, entry: dict[str, Any]) -> Spec:
+    def of(cls, entry: dict[str, Any]) -> "Spec":
         """Return the spec of an entry of a state or a plan in JSON, whose other keys are left alone."""
         return cls(**{k: entry[k] for k in cls.__dataclass_fields__ if k in entry})
 
@@ -139,3 +140,51 @@ def resolve_profile(name: str) -> Profile:
         legal = ["auto", *PROFILES]
         raise UsageError(f"Unknown quantization profile '{name}'.{suggest(name, legal)} Legal: {', '.join(legal)}.")
     return PROFILES[name]
+
+
+# Between profiles ----------------------------------------------------------------------------------------------------
+def convert(state: State, source: Profile, target: Profile) -> State:
+    """Return the state for another profile than that it was made for, or refuse what would compute something else.
+
+    Scales and codes stay what they are: storage may be signed or unsigned, a symmetric range is an asymmetric one whose
+    zero has the middle code, and weights keep their bits where the target can run them. What the target does not
+    execute is dropped, which means fewer roundings. What it could quantize besides stays float.
+    """
+    if source.name == target.name:
+        return state
+    if problems := _problems(state, source, target):
+        raise UsageError(
+            f"What was quantized for {source.name} is not exact for {target.name}: {'; '.join(problems)}. "
+            f"Give data= to calibrate again for quant.profile={target.name}, or train for it."
+        )
+    converted, dropped = {}, 0
+    for path, sites in state.items():
+        # Without a quantized activation behind it, readers may rely on the output's codes.
+        drop = {"output"} if not target.output and ("activation" in sites or not source.functional) else set()
+        dropped += len(drop & set(sites))
+        reads_image = tuple(sites.get("input", {}).get(end) for end in ("lo", "hi")) in IMAGE
+        if not (reads_image and (target.stem_bits or 16) < sites.get("weight", {}).get("bits", 0)):
+            converted[path] = {site: dict(entry) for site, entry in sites.items() if site not in drop}
+    stem = len(state) - len(converted)
+    if dropped or stem:
+        said = [f"{dropped} roundings before activations are dropped"] if dropped else []
+        said += [f"the layer that reads the image stays float (its weights have over {target.stem_bits} bits)"] * stem
+        LOGGER.info(f"{colorstr('quantize: ')}{source.name} -> {target.name}: {', '.join(said)}; the rest is exact")
+    return converted
+
+
+def _problems(state: State, source: Profile, target: Profile) -> list[str]:
+    """Return what keeps a state from being exact for the target, as parts of a sentence."""
+    problems = []
+    if target.output and not source.output:
+        problems.append("no range for the sites 'output' (before the activations)")
+    if target.functional and not source.functional:
+        problems.append("no range for the sites 'activation' and 'add'")
+    ranges = {f"{p} ({s})": entry for p, sites in state.items() for s, entry in sites.items() if s != "weight"}
+    asymmetric = [name for name, entry in ranges.items() if not entry.get("symmetric")]
+    if target.symmetric and asymmetric:
+        problems.append(f"{len(asymmetric)} asymmetric ranges, such as that of {asymmetric[0]}")
+    wide = [p for p, sites in state.items() if target.weight_bits < sites.get("weight", {}).get("bits", 0) <= 8]
+    if wide:  # wider ones run in float and cannot saturate
+        problems.append(f"{len(wide)} layers with weights of over {target.weight_bits} bits, such as {wide[0]}")
+    return problems

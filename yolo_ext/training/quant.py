@@ -102,7 +102,7 @@ class Quant(Technique):
     def before_epoch(self, trainer: Any) -> None:
         """Let ranges follow the data, or fix them."""
         for model in (live(trainer), trainer.ema.ema):
-            qat.set_epoch(model, trainer.epoch, self.cfg)
+            set_mode(model, "on", momentum=qat.MOMENTUM if trainer.epoch < self.cfg.observe_epochs else 0.0)
 
     def train_mode(self, trainer: Any) -> None:
         """Fix the statistics of BatchNorm when it is time."""
@@ -113,7 +113,7 @@ class Quant(Technique):
 
     def before_step(self, trainer: Any) -> None:
         """Keep ranges that follow the data equal on all devices."""
-        if trainer.world_size > 1 and qat.observes(self.cfg, trainer.epoch):
+        if trainer.world_size > 1 and trainer.epoch < self.cfg.observe_epochs:
             mean_of_ranks(live(trainer), trainer.world_size)
 
     # Checkpoints and validation -------------------------------------------------------------------------------------
