@@ -16,7 +16,7 @@ from ultralytics.utils import SETTINGS, YAML
 
 from yolo_ext import cli, stock
 from yolo_ext.checkpoint import note, save_model
-from yolo_ext.pruning import sensitivity as curves
+from yolo_ext.pruning import analyze as curves
 from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.load import load_model
 
@@ -67,8 +67,8 @@ def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime
         seen.append(imgsz)
         return stock.gflops(dense, imgsz) / stock.gflops(pruned, imgsz)
 
-    monkeypatch.setattr(f"yolo_ext.training.probes._speed_{runtime}", clock)
-    monkeypatch.setattr(f"yolo_ext.training.probes._speed_{'ort' if runtime == 'torch' else 'torch'}", None)
+    monkeypatch.setattr(f"yolo_ext.training.prune._speed_{runtime}", clock)
+    monkeypatch.setattr(f"yolo_ext.training.prune._speed_{'ort' if runtime == 'torch' else 'torch'}", None)
     summary = json.loads((prune(NO_DATA + f"prune.latency=1.5 prune.runtime={runtime}") / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.05)
     assert set(seen) == {64}

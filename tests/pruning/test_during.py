@@ -14,10 +14,9 @@ from ultralytics.utils.torch_utils import ModelEMA
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note, size_mb
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.pruning.during import cut_run, follow, remember_dense, sizes, step_config
 from yolo_ext.pruning.evidence import Probes
-from yolo_ext.pruning.prune import prune_model, prune_with_plan
-from yolo_ext.pruning.surgery import cut
+from yolo_ext.pruning.prune import prune_model, prune_with_plan, remember_dense, sizes, step_config
+from yolo_ext.pruning.surgery import cut, cut_run, follow
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),

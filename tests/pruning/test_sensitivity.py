@@ -13,11 +13,11 @@ import torch
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.pruning.analyze import measure_sensitivity, write
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import by_sensitivity, read_sensitivity
-from yolo_ext.pruning.sensitivity import measure_sensitivity, write
 from yolo_ext.reporting.curves import drops, plot_sensitivity
 
 CFG = PruneConfig(method="l1", include=["model.0", "model.1", "model.2"])

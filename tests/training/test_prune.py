@@ -16,8 +16,8 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.distillation.features import Align
-from yolo_ext.pruning.during import cut_run
 from yolo_ext.pruning.prune import prune_with_plan
+from yolo_ext.pruning.surgery import cut_run
 from yolo_ext.training.distill import cut_adapters
 from yolo_ext.training.prune import Prune
 

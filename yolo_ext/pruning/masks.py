@@ -28,35 +28,29 @@ LAYER_FLOOR = 0.01  # share of a layer that the global ranking spares: a layer w
 
 @dataclass(frozen=True)
 class Masks:
-    """The zeros of a training run.
+    """The zeros of a training run."""
 
-    Attributes:
-        record: Entry ``masks`` of the manifest: kind, layers, ratio.
-        kept: Layer path to a boolean tensor of the shape of its weight, False where it stays zero.
-    """
-
-    record: dict[str, Any]
-    kept: dict[str, torch.Tensor]
+    record: dict[str, Any]  # entry `masks` of the manifest: kind, layers, ratio
+    kept: dict[str, torch.Tensor]  # layer path -> boolean tensor of the shape of its weight, False where it stays zero
 
 
 def eligible(model: nn.Module, cfg: PruneConfig) -> list[dict[str, Any]]:
     """List the layers that may get zeros as `cfg` says, and why others may not; `gain`: sparse tensor cores help."""
     modules = dict(model.named_modules())
-    layers = {p: m for p, m in modules.items() if isinstance(m, LAYERS)}
-    included = set().union(*(matches(model, s, "prune.include") for s in cfg.include)) if cfg.include else set(layers)
+    included = set().union(*(matches(model, s, "prune.include") for s in cfg.include or [".*"]))
     excluded = set().union(*(matches(model, s, "prune.exclude") for s in cfg.exclude))
-    rows = []
-    for i, (path, m) in enumerate(layers.items()):
-        n_out, n_in = layer_channels(m) or (0, 0)
-        reason = "reads the image" if i == 0 else _unfit(modules, path, cfg.kind)
-        if not reason and path in excluded:
-            reason = "is excluded by prune.exclude"
-        if not reason and path not in included:
-            reason = "is not in prune.include"
-        gain = not reason and cfg.kind == "2:4" and min(n_in, n_out) >= GAIN_CHANNELS
-        gain = gain and not isinstance(m, nn.ConvTranspose2d)
-        rows.append({"name": path, "weights": m.weight.numel(), "in": n_in, "out": n_out,
-                     "eligible": not reason, "reason": reason, "gain": gain})  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for path, m in modules.items():
+        if isinstance(m, LAYERS):
+            n_out, n_in = layer_channels(m) or (0, 0)
+            reason = _unfit(modules, path, cfg.kind) if rows else "reads the image"
+            if not reason and path in excluded:
+                reason = "is excluded by prune.exclude"
+            if not reason and path not in included:
+                reason = "is not in prune.include"
+            gain = not reason and cfg.kind == "2:4" and min(n_in, n_out) >= GAIN_CHANNELS
+            rows.append({"name": path, "weights": m.weight.numel(), "in": n_in, "out": n_out, "eligible": not reason,
+                         "reason": reason, "gain": gain and not isinstance(m, nn.ConvTranspose2d)})  # fmt: skip
     return rows
 
 
@@ -80,17 +74,7 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
     """Zero the smallest weights in place and note in the manifest which layers hold masks; what is zero stays zero.
 
     Magnitudes: Han et al., 2015, arXiv:1506.02626. 2:4, the two largest of four consecutive input channels: Mishra et
-    al., 2021, arXiv:2104.08378.
-
-    Args:
-        model: Model with float weights.
-        cfg: Pruning options with `kind`; for `unstructured` also `scope`: one ranking of all eligible weights
-            (global), or the same share in each layer (local).
-        ratio: Share of the eligible weights that is zero afterwards, met to one weight (in each layer for local);
-            None takes `cfg.ratio`. The 2:4 pattern has no other share than a half.
-
-    Raises:
-        UsageError: If no layer is eligible, or some of them are frozen.
+    al., 2021, arXiv:2104.08378. `ratio`, or `cfg.ratio` without, is met to one weight, in each layer for `local`.
     """
     rows = eligible(model, cfg)
     names = [r["name"] for r in rows if r["eligible"]]
@@ -98,15 +82,19 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
         reasons = "; ".join(sorted({r["reason"] for r in rows}))
         raise UsageError(f"No layer can take 'prune.kind={cfg.kind}': each one {reasons}.")
     refuse_frozen(model, names)
-    modules = dict(model.named_modules())
-    weights = [modules[n].weight for n in names]
+    layers = [model.get_submodule(n) for n in names]
+    weights = [m.weight for m in layers]
     ratio = 0.5 if cfg.kind == "2:4" else (cfg.ratio or 0.0) if ratio is None else ratio
     if cfg.kind == "2:4":
-        kept = [_two_of_four(w, weight_dim(modules[n], "in")) for n, w in zip(names, weights)]
+        kept = [_two_of_four(m.weight, weight_dim(m, "in")) for m in layers]
     elif cfg.scope == "local":
         kept = [_largest(w.abs().flatten(), ratio).view_as(w) for w in weights]
     else:
-        flat = _largest(torch.cat(_protected(weights)), ratio)
+        values = [w.abs().flatten() for w in weights]
+        top = torch.stack([v.max() for v in values]).max()
+        for v in values:  # the largest ones of each layer are raised above those of all
+            v[v.topk(math.ceil(LAYER_FLOOR * len(v))).indices] += top
+        flat = _largest(torch.cat(values), ratio)
         kept = [k.view_as(w) for k, w in zip(flat.split([w.numel() for w in weights]), weights)]
     for w, k in zip(weights, kept):
         w.mul_(k)
@@ -124,15 +112,6 @@ def _largest(values: torch.Tensor, ratio: float) -> torch.Tensor:
         equal = (values == limit).nonzero().flatten()
         kept[equal[: gone - int((~kept).sum())]] = False
     return kept
-
-
-def _protected(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the flat magnitudes of each layer, its largest ones raised above those of all layers."""
-    values = [w.abs().flatten() for w in weights]
-    top = torch.stack([v.max() for v in values]).max()
-    for v in values:
-        v[v.topk(math.ceil(LAYER_FLOOR * len(v))).indices] += top
-    return values
 
 
 def _two_of_four(weight: torch.Tensor, dim: int) -> torch.Tensor:
@@ -170,29 +149,22 @@ def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | Non
 def sparsity(model: nn.Module) -> dict[str, Any]:
     """Count the zeros of a model.
 
-    Returns:
-        ``masked``: share of zeros in the layers that hold masks (in all layers when none does); ``overall``: in all
-        parameters; ``layers``: rows ``{"name", "weights", "zeros", "share"}`` of those layers.
+    `masked` is their share in the layers that hold masks (in all layers when none does), which `layers` lists by
+    `name`, `weights`, `zeros` and `share`; `overall` is the share in all parameters.
     """
-    modules = dict(model.named_modules())
-    record = manifest(model).masks
-    names = record["layers"] if record else [p for p, m in modules.items() if isinstance(m, LAYERS)]
+    names = manifest(model).masks.get("layers") or [p for p, m in model.named_modules() if isinstance(m, LAYERS)]
     rows = []
     for name in names:
-        w = modules[name].weight
-        zeros = _zeros(w)
-        rows.append({"name": name, "weights": w.numel(), "zeros": zeros, "share": zeros / w.numel()})
-    parameters = list(model.parameters())
-    return {
-        "masked": sum(r["zeros"] for r in rows) / sum(r["weights"] for r in rows),
-        "overall": sum(map(_zeros, parameters)) / sum(p.numel() for p in parameters),
-        "layers": rows,
-    }
+        zeros, n = _zeros(model.get_submodule(name).weight)
+        rows.append({"name": name, "weights": n, "zeros": zeros, "share": zeros / n})
+    zeros, n = map(sum, zip(*map(_zeros, model.parameters())))
+    masked = sum(r["zeros"] for r in rows) / sum(r["weights"] for r in rows)
+    return {"masked": masked, "overall": zeros / n, "layers": rows}
 
 
-def _zeros(t: torch.Tensor) -> int:
-    """Return how many elements are zero."""
-    return t.numel() - int(t.count_nonzero())
+def _zeros(t: torch.Tensor) -> tuple[int, int]:
+    """Return how many elements are zero, and how many there are."""
+    return t.numel() - int(t.count_nonzero()), t.numel()
 
 
 def packed_mb(model: nn.Module) -> float:

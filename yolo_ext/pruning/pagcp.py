@@ -32,9 +32,6 @@ def pagcp(job: Job) -> list[int]:
     """Return the kept units of each so that no task loss exceeds its budgets; those with a share of their own get it.
 
     The rows of `search` become the notes of the graph, with `name` and `channels`.
-
-    Raises:
-        UsageError: If there are no labelled data, the budgets contradict each other or nothing fits into them.
     """
     cfg, graph, ties = job.cfg, job.graph, job.ties
     if job.probes.batches is None:
@@ -72,19 +69,13 @@ def search(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Walk over the groups once, in the order of FLOPs sensitivity, and keep the best bargains.
 
-    Args:
-        allowed: For each its legal numbers of kept units, descending.
-        losses: Loss of each task for the kept units of all.
-        flops: FLOPs for the kept units of all, relative to those of the dense model.
-        cfg: `budget`, `total_budget`, `topk`, `speedup`.
-
-    Returns:
-        Kept units of each, and for each a plain row: `ratio` (share removed), `budget`, `limit` (task
-        whose loss forbade the next step, empty at the floor), `growth` (of the loss that grew most), `flops_share`
-        (that goes with 30 % of the channels), `trials`, and `outcome` in words.
+    `allowed` are the legal numbers of kept units of each, descending. Returns the kept units, and for each a plain row:
+    `ratio` (share removed), `budget`, `limit` (task whose loss forbade the next step, empty at the floor), `growth` (of
+    the loss that grew most), `flops_share` (that goes with 30 % of the channels), `trials`, and `outcome` in words.
     """
     start = [a[0] for a in allowed]
-    drops = [flops(start) - flops(_with(start, i, _nearest(a, a[0] * (1 - PROBE)))) for i, a in enumerate(allowed)]
+    probes = [min(a[1:] or a, key=lambda u, whole=a[0]: abs(u - whole * (1 - PROBE))) for a in allowed]
+    drops = [flops(start) - flops(_with(start, i, u)) for i, u in enumerate(probes)]
     rows: list[dict[str, Any]] = [
         {"ratio": 0.0, "budget": 0.0, "limit": "", "growth": 1.0, "flops_share": d, "trials": 0,
          "outcome": "has no FLOPs to save"} for d in drops
@@ -92,7 +83,11 @@ def search(
     order = sorted((i for i, d in enumerate(drops) if d > 0), key=lambda i: -drops[i])
     decay = budget_decay(cfg.budget, cfg.total_budget, len(order))
     order = order if decay <= 1 else order[::-1]  # the largest budgets go where most FLOPs are
-    units, base = list(start), _sound(losses(start))
+    units, dense = list(start), losses(start)
+    if not all(math.isfinite(v) for v in dense.values()):
+        raise CheckFailed(f"The losses of the model before pruning are not finite: {dense}. Is it trained?")
+    if not (base := {t: v for t, v in dense.items() if v > 0}):  # that a ratio can be taken of
+        raise UsageError(f"All losses of the model are zero: {dense}. Give train images with objects.")
     bargains: dict[int, float] = {}  # accepted group -> loss increase per FLOP
     theta, done = cfg.budget, False
     for i in (bar := TQDM(order, desc="PAGCP")):
@@ -146,8 +141,7 @@ def budget_decay(first: float, total: float, n: int) -> float:
             f"Legal: above {1 + first:g}."
         )
 
-    def spent(decay: float) -> float:
-        """Return the log of the product of all budgets."""
+    def spent(decay: float) -> float:  # log of the product of all budgets
         return sum(math.log1p(first * decay**i) for i in range(n))
 
     low, high = 0.0, 1.0
@@ -194,20 +188,6 @@ def _filtered(start: list[int], units: list[int], bargains: dict[int, float], to
     return [u if i in kept else s for i, (s, u) in enumerate(zip(start, units))]
 
 
-def _sound(losses: dict[str, float]) -> dict[str, float]:
-    """Return the losses of the dense model that a ratio can be taken of."""
-    if not all(math.isfinite(v) for v in losses.values()):
-        raise CheckFailed(f"The losses of the model before pruning are not finite: {losses}. Is it trained?")
-    if not (sound := {t: v for t, v in losses.items() if v > 0}):
-        raise UsageError(f"All losses of the model are zero: {losses}. Give train images with objects.")
-    return sound
-
-
 def _with(units: list[int], i: int, value: int) -> list[int]:
     """Return the units with one of them changed."""
     return [*units[:i], value, *units[i + 1 :]]
-
-
-def _nearest(allowed: Sequence[int], units: float) -> int:
-    """Return the allowed number of units nearest to `units`, other than all of them where there is a choice."""
-    return min(allowed[1:] or allowed, key=lambda a: abs(a - units))

@@ -6,37 +6,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import floor
 from typing import Any
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext.checkpoint import manifest
+from yolo_ext import stock
+from yolo_ext.checkpoint import manifest, note, size_mb
 from yolo_ext.core.config import TARGETS, PruneConfig, SparsityConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import Need
+from yolo_ext.core.schedules import pruned_share
+from yolo_ext.pruning import plan
 from yolo_ext.pruning.criteria import AUTO, criteria, resolved
-from yolo_ext.pruning.evidence import NO_PROBES, Evidence, Probes, collect
+from yolo_ext.pruning.evidence import NO_PROBES, Probes, collect
 from yolo_ext.pruning.graph import Graph, Kept, build_graph
-from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.pagcp import pagcp
-from yolo_ext.pruning.plan import (
-    Job,
-    by_rank,
-    by_sensitivity,
-    kept_of,
-    near_zero,
-    near_zero_share,
-    read_sensitivity,
-    record,
-    scopes,
-    spare_units,
-)
+from yolo_ext.pruning.plan import Job, kept_of, near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.solve import measure, solve, targets
 from yolo_ext.pruning.surgery import apply_plan, verify
 
+ENOUGH = 1.005  # a step of a training run that would gain less than this is left out
 WARN, REFUSE = 0.1, 0.5  # share of the removed channels that are still in use
 
 
@@ -65,14 +58,14 @@ def prune_with_plan(
     """Do what `prune_model` does, and return the kept positions too, in the numbering of `model`."""
     check_prunable(model)
     cfg = resolved(cfg, probes.batches is not None)
-    if not (any(getattr(cfg, t) is not None for t in TARGETS) or cfg.ratios or cfg.scope == "pagcp"):
+    if not (_target(cfg) or cfg.ratios or cfg.scope == "pagcp"):
         raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
     try:
         graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=True)
     except CheckFailed as e:
         LOGGER.warning(f"{colorstr('prune: ')}{e} Leaving all custom modules whole.")
         graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=False)
-    record(model, pruned, graph, kept, cfg, gap)
+    plan.record(model, pruned, graph, kept, cfg, gap)
     return pruned, kept
 
 
@@ -90,25 +83,13 @@ def _verified(
 def make_plan(
     model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes = NO_PROBES, imgsz: int = 640, ready: bool = True
 ) -> Kept:
-    """Choose the channels that stay so that the target is met.
+    """Choose the channels that stay so that the target is met; groups that `cfg` keeps whole become frozen in `graph`.
 
-    Args:
-        model: The model; it is not changed.
-        graph: Its couplings from `build_graph`, used once: groups that `cfg` keeps whole become frozen in it.
-        cfg: Pruning options; with `ratios` and without a target, all other layers stay whole.
-        probes: What data and the clock can tell, for the criteria, targets and scopes that need it.
-        imgsz: Side of the image in pixels that FLOPs are counted for; the share of attention grows with it.
-        ready: Check that sparsity training made room for this plan; False for a trial before that training.
-
-    Returns:
-        Kept positions for every layer that loses channels: plain data that can be stored and replayed.
-
-    Raises:
-        UsageError: If nothing can be pruned, the floors do not allow the target, data are missing, or the criterion
-            needs sparsity training that was not enough.
+    `ready` checks that sparsity training made room for this plan; False is for a trial before that training.
     """
     cfg = resolved(cfg, probes.batches is not None)
-    ties = tied_groups(model, graph, cfg, _evidence(model, cfg, probes))
+    batches = probes.batches if Need.DATA in criteria[cfg.method].needs else None
+    ties = tied_groups(model, graph, cfg, collect(model, cfg.method, batches()) if batches else None)
     if not ties:
         reasons = Counter(g.frozen for g in graph.groups).most_common(3)
         raise UsageError(
@@ -122,65 +103,49 @@ def make_plan(
     return kept_of(graph, ties, units)
 
 
-def _evidence(model: nn.Module, cfg: PruneConfig, probes: Probes) -> Evidence | None:
-    """Measure what a data-driven criterion needs; without data the criterion itself says so."""
-    if Need.DATA not in criteria[cfg.method].needs or probes.batches is None:
-        return None
-    return collect(model, cfg.method, probes.batches())
-
-
 def _units(job: Job) -> list[int]:
     """Return the kept units of each that meet the target."""
     cfg, free = job.cfg, [t for t in job.ties if t.share is None]
-    name = next((t for t in TARGETS if getattr(cfg, t) is not None), None)
+
+    def settled(units: Sequence[int]) -> list[int]:  # those of all, from those of the free ones
+        rest = iter(units)
+        return [next(rest) if t.share is None else t.round(t.units * (1 - t.share)) for t in job.ties]
+
     if cfg.scope == "pagcp":
         return pagcp(job)
-    if name is None:
-        return _settled(job.ties, [t.units for t in free])
+    if (name := _target(cfg)) is None:
+        return settled([t.units for t in free])
     if cfg.sensitivity:
-        spread = by_sensitivity(free, read_sensitivity(cfg.sensitivity))
+        spread = plan.by_sensitivity(free, plan.read_sensitivity(cfg.sensitivity))
     else:
-        spread = by_rank(free, scopes[cfg.scope].fn(free, job.model))
-    return solve(name, targets[name].fn(job), lambda share: _settled(job.ties, spread(share)), job.ties, cfg)
+        spread = plan.by_rank(free, plan.scopes[cfg.scope].fn(free, job.model))
+    return solve(name, targets[name].fn(job), lambda share: settled(spread(share)), job.ties, cfg)
 
 
-def _settled(ties: Sequence[TiedGroups], units: Sequence[int]) -> list[int]:
-    """Return the kept units of all from those of the free ones."""
-    rest = iter(units)
-    return [next(rest) if t.share is None else t.round(t.units * (1 - t.share)) for t in ties]
+def _target(cfg: PruneConfig) -> str | None:
+    """Return the name of the target, None without."""
+    return next((t for t in TARGETS if getattr(cfg, t) is not None), None)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
 def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: bool = True) -> None:
-    """Find out without data or a clock whether pruning options fit a model.
+    """Refuse pruning options that do not fit a model, as far as that shows without data or a clock.
 
-    Args:
-        model: The model; it is not changed.
-        cfg: Pruning options. Targets that have to be measured, and criteria that need data, are taken as within reach.
-        imgsz: Side in pixels of the images that FLOPs are counted for.
-        ready: Whether a sparsity criterion must find the model sparse already.
-
-    Raises:
-        UsageError: If the model cannot be pruned, an option does not fit it or the target cannot be reached.
+    `ready` says whether a sparsity criterion must find the model sparse already.
     """
     check_prunable(model)
     if cfg.kind != "structured":
         return
-    analytic = bool(cfg.speedup or cfg.params or cfg.ratio or cfg.ratios)
     cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
     if cfg.method == AUTO or Need.DATA in criteria[cfg.method].needs:
         cheap = replace(cheap, method="l2")
-    if not analytic:
+    if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):  # others have to be measured
         cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)
     make_plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Refuse models whose structure must not change any more.
-
-    Raises:
-        UsageError: If the model is fused, or fake-quant has been put in.
-    """
+    """Refuse models whose structure must not change any more."""
     if getattr(model, "is_fused", lambda: False)():
         raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
     if manifest(model).quant or any(type(m).__module__.startswith("yolo_ext") for m in model.modules()):
@@ -191,12 +156,10 @@ def check_prunable(model: nn.Module) -> None:
 
 # Readiness: has sparsity training emptied the channels that a plan removes, and which target is realistic? -----------
 def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
-    """Compare a plan that keeps these units with what sparsity training left behind.
+    """Compare a plan that keeps these units with what sparsity training, by `trained` or None, left behind.
 
-    Returns:
-        `method`; `trained`, the penalty that the model was trained with, or None; `threshold`; `channels` that could
-        go and the `share` of them that is near zero; `speedup`, FLOPs before / after if only those went; `removed`,
-        channels that the plan removes, and the share of these that is still `in_use`: not near zero.
+    `share` of the `channels` that could go is near zero, `speedup` is FLOPs before / after if only those went; the plan
+    removes `removed` channels, of which the share `in_use` is not near zero.
     """
     trained = manifest(job.model).sparsity
     threshold = trained.get("threshold") or SparsityConfig().threshold
@@ -220,11 +183,7 @@ def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
 
 
 def check_readiness(job: Job, units: Sequence[int]) -> None:
-    """Say how ready a model is for a plan by a criterion that needs sparsity training; warn or refuse when it is not.
-
-    Raises:
-        UsageError: If more than half of the channels that the plan removes are still in use, unless `force` is set.
-    """
+    """Say how ready a model is for a plan whose criterion needs sparsity training; warn or refuse when it is not."""
     cfg = job.cfg
     if Need.SPARSITY not in criteria[cfg.method].needs:
         return
@@ -244,7 +203,7 @@ def check_readiness(job: Job, units: Sequence[int]) -> None:
 
 def _advice(cfg: PruneConfig, found: dict[str, Any]) -> tuple[str, str]:
     """Return what is wrong with a plan, and what to do about it."""
-    name = next((t for t in TARGETS if getattr(cfg, t) is not None), "scope" if cfg.scope == "pagcp" else "ratios")
+    name = _target(cfg) or ("scope" if cfg.scope == "pagcp" else "ratios")
     method, trained = found["method"], found["trained"]
     how = {method: f"with sparsity.method={method}", None: f"without sparsity.method={method}"}
     training = how.get(trained, f"with sparsity.method={trained}, not {method}")
@@ -259,3 +218,61 @@ def _advice(cfg: PruneConfig, found: dict[str, Any]) -> tuple[str, str]:
     if realistic > 1.01:
         remedy += f", lower the target to prune.speedup={realistic:g}"
     return problem, f"{remedy}, take prune.method=taylor or lamp"
+
+
+# While training: chosen on the EMA, which is what is validated and saved ---------------------------------------------
+def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probes: Probes) -> PruneConfig | None:
+    """Return the options of one of `steps`, counted from 1, from those of the run; None when it has nothing to do."""
+    dense = manifest(model).dense
+    # A run that is on its way warns about a model that is not sparse enough, it does not stop.
+    now, before = (pruned_share(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
+    ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
+    cfg = replace(cfg, ratios=ratios, at=[], every=None, start=None, end=None, steps=None, force=True)
+    if cfg.speedup or cfg.params:
+        name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
+        target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
+        wanted = sizes(model, dense["imgsz"])[size] / (target * dense[size])
+        changed: dict[str, Any] = {name: wanted}
+        return replace(cfg, **changed) if wanted > ENOUGH else None
+    if cfg.latency:
+        left = [1 - p * (1 - 1 / cfg.latency) for p in (before, now)]
+        return replace(cfg, latency=left[0] / left[1])
+    if cfg.size_mb:
+        wanted = dense["size_mb"] * (1 - now) + cfg.size_mb * now
+        return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None
+    if cfg.max_drop and probes.score:
+        room = cfg.max_drop - (dense["score"] - probes.score(model))
+        return replace(cfg, max_drop=room) if room > 0 else None
+    return replace(cfg, ratio=_relative(cfg.ratio, now, before)) if cfg.ratio else cfg
+
+
+def _relative(ratio: float, now: float, before: float) -> float:
+    """Return the share to remove of what is left so that `now * ratio` of all is gone after `before * ratio` was."""
+    return 1 - (1 - now * ratio) / (1 - before * ratio)
+
+
+def sizes(model: nn.Module, imgsz: int = 640) -> dict[str, float]:
+    """Return `gflops` and `params` of the deployed model."""
+    params = sum(p.numel() for p in stock.deployed(model).parameters())
+    return {"gflops": stock.gflops(model, imgsz), "params": params}
+
+
+def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: int = 640) -> None:
+    """Note in the manifest what the targets of all steps count from; a model pruned before is where this run starts."""
+    found: dict[str, Any] = {**sizes(model, imgsz), "size_mb": size_mb(model), "imgsz": imgsz}
+    if cfg.max_drop and probes.score:
+        found["score"] = probes.score(model)
+    note(model, dense=found)
+
+
+def decide(
+    model: nn.Module, cfg: PruneConfig, step: int, steps: int, epoch: int, probes: Probes, imgsz: int = 640
+) -> tuple[Kept, dict[str, Any]] | None:
+    """Return what a step removes, and the new record of the manifest, from a copy of the EMA; None for nothing."""
+    narrowed = step_config(cfg, model, step, steps, probes)
+    if narrowed is None:
+        return None
+    pruned, kept = prune_with_plan(model, narrowed, imgsz, probes)
+    record = {**manifest(pruned).prune, "config": asdict(cfg)}
+    record["steps"] = [*record.get("steps", []), {"epoch": epoch, **sizes(pruned, imgsz)}]
+    return (kept, record) if kept else None

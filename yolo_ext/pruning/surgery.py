@@ -1,8 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Apply a plan to a model and prove that the result is what the plan says."""
+"""Apply a plan to a model, or to all that a run holds of it, and prove that the result is what the plan says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from yolo_ext import stock
+from yolo_ext.checkpoint import note, set_tripwire
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.labels import weight_dim
@@ -45,31 +47,20 @@ def cut_layer(m: nn.Module, dims: dict[str, list[int]]) -> None:
         new = nn.Parameter(cut(old, slices), requires_grad=old.requires_grad)
         new.grad = None if old.grad is None else cut(old.grad, slices)
         setattr(m, name, new)
-    depthwise, linear = getattr(m, "groups", 1) > 1, isinstance(m, nn.Linear)
+    depthwise, unit = getattr(m, "groups", 1) > 1, "features" if isinstance(m, nn.Linear) else "channels"
     if "in" in dims and not depthwise:
-        setattr(m, "in_features" if linear else "in_channels", len(dims["in"]))
-    if "out" not in dims:
-        return
-    if isinstance(m, nn.BatchNorm2d):
-        for name in ("running_mean", "running_var"):
-            setattr(m, name, cut(getattr(m, name), [(0, dims["out"])]))
+        setattr(m, f"in_{unit}", len(dims["in"]))
+    if "out" in dims and isinstance(m, nn.BatchNorm2d):
+        m.running_mean, m.running_var = (cut(t, [(0, dims["out"])]) for t in (m.running_mean, m.running_var))
         m.num_features = len(dims["out"])
-        return
-    setattr(m, "out_features" if linear else "out_channels", len(dims["out"]))
-    if depthwise:
-        m.groups = m.in_channels = len(dims["out"])
+    elif "out" in dims:
+        setattr(m, f"out_{unit}", len(dims["out"]))
+        if depthwise:
+            m.groups = m.in_channels = len(dims["out"])
 
 
 def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
-    """Cut a model in place so that only the kept channels remain; stock classes stay stock classes.
-
-    Args:
-        model: The dense model. Gradients that are there are cut as well.
-        kept: Kept positions by module path and dimension.
-
-    Returns:
-        The same model.
-    """
+    """Cut a model, with its gradients, in place to the kept channels; stock classes stay stock classes."""
     modules = dict(model.named_modules())
     for path, dims in kept.items():
         cut_layer(modules[path], dims)
@@ -77,46 +68,40 @@ def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def masked(model: nn.Module, kept: Kept) -> nn.Module:
     """Return a dense copy in which the channels that the plan removes are zero."""
     copy = deepcopy(model)
-    modules = dict(copy.named_modules())
     for path, dims in kept.items():
-        if "out" not in dims:
-            continue
-        m = modules[path]
-        dim = weight_dim(m, "out")
-        gone = torch.ones(m.weight.shape[dim], dtype=torch.bool)
-        gone[dims["out"]] = False
-        with torch.no_grad():
-            m.weight.transpose(0, dim)[gone] = 0
-            if m.bias is not None:
-                m.bias[gone] = 0
+        if "out" in dims:
+            m = copy.get_submodule(path)
+            weight = m.weight.transpose(0, weight_dim(m, "out"))
+            gone = torch.ones(len(weight), dtype=torch.bool)
+            gone[dims["out"]] = False
+            for t in (weight, m.bias) if m.bias is not None else (weight,):
+                t[gone] = 0
     return copy
 
 
+@torch.no_grad()
 def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int = 64) -> float:
     """Return the largest difference of raw outputs in float64, relative to the largest output; inf or NaN if none."""
-    reference = masked(dense, kept).double().cpu().eval()
-    other = deepcopy(pruned).double().cpu().eval()
-    x = torch.rand(
-        1, stock.input_channels(dense), imgsz, imgsz, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        a = list(stock.returned_tensors(_raw(reference(x))))
-        try:
-            b = list(stock.returned_tensors(_raw(other(x))))
-        except Exception as e:  # whatever a user's block raises
-            raise CheckFailed(f"The pruned model does not run: {type(e).__name__}: {str(e)[:200]} {ADVICE}") from e
+    shape, seed = (1, stock.input_channels(dense), imgsz, imgsz), torch.Generator().manual_seed(0)
+    x = torch.rand(shape, dtype=torch.float64, generator=seed)
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:  # raw ones of the head, before decoding and top-k
+        out = model.double().cpu().eval()(x)
+        return list(stock.returned_tensors(out[1] if isinstance(out, (tuple, list)) and len(out) == 2 else out))
+
+    a = outputs(masked(dense, kept))
+    try:
+        b = outputs(deepcopy(pruned))
+    except Exception as e:  # whatever a user's block raises
+        raise CheckFailed(f"The pruned model does not run: {type(e).__name__}: {str(e)[:200]} {ADVICE}") from e
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     # max() of tensors, because that of Python drops a NaN
     return float(torch.stack([(s - t).abs().max() / s.abs().max().clamp(min=1.0) for s, t in zip(a, b)]).max())
-
-
-def _raw(out: Any) -> Any:
-    """Return the raw head outputs of an eval forward pass, before decoding and top-k."""
-    return out[1] if isinstance(out, (tuple, list)) and len(out) == 2 else out
 
 
 def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
@@ -133,19 +118,7 @@ def check_trainable(model: nn.Module, imgsz: int = 64) -> None:
 
 
 def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
-    """Prove that a pruned model is what its plan says: equal to the masked dense model, and able to train.
-
-    Args:
-        dense: Model before surgery.
-        pruned: Model after surgery.
-        kept: The plan that led from one to the other.
-
-    Returns:
-        Largest difference of any raw output in float64, relative to the largest output.
-
-    Raises:
-        CheckFailed: If the outputs differ by more than `TOLERANCE`, or training steps fail.
-    """
+    """Prove that a pruned model equals the masked dense one and can be trained; return the gap of their outputs."""
     size = stock.probe_size(dense)
     gap = equivalence_gap(dense, pruned, kept, size)
     if not gap <= TOLERANCE:
@@ -155,3 +128,39 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
         )
     check_trainable(pruned, size)
     return gap
+
+
+# While training -------------------------------------------------------------------------------------------------------
+def cut_run(
+    model: nn.Module, ema: Any, optimizer: torch.optim.Optimizer, kept: Kept, record: Mapping[str, Any]
+) -> None:
+    """Cut the live model, its `ModelEMA` and the optimizer by one plan in their numbering; manifests get `record`.
+
+    Optimizer, scheduler and AMP scaler stay the objects that they were.
+    """
+    modules, old = dict(model.named_modules()), dict(model.named_parameters())
+    slices = {f"{path}.{name}": s for path, dims in kept.items()
+              for name, s in parameter_slices(modules[path], dims).items()}  # fmt: skip
+    channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in old.values())
+    for m in (model, ema.ema):
+        apply_plan(m, kept)
+        note(m, prune=deepcopy(record))
+        set_tripwire(m)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    new = dict(model.named_parameters())
+    follow(optimizer, [(old[n], new[n], s) for n, s in slices.items()])
+    stock.restart_ema(ema)
+
+
+def follow(optimizer: torch.optim.Optimizer, cuts: Iterable[tuple[nn.Parameter, nn.Parameter, Slices]]) -> None:
+    """Make an optimizer go on with (old parameter, new parameter, `surgery.Slices`) triples, moments cut likewise."""
+    swap = {old: (new, slices) for old, new, slices in cuts}
+    for group in optimizer.param_groups:
+        group["params"] = [swap[p][0] if p in swap else p for p in group["params"]]
+    for old, (new, slices) in swap.items():
+        if old in optimizer.state:
+            optimizer.state[new] = {
+                k: cut(v, slices) if isinstance(v, torch.Tensor) and v.shape == old.shape else v
+                for k, v in optimizer.state.pop(old).items()
+            }

@@ -1,29 +1,39 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Pruning in a training run: before it, between epochs, and the zeros of masks after each optimizer step."""
+"""Pruning in a training run, before it, between epochs and after steps, and the probes that its plans look with."""
 
 import logging
+import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
+from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import prune_epochs, pruned_share
-from yolo_ext.pruning import during, masks
+from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.pruning import masks
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.plan import read_sensitivity
-from yolo_ext.pruning.prune import check_plan, prune_with_plan
-from yolo_ext.pruning.surgery import apply_plan
+from yolo_ext.pruning.prune import check_plan, decide, prune_with_plan, remember_dense
+from yolo_ext.pruning.surgery import apply_plan, cut_run
+from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import quiet, recalibrate
+from yolo_ext.stock.load import as_exported, float_model, labelled_dataset
 from yolo_ext.stock.trainer import agreed, as_of_last_epoch, forget_best
-from yolo_ext.training.probes import make_probes
 from yolo_ext.training.technique import Technique, input_size, live
 
 PREFIX = "prune: "
+ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
 
 
 def pruning_epochs(configs: dict[str, Any], args: Any) -> list[int]:
@@ -32,21 +42,16 @@ def pruning_epochs(configs: dict[str, Any], args: Any) -> list[int]:
 
 
 class Prune(Technique):
-    """Channels or weights go, before the first epoch or between epochs; a masked model keeps its masks in any case.
-
-    Attributes:
-        epochs: Epochs that start with a pruning.
-        masks: What stays zero, by layer, None where nothing is masked.
-    """
+    """Channels or weights go, before the first epoch or between epochs; a masked model keeps its masks in any case."""
 
     key = "prune"
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
         """Work out at which epochs to prune."""
         super().__init__(configs, args)
-        self.epochs = pruning_epochs(configs, args)
+        self.epochs = pruning_epochs(configs, args)  # that start with a pruning
         self.ready = not configs["sparsity"]  # or the run makes the model sparse first
-        self.masks: Any = None
+        self.masks: Any = None  # what stays zero, by layer
 
     @classmethod
     def settle(cls, configs: dict[str, Any], args: Any) -> None:
@@ -84,8 +89,11 @@ class Prune(Technique):
             LOGGER.warning(f"{colorstr(PREFIX)}the model has no trained weights, so magnitudes say nothing")
         stock.freeze(model, trainer.args.freeze)
         if self.cfg.kind == "structured":
-            return _prepared(model) if self.epochs else self._pruned(trainer, model)
-        if not self.epochs:
+            if not self.epochs:
+                return self._pruned(trainer, model)
+            record = {k: v for k, v in manifest(model).prune.items() if k != "steps"}  # those of an earlier run
+            note(model, dense=None, **({"prune": record} if record else {"parent": fingerprint(model)}))
+        elif not self.epochs:
             masks.zero_weights(model, self.cfg, self.cfg.ratio)
         return model
 
@@ -113,8 +121,8 @@ class Prune(Technique):
 
     def _probes(self, trainer: Any, model: nn.Module) -> Probes:
         """Return the ways in which pruning may look at data and clock during this run."""
-        size, task = input_size(trainer, model), trainer.args.task
-        return make_probes(trainer.data, size, self.cfg, task, device=trainer.device)
+        size = input_size(trainer, model)
+        return make_probes(trainer.data, size, self.cfg, trainer.args.task, device=trainer.device)
 
     def start(self, trainer: Any) -> None:
         """Take the zeros of a masked model for its masks."""
@@ -142,15 +150,15 @@ class Prune(Technique):
         model, ema, cfg, steps = live(trainer), trainer.ema.ema, self.cfg, len(self.epochs)
         probes, size = self._probes(trainer, ema), input_size(trainer, ema)
         if not manifest(ema).dense:
-            during.remember_dense(ema, cfg, probes, size)
+            remember_dense(ema, cfg, probes, size)
             note(model, dense=manifest(ema).dense)
-        chosen = agreed(lambda: during.decide(_copy_of_ema(trainer), cfg, step, steps, trainer.epoch, probes, size))
+        chosen = agreed(lambda: decide(_copy_of_ema(trainer), cfg, step, steps, trainer.epoch, probes, size))
         said = f"{colorstr(PREFIX)}step {step}/{steps}"
         if chosen is None:
             LOGGER.info(f"{said}: nothing to remove yet")
             return False
         kept, record = chosen
-        during.cut_run(model, trainer.ema, trainer.optimizer, kept, record)
+        cut_run(model, trainer.ema, trainer.optimizer, kept, record)
         stock.rewrap(trainer)
         if probes.images and cfg.recalibrate:
             for m in (model, ema):
@@ -184,18 +192,103 @@ class Prune(Technique):
             masks.apply(self.masks, trainer.ema.ema)
 
 
-def _prepared(model: nn.Module) -> nn.Module:
-    """Note what a later pruning step has to know about the model that the run starts with."""
-    if record := manifest(model).prune:
-        note(model, prune={k: v for k, v in record.items() if k != "steps"}, dense=None)  # those of an earlier run
-    else:
-        note(model, parent=fingerprint(model), dense=None)
-    return model
-
-
 def _copy_of_ema(trainer: Any) -> nn.Module:
     """Return a copy of the EMA in which the layers that the user froze are frozen, and no others."""
     model = deepcopy(trainer.ema.ema).float()
     for p, own in zip(model.parameters(), live(trainer).parameters()):
         p.requires_grad_(own.requires_grad)
     return model
+
+
+# Probes ---------------------------------------------------------------------------------------------------------------
+def make_probes(
+    info: dict[str, Any], imgsz: int, cfg: PruneConfig, task: str, base: nn.Module | None = None, batch: int = 16,
+    device: str | torch.device = "cpu",
+) -> Probes:  # fmt: skip
+    """Make what a pruning plan may ask for of data as `data.check.check_data` returned them; without any only `speed`.
+
+    A model `base` has its classes held against those of the data; labelled batches are read once and kept on `device`.
+    """
+
+    def speed(dense: nn.Module, pruned: nn.Module) -> float:
+        return (_speed_ort if cfg.runtime == "ort" else _speed_torch)(dense, pruned, imgsz)
+
+    if not info:
+        return Probes(speed=speed)
+
+    def read(n: int) -> Iterator[dict[str, Any]]:
+        _check_classes(base, info)
+        return labelled_batches(info, imgsz, n, cfg.seed, task, base, batch)
+
+    @cache
+    def labelled() -> list[dict[str, Any]]:
+        return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in read(cfg.images)]
+
+    def images() -> Iterator[torch.Tensor]:
+        n = cfg.recalibrate or cfg.images
+        if task == "classify":  # seen cropped, not letterboxed
+            return (b["img"] for b in read(n))
+        return letterbox_batches(calibration_images(info, None, cfg.seed, at_most=n), imgsz, batch)
+
+    def worth(model: nn.Module) -> float:
+        _check_classes(base, info)
+        data = Path(info["train"]).parent if task == "classify" else info["yaml_file"]
+        return score(accuracy(model, data, imgsz, batch=batch)) or 0.0
+
+    return Probes(batches=labelled, images=images, score=worth, speed=speed)
+
+
+def labelled_batches(
+    info: dict[str, Any], imgsz: int, n: int, seed: int, task: str, base: nn.Module | None = None, batch: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Yield up to `n` labelled train images, (B, C, imgsz, imgsz) in 0..1, as the criterion of `base` takes them."""
+    chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
+    args = getattr(base, "args", None) or {}
+    given = args if isinstance(args, dict) else vars(args)
+    stride = stock.max_stride(base) if base is not None else 32
+    dataset, files = labelled_dataset(info, task, imgsz, batch, stride, given)
+    places = [i for i, file in enumerate(files) if file.resolve() in chosen]
+    if not places:
+        raise UsageError(f"None of the {len(chosen)} chosen train images has usable labels. Mend the train split.")
+    loader = DataLoader(Subset(dataset, places), batch, collate_fn=getattr(dataset, "collate_fn", None))
+    for found in loader:
+        image = found["img"]
+        yield {**found, "img": image.float() if image.is_floating_point() else image.float() / 255}
+
+
+def _check_classes(base: nn.Module | None, info: dict[str, Any]) -> None:
+    names = getattr(base, "names", None)
+    if names and len(names) != info["nc"]:
+        raise UsageError(
+            f"The model has {len(names)} classes and the data have {info['nc']}, so its losses and its accuracy mean "
+            "nothing. Train it on these data first."
+        )
+
+
+def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
+    """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
+    from yolo_ext.deployment.latency import measure, speedup
+
+    x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    models = {"dense": dense, "pruned": pruned}
+    runners = {k: partial(as_exported(stock.deployed(float_model(m))), x) for k, m in models.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), quiet():
+            found = measure(runners, rounds=ROUNDS, seconds=SECONDS)
+    finally:
+        torch.set_num_threads(threads)
+    return speedup(found["dense"], found["pruned"])["ratio"]
+
+
+def _speed_ort(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
+    """Return the latency ratio of two models in ONNX Runtime, on one thread, taking turns."""
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.latency import bench, speedup
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        models = {"dense": dense, "pruned": pruned}
+        files = {name: export_onnx(model, Path(folder) / f"{name}.onnx", imgsz) for name, model in models.items()}
+        found = bench(files, imgsz, rounds=ROUNDS, seconds=SECONDS)
+    return speedup(found["dense"], found["pruned"])["ratio"]
