@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from torch import nn
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import NMS, consumers_of, metadata, run, session
+from yolo_ext.deployment.runtime import NMS, Source, consumers_of, metadata, run, session
 from yolo_ext.stock.load import export_file, float_model, head_args
 
 SIMPLIFY_TOLERANCE = 1e-5
@@ -103,9 +102,8 @@ def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None
 
 
 def export_onnx(
-    weights: str | Path | nn.Module, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True,
-    dynamic: bool = False, batch: int = 1, end2end: bool = False, nms: Mapping[str, Any] | None = None,
-    half: bool = False,
+    weights: Source, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True, batch: int = 1,
+    dynamic: bool = False, end2end: bool = False, nms: Mapping[str, Any] | None = None, half: bool = False,
 ) -> Path:  # fmt: skip
     """Export an Ultralytics model to ONNX with Ultralytics' exporter and metadata.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
 
 
 def verify_int8(
-    fp32_onnx: str | Path, int8_onnx: str | Path, images: Iterable[str | Path], imgsz: Size,
+    fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[str | Path], imgsz: Size,
     fake_quant: nn.Module | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare a quantized file as it runs with its own float simulation, with the FP32 file and with torch.
@@ -127,7 +127,7 @@ def verify_int8(
     pixel moved by 1e-6; ``anchors`` (their number), ``detections`` (INT8 against FP32, matched at IoU 0.5; none in
     classification), and `conv_report`'s figures.
     """
-    images, meta = _listed(images), describe(int8_onnx)
+    meta = describe(int8_onnx)
     int8, simulated = predictor(int8_onnx), predictor(int8_onnx, simulate=True)
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
     if fake_quant is not None:
@@ -146,14 +146,6 @@ def verify_int8(
     return {**result, **conv_report(int8_onnx)}
 
 
-def _listed(images: Iterable[str | Path]) -> list[str | Path]:
-    """Return images as a list; UsageError where there are none."""
-    images = list(images)
-    if not images:
-        raise UsageError("No images to verify on. Give at least one, better 16 or more, from the validation set.")
-    return images
-
-
 def verify(
     weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
     int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
@@ -168,8 +160,10 @@ def verify(
     """
     if unknown := set(limits or ()) - set(LIMITS):
         raise UsageError(f"Unknown limits {sorted(unknown)}. Legal: {', '.join(LIMITS)}.")
-    meta, images, (height, width) = describe(onnx_path), _listed(images), height_width(imgsz)
+    meta, images, (height, width) = describe(onnx_path), list(images), height_width(imgsz)
     precision = meta["precision"]
+    if not images:
+        raise UsageError("No images to verify on. Give at least one, better 16 or more, from the validation set.")
     if precision == "int8":
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
     bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {}), **(limits or {})}
