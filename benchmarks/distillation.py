@@ -45,7 +45,7 @@ from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
-from yolo_ext.training.probes import make_probes
+from yolo_ext.training.prune import make_probes
 from yolo_ext.training.trainer import trainer_for
 
 LOSSES = [row.name for table in TABLES.values() for row in table]

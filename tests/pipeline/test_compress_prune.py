@@ -17,7 +17,7 @@ from yolo_ext.pipeline import compress
 from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
-from yolo_ext.training.probes import make_probes
+from yolo_ext.training.prune import make_probes
 from yolo_ext.training.trainer import CompressionMixin
 
 SMALL: dict[str, Any] = {"imgsz": 64, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "plots": False}

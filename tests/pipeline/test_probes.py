@@ -15,7 +15,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.pruning.evidence import task_losses
-from yolo_ext.training.probes import labelled_batches, make_probes
+from yolo_ext.training.prune import labelled_batches, make_probes
 
 ROWS = {
     "detect": "0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2",

@@ -24,7 +24,7 @@ from yolo_ext.pruning.solve import measure
 from yolo_ext.pruning.surgery import apply_plan
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import load_model
-from yolo_ext.training.probes import make_probes
+from yolo_ext.training.prune import make_probes
 
 TEN = list(range(10, 1, -1))  # ten units, of which two must stay
 WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "bccd_yolov8n_192.pt"

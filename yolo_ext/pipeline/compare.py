@@ -25,7 +25,7 @@ from yolo_ext.deployment.latency import bench
 from yolo_ext.pipeline.run import Run, finetuning, measure, train
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.reporting.tables import ABSENT, align
-from yolo_ext.training.probes import make_probes
+from yolo_ext.training.prune import make_probes
 
 STEP = 8 / 1024  # between two multiples of this no layer of up to 1024 channels changes
 # Positions of channel counts that Ultralytics does not multiply by the width.

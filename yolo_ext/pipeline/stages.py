@@ -21,7 +21,6 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import as_plain
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.options import PruneConfig
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
@@ -36,7 +35,7 @@ from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import write_summary
 from yolo_ext.runs import Record
-from yolo_ext.training.probes import make_probes
+from yolo_ext.training.prune import make_probes
 
 PICTURES = 4
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
@@ -128,30 +127,26 @@ def prune(run: Run) -> Record:
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
-    assert run.prune
-    if run.prune.kind != "structured":
-        return replace(record, notes=_masks(run, run.prune, pruned, stage))
-    plan, notes = manifest(pruned).prune, []
-    runs.write_json(run.folder / stage / "plan.json", plan)
-    for r in plan["notes"]:  # of PAGCP: how far it pruned each group, and which loss set the limit
-        limit = f", limited by {r['limit']}" if r["limit"] else ""
-        notes.append(f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels{limit})")
-    gate = {"name": "Pruned model equals the masked dense one", "value": plan["gap"], "limit": TOLERANCE}
-    return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}], notes=notes)
-
-
-def _masks(run: Run, cfg: PruneConfig, masked: nn.Module, stage: str) -> list[str]:
-    """Write what is zero and which layers could be, and return it in sentences for the report."""
-    found, rows = sparsity(masked), eligible(masked, cfg)
-    runs.write_json(run.folder / stage / "masks.json", {**found, "eligible": rows})
+    cfg, folder, notes = run.prune, run.folder / stage, []
+    assert cfg
+    if cfg.kind == "structured":
+        plan = manifest(pruned).prune
+        runs.write_json(folder / "plan.json", plan)
+        for r in plan["notes"]:  # of PAGCP: how far it pruned each group, and which loss set the limit
+            limit = f", limited by {r['limit']}" if r["limit"] else ""
+            notes.append(f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels{limit})")
+        gate = {"name": "Pruned model equals the masked dense one", "value": plan["gap"], "limit": TOLERANCE}
+        return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}], notes=notes)
+    found, rows = sparsity(pruned), eligible(pruned, cfg)
+    runs.write_json(folder / "masks.json", {**found, "eligible": rows})
     able, wide = (sum(bool(r[k]) for r in rows) for k in ("eligible", "gain"))
-    share, size = f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers", packed_mb(masked)
-    notes = [f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time."]
+    share, size = f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers", packed_mb(pruned)
+    notes.append(f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time.")
     if cfg.kind == "2:4":
         notes.append(f"{wide} layers are wide enough for sparse tensor cores to run them faster (masks.json).")
     for note in notes:
         LOGGER.info(f"{colorstr('prune: ')}{note}")
-    return notes
+    return replace(record, notes=notes)
 
 
 def latency(run: Run) -> Record:

@@ -271,7 +271,7 @@ def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
 
     x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
     models = {"dense": dense, "pruned": pruned}
-    runners = {k: partial(as_exported(stock.deployed(float_model(m))), x) for k, m in models.items()}
+    runners: dict[str, Any] = {k: partial(as_exported(stock.deployed(float_model(m))), x) for k, m in models.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

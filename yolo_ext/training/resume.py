@@ -6,7 +6,6 @@ anew. On one device without dataloader workers, a run that was killed goes on he
 With workers, on several devices, or with Albumentations, the random part differs; weights and optimizer are exact.
 """
 
-import io
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from ultralytics import __version__
 from ultralytics.utils import LOGGER, RANK, colorstr
 
-from yolo_ext.checkpoint import atomic_write
+from yolo_ext.checkpoint import as_bytes, atomic_write
 from yolo_ext.stock.trainer import continue_order, order_of
 from yolo_ext.training.technique import Technique, live
 
@@ -29,14 +28,11 @@ class Exact:
 
     Ultralytics keeps the batch of the last step in a local variable that a resume loses. `accumulate` makes up for it
     until the first step, from where a batch is prepared, behind the warmup that may set it, to the end of the batch.
-
-    Attributes:
-        waiting: Batches since the last step, whose gradients have been accumulated.
     """
 
     def __init__(self) -> None:
         """Start a run that has not taken a step."""
-        self.waiting = 0
+        self.waiting = 0  # batches since the last step, whose gradients have been accumulated
         self._shift = 0  # to add to `accumulate`,
         self._due = 1  # which is this otherwise
         self._state: dict[str, Any] | None = None  # whose random part waits for the first epoch
@@ -71,25 +67,18 @@ class Exact:
         self._take_back(trainer, self.waiting < self._due)
 
     def _take_back(self, trainer: Any, as_expected: bool) -> None:
-        if not self._shift:
-            return
-        trainer.accumulate = self._due
-        if not as_expected:
-            self._shift = 0
-            _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
+        if self._shift:
+            trainer.accumulate = self._due
+            if not as_expected:
+                self._shift = 0
+                _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
 
     # State ----------------------------------------------------------------------------------------------------------
     def save(self, trainer: Any) -> None:
-        """Write the state of training at the end of an epoch beside the checkpoint that is going to be written next."""
-        buffer = io.BytesIO()
-        torch.save(self._capture(trainer), buffer)
-        atomic_write(_path(trainer, trainer.epoch), buffer.getvalue())
-
-    def _capture(self, trainer: Any) -> dict[str, Any]:
-        """Return the state in full precision and of plain types, which `torch.load(weights_only=True)` reads."""
+        """Write the state of training in full precision beside the checkpoint that is going to be written next."""
         name, keys, *rest = np.random.get_state(legacy=True)
         cuda, stopper = trainer.device.type == "cuda", trainer.stopper
-        found = {
+        found = {  # plain types, which `torch.load(weights_only=True)` reads
             "model": live(trainer).state_dict(),
             "ema": trainer.ema.ema.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
@@ -101,13 +90,13 @@ class Exact:
                 "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(trainer.device) if cuda else None,
-                "orders": [order_of(x) for x in _loaders(trainer)],
+                "orders": [order_of(trainer.train_loader), order_of(trainer.test_loader)],
                 "buffer": list(getattr(trainer.train_loader.dataset, "buffer", ())),
             },
         }
         for technique in trainer.techniques:
             found.update(technique.state())
-        return found
+        atomic_write(_path(trainer, trainer.epoch), as_bytes(found))
 
     def restore(self, trainer: Any) -> None:
         """Put back weights, optimizer and what techniques hold, after Ultralytics has resumed from the checkpoint."""
@@ -172,10 +161,6 @@ def _parameters(trainer: Any) -> list[torch.nn.Parameter]:
     return [p for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
-def _loaders(trainer: Any) -> tuple[Any, Any]:
-    return trainer.train_loader, trainer.test_loader
-
-
 def _belongs(state: dict[str, Any], ema: torch.nn.Module, techniques: Iterable[Technique]) -> bool:
     """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
     saved, loaded = state["ema"], ema.state_dict()
@@ -195,12 +180,11 @@ def _forget_later_rows(csv: Path, epochs: int) -> None:
 def _continue_orders(trainer: Any, orders: list[tuple[torch.Tensor, bool] | None]) -> bool:
     """Make both loaders go on with the order of images, and tell whether they can; classification shuffles both."""
     # From this epoch on mosaic is closed, for which Ultralytics resets the loader: first, or again after a resume.
-    closing = trainer.epochs - trainer.args.close_mosaic if trainer.args.close_mosaic else trainer.epochs
+    closing = trainer.epochs - (trainer.args.close_mosaic or 0)
     known = True
-    for loader, order in zip(_loaders(trainer), orders):
+    for loader, order in zip((trainer.train_loader, trainer.test_loader), orders):
         resets = loader is trainer.train_loader and trainer.start_epoch >= closing
-        if loader.num_workers:
-            continue
-        mid_run = order is not None and order[1] and not (resets and trainer.start_epoch == closing)
-        known &= order is not None and continue_order(loader, order[0], mid_run, resets)
+        if not loader.num_workers:
+            mid_run = order is not None and order[1] and not (resets and trainer.start_epoch == closing)
+            known &= order is not None and continue_order(loader, order[0], mid_run, resets)
     return known
