@@ -15,8 +15,7 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.cli.help import FURTHER, TOPICS, method_tables
-from yolo_ext.cli.parse import command_names
+from yolo_ext.cli.help import FORWARDED, FURTHER, TOPICS, method_tables
 from yolo_ext.commands import COMMANDS, keys
 from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
 from yolo_ext.stock.load import load_model
@@ -174,7 +173,7 @@ def test_stock_predict_runs_on_a_checkpoint_of_ours(place, tiny, shapes):
 def test_overview_names_every_command(capsys, words):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in command_names())
+    assert all(f"\n  {name} " in out for name in [*COMMANDS.names(), *FORWARDED])
 
 
 @pytest.mark.parametrize("command", COMMANDS.names())
@@ -189,7 +188,7 @@ def test_help_names_the_keys_of_a_command(capsys, command):
     assert [key for key in legal if not re.search(rf"\b{key}\b", out)] == []
 
 
-@pytest.mark.parametrize("topic", [*command_names(), *TOPICS])
+@pytest.mark.parametrize("topic", [*COMMANDS.names(), *FORWARDED, *TOPICS])
 def test_help_on_every_topic(capsys, topic):
     assert cli.main(["help", topic]) == 0
     out = capsys.readouterr().out

@@ -9,12 +9,19 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from yolo_ext.cli.parse import FORWARDED
 from yolo_ext.commands import COMMANDS, HELP, command, say
 from yolo_ext.core.config import CONFIGS, default_yaml, help_lines
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table
 
+for _module in ("compress", "deploy", "bench", "analyze", "data", "label"):  # fill the table, in the order of the help
+    import_module(f"yolo_ext.commands.{_module}")
+
+FORWARDED = {
+    "val": "Validate a model (Ultralytics)",
+    "track": "Track objects (Ultralytics)",
+    "benchmark": "Benchmark export formats (Ultralytics)",
+}
 TOPICS = {  # whose options are explained in full
     "compress": tuple(CONFIGS), "train": tuple(CONFIGS), "quantize": ("quant",), **{t: (t,) for t in CONFIGS},
 }  # fmt: skip
