@@ -49,10 +49,8 @@ def convert(
     from yolo_ext.data.convert import convert as run
 
     hint = "one share for each split, such as ratio=0.8,0.2"
-    shares = (
-        [] if ratio is None else numbers("ratio", ratio, float, lambda r: isinstance(ratio, (str, list, tuple)), hint)
-    )
-    if len(shares) > len(SPLITS):
+    shares = [] if ratio is None else numbers("ratio", ratio, float, lambda r: True, hint)
+    if len(shares) > len(SPLITS) or isinstance(ratio, (int, float)):
         raise UsageError(f"'ratio={ratio}' is illegal. Give {hint}.")
     if isinstance(classes, str) and Path(classes).is_file():
         classes = Path(classes).read_text(encoding="utf-8-sig").splitlines()

@@ -35,8 +35,7 @@ def pruned_share(*, step: int, steps: int, kind: str) -> float:
 
 def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
     """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes."""
-    given = {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}
-    for name, epoch in given.items():
+    for name, epoch in {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}.items():
         if epoch is not None and epoch >= epochs:
             raise UsageError(
                 f"'prune.{name}={cfg.at if name == 'at' else epoch}' lies outside a run of {epochs} epochs. "
@@ -50,10 +49,8 @@ def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
         raise UsageError("'prune.start' and 'prune.end' need 'prune.every' or 'prune.steps', which say how often.")
     start, end = cfg.start or 0, epochs // 2 if cfg.end is None else cfg.end
     if end < start:
-        raise UsageError(
-            f"'prune.start={start}' leaves no epoch to prune in: 'prune.end' is {end}, half of the epochs. "
-            "Lower prune.start or give prune.end."
-        )
+        why = f"leaves no epoch to prune in: 'prune.end' is {end}, half of the epochs"
+        raise UsageError(f"'prune.start={start}' {why}. Lower prune.start or give prune.end.")
     if cfg.every is not None:
         return list(range(start, end + 1, cfg.every))[: cfg.steps]
     intervals = max((cfg.steps or 1) - 1, 1)
@@ -101,10 +98,8 @@ def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning
         raise UsageError(f"'sparsity.end={cfg.end}' lies outside a run of {epochs} epochs. Legal: 1 to {epochs}.")
     if cfg.start >= end:
         what = "the first pruning" if cfg.end is None and first_pruning is not None else "the end"
-        raise UsageError(
-            f"'sparsity.start={cfg.start}' leaves no epoch for sparsity training: {what} is at epoch {end}. "
-            "Lower sparsity.start, raise epochs, or prune later."
-        )
+        why = f"leaves no epoch for sparsity training: {what} is at epoch {end}"
+        raise UsageError(f"'sparsity.start={cfg.start}' {why}. Lower it, raise epochs, or prune later.")
     factors = [
         loss_factor(epoch=e, epochs=epochs, schedule=cfg.schedule, final=cfg.final, start=cfg.start, end=end,
                     warmup=cfg.warmup)
