@@ -34,18 +34,10 @@ def accuracy(
 ) -> dict[str, float]:
     """Measure a model on the val split: boxes as `map50`, `map`, `f1` and its `f1_conf`, classifiers as `top1`.
 
-    The model, or ``.pt``, is not changed and runs without rectangular batches: so its static export (``.onnx``,
-    ``*_openvino_model``), which has its own size and batch, sees the same pixels. Nothing is downloaded.
-
-    Args:
-        model: Ultralytics model or file.
-        data: Data set YAML, or the folder of a classification set.
-        imgsz: Square input size in pixels.
-        batch: Images per forward pass of a torch model.
-        end2end: Use the NMS-free head of a dual-head torch model.
-        like: Validator of a trainer, whose class and arguments count instead of the above.
-        loader: Loader of the images in place of a new one.
-        options: More Ultralytics arguments.
+    A model, or ``.pt``, is not changed and runs without rectangular batches (`end2end`: by its NMS-free head). So its
+    static export (``.onnx``, ``*_openvino_model``), which has its own size and batch, sees the same pixels. `data` is
+    a YAML, or the folder of a classification set; nothing is downloaded. `like` is the validator of a trainer, whose
+    class and arguments count instead, and `loader` replaces a new one. `options` are of Ultralytics.
     """
     net = float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -94,16 +94,14 @@ def labels_optional(wanted: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> AbstractContextManager[Any]:
     """Have every forward pass of a model call `run` with its images, whose results live until the next one."""
     held: list[Any] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
         held[:] = [run(args[0].detach())]  # held until the backward pass is through
 
-    with model.register_forward_hook(hook):
-        yield
+    return model.register_forward_hook(hook)
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Distillation in a training run: teachers and adapters, the batch size, and a look at all of them beforehand."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -35,16 +34,6 @@ def remember(weights: nn.Module, data: Any, imgsz: int, accuracy: float) -> None
     _known[fingerprint(weights), str(Path(data).resolve()), imgsz] = accuracy
 
 
-def self_teacher(model: str) -> str:
-    """Return the teacher that `distill.teacher=self` means: the model as it is before this run."""
-    if not model.endswith(".pt"):
-        raise UsageError(
-            f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
-            "Give model=best.pt, or distill.teacher=bigger.pt."
-        )
-    return str(Path(model).resolve()) if Path(model).exists() else model
-
-
 class Distill(Technique):
     """Teachers are asked along with the student, whose loss grows by what they say."""
 
@@ -58,23 +47,27 @@ class Distill(Technique):
 
     @classmethod
     def settle(cls, configs: dict[str, Any], args: Any) -> None:
-        """Refuse a second distillation, by Ultralytics itself, and find the file of the model's own self."""
-        cfg, theirs = configs["distill"], getattr(args, "distill_model", None)
-        if theirs:
+        """Refuse a second distillation, by Ultralytics itself; `self` means the file of the model before this run."""
+        cfg, model = configs["distill"], str(args.model)
+        if theirs := getattr(args, "distill_model", None):
             raise UsageError(
                 f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
                 "Keep one of them; only distill.* works with a pruned student."
             )
         if cfg.teacher == "self":
-            configs["distill"] = replace(cfg, teacher=self_teacher(str(args.model)))
+            if not model.endswith(".pt"):
+                raise UsageError(
+                    f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
+                    "Give model=best.pt, or distill.teacher=bigger.pt."
+                )
+            configs["distill"] = replace(cfg, teacher=str(Path(model).resolve()) if Path(model).exists() else model)
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
         """Refuse teachers that do not fit, and losses that do not work with them."""
         model.names = info["names"]
         Distiller(model, self.cfg, torch.device("cpu"), shrinks=self.shrinks)
 
-    @contextmanager
-    def batch_search(self, trainer: Any) -> Iterator[None]:
+    def batch_search(self, trainer: Any) -> AbstractContextManager[Any]:
         """Run the teachers along."""
         guides = make_guides(self.cfg, deepcopy(live(trainer)).eval(), trainer.device)
 
@@ -82,8 +75,7 @@ class Distill(Technique):
             with torch.autocast(trainer.device.type, enabled=False):
                 return [guide.ask(images) for guide in guides]
 
-        with along(trainer.model, ask):
-            yield
+        return along(trainer.model, ask)
 
     def build(self, trainer: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load the teachers, and give their adapters a parameter group."""

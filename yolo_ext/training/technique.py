@@ -38,7 +38,7 @@ class Technique:
         """Return the student on the CPU as it is to be trained; `weights` are what it was made from, if anything."""
         return model
 
-    def batch_search(self, trainer: Any) -> AbstractContextManager[None]:
+    def batch_search(self, trainer: Any) -> AbstractContextManager[Any]:
         """Hold what a training step holds besides, for as long as Ultralytics looks for the batch size that fits."""
         return nullcontext()
 
