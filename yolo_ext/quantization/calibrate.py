@@ -30,12 +30,9 @@ Found = dict[str, Any]
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    batches: Iterable[torch.Tensor],
-    observer: str = "mse",
-    weight_observer: str | None = "max",
+    model: nn.Module, batches: Iterable[torch.Tensor], observer: str = "mse", weight_observer: str | None = "max",
     total: int | None = None,
-) -> State:
+) -> State:  # fmt: skip
     """Set the ranges of a model and switch its fake quantization on; memory does not grow with the number of images.
 
     Args:
@@ -62,9 +59,7 @@ def calibrate(
     histograms = _observe(model, [q for *_, q, _ in sites], batches, total)
     for layer in layers if weight_rule else ():
         layer.weight_ratio.copy_(weight_rule(weight_rows(layer), layer.weight_spec.qmax).clamp(1e-3, 1.0))  # type: ignore[misc]
-    broken: list[str] = []
-    repaired: list[str] = []
-    ignored: list[str] = []
+    broken, repaired, ignored = (list[str]() for _ in range(3))
     for (path, site, q, act), h, rule in zip(sites, histograms, rules):
         if q.fixed:
             continue
@@ -135,7 +130,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _numpy(act: nn.Module | None) -> Callable[[np.ndarray], np.ndarray] | None:
+def _numpy(act: nn.Module | None) -> Callable | None:
     """Return an activation without parameters as a function of arrays, None where it changes nothing."""
     if act is None or isinstance(act, nn.Identity) or any(True for _ in act.parameters()):
         return None
@@ -199,7 +194,6 @@ def _see(seen: dict[int, _Seen], q: Any, args: tuple[torch.Tensor, ...]) -> None
 
 
 def _row(path: str, site: str, q: Any, seen: _Seen) -> Found:
-    """Return the row of a quantizer."""
     lo, hi = float(q.lo), float(q.hi)
     width, data = (2 * max(-a, b) if q.spec.symmetric else b - a for a, b in ((lo, hi), (seen.low, seen.high)))
     could = max(min(len(seen.codes), seen.total), 1)
@@ -211,7 +205,6 @@ def _row(path: str, site: str, q: Any, seen: _Seen) -> Found:
 
 
 def _weight_row(path: str, layer: Any) -> Found:
-    """Return the row of the weight of a layer."""
     spec, rows = layer.weight_spec, weight_rows(layer).cpu()
     channels = rows.reshape(layer.weight.shape[channel_axis(layer)], -1).abs().amax(1)
     ends = rows.abs().amax(1) * layer.weight_ratio.cpu()

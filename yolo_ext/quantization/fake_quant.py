@@ -1,9 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Fake quantization by class swap: a stock model that computes what its INT8 graph will compute.
 
-A quantized layer keeps its identity, Parameters and state-dict keys; only its class changes and quantizers are added.
-The `act` of its Ultralytics block is wrapped by the quantizer of the convolution's output, which is behind the unfused
-BN, where the folded convolution ends. Blocks of several branches are merged before.
+A quantized layer keeps its identity, Parameters and state-dict keys. The `act` of its block is wrapped by the quantizer
+of the convolution's output, which is behind the unfused BatchNorm, where the folded convolution ends.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
 from yolo_ext.stock.context import evaluating
 
-MODES = ("float", "off", "observe", "on")
+MODES = ("float", "off", "observe", "on")  # off: weights only; observe: float, collecting calibration statistics
 # Before SiLU, codes below SiLU(-6) = -0.015 cost more than they bring; behind it, there is no smaller value.
 SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 
@@ -30,8 +29,7 @@ SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[str]:
     """Turn blocks of several branches, in place, into the `Conv` blocks that they are once deployed; return the paths.
 
-    Such a block ends in a BatchNorm whose statistics, measured on images (B, C, H, W), and affine parameters are those
-    of its own output, so that it can be trained on: in eval mode it changes nothing, in training mode nearly nothing.
+    Such a block ends in a BatchNorm that has statistics from images (B, C, H, W) and undoes itself, for training.
     """
     paths = stock.branched(model)
     if not paths:
@@ -59,11 +57,9 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
         seen[norm][0] += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
         seen[norm][1] += x.numel() // x.shape[1]
 
-    handles = [b.bn.register_forward_pre_hook(see) for b in blocks]
-    device = next(model.parameters()).device
-    with evaluating(model, handles):
+    with evaluating(model, [b.bn.register_forward_pre_hook(see) for b in blocks]):
         for images in batches if blocks else ():
-            model(images.to(device))
+            model(images.to(next(model.parameters()).device))
     for norm, (sums, n) in seen.items():
         if n < 2:
             continue
@@ -104,9 +100,7 @@ def insert_fake_quant(
     """
     refuse_quantized(model)
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
-        raise UsageError(
-            f"'{broken[0]}' holds NaN or infinite values: the model is broken. Give an earlier checkpoint."
-        )
+        raise UsageError(f"'{broken[0]}' holds NaN or infinite values: a broken model. Give an earlier checkpoint.")
     plan, reasons = make_plan(model, profile, exclude, config_list)
     if not plan:
         raise UsageError(
@@ -198,24 +192,15 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, Any
     for path, m in model.named_modules():
         act = getattr(blocks.get(path), "act", None)
         wrapped = act if isinstance(act, QuantAct) else None
-        found = {
-            "input": getattr(m, "input_quantizer", None),
-            "output": getattr(wrapped or (m if isinstance(m, QuantLayer) else None), "output_quantizer", None),
-            "activation": wrapped and wrapped.activation_quantizer,
-            "residual": getattr(m, "residual_quantizer", None),
-            "add": getattr(m, "add_quantizer", None),
-        }
-        for site, q in found.items():
-            if isinstance(q, RangeQuantizer):
+        behind = wrapped or (m if isinstance(m, QuantLayer) else None)
+        owners = {"input": m, "output": behind, "activation": wrapped, "residual": m, "add": m}
+        for site, owner in owners.items():
+            if isinstance(q := getattr(owner, f"{site}_quantizer", None), RangeQuantizer):
                 yield path, site, q, wrapped.act if wrapped else act
 
 
 def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None:
-    """Set what the quantizers of a model do, and how much of a range is that of the current batch while training.
-
-    The modes are `float` (nothing is quantized), `off` (weights only), `observe` (float, collecting calibration
-    statistics) and `on` (weights and calibrated activations).
-    """
+    """Set what the quantizers of a model do, and how much of a range is that of the current batch while training."""
     if mode not in MODES:
         raise UsageError(f"Unknown fake-quant mode '{mode}'. Legal: {', '.join(MODES)}.")
     for _, layer, _ in quantized_layers(model):
@@ -227,17 +212,14 @@ def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None
 
 @torch.no_grad()
 def get_state(model: nn.Module) -> State:
-    """Return specs and ranges of a model as plain data: `{layer path: {site: {...}}}`.
-
-    Activations have `lo` and `hi` once they are calibrated; weights a list `ratio` unless all are 1.
-    """
+    """Return specs and, once calibrated, `lo` and `hi` of activations and `ratio` of weights (unless all are 1)."""
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     for path, layer, _ in quantized_layers(model):
         if spec := layer.weight_spec:
-            whole = bool((layer.weight_ratio == 1).all())
-            entries[path, "weight"] = {**spec.as_dict(), **({} if whole else {"ratio": layer.weight_ratio.tolist()})}
+            ratio = layer.weight_ratio
+            entries[path, "weight"] = spec.as_dict() | ({} if (ratio == 1).all() else {"ratio": ratio.tolist()})
     for path, site, q, _ in quantizers(model):
-        entries[path, site] = {**q.spec.as_dict(), **({"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {})}
+        entries[path, site] = q.spec.as_dict() | ({"lo": float(q.lo), "hi": float(q.hi)} if q.ready else {})
     paths = {path for path, _ in entries}
     ordered = [path for path, _ in model.named_modules() if path in paths]
     return {path: {site: entries[path, site] for site in SITES if (path, site) in entries} for path in ordered}

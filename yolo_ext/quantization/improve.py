@@ -35,10 +35,9 @@ class _Pair(nn.ModuleList):
 
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Move BatchNorm statistics by what quantization does to them; return the number of images used.
+    """Move BatchNorm statistics by what quantization does to them, and return the number of images used.
 
-    Statistics of the images themselves would be those of another distribution than the augmented one of training, so
-    only their difference between the quantized and the float model counts.
+    Those of the images themselves would be of another distribution than the augmented one of training.
     """
     norms = _norms(model)
     if not norms:
@@ -64,9 +63,8 @@ def _norms(model: nn.Module) -> list[Any]:
 def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
     """Take the mean error of every channel out of the biases of BatchNorm or layers; return path -> largest change.
 
-    Empirical bias correction of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-    Correction", 2019: each layer is corrected for inputs from layers that are corrected already. The mean is that
-    behind the activation: before it, values that SiLU makes zero would outweigh all others.
+    As in Nagel et al., "Data-Free Quantization", 2019, for inputs from layers that are corrected already. The mean is
+    that behind the activation: before it, values that SiLU makes zero would outweigh all others.
     """
     targets = {path: _biased(layer, block) for path, layer, block in quantized_layers(model)}
     targets = {path: t for path, t in targets.items() if t[0].bias is not None}
@@ -184,10 +182,9 @@ def _unrowed(rows: torch.Tensor, layer: Any) -> torch.Tensor:
 def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
     """Learn the rounding of all quantized weights in so many steps per block, and write it into the float weights.
 
-    Each block is made to give what it gives in the float model, for the inputs that it gets from the quantized blocks
-    before it (Nagel et al., "Up or Down?", 2020, arXiv:2004.10568, with the blocks of Li et al., "BRECQ", 2021,
-    arXiv:2102.05426). A block for which nearest rounding is better keeps that. Nearest rounding then finds the learned
-    codes. Returned is path of the block -> its mean squared error with nearest and with learned rounding.
+    Each block is made to give what it gives in the float model, for inputs from the quantized blocks before it (Nagel
+    et al., arXiv:2004.10568; Li et al., arXiv:2102.05426), unless nearest rounding is better. Nearest rounding then
+    finds the learned codes. Returned is path -> mean squared error with nearest and with learned rounding.
     """
     images = [*islice(chain.from_iterable(batches), IMAGES)]
     if not images:
@@ -216,9 +213,7 @@ def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
     finally:
         set_mode(model, "on")
     if skipped:
-        LOGGER.warning(
-            f"AdaRound leaves {', '.join(skipped)} as they are: not run, or more than one map goes in or out"
-        )
+        LOGGER.warning(f"AdaRound leaves {', '.join(skipped)} as they are: not run, or several maps go in or out")
     return errors
 
 
@@ -290,6 +285,5 @@ def _soft(roundings: list[Rounding]) -> Iterator[None]:
 
 @torch.no_grad()
 def _error(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return the mean squared error of a unit."""
     pairs = zip(inputs.split(CHUNK), targets.split(CHUNK))
     return float(torch.stack([(unit(x) - y).square().mean() * len(x) for x, y in pairs]).sum() / len(inputs))

@@ -31,11 +31,6 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin
     return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero.round().int(), qmin, qmax).to(x.dtype)
 
 
-def fake_quantize_weight(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
-    """Quantize and dequantize a float32 weight with symmetric codes; the scale broadcasts to its shape."""
-    return _Weight.apply(w, scale, qmax)
-
-
 class _Tensor(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> Any:
@@ -64,6 +59,9 @@ class _Weight(Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         w, scale = ctx.saved_tensors
         return g * (w.abs() <= scale * (ctx.qmax + 0.5)), None, None
+
+
+fake_quantize_weight = _Weight.apply  # of a float32 weight, by symmetric codes whose scales broadcast to its shape
 
 
 # Quantizers of activations -------------------------------------------------------------------------------------------
@@ -141,7 +139,6 @@ class RangeQuantizer(_Float32, nn.Module):
         self.ready = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the range too."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.hi > self.lo)
 
@@ -179,12 +176,12 @@ class QuantLayer(_Float32):
     output_quantizer: RangeQuantizer | None  # of the result of a layer without a block around it
     fold: tuple[nn.Module, ...]  # the block around it, so that it is no submodule; for the BN of per-tensor weights
     mode: str
-    compute: Callable[..., torch.Tensor]  # what the layer does to its input, with another weight
+    _compute: Callable[..., torch.Tensor]  # what the layer does to its input, with another weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute with `x`, of the shape that the layer takes, as the INT8 kernel does."""
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        y = self.compute(x, self.quantized_weight() if self.mode in ("off", "on") else self.weight)
+        y = self._compute(x, self.quantized_weight() if self.mode in ("off", "on") else self.weight)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def quantized_weight(self) -> torch.Tensor:
@@ -193,8 +190,7 @@ class QuantLayer(_Float32):
             return self.weight
         spec, w, axis = self.weight_spec, self.weight.float(), channel_axis(self)
         shape = [-1 if d == axis else 1 for d in range(w.ndim)]
-        fold = self.folding()
-        if fold is not None:
+        if (fold := self.folding()) is not None:
             w = w * fold.view(shape)
         dims = [d for d in range(w.ndim) if d != axis or not spec.per_channel]
         largest = w.detach().abs().amax(dims, keepdim=True)
@@ -215,16 +211,14 @@ class QuantLayer(_Float32):
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """An `nn.Conv2d` that quantizes its input and its weight."""
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve `x` (batch, in, height, width)."""
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, weight, self.bias)
 
 
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """An `nn.ConvTranspose2d` that quantizes its input and its weight."""
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve `x` (batch, in, height, width)."""
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         shape: Any = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         return F.conv_transpose2d(x, weight, self.bias, *shape)
 
@@ -232,8 +226,7 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 class QuantLinear(QuantLayer, nn.Linear):
     """An `nn.Linear` that quantizes its input and its weight."""
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Multiply `x` (..., in)."""
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight, self.bias)
 
 

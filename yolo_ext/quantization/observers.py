@@ -1,9 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Range observers: a streaming histogram per tensor and the rules that turn it into a quantization range.
 
-A rule gets the histogram, the `Spec` of the tensor and, for a tensor before an activation, that activation; it returns
-the low and the high end. A weight rule gets a weight of shape (channels, n) and the largest code, whose negative is the
-smallest one; it returns the share of the largest magnitude that the range covers, shape (channels,).
+A rule gets the histogram, the `Spec` of the tensor and the activation behind it, if any; it returns both ends. One of
+weights gets a weight (channels, n) and the largest code, and returns the covered share of the largest magnitudes.
 """
 
 import math
@@ -27,10 +26,9 @@ WEIGHT_SHRINK = np.linspace(1.0, 0.3, 71)
 
 @dataclass
 class Histogram:
-    """Counts of a tensor's values, in memory that does not grow with the number of images.
+    """Counts of a tensor's values, whose memory does not grow, and which the order of the batches does not change.
 
-    The grid is anchored at zero and its width is a power of two, so growing the range merges pairs of bins exactly:
-    the result does not depend on the order of the batches.
+    The grid is anchored at zero and its width is a power of two: growing the range merges pairs of bins exactly.
     """
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS))  # from `-BINS * width` to `BINS * width`
@@ -118,7 +116,7 @@ def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tup
     """Return the range with the least KL divergence between the clipped values and their codes.
 
     Values outside go to the end bins of the reference only, so that clipping costs something; a range of fewer bins
-    than codes would cost nothing else and is no candidate. Information is counted where the quantizer is.
+    than codes costs nothing else, and is no candidate.
     """
     levels = spec.qmax - spec.qmin + 1
 
@@ -140,10 +138,7 @@ def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tup
 
 
 def _search(h: Histogram, spec: Spec, error: Callable[[float, float], float]) -> tuple[float, float]:
-    """Return the range within the data with the least error; the low end of SiLU results stays where it is.
-
-    Fixing that end is the unilateral search of Q-YOLO (Wang et al., 2023, arXiv:2307.04816).
-    """
+    """Return the range with the least error; the low end of SiLU results stays (Q-YOLO, Wang et al., 2023)."""
     low, high = with_zero(h.lo, h.hi)
     if spec.symmetric:
         end = min(max(-low, high) * SHRINK, key=lambda v: error(-v, v))

@@ -96,8 +96,7 @@ def quantizable_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def float_modules(model: nn.Module) -> dict[str, str]:
     """Return module path -> reason for every convolution and linear layer of a model, fused or not, that stays float.
 
-    Quantized are the convolutions of Ultralytics `Conv` blocks (`DWConv`, attention projections and head stems among
-    them). The box decode has no such layer and is never touched: one scale for boxes and scores would zero the scores.
+    Others are the convolutions of `Conv` blocks. The box decode is none: one scale would zero its scores.
     """
     merged = {
         f"{path}.{child}"
@@ -281,10 +280,7 @@ class _Marks(TorchFunctionMode):
 
 @torch.no_grad()
 def drop_needless(model: nn.Module, plan: Plan) -> None:
-    """Take from a plan, in place, the inputs that arrive quantized as they should be, and what nothing quantized reads.
-
-    The model runs once on a small black image.
-    """
+    """Take from a plan, in place, inputs that arrive quantized as they should be, and what nothing quantized reads."""
     arrived, read = _trace(model, plan)
     direct = set()
     for path, mark in arrived.items():

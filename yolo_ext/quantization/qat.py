@@ -85,8 +85,7 @@ def strip(model: nn.Module) -> nn.Module:
 def bake(model: nn.Module) -> None:
     """Replace the weights that are quantized, in place, by the values of their codes.
 
-    Training leaves many weights close to the border between two codes (Nagel et al., "Overcoming Oscillations in
-    Quantization-Aware Training", 2022), where rounding to fp16, in which checkpoints are kept, would move them across.
+    Training leaves many close to a border between codes (Nagel et al., 2022), which rounding to fp16 would move across.
     """
     for _, layer, _ in fq.quantized_layers(model):
         if layer.weight_spec is None:
@@ -120,9 +119,8 @@ def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
     """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float.
 
-    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127. Blocks
-    of several branches must be merged already: what replaces them gets the input range of the branches and new weight
-    ranges, because theirs do not add up.
+    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127. Merged
+    branches get the input range of the branches and new weight ranges, because theirs do not add up.
     """
     if not is_modelopt(ckpt):
         raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")

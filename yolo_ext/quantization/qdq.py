@@ -2,14 +2,14 @@
 """Write a calibrated state into an FP32 ONNX file as Q/DQ nodes that the runtime of a profile turns into INT8."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
@@ -55,7 +55,15 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
     nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
     nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
     nodes = transpose_dfl(nodes, writer.editor) if profile.transpose_dfl else nodes
-    _replace(graph, nodes, writer.editor.initializers)
+    outputs = {o.name for o in graph.output}
+    read = outputs.union(*(n.input for n in nodes))
+    nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in read]
+    read = outputs.union(*(n.input for n in nodes))
+    initializers = [*(i for i in graph.initializer if i.name in read), *writer.editor.initializers]
+    # Shapes of intermediate tensors that the edits made stale go too; runtimes infer them.
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(initializers)
     if profile.fuse_silu and all(o.domain != "com.microsoft" for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.checker.check_model(model, full_check=True)
@@ -92,7 +100,6 @@ def _load(path: Path, wide: bool) -> onnx.ModelProto:
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    """Return the constant tensors of a graph by name."""
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     for n in graph.node:  # the exporter merges equal initializers and hands them on through Identity
         if n.op_type == "Identity" and n.input[0] in constants:
@@ -230,16 +237,3 @@ class _Writer:
             return []
         node.input[1:], nodes = self.editor.weights(node, path, sites["weight"], x)
         return nodes
-
-
-def _replace(graph: onnx.GraphProto, nodes: list[NodeProto], initializers: Iterable[TensorProto]) -> None:
-    """Put nodes and initializers into a graph, without what nothing reads any more."""
-    outputs = {o.name for o in graph.output}
-    read = outputs.union(*(n.input for n in nodes))
-    nodes = [n for n in nodes if n.op_type != "Identity" or n.output[0] in read]
-    read = outputs.union(*(n.input for n in nodes))
-    kept = [i for i in graph.initializer if i.name in read]
-    del graph.node[:], graph.initializer[:]
-    del graph.value_info[:]  # shapes of intermediate tensors that the edits made stale; runtimes infer them
-    graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *initializers])

@@ -110,8 +110,7 @@ class Editor:
         ratio = np.asarray(entry.get("ratio", [1.0]), np.float32)
         if ratio.size not in (1, w.shape[axis] if spec.per_channel else 1):
             raise CheckFailed(
-                f"The weight of '{path}' has {w.shape[axis]} channels, its state {ratio.size}. Calibrate again after "
-                "any change of the structure."
+                f"The weight of '{path}' has {w.shape[axis]} channels, its state {ratio.size}. Calibrate again."
             )
         dims = tuple(d for d in range(w.ndim) if d != axis or not spec.per_channel)
         scale = np.maximum(np.abs(w).max(dims).reshape(-1) * ratio, np.float32(1e-12)) / qmax
@@ -151,10 +150,7 @@ def channel_axis(node: NodeProto) -> int:
 
 # Rewrites ------------------------------------------------------------------------------------------------------------
 def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
-    """Return the nodes with every `x * sigmoid(x)` as one QuickGelu.
-
-    ONNX Runtime does this itself in float graphs only: in a Q/DQ graph it gives each consumer its own DQ first.
-    """
+    """Return the nodes with every `x * sigmoid(x)` as one QuickGelu, which ONNX Runtime makes in float graphs only."""
     uses = Counter([*(name for n in nodes for name in n.input), *(o.name for o in graph.output)])
     sigmoids = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and uses[n.output[0]] == 1}
     fused, drop = [], set()
@@ -170,8 +166,7 @@ def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]
 def transpose_dfl(nodes: list[NodeProto], editor: Editor) -> list[NodeProto]:
     """Return the nodes with the DFL softmax over the last axis, where ONNX Runtime is about ten times faster.
 
-    Transpose to (batch, 16, 4, anchors), Softmax(axis=1) and Conv become Transpose to (batch, 4, anchors, 16),
-    Softmax(axis=3) and MatMul: the same numbers in the same order.
+    Behind (batch, 4, anchors, 16) instead of (batch, 16, 4, anchors), the Conv is a MatMul with the same numbers.
     """
     makers = {n.output[0]: n for n in nodes}
     for conv in nodes:

@@ -50,16 +50,15 @@ def sensitivity(
         model: Float model that the state belongs to; not changed.
         state: Calibrated state of all layers.
         batches: Images (B, C, H, W), 0 to 1.
-        by: `layer`, or `block` for all layers of one entry of the model YAML (of one branch in the head) together.
+        by: `layer`, or `block` for all layers of one entry of the model YAML (or branch of the head) together.
         score: Accuracy of a model, 0 to 1; measured for each group if given.
         costs: Layer path -> ms that INT8 saves there.
 
     Returns:
         `by`, `images`, `anchors` (number compared), `base` (`map` of the float model), `all` (errors with everything
-        quantized) and `groups`, the worst first: `name`, `layers`, `error` (box and score error as shares of those with
-        everything quantized, averaged), `box_mean` (px), `score_max` and `score_mean` at confident anchors, `sqnr` (dB,
-        class scores before the sigmoid; 200 where none changed), `map` and `map_drop` with a score, `ms` and
-        `error_per_ms` with costs.
+        quantized) and `groups`, the worst first: `name`, `layers`, `error` (mean share in the box and score errors of
+        all), `box_mean` (px), `score_max` and `score_mean` at confident anchors, `sqnr` (dB, class logits; 200 where
+        none changed), `map` and `map_drop` with a score, `ms` and `error_per_ms` with costs.
 
     Raises:
         UsageError: If there are no images or no quantized layers, or `by` is illegal.
@@ -242,10 +241,9 @@ def leave_float(
     model: nn.Module, state: State, excluded: Sequence[str], profile: Profile, cfg: QuantConfig,
     batches: Callable[[], Iterable[torch.Tensor]],
 ) -> State:  # fmt: skip
-    """Return the state of a float model, which is not changed, in which these layers stay float.
+    """Return the state of a float model, which is not changed, with these layers left float.
 
-    A layer behind them that read their codes gets a quantizer of its own, whose range is measured on images from
-    `batches` (B, C, H, W).
+    A layer behind them that read their codes gets a range of its own, measured on images from `batches` (B, C, H, W).
     """
     plan, _ = make_plan(model, profile, cfg.exclude, [*cfg.config_list, *config_list(excluded)])
     given = known(plan, state)

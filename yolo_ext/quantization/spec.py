@@ -2,11 +2,9 @@
 """How one tensor is quantized, the plain data that say it of a whole model, and what each runtime executes.
 
 A plan says which tensors of which layers are quantized and how; a state adds the calibrated ranges. Both are keyed by
-layer path and site:
-
-- `input`, `weight`, `output` (behind BatchNorm, before the activation) and `activation` (behind it; inside SiLU the
-  sigmoid's result too) belong to a convolution or linear layer;
-- `residual` (what its first convolution and its addition both read) and `add` (the sum) belong to a bottleneck.
+layer path and site: `input`, `weight`, `output` (behind BatchNorm, before the activation) and `activation` (behind it;
+inside SiLU the sigmoid's result too) of a layer, and of a bottleneck `residual` (what its first convolution and its
+addition both read) and `add` (the sum).
 """
 
 import re
@@ -146,9 +144,8 @@ def resolve_profile(name: str) -> Profile:
 def convert(state: State, source: Profile, target: Profile) -> State:
     """Return the state for another profile than that it was made for, or refuse what would compute something else.
 
-    Scales and codes stay what they are: storage may be signed or unsigned, a symmetric range is an asymmetric one whose
-    zero has the middle code, and weights keep their bits where the target can run them. What the target does not
-    execute is dropped, which means fewer roundings. What it could quantize besides stays float.
+    Scales and codes stay what they are: a symmetric range is an asymmetric one whose zero has the middle code. What the
+    target does not execute is dropped, which means fewer roundings; what it could quantize besides stays float.
     """
     if source.name == target.name:
         return state
