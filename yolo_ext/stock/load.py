@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 from ultralytics import RTDETR, YOLO
-from ultralytics.data import ClassificationDataset, YOLODataset, build_yolo_dataset
+from ultralytics.data import ClassificationDataset, build_yolo_dataset
 from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
 from ultralytics.data.utils import (
