@@ -73,8 +73,17 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
         for g in groups:
             g.frozen = found
     for i, share in shares(model, graph, cfg).items():
-        _check_share(made[i], share, _floor(model, graph, made[i].groups, cfg), cfg)
-        made[i].share = share
+        made[i].share, size = share, max(g.size for g in made[i].groups)
+        floor = _floor(model, graph, made[i].groups, cfg)
+        if size * (1 - share) < floor and share:
+            raise UsageError(
+                f"'prune.ratios' takes {share:g} of the {size} channels of {made[i].name}, but the floors keep "
+                f"{floor:.4g}. Give at most {max(0.0, 1 - floor / size):.2g}, "
+                f"lower prune.min_channels={cfg.min_channels} or raise prune.max_ratio={cfg.max_ratio:g}."
+            )
+        if share and made[i].round(made[i].units * (1 - share)) == made[i].units:
+            whole = f"{share:g} of its {size} channels is less than half of prune.round_to={cfg.round_to}"
+            LOGGER.warning(f"{colorstr('prune: ')}{made[i].name} stays whole: {whole}")
     refuse_frozen(model, [p for t in made.values() for g in t.groups for p in g.producers])
     return list(made.values())
 
@@ -109,22 +118,6 @@ def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig
     before = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in widest.producers if p in shapes]
     share = max([widest.size, *before]) * (1 - cfg.max_ratio)
     return max(cfg.min_channels * widest.size // narrowest, share - 1e-6)
-
-
-def _check_share(tied: TiedGroups, share: float, floor: float, cfg: PruneConfig) -> None:
-    """Refuse a share of `prune.ratios` that a floor does not allow; warn when rounding leaves nothing of it."""
-    size = max(g.size for g in tied.groups)
-    if size * (1 - share) < floor and share:
-        raise UsageError(
-            f"'prune.ratios' takes {share:g} of the {size} channels of {tied.name}, but the floors keep "
-            f"{floor:.4g}. Give at most {max(0.0, 1 - floor / size):.2g}, "
-            f"lower prune.min_channels={cfg.min_channels} or raise prune.max_ratio={cfg.max_ratio:g}."
-        )
-    if share and tied.round(tied.units * (1 - share)) == tied.units:
-        LOGGER.warning(
-            f"{colorstr('prune: ')}{tied.name} stays whole: {share:g} of its {size} channels is less than half of "
-            f"prune.round_to={cfg.round_to}"
-        )
 
 
 # Selectors -----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 """Performance-aware global channel pruning: each layer goes as far as its share of a loss budget lets it.
 
 Ye et al., TPAMI 2023, arXiv:2303.11923. Layers are visited one after the other, those whose FLOPs react most first and
-with the largest budgets; a layer is pruned as far as no task loss (box, class, ...) grows by more than its budget.
-Differences from the authors' code: ratios are found by bisection, BatchNorm is recalibrated before each trial, a layer
-that never exceeds its budget is pruned to its floor instead of not at all, and a FLOPs target can end the walk. Trials
-run on pruned copies: they equal masked ones (`surgery.verify`) and are faster.
+with the largest budgets. Differences from the authors' code: ratios are found by bisection, BatchNorm is recalibrated
+before each trial, a layer that never exceeds its budget is pruned to its floor instead of not at all, and a FLOPs
+target can end the walk. Trials run on pruned copies: they equal masked ones (`surgery.verify`) and are faster.
 """
 
 from __future__ import annotations

@@ -195,29 +195,22 @@ def check_readiness(job: Job, units: Sequence[int]) -> None:
     )
     if found["in_use"] <= WARN:
         return
-    problem, remedy = _advice(cfg, found)
-    if found["in_use"] > REFUSE and not cfg.force:
-        raise UsageError(f"{problem} {remedy}, or prune all the same with prune.force=True.")
-    LOGGER.warning(f"{colorstr('prune: ')}{problem} {remedy}.")
-
-
-def _advice(cfg: PruneConfig, found: dict[str, Any]) -> tuple[str, str]:
-    """Return what is wrong with a plan, and what to do about it."""
+    method, trained = cfg.method, found["trained"]
     name = _target(cfg) or ("scope" if cfg.scope == "pagcp" else "ratios")
-    method, trained = found["method"], found["trained"]
     how = {method: f"with sparsity.method={method}", None: f"without sparsity.method={method}"}
-    training = how.get(trained, f"with sparsity.method={trained}, not {method}")
     problem = (
         f"'prune.{name}={getattr(cfg, name)}' by '{method}' removes {found['removed']:,} channels, of which "
-        f"{found['in_use']:.0%} are still in use. The model was trained {training}: "
+        f"{found['in_use']:.0%} are still in use. The model was trained "
+        f"{how.get(trained, f'with sparsity.method={trained}, not {method}')}: "
         f"{found['share']:.0%} of its channels are near zero."
     )
     longer = ", for more epochs or with a larger sparsity.coefficient" if trained == method else ""
-    remedy = f"Train with sparsity.method={method} first{longer}"
     realistic = floor(found["speedup"] * 100) / 100
-    if realistic > 1.01:
-        remedy += f", lower the target to prune.speedup={realistic:g}"
-    return problem, f"{remedy}, take prune.method=taylor or lamp"
+    lower = f", lower the target to prune.speedup={realistic:g}" if realistic > 1.01 else ""
+    remedy = f"Train with sparsity.method={method} first{longer}{lower}, take prune.method=taylor or lamp"
+    if found["in_use"] > REFUSE and not cfg.force:
+        raise UsageError(f"{problem} {remedy}, or prune all the same with prune.force=True.")
+    LOGGER.warning(f"{colorstr('prune: ')}{problem} {remedy}.")
 
 
 # While training: chosen on the EMA, which is what is validated and saved ---------------------------------------------

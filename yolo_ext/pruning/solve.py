@@ -62,7 +62,7 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
     depth = {p: getattr(modules[p], "groups", 1) for p in layers}
     values = {f"{p}.proj.conv" for p, m in modules.items() if isinstance(m, stock.ATTENTION)} & set(layers)
 
-    def counted(widths: Widths) -> tuple[float, float]:
+    def counted(widths: Widths, other: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
         flops = params = 0.0
         for path in layers:
             (n_out, n_in), (_, kernel) = graph.shapes[path], graph.convs[path]
@@ -70,17 +70,11 @@ def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Width
             weights = out * kernel * (1 if depth[path] == n_out else inp / depth[path])
             flops += 2.0 * work[path] * (weights + work[path] * inp * (path in values))  # attention x values
             params += weights + out * (path in biased)
-        return flops, params
+        return flops + other[0], params + other[1]
 
-    whole = counted({})
-    other_flops = stock.gflops(model, imgsz) * 1e9 - whole[0]
-    other_params = sum(p.numel() for p in stock.deployed(model).parameters()) - whole[1]
-
-    def figures(widths: Widths) -> tuple[float, float]:
-        flops, params = counted(widths)
-        return flops + other_flops, params + other_params
-
-    return figures
+    flops, params = counted({})
+    total = sum(p.numel() for p in stock.deployed(model).parameters())
+    return partial(counted, other=(stock.gflops(model, imgsz) * 1e9 - flops, total - params))
 
 
 def uses_of_weights(model: nn.Module, graph: Graph) -> dict[str, float]:

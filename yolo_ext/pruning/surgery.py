@@ -23,13 +23,13 @@ ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.e
 
 def parameter_slices(module: nn.Module, dims: dict[str, list[int]]) -> dict[str, Slices]:
     """Return how the parameters of a layer shrink, by name: weights, gradients and optimizer state alike."""
-    weight, found = [], {}
+    found: dict[str, Slices] = {"weight": [], "bias": []}
     if "in" in dims and getattr(module, "groups", 1) == 1:  # depthwise: its input goes with its output
-        weight.append((weight_dim(module, "in"), dims["in"]))
+        found["weight"].append((weight_dim(module, "in"), dims["in"]))
     if "out" in dims:
-        weight.append((weight_dim(module, "out"), dims["out"]))
-        found["bias"] = [(0, dims["out"])]
-    return {name: s for name, s in {"weight": weight, **found}.items() if s and getattr(module, name) is not None}
+        found["weight"].append((weight_dim(module, "out"), dims["out"]))
+        found["bias"].append((0, dims["out"]))
+    return {name: s for name, s in found.items() if s and getattr(module, name) is not None}
 
 
 def cut(tensor: torch.Tensor, slices: Slices) -> torch.Tensor:
