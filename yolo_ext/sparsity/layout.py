@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.graph import Graph, Group, build_graph
+from yolo_ext.pruning.graph import Group, build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.labels import layer_channels, norm_behind, weight_dim
 
@@ -24,18 +25,13 @@ Side = tuple[str, int, torch.Tensor]  # parameter, dimension, (size,) channel of
 # Groups ---------------------------------------------------------------------------------------------------------------
 @dataclass
 class SparseGroup:
-    """Channels that can be removed together, and the parameters that go with them.
+    """Channels that can be removed together, and the parameters that go with them."""
 
-    Attributes:
-        name: Path of the first layer that produces the channels.
-        size: Number n of channels.
-        gammas: (parameter, (n, repeats) positions) of each BatchNorm over the channels.
-        weights: (parameter, dimension, (n, repeats) positions in it) of each layer that produces or reads them.
-    """
-
-    name: str
-    size: int
+    name: str  # path of the first layer that produces the channels
+    size: int  # number n of channels
+    # parameter, (n, repeats) positions in it, of each BatchNorm over the channels
     gammas: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    # parameter, dimension, (n, repeats) positions in that, of each layer that produces or reads them
     weights: list[tuple[str, int, torch.Tensor]] = field(default_factory=list)
 
 
@@ -43,51 +39,34 @@ def sparse_groups(model: nn.Module, cfg: PruneConfig, scales: bool = False) -> l
     """Find the groups that pruning with these options could shrink; slots hold no parameters without gradient.
 
     `scales` leaves out groups without BatchNorm, which cannot be ranked by scale factors.
-
-    Raises:
-        UsageError: If the model is fused or has no BatchNorm, or nothing in it can be pruned.
     """
-    _check(model, scales)
-    graph = build_graph(model)
-    _keep_untrained(model, graph)
+    modules = dict(model.named_modules())
+    fused = bool(getattr(model, "is_fused", bool)())
+    if fused or (scales and not any(isinstance(m, nn.BatchNorm2d) for m in modules.values())):
+        raise UsageError(
+            "Sparsity training needs BatchNorm, but this model has none: it was fused, or built without. "
+            "Give the .pt as it was trained, before fuse()."
+        )
+    graph, inference = build_graph(model), not any(p.requires_grad for p in model.parameters())
+    for g in graph.groups:  # what is not trained could not recover from pruning
+        learn = all(p.requires_grad for path in g.producers for p in modules[path].parameters(recurse=False))
+        g.frozen = g.frozen or ("" if learn or inference else "is not trained")
     # the simplest criterion that can rank what the penalty can pull on
     ties = tied_groups(model, graph, replace(cfg, method="slim" if scales else "l1", ratios={}))
-    kept = [_slots(model, g) for t in ties for g in t.groups]
-    if not kept:
+    if not ties:
         why = "has a BatchNorm and " if scales else ""
         raise UsageError(
             f"Sparsity training finds no group of channels that {why}can be pruned. Look at prune.include, "
             "prune.exclude, prune.min_channels, prune.round_to and freeze; `yolo-ext analyze` says why layers stay."
         )
-    return kept
+    return [_slots(modules, g, inference) for t in ties for g in t.groups]
 
 
-def _check(model: nn.Module, scales: bool) -> None:
-    """Refuse a model without the BatchNorm that sparsity training needs."""
-    fused = bool(getattr(model, "is_fused", bool)())
-    if fused or (scales and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())):
-        raise UsageError(
-            "Sparsity training needs BatchNorm, but this model has none: it was fused, or built without. "
-            "Give the .pt as it was trained, before fuse()."
-        )
-
-
-def _keep_untrained(model: nn.Module, graph: Graph) -> None:
-    """Freeze groups that a layer without gradients produces: it could not recover from pruning."""
-    modules = dict(model.named_modules())
-    if not any(p.requires_grad for p in model.parameters()):
-        return  # loaded for inference
-    for g in graph.groups:
-        if any(not p.requires_grad for path in g.producers for p in modules[path].parameters(recurse=False)):
-            g.frozen = g.frozen or "is not trained"
-
-
-def _slots(model: nn.Module, group: Group) -> SparseGroup:
-    """Return the parameters of a group that learn, with the positions of its channels in them."""
+def _slots(modules: Mapping[str, nn.Module], group: Group, inference: bool) -> SparseGroup:
+    """Return the parameters of a group that learn, or all for inference, with the positions of its channels in them."""
     found = SparseGroup(group.name, group.size)
-    inference = not any(p.requires_grad for p in model.parameters())
     for m in group.members:
-        layer = model.get_submodule(m.module)
+        layer = modules[m.module]
         name, weight = f"{m.module}.weight", getattr(layer, "weight", None)
         if weight is None or not (weight.requires_grad or inference):
             continue
@@ -101,57 +80,37 @@ def _slots(model: nn.Module, group: Group) -> SparseGroup:
 # Numbering ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Layout:
-    """Where each of the C channels sits.
+    """Where each of the C channels sits."""
 
-    Attributes:
-        starts: First channel of each group, and C.
-        group: (C,) number of the group of each channel.
-        scales: BatchNorm scales over the channels, parameter names.
-        slots: (m,) positions in all scales joined.
-        owner: (m,) channel of each slot.
-        weights: The sides of coupled layers; empty when only scales matter.
-        scale_table: (C, k) slots of each channel, filled up with m.
-        weight_table: (C, l) positions of each channel in all sides joined, filled up with their length.
-    """
-
-    starts: list[int]
-    group: torch.Tensor
-    scales: list[str]
-    slots: torch.Tensor
-    owner: torch.Tensor
-    weights: list[Side]
-    scale_table: torch.Tensor
-    weight_table: torch.Tensor
+    starts: list[int]  # first channel of each group, and C
+    group: torch.Tensor  # (C,) number of the group of each channel
+    scales: list[str]  # parameter names of the BatchNorm scales over the channels
+    slots: torch.Tensor  # (m,) positions in all scales joined
+    owner: torch.Tensor  # (m,) channel of each slot
+    weights: list[Side]  # the sides of coupled layers; empty when only scales matter
+    scale_table: torch.Tensor  # (C, k) slots of each channel, filled up with m
+    weight_table: torch.Tensor  # (C, l) positions of each channel in all sides joined, filled up with their length
 
 
 def lay_out(model: nn.Module, groups: list[SparseGroup], weights: bool) -> Layout:
     """Number the channels of all groups through, on the device of the model; `weights`: not only scales matter."""
     device = next(model.parameters()).device
-    starts = [0]
-    for g in groups:
-        starts.append(starts[-1] + g.size)
+    starts = [0, *accumulate(g.size for g in groups)]
     total = starts[-1]
     sides: dict[tuple[str, int], torch.Tensor] = {}
     for g, start in zip(groups, starts):
-        members = [(name, 0, index) for name, index in g.gammas] + (g.weights if weights else [])
-        for name, dim, index in members:
+        for name, dim, index in [*((name, 0, i) for name, i in g.gammas), *(g.weights if weights else [])]:
             size = model.get_parameter(name).shape[dim]
             of = sides.setdefault((name, dim), torch.full((size,), total, device=device))
             of[index.to(device)] = torch.arange(start, start + g.size, device=device)[:, None]
     scales = list(dict.fromkeys(name for g in groups for name, _ in g.gammas))
-    joined = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *(sides.pop((n, 0)) for n in scales)])
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    joined = torch.cat([none, *(sides.pop((n, 0)) for n in scales)])
     slots = (joined < total).nonzero().flatten()
     found = [(name, dim, of) for (name, dim), of in sides.items()]
-    return Layout(
-        starts,
-        torch.repeat_interleave(torch.tensor([g.size for g in groups], device=device)),
-        scales,
-        slots,
-        joined[slots],
-        found,
-        _table(joined[slots], total),
-        _table(torch.cat([of for _, _, of in found]), total) if found else torch.zeros(total, 0, dtype=torch.long),
-    )
+    group = torch.repeat_interleave(torch.tensor([g.size for g in groups], device=device))
+    tables = [_table(owner, total) for owner in (joined[slots], torch.cat([none, *(of for _, _, of in found)]))]
+    return Layout(starts, group, scales, slots, joined[slots], found, *tables)
 
 
 def _table(owner: torch.Tensor, total: int) -> torch.Tensor:
@@ -184,11 +143,10 @@ def scale_norms(gammas: torch.Tensor, layout: Layout) -> torch.Tensor:
 def weight_norms(model: nn.Module, layout: Layout) -> torch.Tensor:
     """Return (C,) norms of all coupled weights with BatchNorm folded in, as pruning ranks them within a group."""
     modules = dict(model.named_modules())
-    squares: dict[str, torch.Tensor] = {}
+    names = dict.fromkeys(name for name, _, _ in layout.weights)
+    squares = {n: _folded_squares(modules, n.removesuffix(".weight")) for n in names}
     parts = []
     for name, dim, _ in layout.weights:
-        if name not in squares:
-            squares[name] = _folded_squares(modules, name.removesuffix(".weight"))
         w = squares[name]
         parts.append(w.flatten() if w.ndim == 1 or w.shape[1 - dim] == 1 else w.sum(1 - dim))
     joined = torch.cat([*parts, parts[0].new_zeros(1)])

@@ -1,15 +1,15 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What sparsity training did so far: how many channels are near zero, where, and what pruning them would save.
 
-Channels are scored by the pruning criterion of the same name, so that the monitor and `prune` never disagree: `slim`
-and `group_slim` score by |gamma| (mean and root mean square over the coupled BatchNorms), `group_sl` and `group_reg` by
-the norm of all coupled weights relative to the largest of the group. A channel is near zero when its score is at most
-`sparsity.threshold` of the largest score in its group. Only channels that the pruning options leave prunable count.
+Channels are scored by the pruning criterion of the same name, so that the monitor and `prune` never disagree. One is
+near zero when its score is at most `sparsity.threshold` of the largest score in its group. Only channels that the
+pruning options leave prunable count.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isfinite
 from pathlib import Path
@@ -23,7 +23,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.pruning.graph import Graph, build_graph
-from yolo_ext.pruning.groups import TiedGroups, tied_groups
+from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.solve import measure
 from yolo_ext.reporting.curves import plot_layers, plot_ridge
@@ -36,86 +36,53 @@ EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]  # 1e-4 .. 10, twenty t
 
 
 def observe(
-    model: nn.Module,
-    cfg: SparsityConfig,
-    prune_cfg: PruneConfig,
-    epoch: int,
-    coefficient: float,
-    penalty: float,
-    imgsz: int = 640,
-    *,
-    pull: float = 0.0,
-    graph: Graph | None = None,
-) -> dict[str, Any]:
-    """Describe the sparsity of a model after an epoch.
+    model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epoch: int, coefficient: float, penalty: float,
+    imgsz: int = 640, *, pull: float = 0.0, graph: Graph | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Describe the sparsity of a model, best the EMA, after an epoch, counted from 0, in a plain record.
 
-    Args:
-        model: The model, best the EMA, which is what is saved and pruned; it is not changed.
-        cfg: Sparsity options.
-        prune_cfg: Pruning options: which layers can be pruned, rounding and floors. Its criterion and target do not
-            matter.
-        epoch: The epoch, counted from 0.
-        coefficient: Pull over the whole run.
-        penalty: Value of the penalty.
-        imgsz: Side of the image in pixels that FLOPs are counted for.
-        pull: Pull of this epoch.
-        graph: Couplings of the model as it is now, traced when None.
-
-    Returns:
-        Plain record: `epoch`, `method`, `scores` (what they are), `threshold`, `coefficient`, `pull`, `penalty`;
-        `share` of all prunable channels that is near zero and `layers`, the share by group name; `speedup` and
-        `params`, before / after if those channels were pruned now (rounded and floored as `prune` would, keeping what
-        is in use); `collapsed`, names of groups with no more channels in use than protection leaves (if that is less
-        than half), or whose largest score is negligible; `histogram`, counts of channels between `EDGES`.
+    `share` of all prunable channels is near zero, `layers` is the share by group name; `speedup` and `params` are
+    before / after if those channels were pruned now (rounded and floored as `prune` would, keeping what is in use);
+    `collapsed` are the groups with no more channels in use than protection leaves (if that is less than half), or whose
+    largest score is negligible; `histogram` counts channels between `EDGES`. `imgsz` in pixels is for the FLOPs.
     """
-    graph = graph or build_graph(model)
+    graph, threshold = graph or build_graph(model), cfg.threshold
     criterion = cfg.method if cfg.method in criteria.names() else "slim"  # for a penalty of the user's own
     ties = tied_groups(model, graph, replace(prune_cfg, method=criterion, ratios={}))
     figures = measure(model, graph, imgsz)
-    before, after = figures({}), figures(widths_of(graph, ties, spare_units(ties, cfg.threshold)))
+    before, after = figures({}), figures(widths_of(graph, ties, spare_units(ties, threshold)))
+    rows = [(g.name, v) for t in ties for g, v in zip(t.groups, t.values)]
+    masks: dict[str, list[torch.Tensor]] = {}  # the groups of a layer that is cut in parts count as one
+    for name, v in rows:
+        masks.setdefault(name, []).append(near_zero(v, threshold))
+    scores = torch.cat([torch.zeros(0), *(v for _, v in rows)]).clamp(max=EDGES[-1])
     return {
         "epoch": epoch,
         "method": cfg.method,
         "scores": "relative norm" if criterion in RELATIVE else "|gamma|",
-        "threshold": cfg.threshold,
+        "threshold": threshold,
         "coefficient": float(coefficient),
         "pull": float(pull),
         "penalty": float(penalty) if isfinite(penalty) else None,  # NaN is no JSON
-        "share": near_zero_share(ties, cfg.threshold),
+        "share": near_zero_share(ties, threshold),
         "speedup": before[0] / after[0],
         "params": before[1] / after[1],
-        "layers": _layers(ties, cfg.threshold),
-        "collapsed": _collapsed(ties, cfg),
-        "histogram": _histogram(ties),
+        "layers": {name: float(torch.cat(parts).float().mean()) for name, parts in masks.items()},
+        "collapsed": _collapsed(rows, cfg),
+        "histogram": torch.histogram(scores, torch.tensor(EDGES)).hist.int().tolist(),
     }
 
 
-def _layers(ties: list[TiedGroups], threshold: float) -> dict[str, float]:
-    """Return the share of near-zero channels by group name; the groups of a layer that is cut in parts count as one."""
-    masks: dict[str, list[torch.Tensor]] = {}
-    for t in ties:
-        for g, v in zip(t.groups, t.values):
-            masks.setdefault(g.name, []).append(near_zero(v, threshold))
-    return {name: float(torch.cat(parts).float().mean()) for name, parts in masks.items()}
-
-
-def _collapsed(ties: list[TiedGroups], cfg: SparsityConfig) -> list[str]:
+def _collapsed(rows: Sequence[tuple[str, torch.Tensor]], cfg: SparsityConfig) -> list[str]:
     """Return the names of groups that have nothing left to give, in the order of the model."""
-    rows = [(g.name, v) for t in ties for g, v in zip(t.groups, t.values)]
     negligible = cfg.threshold * median(float(v.max()) for _, v in rows) if rows else 0.0
-    found = {}
-    for name, v in rows:
+
+    def gone(v: torch.Tensor) -> bool:
         used = int((~near_zero(v, cfg.threshold)).sum())
         few = used < len(v) / 2 and used <= max(FEWEST, ceil(cfg.protect * len(v)))
-        if few or float(v.max()) <= negligible:
-            found[name] = True
-    return list(found)
+        return few or float(v.max()) <= negligible
 
-
-def _histogram(ties: list[TiedGroups]) -> list[int]:
-    """Return the number of channels whose score lies between each two of `EDGES`."""
-    scores = torch.cat([torch.zeros(0), *(v for t in ties for v in t.values)]).clamp(max=EDGES[-1])
-    return torch.histogram(scores, torch.tensor(EDGES)).hist.int().tolist()
+    return list(dict.fromkeys(name for name, v in rows if gone(v)))
 
 
 def columns(record: dict[str, Any]) -> dict[str, float]:
@@ -126,11 +93,7 @@ def columns(record: dict[str, Any]) -> dict[str, float]:
 # History -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class History:
-    """The records of a run, in `sparsity.json` of its folder: `edges` of the histograms, and `epochs`, the records.
-
-    Attributes:
-        folder: Run folder.
-    """
+    """The records of a run, in `sparsity.json` of its folder: `edges` of the histograms, and `epochs`, the records."""
 
     folder: Path
 

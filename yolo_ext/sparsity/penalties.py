@@ -24,26 +24,18 @@ DEFAULTS = {"slim": 2.0, "group_slim": 2.0, "group_sl": 8.0, "group_reg": 4.0}
 class Channels:
     """All C channels of all prunable groups, numbered through, as they are at this step.
 
-    Attributes:
-        group: (C,) number of the group of each channel.
-        groups: Number of groups.
-        gammas: (m,) BatchNorm scales over them.
-        owner: (m,) channel of each scale.
-        norms: (C,) strength of each channel: root mean square of its scales for a penalty that needs "scales", else
-            the norm of all coupled weights, with BatchNorm folded in.
-        coefficient: Pull over the whole run.
-        ease: (C,) how easily each channel moves, 1 for the median one; 1.0 where nothing is known about the loss.
-        state: Tensors kept between steps, by name; they are saved with the run.
+    `norms` is the root mean square of the scales of a channel for a penalty that needs scales, else the norm of all
+    coupled weights, with BatchNorm folded in.
     """
 
-    group: torch.Tensor
-    groups: int
-    gammas: torch.Tensor
-    owner: torch.Tensor
-    norms: torch.Tensor
-    coefficient: float
-    ease: torch.Tensor | float = 1.0
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    group: torch.Tensor  # (C,) number of the group of each channel
+    groups: int  # their number
+    gammas: torch.Tensor  # (m,) BatchNorm scales over them
+    owner: torch.Tensor  # (m,) channel of each scale
+    norms: torch.Tensor  # (C,) strength of each channel
+    coefficient: float  # pull over the whole run
+    ease: torch.Tensor | float = 1.0  # (C,) how easily each moves, 1 for the median; 1.0 where nothing is known
+    state: dict[str, torch.Tensor] = field(default_factory=dict)  # kept between steps and saved with the run
 
     def drawn(self, pull: float) -> torch.Tensor:
         """Return (C,) how far each channel is drawn where the median one is drawn by `pull`."""
@@ -61,51 +53,35 @@ def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> 
     return values.new_zeros(groups).scatter_reduce_(0, group, values, op, include_self=False)
 
 
-@penalties.row(
-    "slim",
-    "L1 on the scale of BatchNorm, each one by itself",
-    paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519",
-    needs=[Need.SCALES],
-)
+@penalties.row("slim", "L1 on the scale of BatchNorm, each one by itself", needs=[Need.SCALES],
+               paper="Liu et al., Network Slimming, 2017, arXiv:1708.06519")  # fmt: skip
 def slim(channels: Channels, pull: float) -> torch.Tensor:
     """Return (m,) factors of the soft threshold: |gamma| shrinks by `pull` times its ease, down to exactly zero."""
     size = channels.gammas.abs()
     return (size - channels.drawn(pull)[channels.owner]).clamp(min=0) / size.clamp(min=TINY)
 
 
-@penalties.row(
-    "group_slim",
-    "Group lasso on the coupled scales of a channel, which vanish together",
-    paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900",
-    needs=[Need.SCALES],
-)
+@penalties.row("group_slim", "Group lasso on the coupled scales of a channel, which vanish together",
+               needs=[Need.SCALES],
+               paper="Liu et al., 2017, arXiv:1708.06519; Fang et al., 2023, arXiv:2301.12900")  # fmt: skip
 def group_slim(channels: Channels, pull: float) -> torch.Tensor:
     """Return (m,) factors of the block soft threshold: the root mean square of a channel's gammas shrinks likewise."""
     return ((channels.norms - channels.drawn(pull)).clamp(min=0) / channels.norms.clamp(min=TINY))[channels.owner]
 
 
-@penalties.row(
-    "group_sl",
-    "Decay of all coupled weights, up to 16 times stronger for the weakest channel of a group",
-    paper="Fang et al., DepGraph, 2023, arXiv:2301.12900",
-    needs=[Need.WEIGHTS],
-)
+@penalties.row("group_sl", "Decay of all coupled weights, up to 16 times stronger for the weakest channel of a group",
+               needs=[Need.WEIGHTS], paper="Fang et al., DepGraph, 2023, arXiv:2301.12900")  # fmt: skip
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
     return (-channels.drawn(pull) * (4 * channels.weakness() - 4).exp2()).exp()
 
 
-@penalties.row(
-    "group_reg",
-    "L2 on all coupled weights that grows for the channels that stay weak",
-    paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243",
-    needs=[Need.WEIGHTS],
-)
+@penalties.row("group_reg", "L2 on all coupled weights that grows for the channels that stay weak",
+               needs=[Need.WEIGHTS], paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243")  # fmt: skip
 def group_reg(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors whose decay grows with the weakness so far; over a run they come to exp(-coefficient * rank).
 
-    A channel of constant weakness r has grown to r * coefficient at the end. Its decay over the run is the integral
-    of 2 * grown / coefficient over the pull, taken in the middle of each step. Growth stops at the coefficient.
+    Its decay over the run is the integral of 2 * grown / coefficient over the pull, in the middle of each step.
     """
     grown = channels.state.setdefault("grown", torch.zeros_like(channels.norms))
     more = pull * channels.weakness()

@@ -16,17 +16,7 @@ from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import pulls
-from yolo_ext.sparsity.layout import (
-    Layout,
-    SparseGroup,
-    join_slots,
-    lay_out,
-    multiply,
-    read_scales,
-    scale_norms,
-    sparse_groups,
-    weight_norms,
-)  # fmt: skip
+from yolo_ext.sparsity import layout
 from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties, segment
 
 FEWEST = 8  # channels of each group that are always protected
@@ -39,21 +29,13 @@ RAISE, LOWER = 1.5, 0.5  # what `auto` multiplies the pull by after an epoch
 
 @dataclass
 class Controller:
-    """Steers the pull: up until enough channels are gone or the fitness has dropped too far, then down for good.
+    """Steers the pull: up until enough channels are gone or the fitness has dropped too far, then down for good."""
 
-    Attributes:
-        target: Share of channels below the threshold to reach.
-        max_drop: Largest drop of the fitness.
-        gain: What the pull of the schedule is multiplied by.
-        reference: Fitness after the first epoch, from which drops are counted.
-        lowering: Whether the turning point is over.
-    """
-
-    target: float
-    max_drop: float
-    gain: float = 1.0
-    reference: float | None = None
-    lowering: bool = False
+    target: float  # share of channels below the threshold to reach
+    max_drop: float  # of the fitness
+    gain: float = 1.0  # what the pull of the schedule is multiplied by
+    reference: float | None = None  # fitness after the first epoch, from which drops are counted
+    lowering: bool = False  # the turning point is over
 
     def update(self, share: float, fitness: float) -> None:
         """Set the gain for the next epoch from the share of channels below the threshold and the fitness of this."""
@@ -66,19 +48,24 @@ class Controller:
 class Sparsifier:
     """The penalty of one run. Lives outside the model and is never part of a saved one.
 
-    Attributes:
-        groups: The groups that it pulls on.
-        coefficient: How far the whole run pulls what the loss does not defend.
-        pull: How far this epoch does.
-    """
+    `coefficient` says how far the whole run pulls what the loss does not defend, `pull` how far this epoch does.
 
-    groups: list[SparseGroup]
+    Args:
+        model: The model that is trained, in the layout in which training starts.
+        cfg: Sparsity options.
+        prune_cfg: Pruning options, which say what pruning could remove.
+        epochs: Epochs of the run.
+        prune_epochs: Epochs that start with a pruning; the pull ends at the first of them.
+
+    Raises:
+        UsageError: If the model has nothing to pull on, or an option does not fit.
+    """
 
     def __init__(
         self, model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epochs: int,
         prune_epochs: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Find what pruning with these options could remove; the pull ends at the first of `prune_epochs`."""
+        """Find what pruning with these options could remove."""
         self.cfg, self.prune_cfg = cfg, prune_cfg
         self.row = penalties[cfg.method]
         self.scales = Need.SCALES in self.row.needs
@@ -89,23 +76,21 @@ class Sparsifier:
                 f"Leave it out, or use one of {legal}."
             )
         self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
-        self.pulls = pulls(
-            cfg=cfg, coefficient=self.coefficient, epochs=epochs, first_pruning=min(prune_epochs, default=None)
-        )
+        first = min(prune_epochs, default=None)
+        self.pulls = pulls(cfg=cfg, coefficient=self.coefficient, epochs=epochs, first_pruning=first)
         self.controller = Controller(cfg.target, cfg.max_drop) if cfg.auto else None
         self.pull = 0.0
-        self._momenta = {
-            name: m.momentum for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.momentum
-        }
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        self._momenta = {name: m.momentum for name, m in norms.items() if m.momentum}
         self.rebuild(model)
 
     def rebuild(self, model: nn.Module) -> None:
         """Find the groups anew after surgery; what a penalty has grown so far starts anew with them."""
-        self.groups = sparse_groups(model, self.prune_cfg, self.scales)
-        self.layout: Layout = lay_out(model, self.groups, weights=not self.scales)
+        self.groups = layout.sparse_groups(model, self.prune_cfg, self.scales)
+        self.layout = layout.lay_out(model, self.groups, weights=not self.scales)
         self.state: dict[str, torch.Tensor] = {}
         norms = self._channels(model).norms
-        self.reference = segment(norms, self.layout.group, len(self.groups), "amax")
+        self.reference = self._largest(norms)
         self.held = torch.zeros_like(norms, dtype=torch.bool)
         self._floor: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
@@ -114,9 +99,8 @@ class Sparsifier:
     @property
     def protected(self) -> list[str]:
         """Names of groups whose protected channels would have gone as well."""
-        held = self.held.tolist()
-        starts = self.layout.starts
-        return list(dict.fromkeys(g.name for g, a, b in zip(self.groups, starts, starts[1:]) if any(held[a:b])))
+        parts = self.held.cpu().split([g.size for g in self.groups])
+        return list(dict.fromkeys(g.name for g, held in zip(self.groups, parts) if held.any()))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the pull of an epoch, counted from 0, and choose anew which channels are protected."""
@@ -147,10 +131,8 @@ class Sparsifier:
             if self.cfg.adaptive:
                 self._watch(model)
             factors = self._factors(model, self.pull * fraction)
-            if self.scales:
-                multiply(model, self.layout, factors)
-            else:
-                multiply(model, self.layout, factors[self.layout.owner], factors)
+            both = (factors,) if self.scales else (factors[self.layout.owner], factors)
+            layout.multiply(model, self.layout, *both)
 
     @torch.no_grad()
     def gradient(self, model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer) -> None:
@@ -161,7 +143,7 @@ class Sparsifier:
         if not (self.pull and fraction and self.cfg.mode == "gradient"):
             return
         settings = {p: group for group in optimizer.param_groups for p in group["params"]}
-        kept = join_slots(model, self.layout, self._factors(model, self.pull * fraction))
+        kept = layout.join_slots(model, self.layout, self._factors(model, self.pull * fraction))
         for name, keep in zip(self.layout.scales, kept):
             p = model.get_parameter(name)
             group = settings.get(p)
@@ -172,7 +154,7 @@ class Sparsifier:
     def follow(self, model: nn.Module, ema: nn.Module) -> None:
         """Make scales that are zero in the model zero in its EMA, which would take long to get there."""
         if self.pull and self.scales:
-            multiply(ema, self.layout, (read_scales(model, self.layout) != 0).float())
+            layout.multiply(ema, self.layout, (layout.read_scales(model, self.layout) != 0).float())
 
     def penalty(self, model: nn.Module) -> torch.Tensor:
         """Return the value of the penalty, 0-dim: mean strength of a channel, relative to the largest for weights."""
@@ -200,12 +182,10 @@ class Sparsifier:
     # Parts ----------------------------------------------------------------------------------------------------------
     def _channels(self, model: nn.Module) -> Channels:
         """Return all channels as they are now."""
-        gammas = read_scales(model, self.layout)
-        norms = scale_norms(gammas, self.layout) if self.scales else weight_norms(model, self.layout)
-        own = self.layout
-        return Channels(
-            own.group, len(self.groups), gammas, own.owner, norms, self.coefficient, self._ease(), self.state
-        )
+        own, gammas = self.layout, layout.read_scales(model, self.layout)
+        norms = layout.scale_norms(gammas, own) if self.scales else layout.weight_norms(model, own)
+        run = self.coefficient, self._ease(), self.state
+        return Channels(own.group, len(self.groups), gammas, own.owner, norms, *run)
 
     def _watch(self, model: nn.Module) -> None:
         """Average the squared gradients of the scales, which the optimizer step has just used."""
@@ -227,17 +207,18 @@ class Sparsifier:
         """
         if "squares" not in self.state:
             return 1.0
-        rms = scale_norms(self.state["squares"].sqrt(), self.layout)
+        rms = layout.scale_norms(self.state["squares"].sqrt(), self.layout)
         known = (self.layout.scale_table < len(self.layout.owner)).any(1)
         ease = (rms[known].median() / rms.clamp(min=1e-12)).clamp(1 / EASIEST, EASIEST)
         return torch.where(known, ease, 1.0)
 
+    def _largest(self, norms: torch.Tensor) -> torch.Tensor:
+        """Return (groups,) the largest of the (C,) strengths in each group."""
+        return segment(norms, self.layout.group, len(self.groups), "amax")
+
     def _mean(self, norms: torch.Tensor) -> torch.Tensor:
         """Return the mean strength of a channel, relative to the largest of its group for weights."""
-        if self.scales:
-            return norms.mean()
-        largest = segment(norms, self.layout.group, len(self.groups), "amax")
-        return (norms / largest.clamp(min=1e-12)[self.layout.group]).mean()
+        return (norms if self.scales else norms / self._largest(norms).clamp(min=1e-12)[self.layout.group]).mean()
 
     def _factors(self, model: nn.Module, pull: float) -> torch.Tensor:
         """Return the factors of the penalty, raised where a channel is protected."""
@@ -248,27 +229,24 @@ class Sparsifier:
         if self._floor is None:
             self._floor = self._floors(channels.norms)
         factors = self.row.fn(channels, pull)
-        owner = channels.owner if self.scales else slice(None)
         strength = (channels.gammas.abs() if self.scales else channels.norms).clamp(min=1e-12)
         if not isinstance(factors, torch.Tensor) or factors.shape != strength.shape:
             raise UsageError(
                 f"The sparsity penalty '{self.cfg.method}' returned {getattr(factors, 'shape', type(factors))}. "
                 f"Legal: a tensor of {len(strength)} factors, one for each channel."
             )
-        limit = (self._floor[owner] / strength).clamp(max=1)
-        if not self.scales:
-            limit = limit.sqrt()  # a weight and the scale behind it both shrink
-        stopped = limit > factors
-        self.held |= (
-            torch.cat([stopped, stopped.new_zeros(1)])[self.layout.scale_table].any(1) if self.scales else stopped
-        )
+        floor = self._floor[channels.owner] if self.scales else self._floor
+        limit = (floor / strength).clamp(max=1)
+        limit = limit if self.scales else limit.sqrt()  # a weight and the scale behind it both shrink
+        held = limit > factors
+        self.held |= torch.cat([held, held.new_zeros(1)])[self.layout.scale_table].any(1) if self.scales else held
         return torch.maximum(factors, limit)
 
     def _floors(self, norms: torch.Tensor) -> torch.Tensor:
         """Return (C,) strengths below which a channel is not drawn: zero but for the strongest ones of each group."""
         floors = torch.zeros_like(norms)
-        largest = torch.maximum(self.reference, segment(norms, self.layout.group, len(self.groups), "amax"))
-        for i, (a, b) in enumerate(zip(self.layout.starts, self.layout.starts[1:])):
-            k = min(b - a, max(FEWEST, math.ceil(self.cfg.protect * (b - a))))
-            floors[a + norms[a:b].topk(k).indices] = HOLD * self.cfg.threshold * largest[i]
+        largest = torch.maximum(self.reference, self._largest(norms))
+        for g, start, top in zip(self.groups, self.layout.starts, largest):
+            k = min(g.size, max(FEWEST, math.ceil(self.cfg.protect * g.size)))
+            floors[start + norms[start : start + g.size].topk(k).indices] = HOLD * self.cfg.threshold * top
         return floors
