@@ -116,9 +116,11 @@ def _entries(key: str, value: Any) -> list[dict[str, Any]]:
     items = [value] if isinstance(value, Mapping) else value
     try:
         if isinstance(value, str):
+            if not Path(value).is_file():
+                raise FileNotFoundError(f"there is no file '{value}'")
             items = yaml.safe_load(Path(value).read_text())
-    except OSError:
-        raise UsageError(f"'{key}={value}' is illegal: there is no file '{value}'. Give {hint}.") from None
+    except OSError as e:
+        raise UsageError(f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give {hint}.") from e
     except Exception as e:  # YAML has exceptions of its own
         raise UsageError(f"'{key}={value}' is illegal: the file is not valid YAML or JSON. Give {hint}.") from e
     if isinstance(items, Mapping):
