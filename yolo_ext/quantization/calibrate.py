@@ -39,16 +39,14 @@ def calibrate(
         model: A model with fake quantizers; its train or eval mode is left as it was.
         batches: Images of shape (batch, channels, height, width), 0 to 1.
         observer: Name of the observer, or `package.module:function`; a tensor with one of its own uses that.
-        weight_observer: Name of the rule for weights, or `package.module:function`; None keeps their ranges, as after
-            AdaRound.
+        weight_observer: The same for weights; None keeps their ranges, as after AdaRound.
         total: Number of batches, for the progress bar; None where it is not known.
 
     Returns:
         The specs and ranges, as `get_state` gives them.
 
     Raises:
-        UsageError: If there is no such observer or no batch, if every image is blank, if the model has no fake
-            quantizers, or if a tensor never held a finite value.
+        UsageError: If there is no such observer, no quantizer or no image, or a tensor never held a finite value.
     """
     sites = list(quantizers(model))
     layers = [layer for _, layer, _ in quantized_layers(model) if layer.weight_spec]

@@ -88,15 +88,14 @@ def insert_fake_quant(
     Args:
         model: An Ultralytics model, fused or not.
         profile: What the runtime executes.
-        exclude: Regular expressions searched in layer paths; a match keeps the layer float.
-        config_list: Changes in the style of NNI, see `make_plan`.
+        exclude: Regular expressions of layer paths that stay float, as for `make_plan`.
+        config_list: Changes in the style of NNI, as for `make_plan`.
 
     Returns:
         Path -> reason of every convolution and linear layer that stays float.
 
     Raises:
-        UsageError: If the model carries fake quantizers already, if a weight of it is not finite, if an expression is
-            broken or matches nothing, or if nothing is left to quantize.
+        UsageError: If the model carries fake quantizers, a weight is not finite, or nothing is left to quantize.
     """
     refuse_quantized(model)
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
@@ -153,9 +152,8 @@ def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], bloc
     channels = layer.weight.shape[channel_axis(layer)] if weight is None or weight.per_channel else 1
     layer.register_buffer("weight_ratio", torch.ones(channels, device=layer.weight.device))
     if in_block and {"output", "activation"} & set(made):
-        for site in SILU_LOWER if isinstance(block.act, nn.SiLU) else ():
-            if site in made:
-                made[site].lower = SILU_LOWER[site]
+        for site in SILU_LOWER.keys() & made.keys() if isinstance(block.act, nn.SiLU) else ():
+            made[site].lower = SILU_LOWER[site]
         block.act = QuantAct(block.act, made.get("output"), made.get("activation")).train(block.training)
 
 

@@ -127,7 +127,6 @@ REGULARISER = 300.0  # of the mean over the weights, beside the error as a share
 WARMUP = 0.2  # share of the steps before shares are pushed to 0 or 1
 BETA = (20.0, 2.0)
 STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, whose ends are then reached
-Errors = dict[str, tuple[float, float]]
 
 
 @dataclass
@@ -179,7 +178,7 @@ def _unrowed(rows: torch.Tensor, layer: Any) -> torch.Tensor:
     return rows.view(layer.weight.transpose(0, axis).shape).transpose(0, axis)
 
 
-def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
+def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> dict[str, tuple[float, float]]:
     """Learn the rounding of all quantized weights in so many steps per block, and write it into the float weights.
 
     Each block is made to give what it gives in the float model, for inputs from the quantized blocks before it (Nagel
@@ -192,7 +191,7 @@ def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> Errors:
     chunks = torch.stack(images).to(next(model.parameters()).device).split(CHUNK)
     exact: dict[int, list[Any]] = {-1: list(chunks)}  # maps by number of the layer
     quantized: dict[int, list[Any]] = {-1: list(chunks)}
-    errors: Errors = {}
+    errors: dict[str, tuple[float, float]] = {}
     skipped: list[str] = []
     try:
         with evaluating(model):

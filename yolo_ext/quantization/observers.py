@@ -77,9 +77,7 @@ def minmax(h: Histogram, spec: Spec, transform: Transform | None = None) -> tupl
     return h.lo, h.hi
 
 
-@observers.row(
-    "moving_average", "Mean over the batches of their smallest and largest values", paper="Jacob et al., 2018"
-)
+@observers.row("moving_average", "Mean of the smallest and largest values of the batches", paper="Jacob et al., 2018")
 def moving_average(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the average range of a batch, which forgives single outliers."""
     return h.mean_lo, h.mean_hi

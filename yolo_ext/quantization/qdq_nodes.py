@@ -13,12 +13,6 @@ from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.quantization.spec import Profile, Spec
 
 BIAS_LIMIT = 2**29  # leaves the INT32 accumulator room for the products
-DTYPES: dict[tuple[int, bool], Any] = {
-    (8, False): np.uint8,
-    (8, True): np.int8,
-    (16, False): np.uint16,
-    (16, True): np.int16,
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,8 @@ def quant_params(entry: dict[str, Any], signed: bool = False, name: str = "a ten
     ends = np.float32(spec.qmin - zero) * scale, np.float32(spec.qmax - zero) * scale
     half = 2 ** (width - 1)
     stored = zero + (0 if signed else half) if spec.symmetric else zero - (half if signed else 0)
-    return Params(scale, DTYPES[width, signed](stored), ends if spec.bits != width else None)
+    dtype = np.dtype(f"{'' if signed else 'u'}int{width}")
+    return Params(scale, dtype.type(stored), ends if spec.bits != width else None)
 
 
 @dataclass
@@ -95,13 +90,10 @@ class Editor:
         self.shared[key] = y = f"{base}_dequantized"
         return y, self.qdq(x, y, params, base)
 
-    def weights(
-        self, node: NodeProto, path: str, entry: dict[str, Any], x: Params | None
-    ) -> tuple[list[str], list[NodeProto]]:
-        """Return the names of weight and bias of a layer as it reads them quantized, and their DQ nodes.
+    def weights(self, node: NodeProto, path: str, entry: dict[str, Any], x: Params | None) -> tuple[list[str], list]:
+        """Return the names of weight and bias as a layer with the quantized input `x` reads them, and their DQ nodes.
 
-        `x` are the parameters of its quantized input, None if that is float. The bias becomes INT32 where the profile
-        wants it and both operands have 8 bits at most.
+        The bias becomes INT32 where the profile wants it and both operands have 8 bits at most.
         """
         w, spec = self.constants[node.input[1]], Spec.of(entry)
         if w.dtype != np.float32:
@@ -121,7 +113,7 @@ class Editor:
             scale = np.maximum(scale, largest / (x.scale * np.float32(BIAS_LIMIT)))  # type: ignore[union-attr]
         shape = [-1 if d == axis else 1 for d in range(w.ndim)]
         codes = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax)
-        codes = codes.astype(DTYPES[8 if spec.bits <= 8 else 16, True])
+        codes = codes.astype(np.int8 if spec.bits <= 8 else np.int16)
         nodes = [self._dequantized(f"{path}.weight", codes, scale if spec.per_channel else scale[0], axis)]
         if bias is not None and integer:
             step = np.tile(scale, len(bias) // scale.size) * x.scale  # type: ignore[union-attr]

@@ -32,7 +32,6 @@ COLUMNS = ("name", "layers", "error", "box_mean", "score_max", "score_mean", "sq
 EXACT = 200.0  # dB where no score changed at all
 FLOOR = 0.25  # share of the mean ms of a group below which a gain in time is noise
 Score = Callable[[nn.Module], float]
-Trace = list[dict[str, float]]
 
 
 # Sensitivity ---------------------------------------------------------------------------------------------------------
@@ -139,11 +138,9 @@ class _Reference:
         a, b = (torch.logit(self.scores(r).double(), eps=1e-6) for r in (self.rows, rows))
         noise = float((a - b).square().sum())
         return {
-            "box_mean": float(box.mean()),
-            "score_max": float(score.max()),
-            "score_mean": float(score.mean()),
+            "box_mean": float(box.mean()), "score_max": float(score.max()), "score_mean": float(score.mean()),
             "sqnr": 10 * math.log10(float(a.square().sum()) / noise) if noise > 0 else EXACT,
-        }
+        }  # fmt: skip
 
 
 def _measure(net: nn.Module, state: State, paths: list[str], reference: Any, score: Score | None) -> dict[str, float]:
@@ -196,14 +193,14 @@ def order(found: Mapping[str, Any]) -> list[list[str]]:
 
 def fewest_float(
     order: Sequence[Sequence[str]], evaluate: Callable[[list[str]], float], budget: float
-) -> tuple[list[str], Trace]:
+) -> tuple[list[str], list[dict[str, float]]]:
     """Return the layers of the first groups that must stay float to hold a budget, and the trials.
 
     `evaluate` gives the loss of a model whose layers of these paths are float. The number of groups is doubled until
     the budget holds, then the gap is halved: the smallest number if the loss falls as more layers are float. If no
     trial holds it, the one that lost least counts. A trial has the number of groups `float` and its `drop`.
     """
-    trace: Trace = []
+    trace: list[dict[str, float]] = []
 
     def layers(k: int) -> list[str]:
         return [path for group in order[:k] for path in group]
