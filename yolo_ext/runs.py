@@ -113,10 +113,8 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     return {k: nested.get(k, found.get(k)) for k in METRICS}
 
 
-def summary(
-    root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
-    stages: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
+            stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json`, the figures before, after and by stage, and return its contents."""
     found: dict[str, Any] = {
         "before": metrics(before),

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Two models side by side: raw outputs anchor by anchor, weights, and the first node of an ONNX file that differs."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -159,9 +157,8 @@ def _known(name: str, known: Iterable[str]) -> str:
     return next((n for n in (name, name.removeprefix("model.")) if n in known), "")
 
 
-def first_difference(
-    model: Source, onnx_path: str | Path, x: np.ndarray, different: Mapping[str, Any] | None = None
-) -> dict[str, Any] | None:
+def first_difference(model: Source, onnx_path: str | Path, x: np.ndarray,
+                     different: Mapping[str, Any] | None = None) -> dict[str, Any] | None:  # fmt: skip
     """Find the first node of an ONNX file, in the order of computation, that does not do what the model does on ``x``.
 
     Layers are compared with the torch modules that have their weights, the nodes between them with the same tensors of
@@ -213,9 +210,8 @@ def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.
     return found
 
 
-def _gaps(
-    proto: onnx.ModelProto, reference: onnx.ModelProto, layers: Mapping[str, np.ndarray], x: np.ndarray
-) -> Iterator[tuple[onnx.NodeProto, float, str | None]]:
+def _gaps(proto: onnx.ModelProto, reference: onnx.ModelProto, layers: Mapping[str, np.ndarray],
+          x: np.ndarray) -> Iterator[tuple[onnx.NodeProto, float, str | None]]:  # fmt: skip
     """Yield the nodes in order of computation with their relative error and, for a layer, its module path."""
     shared = {name for n in reference.graph.node for name in n.output}
     weights = {f"{path}.weight": path for path in layers}

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Run an exported YOLO on pictures with NumPy, OpenCV and ONNX Runtime alone: no torch, no Ultralytics."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from collections.abc import Sequence
@@ -48,10 +46,9 @@ class Detector:
     It has a ``task``, ``names`` by class index, and ``imgsz``, height and width of the network's input in pixels.
     """
 
-    def __init__(
-        self, path: str | Path, conf: float = 0.25, iou: float = 0.7, classes: Sequence[int | str] | None = None,
-        threads: int | None = None, max_det: int = 300, imgsz: int | Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: str | Path, conf: float = 0.25, iou: float = 0.7,
+                 classes: Sequence[int | str] | None = None, threads: int | None = None, max_det: int = 300,
+                 imgsz: int | Sequence[int] | None = None) -> None:  # fmt: skip
         """Open the file.
 
         Args:

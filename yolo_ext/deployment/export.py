@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Export to ONNX, and from there by OpenVINO's own converter to its intermediate representation."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import shutil
@@ -101,10 +99,9 @@ def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None
         raise UsageError("nms=True is illegal for a classification model, which has no boxes. Leave it out.")
 
 
-def export_onnx(
-    weights: Source, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True, batch: int = 1,
-    dynamic: bool = False, end2end: bool = False, nms: Mapping[str, Any] | None = None, half: bool = False,
-) -> Path:  # fmt: skip
+def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True,
+                batch: int = 1, dynamic: bool = False, end2end: bool = False, nms: Mapping[str, Any] | None = None,
+                half: bool = False) -> Path:  # fmt: skip
     """Export an Ultralytics model to ONNX with Ultralytics' exporter and metadata.
 
     Args:

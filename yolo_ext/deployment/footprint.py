@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Peak memory of a process that only runs one model, without torch for exported ones: ``python -m ...footprint``."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -60,9 +58,8 @@ def _onnx(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[[], 
     return lambda: session.run(None, {node.name: x})
 
 
-def torch_runner(
-    path: Path, imgsz: int | Sequence[int], threads: int, batch: int, ready: Callable[[], Any] = lambda: None
-) -> Callable[[], Any]:
+def torch_runner(path: Path, imgsz: int | Sequence[int], threads: int, batch: int,
+                 ready: Callable[[], Any] = lambda: None) -> Callable[[], Any]:  # fmt: skip
     """Return a function that runs a ``.pt`` once in torch, fused, and give torch that many threads."""
     import torch
 

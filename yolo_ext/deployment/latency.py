@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Latency of models side by side, and where their time goes: operators, and the letterbox and NMS around them."""
 
-from __future__ import annotations
-
 import gc
 import json
 import tempfile
@@ -26,9 +24,8 @@ Calls: TypeAlias = dict[tuple[str, str], list[float]]  # ms of each call of a no
 MIN_ROUNDS = 10
 
 
-def measure(
-    runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: int = 10, seconds: float | None = None
-) -> dict[str, dict[str, Any]]:
+def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: int = 10,
+            seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Time functions that take turns, so that a change of clock or load meets them all, after untimed calls of each.
 
     The order is random in each round: in a rotating one a model always follows the same other one, whose leftovers in
@@ -128,10 +125,8 @@ def runtime_of(path: str | Path) -> str:
     return kinds.get(path.suffix, "openvino")
 
 
-def bench(
-    models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, batch: int = 1, rounds: int = 60,
-    warmup: int = 10, seconds: float | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, batch: int = 1, rounds: int = 60,
+          warmup: int = 10, seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Measure files side by side on the CPU.
 
     ``.onnx`` runs in ONNX Runtime, ``.pt`` in torch (fused, eval, inference mode), ``*_openvino_model`` in OpenVINO.
@@ -204,9 +199,8 @@ def _profile(path: str | Path, imgsz: int, threads: int, batch: int, runs: int) 
     return times
 
 
-def saved_ms(
-    fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *, runs: int = 30
-) -> dict[str, float]:
+def saved_ms(fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *,
+             runs: int = 30) -> dict[str, float]:  # fmt: skip
     """Return how many ms on one thread each layer (module path) gains by INT8, negative where INT8 is slower.
 
     The Q/DQ nodes and the activation of a layer count with it; what lies between layers does not.

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Models as functions on the CPU, letterbox before and NMS after them, and what ONNX Runtime really runs in INT8."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import tempfile
@@ -56,9 +54,8 @@ def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) ->
     return non_max_suppression(torch.from_numpy(y), conf, iou, **options)[0]
 
 
-def session(
-    model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False, profile: Path | None = None
-) -> ort.InferenceSession:
+def session(model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False,
+            profile: Path | None = None) -> ort.InferenceSession:  # fmt: skip
     """Open an ``.onnx`` file or a serialised model on ONNX Runtime's CPU provider.
 
     With ``simulate`` Q/DQ nodes run as written, in float; ``profile`` is the prefix of the profiler's file.
@@ -129,9 +126,8 @@ def _is_torch(source: Source) -> bool:
     return isinstance(source, nn.Module) or str(source).endswith(".pt")
 
 
-def predictor(
-    source: Source, *, end2end: bool = False, simulate: bool = False, nms: dict[str, Any] | None = None
-) -> Predict:
+def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
+              nms: dict[str, Any] | None = None) -> Predict:  # fmt: skip
     """Turn a model into a function from images to raw head outputs.
 
     Args:

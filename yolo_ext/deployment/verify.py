@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Proof that an exported file does what the model does: raw tensors, detections, INT8 against its simulation, mAP."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +67,8 @@ def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) ->
     return pairs
 
 
-def verify_detections(
-    a: Source, b: Source, images: Iterable[str | Path], imgsz: Size, conf: float = 0.25, *, match_iou: float = 0.99,
-    margin: float = 1e-3,
-) -> dict[str, Any]:  # fmt: skip
+def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz: Size, conf: float = 0.25, *,
+                      match_iou: float = 0.99, margin: float = 1e-3) -> dict[str, Any]:  # fmt: skip
     """Compare the detections of two models after the same preprocessing and NMS at IoU 0.7.
 
     Two of one class are the same from ``match_iou`` on; those within ``margin`` of ``conf`` need no partner, because
@@ -111,10 +107,8 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
     return [predictor(source, end2end=m["end2end"], nms=nms) for source, m in zip((a, b), metas)], metas, conf
 
 
-def verify_int8(
-    fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[str | Path], imgsz: Size,
-    fake_quant: nn.Module | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[str | Path], imgsz: Size,
+                fake_quant: nn.Module | None = None) -> dict[str, Any]:  # fmt: skip
     """Compare a quantized file as it runs with its own float simulation, with the FP32 file and with torch.
 
     A gap to the simulation means the integer kernels compute something else than the Q/DQ graph says (saturation of
@@ -146,11 +140,9 @@ def verify_int8(
     return {**result, **conv_report(int8_onnx)}
 
 
-def verify(
-    weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
-    int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
-    limits: dict[str, float] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
+           int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
+           limits: dict[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
     """Run every check of an FP32 or FP16 file, and of an INT8 file made from it, and compare it with its limit.
 
     With ``data`` also mAP, but for classification, which has no boxes, for embedded NMS, whose threshold cuts the

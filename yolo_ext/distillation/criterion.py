@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The distillation criterion: the task's own loss plus what the teacher says, each part logged under its own name."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -110,9 +108,8 @@ class Distiller:
             LOGGER.warning(f"{colorstr('distill: ')}{self.skipped} batches of the last epoch had no finite loss")
         self.skipped = 0
 
-    def losses(
-        self, predictions: Any, batch: dict[str, Any], gains: dict[str, float], task: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def losses(self, predictions: Any, batch: dict[str, Any], gains: dict[str, float],
+               task: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the weighted losses per image of a batch, with the same names in every batch.
 
         `predictions` are raw train-mode outputs, `gains` the weights of the branches of the head by their keys (``""``
@@ -147,9 +144,8 @@ class Distiller:
         self.skipped += 1
         return nothing
 
-    def _parts(
-        self, student: Branches, batch: dict[str, Any], gains: dict[str, float], taken: Maps
-    ) -> Iterator[tuple[str, str, float, torch.Tensor]]:
+    def _parts(self, student: Branches, batch: dict[str, Any], gains: dict[str, float],
+               taken: Maps) -> Iterator[tuple[str, str, float, torch.Tensor]]:  # fmt: skip
         """Yield (method, key, schedule factor, weighted loss) from the student's branches and tapped maps."""
         for g, guide in enumerate(self.guides):
             teacher = _branches(guide.ask(batch["img"]))

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Feature losses between (B, C, H, W) maps of one level, in float32 and per image, and networks trained for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 
@@ -51,10 +49,8 @@ def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 @feature_losses.row("mgd", "A small network restores the teacher from randomly masked student features",
                     paper="Yang et al., 2022, arXiv:2205.01529", needs=[Need.EQUAL_WIDTH, Need.MODULE])  # fmt: skip
 @full_precision
-def mgd(
-    student: torch.Tensor, teacher: torch.Tensor, *, module: nn.Module, masked: float = 0.65, alpha: float = 2e-5,
-    norm: str = "sum", random: torch.Generator | None = None,
-) -> torch.Tensor:  # fmt: skip
+def mgd(student: torch.Tensor, teacher: torch.Tensor, *, module: nn.Module, masked: float = 0.65, alpha: float = 2e-5,
+        norm: str = "sum", random: torch.Generator | None = None) -> torch.Tensor:  # fmt: skip
     """Compute alpha |generator(masked student) - teacher|^2, which is 0 only where the generator restores.
 
     `alpha` and `masked` are those of the paper for one-stage detectors; norm ``mean`` takes an `alpha` near 1.
@@ -118,10 +114,9 @@ def _object_scale(boxes: torch.Tensor, b: int, h: int, w: int) -> torch.Tensor:
                     paper="Yang et al., 2022, arXiv:2111.11837",
                     needs=[Need.EQUAL_WIDTH, Need.BOXES, Need.MODULE])  # fmt: skip
 @full_precision
-def fgd(
-    student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
-    temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 1e-3, lam: float = 5e-6,
-) -> torch.Tensor:  # fmt: skip
+def fgd(student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
+        temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 1e-3,
+        lam: float = 5e-6) -> torch.Tensor:  # fmt: skip
     """Compute focal and global distillation for `boxes` (N, 5): image in the batch, x1, y1, x2, y2 from 0 to 1.
 
     Weights as in the paper: objects, background, attentions, and the global part by `module`, two context blocks.

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -154,9 +152,8 @@ def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight
 
 @logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
                   needs=[Need.SEVERAL_CLASSES])  # fmt: skip
-def kl(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
-) -> Parts:
+def kl(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
+       weight: Weight = None) -> Parts:  # fmt: skip
     """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
     if student.scores.shape[1] == 1:
         raise UsageError(
@@ -168,9 +165,8 @@ def kl(
 
 @logit_losses.row("kl_binary", "KL between the sigmoid of each class",
                   paper="Hinton et al., 2015, arXiv:1503.02531, per class")  # fmt: skip
-def kl_binary(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight", weight: Weight = None
-) -> Parts:
+def kl_binary(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
+              weight: Weight = None) -> Parts:  # fmt: skip
     """Compute T^2 times the binary cross entropy less the teacher's entropy, summed over classes; 0 for the boxes."""
     s, t = (x.scores.float() / temperature for x in (student, teacher))
     p = t.sigmoid()
@@ -180,9 +176,8 @@ def kl_binary(
 
 @logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
                   paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
-def bckd(
-    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos", weight: Weight = None
-) -> Parts:
+def bckd(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos",
+         weight: Weight = None) -> Parts:  # fmt: skip
     """Compute |p_t - p_s|^beta BCE, summed over classes, and 4 |p_t - p_s| (1 - GIoU), over the sum of `foreground`.
 
     The paper divides by the number of assigned positives: give their mask as `weight` for that.
@@ -194,9 +189,8 @@ def bckd(
 
 @logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
                   paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
-def ast(
-    student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean", weight: Weight = None
-) -> Parts:
+def ast(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean",
+        weight: Weight = None) -> Parts:  # fmt: skip
     """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller."""
     cls, _ = _disagreement(student, teacher, beta)
     box = _iou_loss(student, teacher, CIoU=True)
@@ -205,9 +199,8 @@ def ast(
 
 @logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
                   paper="Zheng et al., 2022, arXiv:2102.12252", needs=[Need.EQUAL_BINS])  # fmt: skip
-def ld(
-    student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight", weight: Weight = None
-) -> Parts:
+def ld(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight",
+       weight: Weight = None) -> Parts:  # fmt: skip
     """Compute T^2 KL(teacher || student) over bins, mean of the four sides; `weight` takes the regions of the paper."""
     ours, theirs = student.reg_max, teacher.reg_max
     if student.bins is None or teacher.bins is None or not 1 < ours == theirs:

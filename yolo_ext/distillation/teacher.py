@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The teacher: a frozen, fused model outside the student; which levels, classes and maps of both correspond."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,10 +107,8 @@ def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *,
     return [make_guide(name, student, device, **how) for name in teachers(cfg)]
 
 
-def make_guide(
-    name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
-    half: bool | None = False, classes: bool = True,
-) -> Guide:  # fmt: skip
+def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
+               half: bool | None = False, classes: bool = True) -> Guide:  # fmt: skip
     """Load a teacher, or take the student for `ema` until `get` is set, and match levels and, if compared, classes."""
     teacher, kept = student, None
     if name != "ema":

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What a run distils, with weight, schedule, layers and options each; what of it is refused, and what it costs."""
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Figures of models: channels per layer, stages, accuracy against latency, detections of two side by side."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,9 +132,8 @@ def plot_boxes(found: Mapping[str, Any], path: str | Path) -> Path:
     return save(drawn, path)
 
 
-def side_by_side(
-    image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names, path: str | Path
-) -> tuple[int, int]:
+def side_by_side(image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names,
+                 path: str | Path) -> tuple[int, int]:  # fmt: skip
     """Draw boxes of base and compressed model on a picture (file or BGR array); return the counts missed and added."""
     picture = image if isinstance(image, np.ndarray) else imread(str(image)) if Path(image).is_file() else None
     if picture is None:

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Pages that open offline, without scripts: the report of a run, and the review sheet of auto-labelling."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -188,10 +186,9 @@ def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[st
     return counts
 
 
-def render_review(
-    title: str, records: Sequence[Record], files: Mapping[str, Path], names: Mapping[int, str], *,
-    notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None, previews: str = "", limit: int = 500,
-) -> str:  # fmt: skip
+def render_review(title: str, records: Sequence[Record], files: Mapping[str, Path], names: Mapping[int, str], *,
+                  notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None, previews: str = "",
+                  limit: int = 500) -> str:  # fmt: skip
     """Return the review sheet, the least certain images first; the same input gives the same bytes.
 
     `files` go by name, `skipped` says why an image cannot be read, `previews` is the folder, relative to the page, of

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Before | After | Delta: the figures of `summary.json` as aligned text and as rows other outputs can use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,10 +121,8 @@ def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None
     return align(cells, ("", "Before", "After", "Delta"))
 
 
-def write_summary(
-    root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
-    stages: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
+                  stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it."""
     summary = runs.summary(root, before, after, stages)
     LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
