@@ -101,7 +101,9 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     for path, m in fused.named_modules():
         if layer_channels(m):
             m.register_forward_pre_hook(before)
-            m.register_forward_hook(partial(after, _unfused(fused, path)))
+            parent = path.rpartition(".")[0]  # a reparameterised block stands for its widest branch
+            branch = stock.WIDEST_BRANCH.get(type(fused.get_submodule(parent)).__name__)
+            m.register_forward_hook(partial(after, f"{parent}.{branch}" if branch else path))
     x = torch.rand(1, stock.input_channels(model), imgsz, imgsz)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,13 +119,6 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     calls = {name: len(values) // runs for name, values in samples.items()}  # a layer may run at several scales
     found = {name: median(values) * calls[name] for name, values in samples.items()}
     return found, found.pop("")
-
-
-def _unfused(fused: nn.Module, path: str) -> str:
-    """Return the name that a layer had before fusing; a reparameterised block takes that of its widest branch."""
-    parent, _, _ = path.rpartition(".")
-    branch = stock.WIDEST_BRANCH.get(type(fused.get_submodule(parent)).__name__)
-    return f"{parent}.{branch}" if branch else path
 
 
 def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list[float]:

@@ -298,7 +298,7 @@ def _groups(lab: Labels) -> list[Group]:
         alike[tuple(repeats), tuple(sorted(part_of[root])), lab.frozen.get(root, "")].append(root)
     groups = []
     for (repeats, _, reason), roots in alike.items():
-        members = [Member(*where, torch.tensor([places[r][where] for r in roots])) for where, _ in repeats]
+        members = [Member(p, d, torch.tensor([places[r][p, d] for r in roots])) for (p, d), _ in repeats]
         members.sort(key=lambda m: (m.dim != "out", m.module not in lab.inp, stock.natural_key(m.module)))
         groups.append(Group(members[0].module, members, reason))
     return sorted(groups, key=lambda g: stock.natural_key(g.name))

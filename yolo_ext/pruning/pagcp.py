@@ -73,7 +73,7 @@ def search(
     the loss that grew most), `flops_share` (that goes with 30 % of the channels), `trials`, and `outcome` in words.
     """
     start = [a[0] for a in allowed]
-    probes = [min(a[1:] or a, key=lambda u, whole=a[0]: abs(u - whole * (1 - PROBE))) for a in allowed]
+    probes = [min(a[1:] or a, key=lambda u: abs(u - a[0] * (1 - PROBE))) for a in allowed]
     drops = [flops(start) - flops(_with(start, i, u)) for i, u in enumerate(probes)]
     rows: list[dict[str, Any]] = [
         {"ratio": 0.0, "budget": 0.0, "limit": "", "growth": 1.0, "flops_share": d, "trials": 0,

@@ -219,29 +219,27 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
     dense = manifest(model).dense
     # A run that is on its way warns about a model that is not sparse enough, it does not stop.
     now, before = (pruned_share(step=k, steps=steps, kind=cfg.schedule) for k in (step, step - 1))
-    ratios = {k: _relative(r, now, before) for k, r in cfg.ratios.items()}
+
+    def left(ratio: float) -> float:  # share to remove of what the steps before have left
+        return 1 - (1 - now * ratio) / (1 - before * ratio)
+
+    ratios = {k: left(r) for k, r in cfg.ratios.items()}
     cfg = replace(cfg, ratios=ratios, at=[], every=None, start=None, end=None, steps=None, force=True)
     if cfg.speedup or cfg.params:
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
         wanted = sizes(model, dense["imgsz"])[size] / (target * dense[size])
-        changed: dict[str, Any] = {name: wanted}
-        return replace(cfg, **changed) if wanted > ENOUGH else None
+        return replace(cfg, **{name: wanted}) if wanted > ENOUGH else None  # type: ignore[arg-type]
     if cfg.latency:
-        left = [1 - p * (1 - 1 / cfg.latency) for p in (before, now)]
-        return replace(cfg, latency=left[0] / left[1])
+        was, wanted = (1 - p * (1 - 1 / cfg.latency) for p in (before, now))
+        return replace(cfg, latency=was / wanted)
     if cfg.size_mb:
         wanted = dense["size_mb"] * (1 - now) + cfg.size_mb * now
         return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None
     if cfg.max_drop and probes.score:
         room = cfg.max_drop - (dense["score"] - probes.score(model))
         return replace(cfg, max_drop=room) if room > 0 else None
-    return replace(cfg, ratio=_relative(cfg.ratio, now, before)) if cfg.ratio else cfg
-
-
-def _relative(ratio: float, now: float, before: float) -> float:
-    """Return the share to remove of what is left so that `now * ratio` of all is gone after `before * ratio` was."""
-    return 1 - (1 - now * ratio) / (1 - before * ratio)
+    return replace(cfg, ratio=left(cfg.ratio)) if cfg.ratio else cfg
 
 
 def sizes(model: nn.Module, imgsz: int = 640) -> dict[str, float]:
