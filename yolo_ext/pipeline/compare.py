@@ -75,10 +75,7 @@ def smaller(model: nn.Module, target: float, imgsz: int) -> tuple[str, nn.Module
 
 
 def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
-    """Return the YAML of the same family and depth whose GFLOPs at `imgsz` pixels are nearest to `target`.
-
-    When every width has more, it is the narrowest that works; when the full width has fewer, that one.
-    """
+    """Return the YAML of the same family and depth whose GFLOPs at `imgsz` pixels are nearest to `target`."""
     full: dict[str, Any] = dict(deepcopy(manifest(model).yaml or model.yaml))
     full["nc"] = len(model.names)  # of a classifier the YAML may be out of date
     widest = _width(full)

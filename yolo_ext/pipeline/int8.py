@@ -172,10 +172,7 @@ def _mixed(
     run: Run, cfg: QuantConfig, model: nn.Module, batches: Callable[[], Iterator[torch.Tensor]], plain: Record,
     lost: float,
 ) -> tuple[bool, str]:  # fmt: skip
-    """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better.
-
-    With QAT to follow, at most half of the layers: more would give most of the speed away.
-    """
+    """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better."""
     quant, folder, reference = manifest(model).quant, run.folder / "ptq", (plain.metrics or {})["map_onnx"]["fp32"]
     profile, budget = resolve_profile(quant["profile"]), f"quant.max_drop={cfg.max_drop:g}"
     LOGGER.info(
@@ -194,7 +191,7 @@ def _mixed(
         LOGGER.info(f"{SAYS}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
         return drop
 
-    most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2
+    most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2  # more would give away the speed; QAT comes next
     excluded, trace = search.fewest_float(ranked[:most], evaluate, cfg.max_drop)
     drop = next(t["drop"] for t in trace if t["float"] == len(excluded))
     runs.write_json(folder / "mixed.json", {"excluded": excluded, "drop": drop, "trace": trace})

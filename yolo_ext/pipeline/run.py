@@ -112,13 +112,9 @@ class Run:
 
 
 def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stages: Iterable[str]) -> Run:
-    """Check everything that can be checked before anything is written, and make the folder.
-
-    One that may be written again loses its `stages`.
-    """
+    """Check all that can be checked, then make the folder; one that may be written again loses its `stages`."""
     mode = str(options.pop("mode", None) or "compress")
-    place = {k: options.pop(k, None) for k in PLACE}
-    imgsz = options.pop("imgsz", None)
+    place, imgsz = {k: options.pop(k, None) for k in PLACE}, options.pop("imgsz", None)
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
     base, ckpt = load_model(model)
     loaded = {Path(model): (base, dict(ckpt.get("train_args") or {}))}

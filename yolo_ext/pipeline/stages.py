@@ -263,8 +263,8 @@ def _pictures(run: Run) -> list[dict[str, str]]:
     """Draw base and compressed detections side by side on the first val images."""
     from ultralytics import YOLO
 
-    new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
     made: list[dict[str, str]] = []
+    new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
     if run.task not in ("detect", "segment", "pose") or new == run.base:
         return made
     with stock.quiet():
