@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from yolo_ext.cli import needed
-from yolo_ext.cli.help import documented
+from yolo_ext.cli import documented, needed
 from yolo_ext.commands import COMMANDS, PLACE, keys
 from yolo_ext.commands.analyze import sensitivity
 from yolo_ext.commands.bench import bench

@@ -15,7 +15,7 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.cli.help import FORWARDED, FURTHER, TOPICS, method_tables
+from yolo_ext.cli import FORWARDED, FURTHER, TOPICS, method_tables
 from yolo_ext.commands import COMMANDS, keys
 from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
 from yolo_ext.stock.load import load_model
