@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Images for calibration and BatchNorm re-estimation: which ones, and how a deployed model sees them."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +50,7 @@ def calibration_images(
     val = {p.resolve() for p in list_images(held_out)} if held_out else set()
     pool = sorted(p for p in files if p.resolve() not in val)
     if not pool:
-        raise UsageError(
-            f"All {len(files)} of '{source}' are validation images, which flatter INT8. Give other images."
-        )
+        raise UsageError(f"All {len(files)} of '{source}' are validation images, which flatter INT8. Give others.")
     if len(pool) < len(files):
         LOGGER.warning(f"Calibration leaves out {len(files) - len(pool)} train images that are validation images too")
     if n is not None and n > len(pool):
@@ -72,11 +68,7 @@ def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
 
 
 def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
-    """Yield images as a static ONNX file is fed: float32 (batch, 3, imgsz, imgsz), square letterbox, RGB, 0 to 1.
-
-    `crop` cuts the largest square out of the middle instead, as classification does. Images that cannot be read are
-    skipped with a warning; UsageError if these are more than half, or if every image is of a single value.
-    """
+    """Yield float32 (batch, 3, imgsz, imgsz), RGB, 0 to 1, as ONNX is fed, letterboxed, or cropped to the middle."""
     letterbox = partial(LetterBox((imgsz, imgsz), auto=False), None)  # it could take labels first
     squares = _squares(paths, CenterCrop(imgsz) if crop else letterbox)
     while images := list(islice(squares, batch)):
@@ -84,7 +76,7 @@ def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool
 
 
 def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield each image that can be read, cut to the square that `fit` makes of it, as RGB (3, H, W)."""
+    """Yield each image as the square RGB (3, H, W) that `fit` makes; some may be broken, all blank is an error."""
     broken = blank = 0
     for path in paths:
         if (image := imread(path)) is not None:
@@ -97,15 +89,12 @@ def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iter
             raise UsageError(f"{told} `yolo-ext data check` names them all.")
         LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
     if blank == len(paths) - broken:
-        raise UsageError(
-            f"Each of the {blank} calibration images is of a single value, as '{paths[0]}'. Give real ones."
-        )
+        raise UsageError(f"Each of the {blank} calibration images is of a single value, as '{paths[0]}'. Give others.")
 
 
 def list_hash(paths: list[Path]) -> str:
     """Return a short hash of names and contents of the calibration images, for the record of what was used."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(Path(path).name.encode())
-        digest.update(Path(path).read_bytes())
+        digest.update(Path(path).name.encode() + Path(path).read_bytes())
     return digest.hexdigest()[:16]

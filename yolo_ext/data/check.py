@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Validate a data.yaml, its images and its labels before anything expensive starts; nothing is written or fetched."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
@@ -58,16 +56,15 @@ def check_data(
 
 
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
-    """Return the (width, height) in pixels that training will see, after EXIF rotation, and the EXIF orientation or 1.
-
-    ValueError where Ultralytics would skip the image or stop at it; a damaged JPEG, which it rewrites, is left alone.
-    """
+    """Return (width, height) in pixels after EXIF rotation, and that orientation; ValueError if training skips it."""
     try:
         with open_image(file) as im:
             im.verify()
             size = exif_size(im)
             orientation = im.getexif().get(274, 1) if im.format in {"JPEG", "MPO"} else 1
-        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(file):
+        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(
+            file
+        ):  # damaged ones are rewritten, not skipped
             with open_image(file) as im:
                 im.load()  # verify() sees the end of no other format
     except Exception as e:  # PIL raises many kinds
@@ -122,9 +119,7 @@ def _check_yaml(data: str) -> dict[str, Any]:
             told = f"The images of '{file}' are not here and nothing is fetched unasked."
             raise UsageError(f'{told} Fetch them: python -c "{how}"') from e
         told = str(e).split("\n")[0].replace("❌", "").strip()
-        raise UsageError(
-            f"{told}. Set path, train and val in '{file}' to folders (relative ones start at path)."
-        ) from e
+        raise UsageError(f"{told}. Set path, train and val in '{file}' to folders (relative to path).") from e
     except Exception as e:
         reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__
         raise UsageError(f"Data file '{file}' is not usable: {reason.rstrip('.')}. Mend that key.") from e
@@ -180,8 +175,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
         raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
     images = sorted(list_images(places))
     if not images:
-        formats = ", ".join(sorted(IMG_FORMATS))
-        raise UsageError(f"Split '{split}' of '{data}' holds no images: {info[split]}. Legal formats: {formats}.")
+        raise UsageError(f"Split '{split}' of '{data}' holds no images. Legal: {', '.join(sorted(IMG_FORMATS))}.")
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(lambda file: attempt(image_probe, file)[1], images)
         found = list(TQDM(results, f"Checking {split}", len(images), disable=len(images) < 2000))
@@ -196,9 +190,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
 def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
     """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
     files = [Path(p) for p in img2label_paths([*map(str, images)])]
-    rows, kept = 0, []
-    wrong: list[str] = []
-    outside: list[str] = []
+    rows, kept, wrong, outside = 0, list[Path](), list[str](), list[str]()
     for image, file in zip(images, files):
         try:
             rows += len(check_label(file, nc, columns)) if file.is_file() else 0
@@ -215,11 +207,7 @@ def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list
 
 
 def check_label(file: Path, nc: int, columns: int = 0) -> list[list[str]]:
-    """Return the words of each row of a YOLO label file of a dataset with `nc` classes after checking every row.
-
-    Rows are `class x y w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised, or have just `columns` columns if not 0.
-    ValueError where a row is malformed, ArithmeticError outside the image by more than Ultralytics' tolerance of 1 %.
-    """
+    """Return the words of each label row; ValueError if malformed, ArithmeticError if over 1 % outside the image."""
     try:
         rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         values = [[float(x) for x in row] for row in rows]

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """COCO: one JSON file of boxes and polygons for each split, and the one that a model's labels are kept in."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -20,12 +18,9 @@ WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
 
 
 def scan_coco(source: Path, images: Path | None = None) -> Source:
-    """Read the instances of a COCO JSON file, or of a folder of them, whose images lie in `images` or beside them.
-
-    Where some files are called instances*, the others are captions and the like.
-    """
+    """Read the instances of a COCO JSON file, or of a folder of them, whose images lie in `images` or beside them."""
     files = [source] if source.is_file() else walk_files(source, {"json"})
-    files = [f for f in files if f.stem.startswith("instances")] or files
+    files = [f for f in files if f.stem.startswith("instances")] or files  # others: captions and the like
     if not files:
         raise UsageError(f"'{source}' holds no JSON files. Give a COCO JSON file, or the folder of a COCO dataset.")
     found: dict[str, list[tuple[str, Path]]] = {}
@@ -112,7 +107,6 @@ def _group(content: Mapping[str, Any], classes: Mapping[Any, str], problems: lis
 
 
 def _finite(values: Sequence[float]) -> bool:
-    """Return whether all values are finite."""
     return all(map(math.isfinite, values))
 
 

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Convert and split datasets between YOLO, Pascal VOC and COCO without touching the source."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence

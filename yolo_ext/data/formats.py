@@ -1,11 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The formats: where their files lie, and how datasets of Pascal VOC and YOLO are found, read and written.
-
-VOC has an XML file for each image and lists of images in ImageSets/Main; YOLO has a data.yaml, images in `images`
-folders and a text file of labels for each.
-"""
-
-from __future__ import annotations
+"""The formats: where their files lie, and how datasets of Pascal VOC and YOLO are found, read and written."""
 
 import math
 import re
@@ -37,10 +31,7 @@ KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, whe
 
 
 def scan_voc(source: Path) -> Source:
-    """Find what lies in Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt of a VOC folder.
-
-    An annotation belongs to the image with the same path below its folder, else to the only image with its name.
-    """
+    """Find what lies in Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt of a VOC folder."""
     labels, listed = source / "Annotations", source / "ImageSets/Main"
     if not labels.is_dir():
         raise UsageError(f"'{source}' is not a VOC folder: it has no 'Annotations'. Give the folder that holds it.")
@@ -55,7 +46,7 @@ def scan_voc(source: Path) -> Source:
     annotated = set()
     for file in walk_files(labels, {"xml"}):  # the path is the id: <filename> is often stale
         i = _id(file, labels)
-        if i not in images and len(by_name.get(file.stem, ())) == 1:
+        if i not in images and len(by_name.get(file.stem, ())) == 1:  # the only image with that name
             i = by_name[file.stem][0]
         if i in annotated:
             problems.append(f"{items[i].label} and {file} annotate the same image")
@@ -65,18 +56,17 @@ def scan_voc(source: Path) -> Source:
         raise UsageError(f"'{labels}' holds no XML files. Give the folder of a VOC dataset.")
     files = walk_files(listed, {"txt"}) if listed.is_dir() else []
     lists = {f.stem: _read_list(f, items, by_name) for f in files}
-    empty = Annotation()  # background
-    return Source(
-        items, lambda item, _: read_voc(item.label) if item.label else empty, annotated, lists, problems=problems
-    )
+    return Source(items, lambda item, _: read_voc(item.label), annotated, lists, problems=problems)
 
 
 def _id(file: Path, folder: Path) -> str:
     return file.relative_to(folder).with_suffix("").as_posix()
 
 
-def read_voc(file: Path) -> Annotation:
-    """Read one VOC annotation; ValueError where it is not XML, has a document type, or an object lacks name or box."""
+def read_voc(file: Path | None) -> Annotation:
+    """Read one VOC annotation, None for background; ValueError if not XML, with a document type, or incomplete."""
+    if file is None:
+        return Annotation()
     try:
         root = fromstring(file.read_bytes(), forbid_dtd=True)
     except DefusedXmlException as e:  # entities can expand to gigabytes or read other files; no VOC tool writes them
@@ -145,10 +135,7 @@ def _whole(low: float, high: float, side: int) -> tuple[int, int]:
 
 
 def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
-    """Find the images and splits of a data.yaml, a folder with one, or one with images/, labels/ and maybe classes.txt.
-
-    `classes` names the classes where the source does not.
-    """
+    """Find the images and splits of a data.yaml, its folder, or one with images/ and classes.txt or given `classes`."""
     yamls = [source] if source.is_file() else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     if len(yamls) > 1:
         raise UsageError(f"'{source}' holds {len(yamls)} YAML files. Give source= one of them.")
@@ -160,9 +147,8 @@ def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
         folders, names = _split_folders(content, yamls[0]), class_names(content["names"])
     else:
         folders, names = _plain(source, classes)
-    images, lists, problems = unique_ids(
-        {s: [m for path in paths for m in _members(path)] for s, paths in folders.items()}
-    )
+    members = {s: [m for path in paths for m in _members(path)] for s, paths in folders.items()}
+    images, lists, problems = unique_ids(members)
     if not images:
         raise UsageError(f"'{source}' holds no images. {YOLO}")
     labels = map(Path, img2label_paths([*map(str, images.values())]))
@@ -246,16 +232,12 @@ def yolo_row(o: Object, index: int, size: Size, task: str) -> str:
 
 
 def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list[Object], Counter[str]]:
-    """Bring objects into the pixels of the upright image of (width, height) `size`, cut at its border.
-
-    An annotation made on the stored pixels of a photo that its EXIF orientation turns is turned with it. Returned are
-    the objects that have an area, and how many were clipped, swapped, degenerate, resized, rotated or crowds.
-    """
+    """Return objects with an area, cut to the upright image of (width, height) `size`, and counts of changes."""
     tally = Counter({"crowd": annotation.crowds}) if annotation.crowds else Counter()
     w, h = annotation.size or size
     move: Point | None = None
     if (w, h) != size:
-        turned = (h, w) == size and orientation in (6, 8)
+        turned = (h, w) == size and orientation in (6, 8)  # by EXIF, and annotated on the stored pixels
         tally["rotated" if turned else "resized"] += 1
         sx, sy = size[0] / w, size[1] / h
         turns: dict[int, Point] = {6: lambda x, y: (h - y, x), 8: lambda x, y: (y, w - x)}

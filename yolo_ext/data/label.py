@@ -8,8 +8,6 @@ A record is a plain dict: `image` (path relative to the source), `size` (width a
 with `class`, `confidence`, `box` (x1, y1, x2, y2 in pixels) and, from a segmentation model, `polygon` (x, y, x, ...).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -70,10 +68,7 @@ class _Job:
 
 
 def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
-    """Return the folder that a source for `list_images` starts at, and the images by their path relative to it.
-
-    What a run writes to the folder `out` is never taken for a source, and `out` must not lie inside a source folder.
-    """
+    """Return the folder where a source starts, and its images but those that runs wrote to `out`, by relative path."""
     sources = [Path(str(s)).absolute() for s in (source if isinstance(source, (list, tuple)) else [source])]
     sources = [s.resolve() if s.is_dir() else s for s in sources]
     files = sorted({f.absolute() for f in list_images(sources)})
@@ -117,9 +112,8 @@ def label_images(
     if dataset and (out / "data.yaml").is_file():
         there, ours = class_names(YAML.load(out / "data.yaml").get("names")), list(names.values())
         if there != ours:
-            raise UsageError(
-                f"Classes {there} of '{out}' and {ours} of the model must not be mixed. Give another out=."
-            )
+            told = f"Classes {there} of '{out}' and {ours} of the model must not be mixed."
+            raise UsageError(f"{told} Give another out=.")
     known = _read_journal(journal, settings, overwrite)
     store = _open_store(images, out, kind, names, beside)
     done = Labelled()

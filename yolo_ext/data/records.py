@@ -1,10 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""What every dataset format is read into and written from: images with objects in pixels, splits, and files.
-
-Files come by the hundred thousand: found without endless links, worked on in parallel, written whole or not at all.
-"""
-
-from __future__ import annotations
+"""What every dataset format is read into and written from: images with objects in pixels, splits, and files."""
 
 import glob
 import multiprocessing
@@ -110,10 +105,8 @@ def from_lists(lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | N
     splits = splits or {s: s for s in SPLITS if s in lists}
     wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
     if wrong or not set(needed) <= splits.keys():
-        told = (
-            f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, legal: "
-        )
-        told += f"{', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}."
+        told = f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, "
+        told += f"legal: {', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}."
         raise UsageError(f"{told} Give e.g. train=trainval val=test, or ratio=0.8,0.2.")
     chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
     if empty := [splits[s] for s, members in chosen.items() if not members]:
@@ -150,19 +143,15 @@ def by_folds(ids: Collection[str], folds: int, seed: int, classes: Kinds | None 
 
 
 def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kinds | None = None) -> list[list[str]]:
-    """Return the sorted ids of parts of the given shares, which sum to 1, dealt at random or class by class.
-
-    Class by class follows iterative stratification (Sechidis et al., 2011): the rarest class comes first, and each
-    image goes to the part that lacks most images of that class. Every part keeps its share of all images.
-    """
+    """Return the sorted ids of parts of the given shares, at random or stratified class by class."""
     order = sorted(ids)
     random.Random(seed).shuffle(order)
     stops = [round(sum(shares[: k + 1]) * len(order)) for k in range(len(shares))]
     free = [stop - start for start, stop in zip([0, *stops], stops)]
     if classes is None:
         return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
-    members: Splits = {}
-    for i in order:
+    members: Splits = {}  # iterative stratification (Sechidis et al., 2011): an image of the rarest class goes first,
+    for i in order:  # to the part that lacks most images of that class
         for name in classes.get(i, ()):
             members.setdefault(name, []).append(i)
     rarest = sorted(members, key=lambda name: (len(members[name]), name))
@@ -214,11 +203,7 @@ def is_image(file: Path) -> bool:
 
 
 def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the sorted regular files below a folder with one of these suffixes, lower case without the dot.
-
-    Hidden ones are left out and linked folders followed, but a link that leads back to a folder above it, which
-    Ultralytics would follow over and over, is a UsageError.
-    """
+    """Return the sorted files below a folder with these suffixes, but hidden ones; UsageError if a link goes round."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -235,17 +220,14 @@ def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[R]:
-    """Yield `work(item)` of every item, in order and with a progress bar called `text`.
-
-    Many items go to processes where the system forks them, which saves pickling the work, but the work must not touch
-    torch there, whose threads do not survive a fork; all else goes to threads.
-    """
+    """Yield `work(item)`, which must not touch torch, of every item, in order and with a progress bar called `text`."""
     if len(items) < MANY or sys.platform != "linux":
         with ThreadPool(NUM_THREADS) as pool:
             yield from TQDM(pool.imap(work, items), text, len(items))
         return
     global _task
     _task = work, items
+    # Forked: no work is pickled, but torch's threads do not survive it.
     fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     with fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore) as processes:
         yield from TQDM(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))

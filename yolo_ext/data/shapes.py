@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Generate the shapes set: a small detection set that is ours, needs no download and is not trivially easy."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Summarise a YOLO dataset: classes, box sizes, broken files, images that are the same or nearly, leaks of splits."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter
@@ -177,13 +175,9 @@ def same(keys: Mapping[str, Hashable]) -> list[list[str]]:
 
 
 def near_pairs(prints: Iterable[int], limit: int = NEAR) -> list[tuple[int, int]]:
-    """Return the pairs of different fingerprints of 256 bits of which at most `limit` bits differ.
-
-    The bits are cut into `limit` + 1 bands; a pair within the limit has at least one band in common, so that only
-    those are compared.
-    """
+    """Return the pairs of different fingerprints of 256 bits of which at most `limit` bits differ."""
     distinct = sorted(set(prints))
-    width = -(-BITS // (limit + 1))
+    width = -(-BITS // (limit + 1))  # of limit + 1 bands: a pair within the limit has at least one of them in common
     found: set[tuple[int, int]] = set()
     for start in range(0, BITS, width):
         bands: dict[int, list[int]] = {}
