@@ -117,8 +117,7 @@ def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Pa
 
 def recalibrated(file: Path, args: dict[str, str]) -> float:
     """Give a pruned file the BatchNorm re-estimation that ours get, and return its mAP."""
-    from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.data.check import check_data
+    from yolo_ext.data.check import calibration_images, check_data, letterbox_batches
     from yolo_ext.stock.context import recalibrate
 
     model = load_model(file)[0]

@@ -16,8 +16,7 @@ from pathlib import Path
 from ultralytics.cfg import smart_value
 
 from yolo_ext.core.config import parse
-from yolo_ext.data.calibration import letterbox_batches
-from yolo_ext.data.check import check_data
+from yolo_ext.data.check import check_data, letterbox_batches
 from yolo_ext.deployment.compare import compare, summary
 from yolo_ext.deployment.runtime import describe, predictor
 from yolo_ext.quantization.qat import prepare

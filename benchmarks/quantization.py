@@ -29,8 +29,7 @@ from ultralytics import YOLO
 
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import QuantConfig
-from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.data.check import check_data
+from yolo_ext.data.check import calibration_images, check_data, letterbox_batches
 from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
+from yolo_ext.data.check import calibration_images, letterbox_batches, list_hash
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from ultralytics import YOLO
 
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import QuantConfig
-from yolo_ext.data.calibration import calibration_images, letterbox_batches
-from yolo_ext.data.check import check_data
+from yolo_ext.data.check import calibration_images, check_data, letterbox_batches
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import conv_report, predictor
 from yolo_ext.deployment.verify import verify_int8

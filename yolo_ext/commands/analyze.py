@@ -1,21 +1,16 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The commands that tell how things are: analyze and sensitivity of a model, checks of the installation."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from yolo_ext.commands import LOGGER, Count, Technique, command, numbers
 from yolo_ext.core.config import PruneConfig, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SHARES = (0.25, 0.5, 0.75)  # of channels, that `sensitivity` tries
 
@@ -90,9 +85,7 @@ def sensitivity(
     return _of_quantization(net, cfg, info, size, by, images, map, place)
 
 
-def _of_pruning(
-    net: nn.Module, cfg: Any, info: dict[str, Any], size: int, shares: tuple[float, ...], place: dict[str, Any]
-) -> dict[str, Any]:
+def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], place: Any) -> dict[str, Any]:
     """Measure mAP and losses with each group pruned by each share, and write what was found."""
     from yolo_ext import pruning, runs, stock
     from yolo_ext.pruning.analyze import write
@@ -112,13 +105,12 @@ def _of_pruning(
 
 
 def _of_quantization(
-    net: nn.Module, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool,
-    place: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, place: dict[str, Any]
+) -> dict[str, Any]:
     """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
     from yolo_ext import quantization, runs, stock
     from yolo_ext.checkpoint import manifest
-    from yolo_ext.data.calibration import calibration_images, letterbox_batches
+    from yolo_ext.data.check import calibration_images, letterbox_batches
     from yolo_ext.quantization.search import table, write
     from yolo_ext.training.prune import make_probes
 
@@ -137,7 +129,7 @@ def _of_quantization(
     return found
 
 
-def _ms_saved(net: nn.Module, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
+def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
     """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
     from yolo_ext import deployment, quantization
     from yolo_ext.deployment.latency import saved_ms
@@ -163,10 +155,8 @@ def checks() -> bool:
     problems = []
     with suppress(PackageNotFoundError):
         version("thop")
-        problems.append(
-            "PyPI's 'thop' is installed and overwrites 'ultralytics-thop'; Ultralytics may report 0.0 GFLOPs. "
-            "Run: pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
-        )
+        remedy = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
+        problems.append(f"PyPI's 'thop' overwrites 'ultralytics-thop', which may report 0.0 GFLOPs. Run: {remedy}")
     try:
         stock.check_stock()
         stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)

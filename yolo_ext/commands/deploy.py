@@ -1,33 +1,26 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The commands export and verify: a model out of training into files for a runtime, and proof that they are equal."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, command
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
 PRECISION = {"8": "int8", "int8": "int8", "w8a8": "int8", "16": "half", "fp16": "half", "w16a16": "half",
              "32": "", "fp32": ""}  # fmt: skip
-NMS_KEYS = ("conf", "iou", "max_det", "agnostic_nms")
 
 
 @dataclass(frozen=True)
 class Job:
     """What to export, and how."""
 
-    net: nn.Module  # float, with or without the ranges of a quantization
+    net: Any  # module, float, with or without the ranges of a quantization
     imgsz: Any  # pixels: one side, or height and width
     precision: str  # "" for FP32, half or int8
     data: str | None  # dataset YAML to calibrate on
@@ -104,7 +97,7 @@ def export(
     return files
 
 
-def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def _open(model: str | Path) -> tuple[Any, dict[str, Any]]:
     """Load a model, one of Ultralytics' own QAT as the stock model that it holds, and its checkpoint dict."""
     from yolo_ext import stock
     from yolo_ext.quantization.qat import is_modelopt, load_modelopt
@@ -119,7 +112,7 @@ def _open(model: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return load_modelopt(model) if is_modelopt(ckpt) else (net, ckpt)
 
 
-def _size(net: nn.Module, ckpt: dict[str, Any], given: Any) -> Any:
+def _size(net: Any, ckpt: dict[str, Any], given: Any) -> Any:
     """Return the image size given by the user, a whole number or (height, width), else that of the training."""
     from yolo_ext import stock
 
@@ -149,10 +142,10 @@ def _precision(given: dict[str, Any]) -> str:
 
 def _graph(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `export_onnx`."""
-    nms = {k: given[k] for k in NMS_KEYS if k in given}
+    nms = {k: given[k] for k in ("conf", "iou", "max_det", "agnostic_nms") if k in given}
     if given.get("nms") is not True and nms:
         raise UsageError(f"{', '.join(nms)}: only for embedded NMS. Add nms=True, or leave it out.")
-    ours: dict[str, Any] = {k: given[k] for k in ("opset", "simplify", "dynamic", "batch") if k in given}
+    ours = {k: given[k] for k in ("opset", "simplify", "dynamic", "batch") if k in given}
     return {**ours, "nms": nms if given.get("nms") else None, "end2end": given.get("nms") is False}
 
 
@@ -197,11 +190,8 @@ def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
         return [export_openvino(file, target, half=job.precision == "half")]
 
 
-def _quantized(job: Job, default: str) -> tuple[nn.Module, Any, Any]:
-    """Return float model, state and profile (`default` where the user names none).
-
-    They come from the model's own quantization where that is exact, else they are calibrated on images.
-    """
+def _quantized(job: Job, default: str) -> tuple[Any, Any, Any]:
+    """Return float model, state and profile: of the model's own quantization where exact, else calibrated on images."""
     from yolo_ext import quantization, stock
     from yolo_ext.checkpoint import manifest, note
     from yolo_ext.data.check import check_data
@@ -227,21 +217,18 @@ def _quantized(job: Job, default: str) -> tuple[nn.Module, Any, Any]:
     return quantization.strip(job.net), manifest(job.net).quant["state"], quantization.resolve_profile(cfg.profile)
 
 
-def _imported(job: Job, profile: Any) -> tuple[nn.Module, Any, Any]:
+def _imported(job: Job, profile: Any) -> tuple[Any, Any, Any]:
     """Return model, state and profile from the ranges of Ultralytics' QAT, with those calibrated that it lacks."""
     from yolo_ext import stock
-    from yolo_ext.data.calibration import calibration_images, letterbox_batches
-    from yolo_ext.data.check import check_data
+    from yolo_ext.data.check import calibration_images, check_data, letterbox_batches
     from yolo_ext.quantization.fake_quant import merge_branches, strip_fake_quant
     from yolo_ext.quantization.qat import complete, import_state
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches() -> Iterator[Any]:
         """Yield images (B, C, H, W); asked for where something is missing only."""
         if not job.data:
-            raise UsageError(
-                f"The ranges of Ultralytics' QAT are those of convolution inputs; profile '{profile.name}' needs "
-                "others too. Give data=data.yaml to calibrate them."
-            )
+            why = f"are those of convolution inputs; profile '{profile.name}' needs others too"
+            raise UsageError(f"The ranges of Ultralytics' QAT {why}. Give data=data.yaml to calibrate them.")
         task = stock.task_of(job.net)
         images = calibration_images(check_data(job.data, task=task))
         yield from letterbox_batches(images, _side(job.imgsz), crop=task == "classify")
@@ -310,8 +297,7 @@ def verify(
         LOGGER.info(describe_difference(found["first_difference"]))
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
-    maps = {k: v or {} for k, v in (found.get("map") or {}).items()}
-    base, ours = maps.get("torch", {}), maps.get("onnx", {})
+    base, ours = ((found.get("map") or {}).get(k) or {} for k in ("torch", "onnx"))
     figures = runs.model_figures(net, Path(model), _side(size))
     fp32 = ours.get("map") if found["precision"] == "fp32" else None
     after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": fp32}, **ours}

@@ -1,29 +1,28 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Validate a data.yaml, its images and its labels before anything expensive starts; nothing is written or fetched."""
+"""Check data.yaml, images and labels before anything expensive starts, and choose and feed calibration images."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML
 from ultralytics.utils.checks import check_file
+from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import jpeg_is_whole, list_images, quote
-from yolo_ext.stock.load import (
-    IMG_FORMATS,
-    check_cls_dataset,
-    check_det_dataset,
-    exif_size,
-    find_dataset_yaml,
-    img2label_paths,
-    open_image,
-)
+from yolo_ext.stock import load
 
 T = TypeVar("T")
+USUAL = 300  # images; TensorRT and Ultralytics advise as many
 
 
 def check_data(
@@ -58,14 +57,14 @@ def check_data(
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
     """Return (width, height) in pixels after EXIF rotation, and that orientation; ValueError if training skips it."""
     try:
-        with open_image(file) as im:
+        with load.open_image(file) as im:
             im.verify()
-            size = exif_size(im)
+            size = load.exif_size(im)
             orientation = im.getexif().get(274, 1) if im.format in {"JPEG", "MPO"} else 1
         if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(
             file
         ):  # damaged ones are rewritten, not skipped
-            with open_image(file) as im:
+            with load.open_image(file) as im:
                 im.load()  # verify() sees the end of no other format
     except Exception as e:  # PIL raises many kinds
         raise ValueError("cannot be read as an image" if "cannot identify" in str(e) else str(e)) from e
@@ -112,7 +111,7 @@ def _check_yaml(data: str) -> dict[str, Any]:
         told = f"Data file '{file}' lacks {quote(absent)}; it holds {quote(list(content), 20)}."
         raise UsageError(f"{told} Add train and val (image folders relative to path) and names (one name per class).")
     try:
-        return check_det_dataset(str(file), autodownload=False)
+        return load.check_det_dataset(str(file), autodownload=False)
     except FileNotFoundError as e:
         if content.get("download"):
             how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
@@ -131,7 +130,7 @@ def _find_yaml(data: str) -> Path:
         raise UsageError(f"Data '{data}' would have to be fetched or unpacked. Do that first, then give its data.yaml.")
     if Path(data).is_dir():
         try:
-            return find_dataset_yaml(Path(data))
+            return load.find_dataset_yaml(Path(data))
         except Exception as e:
             raise UsageError(f"Folder '{data}' holds no single data.yaml. Give the path of the file.") from e
     names = [data] if Path(data).suffix else [f"{data}.yaml", f"{data}.yml", data]
@@ -153,7 +152,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     if not (root / "train").is_dir():
         raise UsageError(f"Data folder '{root}' has no 'train' folder. Legal: train/<class>/, val/<class>/.")
     try:
-        return check_cls_dataset(root)
+        return load.check_cls_dataset(root)
     except Exception as e:
         raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
 
@@ -175,7 +174,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
         raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
     images = sorted(list_images(places))
     if not images:
-        raise UsageError(f"Split '{split}' of '{data}' holds no images. Legal: {', '.join(sorted(IMG_FORMATS))}.")
+        raise UsageError(f"Split '{split}' of '{data}' holds no images. Legal: {', '.join(sorted(load.IMG_FORMATS))}.")
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(lambda file: attempt(image_probe, file)[1], images)
         found = list(TQDM(results, f"Checking {split}", len(images), disable=len(images) < 2000))
@@ -189,7 +188,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
 
 def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
     """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
-    files = [Path(p) for p in img2label_paths([*map(str, images)])]
+    files = [Path(p) for p in load.img2label_paths([*map(str, images)])]
     rows, kept, wrong, outside = 0, list[Path](), list[str](), list[str]()
     for image, file in zip(images, files):
         try:
@@ -228,3 +227,82 @@ def check_label(file: Path, nc: int, columns: int = 0) -> list[list[str]]:
         if max(coords) > 1.01 or min(coords) < -0.01:
             raise ArithmeticError(f"class {row[0]:g} at {quote([f'{x:g}' for x in coords])}")
     return rows
+
+
+def calibration_images(
+    data: dict[str, Any] | Sequence[str | Path] | str | Path, n: int | None = None, seed: int = 0, at_most: int = USUAL
+) -> list[Path]:
+    """Choose calibration images.
+
+    Args:
+        data: A checked Ultralytics data dict (its train split is used), or what `list_images` takes.
+        n: How many images; None takes what is there, up to `at_most`.
+        seed: Seed of the choice, which does not depend on the order of the files on disk.
+        at_most: Most images where `n` is None.
+
+    Returns:
+        Sorted image files, none of them from the validation split: INT8 figures would be flattered.
+
+    Raises:
+        UsageError: If there are no such images, or fewer than `n`.
+    """
+    wanted = at_most if n is None else n
+    if wanted < 1:
+        raise UsageError(f"Calibration needs at least 1 image, got {wanted}. 128 to 512 are usual.")
+    source, held_out = (data.get("train"), data.get("val")) if isinstance(data, dict) else (data, None)
+    if not source:
+        raise UsageError("The data has no train split to calibrate on. Give 'train' in the data YAML, or images.")
+    files = set(list_images(source))
+    if not files:
+        raise UsageError(f"No calibration images in '{source}'. Legal: {', '.join(sorted(load.IMG_FORMATS))}.")
+    val = {p.resolve() for p in list_images(held_out)} if held_out else set()
+    pool = sorted(p for p in files if p.resolve() not in val)
+    if not pool:
+        raise UsageError(f"All {len(files)} of '{source}' are validation images, which flatter INT8. Give others.")
+    if len(pool) < len(files):
+        LOGGER.warning(f"Calibration leaves out {len(files) - len(pool)} train images that are validation images too")
+    if n is not None and n > len(pool):
+        told = f"{n} calibration images are wanted, but '{source}' has {len(pool)}. Ask for {len(pool)} or fewer"
+        raise UsageError(f"{told}, give no number to take up to {at_most}, or give more images. 128 to 512 are usual.")
+    return sorted(random.Random(seed).sample(pool, min(wanted, len(pool))))
+
+
+def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
+    """Refuse what `calibration_images` and `letterbox_batches` refuse; in most cases one image is read."""
+    images = calibration_images(source, n, seed)
+    if not any((image := imread(path)) is not None and image.min() < image.max() for path in images):
+        for _ in letterbox_batches(images, 32):  # says what is wrong
+            pass
+
+
+def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
+    """Yield float32 (batch, 3, imgsz, imgsz), RGB, 0 to 1, as ONNX is fed, letterboxed, or cropped to the middle."""
+    letterbox = partial(load.LetterBox((imgsz, imgsz), auto=False), None)  # it could take labels first
+    squares = _squares(paths, load.CenterCrop(imgsz) if crop else letterbox)
+    while images := list(islice(squares, batch)):
+        yield torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+
+
+def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield each image as the square RGB (3, H, W) that `fit` makes; some may be broken, all blank is an error."""
+    broken = blank = 0
+    for path in paths:
+        if (image := imread(path)) is not None:
+            blank += int(image.min() == image.max())
+            yield np.asarray(fit(image))[..., ::-1].transpose(2, 0, 1)
+            continue
+        broken += 1
+        if 2 * broken > len(paths):
+            told = f"At least {broken} of the {len(paths)} calibration images cannot be read, such as '{path}'."
+            raise UsageError(f"{told} `yolo-ext data check` names them all.")
+        LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
+    if blank == len(paths) - broken:
+        raise UsageError(f"Each of the {blank} calibration images is of a single value, as '{paths[0]}'. Give others.")
+
+
+def list_hash(paths: list[Path]) -> str:
+    """Return a short hash of names and contents of the calibration images, for the record of what was used."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).name.encode() + Path(path).read_bytes())
+    return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ from yolo_ext import runs
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.core.options import QuantConfig
-from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.data.check import calibration_images, letterbox_batches
 from yolo_ext.deployment import verify as deployed
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import saved_ms

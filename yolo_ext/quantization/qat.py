@@ -16,7 +16,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import QuantConfig
-from yolo_ext.data.calibration import calibration_images, letterbox_batches, list_hash
+from yolo_ext.data.check import calibration_images, letterbox_batches, list_hash
 from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.calibrate import calibrate, calibrate_rest, known
 from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn

@@ -19,7 +19,7 @@ from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import prune_epochs, pruned_share
-from yolo_ext.data.calibration import calibration_images, letterbox_batches
+from yolo_ext.data.check import calibration_images, letterbox_batches
 from yolo_ext.pruning import masks
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import Kept

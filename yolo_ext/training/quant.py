@@ -15,7 +15,7 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig
-from yolo_ext.data.calibration import check_calibration
+from yolo_ext.data.check import check_calibration
 from yolo_ext.quantization import qat
 from yolo_ext.quantization.fake_quant import insert_fake_quant, load_state, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import ADDED
