@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -23,10 +24,8 @@ def scan_coco(source: Path, images: Path | None = None) -> Source:
     files = [f for f in files if f.stem.startswith("instances")] or files  # others: captions and the like
     if not files:
         raise UsageError(f"'{source}' holds no JSON files. Give a COCO JSON file, or the folder of a COCO dataset.")
-    found: dict[str, list[tuple[str, Path]]] = {}
-    labels: dict[Path, Annotation] = {}
-    names: dict[str, None] = {}
-    problems: list[str] = []
+    found, labels = dict[str, list[tuple[str, Path]]](), dict[Path, Annotation]()
+    names, problems = dict[str, None](), list[str]()
     for file in files:
         content = _load(file)
         try:
@@ -73,9 +72,8 @@ def _split_of(file: Path) -> str:
 def _image_folder(file: Path, first: Sequence[str]) -> Path:
     """Return the folder that the file names of a COCO file start from."""
     part = file.stem.rpartition("_")[2]
-    roots = [file.parent, file.parent.parent]
     tails = ("", part, f"images/{part}", f"images/{_split_of(file)}", "images", "JPEGImages", "data")
-    for folder in (root / tail for root in roots for tail in tails):
+    for folder in (root / tail for root in (file.parent, file.parent.parent) for tail in tails):
         if first and (folder / first[0]).is_file():
             return folder
     raise UsageError(f"Cannot find the image '{(first or ['?'])[0]}' of '{file}'. Give images=FOLDER.")
@@ -83,15 +81,14 @@ def _image_folder(file: Path, first: Sequence[str]) -> Path:
 
 def _group(content: Mapping[str, Any], classes: Mapping[Any, str], problems: list[str]) -> list[tuple[Any, Annotation]]:
     """Return each image with its annotation, noting what is broken."""
-    objects: dict[Any, list[Object]] = {}
-    crowds: dict[Any, int] = {}
+    objects, crowds = dict[Any, list[Object]](), Counter[Any]()
     for a in content["annotations"]:
         try:
             if a.get("iscrowd"):
-                crowds[a["image_id"]] = crowds.get(a["image_id"], 0) + 1
-                continue
-            objects.setdefault(a["image_id"], []).append(_object(a, classes))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+                crowds[a["image_id"]] += 1
+            else:
+                objects.setdefault(a["image_id"], []).append(_object(a, classes))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:  # noqa: PERF203  the sound ones count as well
             problems.append(f"annotation {a.get('id') if isinstance(a, dict) else a}: {e!r} is wrong or absent")
     grouped = []
     for image in content["images"]:

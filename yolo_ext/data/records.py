@@ -86,11 +86,8 @@ class Store(NamedTuple):
 
 def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], Splits, list[str]]:
     """Return image by id, ids by split and clashes within a split, from the (wanted id, image) of each split."""
-    owner: dict[str, Path] = {}
+    owner, images, lists, problems = dict[str, Path](), dict[str, Path](), Splits(), list[str]()
     clash = any(owner.setdefault(i, f) != f for members in files.values() for i, f in members)
-    images: dict[str, Path] = {}
-    lists: Splits = {}
-    problems = []
     for split, members in files.items():
         for i, file in members:
             i = f"{split}_{i}" if clash and len(files) > 1 else i

@@ -17,33 +17,20 @@ VERSION = 1  # raise when the pictures change
 
 
 def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160, seed: int = 0) -> Path:
-    """Write a generated detection set of circles, squares and triangles; reuse it where it is already there.
+    """Write a detection set of circles, squares and triangles to a new or empty folder; return its data.yaml.
 
-    The same arguments give the same bytes on the same versions of NumPy and OpenCV.
-
-    Args:
-        out: New or empty folder, or one this function wrote; the latter is rewritten when the arguments differ.
-        train: Training images.
-        val: Validation images.
-        imgsz: Side of the square images in pixels, at least 64.
-        seed: Seed of everything drawn.
-
-    Returns:
-        Path of the data.yaml.
-
-    Raises:
-        UsageError: An argument is illegal, or `out` holds files of somebody else.
+    The same arguments give the same bytes on the same versions of NumPy and OpenCV, and a set that is there is used
+    again. UsageError where an argument is illegal, or `out` holds files of somebody else.
     """
     out = Path(out).resolve()
-    counts = {"train": train, "val": val}
-    given = {**counts, "imgsz": imgsz, "seed": seed}
+    given = {"train": train, "val": val, "imgsz": imgsz, "seed": seed}
     if train < 1 or val < 1 or imgsz < 64 or seed < 0:
         raise UsageError(f"Shapes set of {given} is not legal. Legal: train, val from 1, imgsz from 64, seed from 0.")
     wanted = {"version": VERSION, "path": str(out), **given}
     if _is_current(out, wanted):
         return out / "data.yaml"
     with staged_folder(out) as stage:
-        for k, (split, count) in enumerate(counts.items()):
+        for k, (split, count) in enumerate((("train", train), ("val", val))):
             images, labels = stage / "images" / split, stage / "labels" / split
             images.mkdir(parents=True)
             labels.mkdir(parents=True)
@@ -78,16 +65,14 @@ def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[t
     image = _background(rng, imgsz)
     for _ in range(rng.integers(0, 3)):
         _distractor(rng, image)
-    boxes: list[np.ndarray] = []
-    rows: list[tuple[float, ...]] = []
+    boxes, rows = list[np.ndarray](), list[tuple[float, ...]]()
     for _ in range(rng.integers(2, 6)):
         cls = int(rng.integers(3))
-        if (outline := _place(rng, cls, imgsz, boxes)) is None:
-            continue
-        _paint(rng, image, outline)
-        boxes.append(_box(outline))
-        x0, y0, x1, y1 = boxes[-1] / imgsz
-        rows.append((cls, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+        if (outline := _place(rng, cls, imgsz, boxes)) is not None:
+            _paint(rng, image, outline)
+            boxes.append(_box(outline))
+            x0, y0, x1, y1 = boxes[-1] / imgsz
+            rows.append((cls, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
     noise = rng.normal(0, rng.uniform(2, 8), image.shape)

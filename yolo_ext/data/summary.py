@@ -42,18 +42,13 @@ class Seen(NamedTuple):
 
 
 def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
-    """Look at every image and label of a dataset, changing nothing.
+    """Look at every image and label of a dataset, changing nothing; UsageError where its data.yaml is unusable.
 
     Args:
         data: data.yaml, or the folder of one.
         near: How many of 256 bits may differ between the fingerprints of images that are called nearly the same.
-
-    Returns:
-        `splits`, `classes`, `sizes`, `duplicates` and `leaks`, exact and near, files that are broken, malformed or
+    Returns: `splits`, `classes`, `sizes`, `duplicates` and `leaks`, exact and near, files that are broken, malformed or
         outside, and `passed`: no file is broken or malformed and train shares no image with val or test.
-
-    Raises:
-        UsageError: The data.yaml or a path in it is unusable.
     """
     if not 0 <= near <= 64:
         raise UsageError(f"'near={near}' is illegal. Legal: 0 to 64 of 256 bits.")
@@ -64,7 +59,7 @@ def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
         LOGGER.warning(f"{len(source.problems)} images share a label file: {quote(source.problems)}")
     looks = parallel(partial(_look, source), list(source.items.values()), "Checking images and labels")
     seen = dict(zip(source.items, looks))
-    found: dict[str, Any] = {"data": str(data), "splits": _splits(source, seen), **_boxes(source, seen)}
+    found: dict[str, Any] = {"data": str(data), **_tables(source, seen)}
     for kind in KINDS:
         found[kind] = {str(source.items[i].image): s.problem for i, s in seen.items() if s.state == kind}
     for suffix, groups in _groups(source, {i: s for i, s in seen.items() if s.key}, near).items():
@@ -95,29 +90,22 @@ def _look(source: Source, item: Item) -> Seen:
     return Seen(key, bits, "labelled" if objects else "empty", boxes=boxes)
 
 
-def _splits(source: Source, seen: Mapping[str, Seen]) -> dict[str, dict[str, int]]:
-    """Return the counts of each split."""
-    table = {}
-    for split, ids in source.lists.items():
-        members = [seen[i] for i in ids]
-        states = Counter(s.state for s in members)
-        boxes = sum(sum(s.boxes.values()) for s in members)
-        table[split] = {"images": len(ids), "boxes": boxes, **{k: states[k] for k in ("unlabelled", "empty", *KINDS)}}
-    return table
-
-
-def _boxes(source: Source, seen: Mapping[str, Seen]) -> dict[str, Any]:
-    """Return boxes by class, split and area, and the histogram of their sides."""
-    classes = {name: dict.fromkeys([*source.lists, *AREAS], 0) for name in source.names or ()}
+def _tables(source: Source, seen: Mapping[str, Seen]) -> dict[str, Any]:
+    """Return the counts of each split, boxes by class, split and area, and the histogram of their sides."""
+    splits, classes = {}, {name: dict.fromkeys([*source.lists, *AREAS], 0) for name in source.names or ()}
     sides: Counter[int] = Counter()
     for split, ids in source.lists.items():
-        for i in ids:
-            for (name, area, side), n in seen[i].boxes.items():
-                classes[name][split] += n
-                classes[name][area] += n
-                sides[side] += n
+        states = Counter(seen[i].state for i in ids)
+        boxes = [item for i in ids for item in seen[i].boxes.items()]
+        total = {"images": len(ids), "boxes": sum(n for _, n in boxes)}
+        splits[split] = {**total, **{k: states[k] for k in ("unlabelled", "empty", *KINDS)}}
+        for (name, area, side), n in boxes:
+            classes[name][split] += n
+            classes[name][area] += n
+            sides[side] += n
     powers = range(min(sides, default=0), max(sides, default=-1) + 1)
-    return {"classes": classes, "sizes": {f"{2**p}-{2 ** (p + 1)}": sides[p] for p in powers}}
+    sizes = {f"{2**p}-{2 ** (p + 1)}": sides[p] for p in powers}
+    return {"splits": splits, "classes": classes, "sizes": sizes}
 
 
 def _groups(source: Source, seen: Mapping[str, Seen], near: int) -> dict[str, list[list[str]]]:
