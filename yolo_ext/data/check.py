@@ -35,12 +35,8 @@ def check_data(
         need: Splits that must hold readable images.
         task: Ultralytics task, which decides the label format.
         labels: Whether label files are checked too; calibration, for one, needs images only.
-
-    Returns:
-        What Ultralytics' own check returns, plus `images`: {split: readable image paths} of the needed splits.
-
-    Raises:
-        UsageError: The file, a key, a path, a whole split or a label is unusable.
+    Returns: What Ultralytics' own check returns, plus `images`: {split: readable image paths} of the needed splits.
+    Raises: `UsageError` if the file, a key, a path, a whole split or a label is unusable.
     """
     info = _check_folder(Path(data)) if task == "classify" else _check_yaml(str(data))
     info["images"] = {split: _check_images(split, info, str(data)) for split in need}
@@ -78,7 +74,7 @@ def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
     try:
         return read(file), ""
     except (ValueError, OSError) as e:
-        return None, str(e)
+        return None, str(e) or repr(e)
 
 
 def load_yaml(file: Path) -> Any:
@@ -239,12 +235,8 @@ def calibration_images(
         n: How many images; None takes what is there, up to `at_most`.
         seed: Seed of the choice, which does not depend on the order of the files on disk.
         at_most: Most images where `n` is None.
-
-    Returns:
-        Sorted image files, none of them from the validation split: INT8 figures would be flattered.
-
-    Raises:
-        UsageError: If there are no such images, or fewer than `n`.
+    Returns: Sorted image files, none of them from the validation split: INT8 figures would be flattered.
+    Raises: `UsageError` if there are no such images, or fewer than `n`.
     """
     wanted = at_most if n is None else n
     if wanted < 1:

@@ -82,20 +82,14 @@ class Summary:
 def convert(source: Path, out: Path, **options: Any) -> Summary:
     """Convert the dataset `source` into a new one in `out`; the same format on both sides splits it anew.
 
-    Pixels count from 0, without the shift of the original VOC convention, as in today's annotation tools. VOC and YOLO
-    annotations are read one by one, twice, so that no more than ids and sizes of all images are in memory. A failure
-    leaves nothing behind.
+    Pixels count from 0, without the shift of the original VOC convention. A failure leaves nothing behind.
 
     Args:
         source: Dataset, only read.
         out: New or empty folder, outside `source`.
         options: Fields of `Options`.
-
-    Returns:
-        Counts of what was written and left out.
-
-    Raises:
-        UsageError: The source is broken or incomplete, or an option is illegal.
+    Returns: Counts of what was written and left out.
+    Raises: `UsageError` if the source is broken or incomplete, or an option is illegal.
     """
     o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()
@@ -173,7 +167,7 @@ def _probe(data: Source, used: Sequence[str]) -> tuple[dict[str, tuple[Size, int
 
 
 def _probe_one(data: Source, i: str) -> tuple[tuple[Size, int] | None, set[str], str]:
-    """Return size and orientation of one image and the classes in it, or what is wrong."""
+    """Return size, orientation and classes of one image, or what is wrong; it is read anew later, to save memory."""
     item = data.items.get(i)
     if item is None or item.image is None:
         return None, set(), f"{i} has no image"
@@ -212,7 +206,6 @@ def _splits(listed: Splits, kinds: Mapping[str, Collection[str]], o: Options) ->
 
 
 def _report(s: Summary) -> None:
-    """Log what was written, and warn about what was left out."""
     counts = ", ".join(f"{n} {split}" for split, n in s.images.items())
     where = s.data[0] if len(s.data) == 1 else s.out
     LOGGER.info(f"Converted {counts} images, {sum(s.boxes.values())} boxes in {len(s.names)} classes to '{where}'")

@@ -1,11 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Label images with a model: labels that are there are kept, and a run that was stopped goes on where it was.
 
-What the model found is kept in a journal, `detections.jsonl`, one record per line after a first line with the settings.
-Labels, previews and the review sheet come from it, so a second run predicts nothing and writes nothing.
-
-A record is a plain dict: `image` (path relative to the source), `size` (width and height in pixels) and `objects`, each
-with `class`, `confidence`, `box` (x1, y1, x2, y2 in pixels) and, from a segmentation model, `polygon` (x, y, x, ...).
+Detections are kept in a journal, one record per line after a line of settings, so a second run predicts nothing. A
+record is a dict: `image` (path relative to the source), `size` (width and height in pixels) and `objects`, each with
+`class`, `confidence`, `box` (x1, y1, x2, y2 in pixels) and, from a segmentation model, `polygon` (x, y, x, ...).
 """
 
 import json
@@ -135,28 +133,24 @@ def label_images(
 def _label(job: _Job, name: str, path: Path) -> None:
     """Label one image, from the journal where it was seen before."""
     existing = job.store.read(name)
-    stat, problem = attempt(Path.stat, path)
-    if stat is None:
-        job.done.skipped[name] = problem
+    stamp, problem = attempt(lambda p: [(s := p.stat()).st_size, s.st_mtime_ns], path)
+    record, image, preview = job.known.get(name), None, job.out / PREVIEWS / f"{name}.jpg"
+    new = not problem and (record is None or record["stamp"] != stamp)
+    if new and existing is not None and not job.overwrite:
+        job.done.kept.append(name)
         return
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    record, image = job.known.get(name), None
-    preview = job.out / PREVIEWS / f"{name}.jpg"
-    if record is None or record["stamp"] != stamp:
-        if existing is not None and not job.overwrite:
-            job.done.kept.append(name)
-            return
+    if new:
         image, problem = attempt(read_image, path)
-        if image is None:
-            job.done.skipped[name] = problem
-            return
+    if image is not None:
         preview.unlink(missing_ok=True)  # of an earlier picture or setting
-        size = [image.shape[1], image.shape[0]]
-        record = {"image": name, "stamp": stamp, "size": size, "objects": job.predict(image)}
+        record = {"image": name, "stamp": stamp, "size": [*image.shape[1::-1]], "objects": job.predict(image)}
         job.known[name] = record
         job.journal.write(json.dumps(record) + "\n")
         job.journal.flush()
         job.done.predicted += 1
+    if record is None or problem:
+        job.done.skipped[name] = problem
+        return
     text = job.format.render(record, job.names, job.save_conf)
     if existing is not None and existing != text and not job.overwrite:
         job.done.kept.append(name)

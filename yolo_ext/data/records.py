@@ -154,11 +154,10 @@ def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kind
     rarest = sorted(members, key=lambda name: (len(members[name]), name))
     lack = [Counter({name: share * len(members[name]) for name in rarest}) for share in shares]  # type: ignore[misc]
     parts: list[list[str]] = [[] for _ in shares]
-    done: set[str] = set()
+    rarest_of: dict[str, str] = {}
     for i, name in [(i, n) for n in rarest for i in members[n]] + [(i, "") for i in order]:
-        if i in done:
-            continue
-        done.add(i)
+        rarest_of.setdefault(i, name)
+    for i, name in rarest_of.items():
         k = max((k for k, n in enumerate(free) if n), key=lambda k: (lack[k][name], free[k]))
         parts[k].append(i)
         free[k] -= 1

@@ -42,13 +42,14 @@ class Seen(NamedTuple):
 
 
 def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
-    """Look at every image and label of a dataset, changing nothing; UsageError where its data.yaml is unusable.
+    """Look at every image and label of a dataset, changing nothing.
 
     Args:
         data: data.yaml, or the folder of one.
         near: How many of 256 bits may differ between the fingerprints of images that are called nearly the same.
     Returns: `splits`, `classes`, `sizes`, `duplicates` and `leaks`, exact and near, files that are broken, malformed or
         outside, and `passed`: no file is broken or malformed and train shares no image with val or test.
+    Raises: `UsageError` if the data.yaml or a path in it is unusable.
     """
     if not 0 <= near <= 64:
         raise UsageError(f"'near={near}' is illegal. Legal: 0 to 64 of 256 bits.")
