@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Reading options: the dataclasses of `options` are the one source of names, types, ranges and help."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +22,7 @@ def cfg_dir() -> Path:
     return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
 
 
-CONFIGS: dict[str, Any] = {
-    "sparsity": SparsityConfig, "prune": PruneConfig, "distill": DistillConfig, "quant": QuantConfig,
-}  # fmt: skip
+CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
 COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
 
@@ -46,40 +42,26 @@ def _strings(value: Any) -> bool:
     return all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in _listed(value))
 
 
-def _stacked(value: Any) -> bool:
-    """Tell whether a value has the form of a stack of methods; the names are looked up where the methods are."""
-    items = _listed(value)
-    return bool(items) and all(isinstance(v.get("name") if isinstance(v, Mapping) else v, str) for v in items)
-
-
 # By type of an option: what fits, how it is read, and what is said if it does not fit.
 FORMS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "bool": (lambda v: isinstance(v, bool), bool, ". Legal: True, False."),
     "str": (lambda v: isinstance(v, str), str, ": give a string ({help})."),
     "int": (lambda v: _number(v) and v == int(v), int, ": give a whole number ({help})."),
     "float": (_number, float, ": give a number ({help})."),
-    "list[int]": (
-        lambda v: all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in _listed(v)),
-        _listed,
-        ": give a list of whole numbers ({help}).",
-    ),
+    "list[int]": (lambda v: all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in _listed(v)), _listed,
+                  ": give a list of whole numbers ({help})."),
     "list[str]": (_strings, lambda v: [str(n) for n in _listed(v)], ": give a list of strings."),
-    "str | list[str]": (
-        lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and _strings(v)),
-        lambda v: v if isinstance(v, str) else [str(n) for n in v],
-        ": give a string or a list of strings ({help}).",
-    ),
-    "dict[str, float]": (
-        lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
-        lambda v: {str(k): float(n) for k, n in v.items()},
-        ": give shares of 0 to below 1 by name ({help}).",
-    ),
-    "Stack": (
-        _stacked,
-        lambda v: [dict(n) if isinstance(n, Mapping) else n for n in v] if isinstance(v, (list, tuple)) else v,
-        ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}.",
-    ),
-}
+    "str | list[str]": (lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and _strings(v)),
+                        lambda v: v if isinstance(v, str) else [str(n) for n in v],
+                        ": give a string or a list of strings ({help})."),
+    "dict[str, float]": (lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
+                         lambda v: {str(k): float(n) for k, n in v.items()},
+                         ": give shares of 0 to below 1 by name ({help})."),
+    "Stack": (lambda v: bool(_listed(v)) and all(isinstance(n.get("name") if isinstance(n, Mapping) else n, str)
+                                                 for n in _listed(v)),  # names are looked up where the methods are
+              lambda v: [dict(n) if isinstance(n, Mapping) else n for n in v] if isinstance(v, (list, tuple)) else v,
+              ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."),
+}  # fmt: skip
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "low": ("at least", operator.ge), "above": ("above", operator.gt),
     "high": ("at most", operator.le), "below": ("below", operator.lt),
@@ -131,16 +113,9 @@ def _entries(key: str, value: Any) -> list[dict[str, Any]]:
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``{"prune": {...}, "distill": {...}, "quant": {...}}`` into config dataclasses, None where a key is off.
+    """Turn dicts or dataclasses by technique (True: defaults, None and False: off) into dataclasses, None where off.
 
-    Args:
-        options: Dicts or dataclasses by technique. None and False mean off, True means defaults.
-
-    Returns:
-        One entry for each technique.
-
-    Raises:
-        UsageError: One message that lists every unknown name and every illegal value.
+    Raises: `UsageError` with one message that lists every unknown name and every illegal value.
     """
     parsed: dict[str, Any] = {}
     problems: list[str] = []
@@ -165,9 +140,8 @@ def _config(technique: str, given: Any, problems: list[str]) -> Any:
     known = {f.name: f for f in fields(cls)}
     given = asdict(given) if isinstance(given, cls) else {} if given is True else given
     if not isinstance(given, Mapping):
-        problems.append(
-            f"'{technique}={given}' is illegal: give options such as '{technique}.{next(iter(known))}=...'."
-        )
+        hint = f"give options such as '{technique}.{next(iter(known))}=...'"
+        problems.append(f"'{technique}={given}' is illegal: {hint}.")
         return None
     values = {}
     for name, value in given.items():
@@ -248,17 +222,12 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
 
 def default_yaml() -> str:
     """Return the text of `cfg/default.yaml`: every option with its default and help."""
-    lines = [
-        "# Options of yolo_ext with their defaults. Generated by `yolo-ext cfg`; edit core/options.py instead.",
-        "",
-    ]
+    text = "# Options of yolo_ext with their defaults. Generated by `yolo-ext cfg`; edit core/options.py instead.\n"
     for technique, cls in CONFIGS.items():
-        lines.append(f"{technique}:  # {cls.__doc__}")
+        text += f"\n{technique}:  # {cls.__doc__}\n"
         for key, default, help in help_lines(technique):
-            value = {"None": "null"}.get(default, default)
-            lines.append(f"  {key.split('.')[1]}: {value}  # {help}")
-        lines.append("")
-    return "\n".join(lines)
+            text += f"  {key.split('.')[1]}: {'null' if default == 'None' else default}  # {help}\n"
+    return text
 
 
 def load_recipe(name: str) -> dict[str, Any]:

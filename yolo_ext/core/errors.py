@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The two things that can go wrong from a user's point of view."""
 
-from __future__ import annotations
-
 
 class YoloExtError(Exception):
     """Base of both errors. The CLI prints its message without a traceback."""

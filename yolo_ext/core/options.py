@@ -12,18 +12,16 @@ Entries = list[Any]  # dicts that each say something of some layers; a YAML or J
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive)."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **limits})
-    return field(default=default, metadata={"help": help, **limits})
+    mutable = isinstance(default, (list, dict))
+    how: dict[str, Any] = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
+    return field(metadata={"help": help, **limits}, **how)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
-    method: str = option(
-        "auto", "Criterion: auto is taylor where there are train images, else lamp; or package.module:function"
-    )
+    method: str = option("auto", "Criterion: auto is taylor with train images, else lamp; or package.module:function")
     kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
                        choices=("structured", "unstructured", "2:4"))  # fmt: skip
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
@@ -34,8 +32,7 @@ class PruneConfig:
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
     runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"))
     scope: str = option(
-        "global",
-        "Rank channels over the model, layer by layer, or among layers of one structure; pagcp spends a loss budget",
+        "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
         choices=("global", "local", "isomorphic", "pagcp"))  # fmt: skip
     include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
     exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
@@ -68,13 +65,9 @@ class SparsityConfig:
     """Sparsity training: scale factors or weights of channels that the loss does not defend go to zero."""
 
     method: str = option("slim", "Penalty: see `yolo-ext help sparsity`, or your own as package.module:function")
-    coefficient: float | None = option(
-        None, "Pull towards zero, summed over the run; None takes the default of the method", above=0.0
-    )
-    mode: str = option(
-        "proximal",
-        "Shrink after each optimizer step, which makes exact zeros, or add the subgradient (slim, group_slim)",
-        choices=("proximal", "gradient"))  # fmt: skip
+    coefficient: float | None = option(None, "Pull towards zero, summed over the run; None: the method's", above=0.0)
+    mode: str = option("proximal", "Shrink after each step, to exact zeros, or add the subgradient (slim, group_slim)",
+                       choices=("proximal", "gradient"))  # fmt: skip
     adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
@@ -83,12 +76,10 @@ class SparsityConfig:
     warmup: int = option(1, "Epochs over which the pull rises", low=0)
     epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1)
     threshold: float = option(0.01, "Channels below this (of the largest of their group) count as gone", above=0.0)
-    auto: bool = option(
-        False, "Steer the pull: raise it until `target` is reached or mAP drops by `max_drop`, then lower")  # fmt: skip
+    auto: bool = option(False, "Raise the pull until `target` is reached or mAP drops by `max_drop`, then lower it")
     target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0)
     max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0)
-    protect: float = option(0.1, "Share of each group, at least 8, whose strongest channels never go",
-                            low=0.0, high=1.0)  # fmt: skip
+    protect: float = option(0.1, "Strongest share of each group, at least 8, that never goes", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -96,9 +87,8 @@ class DistillConfig:
     """Knowledge distillation."""
 
     teacher: str | list[str] = option(
-        "self",
-        "Teacher .pt, or several; 'self' is the model before pruning or quantization, 'ema' the student's own average",
-    )
+        "self", "Teacher .pt, or several; 'self': model before pruning or quantization, 'ema': the student's average",
+    )  # fmt: skip
     features: Stack | None = option("cwd", "Feature loss: name, or list of names and {name, weight, layers, ...}")
     logits: Stack | None = option(
         "auto", "Loss on the outputs of the head, as for features; auto: kl_binary and ld, or bckd where bins differ"
@@ -107,7 +97,7 @@ class DistillConfig:
     logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
     temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)
     layers: list[str] = option(
-        [], "Maps of the feature losses: neck (default), backbone, layer index or name, 'student:teacher' where unlike"
+        [], "Feature maps: neck (default), backbone, index, name; 'student:teacher' where unlike"
     )
     schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
@@ -121,12 +111,9 @@ class DistillConfig:
                           choices=("fixed", "auto"))  # fmt: skip
     share: float = option(0.3, "Distillation loss / task loss that balance=auto keeps, times the schedule", above=0.0)
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
-    imgsz: int | None = option(None, "Longer side in pixels of the images as the teacher sees them; None: as they are",
-                               low=32)  # fmt: skip
+    imgsz: int | None = option(None, "Longer side in pixels of the teacher's images; None: as they are", low=32)
     compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
-    half: bool | None = option(
-        None, "Teacher in bfloat16 on a CPU too; None: where the processor computes in it. On a GPU it is in float16"
-    )
+    half: bool | None = option(None, "Teacher in bfloat16 on a CPU; None: where it computes in it. On a GPU: float16")
     preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
 
@@ -137,8 +124,7 @@ class QuantConfig:
     mode: str = option("auto", "auto: PTQ, then QAT if PTQ misses the budget", choices=("auto", "ptq", "qat"))
     profile: str = option("auto", "What runs the model; auto looks at this CPU. See `yolo-ext help quantize`")
     calib: int | None = option(None, "Calibration images; None takes up to 300 of the train split", low=1)
-    source: str | list[str] | None = option(
-        None, "Calibration images from a folder, list or glob instead of the train split")  # fmt: skip
+    source: str | list[str] | None = option(None, "Folder, list or glob of calibration images; None: the train split")
     seed: int = option(0, "Seed of the choice of calibration images", low=0)
     observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
     weight_observer: str = option("max", "How weight ranges are found; see `yolo-ext help quantize`")
@@ -155,9 +141,7 @@ class QuantConfig:
     epochs: int = option(10, "QAT epochs", low=1)
     lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0)
     observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0)
-    freeze_bn: float = option(0.0, "Share of the QAT epochs after which BatchNorm statistics stay as they are",
-                              low=0.0, high=1.0)  # fmt: skip
+    freeze_bn: float = option(0.0, "Share of QAT epochs after which BatchNorm statistics freeze", low=0.0, high=1.0)
     supervision: str = option(
-        "auto",
-        "QAT learns from labels, or from the features of its float self; auto: from features unless distill.* is given",
+        "auto", "QAT learns from labels, or features of its float self; auto: from features unless distill.* is given",
         choices=("auto", "labels", "features"))  # fmt: skip

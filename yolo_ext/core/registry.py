@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Method tables: a method is one function plus one row."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -79,16 +77,13 @@ class Table:
             return self._rows[name]
         module, colon, attribute = str(name).partition(":")
         if not colon:
-            raise UsageError(
-                f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} "
-                f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
-            )
+            legal = f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
+            raise UsageError(f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} {legal}")
         try:
             fn = getattr(importlib.import_module(module), attribute)
         except Exception as e:  # whatever the user's module does while it is imported
-            problem = f"{type(e).__name__}: {e}"
-            hint = "Write it as 'package.module:function'."
-            raise UsageError(f"Cannot import {self.kind} '{name}' ({problem}). {hint}") from e
+            problem = f"({type(e).__name__}: {e}). Write it as 'package.module:function'."
+            raise UsageError(f"Cannot import {self.kind} '{name}' {problem}") from e
         if not callable(fn):
             raise UsageError(f"The {self.kind} '{name}' is not callable.")
         return Row(name, fn, "user method")

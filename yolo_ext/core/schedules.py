@@ -1,9 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Schedules of pruning, losses and sparsity: functions of the epoch without memory, so that a resumed run goes on."""
 
-from __future__ import annotations
-
 import math
+from typing import Any
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig, SparsityConfig
@@ -14,9 +13,7 @@ decays = Table("distillation schedule")  # row: progress of the run, last factor
 
 
 # Pruning while training ----------------------------------------------------------------------------------------------
-@removals.row(
-    "cubic", "Much at first, when weights are redundant, little at the end", paper="Zhu & Gupta, 2017, arXiv:1710.01878"
-)
+@removals.row("cubic", "Much at first, with redundant weights, then less", paper="Zhu & Gupta, 2017, arXiv:1710.01878")
 def cubic_removal(*, done: float) -> float:
     """Return the share of the target at `done`, the share of the prunings that are over."""
     return 1.0 - (1.0 - done) ** 3
@@ -37,10 +34,8 @@ def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
     """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes."""
     for name, epoch in {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}.items():
         if epoch is not None and epoch >= epochs:
-            raise UsageError(
-                f"'prune.{name}={cfg.at if name == 'at' else epoch}' lies outside a run of {epochs} epochs. "
-                f"Legal: 0 to {epochs - 1}. Lower it or raise epochs."
-            )
+            why = f"lies outside a run of {epochs} epochs. Legal: 0 to {epochs - 1}. Lower it or raise epochs."
+            raise UsageError(f"'prune.{name}={getattr(cfg, name)}' {why}")
     if cfg.at:
         return list(cfg.at)
     if cfg.every is None and cfg.steps is None:
@@ -89,10 +84,7 @@ def loss_factor(
 
 # Sparsity training ---------------------------------------------------------------------------------------------------
 def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning: int | None = None) -> list[float]:
-    """Return the pull of each epoch, in units of what is pulled; their sum is the coefficient.
-
-    The pull ends with the epoch `first_pruning` unless `cfg.end` says otherwise.
-    """
+    """Return the pull of each epoch, `coefficient` in sum, until `first_pruning` unless `cfg.end` says otherwise."""
     end = cfg.end if cfg.end is not None else epochs if first_pruning is None else first_pruning
     if cfg.end is not None and cfg.end > epochs:
         raise UsageError(f"'sparsity.end={cfg.end}' lies outside a run of {epochs} epochs. Legal: 1 to {epochs}.")
@@ -100,10 +92,6 @@ def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning
         what = "the first pruning" if cfg.end is None and first_pruning is not None else "the end"
         why = f"leaves no epoch for sparsity training: {what} is at epoch {end}"
         raise UsageError(f"'sparsity.start={cfg.start}' {why}. Lower it, raise epochs, or prune later.")
-    factors = [
-        loss_factor(epoch=e, epochs=epochs, schedule=cfg.schedule, final=cfg.final, start=cfg.start, end=end,
-                    warmup=cfg.warmup)
-        for e in range(epochs)
-    ]  # fmt: skip
-    unit = coefficient / sum(factors)
-    return [unit * f for f in factors]
+    timing: dict[str, Any] = {k: getattr(cfg, k) for k in ("schedule", "final", "start", "warmup")}
+    factors = [loss_factor(epoch=e, epochs=epochs, end=end, **timing) for e in range(epochs)]
+    return [coefficient / sum(factors) * f for f in factors]
