@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import Any
 
 from yolo_ext import __version__
-from yolo_ext.commands import COMMANDS, HELP, command, keys, need, say, takes_native
+from yolo_ext.commands import COMMANDS, HELP, command, keys, need, takes_native
 from yolo_ext.core.config import CONFIGS, comma_list, default_yaml, help_lines, load_recipe
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import Table, suggest
 
-for _module in ("compress", "deploy", "bench", "analyze", "data", "label"):  # fill the table, in the order of the help
+for _module in ("compress", "deploy", "measure", "data", "label"):  # fill the table, in the order of the help
     import_module(f"yolo_ext.commands.{_module}")
 
 FORWARDED = {"val": "Validate a model (Ultralytics)", "track": "Track objects (Ultralytics)",
@@ -45,10 +45,7 @@ All Ultralytics keys are accepted. recipe=FILE.yaml reads options from a file.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 done, 1 a check or budget failed, 2 wrong usage, 130 stopped.
-
-    `argv` are the words after the program name; those of this process by default.
-    """
+    """Run `argv`, the words after the program name; exit status 0 done, 1 check failed, 2 wrong usage, 130 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own methods lie in the working folder
@@ -76,7 +73,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
         failed = [c for c in found.get("checks", ()) if not c["passed"]]
         passed = not failed
         for c in failed:
-            say(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
+            print(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
     return 0 if passed else 1
 
 
@@ -179,13 +176,13 @@ def _check_keys(command: str, options: Mapping[str, Any]) -> None:
 @command("Print all options with their defaults")
 def cfg() -> None:
     """Print the options of all techniques as YAML."""
-    say(default_yaml())
+    print(default_yaml())
 
 
 @command("Print the version")
 def version() -> None:
     """Print the version of yolo_ext."""
-    say(__version__)
+    print(__version__)
 
 
 @command("Print help: yolo-ext help [COMMAND | sparsity]")
@@ -195,7 +192,7 @@ def help(topic: str | None = None) -> None:
     Args:
         topic: Command or technique.
     """
-    say(help_text(topic))
+    print(help_text(topic))
 
 
 # Help ----------------------------------------------------------------------------------------------------------------

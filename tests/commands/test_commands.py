@@ -10,11 +10,10 @@ import pytest
 
 from yolo_ext.cli import documented, needed
 from yolo_ext.commands import COMMANDS, PLACE, keys
-from yolo_ext.commands.analyze import sensitivity
-from yolo_ext.commands.bench import bench
 from yolo_ext.commands.compress import compress, train
 from yolo_ext.commands.data import convert, data, split
 from yolo_ext.commands.label import label, predict
+from yolo_ext.commands.measure import bench, sensitivity
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.shapes import make_shapes
 

@@ -4,12 +4,9 @@
 Modules of commands import nothing heavy at the top: the command line reads them all to know what there is.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging
-import sys
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,15 +37,15 @@ Technique = Any  # options as a dict or a dataclass, True for the defaults, None
 
 
 def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
-    """Make a command of the decorated function, which then refuses values that do not fit its annotations.
-
-    `summary` is its line in the overview; `like` is a command that explains the keys that it does not explain.
-    """
+    """Make a command of a function, whose values have to fit its annotations; `like` explains the other keys."""
 
     def add(fn: F) -> F:
         @functools.wraps(fn)
         def checked(*args: Any, **options: Any) -> Any:
-            check_values(fn, inspect.signature(fn).bind(*args, **options).arguments)
+            kinds = typing.get_type_hints(fn, include_extras=True)
+            for key, value in inspect.signature(fn).bind(*args, **options).arguments.items():
+                if value is not None and (legal := _legal(kinds.get(key, Any), value)):
+                    raise UsageError(f"'{key}={value}' is illegal{legal}")
             return fn(*args, **options)
 
         checked.__dict__["like"] = like
@@ -78,19 +75,10 @@ def need(options: Mapping[str, Any], *names: str) -> None:
         raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
 
 
-def check_values(fn: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check values by the annotations of a function; None is as good as not given."""
-    kinds = typing.get_type_hints(fn, include_extras=True)
-    for key, value in values.items():
-        if value is not None and (legal := _legal(kinds.get(key, Any), value)):
-            raise UsageError(f"'{key}={value}' is illegal{legal}")
-
-
 def _legal(kind: Any, value: Any) -> str:
     """Return what is legal for a type, in words, where a value does not fit it; an empty string where it does."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args, fits, words = typing.get_origin(kind), typing.get_args(kind), True, ""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits, words = True, ""
     if origin in (typing.Union, UnionType):
         found = [_legal(k, value) for k in args if k is not type(None)]
         fits, words = "" in found, found[0]
@@ -137,8 +125,3 @@ def check_native(model: Any, native: dict[str, Any]) -> None:
         raise UsageError(f"Unknown optimizer '{name}'.{suggest(name, [*OPTIMIZERS])} Legal: {', '.join(OPTIMIZERS)}.")
     if task and (found := stock.task_of(stock.load_model(model)[0])) != task:
         raise UsageError(f"'{model}' is a '{found}' model, not '{task}'. Leave the task word out.")
-
-
-def say(text: str) -> None:
-    """Print a line that is the answer of a command."""
-    sys.stdout.write(text + "\n")

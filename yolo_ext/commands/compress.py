@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The commands that change a model: compress, train, prune, distill, quantize, and demo, which shows them all."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,9 +147,7 @@ def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
     return summary
 
 
-def _compress(
-    mode: str, model: Any, data: Any, resume: bool, options: Mapping[str, Any], native: dict[str, Any]
-) -> dict[str, Any]:
+def _compress(mode: str, model: Any, data: Any, resume: bool, options: Any, native: dict[str, Any]) -> dict[str, Any]:
     """Run the pipeline under the name of a command."""
     from yolo_ext.pipeline import compress as run
 

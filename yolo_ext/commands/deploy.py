@@ -145,7 +145,7 @@ def _graph(given: dict[str, Any]) -> dict[str, Any]:
     nms = {k: given[k] for k in ("conf", "iou", "max_det", "agnostic_nms") if k in given}
     if given.get("nms") is not True and nms:
         raise UsageError(f"{', '.join(nms)}: only for embedded NMS. Add nms=True, or leave it out.")
-    ours = {k: given[k] for k in ("opset", "simplify", "dynamic", "batch") if k in given}
+    ours: dict[str, Any] = {k: given[k] for k in ("opset", "simplify", "dynamic", "batch") if k in given}
     return {**ours, "nms": nms if given.get("nms") else None, "end2end": given.get("nms") is False}
 
 
@@ -246,10 +246,9 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
 
     if out:
         raise UsageError(f"'out={out}' is only for onnx and openvino: Ultralytics writes '{format}' beside the model.")
-    args = {k: v for k, v in options.items() if k not in PLACE}
     try:
         with no_autoinstall():
-            return Path(YOLO(str(model)).export(format=format, **args))
+            return Path(YOLO(str(model)).export(format=format, **{k: options[k] for k in options if k not in PLACE}))
     except ImportError as error:
         name = error.name or str(error)
         raise UsageError(f"Exporting '{format}' needs the package '{name}'. Run `pip install {name}`.") from error

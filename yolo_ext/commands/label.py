@@ -1,22 +1,17 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The commands that look at images: label, which writes what a model finds, and predict, which compares two models."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from yolo_ext.commands import LOGGER, Count, Natural, Share, command
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-
-if TYPE_CHECKING:
-    from yolo_ext.data.label import Labelled
 
 TASKS = ("detect", "segment")
 COMPARED = ("detect", "segment", "pose")  # tasks that `predict compare=` draws
@@ -79,15 +74,13 @@ def label(
         done = label_images(
             images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
             names, settings, format=format, beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf,
-            previews=previews, files=files or "none",
-        )  # fmt: skip
+            previews=previews, files=files or "none")  # fmt: skip
     found, told = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]
-    page = render_review(
-        f"Review of {len(done.records)} labelled images", list(done.records.values()), images, names, notes=notes,
-        skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review,
-    )  # fmt: skip
+    records = [*done.records.values()]
+    page = render_review(f"Review of {len(records)} labelled images", records, images, names, notes=notes,
+                         skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review)  # fmt: skip
     update(folder / "review.html", page)
     _report(found, told, done, folder)
     return found
@@ -160,7 +153,7 @@ def _objects(result: Any) -> list[dict[str, Any]]:
 
 
 def _summary(
-    model: str, format: str, settings: dict[str, Any], images: int, done: Labelled, names: dict[int, str]
+    model: str, format: str, settings: dict[str, Any], images: int, done: Any, names: dict[int, str]
 ) -> tuple[dict[str, Any], str]:
     """Return the contents of `label.json`, which tell nothing of this run only, and its counts in words."""
     from yolo_ext.reporting.pages import LOW, class_counts, in_order, lowest
@@ -171,17 +164,14 @@ def _summary(
     found = {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
              "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
              "skipped": done.skipped}  # fmt: skip
-    counts = {
-        f"with a box below {LOW}": len(review),
-        "with nothing found": empty,
-        "keep a label that was there or was edited": len(done.kept),
-        "cannot be read": len(done.skipped),
-    }
+    counts = {f"with a box below {LOW}": len(review), "with nothing found": empty,
+              "keep a label that was there or was edited": len(done.kept),
+              "cannot be read": len(done.skipped)}  # fmt: skip
     told = [f"{len(records)} of {images} images labelled", *(f"{n} {what}" for what, n in counts.items() if n)]
     return found, ", ".join(told)
 
 
-def _report(found: dict[str, Any], told: str, done: Labelled, folder: Path) -> None:
+def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     """Print what was labelled."""
     from yolo_ext.data.records import quote
     from yolo_ext.reporting.pages import LOW

@@ -1,0 +1,345 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands that measure: models side by side, what each layer of a model is worth, and the installation."""
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from yolo_ext.commands import LOGGER, Count, Technique, command, numbers
+from yolo_ext.core.config import PruneConfig, comma_list, parse
+from yolo_ext.core.errors import UsageError, YoloExtError
+
+BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
+TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
+EXTRAS = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
+          "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
+PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
+           ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
+
+
+@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
+def bench(
+    models: str | list[str], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
+    data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure files side by side, print the tables and write them.
+
+    Args:
+        models: ``.pt`` and ``.onnx`` files and ``*_openvino_model`` folders, a list or separated by commas; the first
+            one is the reference.
+        imgsz: Side of the square input in pixels; by default that of the first model.
+        threads: Threads of each runtime, one number or several to try.
+        batch: Images per call, one number or several to try.
+        rounds: Timed calls of each model.
+        data: Dataset YAML; adds mAP and a plot of mAP against latency.
+        source: Image for which letterbox and NMS are timed, by default one of `data`, else noise.
+        profile: Also print and write the time of each operator inside ONNX Runtime.
+        memory: Also measure peak memory, each model in a process of its own.
+
+    Returns: The contents of ``bench.json``: ``rows`` (by model, threads and batch), ``models``, ``env``, ``profile``.
+    Raises: `UsageError` if a file is missing or does not fit.
+    """
+    from ultralytics.utils import TQDM
+
+    from yolo_ext import runs
+    from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.reporting.figures import plot_tradeoff
+    from yolo_ext.reporting.tables import write_summary
+
+    files = comma_list(models)
+    if missing := [f for f in files if not Path(f).exists()]:
+        raise UsageError(f"Model files do not exist: {', '.join(missing)}. Give models=a.pt,b.onnx.")
+    for file in files:
+        runtime_of(file)
+    counts, batches = (
+        [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
+        for k, v in {"threads": threads, "batch": batch}.items()
+    )
+    first, size, env = (counts[0], batches[0]), _size(files[0], imgsz), _environment()
+    image, name = _image(data, source, size)
+    rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
+    about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
+    _print(rows, about, f"{size} px, {rounds} interleaved rounds", name)
+    folder = runs.folder(place, task="detect", mode="bench")
+    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about}
+    if profile:
+        found["profile"] = _profile(files, size, *first)
+    runs.write_json(folder / "bench.json", found)
+    _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
+    if data:
+        points = [{**r, "name": Path(r["model"]).name, "map": about[r["model"]]["map"]}
+                  for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
+        plot_tradeoff(points, folder / "tradeoff.png", f"{size} px, batch {first[1]}, threads {first[0]}")
+    figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
+    write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
+    return found
+
+
+def _environment() -> dict[str, Any]:
+    """Return and print what the figures depend on, and warn of a machine that is busy."""
+    from yolo_ext.stock import cpu_info
+
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    env = {**cpu_info(), "load": load}
+    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
+    if (load or 0) > BUSY * (os.cpu_count() or 1):
+        LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
+    return env
+
+
+def _size(file: str, given: int | None) -> int:
+    """Return the side of the input in pixels that the user asks for, else that of the file."""
+    from yolo_ext import stock
+
+    if file.endswith(".pt"):
+        return stock.image_size(*stock.load_model(file), given)
+    if given is None and file.endswith(".onnx"):
+        from yolo_ext.deployment.runtime import describe
+
+        return describe(file)["imgsz"][0]
+    return given or 640
+
+
+def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Return one row for each model in one setting; the first model is the reference."""
+    from yolo_ext.deployment.latency import bench, speedup
+
+    found = bench({f: Path(f) for f in files}, size, threads=threads, batch=batch, rounds=rounds)
+    ratios = {f: speedup(found[files[0]], found[f]) for f in files}
+    return [{"model": f, **{k: found[f][k] for k in TIMES}, "speedup": r["ratio"], "speedup_p10": r["p10"],
+             "speedup_p90": r["p90"], "significant": bool(r["significant"])} for f, r in ratios.items()]  # fmt: skip
+
+
+def _image(data: str | None, source: str | None, size: int) -> tuple[Any, str]:
+    """Return a picture (height, width, 3) for letterbox and NMS, and its name."""
+    import numpy as np
+    from ultralytics.utils.patches import imread
+
+    from yolo_ext.data.check import check_data
+    from yolo_ext.data.records import list_images
+
+    if not data and not source:
+        noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, 3), dtype=np.uint8)
+        return noise, "noise, on which NMS has little to do: give source=image"
+    for file in list_images(source) if source else check_data(str(data))["images"]["val"]:
+        if (image := imread(str(file))) is not None:
+            return image, str(file)
+    raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
+
+
+def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool) -> dict[str, Any]:
+    """Return what is measured once for each model: size, surroundings, memory with (threads, batch), accuracy."""
+    from yolo_ext import runs
+    from yolo_ext.deployment.footprint import peak_memory
+    from yolo_ext.deployment.latency import around
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.stock.accuracy import accuracy
+
+    path = Path(file)
+    convs = conv_report(path) if path.suffix == ".onnx" else {}
+    return {"size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
+            **{k: convs[k] for k in ("convs", "int8_convs") if k in convs},
+            **((memory and peak_memory(path, size, *setting)) or {}),
+            **(accuracy(path, data, size) if data else {})}  # fmt: skip
+
+
+def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
+    """Print the times, and below them what is measured once for each model."""
+    from yolo_ext.reporting.tables import align, cell
+
+    cells = []
+    for r in rows:
+        verdict = f"{r['speedup']:.2f}x" if r["significant"] else "within the spread"
+        verdict = "reference" if r["model"] == rows[0]["model"] else verdict
+        times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
+        cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
+    LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
+    head = ["Model", "Size MB", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime", "mAP50-95"]
+    cells = [[f, *(cell(a.get(k), spec) for k, spec in EXTRAS.items())] for f, a in about.items()]
+    LOGGER.info(align(cells, head) + f"\nImage: {image}\n")
+
+
+def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
+    """Return and print the time of each operator inside ONNX Runtime, by file."""
+    from yolo_ext.deployment.latency import operators
+    from yolo_ext.reporting.tables import align
+
+    found = {f: operators(f, size, threads=threads, batch=batch) for f in files if f.endswith(".onnx")}
+    for file, each in found.items():
+        for key, title, head in PROFILE:
+            cells = [[*(r[k] for k in head), f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each[key][:10]]
+            LOGGER.info(f"{file}: {title}\n{align(cells, [*head.values(), 'ms', 'Share'])}\n")
+    return found
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows that need not have the same columns."""
+    from yolo_ext.checkpoint import atomic_write
+
+    text, columns = io.StringIO(), [*dict.fromkeys(k for r in rows for k in r)]
+    csv.writer(text, lineterminator="\n").writerows([columns, *([r.get(k) for k in columns] for r in rows)])
+    atomic_write(path, text.getvalue())
+
+
+def _figures(row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of `summary.json` of one model."""
+    key = {"torch": "torch", "ort": "ort_int8" if about.get("int8_convs") else "ort"}.get(row["runtime"])
+    found = {k: about.get(k) for k in ("size_mb", "map50", "map", "convs", "int8_convs")}
+    return {**found, "latency_ms": {key: row["median"]} if key else {}}
+
+
+@command("Print every group of coupled channels: size, cost, prunable or the reason why not")
+def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list[dict[str, Any]]:
+    """Print and write every group of coupled channels: members, cost, prunable or the reason why not.
+
+    Args:
+        model: ``.pt`` or ``.yaml``.
+
+    Returns: One row for each group.
+    Raises: `UsageError` if the model cannot be loaded or must not be changed any more.
+    """
+    from yolo_ext import pruning, runs, stock
+    from yolo_ext.pruning.analyze import table
+    from yolo_ext.reporting.tables import write_summary
+
+    net, ckpt = stock.load_model(model)
+    pruning.check_prunable(net)
+    size = stock.image_size(net, ckpt, imgsz)
+    rows = pruning.analyze_model(net, size)
+    LOGGER.info(table(rows))
+    folder = runs.folder(place, task=stock.task_of(net), mode="analyze")
+    runs.write_json(folder / "groups.json", rows)
+    figures = runs.model_figures(net, Path(model), size)
+    write_summary(folder, figures, figures)
+    return rows
+
+
+@command("Measure what each group of channels is worth to pruning; kind=quant: what each layer loses by INT8")
+def sensitivity(
+    model: str | Path, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
+    prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
+    map: bool = False, imgsz: Count | None = None, **place: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure what each layer is worth to pruning or loses by quantization, and write json, csv and a picture.
+
+    Args:
+        model: Trained ``.pt``.
+        data: Dataset YAML.
+        kind: `prune` for mAP and losses against the share pruned, group by group; `quant` for the error in boxes and
+            scores with one layer alone in INT8, and the ms that INT8 saves there.
+        ratios: Pruning: shares to try, a list or separated by commas; 0.25,0.5,0.75 by default.
+        prune: Pruning options that matter: `method`, `include`, `exclude`, `images`, `recalibrate`, floors.
+        quant: Quantization options that matter: those of profile and calibration.
+        by: Quantization: `layer` or `block`.
+        images: Quantization: train images on which detections are compared.
+        map: Quantization: measure the mAP on the val split with each layer alone in INT8, too, which takes long.
+        place: `project`, `name`, `exist_ok`, `save_dir`; a folder that holds an unfinished analysis is gone on with.
+
+    Returns: The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
+    Raises: `UsageError` if the input is wrong.
+    """
+    from yolo_ext import pruning, stock
+    from yolo_ext.data.check import check_data
+
+    strange = [k for k, v in {"ratios": ratios, "prune": prune}.items() if v] if kind == "quant" else [*(quant or ())]
+    if strange:
+        raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
+    cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **(prune or {})}})[kind]
+    hint = "shares above 0 and below 1, such as ratios=0.25,0.5,0.75"
+    shares = {*numbers("ratios", (0.25, 0.5, 0.75) if ratios is None else ratios, float, lambda r: 0 < r < 1, hint)}
+    net, ckpt = stock.load_model(model)
+    stock.refuse_rtdetr(net)
+    size = stock.image_size(net, ckpt, imgsz)
+    if kind == "prune":
+        pruning.check_prunable(net)
+        return _of_pruning(net, cfg, check_data(data, task=stock.task_of(net)), size, tuple(sorted(shares)), place)
+    return _of_quantization(net, cfg, check_data(data, task=stock.task_of(net)), size, by, images, map, place)
+
+
+def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], place: Any) -> dict[str, Any]:
+    """Measure mAP and losses with each group pruned by each share, and write what was found."""
+    from yolo_ext import pruning, runs, stock
+    from yolo_ext.pruning.analyze import write
+    from yolo_ext.training.prune import make_probes
+
+    probes = make_probes(info, size, cfg, stock.task_of(net), net)
+    folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
+    try:
+        found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
+    except UsageError:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    files = write(found, folder)
+    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
+    return found
+
+
+def _of_quantization(
+    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, place: dict[str, Any]
+) -> dict[str, Any]:
+    """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
+    from yolo_ext import quantization, runs, stock
+    from yolo_ext.checkpoint import manifest
+    from yolo_ext.data.check import calibration_images, letterbox_batches
+    from yolo_ext.quantization.search import table, write
+    from yolo_ext.training.prune import make_probes
+
+    task = stock.task_of(net)
+    quantization.prepare(net, cfg, info, size)
+    quantized = manifest(quantization.strip(net)).quant
+    chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
+    batches = letterbox_batches(chosen, size, crop=task == "classify")
+    score = make_probes(info, size, PruneConfig(ratio=0.5), task, net).score if accuracy else None
+    saved = _ms_saved(net, quantized, size)
+    found = {"profile": quantized["profile"]}
+    found |= quantization.sensitivity(net, quantized["state"], batches, by, score, saved)
+    LOGGER.info(table(found))
+    files = write(found, runs.folder(place, task=task, mode="sensitivity"))
+    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}")
+    return found
+
+
+def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
+    """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
+    from yolo_ext import deployment, quantization
+    from yolo_ext.deployment.latency import saved_ms
+
+    profile = quantization.resolve_profile(quantized["profile"])
+    if not profile.output:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = deployment.export_onnx(net, Path(folder) / "fp32.onnx", imgsz)
+        int8 = Path(folder) / "int8.onnx"
+        quantization.write_qdq(fp32, int8, quantized["state"], profile)
+        return saved_ms(fp32, int8, quantized["state"], imgsz)
+
+
+@command("Check the installation")
+def checks() -> bool:
+    """Print versions and the state of the installation; return whether all is well."""
+    from yolo_ext import stock
+    from yolo_ext.quantization.spec import resolve_profile
+
+    for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
+        LOGGER.info(f"{key:<14}{value}")
+    problems = []
+    with suppress(PackageNotFoundError):
+        version("thop")
+        remedy = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
+        problems.append(f"PyPI's 'thop' overwrites 'ultralytics-thop', which may report 0.0 GFLOPs. Run: {remedy}")
+    try:
+        stock.check_stock()
+        stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
+    except YoloExtError as e:
+        problems.append(str(e))
+    for p in problems:
+        LOGGER.error(p)
+    LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed")
+    return not problems
