@@ -57,9 +57,7 @@ def image_probe(file: Path) -> tuple[tuple[int, int], int]:
             im.verify()
             size = load.exif_size(im)
             orientation = im.getexif().get(274, 1) if im.format in {"JPEG", "MPO"} else 1
-        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(
-            file
-        ):  # damaged ones are rewritten, not skipped
+        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(file):
             with load.open_image(file) as im:
                 im.load()  # verify() sees the end of no other format
     except Exception as e:  # PIL raises many kinds
@@ -142,11 +140,10 @@ def _find_yaml(data: str) -> Path:
 
 def _check_folder(folder: Path) -> dict[str, Any]:
     """Check a classification folder; Ultralytics alone would download it, or split it into a new one."""
-    root = next((d for d in (folder, DATASETS_DIR / folder) if d.is_dir()), None)
-    if root is None:
-        raise UsageError(f"Data folder '{folder}' does not exist. Give a folder with train/<class>/ and val/<class>/.")
+    root = next((d for d in (folder, DATASETS_DIR / folder) if d.is_dir()), folder)
     if not (root / "train").is_dir():
-        raise UsageError(f"Data folder '{root}' has no 'train' folder. Legal: train/<class>/, val/<class>/.")
+        why = "has no 'train' folder" if root.is_dir() else "does not exist"
+        raise UsageError(f"Data folder '{root}' {why}. Legal: train/<class>/, val/<class>/.")
     try:
         return load.check_cls_dataset(root)
     except Exception as e:

@@ -121,13 +121,9 @@ def coco_object(o: Object) -> dict[str, Any]:
     """Return the COCO annotation of an object inside its image, without any id."""
     x0, y0, x1, y1 = o.box
     area = sum(_area(p) for p in o.polygons) if o.polygons else (x1 - x0) * (y1 - y0)
-    return {
-        "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
-        "area": round(area, 3),
-        "iscrowd": 0,
-        "segmentation": [[round(v, 3) for v in p] for p in o.polygons],
-        **({} if o.confidence is None else {"score": o.confidence}),
-    }
+    box, *outlines = ([round(v, 3) for v in values] for values in ((x0, y0, x1 - x0, y1 - y0), *o.polygons))
+    found = {"bbox": box, "area": round(area, 3), "iscrowd": 0, "segmentation": outlines}
+    return found if o.confidence is None else {**found, "score": o.confidence}
 
 
 def _area(polygon: Sequence[float]) -> float:
@@ -156,11 +152,11 @@ def write_coco(file: Path, names: Sequence[str], images: Iterable[tuple[str, tup
 
 def detected(record: Mapping[str, Any], names: Mapping[int, str]) -> list[Object]:
     """Return the objects of the record of a detection, see `label`."""
-    return [
-        Object(names[o["class"]], tuple(o["box"]), (tuple(o["polygon"]),) if "polygon" in o else (),
-               confidence=o["confidence"])
-        for o in record["objects"]
-    ]  # fmt: skip
+    found = []
+    for o in record["objects"]:
+        polygons = (tuple(o["polygon"]),) if "polygon" in o else ()
+        found.append(Object(names[o["class"]], tuple(o["box"]), polygons, confidence=o["confidence"]))
+    return found
 
 
 def coco_entry(record: Mapping[str, Any], names: Mapping[int, str], save_conf: bool) -> dict[str, Any]:
@@ -176,15 +172,16 @@ def coco_store(file: Path, names: Mapping[int, str]) -> Store:
     try:
         categories = {c["name"]: c["id"] for c in data["categories"]}
         named = {i: name for name, i in categories.items()}
-        by_id: dict[Any, dict[str, Any]] = {
-            i["id"]: {"width": i.get("width"), "height": i.get("height"), "annotations": []} for i in data["images"]
-        }
+        rows = {i["id"]: list[Any]() for i in data["images"]}
         for a in data["annotations"]:
             row = dict(a)
             _, image, category = (row.pop(k) for k in ("id", "image_id", "category_id"))
-            if image in by_id:
-                by_id[image]["annotations"].append({**row, "category": named.get(category)})
-        held = {str(i["file_name"]): by_id[i["id"]] for i in data["images"]}
+            if image in rows:
+                rows[image].append({**row, "category": named.get(category)})
+        held: dict[str, dict[str, Any]] = {}
+        for i in data["images"]:
+            size = {side: i.get(side) for side in ("width", "height")}
+            held[str(i["file_name"])] = {**size, "annotations": rows[i["id"]]}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UsageError(f"'{file}' is not a COCO file ({e!r}). Mend it, or give another out=.") from e
     for index, name in names.items():  # from 1, as in COCO itself and as Ultralytics' converter expects

@@ -184,8 +184,7 @@ def _choose_classes(found: set[str], known: list[str] | None, wanted: Sequence[s
     """Return the class names in label order."""
     if wanted is None:
         return known or sorted(found)
-    names = list(wanted)
-    present = sorted(found | set(known or ()))
+    names, present = list(wanted), sorted(found | set(known or ()))
     if not names or len(set(names)) < len(names) or not set(names) & set(present):
         raise UsageError(f"Classes {names} are not legal. Give each once, from those present: {quote(present, 30)}.")
     if absent := [n for n in names if n not in found]:
@@ -200,8 +199,7 @@ def _splits(listed: Splits, kinds: Mapping[str, Collection[str]], o: Options) ->
     if not o.folds:
         return chosen or by_ratio(kinds, o.ratios or {"train": 0.8, "val": 0.2}, o.seed, classes), []
     test = {"test": chosen["test"]} if "test" in chosen else {}
-    pool = set().union(*chosen.values()) if chosen else set(kinds)
-    pool -= set(test.get("test", ()))
+    pool = set().union(*(chosen.values() or [kinds])) - set(test.get("test", ()))
     return {"all": sorted(pool), **test}, [{**f, **test} for f in by_folds(pool, o.folds, o.seed, classes)]
 
 
@@ -216,8 +214,7 @@ def _report(s: Summary) -> None:
 
 def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str]) -> Tally:
     """Write images and annotations of one split; return what was written or left out, but of the ids seen before."""
-    o = plan.options
-    tally: Tally = Counter()
+    o, tally = plan.options, Tally()
     if o.files != "list":  # folders come first: a worker that made one would do so even after a failure
         for folder in {place.parent for i in ids for place in _places(plan, split, i)}:
             folder.mkdir(parents=True, exist_ok=True)

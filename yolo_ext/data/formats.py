@@ -117,10 +117,8 @@ def voc_text(image: str, size: Size, objects: Sequence[Object]) -> str:
         corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(CORNERS, (x0, y0, x1, y1)))
         found = "" if o.confidence is None else f"    <confidence>{o.confidence:.4f}</confidence>\n"
         flags = f"<truncated>{o.truncated:d}</truncated><difficult>{o.difficult:d}</difficult>"
-        boxes.append(
-            f"  <object>\n    <name>{escape(o.name)}</name>\n    <pose>Unspecified</pose>{flags}\n"
-            f"{found}    <bndbox>{corners}</bndbox>\n  </object>\n"
-        )
+        boxes.append(f"  <object>\n    <name>{escape(o.name)}</name>\n    <pose>Unspecified</pose>{flags}\n")
+        boxes.append(f"{found}    <bndbox>{corners}</bndbox>\n  </object>\n")
     head = f"  <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>\n"
     head = f"  <filename>{escape(image)}</filename>\n{head}  <segmented>0</segmented>\n"
     return f"<annotation>\n{head}{''.join(boxes)}</annotation>\n"

@@ -80,8 +80,7 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
     for name in {f.images for f in FORMATS.values()}:
         root = out / name if root.is_relative_to(out / name) else root  # labels then mirror the folders of a dataset
     own = out if within else out / PREVIEWS
-    images = {f.relative_to(root).as_posix(): f for f in files if not f.is_relative_to(own)}
-    return root, images
+    return root, {f.relative_to(root).as_posix(): f for f in files if not f.is_relative_to(own)}
 
 
 def _start(source: Path) -> Path | None:
@@ -230,8 +229,7 @@ def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Name
             raise UsageError(f"Images '{other}' and '{image}' would share the label '{place(image)}'. Rename one.")
 
     def read(image: str) -> str | None:
-        file = place(image)
-        return file.read_bytes().decode("utf-8", "replace") if file.is_file() else None
+        return place(image).read_bytes().decode("utf-8", "replace") if place(image).is_file() else None
 
     def write(image: str, text: str) -> None:
         atomic_write(place(image), text.encode("utf-8", "replace"))  # a file name need not be valid text

@@ -56,11 +56,11 @@ class Annotation(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One image of a source; `id` is its path below the image folder without suffix, `label` its annotation file."""
+    """One image of a source."""
 
-    id: str
+    id: str  # path below the image folder without suffix
     image: Path | None
-    label: Path | None
+    label: Path | None  # annotation file
 
 
 @dataclass
@@ -262,8 +262,7 @@ def link_or_copy(source: Path, target: Path, link: bool = True) -> None:
     """Hard-link an image, or copy it where the file system cannot link or `link` is False."""
     if link and jpeg_is_whole(source):  # Ultralytics would rewrite another one at training, and so the source
         try:
-            os.link(os.path.realpath(source), target)
-            return
+            return os.link(os.path.realpath(source), target)
         except FileExistsError:  # another image has this name: nothing may be lost
             raise
         except OSError:

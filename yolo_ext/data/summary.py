@@ -16,7 +16,7 @@ from PIL import Image
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import image_probe
+from yolo_ext.data.check import attempt, image_probe
 from yolo_ext.data.formats import scan_yolo
 from yolo_ext.data.records import Item, Source, parallel, quote
 from yolo_ext.stock.load import open_image
@@ -70,13 +70,10 @@ def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
 
 
 def _look(source: Source, item: Item) -> Seen:
-    """Look at one image and its label file."""
-    image = item.image or Path()
-    try:
-        size, _ = image_probe(image)
-        key, bits = fingerprint(image)
-    except (ValueError, OSError) as e:
-        return Seen(state="broken", problem=str(e))
+    probe, problem = attempt(lambda file: (image_probe(file)[0], *fingerprint(file)), item.image or Path())
+    if probe is None:
+        return Seen(state="broken", problem=problem)
+    size, key, bits = probe
     if item.label is None or not item.label.is_file():
         return Seen(key, bits)
     try:
