@@ -22,7 +22,6 @@ from yolo_ext.data.records import jpeg_is_whole, list_images, quote
 from yolo_ext.stock import load
 
 T = TypeVar("T")
-USUAL = 300  # images; TensorRT and Ultralytics advise as many
 
 
 def check_data(
@@ -223,7 +222,7 @@ def check_label(file: Path, nc: int, columns: int = 0) -> list[list[str]]:
 
 
 def calibration_images(
-    data: dict[str, Any] | Sequence[str | Path] | str | Path, n: int | None = None, seed: int = 0, at_most: int = USUAL
+    data: dict[str, Any] | Sequence[str | Path] | str | Path, n: int | None = None, seed: int = 0, at_most: int = 300
 ) -> list[Path]:
     """Choose calibration images.
 
@@ -231,7 +230,7 @@ def calibration_images(
         data: A checked Ultralytics data dict (its train split is used), or what `list_images` takes.
         n: How many images; None takes what is there, up to `at_most`.
         seed: Seed of the choice, which does not depend on the order of the files on disk.
-        at_most: Most images where `n` is None.
+        at_most: Most images where `n` is None; TensorRT and Ultralytics advise as many as the default.
     Returns: Sorted image files, none of them from the validation split: INT8 figures would be flattered.
     Raises: `UsageError` if there are no such images, or fewer than `n`.
     """

@@ -15,8 +15,6 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import Annotation, Item, Object, Source, Store, unique_ids, walk_files
 
-WORDS = {"train": "train", "val": "val", "test": "test", "valid": "val"}
-
 
 def scan_coco(source: Path, images: Path | None = None) -> Source:
     """Read the instances of a COCO JSON file, or of a folder of them, whose images lie in `images` or beside them."""
@@ -64,7 +62,7 @@ def _load(file: Path) -> dict[str, Any]:
 def _split_of(file: Path) -> str:
     """Return the split that a file or its folder is called after, else its name."""
     for text in (file.stem.lower(), file.parent.name.lower()):
-        if hits := {split for word, split in WORDS.items() if word in text}:
+        if hits := {split for split in ("train", "val", "test") if split in text}:
             return hits.pop() if len(hits) == 1 else file.stem
     return file.stem
 

@@ -27,7 +27,6 @@ Names = Mapping[int, str]  # class names by class index
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Point = Callable[[float, float], tuple[float, float]]
 YOLO = "Give a data.yaml, or a folder with images/ and labels/."
-KEPT = ("kpt_shape", "flip_idx", "kpt_names", "channels")  # of a data.yaml, when it is split
 
 
 def scan_voc(source: Path) -> Source:
@@ -151,7 +150,7 @@ def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
         raise UsageError(f"'{source}' holds no images. {YOLO}")
     labels = map(Path, img2label_paths([*map(str, images.values())]))
     items = {i: Item(i, image, label) for (i, image), label in zip(images.items(), labels)}
-    extra = {k: content[k] for k in KEPT if k in content}
+    extra: dict[str, Any] = {k: content[k] for k in ("kpt_shape", "flip_idx", "kpt_names", "channels") if k in content}
     columns = pose_columns(extra, str(source)) if "kpt_shape" in extra else 0
     read = partial(_read_yolo_item, names=names, columns=columns)
     return Source(items, read, images.keys(), lists, names, extra, problems)

@@ -33,7 +33,6 @@ from yolo_ext.stock.load import IMG_FORMATS, img2label_paths
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, 3), BGR, to the objects of a record
 Names = Mapping[int, str]  # class names by class index
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"
-PREVIEW_SIDE = 1280  # px
 
 
 @dataclass
@@ -178,7 +177,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def draw(image: np.ndarray, objects: list[dict[str, Any]], names: Names) -> bytes:
     """Draw objects on a copy of an image, large ones reduced, and return it as JPEG."""
-    scale = min(1.0, PREVIEW_SIDE / max(image.shape[:2]))
+    scale = min(1.0, 1280 / max(image.shape[:2]))  # px of the longer side
     if scale < 1:
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     annotator = Annotator(np.ascontiguousarray(image).copy())

@@ -30,7 +30,6 @@ Splits = dict[str, list[str]]  # ids by split
 Kinds = Mapping[str, Collection[str]]  # classes in an image, by its id
 SPLITS = ("train", "val", "test")
 MANY = 1000  # items from which processes pay: XML and image headers are read under the interpreter's lock
-SHOWN = 5  # problems quoted in one message
 SOURCES = "Give an image, a folder, a glob or a text file of paths."
 _task: tuple[Callable[[Any], Any], Sequence[Any]]  # of forked processes
 
@@ -165,7 +164,7 @@ def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kind
     return [sorted(part) for part in parts]
 
 
-def quote(items: Sequence[object], shown: int = SHOWN) -> str:
+def quote(items: Sequence[object], shown: int = 5) -> str:
     """Return the first items as text, followed by how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(map(str, items[:shown])) + more

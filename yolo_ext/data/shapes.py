@@ -13,7 +13,6 @@ from yolo_ext.data.records import staged_folder
 
 NAMES = ("circle", "square", "triangle")
 MARK = "shapes.json"  # says which parameters made a folder, and that it is ours to replace
-VERSION = 1  # raise when the pictures change
 
 
 def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160, seed: int = 0) -> Path:
@@ -26,7 +25,7 @@ def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160,
     given = {"train": train, "val": val, "imgsz": imgsz, "seed": seed}
     if train < 1 or val < 1 or imgsz < 64 or seed < 0:
         raise UsageError(f"Shapes set of {given} is not legal. Legal: train, val from 1, imgsz from 64, seed from 0.")
-    wanted = {"version": VERSION, "path": str(out), **given}
+    wanted = {"version": 1, "path": str(out), **given}  # another version when the pictures change
     if _is_current(out, wanted):
         return out / "data.yaml"
     with staged_folder(out) as stage:
