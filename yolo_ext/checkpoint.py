@@ -1,8 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Stock-class checkpoints with a plain-dict manifest, atomic writes, and the tripwire against silent un-pruning.
 
-The manifest is a plain dict in the attribute `yolo_ext` of the model (so that it follows the module through EMA,
-`deepcopy` and every stock save, and loads without this package), repeated under that key of the checkpoints we write.
+The manifest is in the attribute `yolo_ext` of the model, so that it follows it through EMA, `deepcopy` and stock saves.
 """
 
 import hashlib
@@ -91,9 +90,8 @@ def manifest(model: nn.Module) -> Manifest:
 @cache
 def _warn_of_newer(schema: int, version: str) -> None:
     LOGGER.warning(
-        f"This model was written by yolo_ext {version}, whose manifest (schema {schema}) is newer than this "
-        f"yolo_ext {__version__} knows ({SCHEMA}). What it does not know is kept, but has no effect here. "
-        "Run: pip install --upgrade yolo-ext"
+        f"This model was written by yolo_ext {version}, whose manifest (schema {schema}) is newer than yolo_ext "
+        f"{__version__} knows ({SCHEMA}). What is new in it has no effect. Run: pip install --upgrade yolo-ext"
     )
 
 
@@ -146,18 +144,10 @@ def serialised(model: nn.Module, **extra: Any) -> bytes:
     args = getattr(m, "args", None) or {}
     m.args = dict(args if isinstance(args, dict) else vars(args))
     m = m.half().eval().requires_grad_(False)
-    ckpt = {
-        "epoch": -1,
-        **dict.fromkeys(("best_fitness", "ema", "updates", "optimizer")),
-        "model": m,
-        "train_args": m.args,
-        "date": datetime.now().isoformat(),
-        "version": ultralytics.__version__,
-        "license": "AGPL-3.0 (https://ultralytics.com/license)",
-        MANIFEST: getattr(m, MANIFEST, {}),
-        **extra,
-    }
-    return as_bytes(ckpt)
+    ckpt = {"epoch": -1, **dict.fromkeys(("best_fitness", "ema", "updates", "optimizer")), "model": m,
+            "train_args": m.args, "date": datetime.now().isoformat(), "version": ultralytics.__version__,
+            "license": "AGPL-3.0 (https://ultralytics.com/license)", MANIFEST: getattr(m, MANIFEST, {})}  # fmt: skip
+    return as_bytes({**ckpt, **extra})
 
 
 def size_mb(model: nn.Module) -> float:

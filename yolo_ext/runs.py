@@ -60,10 +60,7 @@ class Record:
 
 
 def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = False) -> Path:
-    """Make the run folder as Ultralytics would, ``runs/<task>/<name>``, or, to `resume`, return the one that is there.
-
-    `place` holds `project`, `name`, `exist_ok` and `save_dir` as the user gave them; `mode` is the default name.
-    """
+    """Make the run folder of the user's `place`, by default `mode`, as Ultralytics would, or `resume` in one."""
     args = SimpleNamespace(task=task, mode=mode, project=place.get("project"), name=place.get("name"),
                            save_dir=place.get("save_dir"), exist_ok=bool(place.get("exist_ok")) or resume)  # fmt: skip
     path = Path(get_save_dir(args))
@@ -116,12 +113,9 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
 def summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
             stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json`, the figures before, after and by stage, and return its contents."""
-    found: dict[str, Any] = {
-        "before": metrics(before),
-        "after": metrics(after),
-        "stages": {k: metrics(v) for k, v in (stages or {}).items()},
-        "env": cpu_info(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    by_stage = {k: metrics(v) for k, v in (stages or {}).items()}
+    compared = {"before": metrics(before), "after": metrics(after), "stages": by_stage}
+    found = {**compared, "env": cpu_info(), "command": command}
     write_json(root / "summary.json", found)
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import nn
 
 from yolo_ext.core.errors import UsageError
@@ -30,11 +29,7 @@ TOLERANCES = {"fp32": (1e-4, 1e-5), "fp16": (3e-2, 1e-2)}  # relative to the lar
 
 
 def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield batches (B, C, H, W), float32 in 0..1: the real images, then noise, zeros and ones.
-
-    A static ONNX file gets full batches of its size; an open one gets every image alone, three at once, and two of
-    another size.
-    """
+    """Yield batches (B, C, H, W), float32 in 0..1: images, noise, zeros, ones, and other sizes if open."""
     batch, channels = meta["shape"][0] or 1, meta["shape"][1] or 3
     images, (h, w) = list(images), height_width(imgsz)
     one = (1, channels, h, w)
@@ -50,10 +45,7 @@ def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> I
 
 
 def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pair the rows of two lists of detections, whose order is only defined up to ties in the score.
-
-    Rows at the score of the last one are left out: which of them made it into the top k is a matter of rounding.
-    """
+    """Pair detections; rounding decides on the order of ties, and which rows at the score of the last one are there."""
     a = a[a[:, 4] > max(a[:, 4].min(), b[:, 4].min(), floor) + TIE]
     distance = np.abs(a[:, None, :4] - b[None, :, :4]).max(2) + 100 * np.abs(a[:, None, 4] - b[None, :, 4])
     distance[a[:, None, 5] != b[None, :, 5]] = np.inf
@@ -63,11 +55,7 @@ def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np
 
 
 def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, float, list[Any]]:
-    """Compare the outputs for one image.
-
-    Returned are per row the largest box error in px, the largest score error and the top score of ``a`` (N, 3), the
-    relative error of the rest, and the absolute errors of each output.
-    """
+    """Return for an image box error (px), score error, top score of `a` (N, 3), the rest's error, and each output's."""
     final = meta["end2end"] or bool(meta["nms"])  # rows are detections; those of a dense head are anchors
     p, q = (y if final or y.ndim == 1 else y.T for y in (a[0], b[0]))
     rest, others = max_relative_error(a[1:], b[1:]), [np.abs(y - z) for y, z in zip(a[1:], b[1:])]
@@ -89,12 +77,7 @@ def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any])
 
 
 def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
-    """Run two models over batches (B, C, H, W), float32 in 0..1, and compare their raw outputs.
-
-    Returned are ``rows`` (box error in px, score error and top score of the reference ``a`` for each anchor), ``rest``
-    (largest relative error of masks, keypoints and angles), ``outputs`` (``max`` and ``mean`` absolute error of each),
-    ``inputs`` (number of images), ``shapes``, and ``worst``, the batch with the largest error.
-    """
+    """Compare the raw outputs of two models, ``rows`` as of `_differences`, over batches (B, C, H, W) in 0..1."""
     rows, rest, worst = [], 0.0, (-1.0, np.zeros(0))
     shapes: list[list[int]] = []
     errors: list[list[tuple[float, float, int]]] = []
@@ -113,8 +96,8 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
             worst = (size, x) if size > worst[0] else worst
     figures = [[*zip(*output)] for output in zip(*errors)]  # for each output: maxima, sums, numbers of values
     outputs = [{"max": max(peak), "mean": sum(total) / max(1, sum(n))} for peak, total, n in figures]
-    measured = {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs}
-    return {**measured, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
+    return {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs,
+            "inputs": len(rows), "shapes": shapes, "worst": worst[1]}  # fmt: skip
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:
@@ -124,11 +107,7 @@ def summary(rows: np.ndarray) -> dict[str, float]:
 
 
 def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: float) -> dict[str, Any]:
-    """Compare the weights in an ONNX file by name with the fused model's: one that is off may hide in the outputs.
-
-    Returned are ``compared`` (tensors found on both sides), ``weight_max`` (largest relative error) and ``different``:
-    tensor name to its largest relative error and how many values are off by more than ``limit``, the worst first.
-    """
+    """Compare the weights in an ONNX file by name with the fused model's: one that is off may hide in the outputs."""
     known = {k: v.numpy() for k, v in _fused(model, end2end).state_dict().items() if v.ndim}
     found: dict[str, dict[str, float]] = {}
     compared, largest = 0, 0.0
@@ -136,7 +115,7 @@ def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: 
         a = known.get(_known(tensor.name, known))
         if a is None or list(tensor.dims) != list(a.shape):
             continue
-        error = np.abs(a - numpy_helper.to_array(tensor).astype(np.float32))
+        error = np.abs(a - onnx.numpy_helper.to_array(tensor).astype(np.float32))
         error /= np.abs(a) + WEIGHT_FLOOR * np.abs(a).max() + np.finfo(np.float32).tiny
         error = np.nan_to_num(error, nan=np.inf)
         compared, largest = compared + 1, max(largest, float(error.max(initial=0.0)))
@@ -147,7 +126,6 @@ def compare_weights(model: Source, onnx_path: str | Path, end2end: bool, limit: 
 
 
 def _fused(model: Source, end2end: bool) -> Any:
-    """Return the fused model with the head that was exported."""
     with quiet():
         return deployed(choose_head(float_model(model), end2end))
 
@@ -159,14 +137,7 @@ def _known(name: str, known: Iterable[str]) -> str:
 
 def first_difference(model: Source, onnx_path: str | Path, x: np.ndarray,
                      different: Mapping[str, Any] | None = None) -> dict[str, Any] | None:  # fmt: skip
-    """Find the first node of an ONNX file, in the order of computation, that does not do what the model does on ``x``.
-
-    Layers are compared with the torch modules that have their weights, the nodes between them with the same tensors of
-    a fresh, unsimplified export. ``different`` are weights known to differ, from `compare_weights`. Returned are
-    ``node``, ``op``, ``module`` (path in the model), ``tensor``, ``error`` (relative to the tensor's largest value),
-    ``weights`` (those of the node that differ) and ``between``, the nodes since the last layer that agreed, which are
-    suspect too where the torch module got another input. None if no node can be blamed.
-    """
+    """Find the first node that differs: layers from the model's modules, those between from a fresh plain export."""
     meta, proto = describe(onnx_path), onnx.load(onnx_path)
     x = full_batches(x, meta["shape"][0] or 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,10 +28,7 @@ def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int,
 
 
 def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndarray:
-    """Return the anchors above a threshold of an output (4 + nc + extras, anchors), each with its best class only.
-
-    A row (N, 6 + extras) is x1, y1, x2, y2 in input pixels (x, y, w, h where rotated), score, class, extras.
-    """
+    """Return anchors above a threshold (N, 6 + extras): x1, y1, x2, y2 (rotated: x, y, w, h), score, class, extras."""
     rows = output[:, output[4 : 4 + nc].max(0) > conf].T
     scores = rows[:, 4 : 4 + nc]
     boxes = rows[:, :4] if rotated else corners(rows[:, :4])
@@ -105,10 +102,7 @@ def around(rboxes: np.ndarray) -> np.ndarray:
 
 
 def masks(protos: np.ndarray, weights: np.ndarray, boxes: np.ndarray, image: Sequence[int]) -> np.ndarray:
-    """Return masks (N, height, width), bool, of a picture of that size, cut to boxes x1, y1, x2, y2 (N, 4).
-
-    Prototypes are (C, h, w), at a quarter of the input's size, and their weights (N, C).
-    """
+    """Return masks (N, height, width) cut to boxes (N, 4), of prototypes (C, h, w) at a quarter of the input's size."""
     c, *small = protos.shape
     height, width = image[:2]
     gain = min(4 * small[0] / height, 4 * small[1] / width)

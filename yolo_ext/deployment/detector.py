@@ -133,8 +133,7 @@ class Detector:
             return Detections(none[:, :4], none[:, 4], none[:, 5].astype(np.int64), self.names, shape, probs=outputs[0])
         rows = self._rows(outputs[0])
         sx, sy, left, top = decode.fit(size, shape)
-        border, scale = np.float32([left, top]), np.float32([sx, sy])
-        limit = np.float32([shape[1], shape[0]])
+        border, scale, limit = np.float32([left, top]), np.float32([sx, sy]), np.float32(shape[::-1])
         extra: dict[str, np.ndarray] = {}
         if self.task == "obb":
             turned = np.concatenate([(rows[:, :2] - border) / scale, rows[:, 2:4] / scale, rows[:, -1:]], 1)
@@ -245,8 +244,7 @@ def session_options(threads: int | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
     return options
 
 

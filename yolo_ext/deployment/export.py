@@ -50,10 +50,7 @@ def simplify_checked(proto: onnx.ModelProto, *shapes: tuple[int, ...]) -> onnx.M
 
 
 def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model with FP16 weights and activations; input, output and the box decode stay FP32.
-
-    FP16 has steps of half a pixel from 512 px on, which would be added to every box if it were decoded in FP16.
-    """
+    """Return a model in FP16, but for input, output and box decode: from 512 px on FP16 has steps of half a pixel."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     for i, node in enumerate(proto.graph.node):
@@ -88,7 +85,6 @@ def _trace(model: Any, args: dict[str, Any]) -> onnx.ModelProto:
 
 
 def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None:
-    """Refuse a file name, a size, or NMS where there are no boxes."""
     if out.suffix != ".onnx":
         raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
     for side in size:
@@ -179,10 +175,7 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
 
 
 def compiled(folder: str | Path, threads: int, options: dict[str, str] | None = None) -> Any:
-    """Return the model of a ``*_openvino_model`` folder compiled for the CPU, with more properties of OpenVINO.
-
-    One is ``{"INFERENCE_PRECISION_HINT": "f32"}``: processors with BF16 arithmetic compute in BF16 otherwise.
-    """
+    """Return the model of an OpenVINO folder compiled for the CPU, with more properties of OpenVINO."""
     openvino = need_openvino()
     file = next(Path(folder).glob("*.xml"), None)
     if file is None:

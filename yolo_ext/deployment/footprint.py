@@ -14,11 +14,7 @@ RUNS = 3
 
 
 def peak_memory(path: str | Path, imgsz: int, threads: int = 1, batch: int = 1) -> dict[str, float] | None:
-    """Return the resident memory in MB (10^6 bytes) of a process that runs a ``.pt``, ``.onnx`` or OpenVINO folder.
-
-    That is ``peak_mb`` and ``runtime_mb`` (of the runtime before it loads the model); None where the system does not
-    tell (no /proc) or the process failed.
-    """
+    """Return the resident MB (10^6 bytes) of a process that runs a model, and before it loads it; None if unknown."""
     words = [sys.executable, "-m", "yolo_ext.deployment.footprint", str(Path(path).resolve())]
     words += [str(n) for n in (imgsz, threads, batch)]
     ran = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
@@ -33,7 +29,6 @@ def _status(key: str) -> float:
 
 
 def _openvino(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that runs a folder once in OpenVINO alone."""
     import openvino
 
     ready()
@@ -45,7 +40,6 @@ def _openvino(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[
 
 
 def _onnx(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that runs a file once in ONNX Runtime alone."""
     import onnxruntime as ort
 
     ready()

@@ -26,12 +26,7 @@ MIN_ROUNDS = 10
 
 def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: int = 10,
             seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Time functions that take turns, so that a change of clock or load meets them all, after untimed calls of each.
-
-    The order is random in each round: in a rotating one a model always follows the same other one, whose leftovers in
-    the cache alone made one file look 2.6 % faster than itself. After ``seconds`` and 10 rounds it ends. Returned are,
-    by name, ``median, p10, p90`` in ms, ``n`` rounds, and ``samples``, the ms of each round for `speedup`.
-    """
+    """Time functions that take turns, so that a change of clock or load meets them all, after untimed calls of each."""
     if not runners or rounds < 1:
         raise UsageError(f"Cannot measure {len(runners)} models over {rounds} rounds. Give at least one of each.")
     for runner in runners.values():
@@ -44,6 +39,7 @@ def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: 
     start = time.perf_counter()
     try:
         for r in TQDM(range(rounds), desc="Latency", leave=False):
+            # In a rotating order each model follows the same other one; its cache made a file 2.6 % faster than itself.
             for name in order.permutation(list(runners)).tolist():
                 t = time.perf_counter()
                 runners[name]()
@@ -57,16 +53,12 @@ def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: 
 
 
 def _spread(values: Any) -> dict[str, float]:
-    """Return the median and the 10 and 90 % quantiles of some values."""
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
 def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Compare two models that were measured together, and say whether the difference exceeds the noise.
-
-    Each round gives one ratio ``before / after``, so that load which hits both cancels. The difference is significant
-    if nine in ten rounds, of 10 or more, agree on which model is faster: the 10-90 % range of the ratios excludes 1.
+    """Compare two models by their ratio in each round: significant if nine in ten, of 10 or more, name one as faster.
 
     Args:
         before: What `bench` gives for the reference.
@@ -81,7 +73,7 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     a, b = np.asarray(before["samples"]), np.asarray(after["samples"])
     if len(a) != len(b):
         raise UsageError(f"Runs of {len(a)} and {len(b)} rounds cannot be paired. Measure both in one call.")
-    found = _spread(a / b)
+    found = _spread(a / b)  # of one round, so that load which hits both cancels
     outside = found["p10"] > 1 or found["p90"] < 1
     return {"ratio": found.pop("median"), **found, "significant": outside and len(a) >= MIN_ROUNDS}
 
@@ -90,23 +82,19 @@ def _noise(path: str | Path, legal: list[Any], imgsz: Size, batch: int) -> np.nd
     """Return random images for a graph of input shape ``legal`` (B, C, H, W), open where no number stands."""
     h, w = height_width(imgsz)
     if any(isinstance(size, int) and size != want for want, size in zip((batch, h, w), (legal[0], *legal[2:]))):
-        raise UsageError(
-            f"'{path}' is a static graph of shape {legal}; batch={batch} and imgsz={imgsz} do not fit. "
-            "Use its own batch and imgsz, or export it anew, with dynamic=True for any."
-        )
+        text = f"{batch=} and {imgsz=} do not fit. Export with dynamic=True for any"
+        raise UsageError(f"'{path}' is a static graph of shape {legal}; {text}.")
     shape = (batch, legal[1] if isinstance(legal[1], int) else 3, h, w)
     return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 
 def _onnx_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
-    """Return a function that runs a file once in ONNX Runtime."""
     model = session(path, threads)
     x = _noise(path, model.get_inputs()[0].shape, imgsz, batch)
     return lambda: run(model, x)
 
 
 def _openvino_runner(path: Path, imgsz: Size, threads: int, batch: int) -> Callable[[], Any]:
-    """Return a function that runs a file once in OpenVINO."""
     model = compiled(path, threads)
     x = _noise(path, [d.get_length() if d.is_static else None for d in model.input(0).partial_shape], imgsz, batch)
     request = model.create_infer_request()
@@ -163,18 +151,11 @@ def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, ba
 
 
 def operators(path: str | Path, imgsz: int, *, threads: int = 1, batch: int = 1, runs: int = 20) -> dict[str, Any]:
-    """Profile an ONNX file over ``runs`` calls with ONNX Runtime's own profiler.
-
-    Returned are ``nodes`` (``name, op, ms, share`` of each node after ONNX Runtime's optimisations) and ``ops`` (``op,
-    count, ms, share`` summed by operator), both the slowest first, with the mean ms of a call.
-    """
+    """Return mean ms of the ``nodes`` that ONNX Runtime runs, and of the ``ops`` that they sum up to, slowest first."""
     times = {key: sum(calls) / runs for key, calls in _profile(path, imgsz, threads, batch, runs).items()}
     total = sum(times.values()) or 1
-    nodes: list[dict[str, Any]] = [
-        {"name": name, "op": op, "ms": ms, "share": ms / total}
-        for (name, op), ms in sorted(times.items(), key=lambda item: -item[1])
-    ]
-    ops: list[dict[str, Any]] = []
+    ranked, ops = sorted(times.items(), key=lambda item: -item[1]), list[dict[str, Any]]()
+    nodes: list[dict[str, Any]] = [{"name": n, "op": op, "ms": ms, "share": ms / total} for (n, op), ms in ranked]
     for op in {n["op"] for n in nodes}:
         rows = [n for n in nodes if n["op"] == op]
         ops.append({"op": op, "count": len(rows), **{k: sum(n[k] for n in rows) for k in ("ms", "share")}})
@@ -201,10 +182,7 @@ def _profile(path: str | Path, imgsz: int, threads: int, batch: int, runs: int) 
 
 def saved_ms(fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *,
              runs: int = 30) -> dict[str, float]:  # fmt: skip
-    """Return how many ms on one thread each layer (module path) gains by INT8, negative where INT8 is slower.
-
-    The Q/DQ nodes and the activation of a layer count with it; what lies between layers does not.
-    """
+    """Return how many ms on one thread each layer (path), with its activation and Q/DQ nodes, gains by INT8."""
     layers = list(layers)
     before, after = (_by_layer(_profile(file, imgsz, 1, 1, runs), layers) for file in (fp32, int8))
     return {path: before[path] - after[path] for path in layers}
@@ -224,10 +202,7 @@ def _by_layer(times: Calls, layers: list[str]) -> dict[str, float]:
 
 
 def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) -> dict[str, float]:
-    """Time the letterbox before a model and the NMS after it, on its own output for a picture (height, width, 3).
-
-    Returned are the medians ``pre_ms`` and ``post_ms`` (0 for classification) and ``detections``, on which NMS depends.
-    """
+    """Time letterbox and NMS (0 in classification) of a model, on its own output for a picture (height, width, 3)."""
     meta = describe(path)
     work: dict[str, Callable[[], Any]] = {"pre": lambda: preprocess(image, imgsz)}
     if meta["task"] != "classify":

@@ -24,7 +24,6 @@ from yolo_ext.stock.load import LetterBox, as_exported, choose_head, float_model
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
-
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
 FLOAT_CONVS = {"Conv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
@@ -45,10 +44,7 @@ def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
 
 
 def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
-    """Return the detections in the first output (1, ...) of a model that `describe` describes.
-
-    They are (N, 6+): x1, y1, x2, y2 in input pixels (OBB: centre and size), score, class, and what the task adds.
-    """
+    """Give detections (N, 6+): x1, y1, x2, y2 in px (OBB: centre, size), score, class, more, of an output (1, ...)."""
     final = meta["end2end"] or bool(meta["nms"])  # such an output is only thresholded
     options = {"nc": meta["nc"], "end2end": final, "rotated": meta["task"] == "obb", "max_det": 300}
     return non_max_suppression(torch.from_numpy(y), conf, iou, **options)[0]
@@ -56,10 +52,7 @@ def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) ->
 
 def session(model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False,
             profile: Path | None = None) -> ort.InferenceSession:  # fmt: skip
-    """Open an ``.onnx`` file or a serialised model on ONNX Runtime's CPU provider.
-
-    With ``simulate`` Q/DQ nodes run as written, in float; ``profile`` is the prefix of the profiler's file.
-    """
+    """Open a file or serialised model; `simulate` runs Q/DQ in float, `profile` is the prefix of the profile's file."""
     options = session_options(threads)
     # Idle workers would otherwise spin on and steal cores from the model that is measured next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -86,12 +79,7 @@ def metadata(model: ort.InferenceSession) -> dict[str, Any]:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """Return what is needed to read a model's outputs.
-
-    That is ``task``, ``nc`` (classes), ``end2end`` (NMS-free output), ``dual`` (torch: both heads are there) and
-    ``nms`` (options of embedded NMS, None without); of an ONNX file also ``shape``, (B, C, H, W) with None where it is
-    open, ``outputs`` (names), ``imgsz`` (height, width), ``batch``, ``stride``, ``opset`` and ``precision``.
-    """
+    """Return what is needed to read a model's outputs, of an ONNX file also its ``shape``, None where it is open."""
     if _is_torch(source):
         model = float_model(source)
         dual = all(getattr(model.model[-1], name, None) is not None for name in ("one2one_cv2", "cv2"))
@@ -106,23 +94,17 @@ def describe(source: Source) -> dict[str, Any]:
     quantized = any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in proto.graph.node)
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
     return {
-        "task": meta["task"],
-        "nc": len(meta["names"]),
-        "end2end": bool(meta.get("end2end")),
-        "dual": False,
+        "task": meta["task"], "nc": len(meta["names"]), "end2end": bool(meta.get("end2end")), "dual": False,
         "nms": {**NMS, **{k: given[k] for k in NMS if k in given}} if given.get("nms") is True else None,
         "shape": [n if isinstance(n, int) else None for n in opened.get_inputs()[0].shape],
-        "outputs": [o.name for o in opened.get_outputs()],
-        "imgsz": height_width(meta.get("imgsz") or 640),
-        "batch": int(meta.get("batch") or 1),
-        "stride": int(meta.get("stride") or 32),
+        "outputs": [o.name for o in opened.get_outputs()], "imgsz": height_width(meta.get("imgsz") or 640),
+        "batch": int(meta.get("batch") or 1), "stride": int(meta.get("stride") or 32),
         "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
         "precision": "int8" if quantized else "fp16" if half else "fp32",
-    }
+    }  # fmt: skip
 
 
 def _is_torch(source: Source) -> bool:
-    """Return whether a source is a torch model or its file."""
     return isinstance(source, nn.Module) or str(source).endswith(".pt")
 
 
@@ -167,10 +149,7 @@ def full_batches(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def conv_report(path: str | Path) -> dict[str, Any]:
-    """Tell which convolutions ONNX Runtime runs in integers on this CPU, and why the others stay float.
-
-    Returned are ``convs`` and ``int8_convs`` (numbers) and ``float_convs``: node name to reason.
-    """
+    """Count the convolutions that ONNX Runtime runs in integers on this CPU, and say by name why others stay float."""
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]

@@ -33,12 +33,7 @@ CONFIDENT = 0.1  # anchors below this score never become detections, and their b
 
 
 def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size) -> dict[str, Any]:
-    """Compare the raw head output of the torch model with that of its FP32 or FP16 export over `compare.inputs`.
-
-    Returned are ``box_max, box_mean`` in pixels, ``score_max, score_mean`` (of FP16 both of confident anchors only),
-    ``extra_max`` (masks, keypoints, angle; relative), ``outputs`` (``name, max, mean``, absolute), ``inputs`` (number
-    of images), their ``shapes``, and ``worst``, the batch with the largest error.
-    """
+    """Compare the raw outputs of a torch model and of its float export (in FP16: of confident anchors only)."""
     meta = describe(onnx_path)
     if len(meta["shape"]) == 4 and None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
         raise UsageError(f"'{onnx_path}' is a static graph of shape {meta['shape']}; imgsz={imgsz} does not fit it.")
@@ -69,12 +64,7 @@ def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) ->
 
 def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz: Size, conf: float = 0.25, *,
                       match_iou: float = 0.99, margin: float = 1e-3) -> dict[str, Any]:  # fmt: skip
-    """Compare the detections of two models after the same preprocessing and NMS at IoU 0.7.
-
-    Two of one class are the same from ``match_iou`` on; those within ``margin`` of ``conf`` need no partner, because
-    rounding decides whether they appear. Returned are ``matched`` (share of the detections of both sides with a
-    partner), ``mean_iou`` and ``mean_score_diff`` of the pairs, ``detections`` (of both sides together), ``images``.
-    """
+    """Pair detections of two models; rounding decides on those within ``margin`` of ``conf``, they need no partner."""
     predicts, metas, conf = _alike(a, b, conf)
     rotated = metas[0]["task"] == "obb"
     images = list(images)
@@ -109,18 +99,7 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
 
 def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[str | Path], imgsz: Size,
                 fake_quant: nn.Module | None = None) -> dict[str, Any]:  # fmt: skip
-    """Compare a quantized file as it runs with its own float simulation, with the FP32 file and with torch.
-
-    A gap to the simulation means the integer kernels compute something else than the Q/DQ graph says (saturation of
-    8-bit weights on x86 without VNNI). A gap between torch and the simulation means that the file has other ranges,
-    weights or Q/DQ places than the model ``fake_quant`` that was calibrated. A gap to FP32 is the quantization error.
-
-    Returned are ``simulation`` and ``float``, each ``box_max, box_mean`` (px), ``score_max, score_mean`` and
-    ``score_p99`` (99 % of the anchors are closer) over anchors scoring 0.1 or more (at least the 100 best); with
-    ``fake_quant`` also ``torch``, the same of it against the simulation, and ``rounding``, against itself with every
-    pixel moved by 1e-6; ``anchors`` (their number), ``detections`` (INT8 against FP32, matched at IoU 0.5; none in
-    classification), and `conv_report`'s figures.
-    """
+    """Compare an INT8 file with its float simulation (kernels), the FP32 file (quantization error), and torch."""
     meta = describe(int8_onnx)
     int8, simulated = predictor(int8_onnx), predictor(int8_onnx, simulate=True)
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
@@ -143,13 +122,7 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
 def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
            int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
            limits: dict[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Run every check of an FP32 or FP16 file, and of an INT8 file made from it, and compare it with its limit.
-
-    With ``data`` also mAP, but for classification, which has no boxes, for embedded NMS, whose threshold cuts the
-    curve, and for inputs that are not square. ``limits`` override entries of `LIMITS`. Returned are ``passed``,
-    ``checks`` (``name, value, limit, passed`` each), ``precision``, what was measured under ``weights``, ``tensors``,
-    ``detections``, ``int8`` and ``map``, and ``first_difference`` where weights, tensors or detections fail.
-    """
+    """Compare a float file, an INT8 file made from it, and, on ``data``, mAP, with their `LIMITS` or ``limits``."""
     if unknown := set(limits or ()) - set(LIMITS):
         raise UsageError(f"Unknown limits {sorted(unknown)}. Legal: {', '.join(LIMITS)}.")
     meta, images, (height, width) = describe(onnx_path), list(images), height_width(imgsz)
@@ -164,6 +137,7 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
     result["weights"] = compare_weights(weights, onnx_path, meta["end2end"], bounds["weight_max"])
     if meta["task"] in BOXES:
         result["detections"] = verify_detections(weights, onnx_path, images, imgsz, match_iou=MATCH_IOU[precision])
+    # A classifier has no boxes, the threshold of embedded NMS cuts the curve of precision.
     if data is not None and meta["task"] != "classify" and not meta["nms"] and height == width:
         of_torch = accuracy(weights, data, width, end2end=meta["end2end"])
         result["map"] = {"torch": of_torch, "onnx": accuracy(onnx_path, data, width)}

@@ -86,9 +86,7 @@ class Distiller:
             strides = [int(s) for s in stock.detection_head(self.student).stride] if guide.levels else []
             shared = [strides[i] for i, _ in guide.levels]
             partly = "" if len(shared) == len(strides) else f", strides {shared} only"
-            names: dict[Any, str] = {
-                i: f"P{s.bit_length() - 1}" for i, s in enumerate(strides)
-            }  # levels of the pyramid
+            names: dict[Any, str] = {i: f"P{s.bit_length() - 1}" for i, s in enumerate(strides)}  # of the pyramid
             found = dict.fromkeys(s for i, _, s in self.sites if i == g)
             maps = ", ".join(f"{names.get(s.student, s.student)} {s.widths[0]}->{s.widths[1]}" for s in found)
             how = "kept channels compared directly" if guide.kept is not None else "1x1 adapters where widths differ"
@@ -110,11 +108,7 @@ class Distiller:
 
     def losses(self, predictions: Any, batch: dict[str, Any], gains: dict[str, float],
                task: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the weighted losses per image of a batch, with the same names in every batch.
-
-        `predictions` are raw train-mode outputs, `gains` the weights of the branches of the head by their keys (``""``
-        where there is one), `task` is the scalar task loss per image.
-        """
+        """Return the weighted losses per image of raw outputs; `gains` go by branch, `task` is the scalar task loss."""
         taken = self.taps[0].take()
         self.step += 1
         zero = batch["img"].new_zeros((), dtype=torch.float32)

@@ -12,17 +12,21 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
 
 feature_losses = Table("feature loss")
+Loss = Callable[..., torch.Tensor]
 
 
-def full_precision(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Decorate a loss so that it computes in float32 under autocast too, and never sends gradients to the teacher."""
+def _row(name: str, summary: str, paper: str, *needs: Need) -> Callable[[Loss], Loss]:
+    """Register a loss, which computes in float32 under autocast too, and never sends gradients to the teacher."""
 
-    @wraps(fn)
-    def wrapped(student: torch.Tensor, teacher: torch.Tensor, *args, **options) -> torch.Tensor:
-        with torch.autocast(student.device.type, enabled=False):
-            return fn(student.float(), teacher.detach().float(), *args, **options)
+    def add(fn: Loss) -> Loss:
+        @wraps(fn)
+        def wrapped(student: torch.Tensor, teacher: torch.Tensor, *args, **options) -> torch.Tensor:
+            with torch.autocast(student.device.type, enabled=False):
+                return fn(student.float(), teacher.detach().float(), *args, **options)
 
-    return wrapped
+        return feature_losses.row(name, summary, paper=paper, needs=needs)(wrapped)
+
+    return add
 
 
 def standardize(x: torch.Tensor) -> torch.Tensor:
@@ -33,37 +37,30 @@ def standardize(x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(norm: str, legal: tuple[str, str]) -> bool:
-    """Return whether the second of two norms is asked for."""
     if norm not in legal:
         raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(legal))} Legal: {', '.join(legal)}.")
     return norm == legal[1]
 
 
-@feature_losses.row("mimic", "Mean squared difference", paper="Li et al., 2017, CVPR", needs=[Need.EQUAL_WIDTH])
-@full_precision
+@_row("mimic", "Mean squared difference", "Li et al., 2017, CVPR", Need.EQUAL_WIDTH)
 def mimic(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute the mean square of the difference, on whole maps where the paper samples regions."""
     return F.mse_loss(student, teacher)
 
 
-@feature_losses.row("mgd", "A small network restores the teacher from randomly masked student features",
-                    paper="Yang et al., 2022, arXiv:2205.01529", needs=[Need.EQUAL_WIDTH, Need.MODULE])  # fmt: skip
-@full_precision
+@_row("mgd", "A small network restores the teacher from randomly masked student features",
+      "Yang et al., 2022, arXiv:2205.01529", Need.EQUAL_WIDTH, Need.MODULE)  # fmt: skip
 def mgd(student: torch.Tensor, teacher: torch.Tensor, *, module: nn.Module, masked: float = 0.65, alpha: float = 2e-5,
         norm: str = "sum", random: torch.Generator | None = None) -> torch.Tensor:  # fmt: skip
-    """Compute alpha |generator(masked student) - teacher|^2, which is 0 only where the generator restores.
-
-    `alpha` and `masked` are those of the paper for one-stage detectors; norm ``mean`` takes an `alpha` near 1.
-    """
+    """Compute alpha |module(masked student) - teacher|^2, as for one-stage detectors; ``mean``: alpha near 1."""
     b, _, h, w = student.shape
     mask = torch.rand(b, 1, h, w, generator=random, device=student.device) >= masked
     error = (module(student * mask) - teacher).square()
     return alpha * (error.mean() if _norm(norm, ("sum", "mean")) else error.sum() / b)
 
 
-@feature_losses.row("cwd", "KL between the spatial distributions of each channel",
-                    paper="Shu et al., 2021, arXiv:2011.13256", needs=[Need.EQUAL_WIDTH])  # fmt: skip
-@full_precision
+@_row("cwd", "KL between the spatial distributions of each channel",
+      "Shu et al., 2021, arXiv:2011.13256", Need.EQUAL_WIDTH)  # fmt: skip
 def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Compute T^2 KL(teacher || student) over positions; a constant added to a channel does not matter."""
     s, t = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
@@ -71,9 +68,8 @@ def cwd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) 
     return temperature**2 * kl.clamp(min=0.0)
 
 
-@feature_losses.row("at", "Difference of normalised attention maps, the mean square over channels; scale-free",
-                    paper="Zagoruyko & Komodakis, 2017, arXiv:1612.03928")  # fmt: skip
-@full_precision
+@_row("at", "Difference of normalised attention maps, the mean square over channels; scale-free",
+      "Zagoruyko & Komodakis, 2017, arXiv:1612.03928")  # fmt: skip
 def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> torch.Tensor:
     """Compute the squared difference of unit-length maps, over positions from 0 to 2; ``mean`` is the authors' code."""
     s, t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student, teacher))
@@ -81,9 +77,8 @@ def at(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "sum") -> to
     return error.mean() if _norm(norm, ("sum", "mean")) else error.sum(1).mean()
 
 
-@feature_losses.row("pkd", "1 - Pearson correlation of each channel; scale-free",
-                    paper="Cao et al., 2022, arXiv:2207.02039", needs=[Need.EQUAL_WIDTH])  # fmt: skip
-@full_precision
+@_row("pkd", "1 - Pearson correlation of each channel; scale-free",
+      "Cao et al., 2022, arXiv:2207.02039", Need.EQUAL_WIDTH)  # fmt: skip
 def pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Compute half the mean square difference of maps that are standardised per channel, from 0 to 2."""
     return 0.5 * F.mse_loss(standardize(student), standardize(teacher))
@@ -110,17 +105,12 @@ def _object_scale(boxes: torch.Tensor, b: int, h: int, w: int) -> torch.Tensor:
     return scale
 
 
-@feature_losses.row("fgd", "Objects and background apart, weighted by the teacher's attention, and global relations",
-                    paper="Yang et al., 2022, arXiv:2111.11837",
-                    needs=[Need.EQUAL_WIDTH, Need.BOXES, Need.MODULE])  # fmt: skip
-@full_precision
+@_row("fgd", "Objects and background apart, weighted by the teacher's attention, and global relations",
+      "Yang et al., 2022, arXiv:2111.11837", Need.EQUAL_WIDTH, Need.BOXES, Need.MODULE)  # fmt: skip
 def fgd(student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
         temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 1e-3,
         lam: float = 5e-6) -> torch.Tensor:  # fmt: skip
-    """Compute focal and global distillation for `boxes` (N, 5): image in the batch, x1, y1, x2, y2 from 0 to 1.
-
-    Weights as in the paper: objects, background, attentions, and the global part by `module`, two context blocks.
-    """
+    """Weigh objects in `boxes` (N, 5: image, x1, y1, x2, y2 in 0..1), background, attentions, `module` of contexts."""
     b, _, h, w = student.shape
     (space_s, channel_s), (space_t, channel_t) = (_attention(x, temperature) for x in (student, teacher))
     objects = _object_scale(boxes.to(student), b, h, w)
@@ -135,18 +125,16 @@ def fgd(student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, mo
     return loss / b
 
 
-@feature_losses.row("spkd", "Which images of a batch resemble one another; 0 for a batch of one; scale-free",
-                    paper="Tung & Mori, 2019, arXiv:1907.09682")  # fmt: skip
-@full_precision
+@_row("spkd", "Which images of a batch resemble one another; 0 for a batch of one; scale-free",
+      "Tung & Mori, 2019, arXiv:1907.09682")  # fmt: skip
 def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -> torch.Tensor:
     """Compute the squared difference of (B, B) similarities of unit rows, over B, or over B squared (``paper``)."""
     s, t = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (student, teacher))
     return (s - t).square().sum() / len(s) ** (2 if _norm(norm, ("image", "paper")) else 1)
 
 
-@feature_losses.row("chsim", "Which channels of an image resemble one another; scale-free",
-                    paper="Liu et al., 2021, arXiv:2202.03680", needs=[Need.EQUAL_WIDTH])  # fmt: skip
-@full_precision
+@_row("chsim", "Which channels of an image resemble one another; scale-free",
+      "Liu et al., 2021, arXiv:2202.03680", Need.EQUAL_WIDTH)  # fmt: skip
 def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") -> torch.Tensor:
     """Compute the squared difference of (C, C) correlations: unit rows over C, or plain over C squared (``paper``)."""
     plain = _norm(norm, ("row", "paper"))
@@ -156,11 +144,8 @@ def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") ->
     return (s - t).square().sum((1, 2)).mean() / s.shape[1] ** (2 if plain else 1)
 
 
-# Trained along, and never part of a saved model -----------------------------------------------------------------------
 class Align(nn.Module):
-    """Bring maps of one level to the same width: those `kept` by a student pruned from this very teacher as they are,
-    else by a 1x1 convolution and normalised per channel (as in RTMDet, Lyu et al., 2022, arXiv:2212.07784).
-    """
+    """Bring maps to one width: as `kept` by a pruned student, or by 1x1 (RTMDet, Lyu et al., 2022, arXiv:2212.07784)"""
 
     def __init__(self, student: int, teacher: int, kept: list[int] | None, *, always: bool = False) -> None:
         """Prepare for these channels, of which a pruned student has `kept`; `always` has weights and so can shrink."""
@@ -196,9 +181,8 @@ class ContextBlock(nn.Module):
         super().__init__()
         hidden = max(channels // 2, 1)
         self.attend = nn.Conv2d(channels, 1, 1)
-        self.transform = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.LayerNorm([hidden, 1, 1]), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
-        )
+        narrow, norm = nn.Conv2d(channels, hidden, 1), nn.LayerNorm([hidden, 1, 1])
+        self.transform = nn.Sequential(narrow, norm, nn.ReLU(), nn.Conv2d(hidden, channels, 1))
         nn.init.zeros_(self.transform[-1].weight)
         nn.init.zeros_(self.transform[-1].bias)
 

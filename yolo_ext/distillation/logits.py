@@ -14,7 +14,9 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
 
 logit_losses = Table("logit loss")
+LOGITS = "of logits and of box distances where the teacher sees objects"
 L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
+KL_PAPER = "Hinton et al., 2015, arXiv:1503.02531"
 Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
 Weight: TypeAlias = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
 
@@ -60,10 +62,7 @@ def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int]]) -> dict[str, Any]:
-    """Bring the raw output of one branch, as `decode` takes it, to other grids (H, W); boxes lose their bins.
-
-    They are interpolated by their corners: all cells of an object agree on its corners, not on its distances.
-    """
+    """Bring the raw output of a branch to other grids (H, W) by corners, on which cells agree; bins are lost."""
     shapes = [f.shape[2:] for f in raw["feats"]]
     sizes = [h * w for h, w in shapes]
     out = decode(raw, stride, raw["boxes"].shape[1] // 4)
@@ -106,10 +105,6 @@ def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: Weight) 
     return norms[norm](loss, foreground(teacher) if weight is None else weight.float())
 
 
-def _nothing(student: HeadOutput) -> torch.Tensor:
-    return student.scores.new_zeros((), dtype=torch.float32)
-
-
 def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: Weight) -> Parts:
     """Compute the mean |difference|^power of logits, and of decoded distances: bins have a free constant per side."""
     cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
@@ -136,52 +131,45 @@ def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.T
     return loss.clamp(min=0.0)  # rounding may leave it below
 
 
-@logit_losses.row("l1", "Absolute difference of logits and of box distances where the teacher sees objects",
-                  paper=L2_PAPER)  # fmt: skip
+@logit_losses.row("l1", f"Absolute difference {LOGITS}", paper=L2_PAPER)
 def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
     """Compute the mean absolute difference; `foreground` stands in for the objectness of the paper."""
     return _lp(student, teacher, 1, norm, weight)
 
 
-@logit_losses.row("l2", "Squared difference of logits and of box distances where the teacher sees objects",
-                  paper=L2_PAPER)  # fmt: skip
+@logit_losses.row("l2", f"Squared difference {LOGITS}", paper=L2_PAPER)
 def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
     """Compute the mean squared difference; otherwise as `l1`."""
     return _lp(student, teacher, 2, norm, weight)
 
 
-@logit_losses.row("kl", "KL between the softmax over classes", paper="Hinton et al., 2015, arXiv:1503.02531",
-                  needs=[Need.SEVERAL_CLASSES])  # fmt: skip
+@logit_losses.row("kl", "KL between the softmax over classes", paper=KL_PAPER, needs=[Need.SEVERAL_CLASSES])
 def kl(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
        weight: Weight = None) -> Parts:  # fmt: skip
     """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
     if student.scores.shape[1] == 1:
-        raise UsageError(
-            "The logit loss 'kl' compares classes with one another: of one class it is 0. Use 'kl_binary'."
-        )
+        raise UsageError("The loss 'kl' compares classes with one another: it is 0 of one class. Use 'kl_binary'.")
     loss = _divergence(student.scores, teacher.scores, 1, temperature)
-    return average(loss, teacher, norm, weight).clamp(min=0.0), _nothing(student)
+    return average(loss, teacher, norm, weight).clamp(min=0.0), student.scores.new_zeros((), dtype=torch.float32)
 
 
-@logit_losses.row("kl_binary", "KL between the sigmoid of each class",
-                  paper="Hinton et al., 2015, arXiv:1503.02531, per class")  # fmt: skip
+@logit_losses.row("kl_binary", "KL between the sigmoid of each class", paper=f"{KL_PAPER}, per class")
 def kl_binary(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
               weight: Weight = None) -> Parts:  # fmt: skip
     """Compute T^2 times the binary cross entropy less the teacher's entropy, summed over classes; 0 for the boxes."""
     s, t = (x.scores.float() / temperature for x in (student, teacher))
     p = t.sigmoid()
     loss = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1.0 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
-    return average(temperature**2 * loss.sum(1), teacher, norm, weight).clamp(min=0.0), _nothing(student)
+    return average(temperature**2 * loss.sum(1), teacher, norm, weight).clamp(min=0.0), student.scores.new_zeros(
+        (), dtype=torch.float32
+    )
 
 
 @logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
                   paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
 def bckd(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos",
          weight: Weight = None) -> Parts:  # fmt: skip
-    """Compute |p_t - p_s|^beta BCE, summed over classes, and 4 |p_t - p_s| (1 - GIoU), over the sum of `foreground`.
-
-    The paper divides by the number of assigned positives: give their mask as `weight` for that.
-    """
+    """Compute |p_t - p_s|^beta BCE and 4 |p_t - p_s| (1 - GIoU), over `foreground`, or the positives as `weight`."""
     cls, gap = _disagreement(student, teacher, beta)
     box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
     return average(cls.sum(1), teacher, norm, weight), 4.0 * average(box, teacher, norm, weight)
@@ -207,4 +195,4 @@ def ld(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, n
         bins = f"student has reg_max={ours}, the teacher reg_max={theirs} (1 is none)"
         raise UsageError(f"The logit loss 'ld' compares equally many bins, but the {bins}. Use 'bckd'.")
     loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
-    return _nothing(student), average(loss, teacher, norm, weight).clamp(min=0.0)
+    return student.scores.new_zeros((), dtype=torch.float32), average(loss, teacher, norm, weight).clamp(min=0.0)

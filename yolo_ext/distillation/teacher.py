@@ -18,11 +18,10 @@ from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 from yolo_ext.distillation.logits import HeadOutput, decode, regrid
-from yolo_ext.stock.context import evaluating
+from yolo_ext.stock.context import evaluating, replaced
 from yolo_ext.stock.load import load_model
 
 
-# Teachers ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Guide:
     """One teacher of a run, and how its outputs correspond to those of the student."""
@@ -46,11 +45,8 @@ class Guide:
         model, size = self.model, self.size(images)
         head, resized = stock.detection_head(model), size != images.shape[2:]
         seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True) if resized else images
-        mode, head.training = head.training, True  # the average of the student decodes where it is validated
-        try:
+        with replaced(head, training=True):  # the average of the student decodes where it is validated
             raw = _run(model, seen.to(next(model.parameters()).dtype))
-        finally:
-            head.training = mode
         if not resized or not self.levels:
             return raw
         grids = [(-(-images.shape[2] // s), -(-images.shape[3] // s)) for s in head.stride.int().tolist()]
@@ -84,7 +80,6 @@ class Guide:
 
 
 def _run(model: nn.Module, images: torch.Tensor) -> Any:
-    """Run a teacher, from now on without compiling it where that fails."""
     try:
         return model(images)
     except Exception as error:
@@ -121,9 +116,7 @@ def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: in
         ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
         levels = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
         if not levels:
-            raise UsageError(
-                f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with a common stride."
-            )
+            raise UsageError(f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with one in common.")
     shared = class_map(teacher, student.names, name) if classes else ([], [])
     return Guide(name, lambda: teacher, kept, shared, levels, imgsz, compiled)
 
@@ -137,9 +130,7 @@ def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool
         raise UsageError(f"Teacher '{path}' is a '{theirs}' model, the student is '{ours}'. Give one of the same task.")
     heads = [stock.detection_head(m) for m in (teacher, student)]
     if ours != "classify" and not all(hasattr(h, "reg_max") for h in heads):
-        raise UsageError(
-            f"Distillation needs Detect-type heads or classifiers, not {[type(h).__name__ for h in heads]}."
-        )
+        raise UsageError(f"Only Detect-type heads and classifiers distil, not {[type(h).__name__ for h in heads]}.")
     teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     cuda = device.type == "cuda"  # float16 there; on a CPU bfloat16, by default where the processor computes in it
     if cuda or (stock.native_bf16() if half is None else half):
@@ -147,7 +138,6 @@ def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool
     return stock.raw_outputs(teacher), parent
 
 
-# Levels and classes --------------------------------------------------------------------------------------------------
 def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
     """Return by level the channels of its dense self that a student feeds to its head; None unless that is `parent`."""
     record = manifest(student).prune or {"parent": manifest(student).parent, "kept": {}}
@@ -165,10 +155,8 @@ def class_map(teacher: nn.Module, names: Mapping[int, str], path: str) -> tuple[
     theirs = {str(n).strip().lower(): i for i, n in teacher.names.items()}
     shared = [(i, theirs[key]) for i, n in names.items() if (key := str(n).strip().lower()) in theirs]
     if not shared:
-        raise UsageError(
-            f"Teacher '{path}' knows none of the classes {list(names.values())[:5]}; it knows "
-            f"{list(teacher.names.values())[:10]}. Give a teacher that was trained on the same classes."
-        )
+        text = f"classes {list(names.values())[:5]}, but {list(teacher.names.values())[:10]}"
+        raise UsageError(f"Teacher '{path}' knows none of the {text}. Give one that was trained on these classes.")
     return [i for i, _ in shared], [j for _, j in shared]
 
 
@@ -191,7 +179,6 @@ def with_classes(teacher: nn.Module, names: Mapping[int, str], path: str) -> nn.
     return teacher
 
 
-# Maps that feature losses compare -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Site:
     """A map of the student and the map of the teacher that it is compared with."""
@@ -216,10 +203,8 @@ def sites(layers: Sequence[str], student: nn.Module, guide: Guide) -> list[Site]
             ours, _, theirs = layer.partition(":")
             (path, shape), (other, like) = _map(student, ours, "student"), _map(guide.model, theirs or ours, "teacher")
             if shape[2:] != like[2:]:
-                sizes = f"{shape[2:]} and {like[2:]}"
-                raise UsageError(
-                    f"'distill.layers={layer}': maps differ in size, {sizes}. Give two of one stride as a:b."
-                )
+                text = f"maps differ in size, {shape[2:]} and {like[2:]}. Give two of one stride as a:b."
+                raise UsageError(f"'distill.layers={layer}': {text}")
             found.append(Site(path, other, (shape[1], like[1])))
     return found
 
@@ -228,10 +213,9 @@ def _map(model: nn.Module, layer: str, who: str) -> tuple[str, tuple[int, ...]]:
     """Return path and shape of what a layer returns that is given by index or path."""
     path, modules = f"model.{layer}" if layer.isdigit() else layer, [n for n, _ in model.named_modules() if n]
     if path not in modules:
-        raise UsageError(
-            f"'distill.layers': the {who} has no layer '{layer}'.{suggest(path, modules)} Legal: neck, backbone, "
-            f"0 to {len(model.model) - 1}, or the path of a module such as model.4.cv2."
-        )
+        legal = f"neck, backbone, 0 to {len(model.model) - 1}, or the path of a module such as model.4.cv2"
+        text = f"the {who} has no layer '{layer}'.{suggest(path, modules)} Legal: {legal}."
+        raise UsageError(f"'distill.layers': {text}")
     if not (shapes := _shapes(model, [path])):
         raise UsageError(f"'distill.layers': layer '{layer}' of the {who} does not return one map (B, C, H, W).")
     return path, shapes[path]
@@ -263,11 +247,7 @@ def _shapes(model: nn.Module, paths: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 class Taps:
-    """Keeps what chosen layers of a model, not of its copies, return in its latest forward pass.
-
-    The hook is one for all modules of the process, for as long as this object lives: hooks on the layers themselves
-    would be copied into the EMA and saved with the checkpoint.
-    """
+    """Keeps what layers return: by one hook of the process, as those of layers are copied into EMA and checkpoint."""
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
         """Listen to these layers."""

@@ -73,7 +73,7 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
     start, end = timing["start"], timing["end"]
     decays[timing["schedule"]]  # refuses what there is not
-    for name in ("final", "start", "warmup", *(["end"] if end is not None else [])):
+    for name in ("final", "start", "warmup", *["end"] * (end is not None)):
         _number(key, name, timing[name])
     if end is not None and end <= start:
         raise UsageError(f"{key}: 'end={end}' is not after 'start={start}'.")
@@ -93,7 +93,6 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
 
 
 def _number(key: str, name: str, value: Any) -> float:
-    """Return a value that has to be a number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise UsageError(f"{key}: '{name}={value}' is illegal: give a number of at least 0.")
     return value
@@ -123,7 +122,6 @@ class Balance(nn.Module):
         return share * self.means[0] / self.means[1].clamp(min=1e-9)
 
 
-# What a pair of models allows -----------------------------------------------------------------------------------------
 def check(found: list[Term], guide: Guide, student: nn.Module, *, shrinks: bool) -> None:
     """Refuse losses that cannot work with this pair, with the reason and what to use instead."""
     if shrinks and guide.name == "ema":
@@ -169,7 +167,6 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
     return None
 
 
-# What teachers are worth, and what they cost --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Facts:
     """What is known of a teacher or of the student before training."""
@@ -192,20 +189,19 @@ def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
     """Return in sentences why a teacher may not help (Cho & Hariharan, 2019, ICCV; Mirzadeh et al., 2020, AAAI)."""
     found = []
     if teacher.accuracy is not None and student.accuracy is not None and teacher.accuracy <= student.accuracy:
+        text = (
+            f"{metric} {teacher.accuracy:.4f} against {student.accuracy:.4f} on the val split. Train it on these data"
+        )
         found.append(
-            f"'{teacher.name}' is no better than the student: {metric} {teacher.accuracy:.4f} against "
-            f"{student.accuracy:.4f} on the val split. Train it on these data first, give a better one, or leave it out"
+            f"'{teacher.name}' is no better than the student: {text} first, give a better one, or leave it out"
         )
     if teacher.gflops > TOO_BIG * student.gflops:
-        found.append(
-            f"'{teacher.name}' has {teacher.gflops / student.gflops:.0f} times the FLOPs of the student. Beyond "
-            f"{TOO_BIG:g} times, a teacher of middle size usually teaches more (Mirzadeh et al., 2020, AAAI)"
-        )
+        text = f"'{teacher.name}' has {teacher.gflops / student.gflops:.0f} times the FLOPs of the student. "
+        found.append(f"{text}Beyond {TOO_BIG:g} times, one of middle size usually teaches more (Mirzadeh et al., 2020)")
     return found
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the shortest time of a few calls, in seconds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(1 + STEPS):

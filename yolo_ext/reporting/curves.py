@@ -38,20 +38,18 @@ def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
         raise UsageError("No layers to plot: the sensitivity analysis holds no groups. Analyse at least one.")
     table = drops(found)
     figure, (left, right) = subplots(1, 2, figsize=(12, _height(len(groups))))
+    metric, base = found["metric"], found["base"]["map"]
     _drops(left, table, [g["name"] for g in groups], found["ratios"])
-    _worst(right, table, groups, found["base"]["map"])
-    left.set_title(f"{found['metric']} drop")
-    right.set_ylabel(found["metric"])
-    figure.suptitle(
-        f"Sensitivity to pruning: {found['metric']} {found['base']['map']:.3f} unpruned after BatchNorm recalibration, "
-        f"{found['trained']:.3f} as trained"
-    )
+    _worst(right, table, groups, base)
+    left.set_title(f"{metric} drop")
+    right.set_ylabel(metric)
+    text = f"{metric} {base:.3f} unpruned after BatchNorm recalibration, {found['trained']:.3f} as trained"
+    figure.suptitle(f"Sensitivity to pruning: {text}")
     return save(figure, path)
 
 
 def _height(rows: int) -> float:
-    """Return the height in inches of a heat map with this many rows."""
-    return min(max(4.0, 1.6 + 0.17 * rows), 26.0)
+    return min(max(4.0, 1.6 + 0.17 * rows), 26.0)  # inches
 
 
 def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **bar: Any) -> Any:
@@ -113,11 +111,10 @@ def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
 def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the scores of prunable channels over the epochs of a `sparsity.json`, and what pruning them would save."""
     import matplotlib.pyplot as plt
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     records, last = _records(history), history["epochs"][-1]
-    figure = plt.figure(figsize=(12, 5.2), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    zero, ridges, curves = figure.subplots(1, 3, width_ratios=(0.75, 3, 2.6))
+    figure, (zero, ridges, curves) = subplots(1, 3, figsize=(12, 5.2), width_ratios=(0.75, 3, 2.6))
+    figure.set_layout_engine("constrained", w_pad=0.12)
     shown = [records[i] for i in sorted({round(k) for k in np.linspace(0, len(records) - 1, RIDGES)})]
     colors = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(shown)))
     _zero(zero, shown, colors, history["edges"][1])
@@ -201,7 +198,6 @@ def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def _records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the epochs of a history, of which there has to be one."""
     if not history["epochs"]:
         raise UsageError("Nothing to plot: the sparsity history holds no epochs. Train at least one.")
     return list(history["epochs"])

@@ -20,7 +20,6 @@ from yolo_ext.reporting.tables import FIELDS, figure
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
 Names = Mapping[int, str] | Sequence[str]
 Mark = tuple[str, tuple[int, int, int]]  # word, colour in BGR
-
 BEFORE, AFTER, KEPT = "#d5dbe3", "#2563eb", "#94a3b8"
 MISSED, ADDED = (40, 40, 230), (0, 140, 255)  # BGR
 MIN_WIDTH = 640  # px; narrower pictures are enlarged so that captions and labels fit
@@ -67,9 +66,8 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
             values = [math.nan if (v := figure(m, field.key)) is None else v for m in stages.values()]
             if not np.isnan(values).all():
                 ax.plot(values, marker="o", label=field.column.removesuffix(" (ms)"))
-        ax.set_title(title)
         ax.set_xticks(range(len(stages)), list(stages), rotation=20, parse_math=False)
-        ax.set_xlim(-0.4, len(stages) - 0.6)
+        ax.set(title=title, xlim=(-0.4, len(stages) - 0.6))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.3)
         if ax.lines:
@@ -99,8 +97,7 @@ def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: s
     for p, best in zip(points, front):
         spread = [[p["median"] - p["p10"]], [p["p90"] - p["median"]]]
         ax.errorbar(p["median"], p["map"], xerr=spread, fmt="o", color=AFTER if best else KEPT, capsize=3)
-        place: Any = {"xytext": (6, 6), "textcoords": "offset points"}
-        ax.annotate(str(p["name"]), (p["median"], p["map"]), parse_math=False, **place)
+        ax.annotate(str(p["name"]), (p["median"], p["map"]), (6, 6), textcoords="offset points", parse_math=False)
     ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel="mAP50-95")
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.15)
@@ -194,11 +191,11 @@ def _name(names: Names, cls: int) -> str:
 def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
     """Put a white strip with a caption, and a warning at its right end, above a picture."""
     strip = np.full((34, image.shape[1], 3), 255, np.uint8)
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.6
-    cv2.putText(strip, left, (6, 23), font, scale, (40, 40, 40), 1, cv2.LINE_AA)
-    width = cv2.getTextSize(right, font, scale, 1)[0][0]
-    color = (40, 40, 40) if right.startswith("0 missed, 0") else MISSED
-    cv2.putText(strip, right, (image.shape[1] - width - 6, 23), font, scale, color, 1, cv2.LINE_AA)
+    font, scale, grey = cv2.FONT_HERSHEY_SIMPLEX, 0.6, (40, 40, 40)
+    cv2.putText(strip, left, (6, 23), font, scale, grey, 1, cv2.LINE_AA)
+    place = image.shape[1] - cv2.getTextSize(right, font, scale, 1)[0][0] - 6, 23
+    color = grey if right.startswith("0 missed, 0") else MISSED
+    cv2.putText(strip, right, place, font, scale, color, 1, cv2.LINE_AA)
     return np.vstack([strip, image])
 
 

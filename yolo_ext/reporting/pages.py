@@ -28,7 +28,6 @@ Report = Mapping[str, Any]
 Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), `objects` (`class`, `confidence`, `box`)
 
 
-# The report of a run -------------------------------------------------------------------------------------------------
 def write_report(run_dir: str | Path, report: Report) -> Path:
     """Write `report.json` and `report.html` of a run.
 
@@ -69,21 +68,16 @@ def render(report: Report, run_dir: Path) -> str:
         "Options": report.get("plan"),
         "Reproduce": {"command": command, "env": env} if command or env else None,
     }
+    sections = {name: part for name, part in sections.items() if part}
     cards, int8_note = _cards(after, rows)
-    return _page(
-        "report.html.j2", title=str(report.get("title") or "Compression report"), verdicts=_verdicts(checks, rows),
-        cards=cards, int8_note=int8_note, sections={name: part for name, part in sections.items() if part},
-    )  # fmt: skip
-
-
-def _verdicts(checks: Sequence[Report], rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Say in a (tone, text) per finding whether the checks passed and where the result is worse than the base."""
     failed = [str(c.get("name")) for c in checks if not c.get("passed")]
     worse = [f"{r.label} {r.delta}" for r in rows if r.verdict == "worse"]
-    strips = [("", f"✓ {len(checks)} of {len(checks)} checks passed")] if checks else []
+    verdicts = [("", f"✓ {len(checks)} of {len(checks)} checks passed")] if checks else []
     if failed:
-        strips = [("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}")]
-    return strips + ([("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else [])
+        verdicts = [("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}")]
+    verdicts += [("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else []
+    shown = {"verdicts": verdicts, "cards": cards, "int8_note": int8_note, "sections": sections}
+    return _page("report.html.j2", title=str(report.get("title") or "Compression report"), **shown)
 
 
 def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
@@ -163,7 +157,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-# The review sheet ----------------------------------------------------------------------------------------------------
 def lowest(record: Record) -> float | None:
     """Return the lowest confidence among the objects of an image, None where there are none."""
     return min((o["confidence"] for o in record["objects"]), default=None)
@@ -189,11 +182,7 @@ def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[st
 def render_review(title: str, records: Sequence[Record], files: Mapping[str, Path], names: Mapping[int, str], *,
                   notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None, previews: str = "",
                   limit: int = 500) -> str:  # fmt: skip
-    """Return the review sheet, the least certain images first; the same input gives the same bytes.
-
-    `files` go by name, `skipped` says why an image cannot be read, `previews` is the folder, relative to the page, of
-    larger pictures `<image>.jpg`, and `limit` the number of pictures shown.
-    """
+    """Return the review sheet of `files` by name, the least certain first, with links to `previews`, a folder."""
     shown = in_order(records)[:limit]
     seen = Counter(c for r in shown for c in {o["class"] for o in r["objects"]})
     filters = [{"name": "All", "key": "", "color": "", "count": len(shown)}]
@@ -201,10 +190,9 @@ def render_review(title: str, records: Sequence[Record], files: Mapping[str, Pat
     if empty := sum(not r["objects"] for r in shown):
         filters.append({"name": "Nothing found", "key": "none", "color": "", "count": empty})
     shots = [_shot(r, files[r["image"]], names, previews) for r in shown]
-    return _page(
-        "review.html.j2", title=title, notes=notes, counts=class_counts(records, names), skipped=skipped or {},
-        names=names, low=LOW, filters=filters, shots=shots, total=len(records),
-    )  # fmt: skip
+    counts, known = class_counts(records, names), {"names": names, "low": LOW, "skipped": skipped or {}}
+    page = {"title": title, "notes": notes, "counts": counts, "filters": filters, "shots": shots, **known}
+    return _page("review.html.j2", **page, total=len(records))
 
 
 def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -> dict[str, Any]:
@@ -215,20 +203,15 @@ def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -
     for o in objects:
         least[o["class"]] = min(o["confidence"], least.get(o["class"], 1.0))
     tone, word = ("none", "nothing found") if low is None else ("warn" if low < LOW else "", f"lowest {low:.2f}")
-    return {
-        **record,
-        "thumbnail": _thumbnail(file),
-        "link": quote(f"{previews}/{record['image']}.jpg", errors="replace") if previews else "",
-        "classes": " ".join(f"c{c}" for c, _ in counts) or "none",
-        "order": ";".join(f"--c{c}:{round(1e4 * p)}" for c, p in least.items()),
-        "text": " · ".join(f"{n} {names[c]}" for c, n in counts),
-        "tone": tone,
-        "word": word,
-    }
+    link = quote(f"{previews}/{record['image']}.jpg", errors="replace") if previews else ""
+    classes = " ".join(f"c{c}" for c, _ in counts) or "none"
+    order = ";".join(f"--c{c}:{round(1e4 * p)}" for c, p in least.items())
+    text = " · ".join(f"{n} {names[c]}" for c, n in counts)
+    marks = {"classes": classes, "order": order, "text": text, "tone": tone, "word": word}
+    return {**record, "thumbnail": _thumbnail(file), "link": link, **marks}
 
 
 def _color(index: int) -> str:
-    """Return the CSS colour that Ultralytics draws a class in."""
     return "rgb({},{},{})".format(*colors(index))
 
 
@@ -244,16 +227,13 @@ def _thumbnail(file: Path) -> str:
     return _data_url("image/jpeg", cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
 
 
-# Templates -----------------------------------------------------------------------------------------------------------
 def _text(value: object) -> str:
-    """Return a value of a report as text, dicts and lists as JSON."""
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     return "" if value is None else str(value)
 
 
 def _number(value: object) -> str:
-    """Format a figure of any kind, None as not measured."""
     if value is None:
         return MISSING
     return f"{value:.4g}" if isinstance(value, float) else _text(value)
@@ -274,5 +254,4 @@ ENVIRONMENT.filters.update(
 
 
 def _page(template: str, **values: Any) -> str:
-    """Render a template of this package; everything from outside is escaped."""
     return ENVIRONMENT.get_template(template).render(**values)

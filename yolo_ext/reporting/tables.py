@@ -79,10 +79,9 @@ def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None)
     for field in FIELDS:
         old, new, label = figure(before, field.key), figure(after, field.key), field.label
         if old is None and new is not None:
-            for key, name in field.fallback:
-                if (old := figure(before, key)) is not None:
-                    label = f"{label}, before: {name}"
-                    break
+            others = [(value, n) for k, n in field.fallback if (value := figure(before, k)) is not None]
+            if others:
+                old, label = others[0][0], f"{label}, before: {others[0][1]}"
         if old is not None or new is not None:
             delta, verdict = compare(old, new, field.kind)
             rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
@@ -111,10 +110,7 @@ def compare(before: float | None, after: float | None, kind: str) -> tuple[str, 
 
 
 def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    """Write the table Before | After | Delta of two measurements with the keys of `summary.json`, as aligned text.
-
-    Absent figures are `-`; rows absent on both sides are left out; what got worse is marked.
-    """
+    """Write the aligned table Before | After | Delta of two measurements with the keys of `summary.json`."""
     rows = comparison_rows(before, after)
     marks = [" (worse)" if r.verdict == "worse" and "slower" not in r.delta else "" for r in rows]
     cells = [(r.label, r.before, r.after, r.delta + mark) for r, mark in zip(rows, marks)]
@@ -141,8 +137,6 @@ def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
     """Align cells below a header, the first column to the left, the others to the right, no spaces at line ends."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
     widths = [max(len(c) for c in column) for column in zip(*cells)]
-
-    def line(row: Sequence[str]) -> str:
-        return " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-
-    return "\n".join([line(cells[0]), "-+-".join("-" * w for w in widths), *map(line, cells[1:])])
+    places = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    lines = [" | ".join(put(c, w) for put, c, w in zip(places, row, widths)).rstrip() for row in cells]
+    return "\n".join([lines[0], "-+-".join("-" * w for w in widths), *lines[1:]])
