@@ -285,7 +285,8 @@ def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iter
             raise UsageError(f"{told} `yolo-ext data check` names them all.")
         LOGGER.warning(f"Skipping calibration image '{path}', which cannot be read")
     if blank == len(paths) - broken:
-        raise UsageError(f"All {blank} calibration images are of a single value, such as '{paths[0]}'. Give real ones.")
+        told = f"Each of the {blank} calibration images is of a single value, '{paths[0]}' for one."
+        raise UsageError(f"{told} Give real images.")
 
 
 def list_hash(paths: list[Path]) -> str:
