@@ -4,8 +4,6 @@
 All channels are numbered through, so that a step over all of them is a handful of tensor calls.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -22,7 +20,6 @@ from yolo_ext.pruning.labels import layer_channels, norm_behind, weight_dim
 Side = tuple[str, int, torch.Tensor]  # parameter, dimension, (size,) channel of each position in it, C where none
 
 
-# Groups ---------------------------------------------------------------------------------------------------------------
 @dataclass
 class SparseGroup:
     """Channels that can be removed together, and the parameters that go with them."""
@@ -36,10 +33,7 @@ class SparseGroup:
 
 
 def sparse_groups(model: nn.Module, cfg: PruneConfig, scales: bool = False) -> list[SparseGroup]:
-    """Find the groups that pruning with these options could shrink; slots hold no parameters without gradient.
-
-    `scales` leaves out groups without BatchNorm, which cannot be ranked by scale factors.
-    """
+    """Find the groups that pruning could shrink, with `scales` those with BatchNorm; slots hold what has a gradient."""
     modules = dict(model.named_modules())
     fused = bool(getattr(model, "is_fused", bool)())
     if fused or (scales and not any(isinstance(m, nn.BatchNorm2d) for m in modules.values())):
@@ -114,10 +108,8 @@ def lay_out(model: nn.Module, groups: list[SparseGroup], weights: bool) -> Layou
 
 
 def _table(owner: torch.Tensor, total: int) -> torch.Tensor:
-    """Return (C, k) positions of each channel in (m,) `owner`, filled up with m.
-
-    Sums over such a table give the same bits on every device and run, which `index_add_` does not on a GPU.
-    """
+    """Return (C, k) positions of each channel in (m,) `owner`, filled up with m."""
+    # Sums over such a table give the same bits on every device and run, which `index_add_` does not on a GPU.
     order = owner.argsort(stable=True)
     counts = owner.bincount(minlength=total + 1)
     rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
