@@ -6,8 +6,6 @@ near zero when its score is at most `sparsity.threshold` of the largest score in
 pruning options leave prunable count.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,7 +88,6 @@ def columns(record: dict[str, Any]) -> dict[str, float]:
     return {f"sparsity/{k}": record[k] for k in ("share", "speedup", "coefficient", "pull")}
 
 
-# History -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class History:
     """The records of a run, in `sparsity.json` of its folder: `edges` of the histograms, and `epochs`, the records."""

@@ -6,8 +6,6 @@ own normalisation have no part in it (decoupled, as in Parikh & Boyd, Proximal A
 1 leaves a channel alone, 0 removes it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Sparsity training of one run: what is pulled on, how far in each step, and what is protected from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +37,7 @@ class Controller:
 
     def update(self, share: float, fitness: float) -> None:
         """Set the gain for the next epoch from the share of channels below the threshold and the fitness of this."""
-        if self.reference is None:
-            self.reference = fitness
+        self.reference = fitness if self.reference is None else self.reference
         self.lowering = self.lowering or share >= self.target or self.reference - fitness > self.max_drop
         self.gain *= LOWER if self.lowering else RAISE
 
@@ -71,10 +68,8 @@ class Sparsifier:
         self.scales = Need.SCALES in self.row.needs
         if cfg.mode == "gradient" and not self.scales:
             legal = ", ".join(r.name for r in penalties if Need.SCALES in r.needs)
-            raise UsageError(
-                f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'. "
-                f"Leave it out, or use one of {legal}."
-            )
+            clash = f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'"
+            raise UsageError(f"{clash}. Leave it out, or use one of {legal}.")
         self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
         first = min(prune_epochs, default=None)
         self.pulls = pulls(cfg=cfg, coefficient=self.coefficient, epochs=epochs, first_pruning=first)
@@ -136,10 +131,8 @@ class Sparsifier:
 
     @torch.no_grad()
     def gradient(self, model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer) -> None:
-        """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping.
-
-        A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
-        """
+        """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping."""
+        # A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
         if not (self.pull and fraction and self.cfg.mode == "gradient"):
             return
         settings = {p: group for group in optimizer.param_groups for p in group["params"]}
