@@ -22,16 +22,9 @@ VALIDATORS: dict[str, Any] = {
 
 
 def accuracy(
-    model: str | Path | nn.Module,
-    data: str | Path | None = None,
-    imgsz: int | None = None,
-    *,
-    batch: int = 16,
-    end2end: bool = False,
-    like: Any = None,
-    loader: Any = None,
-    **options: Any,
-) -> dict[str, float]:
+    model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
+    end2end: bool = False, like: Any = None, loader: Any = None, **options: Any,
+) -> dict[str, float]:  # fmt: skip
     """Measure a model on the val split: boxes as `map50`, `map`, `f1` and its `f1_conf`, classifiers as `top1`.
 
     A model, or ``.pt``, is not changed and runs without rectangular batches (`end2end`: by its NMS-free head). So its
@@ -59,7 +52,6 @@ def score(found: dict[str, float]) -> float | None:
 
 
 def _task(path: Path) -> str:
-    """Return the task of an exported model from its metadata."""
     import onnx
 
     if path.is_dir():
