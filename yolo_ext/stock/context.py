@@ -36,31 +36,17 @@ LEGAL = ">=8.4.140,<8.5"  # tested lower bound, excluded upper bound
 MEND = f"Run: pip install 'ultralytics{LEGAL}'"
 # Each with the number of its positional arguments and the names of the others that ours pass on; methods count `self`.
 CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
-    (tasks.load_checkpoint, 1, ()),
-    (tasks.torch_safe_load, 1, ()),
-    (tasks.yaml_model_load, 1, ()),
-    (tasks.BaseModel.fuse, 1, ("verbose",)),
-    (torch_utils.get_flops, 2, ()),
-    (torch_utils.fuse_conv_and_bn, 2, ()),
-    (cfg.get_cfg, 0, ("overrides",)),
-    (cfg.cfg2dict, 1, ()),
-    (cfg.get_save_dir, 1, ()),
-    (cfg.merge_equals_args, 1, ()),
-    (cfg.parse_key_value_pair, 1, ()),
-    (cfg.entrypoint, 0, ()),
-    (augment.LetterBox, 1, ("auto",)),
-    (augment.CenterCrop, 1, ()),
-    (data_utils.check_det_dataset, 1, ("autodownload",)),
-    (data_utils.check_cls_dataset, 1, ()),
-    (data_utils.img2label_paths, 1, ()),
+    (tasks.load_checkpoint, 1, ()), (tasks.torch_safe_load, 1, ()), (tasks.yaml_model_load, 1, ()),
+    (tasks.BaseModel.fuse, 1, ("verbose",)), (torch_utils.get_flops, 2, ()), (torch_utils.fuse_conv_and_bn, 2, ()),
+    (cfg.get_cfg, 0, ("overrides",)), (cfg.cfg2dict, 1, ()), (cfg.get_save_dir, 1, ()), (cfg.entrypoint, 0, ()),
+    (cfg.merge_equals_args, 1, ()), (cfg.parse_key_value_pair, 1, ()),
+    (augment.LetterBox, 1, ("auto",)), (augment.CenterCrop, 1, ()), (data_utils.img2label_paths, 1, ()),
+    (data_utils.check_det_dataset, 1, ("autodownload",)), (data_utils.check_cls_dataset, 1, ()),
     (build_yolo_dataset, 4, ("mode", "rect", "stride")),
     (ClassificationDataset, 0, ("root", "args", "augment", "prefix")),
-    (BaseValidator, 0, ("dataloader", "save_dir", "args")),
-    (BaseValidator.__call__, 1, ("model",)),
-    (exporter.Exporter, 0, ("overrides",)),
-    (exporter.NMSModel, 2, ()),
-    (exporter.export_formats, 0, ()),
-]
+    (BaseValidator, 0, ("dataloader", "save_dir", "args")), (BaseValidator.__call__, 1, ("model",)),
+    (exporter.Exporter, 0, ("overrides",)), (exporter.NMSModel, 2, ()), (exporter.export_formats, 0, ()),
+]  # fmt: skip
 ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
     (Detect, ("shape", "export", "xyxy", "end2end")),  # cached anchors; what a head returns
     (tasks.DetectionModel, ("end2end",)),
@@ -76,10 +62,8 @@ def check_stock() -> None:
     if not checks.check_version(have, LEGAL):
         raise UsageError(f"Ultralytics {have} is not supported. Legal: {LEGAL}. {MEND}")
     if missing := lacking():
-        raise UsageError(
-            f"Ultralytics {have} lacks what yolo_ext builds on, or has changed it: {', '.join(missing)}. {MEND} "
-            f"in a version that yolo_ext was tested with, or update yolo_ext."
-        )
+        what = f"Ultralytics {have} lacks what yolo_ext builds on, or has changed it: {', '.join(missing)}"
+        raise UsageError(f"{what}. {MEND} in a version that yolo_ext was tested with, or update yolo_ext.")
 
 
 @cache
