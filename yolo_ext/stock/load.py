@@ -12,13 +12,9 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.data import ClassificationDataset, build_yolo_dataset
 from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
-from ultralytics.data.utils import (
-    IMG_FORMATS,
-    check_cls_dataset,
-    check_det_dataset,
-    exif_size,
-    find_dataset_yaml,
-    img2label_paths,
+
+from ultralytics.data.utils import (  # isort: skip
+    IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
@@ -61,17 +57,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             raise UsageError(f"Cannot build a model from '{p}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
         return built.float().eval(), {}
     if p.suffix != ".pt":
-        raise UsageError(
-            f"Cannot load model '{path}'. Legal: a trained YOLO '.pt' or a model '.yaml'; for an exported file, the "
-            ".pt that it was written from."
-        )
+        legal = "a trained YOLO '.pt' or a model '.yaml'; for an exported file, the .pt that it was written from"
+        raise UsageError(f"Cannot load model '{path}'. Legal: {legal}.")
     if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
     model, ckpt = _read(p)
     if not isinstance(model, BaseModel):
-        raise UsageError(
-            f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt written by Ultralytics."
-        )
+        raise UsageError(f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt of Ultralytics.")
     if foreign := foreign_classes(model):
         raise UsageError(
             f"'{path}' holds fake quantizers or adapters of yolo_ext ({foreign[0]}), as only a model in training does. "
@@ -91,10 +83,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
                 f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
                 "elsewhere give the float .pt that it was trained from."
             ) from e
-        raise UsageError(
-            f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)}). "
-            "Give a .pt written by Ultralytics or yolo-ext."
-        ) from e
+        why = f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)})"
+        raise UsageError(f"{why}. Give a .pt written by Ultralytics or yolo-ext.") from e
 
 
 def raw_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -109,7 +99,6 @@ def foreign_classes(model: nn.Module) -> list[str]:
 
 
 def _brief(e: Exception) -> str:
-    """Return an exception as one short line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
@@ -159,10 +148,7 @@ def export_file(model: Any, folder: Path, **args: Any) -> Path:
 def labelled_dataset(
     info: dict[str, Any], task: str, imgsz: int, batch: int, stride: int = 32, given: dict[str, Any] | None = None
 ) -> tuple[Any, list[Path]]:
-    """Return the train split of a checked dataset dict, square and not augmented, and its image files in order.
-
-    Of the training arguments `given` of a model, those count that say how masks and classes are read.
-    """
+    """Return the train split, square and not augmented, with masks and classes read as `given` says, and its files."""
     chosen = {k: v for k, v in (given or {}).items() if k in LABEL_ARGS}
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})
     with quiet():

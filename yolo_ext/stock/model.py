@@ -73,10 +73,8 @@ def head_prefix(model: nn.Module) -> str:
 def refuse_rtdetr(net: nn.Module) -> None:
     """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own."""
     if isinstance(net.model[-1], OPAQUE):
-        raise UsageError(
-            "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know. "
-            "It can be pruned with epochs=0 and without data."
-        )
+        why = "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know"
+        raise UsageError(f"{why}. It can be pruned with epochs=0 and without data.")
 
 
 def max_stride(model: nn.Module) -> int:
@@ -86,11 +84,8 @@ def max_stride(model: nn.Module) -> int:
 
 
 def image_size(net: nn.Module, ckpt: Mapping[str, Any], given: Any = None, *, rounded: bool = False) -> int:
-    """Return the side in pixels of the square input: as given, else that of the checkpoint's training, else 640.
-
-    What is no multiple of the model's largest stride is refused, or `rounded` up as a training of Ultralytics does.
-    """
-    stride = max_stride(net)
+    """Return the side in pixels of the square input: as given, else that of the checkpoint's training, else 640."""
+    stride = max_stride(net)  # other sizes than its multiples are refused, or `rounded` up as Ultralytics does
     whole = isinstance(given, int) and not isinstance(given, bool) and given > 0
     if given is None or (rounded and whole):
         size = given or (ckpt.get("train_args") or {}).get("imgsz") or 640
@@ -126,10 +121,7 @@ def returned_tensors(out: Any) -> Iterator[torch.Tensor]:
 
 
 def refresh_widths(model: nn.Module, kept: dict[str, dict[str, list[int]]] | None = None) -> None:
-    """Bring the width attributes of stock blocks in line with their layers after surgery.
-
-    Blocks that cut their output freely need the positions that were kept, by layer path and dimension.
-    """
+    """Set width attributes of blocks right after surgery that `kept` these positions by layer path and dimension."""
     for path, m in model.named_modules():
         if isinstance(m, FREE_CUTS) and (index := (kept or {}).get(f"{path}.conv", {}).get("out")) is not None:
             ends = [sum(m.c2s[: i + 1]) for i in range(len(m.c2s))]
@@ -149,10 +141,8 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 def deployed_layers(model: nn.Module) -> set[str]:
-    """Return the paths of the layers whose work remains after fusing, in the names of the unfused model.
-
-    Fusing drops one branch of end-to-end heads, and merges the branches of a reparameterised block into its widest.
-    """
+    """Return the paths of the layers whose work remains after fusing, in the names of the unfused model."""
+    # Fusing drops one branch of end-to-end heads, and merges those of a reparameterised block into its widest.
     fused = dict(deployed(model).named_modules())
     names = set()
     for path, m in model.named_modules():
