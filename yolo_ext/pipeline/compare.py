@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What pruning has to beat at the same FLOPs: the same family built narrower, and channels taken at random."""
 
-from __future__ import annotations
-
 import logging
 import math
 import tempfile

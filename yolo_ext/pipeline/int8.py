@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The stages of `compress` that quantize: PTQ, mixed precision where PTQ misses its budget, QAT, and the proof."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,8 +119,8 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
         LOGGER.info(f"{SAYS}FP32 {a}; INT8 {b}")
         old, new = (v["f1_conf"] for v in f1.values())
         if abs(new - old) > SHIFT:  # which mAP does not show
-            told = f"INT8 moved the confidence of the best F1 from {old:.2f} to {new:.2f}"
-            notes.append(f"{told}: change conf= by as much.")
+            moved = f"from {old:.2f} to {new:.2f}"
+            notes.append(f"INT8 moved the confidence of the best F1 {moved}: change conf= by as much.")
     return Record(
         m, f1=f1, float={p: quant["float"].get(p, r) for p, r in written["float"].items()}, planned=planned,
         accidents=accidents, chosen=str(weights), calibration=quant.get("calibration"), profile=quant["profile"],
@@ -130,9 +128,7 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     )  # fmt: skip
 
 
-def _proof(
-    int8: Path, model: nn.Module, quant: Mapping[str, Any], quantized: Iterable[str]
-) -> tuple[int, int, dict[str, str]]:
+def _proof(int8: Path, model: nn.Module, quant: Mapping[str, Any], quantized: Iterable[str]) -> tuple[int, int, dict]:
     """Return how many convolutions ONNX Runtime runs in integers, how many were planned, and which failed and why."""
     report, modules = conv_report(int8), dict(model.named_modules())
     planned: set[str] = set()
@@ -175,9 +171,7 @@ def _mixed(
     """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better."""
     quant, folder, reference = manifest(model).quant, run.folder / "ptq", (plain.metrics or {})["map_onnx"]["fp32"]
     profile, budget = resolve_profile(quant["profile"]), f"quant.max_drop={cfg.max_drop:g}"
-    LOGGER.info(
-        f"{SAYS}PTQ loses {lost:.4f} mAP50-95, more than {budget}: looking for the fewest layers to leave float"
-    )
+    LOGGER.info(f"{SAYS}PTQ loses {lost:.4f} mAP50-95, more than {budget}: looking for fewest layers to leave float")
     ranked, states = _ranked(run, model, quant, batches()), {0: quant["state"]}
 
     def evaluate(excluded: list[str]) -> float:

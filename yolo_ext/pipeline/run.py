@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """One run of `compress`: what it was asked for, its folder, and how its models are loaded, measured and trained."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +19,6 @@ from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, Spars
 from yolo_ext.core.registry import Need
 from yolo_ext.data.check import check_data
 from yolo_ext.pruning.criteria import criteria
-from yolo_ext.runs import Record
 from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
@@ -53,7 +50,7 @@ class Run:
     info: dict[str, Any] = field(default_factory=dict)  # of the checked dataset
     imgsz: int = 0  # side of the square input in pixels
     fresh: bool = False  # whether the folder held nothing before
-    done: dict[str, Record] = field(default_factory=dict)  # by finished stage
+    done: dict[str, runs.Record] = field(default_factory=dict)  # by finished stage
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -105,7 +102,7 @@ class Run:
         """Return a file of the run as its records name it."""
         return str(file.relative_to(self.folder))
 
-    def quantized(self) -> tuple[str, Record]:
+    def quantized(self) -> tuple[str, runs.Record]:
         """Return the stage whose INT8 file is delivered, and its record."""
         name = "qat" if "qat" in self.done and self.done["qat"].better else "ptq"
         return name, self.done[name]
@@ -145,10 +142,8 @@ def _check_data(run: Run) -> None:
         learns["'prune.scope=pagcp'"] = cfg.scope == "pagcp"
     reason = next((name for name, needs in learns.items() if needs), "")
     if reason and run.base.suffix != ".pt":
-        raise UsageError(
-            f"'model={run.base}' has no trained weights, which {reason} needs. "
-            "Give a .pt; a .yaml can be pruned with epochs=0 only."
-        )
+        lacks = f"'model={run.base}' has no trained weights, which {reason} needs"
+        raise UsageError(f"{lacks}. Give a .pt; a .yaml can be pruned with epochs=0 only.")
     if reason and not run.data:
         hint = ", or epochs=0 to prune without data" if reason.startswith("'epochs") else ""
         raise UsageError(f"'data' is missing, which {reason} needs. Give data=path/to/data.yaml{hint}.")
@@ -158,10 +153,8 @@ def _check_data(run: Run) -> None:
     stock.refuse_rtdetr(base)
     run.info = check_data(run.data, task=run.task)
     if run.info["nc"] != len(base.names):
-        raise UsageError(
-            f"'{run.base}' knows {len(base.names)} classes, '{run.data}' has {run.info['nc']}. "
-            "Give the data it was trained on."
-        )
+        clash = f"'{run.base}' knows {len(base.names)} classes, '{run.data}' has {run.info['nc']}"
+        raise UsageError(f"{clash}. Give the data it was trained on.")
 
 
 def _check_techniques(run: Run) -> None:
@@ -190,10 +183,8 @@ def _check_resume(run: Run, plain: dict[str, Any]) -> None:
         changed += [k] if told != config else []
     changed += [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
     if changed:
-        raise UsageError(
-            f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed). "
-            "Give another name=, or the options of that run to go on with it."
-        )
+        found = f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed)"
+        raise UsageError(f"{found}. Give another name=, or the options of that run to go on with it.")
 
 
 # Measuring and training ----------------------------------------------------------------------------------------------

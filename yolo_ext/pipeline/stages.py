@@ -2,8 +2,6 @@
 """`compress`: base model in, smaller and verified model out. A stage is done once: it reads the files of earlier ones,
 writes its own folder and returns a record, and a killed run goes on with the stage that has none."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile
@@ -37,7 +35,6 @@ from yolo_ext.reporting.tables import write_summary
 from yolo_ext.runs import Record
 from yolo_ext.training.prune import make_probes
 
-PICTURES = 4
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
     {"torch": "base torch", "ort": "base FP32"},
     {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
@@ -198,7 +195,6 @@ STAGES = (  # in this order
 )
 
 
-# The end -------------------------------------------------------------------------------------------------------------
 def finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
     stages = {name: dict(d.metrics) for name, d in run.done.items() if d.metrics}
@@ -269,7 +265,7 @@ def _pictures(run: Run) -> list[dict[str, str]]:
         return made
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, image in enumerate(run.info["images"]["val"][:PICTURES]):
+        for i, image in enumerate(run.info["images"]["val"][:4]):
             found: list[Any] = []
             for m in models:
                 boxes = m.predict(str(image), imgsz=run.imgsz, device="cpu", verbose=False, rect=False)[0].boxes
