@@ -37,10 +37,8 @@ def check_trainer(stock: Any) -> None:
     """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
     lacking = [f"the method {m}()" for m, n in METHODS.items() if not callable_with(getattr(stock, m, None), n)]
     if lacking := lacking + [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]:
-        raise UsageError(
-            f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it: "
-            f"{', '.join(lacking)}. {MEND}, and look at your own trainer class."
-        )
+        what = f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it"
+        raise UsageError(f"{what}: {', '.join(lacking)}. {MEND}, and look at your own trainer class.")
 
 
 def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
@@ -83,10 +81,8 @@ def labels_optional(wanted: bool) -> Iterator[None]:
         try:
             return stock(dataset, *args)
         except ValueError as e:
-            raise UsageError(
-                f"Ultralytics {__version__} takes no train split without labels ({e}). Label it, or leave "
-                "quant.supervision=features out."
-            ) from e
+            refusal = f"Ultralytics {__version__} takes no train split without labels ({e})"
+            raise UsageError(f"{refusal}. Label it, or leave quant.supervision=features out.") from e
         finally:
             dataset.augment = augment
 
@@ -130,11 +126,6 @@ def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[N
             f"Ultralytics {__version__} writes checkpoints in a way that yolo_ext does not know: "
             "a run that is killed meanwhile may leave a broken last.pt"
         )
-
-
-def as_of_last_epoch(trainer: Any) -> AbstractContextManager[None]:
-    """Let the trainer save as at the end of the epoch before, without a numbered copy."""
-    return replaced(trainer, save_period=-1, epoch=trainer.epoch - 1)
 
 
 @contextmanager
@@ -242,11 +233,7 @@ class CriterionProxy(Proxy):
 
 
 class LoggedLoss(CriterionProxy):
-    """The task's criterion with more items for the progress bar and results.csv; the loss itself stays."""
-
-    def __init__(self, base: Any, items: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """Wrap `base`; `items` returns detached scalars with the same names in every batch."""
-        super().__init__(base, items=items)
+    """The task's criterion with more for results.csv: `items()` returns detached scalars by the same names."""
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the task's loss vector, and its items with ours behind them."""
@@ -254,14 +241,9 @@ class LoggedLoss(CriterionProxy):
         return loss, {**found, **self.items()}
 
 
-class _Validator(Proxy):
-    """Validator that reads a checkpoint in another way."""
+class Reading(Proxy):
+    """Validator that measures what `read` makes of the path of a checkpoint."""
 
     def __call__(self, trainer: Any = None, model: Any = None, **options: Any) -> Any:
         """Validate as the wrapped one."""
         return self.base(trainer, self.read(model) if isinstance(model, Path) else model, **options)
-
-
-def validated_as(trainer: Any, read: Callable[[Path], Any]) -> AbstractContextManager[None]:
-    """Have the validator of a trainer measure what `read` makes of a checkpoint."""
-    return replaced(trainer, validator=_Validator(trainer.validator, read=read))

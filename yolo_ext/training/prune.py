@@ -27,9 +27,9 @@ from yolo_ext.pruning.plan import read_sensitivity
 from yolo_ext.pruning.prune import check_plan, decide, prune_with_plan, remember_dense
 from yolo_ext.pruning.surgery import apply_plan, cut_run
 from yolo_ext.stock.accuracy import accuracy, score
-from yolo_ext.stock.context import quiet, recalibrate
+from yolo_ext.stock.context import quiet, recalibrate, replaced
 from yolo_ext.stock.load import as_exported, float_model, labelled_dataset
-from yolo_ext.stock.trainer import agreed, as_of_last_epoch, forget_best
+from yolo_ext.stock.trainer import agreed, forget_best
 from yolo_ext.training.technique import Technique, input_size, live
 
 PREFIX = "prune: "
@@ -65,9 +65,7 @@ class Prune(Technique):
                 "first, then train with quant.*; `yolo-ext compress` does both in this order."
             )
         if compiled := getattr(args, "compile", False):
-            raise UsageError(
-                f"'compile={compiled}' is set, but pruning while training changes the model. Leave it out."
-            )
+            raise UsageError(f"'compile={compiled}': pruning while training changes the model. Leave compile out.")
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
         """Refuse a target that is out of reach without having to be measured."""
@@ -142,7 +140,7 @@ class Prune(Technique):
         if trainer.epoch in [s["epoch"] for s in done]:
             return  # a run that resumes, or repeats this epoch
         if self._cut(trainer, step) and trainer.epoch > 0 and RANK in {-1, 0}:
-            with as_of_last_epoch(trainer):
+            with replaced(trainer, save_period=-1, epoch=trainer.epoch - 1):  # the epoch before, no numbered copy
                 trainer.save_model()
 
     def _cut(self, trainer: Any, step: int) -> bool:
@@ -165,10 +163,8 @@ class Prune(Technique):
                 recalibrate(m, probes.images())
         forget_best(trainer)
         last, dense = record["steps"][-1], manifest(ema).dense
-        LOGGER.info(
-            f"{said} before epoch {trainer.epoch + 1}: {int(last['params']):,} parameters, "
-            f"{100 * last['gflops'] / dense['gflops']:.1f} % of the FLOPs"
-        )
+        left = f"{int(last['params']):,} parameters, {100 * last['gflops'] / dense['gflops']:.1f} % of the FLOPs"
+        LOGGER.info(f"{said} before epoch {trainer.epoch + 1}: {left}")
         for technique in trainer.techniques:
             technique.after_surgery(trainer, kept)
         return True
@@ -250,8 +246,7 @@ def labelled_batches(
     places = [i for i, file in enumerate(files) if file.resolve() in chosen]
     if not places:
         raise UsageError(f"None of the {len(chosen)} chosen train images has usable labels. Mend the train split.")
-    loader = DataLoader(Subset(dataset, places), batch, collate_fn=getattr(dataset, "collate_fn", None))
-    for found in loader:
+    for found in DataLoader(Subset(dataset, places), batch, collate_fn=getattr(dataset, "collate_fn", None)):
         image = found["img"]
         yield {**found, "img": image.float() if image.is_floating_point() else image.float() / 255}
 
@@ -259,10 +254,8 @@ def labelled_batches(
 def _check_classes(base: nn.Module | None, info: dict[str, Any]) -> None:
     names = getattr(base, "names", None)
     if names and len(names) != info["nc"]:
-        raise UsageError(
-            f"The model has {len(names)} classes and the data have {info['nc']}, so its losses and its accuracy mean "
-            "nothing. Train it on these data first."
-        )
+        clash = f"The model has {len(names)} classes and the data have {info['nc']}"
+        raise UsageError(f"{clash}, so its losses and its accuracy mean nothing. Train it on these data first.")
 
 
 def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:

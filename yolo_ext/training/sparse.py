@@ -39,10 +39,8 @@ class Sparse(Technique):
                 note(model, parent=fingerprint(model))  # channels keep their meaning: its own teacher stays comparable
             self.sparsifier = Sparsifier(model, self.cfg, self.prune, trainer.epochs, self.pruned_at)
             if RANK in {-1, 0}:
-                LOGGER.info(
-                    f"{colorstr('sparsity: ')}{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run, "
-                    f"{len(self.sparsifier.groups)} groups that can be pruned"
-                )
+                pull = f"{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run"
+                LOGGER.info(f"{colorstr('sparsity: ')}{pull}, {len(self.sparsifier.groups)} groups that can be pruned")
         _without_decay(model, optimizer, self.sparsifier.penalised())
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
         if self.cfg.mode == "gradient":
@@ -52,7 +50,7 @@ class Sparse(Technique):
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Log the penalty beside the losses."""
-        return LoggedLoss(base, lambda: {"sparsity_loss": self.sparsifier.penalty(live(trainer)).detach()})
+        return LoggedLoss(base, items=lambda: {"sparsity_loss": self.sparsifier.penalty(live(trainer)).detach()})
 
     def before_epoch(self, trainer: Any) -> None:
         """Set the pull of an epoch; while there is one, best.pt is the newest: fitness prefers the least sparse."""

@@ -78,10 +78,8 @@ class CompressionMixin(BEHIND):
         if weights is not None and is_pruned(weights):
             model = self._keep(weights)
         elif isinstance(cfg, dict) and cfg["backbone"][0][2] == TRIPWIRE:
-            raise UsageError(
-                f"'pretrained=False' would build '{self.args.model}' anew and without its pruned widths. "
-                "Leave it out, or train the YAML of the dense model."
-            )
+            lost = f"'pretrained=False' would build '{self.args.model}' anew and without its pruned widths"
+            raise UsageError(f"{lost}. Leave it out, or train the YAML of the dense model.")
         else:
             model = super().get_model(cfg, weights, verbose)
             if weights is not None:
@@ -96,10 +94,8 @@ class CompressionMixin(BEHIND):
         head, classes = stock.detection_head(weights), self.data["nc"]
         have = getattr(head, "nc", None) or head.linear.out_features
         if have != classes:
-            raise UsageError(
-                f"The pruned model knows {have} classes, '{self.args.data}' has {classes}. "
-                "Train the dense model on these data first, then prune it."
-            )
+            clash = f"The pruned model knows {have} classes, '{self.args.data}' has {classes}"
+            raise UsageError(f"{clash}. Train the dense model on these data first, then prune it.")
         model = deepcopy(weights).float().requires_grad_(True)
         model.criterion = None
         if RANK in {-1, 0}:
@@ -217,7 +213,8 @@ class CompressionMixin(BEHIND):
         def final(path: Path) -> Any:
             return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
 
-        with engine.whole_final_files(finalize), engine.validated_as(self, final):
+        reading = engine.Reading(self.validator, read=final)
+        with engine.whole_final_files(finalize), replaced(self, validator=reading):
             super().final_eval()
         if RANK in {-1, 0}:
             self.exact.clear(self)
