@@ -42,9 +42,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     stock.refuse_rtdetr(base)
     task, resume = stock.task_of(base), options.get("resume")
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
-        raise UsageError(
-            f"'{model}' is a finished training, there is nothing to resume. Give a last.pt of a stopped run."
-        )
+        raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
     if options.get("data") and not resume:
         free = configs["quant"] and configs["quant"].supervision == "features"  # needs no labels
@@ -66,13 +64,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     return write_summary(Path(trainer.save_dir), before, after, {"train": after})
 
 
-def check_training(
-    configs: Mapping[str, Any], args: Mapping[str, Any], model: nn.Module, info: dict[str, Any], imgsz: int
-) -> None:
-    """Refuse what a trainer would only notice after the run folder has been made and the data have been read.
-
-    These are parsed options by key and arguments of Ultralytics, with `model` and `task`; the rest has its default.
-    """
+def check_training(configs: Mapping, args: Mapping, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
+    """Refuse parsed options and Ultralytics' arguments, `model` and `task` among them, before there is a run folder."""
     student = deepcopy(model)
     stock.freeze(student, args.get("freeze"))
     for technique in check_settled(configs, args):

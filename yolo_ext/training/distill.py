@@ -50,16 +50,12 @@ class Distill(Technique):
         """Refuse a second distillation, by Ultralytics itself; `self` means the file of the model before this run."""
         cfg, model = configs["distill"], str(args.model)
         if theirs := getattr(args, "distill_model", None):
-            raise UsageError(
-                f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set. "
-                "Keep one of them; only distill.* works with a pruned student."
-            )
+            both = f"'distill_model={theirs}' of Ultralytics and 'distill.*' of yolo_ext are both set"
+            raise UsageError(f"{both}. Keep one of them; only distill.* works with a pruned student.")
         if cfg.teacher == "self":
             if not model.endswith(".pt"):
-                raise UsageError(
-                    f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights. "
-                    "Give model=best.pt, or distill.teacher=bigger.pt."
-                )
+                lacks = f"'distill.teacher=self' needs a trained model, but 'model={model}' has no weights"
+                raise UsageError(f"{lacks}. Give model=best.pt, or distill.teacher=bigger.pt.")
             configs["distill"] = replace(cfg, teacher=str(Path(model).resolve()) if Path(model).exists() else model)
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
@@ -118,7 +114,6 @@ class Distill(Technique):
         """Put the weights of the adapters back."""
         self.distiller.adapters.load_state_dict(state["adapters"])
 
-    # Preflight ------------------------------------------------------------------------------------------------------
     def _preflight(self, trainer: Any) -> None:
         """Say what teachers and student are worth and cost, and warn of teachers that will hardly help."""
         student, *found = self._facts(trainer)
@@ -171,9 +166,7 @@ class Distill(Technique):
         )
 
 
-def cut_adapters(
-    distiller: Any, model: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, dict[str, list[int]]]
-) -> None:
+def cut_adapters(distiller: Any, model: nn.Module, optimizer: Any, kept: dict[str, dict[str, list[int]]]) -> None:
     """Cut the adapters of a pruned student, and their moments in the optimizer, to the channels that are left."""
     paths = stock.level_inputs(model)
     for adapter, level in zip(distiller.adapters, distiller.levels):

@@ -144,10 +144,8 @@ def without_labels(given: DistillConfig | None) -> DistillConfig:
     if given is None:
         return DistillConfig(features=FEATURES, logits=None, alpha=0.0, schedule="constant", preflight=False)
     if given.alpha:
-        raise UsageError(
-            f"'quant.supervision=features' trains without labels, but 'distill.alpha={given.alpha:g}' weighs them. "
-            "Set distill.alpha=0, or leave quant.supervision out."
-        )
+        clash = f"'quant.supervision=features' trains without labels, but 'distill.alpha={given.alpha:g}' weighs them"
+        raise UsageError(f"{clash}. Set distill.alpha=0, or leave quant.supervision out.")
     return given
 
 

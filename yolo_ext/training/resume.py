@@ -24,11 +24,10 @@ SIDECAR = "resume_epoch{}.pt"  # named by epoch: the one of the old last.pt must
 
 
 class Exact:
-    """What a run needs to go on exactly, and the rhythm of its optimizer steps.
+    """What a run needs to go on exactly, and the rhythm of its optimizer steps."""
 
-    Ultralytics keeps the batch of the last step in a local variable that a resume loses. `accumulate` makes up for it
-    until the first step, from where a batch is prepared, behind the warmup that may set it, to the end of the batch.
-    """
+    # Ultralytics keeps the batch of the last step in a local variable that a resume loses. `accumulate` makes up for it
+    # until the first step, from where a batch is prepared, behind the warmup that may set it, to the end of the batch.
 
     def __init__(self) -> None:
         """Start a run that has not taken a step."""
@@ -148,9 +147,7 @@ class Exact:
 
 
 def _warn(why: str) -> None:
-    LOGGER.warning(
-        f"{colorstr('resume: ')}{why}, so figures will differ a little from those of a run that was never stopped"
-    )
+    LOGGER.warning(f"{colorstr('resume: ')}{why}, so figures will differ a little from those of an unbroken run")
 
 
 def _path(trainer: Any, epoch: int) -> Path:

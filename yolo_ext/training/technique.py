@@ -13,10 +13,7 @@ from yolo_ext import stock
 
 
 class Technique:
-    """One technique in one training run; it holds what it needs from hook to hook, and the trainer holds nothing of it.
-
-    Hooks come in the order of their names below. One that a technique has no use for is left as it is: it does nothing.
-    """
+    """One technique in one training run: its hooks, called in the order below; it holds what it needs between them."""
 
     key: ClassVar[str]  # of its options
     needs_labels = True  # of the train split
