@@ -1,12 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Pruning criteria: what a channel is worth. Each is one function of a group of coupled channels and one row.
 
-Weights are read as deployed, with BatchNorm folded in: the scale of a conv filter that a BatchNorm follows means
-nothing by itself. A row that needs "data" ranks by what `evidence.collect` measured; one that needs "sparsity" expects
-a model that was trained with the penalty of the same name.
+Weights are read as deployed, with BatchNorm folded in. A row that needs "data" ranks by what `evidence.collect`
+measured; one that needs "sparsity" expects a model that was trained with the penalty of the same name.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
@@ -76,12 +73,9 @@ def group_norm(group: GroupWeights) -> torch.Tensor:
 @criteria.row("lamp", "Magnitude over the sum of all larger ones in the group",
               paper="Lee et al., 2021, arXiv:2010.07611")  # fmt: skip
 def lamp(group: GroupWeights) -> torch.Tensor:
-    """Return (n,) LAMP scores: m_k / sum of m_j over all j not ranked below k; the largest channel scores 1.
-
-    Equal channels are ranked by position, so that a group of equal channels never goes as a whole.
-    """
+    """Return (n,) LAMP scores: m_k / sum of m_j over all j not ranked below k; the largest channel scores 1."""
     score = _magnitude(group.out, 2)
-    order = score.argsort(stable=True)
+    order = score.argsort(stable=True)  # by position where equal, so that equal channels never go as a whole
     ascending = score[order]
     remaining = ascending.flip(0).cumsum(0).flip(0).clamp(min=1e-30)
     return torch.empty_like(score).scatter_(0, order, ascending / remaining)
@@ -127,16 +121,11 @@ def group_sparse(group: GroupWeights) -> torch.Tensor:
 @criteria.row("taylor", "Loss change by weight times gradient", needs=[Need.DATA],
               paper="Molchanov et al., 2019, arXiv:1906.10771")  # fmt: skip
 def salience(group: GroupWeights) -> torch.Tensor:
-    """Return (n,) salience summed over all coupled tensors; zero where no loss depends on the channels.
-
-    It is not divided by anything: a loss increase means the same in every group.
-    """
+    """Return (n,) salience summed over all coupled tensors, not relative: a loss means the same in every group."""
     return sum((e.sum(1) for e in group.evidence), torch.zeros(group.out[0].shape[0]))
 
 
 # What they look at ---------------------------------------------------------------------------------------------------
-
-
 def _side(tensor: torch.Tensor, layer: nn.Module, dim: str) -> torch.Tensor:
     """Return a tensor of the shape of a layer's weight with the channels of one side first."""
     return tensor.transpose(0, weight_dim(layer, dim)) if tensor.ndim > 1 else tensor
@@ -187,10 +176,8 @@ def score(
     """Return (n,) finite scores of the channels of a group, small where one can go; None when it cannot be ranked."""
     row = criteria[method]
     if Need.DATA in row.needs and evidence is None:
-        raise UsageError(
-            f"'prune.method={method}' needs labelled train images. Give data=..., "
-            f"or a criterion that needs none: {', '.join(r.name for r in criteria if not r.needs)}."
-        )
+        free = f"a criterion that needs none: {', '.join(r.name for r in criteria if not r.needs)}"
+        raise UsageError(f"'prune.method={method}' needs labelled train images. Give data=..., or {free}.")
     values = row.fn(group_weights(model, group, generator, evidence))
     if values is None:
         return None
