@@ -2,9 +2,8 @@
 """How one tensor is quantized, the plain data that say it of a whole model, and what each runtime executes.
 
 A plan says which tensors of which layers are quantized and how; a state adds the calibrated ranges. Both are keyed by
-layer path and site: `input`, `weight`, `output` (behind BatchNorm, before the activation) and `activation` (behind it;
-inside SiLU the sigmoid's result too) of a layer, and of a bottleneck `residual` (what its first convolution and its
-addition both read) and `add` (the sum).
+layer path and site: `input`, `weight`, `output` (behind BatchNorm, before the activation) and `activation` (behind it)
+of a layer, and of a bottleneck `residual` (what its first convolution and its addition both read) and `add` (the sum).
 """
 
 import re
@@ -23,14 +22,10 @@ SITES = ("input", "weight", "output", "activation", "residual", "add")
 
 @dataclass(frozen=True)
 class Spec:
-    """How one tensor is quantized.
-
-    Symmetric codes have zero in the middle, in narrow range, so that a negative BatchNorm gain flips weight codes
-    exactly; others run from 0, and zero has any of them.
-    """
+    """How one tensor is quantized."""
 
     bits: int = 8
-    symmetric: bool = False
+    symmetric: bool = False  # zero in the middle, in narrow range: a negative BatchNorm gain flips codes exactly
     per_channel: bool = False  # one scale for each output channel; weights only
     observer: str | None = None  # None for that of the run
 
@@ -103,19 +98,17 @@ BESIDE: dict[str, Any] = {
     "output": False, "residual": True, "fuse_silu": False, "transpose_dfl": False, "int32_bias": False
 }  # fmt: skip
 TRT: dict[str, Any] = {"symmetric": True, "signed": True, "float_stem": False, **BESIDE}
-PROFILES = {
-    p.name: p
-    for p in (
-        # Without VNNI, VPMADDUBSW sums two u8*s8 products in int16 and saturates unless weights stay within 7 bits.
-        Profile("ort-x86", X86, weight_bits=7),
-        Profile("ort-x86-vnni", VNNI),
-        Profile("ort-x86-full", X86 + MORE, weight_bits=7, **FULL),
-        Profile("ort-x86-full-vnni", VNNI + MORE, **FULL),
-        Profile("ort-arm", "ONNX Runtime on ARM64: signed activations", signed=True),
-        Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", stem_bits=7, **BESIDE),
-        Profile("tensorrt", "TensorRT 8.5 and later: symmetric, Q/DQ before convolutions only", **TRT),
-    )
-}
+ROWS = (
+    # Without VNNI, VPMADDUBSW sums two u8*s8 products in int16 and saturates unless weights stay within 7 bits.
+    Profile("ort-x86", X86, weight_bits=7),
+    Profile("ort-x86-vnni", VNNI),
+    Profile("ort-x86-full", X86 + MORE, weight_bits=7, **FULL),
+    Profile("ort-x86-full-vnni", VNNI + MORE, **FULL),
+    Profile("ort-arm", "ONNX Runtime on ARM64: signed activations", signed=True),
+    Profile("openvino", "OpenVINO on CPUs: Q/DQ before convolutions only", stem_bits=7, **BESIDE),
+    Profile("tensorrt", "TensorRT 8.5 and later: symmetric, Q/DQ before convolutions only", **TRT),
+)
+PROFILES = {p.name: p for p in ROWS}
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -150,10 +143,9 @@ def convert(state: State, source: Profile, target: Profile) -> State:
     if source.name == target.name:
         return state
     if problems := _problems(state, source, target):
-        raise UsageError(
-            f"What was quantized for {source.name} is not exact for {target.name}: {'; '.join(problems)}. "
-            f"Give data= to calibrate again for quant.profile={target.name}, or train for it."
-        )
+        remedy = f"Give data= to calibrate again for quant.profile={target.name}, or train for it."
+        inexact = f"What was quantized for {source.name} is not exact for {target.name}"
+        raise UsageError(f"{inexact}: {'; '.join(problems)}. {remedy}")
     converted, dropped = {}, 0
     for path, sites in state.items():
         # Without a quantized activation behind it, readers may rely on the output's codes.
