@@ -66,15 +66,11 @@ def calibrate(
         if h.batches and not _set_range(q, h, rule, _numpy(act) if site == "output" else None):
             repaired.append(f"{path} ({site})")
     if broken:
-        raise UsageError(
-            f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. The float model is broken there: "
-            "predict with it, or keep the layers float with quant.exclude."
-        )
+        remedy = "The float model is broken there: predict with it, or keep the layers float with quant.exclude."
+        raise UsageError(f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. {remedy}")
     if repaired:
-        LOGGER.warning(
-            f"Calibration found an empty or infinite range in {_some(repaired)}. It was replaced by the smallest and "
-            "largest finite value, or by 0 to 1 where there were only zeros."
-        )
+        now = "It was replaced by the smallest and largest finite value, or by 0 to 1 where there were only zeros."
+        LOGGER.warning(f"Calibration found an empty or infinite range in {_some(repaired)}. {now}")
     if ignored:
         LOGGER.warning(f"Calibration left out NaN and infinite values in {_some(ignored)}.")
     return get_state(model)
