@@ -27,10 +27,8 @@ SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 # Merging -------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[str]:
-    """Turn blocks of several branches, in place, into the `Conv` blocks that they are once deployed; return the paths.
-
-    Such a block ends in a BatchNorm that has statistics from images (B, C, H, W) and undoes itself, for training.
-    """
+    """Turn blocks of several branches in place into the `Conv` blocks that they become on export; return the paths."""
+    # Such a block ends in a BatchNorm that has statistics from images and undoes itself, for training.
     paths = stock.branched(model)
     if not paths:
         return []
@@ -102,10 +100,8 @@ def insert_fake_quant(
         raise UsageError(f"'{broken[0]}' holds NaN or infinite values: a broken model. Give an earlier checkpoint.")
     plan, reasons = make_plan(model, profile, exclude, config_list)
     if not plan:
-        raise UsageError(
-            f"There is nothing left to quantize for profile '{profile.name}': all {len(reasons)} layers stay float. "
-            "Leave out some of quant.exclude or quant.config_list."
-        )
+        left = f"nothing left to quantize for profile '{profile.name}': all {len(reasons)} layers stay float"
+        raise UsageError(f"There is {left}. Leave out some of quant.exclude or quant.config_list.")
     insert_plan(model, plan)
     return reasons
 
@@ -120,10 +116,8 @@ def insert_plan(model: nn.Module, plan: Plan) -> None:
     """Insert uncalibrated fake quantizers in place where a plan, made for this model, has them."""
     modules = dict(model.named_modules())
     if missing := [path for path in plan if path not in modules]:
-        raise UsageError(
-            f"{len(missing)} quantized layers, such as '{missing[0]}', are not in this model. "
-            "Quantize the model that the ranges were made for."
-        )
+        lacking = f"{len(missing)} quantized layers, such as '{missing[0]}', are not in this model"
+        raise UsageError(f"{lacking}. Quantize the model that the ranges were made for.")
     first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
     for path, sites in plan.items():
         layer, block = modules[path], modules.get(path.rpartition(".")[0])
@@ -230,10 +224,9 @@ def load_state(model: nn.Module, state: State) -> None:
     sites |= {(path, "weight"): layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
     unknown = sorted({path for path, r in state.items() for site in r if (path, site) not in sites})
     if unknown:
-        raise UsageError(
-            f"Ranges of {len(unknown)} layers, such as '{unknown[0]}', have no quantizer in this model. "
-            "Insert fake quantizers with the same profile and exclude list, and fuse both models or neither."
-        )
+        remedy = "Insert fake quantizers with the same profile and exclude list, and fuse both models or neither."
+        lost = f"{len(unknown)} layers, such as '{unknown[0]}', have no quantizer in this model"
+        raise UsageError(f"Ranges of {lost}. {remedy}")
     for path, r in state.items():
         for site, entry in r.items():
             target, ratio = sites[path, site], entry.get("ratio")
