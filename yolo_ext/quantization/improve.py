@@ -35,10 +35,8 @@ class _Pair(nn.ModuleList):
 
 @torch.no_grad()
 def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """Move BatchNorm statistics by what quantization does to them, and return the number of images used.
-
-    Those of the images themselves would be of another distribution than the augmented one of training.
-    """
+    """Move BatchNorm statistics by what quantization does to them, and return the number of images used."""
+    # Those of the images themselves would be of another distribution than the augmented one of training.
     norms = _norms(model)
     if not norms:
         raise UsageError("quant.bn needs BatchNorm, but this model is fused. Quantize the unfused .pt.")
@@ -61,11 +59,9 @@ def _norms(model: nn.Module) -> list[Any]:
 # Biases --------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Take the mean error of every channel out of the biases of BatchNorm or layers; return path -> largest change.
-
-    As in Nagel et al., "Data-Free Quantization", 2019, for inputs from layers that are corrected already. The mean is
-    that behind the activation: before it, values that SiLU makes zero would outweigh all others.
-    """
+    """Take the mean error of every channel out of the biases of BatchNorm or layers; return path -> largest change."""
+    # As in Nagel et al., "Data-Free Quantization", 2019, for inputs from layers that are corrected already. The mean is
+    # that behind the activation: before it, values that SiLU makes zero would outweigh all others.
     targets = {path: _biased(layer, block) for path, layer, block in quantized_layers(model)}
     targets = {path: t for path, t in targets.items() if t[0].bias is not None}
     means: dict[str, list[torch.Tensor]] = defaultdict(list)  # of this batch in float, by call
