@@ -26,11 +26,9 @@ WEIGHT_SHRINK = np.linspace(1.0, 0.3, 71)
 
 @dataclass
 class Histogram:
-    """Counts of a tensor's values, whose memory does not grow, and which the order of the batches does not change.
+    """Counts of a tensor's values, whose memory does not grow, and which the order of the batches does not change."""
 
-    The grid is anchored at zero and its width is a power of two: growing the range merges pairs of bins exactly.
-    """
-
+    # The grid is anchored at zero and its width is a power of two: growing the range merges pairs of bins exactly.
     counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS))  # from `-BINS * width` to `BINS * width`
     width: float = 0.0  # of a bin; 0 before the first update
     lo: float = math.inf  # smallest and largest value seen
@@ -111,11 +109,9 @@ def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[f
 
 @observers.row("entropy", "Range whose codes lose the least information (KL divergence)", paper="Migacz, 2017")
 def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
-    """Return the range with the least KL divergence between the clipped values and their codes.
-
-    Values outside go to the end bins of the reference only, so that clipping costs something; a range of fewer bins
-    than codes costs nothing else, and is no candidate.
-    """
+    """Return the range with the least KL divergence between the clipped values and their codes."""
+    # Values outside go to the end bins of the reference only, so that clipping costs something; a range of fewer bins
+    # than codes costs nothing else, and is no candidate.
     levels = spec.qmax - spec.qmin + 1
 
     def divergence(lo: float, hi: float) -> float:
