@@ -94,16 +94,9 @@ def quantizable_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def float_modules(model: nn.Module) -> dict[str, str]:
-    """Return module path -> reason for every convolution and linear layer of a model, fused or not, that stays float.
-
-    Others are the convolutions of `Conv` blocks. The box decode is none: one scale would zero its scores.
-    """
-    merged = {
-        f"{path}.{child}"
-        for path, m in model.named_modules()
-        if isinstance(m, stock.BRANCHED) and not stock.single_conv(m)
-        for child, _ in m.named_modules()
-    }
+    """Return path -> reason for each convolution and linear layer, of a model fused or not, that stays float."""
+    blocks = ((p, m) for p, m in model.named_modules() if isinstance(m, stock.BRANCHED) and not stock.single_conv(m))
+    merged = {f"{path}.{child}" for path, m in blocks for child, _ in m.named_modules()}
     quantized = {f"{path}.conv" for path in quantizable_blocks(model)} - merged
     special = dict.fromkeys(merged, MERGED)
     special |= {f"{path}.conv": DFL for path, m in model.named_modules() if isinstance(m, stock.DFL)}
