@@ -83,10 +83,8 @@ def strip(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def bake(model: nn.Module) -> None:
-    """Replace the weights that are quantized, in place, by the values of their codes.
-
-    Training leaves many close to a border between codes (Nagel et al., 2022), which rounding to fp16 would move across.
-    """
+    """Replace the weights that are quantized, in place, by the values of their codes."""
+    # Training leaves many close to a border between codes (Nagel et al., 2022), which fp16 would move across.
     for _, layer, _ in fq.quantized_layers(model):
         if layer.weight_spec is None:
             continue
@@ -117,11 +115,9 @@ def load_modelopt(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
-    """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float.
-
-    ModelOpt also has the code -128, for weights beyond a range that training left behind; here they end at -127. Merged
-    branches get the input range of the branches and new weight ranges, because theirs do not add up.
-    """
+    """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float."""
+    # ModelOpt also has the code -128; here weights end at -127. Merged branches get the input range of the branches and
+    # new weight ranges, because theirs do not add up.
     if not is_modelopt(ckpt):
         raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")
     ranges: dict[str, dict[str, torch.Tensor]] = {}  # layer -> quantizer -> largest absolute values
@@ -140,10 +136,8 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
         if not sources:
             continue
         limit = max(float(ranges[p][INPUT].max()) for p in sources)
-        state[path] = {
-            "input": {**Spec(symmetric=True).as_dict(), "lo": -limit, "hi": limit},
-            "weight": Spec(symmetric=True, per_channel=True).as_dict(),
-        }
+        weight = Spec(symmetric=True, per_channel=True).as_dict()
+        state[path] = {"input": {**Spec(symmetric=True).as_dict(), "lo": -limit, "hi": limit}, "weight": weight}
         if not merged:
             state[path]["weight"]["ratio"] = _ratio(path, layer, ranges[path][WEIGHT])
     if not state:
@@ -152,11 +146,7 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
 
 
 def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable[torch.Tensor]) -> State:
-    """Insert what `import_state` returned into its model, calibrate what the profile quantizes besides, return all.
-
-    Layers that the profile keeps float are left out, and 8-bit weights become narrower where it needs that. The images
-    (B, C, H, W), 0 to 1, are not read where nothing is missing.
-    """
+    """Insert what `import_state` returned as the profile wants it, and calibrate on images where that lacks a range."""
     if not profile.output:
         done = convert(state, PROFILES["tensorrt"], profile)  # by whose rules ModelOpt trains
         replay(model, {"state": done})
@@ -188,7 +178,6 @@ def _ratio(path: str, layer: Any, limits: torch.Tensor) -> list[float]:
     """Return the largest value of each channel's range over its largest weight; 1 for a channel of zeros."""
     largest = channel_rows(layer).abs().amax(1)
     if limits.numel() not in (1, len(largest)):
-        raise UsageError(
-            f"'{path}' has {len(largest)} channels, its ranges {limits.numel()}. Give the model they are of."
-        )
+        has = f"has {len(largest)} channels, its ranges {limits.numel()}"
+        raise UsageError(f"'{path}' {has}. Give the model they are of.")
     return torch.where(largest > 0, limits.flatten() / largest, torch.ones_like(largest)).tolist()
