@@ -5,8 +5,6 @@ All of it is measured on a float copy that computes its training outputs with th
 train-only branches count, no image changes the activations of another, and nothing is random.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -57,8 +55,7 @@ def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence
 def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Return each loss of the task by the name that its criterion gives it, averaged over the images of `batches`."""
     copy = _observed(model)
-    total: dict[str, float] = defaultdict(float)
-    images = 0
+    total, images = defaultdict[str, float](float), 0
     for batch in batches:
         if size := len(batch["img"]):
             for name, value in copy.loss(_on(batch, copy))[1].items():
@@ -129,8 +126,6 @@ def _counted(images: int) -> int:
 
 
 # Collectors ----------------------------------------------------------------------------------------------------------
-
-
 def _by_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> Evidence:
     """Return |w * g| for each weight, g its mean gradient (power 1), or w^2 * F, F its mean squared one (power 2)."""
     total: Evidence = {}
@@ -146,13 +141,9 @@ def _by_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> Evi
 
 
 def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
-    """Return S_ii * w_i^T A w_i for each output i of each layer (Wang et al., EigenDamage, 2019, arXiv:1905.05934).
-
-    A is the second moment of the inputs, summed over the positions, S the mean one of the output gradients. Because
-    w_i^T A w_i is the second moment of the output itself, A never needs to be built.
-    """
-    energy: Evidence = {}
-    gradient: Evidence = {}
+    """Return S_ii * w_i^T A w_i for each output i of each layer (Wang et al., EigenDamage, 2019, arXiv:1905.05934)."""
+    # S is the mean second moment of the output gradients, A that of the inputs; w_i^T A w_i that of the output itself.
+    energy, gradient = Evidence(), Evidence()
 
     def moment(x: torch.Tensor) -> torch.Tensor:  # (positions, channels) squares
         channels = x.detach().transpose(1, -1) if x.ndim == 4 else x.detach()
@@ -173,7 +164,5 @@ def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
 
 
 COLLECTORS: dict[str, Callable[[nn.Module, Iterable[Batch]], Evidence]] = {
-    "taylor": partial(_by_gradients, power=1),
-    "hessian": partial(_by_gradients, power=2),
-    "obd": _obd,
-}
+    "taylor": partial(_by_gradients, power=1), "hessian": partial(_by_gradients, power=2), "obd": _obd,
+}  # fmt: skip
