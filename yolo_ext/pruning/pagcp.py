@@ -2,12 +2,9 @@
 """Performance-aware global channel pruning: each layer goes as far as its share of a loss budget lets it.
 
 Ye et al., TPAMI 2023, arXiv:2303.11923. Layers are visited one after the other, those whose FLOPs react most first and
-with the largest budgets. Differences from the authors' code: ratios are found by bisection, BatchNorm is recalibrated
-before each trial, a layer that never exceeds its budget is pruned to its floor instead of not at all, and a FLOPs
-target can end the walk. Trials run on pruned copies: they equal masked ones (`surgery.verify`) and are faster.
+with the largest budgets. Unlike the authors' code it finds ratios by bisection, recalibrates BatchNorm for each trial,
+prunes a layer that never exceeds its budget to its floor, and can end at a FLOPs target. Trials run on pruned copies.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,18 +25,13 @@ PROBE = 0.3  # share of a group that is removed to see how the FLOPs react
 
 
 def pagcp(job: Job) -> list[int]:
-    """Return the kept units of each so that no task loss exceeds its budgets; those with a share of their own get it.
-
-    The rows of `search` become the notes of the graph, with `name` and `channels`.
-    """
+    """Return the kept units of each so that no task loss exceeds its budgets, and note the rows of `search`."""
     cfg, graph, ties = job.cfg, job.graph, job.ties
     if job.probes.batches is None:
         raise UsageError("'prune.scope=pagcp' measures losses on train images. Give data=data.yaml.")
     if other := [t for t in TARGETS if t != "speedup" and getattr(cfg, t) is not None]:
-        raise UsageError(
-            f"'prune.scope=pagcp' spends prune.budget={cfg.budget:g} and cannot aim at 'prune.{other[0]}'. "
-            "Give prune.speedup to end it early, or no target."
-        )
+        problem = f"spends prune.budget={cfg.budget:g} and cannot aim at 'prune.{other[0]}'"
+        raise UsageError(f"'prune.scope=pagcp' {problem}. Give prune.speedup to end it early, or no target.")
     batches = list(job.probes.batches())
     figures = measure(job.model, graph, job.imgsz)
     dense = figures({})[0]
@@ -128,17 +120,12 @@ def _deepest(
 
 
 def budget_decay(first: float, total: float, n: int) -> float:
-    """Solve prod_{i<n} (1 + first * decay^i) = total for the factor between the budgets of successive layers.
-
-    `first` is the loss increase that the first of `n` layers may cost. A single layer has but one budget: 1.
-    """
+    """Solve prod_{i<n} (1 + first * decay^i) = total for the factor between the budgets of successive layers."""
     if n < 2:
         return 1.0
     if total <= 1 + first:
-        raise UsageError(
-            f"'prune.total_budget={total:g}' is spent by the first layer, prune.budget={first:g}. "
-            f"Legal: above {1 + first:g}."
-        )
+        spent_by = f"is spent by the first layer, prune.budget={first:g}"
+        raise UsageError(f"'prune.total_budget={total:g}' {spent_by}. Legal: above {1 + first:g}.")
 
     def spent(decay: float) -> float:  # log of the product of all budgets
         return sum(math.log1p(first * decay**i) for i in range(n))
@@ -167,17 +154,14 @@ def _finish(
         if best[i] == start[i]:
             rows[i]["outcome"] = "is left whole: its FLOPs cost too much loss"
     if best == start:
-        raise UsageError(
-            f"Nothing can be pruned within prune.budget={cfg.budget:g} and prune.total_budget={cfg.total_budget:g}. "
-            "Raise them, prune.topk or prune.images."
-        )
+        within = f"prune.budget={cfg.budget:g} and prune.total_budget={cfg.total_budget:g}"
+        raise UsageError(f"Nothing can be pruned within {within}. Raise them, prune.topk or prune.images.")
     reached = 1 / flops(best)
     LOGGER.info(f"{colorstr('pagcp: ')}FLOPs / {reached:.2f}, {sum(b < s for b, s in zip(best, start))} layers pruned")
     if cfg.speedup is not None and reached < 0.99 * cfg.speedup:
-        LOGGER.warning(
-            f"The budgets end at {reached:.2f} of prune.speedup={cfg.speedup:g}. Raise prune.total_budget="
-            f"{cfg.total_budget:g}, prune.budget={cfg.budget:g} or prune.topk={cfg.topk:g} to go further."
-        )
+        more = f"total_budget={cfg.total_budget:g}, prune.budget={cfg.budget:g} or prune.topk={cfg.topk:g}"
+        end = f"The budgets end at {reached:.2f} of prune.speedup={cfg.speedup:g}"
+        LOGGER.warning(f"{end}. Raise prune.{more} to go further.")
     return best
 
 
