@@ -83,13 +83,6 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     """Convert the dataset `source` into a new one in `out`; the same format on both sides splits it anew.
 
     Pixels count from 0, without the shift of the original VOC convention. A failure leaves nothing behind.
-
-    Args:
-        source: Dataset, only read.
-        out: New or empty folder, outside `source`.
-        options: Fields of `Options`.
-    Returns: Counts of what was written and left out.
-    Raises: `UsageError` if the source is broken or incomplete, or an option is illegal.
     """
     o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()

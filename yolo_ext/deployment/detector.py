@@ -60,9 +60,7 @@ class Detector:
             max_det: Largest number of boxes for one picture.
             imgsz: Input size in pixels, one side or height and width, of a file with dynamic size; None takes the size
                 of the export.
-
-        Raises:
-            UsageError: The file or an option is not usable.
+        Raises: `UsageError`: The file or an option is not usable.
         """
         for key, value in (("conf", conf), ("iou", iou)):
             if not 0 <= value <= 1:
@@ -93,12 +91,8 @@ class Detector:
 
         Args:
             source: Image file, array (height, width, 3) in BGR, uint8, as OpenCV reads it, or a list of these.
-
-        Returns:
-            Detections of the picture, or a list of them.
-
-        Raises:
-            UsageError: A picture is missing or broken.
+        Returns: Detections of the picture, or a list of them.
+        Raises: `UsageError`: A picture is missing or broken.
         """
         if isinstance(source, (str, Path, np.ndarray)):
             return self._detect([source])[0]

@@ -111,10 +111,8 @@ def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | N
         end2end: Export the NMS-free head of a dual-head model (YOLO26, YOLOv10) instead of the one-to-many head.
         nms: Embed NMS as Ultralytics does, with these options (keys of `runtime.NMS`); None leaves it out.
         half: FP16 weights and activations, with FP32 input, output and box decode.
-
-    Raises:
-        UsageError: ``weights``, ``out``, ``imgsz`` or ``nms`` is not usable.
-        CheckFailed: Ultralytics' exporter failed.
+    Raises: `UsageError`: ``weights``, ``out``, ``imgsz`` or ``nms`` is not usable. `CheckFailed`: Ultralytics' exporter
+        failed.
     """
     out, (h, w), model = Path(out), height_width(imgsz), float_model(weights)
     stride = int(max(model.stride))
@@ -150,9 +148,7 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
         onnx_path: File with Ultralytics' metadata.
         out: Folder to write, ``*_openvino_model``, replaced if it is there; also returned.
         half: Store the weights in FP16.
-
-    Raises:
-        UsageError: OpenVINO is not installed, ``out`` has another ending, or OpenVINO cannot read the file.
+    Raises: `UsageError`: OpenVINO is not installed, ``out`` has another ending, or OpenVINO cannot read the file.
     """
     openvino, out = need_openvino(), Path(out)
     if not out.name.endswith(SUFFIX):

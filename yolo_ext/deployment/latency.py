@@ -63,12 +63,8 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     Args:
         before: What `bench` gives for the reference.
         after: What the same call gives for the model to judge.
-
-    Returns:
-        ``ratio`` (median; above 1: ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
-
-    Raises:
-        UsageError: The two were not measured in the same rounds.
+    Returns: ``ratio`` (median; above 1: ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
+    Raises: `UsageError`: The two were not measured in the same rounds.
     """
     a, b = np.asarray(before["samples"]), np.asarray(after["samples"])
     if len(a) != len(b):
@@ -127,13 +123,9 @@ def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, ba
         rounds: Timed calls of each model.
         warmup: Untimed calls of each beforehand.
         seconds: Time after which the measurement ends, though not before 10 rounds.
-
-    Returns:
-        By name ``median, p10, p90`` in ms per call, ``n`` rounds, ``samples`` (ms of each), ``runtime`` ("ort", "torch"
-        or "openvino"), ``threads``, ``batch`` and ``imgsz``.
-
-    Raises:
-        UsageError: A file is missing, of another kind, or does not fit ``batch`` and ``imgsz``.
+    Returns: By name ``median, p10, p90`` in ms per call, ``n`` rounds, ``samples`` (ms of each), ``runtime``
+        ("ort", "torch" or "openvino"), ``threads``, ``batch`` and ``imgsz``.
+    Raises: `UsageError`: A file is missing, of another kind, or does not fit ``batch`` and ``imgsz``.
     """
     runtimes = {name: runtime_of(file) for name, file in models.items()}
     threads_before = torch.get_num_threads()

@@ -117,9 +117,8 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
         end2end: Head of a dual-head torch model to run; an ONNX file has only one.
         simulate: ONNX only: run Q/DQ in float instead of in integer operators.
         nms: Torch only: suppress as an export with these options of embedded NMS does, see `describe`.
-
-    Returns:
-        Function of images (B, C, H, W), any number, that gives the outputs: boxes and scores, then mask prototypes.
+    Returns: Function of images (B, C, H, W), any number, that gives the outputs: boxes and scores, then mask
+        prototypes.
     """
     if _is_torch(source):
         model = as_exported(choose_head(float_model(source), end2end))

@@ -52,12 +52,8 @@ def compress(
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
         options: `sparsity`, `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training
             argument; `epochs` counts fine-tune epochs, `sparsity.epochs` and `quant.epochs` those of their stages.
-
-    Returns:
-        The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
-
-    Raises:
-        UsageError: If the input is wrong; nothing has been written then.
+    Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
+    Raises: `UsageError`: If the input is wrong; nothing has been written then.
     """
     stock.check_stock()
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])

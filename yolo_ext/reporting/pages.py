@@ -29,16 +29,10 @@ Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), 
 
 
 def write_report(run_dir: str | Path, report: Report) -> Path:
-    """Write `report.json` and `report.html` of a run.
+    """Write `report.json` and `report.html` into the folder of a run, and return the path of the latter.
 
-    Args:
-        run_dir: Folder of the run; pictures with a relative path are looked up in it.
-        report: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`, `comparison`,
-            `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`, each optional: what is absent is left
-            out or shown as not measured.
-
-    Returns:
-        Path of `report.html`.
+    All of `report` is optional: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`,
+    `comparison`, `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`. Paths are relative to the folder.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,10 +39,8 @@ def observe(
 ) -> dict[str, Any]:  # fmt: skip
     """Describe the sparsity of a model, best the EMA, after an epoch, counted from 0, in a plain record.
 
-    `share` of all prunable channels is near zero, `layers` is the share by group name; `speedup` and `params` are
-    before / after if those channels were pruned now (rounded and floored as `prune` would, keeping what is in use);
-    `collapsed` are the groups with no more channels in use than protection leaves (if that is less than half), or whose
-    largest score is negligible; `histogram` counts channels between `EDGES`. `imgsz` in pixels is for the FLOPs.
+    `speedup` and `params` are before / after if the channels near zero were pruned now; `collapsed` are the groups with
+    no more channels in use than protection leaves (if that is less than half), or whose largest score is negligible.
     """
     graph, threshold = graph or build_graph(model), cfg.threshold
     criterion = cfg.method if cfg.method in criteria.names() else "slim"  # for a penalty of the user's own

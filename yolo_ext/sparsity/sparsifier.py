@@ -53,9 +53,7 @@ class Sparsifier:
         prune_cfg: Pruning options, which say what pruning could remove.
         epochs: Epochs of the run.
         prune_epochs: Epochs that start with a pruning; the pull ends at the first of them.
-
-    Raises:
-        UsageError: If the model has nothing to pull on, or an option does not fit.
+    Raises: `UsageError`: If the model has nothing to pull on, or an option does not fit.
     """
 
     def __init__(

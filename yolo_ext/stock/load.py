@@ -40,12 +40,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Args:
         path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
-
-    Returns:
-        The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
-
-    Raises:
-        UsageError: If the file is missing, is not a YOLO, or needs classes that are not there.
+    Returns: The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
+    Raises: `UsageError`: If the file is missing, is not a YOLO, or needs classes that are not there.
     """
     check_stock()
     p = Path(path)

@@ -23,18 +23,7 @@ from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techni
 
 
 def train(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a YOLO with our trainer of its task.
-
-    Args:
-        model: ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
-        options: `sparsity`, `prune`, `distill`, `quant` and any Ultralytics training argument.
-
-    Returns:
-        The contents of ``summary.json``.
-
-    Raises:
-        UsageError: If the input is wrong.
-    """
+    """Train a YOLO with our trainer of its task, as the command of this name does; returned is ``summary.json``."""
     from ultralytics import YOLO
 
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})

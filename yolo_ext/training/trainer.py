@@ -261,12 +261,8 @@ def attach(model: Any, **options: Any) -> Any:
         model: An `ultralytics.YOLO`.
         options: `sparsity`, `prune`, `distill` and `quant`, each a dict or a config dataclass. A run that is resumed
             goes on with the options that it was started with.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UsageError: If an option is unknown or illegal, or, when training starts, on several GPUs.
+    Returns: The same model.
+    Raises: `UsageError`: If an option is unknown or illegal, or, when training starts, on several GPUs.
 
     Example:
         >>> model = YOLO("best.pt")
