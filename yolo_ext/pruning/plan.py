@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Plans: how a share of all channels is spread over tied groups, which positions stay then, and what is remembered."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -77,9 +75,8 @@ def isomorphic(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
 
     def kinds(group: Group) -> list[tuple]:
         found = ((modules[m.module], m.dim) for m in group.members)
-        return sorted(
-            (type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, dim) for m, dim in found
-        )
+        kind = ((type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, d) for m, d in found)
+        return sorted(kind)
 
     return [tuple(sorted((g.size, tuple(kinds(g))) for g in t.groups)) for t in ties]
 
@@ -105,10 +102,9 @@ def by_rank(ties: Sequence[TiedGroups], classes: Sequence[Hashable]) -> Steps:
 
 # Sensitivity ---------------------------------------------------------------------------------------------------------
 def by_sensitivity(ties: Sequence[TiedGroups], curves: dict[str, Any]) -> Steps:
-    """Return steps that prune each as far as its measured mAP drop stays below one tolerance for all.
+    """Return steps that prune each as far as its mAP drop, linear between measured ratios, stays below one tolerance.
 
-    The share 0..1 counts through all drops in the file of `yolo-ext sensitivity`, from none to the largest. Between two
-    measured ratios the drop is taken as linear; beyond the last one nothing is known and nothing is pruned.
+    The share 0..1 counts through all drops in the file of `yolo-ext sensitivity`, from none to the largest.
     """
     groups = {g["name"]: g for g in curves["groups"]}
     lines = [_line(t, groups, curves["base"]["map"]) for t in ties]
@@ -127,12 +123,10 @@ def _line(tied: TiedGroups, groups: dict[str, dict[str, Any]], base: float) -> l
     group = groups.get(tied.name)
     if group is None or group.get("channels", tied.channels) != tied.channels:
         problem = f"with {group['channels']} channels instead of {tied.channels}" if group else "at all"
-        raise UsageError(
-            f"The sensitivity file does not know {tied.name} {problem}, so it belongs to another model."
-            f"{suggest(tied.name, list(groups)) if group is None else ''} "
-            "Run `yolo-ext sensitivity` on this model, with the same prune.include, prune.exclude, prune.min_channels "
-            "and prune.round_to."
-        )
+        near = suggest(tied.name, list(groups)) if group is None else ""
+        same = "the same prune.include, prune.exclude, prune.min_channels and prune.round_to"
+        other = f"does not know {tied.name} {problem}, so it belongs to another model.{near}"
+        raise UsageError(f"The sensitivity file {other} Run `yolo-ext sensitivity` on this model, with {same}.")
     points = sorted((p["ratio"], base - p["map"]) for p in group["curve"])
     # A drop below zero is noise; the tiny slope makes harmless groups shrink step by step instead of all at once.
     worst = accumulate((max(0.0, drop) for _, drop in points), max)
@@ -150,8 +144,7 @@ def read_sensitivity(file: str) -> dict[str, Any]:
     except OSError as e:
         problem = f"cannot be read ({e.strerror}). Run `yolo-ext sensitivity`."
     except (ValueError, LookupError, TypeError) as e:
-        made = "is not a file of `yolo-ext sensitivity`"
-        problem = f"{made} ({type(e).__name__}: {e}). Give its sensitivity.json."
+        problem = f"is not a file of `yolo-ext sensitivity` ({type(e).__name__}: {e}). Give its sensitivity.json."
     raise UsageError(f"'prune.sensitivity={file}' {problem}")
 
 
@@ -227,22 +220,15 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
         # The teacher that a student grew from knows it by the weights it started with, not by those of today.
         "parent": manifest(dense).parent or fingerprint(dense),
         **previous,
-        "config": asdict(cfg),
-        "kept": total,
-        "frozen": graph.reasons(),
-        "coupled": coupled,
-        "notes": graph.notes,
+        "config": asdict(cfg), "kept": total, "frozen": graph.reasons(), "coupled": coupled, "notes": graph.notes,
         "gap": gap,
-    }
+    }  # fmt: skip
     note(pruned, prune=told)
     set_tripwire(pruned)
 
 
 def layer_report(model: nn.Module) -> list[dict[str, Any]]:
-    """Return channels `before` and `after` for every layer of a pruned model, and the `reason` where nothing changed.
-
-    Rows are in the order of the model; `name` is the path of a layer, `coupled` those that it shrinks with.
-    """
+    """Return channels `before` and `after` of each layer by `name`, the `reason` if unchanged, and `coupled` ones."""
     found, rows = manifest(model).prune or {"shapes": {}}, []
     for path in sorted(found["shapes"], key=stock.natural_key):
         before = found["shapes"][path][0]
