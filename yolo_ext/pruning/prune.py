@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Prune a model: plan for a target, see whether the model is ready for that, cut, prove, record."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -85,17 +83,15 @@ def make_plan(
 ) -> Kept:
     """Choose the channels that stay so that the target is met; groups that `cfg` keeps whole become frozen in `graph`.
 
-    `ready` checks that sparsity training made room for this plan; False is for a trial before that training.
+    `ready` checks that sparsity training made room for the plan.
     """
     cfg = resolved(cfg, probes.batches is not None)
     batches = probes.batches if Need.DATA in criteria[cfg.method].needs else None
     ties = tied_groups(model, graph, cfg, collect(model, cfg.method, batches()) if batches else None)
     if not ties:
         reasons = Counter(g.frozen for g in graph.groups).most_common(3)
-        raise UsageError(
-            "Nothing can be pruned: every group is frozen, excluded or at its floor "
-            f"({', '.join(f'{n} x {reason!r}' for reason, n in reasons)}). See `yolo-ext help prune`."
-        )
+        why = f"at its floor ({', '.join(f'{n} x {reason!r}' for reason, n in reasons)})"
+        raise UsageError(f"Nothing can be pruned: every group is frozen, excluded or {why}. See `yolo-ext help prune`.")
     job = Job(model, graph, ties, cfg, probes, imgsz)
     units = _units(job)
     if ready:
@@ -129,10 +125,7 @@ def _target(cfg: PruneConfig) -> str | None:
 
 # Checks --------------------------------------------------------------------------------------------------------------
 def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: bool = True) -> None:
-    """Refuse pruning options that do not fit a model, as far as that shows without data or a clock.
-
-    `ready` says whether a sparsity criterion must find the model sparse already.
-    """
+    """Refuse options that do not fit a model, as far as that shows without data; `ready`: it must be sparse already."""
     check_prunable(model)
     if cfg.kind != "structured":
         return
@@ -149,9 +142,8 @@ def check_prunable(model: nn.Module) -> None:
     if getattr(model, "is_fused", lambda: False)():
         raise UsageError("The model is fused (BatchNorm folded into the convs). Prune the unfused .pt.")
     if manifest(model).quant or any(type(m).__module__.startswith("yolo_ext") for m in model.modules()):
-        raise UsageError(
-            "The model is quantized: its ranges belong to the channels that it has. Prune the float .pt, then quantize."
-        )
+        why = "its ranges belong to the channels that it has"
+        raise UsageError(f"The model is quantized: {why}. Prune the float .pt, then quantize.")
 
 
 # Readiness: has sparsity training emptied the channels that a plan removes, and which target is realistic? -----------
@@ -171,15 +163,11 @@ def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
             removed += goes
             in_use += max(0, goes - int(near_zero(v, threshold).sum()))  # the lowest scores go first
     return {
-        "method": job.cfg.method,
-        "trained": trained.get("method"),
-        "threshold": threshold,
-        "channels": sum(t.channels for t in job.ties),
-        "share": near_zero_share(job.ties, threshold),
+        "method": job.cfg.method, "trained": trained.get("method"), "threshold": threshold,
+        "channels": sum(t.channels for t in job.ties), "share": near_zero_share(job.ties, threshold),
         "speedup": figures({})[0] / figures(job.widths(spare_units(job.ties, threshold)))[0],
-        "removed": removed,
-        "in_use": in_use / max(removed, 1),
-    }
+        "removed": removed, "in_use": in_use / max(removed, 1),
+    }  # fmt: skip
 
 
 def check_readiness(job: Job, units: Sequence[int]) -> None:
@@ -198,10 +186,10 @@ def check_readiness(job: Job, units: Sequence[int]) -> None:
     method, trained = cfg.method, found["trained"]
     name = _target(cfg) or ("scope" if cfg.scope == "pagcp" else "ratios")
     how = {method: f"with sparsity.method={method}", None: f"without sparsity.method={method}"}
+    trained_how = how.get(trained, f"with sparsity.method={trained}, not {method}")
     problem = (
         f"'prune.{name}={getattr(cfg, name)}' by '{method}' removes {found['removed']:,} channels, of which "
-        f"{found['in_use']:.0%} are still in use. The model was trained "
-        f"{how.get(trained, f'with sparsity.method={trained}, not {method}')}: "
+        f"{found['in_use']:.0%} are still in use. The model was trained {trained_how}: "
         f"{found['share']:.0%} of its channels are near zero."
     )
     longer = ", for more epochs or with a larger sparsity.coefficient" if trained == method else ""
