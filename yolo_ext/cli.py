@@ -92,7 +92,6 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
     return 0
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
 def needed(function: Callable[..., Any]) -> list[str]:
     """Return the keys that a command cannot do without."""
     return [k for k, p in keys(function).items() if p.default is inspect.Parameter.empty]
@@ -172,7 +171,6 @@ def _check_keys(command: str, options: Mapping[str, Any]) -> None:
         raise UsageError("\n".join(lines) + told + f"\nSee `yolo-ext help {command}`.")
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
 @command("Print all options with their defaults")
 def cfg() -> None:
     """Print the options of all techniques as YAML."""
@@ -195,7 +193,6 @@ def help(topic: str | None = None) -> None:
     print(help_text(topic))
 
 
-# Help ----------------------------------------------------------------------------------------------------------------
 def help_text(topic: str | None) -> str:
     """Return the help for a command or technique, or the overview."""
     commands = {**{row.name: row.summary for row in COMMANDS}, **FORWARDED}

@@ -67,7 +67,6 @@ def takes_native(fn: Callable[..., Any]) -> bool:
     return "native" in inspect.signature(fn).parameters
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
 def need(options: Mapping[str, Any], *names: str) -> None:
     """Check that the user gave these keys."""
     missing = [k for k in names if options.get(k) in (None, "")]

@@ -21,7 +21,6 @@ OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
 
 
-# label ---------------------------------------------------------------------------------------------------------------
 @command("Label images with a model: labels, previews and a review sheet")
 def label(
     model: str | Path, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
@@ -186,7 +185,6 @@ def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     LOGGER.info(f"Results saved to {folder}; review {folder / 'review.html'}")
 
 
-# predict -------------------------------------------------------------------------------------------------------------
 @command("Run a model on images (Ultralytics); compare=base.pt marks what the base finds differently")
 def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) -> dict[str, Any]:
     """Predict as `yolo predict` does, and draw the detections of a base model beside those of the model.

@@ -12,7 +12,6 @@ removals = Table("pruning schedule")  # row: share of the prunings that are over
 decays = Table("distillation schedule")  # row: progress of the run, last factor -> factor
 
 
-# Pruning while training ----------------------------------------------------------------------------------------------
 @removals.row("cubic", "Much at first, with redundant weights, then less", paper="Zhu & Gupta, 2017, arXiv:1710.01878")
 def cubic_removal(*, done: float) -> float:
     """Return the share of the target at `done`, the share of the prunings that are over."""
@@ -52,7 +51,6 @@ def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
     return sorted({start + i * (end - start) // intervals for i in range(cfg.steps or 1)})
 
 
-# Weights of losses ---------------------------------------------------------------------------------------------------
 @decays.row("constant", "The same weight in every epoch")
 def constant(*, progress: float, final: float) -> float:
     """Return 1."""
@@ -82,7 +80,6 @@ def loss_factor(
     return min(1.0, (epoch - start + 1) / (warmup + 1)) * decays[schedule].fn(progress=progress, final=final)
 
 
-# Sparsity training ---------------------------------------------------------------------------------------------------
 def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning: int | None = None) -> list[float]:
     """Return the pull of each epoch, `coefficient` in sum, until `first_pruning` unless `cfg.end` says otherwise."""
     end = cfg.end if cfg.end is not None else epochs if first_pruning is None else first_pruning

@@ -97,9 +97,8 @@ def label_images(
 ) -> Labelled:  # fmt: skip
     """Label images, by their relative path, into `out`; the options are those of the command `label`.
 
-    Every file is written whole, and nothing that is there changes unless `overwrite`. The detections depend on
-    `settings`, of which a folder holds one. UsageError where two images share a label, or the folder holds other
-    settings, other class names or a broken COCO file.
+    Every file is written whole, and nothing that is there changes unless `overwrite`. UsageError where two images share
+    a label, or the folder holds other settings, other class names or a broken COCO file.
     """
     kind, journal = FORMATS[format], out / JOURNAL
     out.mkdir(parents=True, exist_ok=True)

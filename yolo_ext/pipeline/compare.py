@@ -65,7 +65,6 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     return train(run, "compare/random", options, finetuning(run), file) if run.epochs else file
 
 
-# The same family, narrower -------------------------------------------------------------------------------------------
 def smaller(model: nn.Module, target: float, imgsz: int) -> tuple[str, nn.Module]:
     """Build the model of `smaller_yaml` with random weights; return its name, such as ``yolov8n width 0.17``, too."""
     yaml = smaller_yaml(model, target, imgsz)

@@ -187,7 +187,6 @@ def _check_resume(run: Run, plain: dict[str, Any]) -> None:
         raise UsageError(f"{found}. Give another name=, or the options of that run to go on with it.")
 
 
-# Measuring and training ----------------------------------------------------------------------------------------------
 def measure(run: Run, weights: Path) -> dict[str, Any]:
     """Return params, GFLOPs, size and, where there are data, mAP of float weights."""
     model, _ = run.load(weights)

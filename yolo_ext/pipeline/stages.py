@@ -71,7 +71,6 @@ def compress(
     return finish(run)
 
 
-# Stages --------------------------------------------------------------------------------------------------------------
 def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
     m = measure(run, run.base)

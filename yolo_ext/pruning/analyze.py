@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What each group of coupled channels costs, why it can or cannot be pruned, and what a model loses without it."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -50,30 +48,19 @@ def analyze_model(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[
         model: Unfused YOLO of any family; it is not changed.
         imgsz: Side in pixels of the square image for FLOPs and latency.
         runs: Timed forward passes.
-
-    Returns:
-        Rows in the order of the model: `name`, `part` (such as ``64:128`` where the first layer holds more), `layers`
-        (that produce the channels), `readers` (that take them in), `channels`, `flops_share` and `latency_share` (of
-        the deployed model, spent by `layers`; one that several groups share counts by channels), `prunable`, `reason`.
+    Returns: Rows in the order of the model: `layers` produce the channels, `readers` take them in; shares of FLOPs and
+        latency are of the deployed model, spent by `layers`; `prunable`, or the `reason` why not.
     """
     graph = build_graph(model, imgsz)
     costs = layer_flops(model, graph)
     times, whole = layer_times(model, imgsz, runs)
     flops, latency = group_shares(graph, costs, sum(costs.values())), group_shares(graph, times, whole)
     return [
-        {
-            "name": g.name,
-            "part": _part(graph, g),
-            "layers": graph.layers(g),
-            "readers": [m.module for m in g.members if m.dim == "in"],
-            "channels": g.size,
-            "flops_share": f,
-            "latency_share": t,
-            "prunable": not g.frozen,
-            "reason": g.frozen,
-        }
+        {"name": g.name, "part": _part(graph, g), "layers": graph.layers(g),
+         "readers": [m.module for m in g.members if m.dim == "in"], "channels": g.size, "flops_share": f,
+         "latency_share": t, "prunable": not g.frozen, "reason": g.frozen}
         for g, f, t in zip(graph.groups, flops, latency)
-    ]
+    ]  # fmt: skip
 
 
 def _part(graph: Graph, group: Group) -> str:
@@ -147,15 +134,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-# Sensitivity ---------------------------------------------------------------------------------------------------------
 def measure_sensitivity(
-    model: nn.Module,
-    graph: Graph,
-    cfg: PruneConfig,
-    probes: Probes,
-    ratios: Sequence[float] = RATIOS,
+    model: nn.Module, graph: Graph, cfg: PruneConfig, probes: Probes, ratios: Sequence[float] = RATIOS,
     folder: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Prune each group alone, with those that it is tied to, on a copy, recalibrate BatchNorm, and measure.
 
     Args:
@@ -165,15 +147,9 @@ def measure_sensitivity(
         probes: `batches`, `images` and `score` are needed.
         ratios: Shares of channels to remove, each above 0 and below 1; floors and rounding are not applied.
         folder: Where `sensitivity.json` is kept up to date after each group and read again by a repeated call.
-
-    Returns:
-        Plain data: `metric`, what `map` stands for; `ratios`; `trained`, its value for the model as it is; `base`, the
-        unpruned model after the recalibration that all others get, with `map` and each loss; `groups`, one for each
-        group, with `name`, `layers` (that produce the channels), `channels`, `flops_share` and `curve`, whose points
-        hold `wanted` and real `ratio`, kept `channels`, `map` and each loss; `complete`; and `key`, the options.
-
-    Raises:
-        UsageError: If data are missing, a ratio is illegal or nothing can be pruned.
+    Returns: Plain data: `groups`, each with a `curve` of `map` (what `metric` says) and losses over the ratios;
+        `trained`, the model as it is, and `base`, the same after the recalibration that all others get.
+    Raises: `UsageError`: If data are missing, a ratio is illegal or nothing can be pruned.
     """
     if probes.batches is None or probes.images is None or probes.score is None:
         raise UsageError("Sensitivity is measured on train and val images. Give data=data.yaml.")
@@ -187,13 +163,10 @@ def measure_sensitivity(
     images = list(probes.images()) if cfg.recalibrate else []
     found: dict[str, Any] = {
         "metric": "top-1" if stock.task_of(model) == "classify" else "mAP50-95",
-        "ratios": sorted(ratios),
-        "trained": probes.score(model),
-        "base": _measure(deepcopy(model), probes, images),
-        "groups": [],
-        "complete": False,
+        "ratios": sorted(ratios), "trained": probes.score(model), "base": _measure(deepcopy(model), probes, images),
+        "groups": [], "complete": False,
         "key": {"model": fingerprint(model), **{k: v for k, v in asdict(cfg).items() if k in CHANGES}},
-    }
+    }  # fmt: skip
     found["groups"] = _earlier(folder, found)
     measured = {g["name"] for g in found["groups"]}
     job, flops = Job(model, graph, ties, cfg, probes), layer_flops(model, graph)
@@ -201,13 +174,11 @@ def measure_sensitivity(
     for tied in (bar := TQDM(ties, desc="Sensitivity")):
         if tied.name not in measured:
             bar.set_description(f"Sensitivity: {tied.name}")
-            row = {
-                "name": tied.name,
-                "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
-                "channels": tied.channels,
-                "flops_share": sum(shares[id(g)] for g in tied.groups),
-            }
-            found["groups"].append({**row, "curve": _curve(job, tied, images, found["ratios"])})
+            found["groups"].append({
+                "name": tied.name, "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
+                "channels": tied.channels, "flops_share": sum(shares[id(g)] for g in tied.groups),
+                "curve": _curve(job, tied, images, found["ratios"]),
+            })  # fmt: skip
             _save(found, folder)
     found["complete"] = True
     _save(found, folder)
@@ -248,9 +219,8 @@ def _earlier(folder: Path | None, now: dict[str, Any]) -> list[dict[str, Any]]:
     except (ValueError, LookupError, TypeError, AttributeError):  # not a file of ours
         same = False
     if not same:
-        raise UsageError(
-            f"'{file}' belongs to another model, other options or other data. Give another name= or remove the file."
-        )
+        other = "belongs to another model, other options or other data"
+        raise UsageError(f"'{file}' {other}. Give another name= or remove the file.")
     LOGGER.info(f"{colorstr('sensitivity: ')}{len(old['groups'])} groups are measured already and not repeated")
     return old["groups"]
 

@@ -65,7 +65,6 @@ def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     return {name: value / images for name, value in total.items()}
 
 
-# Running the model ---------------------------------------------------------------------------------------------------
 def _observed(model: nn.Module) -> nn.Module:
     """Return a float copy that gives training outputs, deterministically, and knows the loss gains."""
     copy = deepcopy(model).float()
@@ -125,7 +124,6 @@ def _counted(images: int) -> int:
     return images
 
 
-# Collectors ----------------------------------------------------------------------------------------------------------
 def _by_gradients(model: nn.Module, batches: Iterable[Batch], power: int) -> Evidence:
     """Return |w * g| for each weight, g its mean gradient (power 1), or w^2 * F, F its mean squared one (power 2)."""
     total: Evidence = {}

@@ -2,11 +2,8 @@
 """Which channels of a model must be removed together, found by two forward passes with labelled channels.
 
 One rule for each kind of module says what it does to labels (see `labels`); these become groups (channels that go
-together) and ties (groups that keep the same share). So stock blocks need no rewriting, and an unknown module costs
-some channels but never a crash.
+together) and ties (groups that keep the same share). An unknown module costs some channels but never a crash.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -38,17 +35,11 @@ class Member:
 
 @dataclass
 class Group:
-    """Channels that are removed together in all members, one channel at a time.
+    """Channels that are removed together in all members, one channel at a time."""
 
-    Attributes:
-        name: Path of the first layer that produces the channels.
-        members: All coupled tensor dimensions.
-        frozen: Why the group keeps all its channels, empty when it can be pruned.
-    """
-
-    name: str
-    members: list[Member]
-    frozen: str = ""
+    name: str  # path of the first layer that produces the channels
+    members: list[Member]  # all coupled tensor dimensions
+    frozen: str = ""  # why the group keeps all its channels, empty when it can be pruned
 
     @property
     def size(self) -> int:
@@ -63,21 +54,13 @@ class Group:
 
 @dataclass
 class Graph:
-    """Couplings of a whole model.
+    """Couplings of a whole model."""
 
-    Attributes:
-        groups: All groups, prunable and frozen.
-        ties: Lists of indices into `groups`; the groups of one list keep the same share of channels.
-        convs: Layers with weights, path to (output positions, kernel area).
-        shapes: Path to (out, in) channel counts before pruning.
-        notes: What the planner has to say about single groups, as plain rows.
-    """
-
-    groups: list[Group]
-    ties: list[list[int]]
-    convs: dict[str, tuple[int, int]] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[Group]  # prunable and frozen
+    ties: list[list[int]]  # indices into `groups`; the groups of one list keep the same share of channels
+    convs: dict[str, tuple[int, int]] = field(default_factory=dict)  # layer path -> (output positions, kernel area)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (out, in) channels before pruning
+    notes: list[dict[str, Any]] = field(default_factory=list)  # what the planner says about single groups
 
     def layers(self, group: Group) -> list[str]:
         """Return the paths of the layers with weights that produce the channels of a group."""
@@ -95,8 +78,6 @@ class Graph:
 
 
 # Rules: (tracer, module, path, input, output) ------------------------------------------------------------------------
-
-
 def _weights_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.Tensor) -> None:
     """Consume the labels of the input of a conv or linear layer and produce new ones; depthwise passes them on."""
     n_out, n_in = layer_channels(m)  # type: ignore[misc]
@@ -155,11 +136,9 @@ def _attention_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: to
 
 
 RULES: list[tuple[tuple[type[nn.Module], ...], Callable[..., None]]] = [
-    (LAYERS, _weights_rule),
-    ((nn.BatchNorm2d,), _norm_rule),
-    (stock.ATTENTION, _attention_rule),
+    (LAYERS, _weights_rule), ((nn.BatchNorm2d,), _norm_rule), (stock.ATTENTION, _attention_rule),
     (PASS_MODULES + stock.ACTIVATIONS, _pass_rule),
-]
+]  # fmt: skip
 
 
 def rule_of(module: nn.Module) -> Callable[..., None] | None:
@@ -216,10 +195,7 @@ def _finish(lab: Labels, touched: set[str]) -> None:
 
 
 def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
-    """Run a copy in train mode, which has more branches, and eval mode on an image of side `imgsz` in pixels.
-
-    `custom` follows channels through the code of modules of others.
-    """
+    """Run a copy in train and eval mode on an image of side `imgsz`; `custom` follows the code of others' modules."""
     model = deepcopy(model).float().cpu().requires_grad_(False)
     tracer = Tracer(model)
     for m, path in tracer.paths.items():
@@ -232,10 +208,10 @@ def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
                 out = model(torch.rand(2, stock.input_channels(model), imgsz, imgsz))
             except Exception as e:  # whatever the code of the user's modules raises
                 mode = "training" if training else "eval"
-                raise UsageError(
-                    f"The model does not run in {mode} mode on an image of {imgsz}x{imgsz} pixels "
-                    f"({type(e).__name__}: {' '.join(str(e).split())[:200]}), so it cannot be pruned. Mend its code."
-                ) from e
+                where = f"in {mode} mode on an image of {imgsz}x{imgsz} pixels"
+                why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                remedy = "so it cannot be pruned. Mend its code."
+                raise UsageError(f"The model does not run {where} ({why}), {remedy}") from e
         for x in stock.returned_tensors(out):
             tracer.freeze([x], "is an output of the model")
     _finish(tracer.labels, tracer.touched)
@@ -251,9 +227,7 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
         imgsz: Side in pixels of the square image for tracing; a multiple of the largest stride.
         custom: Follow channels through the code of modules that are not of torch or Ultralytics; False keeps whole
             what enters and leaves them.
-
-    Returns:
-        The couplings, with a reason for every group that cannot be pruned.
+    Returns: The couplings, with a reason for every group that cannot be pruned.
     """
     tracer = trace(model, max(imgsz, stock.probe_size(model)), custom)
     lab = tracer.labels

@@ -1,10 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Tied groups: groups that shrink at one rate, ranked from worst to best, with the widths that they may have.
-
-Which of them may shrink at all is up to the options: `prune.include`, `exclude` and `ratios` select layers.
-"""
-
-from __future__ import annotations
+"""Tied groups: groups that shrink at one rate, ranked from worst to best, with the widths that options allow them."""
 
 import re
 from dataclasses import dataclass, field
@@ -76,11 +71,9 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
         made[i].share, size = share, max(g.size for g in made[i].groups)
         floor = _floor(model, graph, made[i].groups, cfg)
         if size * (1 - share) < floor and share:
-            raise UsageError(
-                f"'prune.ratios' takes {share:g} of the {size} channels of {made[i].name}, but the floors keep "
-                f"{floor:.4g}. Give at most {max(0.0, 1 - floor / size):.2g}, "
-                f"lower prune.min_channels={cfg.min_channels} or raise prune.max_ratio={cfg.max_ratio:g}."
-            )
+            problem = f"takes {share:g} of the {size} channels of {made[i].name}, but the floors keep {floor:.4g}"
+            remedy = f"lower prune.min_channels={cfg.min_channels} or raise prune.max_ratio={cfg.max_ratio:g}"
+            raise UsageError(f"'prune.ratios' {problem}. Give at most {max(0.0, 1 - floor / size):.2g}, {remedy}.")
         if share and made[i].round(made[i].units * (1 - share)) == made[i].units:
             whole = f"{share:g} of its {size} channels is less than half of prune.round_to={cfg.round_to}"
             LOGGER.warning(f"{colorstr('prune: ')}{made[i].name} stays whole: {whole}")
@@ -120,13 +113,8 @@ def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig
     return max(cfg.min_channels * widest.size // narrowest, share - 1e-6)
 
 
-# Selectors -----------------------------------------------------------------------------------------------------------
 def matches(model: nn.Module, selector: str, option: str = "selector") -> set[str]:
-    """Return the paths of all modules that a selector means, with everything inside them.
-
-    A selector is a layer index (``9``), module path (``model.9.cv2``), module type (``C2f``, ``Conv2d``), ``backbone``,
-    ``neck`` or ``head``, or a regular expression for whole paths; the first of these that fits.
-    """
+    """Return the paths of all modules that a selector (see the error below) means, with everything inside them."""
     modules = {path: m for path, m in model.named_modules() if path}
     path = f"model.{selector}" if selector.isdecimal() else selector
     if selector in SECTIONS:
@@ -193,10 +181,9 @@ def shares(model: nn.Module, graph: Graph, cfg: PruneConfig) -> dict[int, float]
             other, by = found.setdefault(i, (share, selector))
             if other != share:
                 name = graph.groups[graph.ties[i][0]].name
-                raise UsageError(
-                    f"'prune.ratios' gives {name} two shares: {other:g} by '{by}' and {share:g} by '{selector}' "
-                    "(coupled layers lose the same channels). Give one of them, or the same share in both."
-                )
+                two = f"{other:g} by '{by}' and {share:g} by '{selector}' (coupled layers lose the same channels)"
+                remedy = "Give one of them, or the same share in both."
+                raise UsageError(f"'prune.ratios' gives {name} two shares: {two}. {remedy}")
     return {i: share for i, (share, _) in found.items()}
 
 
@@ -208,7 +195,5 @@ def refuse_frozen(model: nn.Module, layers: list[str]) -> None:
         return
     top = sorted({".".join(p.split(".")[:2]) for p in stuck}, key=natural_key)
     keep = ", ".join(p.rpartition(".")[2] if p.startswith("model.") else p for p in top)
-    raise UsageError(
-        f"The model has frozen layers ({', '.join(top)}): they cannot recover from pruning. "
-        f"Unfreeze them, or keep them whole with prune.exclude=[{keep}]."
-    )
+    remedy = f"Unfreeze them, or keep them whole with prune.exclude=[{keep}]."
+    raise UsageError(f"The model has frozen layers ({', '.join(top)}): they cannot recover from pruning. {remedy}")

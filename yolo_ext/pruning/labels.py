@@ -1,13 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Labelled channels: which output channels reach which inputs, followed through the torch functions of a forward pass.
 
-Every output channel of a Conv or Linear gets a label. `cat` joins label lists, `chunk` cuts them, `+` makes two
-channels one (union-find), a depthwise conv or BatchNorm passes them on (see `rules`). What is not understood freezes
-its labels with the reason. A tensor is `lifted` when a channel that is zero before comes out of it as something else,
-as after a sigmoid: such a channel cannot be removed from the input of a layer without changing the model.
+`cat` joins label lists, `chunk` cuts them, `+` makes two channels one (union-find); what is not understood freezes its
+labels with the reason. A tensor is `lifted` when a channel that is zero before comes out of it as something else, as
+after a sigmoid: such a channel cannot be removed from the input of a layer without changing the model.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,17 +18,14 @@ from yolo_ext import stock
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # with weights and channels
 FIXED = -1  # label of a channel that cannot be removed (image, constants)
-ARITHMETIC = (
-    "add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__ "
-    "maximum minimum"
-)
-ELEMENTWISE = (
-    "relu relu_ relu6 leaky_relu leaky_relu_ elu celu selu gelu silu silu_ mish hardswish hardtanh sigmoid sigmoid_ "
-    "hardsigmoid logsigmoid softplus tanh clamp clip dropout dropout2d abs neg exp sqrt square pow __pow__"
-)
-COPIES = "detach clone contiguous to float half type"
-POOLS = "max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d pad"
-POINTWISE = frozenset(f"{ARITHMETIC} {ELEMENTWISE} {COPIES} {POOLS}".split())
+FUNCTIONS = """
+    add add_ sub mul mul_ div __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__
+    maximum minimum max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d pad
+    relu relu_ relu6 leaky_relu leaky_relu_ elu celu selu gelu silu silu_ mish hardswish hardtanh sigmoid sigmoid_
+    hardsigmoid logsigmoid softplus tanh clamp clip dropout dropout2d abs neg exp sqrt square pow __pow__
+    detach clone contiguous to float half type
+"""
+POINTWISE = frozenset(FUNCTIONS.split())
 RESHAPES = frozenset(["flatten", "view", "reshape", "permute", "transpose", "unflatten", "squeeze", "unsqueeze"])
 MEANS = frozenset(["mean", "sum", "amax", "amin"])
 

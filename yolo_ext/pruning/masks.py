@@ -5,8 +5,6 @@ A mask is the zeros themselves: a weight of a listed layer that is exactly 0 sta
 survive fp16, EMA, pickling, resume and export. No runtime of today gets faster from them; files get smaller by zip.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from dataclasses import dataclass
@@ -44,10 +42,8 @@ def eligible(model: nn.Module, cfg: PruneConfig) -> list[dict[str, Any]]:
         if isinstance(m, LAYERS):
             n_out, n_in = layer_channels(m) or (0, 0)
             reason = _unfit(modules, path, cfg.kind) if rows else "reads the image"
-            if not reason and path in excluded:
-                reason = "is excluded by prune.exclude"
-            if not reason and path not in included:
-                reason = "is not in prune.include"
+            reason = reason or ("is excluded by prune.exclude" if path in excluded else "")
+            reason = reason or ("" if path in included else "is not in prune.include")
             gain = not reason and cfg.kind == "2:4" and min(n_in, n_out) >= GAIN_CHANNELS
             rows.append({"name": path, "weights": m.weight.numel(), "in": n_in, "out": n_out, "eligible": not reason,
                          "reason": reason, "gain": gain and not isinstance(m, nn.ConvTranspose2d)})  # fmt: skip
@@ -147,11 +143,7 @@ def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | Non
 
 
 def sparsity(model: nn.Module) -> dict[str, Any]:
-    """Count the zeros of a model.
-
-    `masked` is their share in the layers that hold masks (in all layers when none does), which `layers` lists by
-    `name`, `weights`, `zeros` and `share`; `overall` is the share in all parameters.
-    """
+    """Return the share of zeros in the layers with masks (`masked`), in all parameters (`overall`) and by `layers`."""
     names = manifest(model).masks.get("layers") or [p for p, m in model.named_modules() if isinstance(m, LAYERS)]
     rows = []
     for name in names:

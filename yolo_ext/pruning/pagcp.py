@@ -60,9 +60,8 @@ def search(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Walk over the groups once, in the order of FLOPs sensitivity, and keep the best bargains.
 
-    `allowed` are the legal numbers of kept units of each, descending. Returns the kept units, and for each a plain row:
-    `ratio` (share removed), `budget`, `limit` (task whose loss forbade the next step, empty at the floor), `growth` (of
-    the loss that grew most), `flops_share` (that goes with 30 % of the channels), `trials`, and `outcome` in words.
+    `allowed` are the legal numbers of kept units of each, descending. Returned are the kept units, and a plain row for
+    each, whose `limit` is the task whose loss forbade the next step (empty at the floor).
     """
     start = [a[0] for a in allowed]
     probes = [min(a[1:] or a, key=lambda u: abs(u - a[0] * (1 - PROBE))) for a in allowed]

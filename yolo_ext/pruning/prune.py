@@ -39,12 +39,8 @@ def prune_model(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, probes: Pr
         cfg: Pruning options with a target.
         imgsz: Side in pixels of the images that FLOPs are counted for.
         probes: What data and the clock can tell, for the criteria and targets that need it.
-
-    Returns:
-        The pruned copy, whose manifest records the plan and per-layer reasons.
-
-    Raises:
-        UsageError: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
+    Returns: The pruned copy, whose manifest records the plan and per-layer reasons.
+    Raises: `UsageError`: If the model is fused or quantized, nothing can be pruned or the target cannot be reached.
         CheckFailed: If the pruned model differs from the masked dense one.
     """
     return prune_with_plan(model, cfg, imgsz, probes)[0]
@@ -148,11 +144,7 @@ def check_prunable(model: nn.Module) -> None:
 
 # Readiness: has sparsity training emptied the channels that a plan removes, and which target is realistic? -----------
 def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
-    """Compare a plan that keeps these units with what sparsity training, by `trained` or None, left behind.
-
-    `share` of the `channels` that could go is near zero, `speedup` is FLOPs before / after if only those went; the plan
-    removes `removed` channels, of which the share `in_use` is not near zero.
-    """
+    """Compare a plan that keeps these units with the channels near zero that sparsity training, by `trained`, left."""
     trained = manifest(job.model).sparsity
     threshold = trained.get("threshold") or SparsityConfig().threshold
     figures = measure(job.model, job.graph, job.imgsz)

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Targets and their solver: kept units whose figure meets a goal, found on plans and copies only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -46,7 +44,6 @@ class Target:
         return value > self.goal if self.rises else value < self.goal
 
 
-# FLOPs and parameters ------------------------------------------------------------------------------------------------
 def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Callable[[Widths], tuple[float, float]]:
     """Return a function from kept widths to (FLOPs, parameters) of the deployed model, which builds nothing.
 
@@ -97,7 +94,6 @@ def layer_flops(model: nn.Module, graph: Graph) -> dict[str, float]:
     return found
 
 
-# Targets -------------------------------------------------------------------------------------------------------------
 def _analytic(job: Job, which: int) -> Callable[[list[int]], float]:
     """Return before / after of FLOPs (0) or parameters (1)."""
     figures = measure(job.model, job.graph, job.imgsz)
@@ -163,10 +159,8 @@ def max_drop(job: Job) -> Target:
     recalibrate(dense, images())  # as each trial is, or the drop would show what recalibration does to any model
     base = score(dense)
     if base <= allowed:
-        raise UsageError(
-            f"'prune.max_drop={allowed:g}' says nothing: the model itself has mAP50-95 {base:.4f} on these data. "
-            "Train it first, or give a smaller drop."
-        )
+        why = f"the model itself has mAP50-95 {base:.4f} on these data. Train it first, or give a smaller drop."
+        raise UsageError(f"'prune.max_drop={allowed:g}' says nothing: {why}")
 
     def drop(units: list[int]) -> float:
         if units == whole:
@@ -178,7 +172,6 @@ def max_drop(job: Job) -> Target:
     return Target(drop, allowed, trials=7, slow=True, noisy=True, cap=True)
 
 
-# Solver --------------------------------------------------------------------------------------------------------------
 def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], cfg: PruneConfig) -> list[int]:
     """Return the kept units of each whose figure is nearest to the goal (within it, if it is a cap)."""
     seen: dict[tuple[int, ...], float] = {}
@@ -193,19 +186,16 @@ def solve(name: str, target: Target, steps: Steps, ties: Sequence[TiedGroups], c
             raise UsageError(_unreachable(name, target, figure(most), cfg))
         return most
     if target.passed(figure(least)) and miss(least) > target.tolerance:
-        raise UsageError(
-            f"'prune.{name}={target.goal:g}' is passed before anything is pruned for it: {name} is {figure(least):.4g}"
-            f"{' with prune.ratios alone' * bool(cfg.ratios)}. Leave one of them out or change it."
-        )
+        now = f"{name} is {figure(least):.4g}{' with prune.ratios alone' * bool(cfg.ratios)}"
+        passed = f"'prune.{name}={target.goal:g}' is passed before anything is pruned for it"
+        raise UsageError(f"{passed}: {now}. Leave one of them out or change it.")
     low, high = _bisect(target, lambda share: figure(steps(share)))
     if target.cap:
         found = steps(low)
         if all(u == t.units for u, t in zip(found, ties)):
-            raise UsageError(
-                f"'prune.{name}={target.goal:g}' cannot be met: the mildest of {len(seen)} trials loses "
-                f"{min(f for f in seen.values() if f > target.goal):.4f}. "
-                f"Raise prune.{name}, or prune to another target and fine-tune."
-            )
+            mildest = f"the mildest of {len(seen)} trials loses {min(f for f in seen.values() if f > target.goal):.4f}"
+            remedy = f"Raise prune.{name}, or prune to another target and fine-tune."
+            raise UsageError(f"'prune.{name}={target.goal:g}' cannot be met: {mildest}. {remedy}")
         return found
     found = min(steps(low), steps(high), key=miss)
     if not target.noisy and miss(found) > target.tolerance / 2:

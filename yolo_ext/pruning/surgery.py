@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Apply a plan to a model, or to all that a run holds of it, and prove that the result is what the plan says."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -122,22 +120,16 @@ def verify(dense: nn.Module, pruned: nn.Module, kept: Kept) -> float:
     size = stock.probe_size(dense)
     gap = equivalence_gap(dense, pruned, kept, size)
     if not gap <= TOLERANCE:
-        raise CheckFailed(
-            f"Pruning is not exact on this model: pruned and masked outputs differ by {gap:.1e} "
-            f"(limit {TOLERANCE:.0e}). {ADVICE}"
-        )
+        differ = f"pruned and masked outputs differ by {gap:.1e} (limit {TOLERANCE:.0e})"
+        raise CheckFailed(f"Pruning is not exact on this model: {differ}. {ADVICE}")
     check_trainable(pruned, size)
     return gap
 
 
-# While training -------------------------------------------------------------------------------------------------------
 def cut_run(
     model: nn.Module, ema: Any, optimizer: torch.optim.Optimizer, kept: Kept, record: Mapping[str, Any]
 ) -> None:
-    """Cut the live model, its `ModelEMA` and the optimizer by one plan in their numbering; manifests get `record`.
-
-    Optimizer, scheduler and AMP scaler stay the objects that they were.
-    """
+    """Cut the live model, its `ModelEMA` and the optimizer, all in place, by one plan; manifests get `record`."""
     modules, old = dict(model.named_modules()), dict(model.named_parameters())
     slices = {f"{path}.{name}": s for path, dims in kept.items()
               for name, s in parameter_slices(modules[path], dims).items()}  # fmt: skip

@@ -41,12 +41,9 @@ def calibrate(
         observer: Name of the observer, or `package.module:function`; a tensor with one of its own uses that.
         weight_observer: The same for weights; None keeps their ranges, as after AdaRound.
         total: Number of batches, for the progress bar; None where it is not known.
-
-    Returns:
-        The specs and ranges, as `get_state` gives them.
-
-    Raises:
-        UsageError: If there is no such observer, no quantizer or no image, or a tensor never held a finite value.
+    Returns: The specs and ranges, as `get_state` gives them.
+    Raises: `UsageError`: If there is no such observer, no quantizer or no image, or a tensor never held a finite
+        value.
     """
     sites = list(quantizers(model))
     layers = [layer for _, layer, _ in quantized_layers(model) if layer.weight_spec]
@@ -131,7 +128,6 @@ def _numpy(act: nn.Module | None) -> Callable | None:
     return lambda x: act(torch.from_numpy(x.copy()).float()).numpy().astype(np.float64)
 
 
-# What is wrong: values outside, codes that nothing uses, unlike channels ---------------------------------------------
 @dataclass
 class _Seen:
     """What went through one quantizer: how often each code, how many values, their ends, the largest by channel."""

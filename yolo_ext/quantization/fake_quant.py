@@ -24,7 +24,6 @@ MODES = ("float", "off", "observe", "on")  # off: weights only; observe: float, 
 SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 
 
-# Merging -------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def merge_branches(model: nn.Module, batches: Iterable[torch.Tensor]) -> list[str]:
     """Turn blocks of several branches in place into the `Conv` blocks that they become on export; return the paths."""
@@ -69,7 +68,6 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
         norm.bias.copy_(norm.running_mean)
 
 
-# Insertion -----------------------------------------------------------------------------------------------------------
 def _quantize_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (module.residual_quantizer(args[0]), *args[1:])
 
@@ -88,12 +86,9 @@ def insert_fake_quant(
         profile: What the runtime executes.
         exclude: Regular expressions of layer paths that stay float, as for `make_plan`.
         config_list: Changes in the style of NNI, as for `make_plan`.
-
-    Returns:
-        Path -> reason of every convolution and linear layer that stays float.
-
-    Raises:
-        UsageError: If the model carries fake quantizers, a weight is not finite, or nothing is left to quantize.
+    Returns: Path -> reason of every convolution and linear layer that stays float.
+    Raises: `UsageError`: If the model carries fake quantizers, a weight is not finite, or nothing is left to
+        quantize.
     """
     refuse_quantized(model)
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
@@ -169,7 +164,6 @@ def strip_fake_quant(model: nn.Module) -> nn.Module:
     return model
 
 
-# What is inserted ----------------------------------------------------------------------------------------------------
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Yield path, layer and, where it is the convolution of one, the Ultralytics block of every quantized layer."""
     blocks = {id(m.conv): m for m in model.modules() if isinstance(getattr(m, "conv", None), QuantLayer)}

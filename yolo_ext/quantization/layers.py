@@ -22,7 +22,6 @@ OWN = ("lo", "hi", "weight_ratio")  # buffers that ranges are made of
 ADDED = ("_quantizer.lo", "_quantizer.hi", ".weight_ratio")  # ends of what they add to a state dict
 
 
-# Kernels -------------------------------------------------------------------------------------------------------------
 # The operators of torch do not use the vector instructions of a CPU; a few passes over memory are several times faster.
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
     """Quantize and dequantize activations `x` (any shape and float type); scale and zero point are float32 scalars."""
@@ -64,7 +63,6 @@ class _Weight(Function):
 fake_quantize_weight = _Weight.apply  # of a float32 weight, by symmetric codes whose scales broadcast to its shape
 
 
-# Quantizers of activations -------------------------------------------------------------------------------------------
 class _Float32:
     """Keeps what ranges are made of in float32: `.half()` must not round it, only `.to(device)` may move it."""
 
@@ -164,7 +162,6 @@ class QuantAct(nn.Module):
         return q(self.act(x))
 
 
-# Layers --------------------------------------------------------------------------------------------------------------
 class QuantLayer(_Float32):
     """What the quantized layers share; made only by `insert_plan`."""
 

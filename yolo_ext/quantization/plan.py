@@ -51,16 +51,10 @@ def make_plan(
         model: An Ultralytics model without fake quantizers, fused or not.
         profile: What the runtime executes.
         exclude: Regular expressions searched in layer paths; a match keeps the layer float.
-        config_list: Changes in the style of NNI, later entries win. An entry picks layers by `op_types`, `op_names` or
-            `op_names_re`, less `exclude_op_names(_re)`, and says `exclude: true`, or what of them is quantized
-            (`quant_types`) and how (`quant_bits`, `quant_dtype`, `quant_scheme`, `granularity`, `observer`; one value,
-            or one by quant type).
-
-    Returns:
-        The plan, and path -> reason of every convolution and linear layer that stays float.
-
-    Raises:
-        UsageError: If an expression or entry is illegal or matches nothing.
+        config_list: Changes in the style of NNI, later entries win: layers by `op_types`, `op_names(_re)` less
+            `exclude_op_names(_re)`, and `exclude: true` or `quant_types` with `quant_bits`, `quant_scheme`, ...
+    Returns: The plan, and path -> reason of every convolution and linear layer that stays float.
+    Raises: `UsageError`: If an expression or entry is illegal or matches nothing.
     """
     reasons, blocks = float_modules(model), quantizable_blocks(model)
     candidates = {f"{path}.conv": block for path, block in blocks.items() if f"{path}.conv" not in reasons}

@@ -94,7 +94,6 @@ def bake(model: nn.Module) -> None:
         layer.weight_ratio.mul_(torch.where(after > 0, before / after, 1.0))  # the scale stays
 
 
-# From ModelOpt, which need not be installed ---------------------------------------------------------------------------
 # Its checkpoints hold a stock model and ranges of layer inputs and weights: 8 bits, symmetric, weights per channel, as
 # `tensorrt` executes them; ONNX Runtime needs the ranges of the outputs besides.
 def is_modelopt(ckpt: Mapping[str, Any]) -> bool:

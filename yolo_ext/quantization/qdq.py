@@ -35,23 +35,19 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
         out: File to write.
         state: Specs and ranges of the fused or the unfused model.
         profile: What the runtime executes.
-
-    Returns:
-        `{"quantized": [paths], "float": {path: reason}}` over all convolutions and linear layers of the file.
-
-    Raises:
-        UsageError: If the file is missing, not ONNX, not float32 or of too old an opset, or a range is empty.
-        CheckFailed: If a layer of `state` is not in the file, or reads a float tensor where it expects a quantized one.
+    Returns: `{"quantized": [paths], "float": {path: reason}}` over all convolutions and linear layers of the file.
+    Raises: `UsageError`: If the file is missing, not ONNX, not float32 or of too old an opset, or a range is empty.
+        CheckFailed: If a layer of `state` is not in the file, or reads a float tensor where it expects a quantized
+        one.
     """
     wide = any(entry["bits"] > 8 for sites in state.values() for entry in sites.values())
     model = _load(Path(fp32), wide)
     graph = model.graph
     writer = _Writer(graph, Editor(profile, _constants(graph)), state)
     if missing := [path for path in writer.state if path not in writer.found]:
-        raise CheckFailed(
-            f"{fp32} lacks {len(missing)} layers that have calibrated ranges, such as '{missing[0]}'. "
-            "Export the model that was calibrated, and calibrate again after any change of its structure."
-        )
+        remedy = "Export the model that was calibrated, and calibrate again after any change of its structure."
+        lacks = f"lacks {len(missing)} layers that have calibrated ranges, such as '{missing[0]}'"
+        raise CheckFailed(f"{fp32} {lacks}. {remedy}")
     nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
     nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
     nodes = transpose_dfl(nodes, writer.editor) if profile.transpose_dfl else nodes
@@ -229,10 +225,9 @@ class _Writer:
         """Have a layer read its weights as codes, and return the nodes that dequantize them."""
         sites, x = self.state[path], self.quantized.get(node.input[0])
         if x is None and "output" in sites and "input" not in sites and self.editor.profile.functional:
-            raise CheckFailed(
-                f"'{path}' has no input range because it should read a quantized tensor, but '{node.input[0]}' is "
-                "float. Calibrate again with the same exclude list, or exclude this layer too."
-            )
+            why = f"it should read a quantized tensor, but '{node.input[0]}' is float"
+            remedy = "Calibrate again with the same exclude list, or exclude this layer too."
+            raise CheckFailed(f"'{path}' has no input range because {why}. {remedy}")
         if "weight" not in sites:
             return []
         node.input[1:], nodes = self.editor.weights(node, path, sites["weight"], x)

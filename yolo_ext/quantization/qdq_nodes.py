@@ -25,11 +25,9 @@ class Params:
 
 
 def quant_params(entry: dict[str, Any], signed: bool = False, name: str = "a tensor") -> Params:
-    """Return scale and zero point of the range of a site's entry, in the float32 arithmetic of the fake quantizers.
-
-    Signed integers are the same codes less half their number. At 8 and 16 bits a symmetric tensor also has the code
-    below its narrow range, as in TensorRT; only values beyond the range reach it.
-    """
+    """Return scale and zero point of the range of a site's entry, in the float32 arithmetic of the fake quantizers."""
+    # Signed integers are the same codes less half their number. At 8 and 16 bits a symmetric tensor also has the code
+    # below its narrow range, as in TensorRT; only values beyond the range reach it.
     spec = Spec.of(entry)
     lo, hi = (np.float32(entry.get(end, np.nan)) for end in ("lo", "hi"))
     with np.errstate(over="ignore"):
@@ -63,19 +61,13 @@ class Editor:
         return name
 
     def qdq(self, x: str, y: str, params: Params, base: str, clip_behind: bool = False) -> list[NodeProto]:
-        """Return the nodes, named by `base`, that make `y` of `x` by quantizing and dequantizing it.
-
-        Where codes are fewer than the storage type has, clip before the pair, or behind it: then the Q stays next to
-        the convolution that it makes an integer one.
-        """
+        """Return the nodes, named by `base`, that quantize and dequantize `x` into `y`, and clip where needed."""
+        # To clip behind the pair leaves the Q next to the convolution that it makes an integer one.
         scale, zero = self.constant(f"{base}_scale", params.scale), self.constant(f"{base}_zero_point", params.zero)
         source = f"{base}_clipped" if params.clip and not clip_behind else x
         result = f"{base}_unclipped" if params.clip and clip_behind else y
-        codes = f"{base}_quantized"
-        pair = [
-            _node("QuantizeLinear", [source, scale, zero], codes, base),
-            _node("DequantizeLinear", [codes, scale, zero], result, base),
-        ]
+        q = _node("QuantizeLinear", [source, scale, zero], f"{base}_quantized", base)
+        pair = [q, _node("DequantizeLinear", [q.output[0], scale, zero], result, base)]
         if not params.clip:
             return pair
         ends = [self.constant(f"{base}_{end}", v) for end, v in zip(("min", "max"), params.clip)]
@@ -91,19 +83,15 @@ class Editor:
         return y, self.qdq(x, y, params, base)
 
     def weights(self, node: NodeProto, path: str, entry: dict[str, Any], x: Params | None) -> tuple[list[str], list]:
-        """Return the names of weight and bias as a layer with the quantized input `x` reads them, and their DQ nodes.
-
-        The bias becomes INT32 where the profile wants it and both operands have 8 bits at most.
-        """
+        """Return the names of weight and bias as a layer with quantized input `x` reads them, and their DQ nodes."""
         w, spec = self.constants[node.input[1]], Spec.of(entry)
         if w.dtype != np.float32:
             raise UsageError(f"The weight of '{path}' is {w.dtype}; INT8 starts from a float32 export (half=False).")
         axis, qmax = channel_axis(node) % w.ndim, np.float32(spec.qmax)
         ratio = np.asarray(entry.get("ratio", [1.0]), np.float32)
         if ratio.size not in (1, w.shape[axis] if spec.per_channel else 1):
-            raise CheckFailed(
-                f"The weight of '{path}' has {w.shape[axis]} channels, its state {ratio.size}. Calibrate again."
-            )
+            has = f"has {w.shape[axis]} channels, its state {ratio.size}"
+            raise CheckFailed(f"The weight of '{path}' {has}. Calibrate again.")
         dims = tuple(d for d in range(w.ndim) if d != axis or not spec.per_channel)
         scale = np.maximum(np.abs(w).max(dims).reshape(-1) * ratio, np.float32(1e-12)) / qmax
         bias = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else None
@@ -140,7 +128,6 @@ def channel_axis(node: NodeProto) -> int:
     return 0 if node.op_type == "Conv" else -1 if node.op_type == "MatMul" else 1
 
 
-# Rewrites ------------------------------------------------------------------------------------------------------------
 def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
     """Return the nodes with every `x * sigmoid(x)` as one QuickGelu, which ONNX Runtime makes in float graphs only."""
     uses = Counter([*(name for n in nodes for name in n.input), *(o.name for o in graph.output)])
@@ -156,10 +143,8 @@ def fuse_silu(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]
 
 
 def transpose_dfl(nodes: list[NodeProto], editor: Editor) -> list[NodeProto]:
-    """Return the nodes with the DFL softmax over the last axis, where ONNX Runtime is about ten times faster.
-
-    Behind (batch, 4, anchors, 16) instead of (batch, 16, 4, anchors), the Conv is a MatMul with the same numbers.
-    """
+    """Return the nodes with the DFL softmax over the last axis, where ONNX Runtime is about ten times faster."""
+    # Behind (batch, 4, anchors, 16) instead of (batch, 16, 4, anchors), the Conv is a MatMul with the same numbers.
     makers = {n.output[0]: n for n in nodes}
     for conv in nodes:
         softmax = makers.get(conv.input[0]) if conv.op_type == "Conv" and "dfl" in conv.name else None

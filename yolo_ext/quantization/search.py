@@ -34,15 +34,10 @@ FLOOR = 0.25  # share of the mean ms of a group below which a gain in time is no
 Score = Callable[[nn.Module], float]
 
 
-# Sensitivity ---------------------------------------------------------------------------------------------------------
 def sensitivity(
-    model: nn.Module,
-    state: State,
-    batches: Iterable[torch.Tensor],
-    by: str = "layer",
-    score: Score | None = None,
+    model: nn.Module, state: State, batches: Iterable[torch.Tensor], by: str = "layer", score: Score | None = None,
     costs: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Quantize each layer alone and compare what is detected with the float model.
 
     Args:
@@ -52,15 +47,9 @@ def sensitivity(
         by: `layer`, or `block` for all layers of one entry of the model YAML (or branch of the head) together.
         score: Accuracy of a model, 0 to 1; measured for each group if given.
         costs: Layer path -> ms that INT8 saves there.
-
-    Returns:
-        `by`, `images`, `anchors` (number compared), `base` (`map` of the float model), `all` (errors with everything
-        quantized) and `groups`, the worst first: `name`, `layers`, `error` (mean share in the box and score errors of
-        all), `box_mean` (px), `score_max` and `score_mean` at confident anchors, `sqnr` (dB, class logits; 200 where
-        none changed), `map` and `map_drop` with a score, `ms` and `error_per_ms` with costs.
-
-    Raises:
-        UsageError: If there are no images or no quantized layers, or `by` is illegal.
+    Returns: `groups`, the worst first, with errors of boxes (px) and scores at confident anchors, `sqnr` (dB, of class
+        logits), and what `score` and `costs` add; `all`, the errors with everything quantized; `base`, the float model.
+    Raises: `UsageError`: If there are no images or no quantized layers, or `by` is illegal.
     """
     if by not in ("layer", "block"):
         raise UsageError(f"'by={by}' is illegal. Legal: layer, block.")
@@ -184,7 +173,6 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-# Mixed precision -----------------------------------------------------------------------------------------------------
 def order(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the layers of each group that `sensitivity` found, those first whose INT8 costs most for what it saves."""
     by_value = sorted(found["groups"], key=lambda g: (-g.get("error_per_ms", g["error"]), g["name"]))
@@ -194,11 +182,10 @@ def order(found: Mapping[str, Any]) -> list[list[str]]:
 def fewest_float(
     order: Sequence[Sequence[str]], evaluate: Callable[[list[str]], float], budget: float
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the layers of the first groups that must stay float to hold a budget, and the trials.
+    """Return the layers of the first groups that must stay float to hold a budget, and trials (groups `float`, `drop`).
 
     `evaluate` gives the loss of a model whose layers of these paths are float. The number of groups is doubled until
-    the budget holds, then the gap is halved: the smallest number if the loss falls as more layers are float. If no
-    trial holds it, the one that lost least counts. A trial has the number of groups `float` and its `drop`.
+    the budget holds, then the gap is halved. If no trial holds it, the one that lost least counts.
     """
     trace: list[dict[str, float]] = []
 
@@ -238,10 +225,7 @@ def leave_float(
     model: nn.Module, state: State, excluded: Sequence[str], profile: Profile, cfg: QuantConfig,
     batches: Callable[[], Iterable[torch.Tensor]],
 ) -> State:  # fmt: skip
-    """Return the state of a float model, which is not changed, with these layers left float.
-
-    A layer behind them that read their codes gets a range of its own, measured on images from `batches` (B, C, H, W).
-    """
+    """Return the state of a float model with these layers left float; readers of their codes get ranges from images."""
     plan, _ = make_plan(model, profile, cfg.exclude, [*cfg.config_list, *config_list(excluded)])
     given = known(plan, state)
     if all(plan[path].keys() == sites.keys() for path, sites in given.items()):

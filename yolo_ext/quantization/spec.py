@@ -63,7 +63,6 @@ def plan_of(state: State) -> Plan:
     return {path: {site: Spec.of(entry) for site, entry in sites.items()} for path, sites in state.items()}
 
 
-# Profiles ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Profile:
     """What one runtime needs of a quantized graph."""
@@ -122,8 +121,7 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def resolve_profile(name: str) -> Profile:
     """Return the profile of a name in `PROFILES`; `auto` picks one by the flags of this CPU.
 
-    Raises:
-        UsageError: If there is no such profile.
+    Raises: `UsageError`: If there is no such profile.
     """
     if name == "auto":
         name = "ort-x86-vnni" if has_vnni() else "ort-x86"
@@ -133,7 +131,6 @@ def resolve_profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-# Between profiles ----------------------------------------------------------------------------------------------------
 def convert(state: State, source: Profile, target: Profile) -> State:
     """Return the state for another profile than that it was made for, or refuse what would compute something else.
 

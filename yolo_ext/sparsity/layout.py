@@ -71,7 +71,6 @@ def _slots(modules: Mapping[str, nn.Module], group: Group, inference: bool) -> S
     return found
 
 
-# Numbering ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Layout:
     """Where each of the C channels sits."""

@@ -170,7 +170,6 @@ class Sparsifier:
         if self.controller:
             vars(self.controller).update(state["auto"])
 
-    # Parts ----------------------------------------------------------------------------------------------------------
     def _channels(self, model: nn.Module) -> Channels:
         """Return all channels as they are now."""
         own, gammas = self.layout, layout.read_scales(model, self.layout)
@@ -192,9 +191,8 @@ class Sparsifier:
     def _ease(self) -> torch.Tensor | float:
         """Return (C,) ease of each channel: median over own root mean square of the gradient of its scales.
 
-        This is the proximal step in the metric of an adaptive optimizer (ProxGen, Yun et al., 2020, arXiv:2007.07484;
-        Melchior et al., 2019, arXiv:1910.10094). A squared gradient estimates how much the loss needs a scale (Fisher
-        information), which magnitudes that are all alike after normal training do not show.
+        The proximal step in the metric of adaptive optimizers (ProxGen, Yun et al., 2020, arXiv:2007.07484): a squared
+        gradient tells how much the loss needs a scale, which magnitudes after normal training do not.
         """
         if "squares" not in self.state:
             return 1.0

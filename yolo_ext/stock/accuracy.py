@@ -27,10 +27,9 @@ def accuracy(
 ) -> dict[str, float]:  # fmt: skip
     """Measure a model on the val split: boxes as `map50`, `map`, `f1` and its `f1_conf`, classifiers as `top1`.
 
-    A model, or ``.pt``, is not changed and runs without rectangular batches (`end2end`: by its NMS-free head). So its
-    static export (``.onnx``, ``*_openvino_model``), which has its own size and batch, sees the same pixels. `data` is
-    a YAML, or the folder of a classification set; nothing is downloaded. `like` is the validator of a trainer, whose
-    class and arguments count instead, and `loader` replaces a new one. `options` are of Ultralytics.
+    A model, or ``.pt``, runs without rectangular batches (`end2end`: by its NMS-free head), so that its static export
+    (``.onnx``, ``*_openvino_model``) sees the same pixels. `data` is a YAML, or the folder of a classification set;
+    nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead.
     """
     net = float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -55,7 +55,6 @@ ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
 ]
 
 
-# Ultralytics --------------------------------------------------------------------------------------------------------
 def check_stock() -> None:
     """Refuse an Ultralytics outside the tested range, or one that lacks what this package builds on."""
     have = ultralytics.__version__
@@ -120,7 +119,6 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
         LOGGER.setLevel(level)
 
 
-# Models and the machine ---------------------------------------------------------------------------------------------
 @contextmanager
 def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
     """Put a model into eval mode; afterwards each module is back in its own one and the handles of hooks are gone."""

@@ -98,7 +98,6 @@ class Quant(Technique):
             metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
             LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found['ptq']:.4f} (float {found['base']:.4f})")
 
-    # By epoch and step ----------------------------------------------------------------------------------------------
     def before_epoch(self, trainer: Any) -> None:
         """Let ranges follow the data, or fix them."""
         for model in (live(trainer), trainer.ema.ema):
@@ -116,7 +115,6 @@ class Quant(Technique):
         if trainer.world_size > 1 and trainer.epoch < self.cfg.observe_epochs:
             mean_of_ranks(live(trainer), trainer.world_size)
 
-    # Checkpoints and validation -------------------------------------------------------------------------------------
     def as_stock(self, model: nn.Module) -> nn.Module:
         """Return a copy of stock classes that carries specs and ranges in its manifest."""
         copy = deepcopy(model)

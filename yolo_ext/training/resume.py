@@ -37,7 +37,6 @@ class Exact:
         self._state: dict[str, Any] | None = None  # whose random part waits for the first epoch
         self._epoch = -1
 
-    # Rhythm ---------------------------------------------------------------------------------------------------------
     def before_epoch(self, trainer: Any) -> None:
         """Go on exactly in the first epoch of a resumed run; in one that is started again, gradients are gone."""
         if self._state:
@@ -72,7 +71,6 @@ class Exact:
                 self._shift = 0
                 _warn(f"Ultralytics {__version__} accumulates gradients in a way that yolo_ext does not know")
 
-    # State ----------------------------------------------------------------------------------------------------------
     def save(self, trainer: Any) -> None:
         """Write the state of training in full precision beside the checkpoint that is going to be written next."""
         name, keys, *rest = np.random.get_state(legacy=True)
