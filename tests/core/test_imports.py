@@ -140,3 +140,8 @@ def test_the_house_stays_small():
         sizes.append(node.end_lineno - node.lineno + 1 - doc)
     assert sum(t.count("\n") for t in texts) <= 17_000 and len(texts) <= 95
     assert median(sizes) <= 8 and sorted(sizes)[int(0.99 * len(sizes))] <= 40
+
+
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest imports test files by their bare name"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from yolo_ext.core.errors import UsageError
@@ -412,7 +412,9 @@ def test_boxes_land_where_they_are(bins, scale, x, y):
     # Bins hold no negative distances, so only cells whose neighbours in the teacher are inside too tell the truth.
     inside = ((there.ltrb[0] * stride).amin(-1) >= 2 * stride[:, 0] / min(scale)) if bins > 1 else slice(None)
     corners = torch.cat((there.anchors - there.ltrb[0, :, :2], there.anchors + there.ltrb[0, :, 2:]), -1) * stride
-    assert (corners - true).abs()[inside].max() < 0.01
+    gaps = (corners - true).abs()[inside]
+    assume(gaps.numel())  # a box at the border may have no such cell
+    assert gaps.max() < 0.01
 
 
 @settings(max_examples=20, deadline=None)
