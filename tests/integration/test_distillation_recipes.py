@@ -51,7 +51,7 @@ def test_recipes_run_to_the_end(recipe, tiny, wide, shapes, tmp_path):
     share = stock.gflops(model) / stock.gflops(load_model(tiny)[0])
     assert share == pytest.approx(0.5 if pruned else 1.0, rel=0.05)
     known = {"kd_sparse": {"sparsity"}, "kd_qat": {"quant"}}.get(recipe, {"prune"} if pruned else set())
-    assert known <= set(getattr(model, MANIFEST))
+    assert known <= set(getattr(model, MANIFEST, {}))  # a model that nothing was done to has none
     assert YOLO(str(best)).predict(torch.zeros(1, 3, 64, 64), verbose=False)
 
 
