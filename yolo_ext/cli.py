@@ -2,6 +2,7 @@
 """`yolo-ext COMMAND key=value ...`: the `yolo` command line with dotted keys for compression, and its help."""
 
 import inspect
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from yolo_ext import __version__
-from yolo_ext.commands import COMMANDS, HELP, command, keys, need, takes_native
-from yolo_ext.core.config import CONFIGS, comma_list, default_yaml, help_lines, load_recipe
+from yolo_ext.commands import COMMANDS, HELP, LOGGER, command, keys, need, takes_native
+from yolo_ext.core.config import CONFIGS, comma_list, default_yaml, help_lines, load_recipe, misspelt, option_names
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import Table, suggest
 
@@ -27,6 +28,8 @@ TABLES = {  # of methods, by technique
     "quant": ("quantization.observers:observers", "quantization.observers:weight_observers"),
 }
 STOCK = (*FORWARDED, "predict")  # whose keys Ultralytics reads; predict is ours where it compares
+VARIABLE = "YOLO_EXT_"  # start of a variable that holds an option: YOLO_EXT_MODEL, YOLO_EXT_PRUNE__SPEEDUP
+PLAIN = ("help", "cfg", "version", "checks")  # commands that take nothing from the environment
 FURTHER = {"native": "further", "place": "run folder"}  # what stands for several keys
 USAGE = """yolo-ext {version}: compression for stock Ultralytics YOLO
 
@@ -40,7 +43,8 @@ Usage: yolo-ext [TASK] COMMAND key=value ...
   yolo-ext quantize model=best.pt data=data.yaml quant.calib=300
   yolo-ext convert format=voc source=VOC2012 out=voc_yolo
 
-All Ultralytics keys are accepted. recipe=FILE.yaml reads options from a file.
+All Ultralytics keys are accepted. recipe=FILE.yaml reads options from a file, YOLO_EXT_PRUNE__SPEEDUP=2 in the
+environment stands for prune.speedup=2. The command line wins over the recipe, the recipe over the environment.
 """
 
 
@@ -84,7 +88,8 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
     try:
         if command == "predict" and "compare" in options:
             return _run(command, options)
-        yolo_entrypoint(words)
+        given = {word.partition("=")[0].removeprefix("--") for word in words}
+        yolo_entrypoint([*words, *(f"{k}={v}" for k, v in options.items() if k not in given)])  # of the environment
     except UsageError:
         raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
@@ -128,11 +133,34 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         problems.append(f"The command is missing. Legal: {', '.join(names)}.")
     if problems:
         raise UsageError("\n".join(problems) + "\nSee `yolo-ext help`.")
-    recipe = flat.pop("recipe", None)
-    options = _nest({**(load_recipe(recipe) if recipe else {}), **flat})
+    outside = _environment(command)
+    recipe = flat.pop("recipe", outside.pop("recipe", None))
+    options = _nest({**outside, **(load_recipe(recipe) if recipe else {}), **flat})
     if command not in STOCK:
         _check_keys(command, options)
     return command, options
+
+
+def _environment(command: str) -> dict[str, Any]:
+    """Return the options of a command that stand in environment variables, flat; refuse names of no command."""
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    names = {v.removeprefix(VARIABLE).lower().replace("__", "."): v for v in os.environ if v.startswith(VARIABLE)}
+    if command in PLAIN or not names:
+        return {}
+    legal = {*DEFAULT_CFG_DICT, *option_names(), *CONFIGS, "recipe", *(k for r in COMMANDS for k in keys(r.fn))}
+    shown = [VARIABLE + key.upper().replace(".", "__") for key in sorted(legal)]
+    unknown = [f"Unknown environment variable '{v}'.{suggest(v, shown)}" for k, v in names.items() if k not in legal]
+    own = [*(DEFAULT_CFG_DICT if command in STOCK or takes_native(COMMANDS[command].fn) else ()), "recipe"]
+    own += keys(COMMANDS[command].fn) if command in COMMANDS.names() else []
+    found: dict[str, Any] = {}
+    for key, variable in names.items():
+        if key.split(".")[0] in own:  # others are for other commands
+            unknown += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
+    if unknown:
+        raise UsageError("\n".join(unknown))
+    LOGGER.info(f"From the environment: {', '.join(names[k] for k in found) or 'nothing'}")
+    return found
 
 
 def _read_pair(word: str, flat: dict[str, Any]) -> list[str]:
@@ -165,8 +193,10 @@ def _check_keys(command: str, options: Mapping[str, Any]) -> None:
     own, native = [*keys(COMMANDS[command].fn)], takes_native(COMMANDS[command].fn)
     legal = [*own, *(DEFAULT_CFG_DICT if native else ())]
     if unknown := [k for k in options if k not in legal]:
-        dotted = [key for t in CONFIGS for key, _, _ in help_lines(t)]
-        lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, legal + dotted)}" for k in unknown]
+        near = legal + [n for n in option_names() if n.split(".")[0] in own]
+        lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, near)}" for k in unknown]
+        for technique in (t for t in CONFIGS if t in own and isinstance(options.get(t), Mapping)):
+            lines += misspelt(technique, options[technique])
         told = f" Legal: {', '.join(own)}" + (" and all Ultralytics keys." if native else ".") if own else ""
         raise UsageError("\n".join(lines) + told + f"\nSee `yolo-ext help {command}`.")
 

@@ -19,10 +19,11 @@ from ultralytics.utils import LOGGER
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.stock.context import cpu_info, get_save_dir
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
-NESTED = {"latency_ms": ("torch", "ort", "ort_int8"), "map_onnx": ("fp32", "int8")}
+NESTED = {"latency_ms": ("torch", "ort", "ort_int8", "unsure"), "map_onnx": ("fp32", "int8")}
 Rows = list[dict[str, Any]]
 
 
@@ -67,12 +68,14 @@ def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = Fal
     if resume and not (path / "compress.yaml").exists():
         raise UsageError(f"Nothing to resume in '{path}'. Give the name= (and project=) of an unfinished compress run.")
     path.mkdir(parents=True, exist_ok=True)
+    log_to(path)
     return path
 
 
 def discard(folder: Path) -> None:
     """Remove the folder of a run that was refused, unless it holds more than Ultralytics puts there at once."""
-    if {p.name for p in folder.rglob("*")} <= {"args.yaml", "weights"}:
+    if {p.name for p in folder.rglob("*")} <= {"args.yaml", "weights", FILE}:
+        let_go()
         shutil.rmtree(folder)
 
 

@@ -22,6 +22,7 @@ from yolo_ext.core.config import (
     default_yaml,
     help_lines,
     parse,
+    without_effect,
 )
 from yolo_ext.core.errors import UsageError
 
@@ -138,7 +139,9 @@ def test_every_option_has_help_and_a_legal_default(technique, option):
         ({"prune": {"ratio": 1.0}}, "'prune.ratio=1.0' is out of range. Legal: at least 0.0 and below 1.0."),
         ({"prune": {"kind": "unstructured", "speedup": 2}}, "'prune.kind=unstructured' needs 'prune.ratio'"),
         ({"prune": {"kind": "2:4", "ratio": 0.5}}, "'prune.kind=2:4' always zeroes half"),
-        ({"prune": {"kind": "2:4", "scope": "isomorphic"}}, "knows no 'ratios', 'sensitivity' or 'scope=isomorphic'"),
+        ({"prune": {"kind": "2:4", "scope": "isomorphic"}}, "'prune.kind=2:4' knows no prune.scope. Leave them out"),
+        ({"prune": {"kind": "unstructured", "ratio": 0.5, "scope": "isomorphic"}}, "Legal: global, local."),
+        ({"prune": {"config_list": []}}, "Unknown option 'prune.config_list'. Did you mean 'quant.config_list'?"),
         ({"prune": {"ratio": 0.5, "at": [1], "every": 2}}, "'prune.at' lists the epochs: leave 'prune.every'"),
         ({"prune": {"ratio": 0.5, "at": [5, 1]}}, "'prune.at=[5, 1]' is illegal: give each epoch once, in order"),
         ({"prune": {"ratio": 0.5, "steps": 2, "start": 5, "end": 2}}, "'prune.end=2' is before 'prune.start=5'"),
@@ -169,6 +172,39 @@ def test_all_problems_in_one_message():
     assert message.startswith("4 problems with the options:\n")
     for part in ("prune.speedup=0.5", "'prune.method'?", "quant.calib=0", "'distill'?"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("given_", "stages", "idle"),
+    [
+        ({"prune": {"speedup": 2, "runtime": "torch"}}, True, ["prune.runtime (only with prune.latency)"]),
+        ({"prune": {"speedup": 2, "budget": 0.1}}, True, ["prune.budget (only with prune.scope=pagcp)"]),
+        ({"prune": {"scope": "pagcp", "budget": 0.1}}, True, []),
+        (
+            {"prune": {"speedup": 2, "schedule": "linear"}},
+            True,
+            ["prune.schedule (only with prune.at or every or steps)"],
+        ),
+        ({"prune": {"speedup": 2, "schedule": "linear", "every": 2}}, True, []),
+        ({"prune": {"speedup": 2, "compare": True}}, True, []),
+        ({"prune": {"speedup": 2, "compare": True}}, False, ["prune.compare (only in compress, prune and quantize)"]),
+        ({"sparsity": {"target": 0.3}}, True, ["sparsity.target (only with sparsity.auto)"]),
+        ({"sparsity": {"target": 0.3, "auto": True}}, True, []),
+        ({"distill": {"share": 0.5}}, True, ["distill.share (only with distill.balance=auto)"]),
+        ({"quant": {"mode": "ptq", "lr0": 1.0, "epochs": 10}}, True, ["quant.lr0 (only with quant.mode=auto/qat)"]),
+        ({"quant": {"mode": "qat", "mixed": False}}, True, ["quant.mixed (only with quant.mode=auto/ptq)"]),
+    ],
+)
+def test_what_has_no_effect_beside_the_other_options(given_, stages, idle):
+    assert without_effect(parse(given_), stages=stages) == idle
+
+
+@pytest.mark.parametrize(("technique", "option"), [(t, f) for t, f in EVERY if "only" in f.metadata])
+def test_conditions_name_options_and_values_that_there_are(technique, option):
+    known = {f.name: f for f in fields(CONFIGS[technique])}
+    for part in option.metadata["only"].split(" or "):
+        name, _, values = part.partition("=")
+        assert set(values.split("/")) - {""} <= set(known[name].metadata.get("choices", ()))
 
 
 @pytest.mark.parametrize("off", [None, False])

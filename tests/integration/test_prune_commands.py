@@ -28,14 +28,15 @@ SENSITIVITY = f"sensitivity model=tiny.pt {D} imgsz=64 ratios=0.5 prune.include=
 
 
 @pytest.fixture
-def prune(place, capsys):
+def prune(run):
     """Return a function that runs a command and returns its run folder."""
 
-    def run(words: str, name: str = "run") -> Path:
-        assert cli.main([*words.split(), f"project={place}", f"name={name}"]) == 0, capsys.readouterr().err
-        return place / name
+    def succeed(words: str, name: str = "run") -> Path:
+        status, folder, said = run(words, name)
+        assert status == 0, said
+        return folder
 
-    return run
+    return succeed
 
 
 def layers(folder: Path, stage: str = "prune") -> dict[str, dict]:
@@ -200,10 +201,10 @@ def test_sensitivity_goes_on_where_it_was_killed(place, prune, monkeypatch):
     assert json.loads((place / "part/sensitivity.json").read_text()) == whole
 
 
-def test_sensitivity_of_other_options_is_not_mixed_in(place, prune, capsys):
+def test_sensitivity_of_other_options_is_not_mixed_in(prune, capsys):
     folder = prune(SENSITIVITY + "prune.include=5", "a")
     before = (folder / "sensitivity.json").read_text()
-    words = [*SENSITIVITY.split(), "prune.include=3", f"project={place}", "name=a", "exist_ok=True"]
+    words = [*SENSITIVITY.split(), "prune.include=3", f"project={folder.parent}", "name=a", "exist_ok=True"]
     assert cli.main(words) == 2
     assert "belongs to another model, other options or other data" in capsys.readouterr().err
     assert (folder / "sensitivity.json").read_text() == before
@@ -319,7 +320,12 @@ CASES = {
     # while training
     "frozen": (TRAINED + "epochs=2 freeze=2 prune.speedup=1.5", ["frozen layers", "prune.exclude=[1]"]),
     "frozen later": (TRAINED + "epochs=3 freeze=2 prune.speedup=1.5 prune.at=[1]", ["frozen layers"]),
-    "frozen masks": (TRAINED + "epochs=1 freeze=2 prune.kind=2:4", ["frozen layers"]),
+    "frozen masks": (TRAINED.replace(FEW, "") + "epochs=1 freeze=2 prune.kind=2:4", ["frozen layers"]),
+    "masks by a criterion": (NO_DATA + "prune.kind=2:4 prune.method=random", ["prune.kind=2:4", "prune.method"]),
+    "masks with floors": (
+        NO_DATA + "prune.kind=unstructured prune.ratio=0.5 prune.round_to=4 prune.min_channels=2 prune.compare=True",
+        ["prune.kind=unstructured", "prune.round_to, prune.min_channels, prune.compare"],
+    ),
     "frozen in train": (T + "freeze=2", ["frozen layers"]),
     "at beyond": (TRAINED + "epochs=2 prune.speedup=1.5 prune.at=[1,2]", ["prune.at=[1, 2]", "0 to 1"]),
     "at beyond in train": (T + "prune.at=[1,2]", ["prune.at=[1, 2]", "0 to 1"]),
@@ -385,6 +391,6 @@ def test_rtdetr_is_pruned_without_data(prune, place):
 
 
 def test_the_check_before_the_run_says_nothing_that_the_run_says_again(prune, caplog):
-    prune(NO_DATA + "prune.size_mb=0.4")
+    folder = prune(NO_DATA + "prune.size_mb=0.4")
     assert "prune.round_to=8 leaves nothing nearer" not in caplog.text
-    assert isinstance(load_model("run/weights/best.pt")[0], DetectionModel)
+    assert isinstance(load_model(folder / "weights/best.pt")[0], DetectionModel)

@@ -6,22 +6,29 @@ Modules of commands import nothing heavy at the top: the command line reads them
 
 import functools
 import inspect
-import logging
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import LOGGER, logged
 from yolo_ext.core.registry import Table, suggest
 
 F = TypeVar("F", bound=Callable[..., Any])
-LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
 COMMANDS = Table("command")
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
+# Keys of Ultralytics: prediction and no training reads them, both read them, only exports do, nothing does.
+PREDICTS = ("source", "vid_stride", "stream_buffer", "retina_masks", "show", "save_frames", "save_crop", "show_boxes",
+            "line_width")  # fmt: skip
+BOTH = ("agnostic_nms", "augment", "batch", "cfg", "channels_last", "classes", "compile", "conf", "data", "device",
+        "dnn", "half", "imgsz", "iou", "max_det", "model", "nms", "quantize", "rect", "save", "save_conf", "save_txt",
+        "show_conf", "show_labels", "task", "verbose", "visualize")  # fmt: skip
+EXPORTS = ("format", "optimize", "dynamic", "simplify", "opset", "workspace")
+NEITHER = ("mode", "tracker", "embed")
 HELP = {  # of keys that a command does not explain itself
     "imgsz": "Side of the square input in pixels; that of the training by default",
     "quant": "Options of quantization",
@@ -46,7 +53,8 @@ def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable
             for key, value in inspect.signature(fn).bind(*args, **options).arguments.items():
                 if value is not None and (legal := _legal(kinds.get(key, Any), value)):
                     raise UsageError(f"'{key}={value}' is illegal{legal}")
-            return fn(*args, **options)
+            with logged():
+                return fn(*args, **options)
 
         checked.__dict__["like"] = like
         return COMMANDS.row(fn.__name__, summary)(typing.cast(F, checked))
@@ -104,13 +112,31 @@ def numbers(key: str, given: Any, kind: Callable[[str], Any], legal: Callable[[A
     return found
 
 
-def check_native(model: Any, native: dict[str, Any]) -> None:
-    """Check the keys of Ultralytics before anything else happens; a task word, which is taken out, has to be right."""
+def refuse_unread(command: str, native: Mapping[str, Any], unread: Callable[[str], bool]) -> None:
+    """Refuse keys of Ultralytics that a command does not read; those that have their default do no harm."""
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    if found := [k for k, v in native.items() if unread(k) and v != DEFAULT_CFG_DICT.get(k)]:
+        raise UsageError(f"'{command}' does not read {', '.join(found)} of Ultralytics. Leave it out.")
+
+
+def tell_idle(keys: Sequence[str]) -> None:
+    """Warn of keys without an effect, once for all."""
+    if keys:
+        LOGGER.warning(f"Without effect here: {', '.join(keys)}")
+
+
+def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:
+    """Check the keys of Ultralytics before anything else happens; a task word, which is taken out, has to be right.
+
+    Those that no training reads are refused, but for those that the command reads `also`.
+    """
     from ultralytics.utils.torch_utils import select_device
 
     from yolo_ext import stock
     from yolo_ext.stock.context import get_cfg
 
+    refuse_unread(command, native, lambda key: key in {*PREDICTS, *EXPORTS, *NEITHER} - {*also})
     task = native.pop("task", None)
     try:
         get_cfg(overrides={**native})

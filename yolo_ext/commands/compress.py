@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, Count, Natural, Technique, check_native, command, need
-from yolo_ext.core.config import COMPRESS_DEFAULTS, TARGETS, cfg_dir
+from yolo_ext.commands import EXPORTS, PLACE, Count, Natural, Technique, check_native, command, need, tell_idle
+from yolo_ext.core.config import COMPRESS_DEFAULTS, TARGETS, cfg_dir, changed, parse, without_effect
+from yolo_ext.core.log import LOGGER
 
 SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
 BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
@@ -17,7 +18,7 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
 def compress(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
-    resume: bool = False, **native: Any,
+    resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a trained YOLO and prove the result; a technique is switched off by None.
 
@@ -29,20 +30,22 @@ def compress(
         prune: Options of pruning; True removes half of the FLOPs.
         distill: Options of the distillation while fine-tuning.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
+        save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
     Raises: `UsageError` if the input is wrong; nothing has been written then.
     """
     techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": _on("distill", distill),
                   "quant": _on("quant", quant)}  # fmt: skip
-    return _compress("compress", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
+    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    return _compress("compress", model, data, techniques, own, native)
 
 
 @command("Train with any technique in the loop")
 def train(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
-    resume: bool | str = False, **native: Any,
+    resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a YOLO with our trainer of its task.
 
@@ -56,6 +59,7 @@ def train(
         distill: Options of distillation.
         quant: Options of quantization-aware training.
         resume: Go on with a training that was stopped.
+        save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json``.
     Raises: `UsageError` if the input is wrong.
@@ -64,9 +68,11 @@ def train(
 
     if not resume:
         need({"data": data}, "data")
-    check_native(model, native)
-    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "resume": resume or None, "sparsity": sparsity,
-             "prune": prune, "distill": distill, "quant": quant}  # fmt: skip
+    check_native("train", model, native)
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
+    tell_idle(without_effect(parse(techniques), stages=False))
+    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "resume": resume or None,
+             "save_optimizer": save_optimizer or None, **techniques}  # fmt: skip
     return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
 
 
@@ -74,7 +80,7 @@ def train(
 def prune(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
-    resume: bool = False, **native: Any,
+    resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
 
@@ -83,14 +89,15 @@ def prune(
         data: Dataset YAML; may be left out with ``epochs=0``.
     """
     techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": distill, "quant": quant}
-    return _compress("prune", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
+    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    return _compress("prune", model, data, techniques, own, native)
 
 
 @command("Train a student with a teacher", like=train)
 def distill(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
-    resume: bool | str = False, **native: Any,
+    resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `train` does, whose keys these are, with distillation on by default.
 
@@ -99,14 +106,15 @@ def distill(
         distill: Options of distillation, such as `distill.teacher`.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": _on("distill", distill), "quant": quant}
-    return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, **techniques, **{"name": "distill", **native})
+    return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, save_optimizer=save_optimizer, **techniques,
+                 **{"name": "distill", **native})  # fmt: skip
 
 
 @command("INT8 by PTQ or QAT, as ONNX", like=compress)
 def quantize(
     model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
-    resume: bool = False, **native: Any,
+    resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but quantization on by default.
 
@@ -116,7 +124,8 @@ def quantize(
         epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": _on("quant", quant)}
-    return _compress("quantize", model, data, resume, {**techniques, "imgsz": imgsz, "epochs": epochs}, native)
+    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    return _compress("quantize", model, data, techniques, own, native)
 
 
 @command("Generate data, train a small YOLO and compress it; needs no network")
@@ -147,13 +156,30 @@ def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
     return summary
 
 
-def _compress(mode: str, model: Any, data: Any, resume: bool, options: Any, native: dict[str, Any]) -> dict[str, Any]:
+def _compress(mode: str, model: Any, data: Any, techniques: Any, own: Any, native: dict[str, Any]) -> dict[str, Any]:
     """Run the pipeline under the name of a command."""
     from yolo_ext.pipeline import compress as run
 
-    check_native(model, native)
-    given = {k: v for k, v in options.items() if v is not None}
-    return run(model=model, data=data, resume=resume, **{**native, **given, "mode": mode})
+    configs = parse(techniques)
+    check_native(mode, model, native, also=EXPORTS if configs["quant"] else ())
+    tell_idle([*without_effect(configs), *_untrained(configs, own["epochs"], native)])
+    given = {k: v for k, v in {**techniques, **own}.items() if v is not None}
+    return run(model=model, data=data, **{**native, **given, "mode": mode})
+
+
+def _untrained(configs: Mapping[str, Any], epochs: int | None, native: Mapping[str, Any]) -> list[str]:
+    """Name the keys that are for trainings which this run does not have, and why."""
+    distill, quant = configs["distill"], configs["quant"]
+    qat, tunes = quant and quant.mode != "ptq", epochs != 0 and (configs["prune"] or distill)
+    before = tunes or configs["sparsity"]  # a training before QAT
+    taught = before or (qat and quant.supervision != "features")
+    found = {
+        "nothing is trained": () if before or qat else sorted({*native} - {*PLACE, *EXPORTS, "freeze"}),
+        "quant.lr0 is that of QAT": {"lr0"} & {*native} if qat and not before else (),
+        "nothing is fine-tuned without prune or distill": ("epochs",) if epochs and not tunes else (),
+        "no training to distill in": () if taught or not distill else [f"distill.{k}" for k in changed(distill)],
+    }
+    return [f"{', '.join(keys)} ({why})" for why, keys in found.items() if keys]
 
 
 def _on(technique: str, given: Technique) -> Technique:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Natural, Share, command
+from yolo_ext.commands import BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, command, refuse_unread
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
@@ -62,7 +62,7 @@ def label(
         raise UsageError(f"Unknown label format '{format}'.{suggest(format, [*FORMATS])} Legal: {', '.join(FORMATS)}.")
     folder = Path(out).resolve()
     root, images = find_images(source, folder)
-    task, names, size = _about(model, imgsz)
+    task, names, size, channels = _about(model, imgsz)
     wanted = _choose(classes, names)
     digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]
     settings = {"model": digest, "imgsz": size, "conf": conf, "iou": iou, "classes": wanted,
@@ -73,7 +73,7 @@ def label(
         done = label_images(
             images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
             names, settings, format=format, beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf,
-            previews=previews, files=files or "none")  # fmt: skip
+            previews=previews, files=files or "none", channels=channels)  # fmt: skip
     found, told = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]
@@ -85,36 +85,37 @@ def label(
     return found
 
 
-def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], int]:
-    """Return task, class names and image size of a model after checking that it finds boxes or polygons."""
+def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], int, int]:
+    """Return task, class names, image size and channels of a model after checking that it finds boxes or polygons."""
     from yolo_ext import stock
 
     if Path(model).suffix == ".onnx":
-        task, names, size = _about_onnx(model, imgsz)
+        task, names, size, channels = _about_onnx(model, imgsz)
     elif Path(model).suffix == ".pt":
         net, ckpt = stock.load_model(model)
         task, names, size = stock.task_of(net), net.names, stock.image_size(net, ckpt, imgsz)
+        channels = stock.input_channels(net)
     else:
         raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
     if task not in TASKS:
         raise UsageError(f"'{model}' is a '{task}' model. Labelling takes {' and '.join(TASKS)} models.")
-    return task, {int(i): str(n) for i, n in names.items()}, size
+    return task, {int(i): str(n) for i, n in names.items()}, size, channels
 
 
-def _about_onnx(model: str | Path, imgsz: int | None) -> tuple[Any, dict[Any, Any], Any]:
-    """Return task, class names and image size from the metadata of an ONNX file."""
+def _about_onnx(model: str | Path, imgsz: int | None) -> tuple[Any, dict[Any, Any], Any, int]:
+    """Return task, class names, image size and channels from the metadata of an ONNX file."""
     from yolo_ext.deployment.runtime import metadata, session
 
     opened = session(model)
     meta = metadata(opened)
     if not isinstance(meta.get("names"), dict):
         raise UsageError(f"'{model}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
-    batch, _, *size = opened.get_inputs()[0].shape
+    batch, channels, *size = opened.get_inputs()[0].shape
     if isinstance(batch, int) and batch != 1:
         raise UsageError(f"'{model}' is fixed to batch {batch}; labelling runs one image at a time. Export it anew.")
     if imgsz and all(isinstance(s, int) for s in size) and [imgsz, imgsz] != size:
         raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {size}. Leave imgsz out.")
-    return meta.get("task"), meta["names"], imgsz or meta.get("imgsz") or 640
+    return meta.get("task"), meta["names"], imgsz or meta.get("imgsz") or 640, channels
 
 
 def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
@@ -202,6 +203,7 @@ def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) 
     from yolo_ext import runs
     from yolo_ext.reporting.figures import side_by_side
 
+    refuse_unread("predict compare=", native, lambda key: key not in (*PREDICTS, *BOTH, *PLACE))
     new, base = _load(model, native), _load(compare, native)
     rows: list[dict[str, Any]] = []
     taken: Counter[str] = Counter()
@@ -228,8 +230,11 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     """Return the YOLO, whose file has to be there: Ultralytics would look for a missing one on the net."""
     from ultralytics import YOLO
 
+    from yolo_ext.stock import refuse_renamed
+
     if not Path(path).exists():
         raise UsageError(f"Model '{path}' does not exist. Give a file such as best.pt or best_int8.onnx.")
+    refuse_renamed(path)
     try:
         model = YOLO(str(path), task=native.get("task"))
     except Exception as error:  # whatever unpickling and parsing raise

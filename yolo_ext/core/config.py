@@ -125,7 +125,7 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
         else:
             parsed[technique] = None if given is None or given is False else _config(technique, given, problems)
     prune, sparsity = parsed.get("prune"), parsed.get("sparsity")
-    if prune and sparsity and prune.method == "auto":  # the criterion that goes with the penalty
+    if prune and sparsity and prune.method == "auto" and prune.kind == "structured":  # the criterion of the penalty
         parsed["prune"] = replace(prune, method=sparsity.method)
     problems = problems or [*_conflicts(parsed)]
     if problems:
@@ -151,9 +151,51 @@ def _config(technique: str, given: Any, problems: list[str]) -> Any:
                 values[name] = _read(key, known[name], value)
             except UsageError as e:
                 problems.append(str(e))
-        elif value not in RETIRED.get(key, ()):
-            problems.append(f"Unknown option '{key}'.{suggest(key, [f'{technique}.{n}' for n in known])}")
+    problems += misspelt(technique, given)
     return cls(**values)
+
+
+def misspelt(technique: str, given: Mapping[str, Any]) -> list[str]:
+    """Say which names of options there are not, with the nearest of all techniques."""
+    legal, named = option_names(), {f"{technique}.{name}": value for name, value in given.items()}
+    unknown = [key for key, value in named.items() if key not in legal and value not in RETIRED.get(key, ())]
+    return [f"Unknown option '{key}'.{suggest(key, legal)}" for key in unknown]
+
+
+def option_names() -> list[str]:
+    """Return the dotted keys of all techniques."""
+    return [f"{technique}.{f.name}" for technique, cls in CONFIGS.items() for f in fields(cls)]
+
+
+def changed(cfg: Any) -> dict[str, Any]:
+    """Return the options of a technique that are not at their default."""
+    default = type(cfg)()
+    return {f.name: value for f in fields(cfg) if (value := getattr(cfg, f.name)) != getattr(default, f.name)}
+
+
+def unmet(technique: str, cfg: Any) -> Iterator[tuple[str, str]]:
+    """Yield dotted key and condition of each changed option that needs another one, which is not set for it."""
+    for f in fields(cfg):
+        only = f.metadata.get("only")
+        if only and f.name in changed(cfg) and not any(_holds(cfg, part) for part in only.split(" or ")):
+            yield f"{technique}.{f.name}", only
+
+
+def _holds(cfg: Any, condition: str) -> bool:
+    """Tell whether an option is one of the values after `=`, or is set where there are none."""
+    name, _, values = condition.partition("=")
+    return str(getattr(cfg, name)) in values.split("/") if values else bool(getattr(cfg, name))
+
+
+def without_effect(configs: Mapping[str, Any], *, stages: bool = True) -> list[str]:
+    """Name the changed options that do nothing beside the others, or in a command without `stages`, and why."""
+    found = {key: f"only with {key.split('.')[0]}.{only}" for t, cfg in configs.items() if cfg
+             for key, only in unmet(t, cfg)}  # fmt: skip
+    for technique, cfg in configs.items():
+        for f in fields(cfg) if cfg and not stages else ():
+            if f.metadata.get("stages") and f.name in changed(cfg):
+                found[f"{technique}.{f.name}"] = "only in compress, prune and quantize"
+    return [f"{key} ({why})" for key, why in found.items()]
 
 
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
@@ -182,7 +224,7 @@ def _conflicts(parsed: Mapping[str, Any]) -> Iterator[str]:
 def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
     """Yield the problems between options of pruning."""
     targets = [t for t in TARGETS if getattr(cfg, t) is not None]
-    if len(targets) > 1:
+    if len(targets) > 1 and targets[1:] != ["max_drop"]:
         yield f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them."
     if not targets and not cfg.ratios and cfg.scope != "pagcp" and cfg.kind == "structured":
         others = ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
@@ -191,14 +233,20 @@ def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
         yield "'prune.kind=unstructured' needs 'prune.ratio' and no other target, such as prune.ratio=0.8."
     if cfg.kind == "2:4" and targets:
         yield f"'prune.kind=2:4' always zeroes half of the weights: leave 'prune.{targets[0]}' out."
-    if cfg.kind != "structured" and (cfg.ratios or cfg.sensitivity or cfg.scope not in ("global", "local")):
-        yield f"'prune.kind={cfg.kind}' knows no 'ratios', 'sensitivity' or 'scope={cfg.scope}'."
+    if cfg.kind == "unstructured" and cfg.scope not in ("global", "local"):
+        yield f"'prune.kind=unstructured' knows no 'prune.scope={cfg.scope}'. Legal: global, local."
+    if alien := [key for key, only in unmet("prune", cfg) if only.startswith("kind=")]:
+        yield f"'prune.kind={cfg.kind}' knows no {', '.join(alien)}. Leave them out, or take prune.kind=structured."
     if cfg.at and (cfg.every or cfg.steps or cfg.start is not None or cfg.end is not None):
         yield "'prune.at' lists the epochs: leave 'prune.every', 'start', 'end' and 'steps' out."
     if cfg.at != sorted(set(cfg.at)):
         yield f"'prune.at={cfg.at}' is illegal: give each epoch once, in order."
     if cfg.start is not None and cfg.end is not None and cfg.end < cfg.start:
         yield f"'prune.end={cfg.end}' is before 'prune.start={cfg.start}'."
+    if cfg.pruner and (not targets or {*targets} - {"speedup", "params", "ratio"}):
+        yield f"'prune.pruner={cfg.pruner}' needs one of the targets prune.ratio, prune.speedup and prune.params."
+    if cfg.pruner and (cfg.ratios or cfg.sensitivity or cfg.scope != "global"):
+        yield "'prune.pruner' chooses the channels: leave 'prune.ratios', 'sensitivity' and 'scope' out."
     if cfg.sensitivity and cfg.scope == "pagcp":
         yield "'prune.sensitivity' and 'prune.scope=pagcp' both share out the channels: give one."
 
@@ -216,7 +264,8 @@ def help_lines(technique: str) -> list[tuple[str, str, str]]:
         if isinstance(default, float) and "e" in str(default):  # YAML would read an exponent as a string
             default = f"{default:.8f}".rstrip("0")
         choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
-        rows.append((f"{technique}.{f.name}", str(default), f.metadata["help"] + choices))
+        only = f"; only with {f.metadata['only']}" if "only" in f.metadata else ""
+        rows.append((f"{technique}.{f.name}", str(default), f.metadata["help"] + choices + only))
     return rows
 
 

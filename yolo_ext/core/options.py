@@ -11,7 +11,11 @@ Entries = list[Any]  # dicts that each say something of some layers; a YAML or J
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive)."""
+    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive).
+
+    `only` says which other option it needs for an effect (`scope=pagcp`), `stages=True` that only commands with stages
+    read it.
+    """
     mutable = isinstance(default, (list, dict))
     how: dict[str, Any] = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
     return field(metadata={"help": help, **limits}, **how)
@@ -21,43 +25,60 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
-    method: str = option("auto", "Criterion: auto is taylor with train images, else lamp; or package.module:function")
+    method: str = option("auto", "Criterion: auto is taylor with train images, else lamp; or package.module:function",
+                         only="kind=structured")  # fmt: skip
     kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
                        choices=("structured", "unstructured", "2:4"))  # fmt: skip
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
     params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
     size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
-    max_drop: float | None = option(None, "Target: prune as far as mAP50-95 drops by no more, such as 0.02", above=0.0)
+    max_drop: float | None = option(
+        None, "Target: as far as mAP50-95 drops by no more; beside another target, checked", above=0.0
+    )
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
-    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"))
+    pruner: str | None = option(None, "A pruner of torch-pruning instead: package.module:function, which makes it",
+                                only="kind=structured")  # fmt: skip
+    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"),
+                          only="latency")  # fmt: skip
     scope: str = option(
         "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
-        choices=("global", "local", "isomorphic", "pagcp"))  # fmt: skip
+        choices=("global", "local", "isomorphic", "pagcp"), only="kind=structured/unstructured")  # fmt: skip
     include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
     exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
-    ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}")
-    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on")
-    round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1)
-    min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1)
-    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, below=1.0)
+    ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}",
+                                      only="kind=structured")  # fmt: skip
+    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on",
+                                     only="kind=structured")  # fmt: skip
+    round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1, only="kind=structured")
+    min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1, only="kind=structured")
+    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, below=1.0,
+                              only="kind=structured")  # fmt: skip
     at: list[int] = option([], "While training: prune at the start of these epochs, counted from 0, such as [5,10,15]")
     every: int | None = option(None, "While training: prune every so many epochs", low=1)
     start: int | None = option(None, "While training: first epoch that prunes (0)", low=0)
     end: int | None = option(None, "While training: last epoch that may prune (half of the epochs)", low=0)
     steps: int | None = option(None, "While training: largest number of prunings", low=1)
-    schedule: str = option("cubic", "While training: how the target grows by step", choices=("cubic", "linear"))
-    images: int = option(128, "Train images for criteria, budgets and trials that need data", low=1)
-    recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0)
-    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0)
-    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0)
-    topk: float = option(0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0)
-    force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it")
-    compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too")
-    seed: int = option(0, "Seed of the random criterion and of the images", low=0)
+    schedule: str = option("cubic", "While training: how the target grows by step", choices=("cubic", "linear"),
+                           only="at or every or steps")  # fmt: skip
+    images: int = option(
+        128, "Train images for criteria, budgets and trials that need data", low=1, only="kind=structured"
+    )
+    recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0,
+                              only="kind=structured/2:4")  # fmt: skip
+    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0, only="scope=pagcp")
+    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0, only="scope=pagcp")
+    topk: float = option(
+        0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0, only="scope=pagcp"
+    )
+    force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it",
+                         only="kind=structured")  # fmt: skip
+    compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
+                           only="kind=structured", stages=True)  # fmt: skip
+    seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
 
 
-TARGETS = ("speedup", "params", "latency", "size_mb", "max_drop", "ratio")  # of pruning; a run has one of them
+TARGETS = ("speedup", "params", "latency", "size_mb", "ratio", "max_drop")  # of pruning; the last may limit another
 
 
 @dataclass(frozen=True)
@@ -68,17 +89,21 @@ class SparsityConfig:
     coefficient: float | None = option(None, "Pull towards zero, summed over the run; None: the method's", above=0.0)
     mode: str = option("proximal", "Shrink after each step, to exact zeros, or add the subgradient (slim, group_slim)",
                        choices=("proximal", "gradient"))  # fmt: skip
-    adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)")
+    adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)",
+                            only="mode=proximal")  # fmt: skip
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
-    final: float = option(0.1, "Share of the pull that is left at the end (linear, cosine)", low=0.0, high=1.0)
+    final: float = option(0.1, "Share of the pull that is left at the end", low=0.0, high=1.0,
+                          only="schedule=linear/cosine")  # fmt: skip
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
     end: int | None = option(None, "First epoch without a pull; None pulls to the end or to the first pruning", low=1)
     warmup: int = option(1, "Epochs over which the pull rises", low=0)
-    epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1)
+    epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1, stages=True)
     threshold: float = option(0.01, "Channels below this (of the largest of their group) count as gone", above=0.0)
     auto: bool = option(False, "Raise the pull until `target` is reached or mAP drops by `max_drop`, then lower it")
-    target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0)
-    max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0)
+    target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0,
+                           only="auto")  # fmt: skip
+    max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0,
+                             only="auto")  # fmt: skip
     protect: float = option(0.1, "Strongest share of each group, at least 8, that never goes", low=0.0, high=1.0)
 
 
@@ -93,8 +118,8 @@ class DistillConfig:
     logits: Stack | None = option(
         "auto", "Loss on the outputs of the head, as for features; auto: kl_binary and ld, or bckd where bins differ"
     )
-    feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0)
-    logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0)
+    feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0, only="features")
+    logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0, only="logits")
     temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)
     layers: list[str] = option(
         [], "Feature maps: neck (default), backbone, index, name; 'student:teacher' where unlike"
@@ -109,7 +134,9 @@ class DistillConfig:
     beta: float = option(1.0, "Weight of all distillation losses together (soft targets)", low=0.0)
     balance: str = option("fixed", "fixed: weights as given; auto: keep distillation at `share` of the task loss",
                           choices=("fixed", "auto"))  # fmt: skip
-    share: float = option(0.3, "Distillation loss / task loss that balance=auto keeps, times the schedule", above=0.0)
+    share: float = option(
+        0.3, "Distillation loss / task loss that is kept, times the schedule", above=0.0, only="balance=auto"
+    )
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
     imgsz: int | None = option(None, "Longer side in pixels of the teacher's images; None: as they are", low=32)
     compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
@@ -135,13 +162,17 @@ class QuantConfig:
     bn: bool = option(False, "PTQ: re-estimate BatchNorm of the quantized model")
     bias_correction: bool = option(False, "PTQ: take the mean error of each channel out of its bias")
     adaround: int = option(0, "PTQ: steps per block that learn the rounding of the weights (AdaRound); 0 is off", low=0)
-    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0)
-    mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried")
-    strict: bool = option(False, "Fail when a convolution that should run as INT8 does not, or when mAP collapses")
-    epochs: int = option(10, "QAT epochs", low=1)
-    lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0)
-    observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0)
-    freeze_bn: float = option(0.0, "Share of QAT epochs after which BatchNorm statistics freeze", low=0.0, high=1.0)
+    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0,
+                             stages=True)  # fmt: skip
+    mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried",
+                         only="mode=auto/ptq", stages=True)  # fmt: skip
+    strict: bool = option(False, "Fail when a convolution that should run as INT8 does not, or when mAP collapses",
+                          stages=True)  # fmt: skip
+    epochs: int = option(10, "QAT epochs", low=1, only="mode=auto/qat", stages=True)
+    lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0, only="mode=auto/qat")
+    observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0, only="mode=auto/qat")
+    freeze_bn: float = option(0.0, "Share of QAT epochs after which BatchNorm statistics freeze", low=0.0, high=1.0,
+                              only="mode=auto/qat")  # fmt: skip
     supervision: str = option(
         "auto", "QAT learns from labels, or features of its float self; auto: from features unless distill.* is given",
-        choices=("auto", "labels", "features"))  # fmt: skip
+        choices=("auto", "labels", "features"), only="mode=auto/qat")  # fmt: skip

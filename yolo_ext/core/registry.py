@@ -14,8 +14,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def suggest(name: str, legal: list[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest legal name, or an empty string."""
-    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
+    """Return `` Did you mean 'x'?`` for the nearest legal name, one with the same last part first; else nothing."""
+    same = [n for n in legal if n.rpartition(".")[2] == str(name).rpartition(".")[2]]
+    near = difflib.get_close_matches(str(name), same or legal, n=1, cutoff=0.0 if same else 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -44,12 +45,25 @@ class Row:
     needs: tuple[Need, ...] = ()
 
 
+def imported(kind: str, name: str) -> Callable[..., Any]:
+    """Return the user's own method of this kind for a dotted path ``package.module:function``."""
+    module, _, attribute = name.partition(":")
+    try:
+        fn = getattr(importlib.import_module(module), attribute)
+    except Exception as e:  # whatever the user's module does while it is imported
+        problem = f"({type(e).__name__}: {e}). Write it as 'package.module:function'."
+        raise UsageError(f"Cannot import {kind} '{name}' {problem}") from e
+    if not callable(fn):
+        raise UsageError(f"The {kind} '{name}' is not callable.")
+    return fn
+
+
 class Table:
     """A named table of methods, filled by the `row` decorator."""
 
-    def __init__(self, kind: str) -> None:
-        """Make an empty table of methods of this kind, such as ``pruning criterion``."""
-        self.kind = kind
+    def __init__(self, kind: str, own: Callable[[str, str], Callable[..., Any]] = imported) -> None:
+        """Make an empty table of methods of a kind, such as ``pruning criterion``; `own` reads the path of others."""
+        self.kind, self._own = kind, own
         self._rows: dict[str, Row] = {}
 
     def row(self, name: str, summary: str, *, paper: str = "", needs: Sequence[Need] = ()) -> Callable[[F], F]:
@@ -72,18 +86,10 @@ class Table:
         return list(self._rows)
 
     def __getitem__(self, name: str) -> Row:
-        """Return the row called `name`, or the user's own function for a dotted path ``package.module:function``."""
+        """Return the row called `name`, or one of the user's own method by its dotted path."""
         if name in self._rows:
             return self._rows[name]
-        module, colon, attribute = str(name).partition(":")
-        if not colon:
+        if ":" not in str(name):
             legal = f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
             raise UsageError(f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} {legal}")
-        try:
-            fn = getattr(importlib.import_module(module), attribute)
-        except Exception as e:  # whatever the user's module does while it is imported
-            problem = f"({type(e).__name__}: {e}). Write it as 'package.module:function'."
-            raise UsageError(f"Cannot import {self.kind} '{name}' {problem}") from e
-        if not callable(fn):
-            raise UsageError(f"The {self.kind} '{name}' is not callable.")
-        return Row(name, fn, "user method")
+        return Row(name, self._own(self.kind, str(name)), "user method")

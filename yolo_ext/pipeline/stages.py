@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
@@ -19,6 +19,7 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import as_plain
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import let_go, logged
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
@@ -33,14 +34,16 @@ from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import write_summary
 from yolo_ext.runs import Record
-from yolo_ext.training.prune import make_probes
+from yolo_ext.training.prune import budget_checks, make_probes
 
+T = TypeVar("T")
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
     {"torch": "base torch", "ort": "base FP32"},
     {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
 )
 
 
+@logged()
 def compress(
     model: str | Path, data: str | Path | None = None, *, resume: bool = False, **options: Any
 ) -> dict[str, Any]:
@@ -62,13 +65,29 @@ def compress(
     for i, stage in enumerate(todo, 1):
         LOGGER.info(f"\n{colorstr('bold', 'compress: ')}stage {i}/{len(todo)} {stage.name}")
         kept |= stage.trains
+        work = partial(runs.stage, run.folder, stage.name, partial(stage.work, run))
         try:
-            run.done[stage.name] = runs.stage(run.folder, stage.name, partial(stage.work, run))
+            record = _extra(run, f"Stage {stage.name}", work) if stage.extra else work()
         except UsageError:  # what only a measurement shows to be out of reach or broken
             if run.fresh and not kept:
+                let_go()
                 shutil.rmtree(run.folder)
             raise
+        if record:
+            run.done[stage.name] = record
+            kept |= bool(record.weights)
     return finish(run)
+
+
+def _extra(run: Run, name: str, work: Callable[[], T]) -> T | None:
+    """Return what work gives that a result is complete without; None, with a warning, where it fails."""
+    try:
+        return work()
+    except Exception as e:  # of whatever library
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        run.left_out.append(f"{name} is left out, as it failed ({why}).")
+        LOGGER.warning(f"{colorstr('compress: ')}{run.left_out[-1]}")
+        return None
 
 
 def base(run: Run) -> Record:
@@ -154,12 +173,11 @@ def latency(run: Run) -> Record:
         times = bench(onnx, run.imgsz, threads=1, rounds=rounds, seconds=seconds)
     ratios = {name: speedup(times["base FP32"], times[name]) for name in list(onnx)[1:]}
     for name, r in ratios.items():
-        verdict = "" if r["significant"] else ", within the spread: no claim"
-        spread = f"{r['ratio']:.2f}x ({r['p10']:.2f} to {r['p90']:.2f})"
-        LOGGER.info(f"{colorstr('latency: ')}{name} is {spread} as fast as base FP32 in ONNX Runtime{verdict}")
+        LOGGER.info(f"{colorstr('latency: ')}base FP32 to {name} in ONNX Runtime: {r['words']}")
     if run.quant:
         torch = {"base torch": run.base, "compressed torch": run.weights()}
         times.update(bench(torch, run.imgsz, threads=1, rounds=100, seconds=15))
+        ratios = {"compressed torch": speedup(*(times[name] for name in torch)), **ratios}
     if run.quant and (threads := os.cpu_count() or 1) > 1:
         wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10)
         times.update({f"{name}, {threads} threads": found for name, found in wide.items()})
@@ -169,12 +187,13 @@ def latency(run: Run) -> Record:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its name and folder, what does it, when a run wants it, and whether it trains."""
+    """One stage: its name and folder, what does it, when a run wants it, whether it trains or is only an extra."""
 
     name: str
     work: Callable[[Run], Record]
     wanted: Callable[[Run], Any] = lambda run: True
     trains: bool = False
+    extra: bool = False
 
 
 STAGES = (  # in this order
@@ -182,11 +201,11 @@ STAGES = (  # in this order
     Stage("sparsify", sparsify, lambda run: run.sparsity, trains=True),
     Stage("prune", prune, lambda run: run.prune and not run.prunes_later),
     Stage("finetune", finetune, lambda run: run.epochs > 0 and (run.prune or run.distill), trains=True),
-    Stage("compare", compare, lambda run: run.prune and run.cuts and run.prune.compare),
+    Stage("compare", compare, lambda run: run.prune and run.cuts and run.prune.compare, extra=True),
     Stage("ptq", ptq, lambda run: run.quant),
     Stage("qat", qat, lambda run: run.quant and run.quant.mode != "ptq", trains=True),
     Stage("verify", verify, lambda run: run.quant),
-    Stage("latency", latency, lambda run: run.quant or run.cuts),
+    Stage("latency", latency, lambda run: run.quant or run.cuts, extra=True),
 )
 
 
@@ -198,13 +217,22 @@ def finish(run: Run) -> dict[str, Any]:
         times = {r["name"]: r["median"] for r in run.done["latency"].rows or []}
         for figures, names in zip((before, after), LATENCIES):
             figures["latency_ms"] = {k: times.get(name) for k, name in names.items()}
+        unsure = {name for name, r in (run.done["latency"].ratios or {}).items() if not r["significant"]}
+        after["latency_ms"]["unsure"] = [k for k, name in LATENCIES[1].items() if name in unsure]
     if run.weights() != run.base:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
     summary = write_summary(run.folder, before, after, stages)
-    checks = [c for d in run.done.values() for c in d.checks or []]
+    checks = [c for d in run.done.values() for c in d.checks or []] + _budgets(run, before, after)
     LOGGER.info(f"Report: {write_report(run.folder, _report(run, summary, checks))}")
     return {**summary, "run_dir": str(run.folder), "checks": checks}
+
+
+def _budgets(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return how the float result holds the budgets of pruning, which its trials have held."""
+    found = {"map": after.get("map"), "size_mb": runs.size_mb(run.weights())}
+    ratios = (run.done["latency"].ratios or {}) if "latency" in run.done else {}
+    return budget_checks(run.prune, before, found, ratios.get("compressed FP32"))
 
 
 def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,17 +248,18 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         "comparison": run.done["compare"].rows if "compare" in run.done else [],
         "notes": [note for d in run.done.values() for note in d.notes or []],
         "plots": _plots(run, summary, layers),
-        "pictures": _pictures(run) if run.data else [],
+        "pictures": (_extra(run, "The comparison of pictures", partial(_pictures, run)) or []) if run.data else [],
         "plan": {k: v for k, v in as_plain(run.configs).items() if v},
     }
     if "latency" in run.done:
         record = run.done["latency"]
         name, r = list((record.ratios or {}).items())[-1]  # what INT8 gains, or else pruning
         note = (
-            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} "
-            f"is {r['ratio']:.2f}x as fast as base FP32 (10 to 90 %: {r['p10']:.2f} to {r['p90']:.2f})."
+            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} against "
+            f"base FP32 (10 to 90 %): {r['words']}."
         )
         report["latency"] = {"rows": record.rows, "note": note}
+    report["notes"] += run.left_out
     if run.quant:
         record = run.quantized()[1]
         counts = {k: (record.metrics or {})[k] for k in ("convs", "int8_convs")}

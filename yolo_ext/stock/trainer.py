@@ -129,7 +129,7 @@ def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[N
 
 
 @contextmanager
-def whole_final_files(finalize: Callable[[Path], None]) -> Iterator[None]:
+def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = False) -> Iterator[None]:
     """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
     stock: Any = getattr(engine, "strip_optimizer", None)
     if not callable_with(stock, 3):
@@ -142,12 +142,16 @@ def whole_final_files(finalize: Callable[[Path], None]) -> Iterator[None]:
 
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
         part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
+        if keep_optimizer:  # what is updated comes last
+            state = torch.load(f, map_location="cpu", weights_only=False)["optimizer"]
+            updates = {**(updates or {}), "optimizer": state}
         with quiet():  # it would name the file beside
             stripped = stock(f, part, updates)
         if stripped:
             finalize(part)
             part.replace(result)
-            LOGGER.info(f"Optimizer stripped from {f}, {result.stat().st_size / 1e6:.1f}MB")
+            done = "kept in" if keep_optimizer else "stripped from"
+            LOGGER.info(f"Optimizer {done} {f}, {result.stat().st_size / 1e6:.1f}MB")
         return stripped
 
     with replaced(engine, strip_optimizer=strip):

@@ -1,0 +1,88 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Every key of every command is read, refused, or named in one warning: none is taken and forgotten."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import ultralytics
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+from yolo_ext import cli
+from yolo_ext.commands import BOTH, COMMANDS, EXPORTS, NEITHER, PLACE, PREDICTS, keys, takes_native
+
+ROOT = Path(ultralytics.__file__).parent
+TRAINING = ["engine/trainer.py", "engine/validator.py", "engine/model.py", "utils/loss.py", "utils/torch_utils.py",
+            *(str(p.relative_to(ROOT)) for room in ("data", "models/yolo") for p in (ROOT / room).rglob("*.py")
+              if p.name != "predict.py")]  # fmt: skip
+PREDICTION = ["engine/predictor.py", "engine/model.py", "engine/results.py"]
+UNREAD = {*PREDICTS, *EXPORTS, *NEITHER}  # by a training
+D = "data=shapes/data.yaml imgsz=64"
+PRUNE = "prune model=tiny.pt imgsz=64 epochs=0 prune.speedup=1.2"
+
+
+def reads(key: str, files: list[str]) -> bool:
+    """Tell whether Ultralytics takes an argument of this name in one of these files."""
+    pattern = re.compile(rf"(?:args|hyp|cfg|\bh)\.{key}\b|(?:args|overrides|cfg|kwargs)(?:\.get\(|\[)\"{key}\"")
+    return any(pattern.search((ROOT / file).read_text(encoding="utf-8")) for file in files)
+
+
+@pytest.mark.parametrize("key", sorted(set(DEFAULT_CFG_DICT) - {"mode", "task"}))
+def test_the_tables_say_what_ultralytics_reads(key):
+    """A key that an Ultralytics of tomorrow brings, or no longer reads, has to be sorted in."""
+    if key in UNREAD:
+        assert not reads(key, [f for f in TRAINING if f != "engine/model.py"])
+    if key not in (*PREDICTS, *BOTH, *PLACE):
+        assert key == "embed" or not reads(key, PREDICTION[:1])
+    if key in PREDICTS:
+        assert reads(key, PREDICTION)
+
+
+@pytest.mark.parametrize("command", [n for n in COMMANDS.names() if takes_native(COMMANDS[n].fn)])
+@pytest.mark.parametrize("key", sorted({*EXPORTS, *PREDICTS, *NEITHER, "epochs", "lr0"}))
+def test_a_key_of_another_command_is_refused_before_anything_is_done(command, key, tmp_path, monkeypatch, capsys):
+    if key in keys(COMMANDS[command].fn):
+        pytest.skip("a key of its own")
+    reads_it = {"export": (*EXPORTS, "epochs", "lr0"), "predict": PREDICTS, "quantize": EXPORTS, "compress": EXPORTS}
+    if key in reads_it.get(command, ()) or (key in ("epochs", "lr0") and command != "predict"):
+        pytest.skip("read, or refused with the others of its kind")
+    monkeypatch.chdir(tmp_path)
+    needed = " ".join(f"{k}=x.pt" for k in cli.needed(COMMANDS[command].fn))
+    assert cli.main([*f"{command} {needed} data=d.yaml {key}=7".split()]) == 2
+    err = capsys.readouterr().err
+    assert key in err and ("does not read" in err or "does not know" in err), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (f"{PRUNE} lr0=0.1 mosaic=0", ["lr0, mosaic (nothing is trained)"]),
+        (f"{PRUNE} prune.budget=0.1", ["prune.budget (only with prune.scope=pagcp)"]),
+        (f"{PRUNE} distill.temperature=2 quant=None", ["distill.temperature (no training to distill in)"]),
+        (PRUNE, []),
+    ],
+    ids=["training", "option", "distillation", "nothing"],
+)
+def test_one_warning_names_all_that_does_nothing(run, caplog, words, idle):
+    status, _, said = run(words)
+    assert status == 0, said
+    warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Without effect here")]
+    assert len(warned) == bool(idle) and all(part in warned[0] for part in idle)
+
+
+def test_a_recipe_that_holds_all_defaults_is_fine(run):
+    """As an args.yaml of Ultralytics does."""
+    words = " ".join(f"{k}={v}" for k, v in DEFAULT_CFG_DICT.items() if k in UNREAD and v is not None and k != "mode")
+    assert run(f"{PRUNE} {words}")[0] == 0
+
+
+def test_every_key_of_a_command_is_used_by_its_function():
+    """A parameter that its function never mentions would be taken and forgotten."""
+    for row in COMMANDS:
+        body = inspect.getsource(inspect.unwrap(row.fn)).partition('"""')[2].partition('"""')[2]
+        forgotten = [k for k in inspect.signature(row.fn).parameters if not re.search(rf"\b{k}\b", body)]
+        assert not forgotten, f"{row.name}: {forgotten}"

@@ -1,0 +1,64 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""compress.log: what Ultralytics' logger says from the start of a command on, once there is a run folder."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler, RotatingFileHandler
+from pathlib import Path
+
+FILE, MOST, OLD = "compress.log", 5_000_000, 3  # name, bytes, and how many older ones are kept
+LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+class Plain(logging.Formatter):
+    """Date, time and text, without colours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return COLOUR.sub("", super().format(record))
+
+
+class RunLog(MemoryHandler):
+    """Lines that wait for the folder of their run."""
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Keep the log of a block for the folder that `log_to` names in it; of nested blocks the outermost counts."""
+    if _open():
+        yield
+        return
+    handler = RunLog(capacity=1)  # which holds everything until it has a target
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    except BaseException as e:
+        handler.handle(logging.makeLogRecord({"msg": f"{type(e).__name__}: {e}", "levelno": logging.ERROR}))
+        raise
+    finally:
+        let_go()
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def log_to(folder: Path) -> None:
+    """Write the log of the block around into this folder, unless it is written elsewhere already."""
+    if (handler := _open()) and not handler.target:
+        file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
+        file.setFormatter(Plain("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setTarget(file)
+
+
+def let_go() -> None:
+    """Close the file, before its folder is removed."""
+    if (handler := _open()) and handler.target:
+        handler.flush()
+        handler.target.close()
+        handler.setTarget(None)
+
+
+def _open() -> RunLog | None:
+    return next((h for h in LOGGER.handlers if isinstance(h, RunLog)), None)
