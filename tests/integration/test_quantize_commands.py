@@ -8,25 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from yolo_ext import cli
 from yolo_ext.pipeline import int8
 
 D = "data=shapes/data.yaml imgsz=64"
 Q = "quant.calib=8"
 SENSITIVITY = f"sensitivity kind=quant model=tiny.pt {D} {Q} images=8"
 QUANTIZE = f"quantize model=tiny.pt {D} {Q} quant.mode=ptq quant.profile=ort-x86"
-
-
-@pytest.fixture
-def run(place, capsys):
-    """Return a function that runs a command line in a folder of its own and returns status, folder and messages."""
-
-    def main(words: str, name: str = "run") -> tuple[int, Path, str]:
-        status = cli.main([*words.split(), f"project={place / 'out'}", f"name={name}"])
-        said = capsys.readouterr()
-        return status, place / "out" / name, said.err + "".join(x for x in said.out.splitlines() if "Check" in x)
-
-    return main
 
 
 @pytest.fixture

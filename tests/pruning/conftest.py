@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
+
+from yolo_ext.pruning.graph import build_graph
 
 
 @torch.no_grad()
@@ -39,6 +43,14 @@ def yolo() -> Callable[[str], DetectionModel]:
         return calibrated(DetectionModel(f"{name}.yaml", nc=3, verbose=False))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def traced(yolo) -> tuple[nn.Module, Callable[[], Any]]:
+    """Model and graph; a plan writes reasons into its graph, so each one gets a copy."""
+    model = yolo("yolov8n")
+    graph = build_graph(model)
+    return model, lambda: deepcopy(graph)
 
 
 @pytest.fixture(autouse=True)

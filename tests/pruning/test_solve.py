@@ -28,14 +28,6 @@ from yolo_ext.pruning.surgery import apply_plan
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def traced(yolo):
-    """Model and graph; a plan writes reasons into its graph, so each one gets a copy."""
-    model = yolo("yolov8n")
-    graph = build_graph(model)
-    return model, lambda: deepcopy(graph)
-
-
 def widths(model: nn.Module) -> dict[str, int]:
     return {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
