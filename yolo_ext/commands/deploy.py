@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, command
-from yolo_ext.core.config import parse
+from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, command, tell_idle
+from yolo_ext.core.config import changed, parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
 
+UNREAD = {"mode", "max_drop", "mixed", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"}  # of `quant`
 PRECISION = {"8": "int8", "int8": "int8", "w8a8": "int8", "16": "half", "fp16": "half", "w16a16": "half",
              "32": "", "fp32": ""}  # fmt: skip
 
@@ -79,15 +80,21 @@ def export(
              "max_det": max_det, "agnostic_nms": agnostic_nms}  # fmt: skip
     given = {k: v for k, v in asked.items() if v is not None}
     if format not in ("onnx", "openvino"):
+        if quant:
+            raise UsageError(f"'quant' options are for onnx and openvino; Ultralytics quantizes '{format}' by itself.")
         return [_by_ultralytics(model, format, out, {**given, **native})]
     if unused := sorted(set(native) - {*PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(asked)}, out.")
     modelopt = ckpt if is_modelopt(ckpt) else None
     job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, {} if quant is True else quant or {},
               _graph(given), modelopt, bool(modelopt or manifest(net).quant))  # fmt: skip
-    if job.quant and not (format == "onnx" and job.quantized) and job.precision != "int8":
+    if job.quant and not _ranges(job, format) and job.precision != "int8":
         raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
     files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
+    device = str(native.get("device") or "cpu")
+    idle = {f"device={device} (exports run on the CPU)": device != "cpu"}
+    idle["data (only INT8 is calibrated)"] = bool(data) and not (job.precision == "int8" or _ranges(job, format))
+    tell_idle([key for key, there in idle.items() if there])
     for file in files:
         LOGGER.info(f"Export saved as {file} ({runs.size_mb(file):.1f} MB)")
     figures = runs.model_figures(net, Path(model), _side(job.imgsz))
@@ -95,6 +102,11 @@ def export(
     before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
     write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
     return files
+
+
+def _ranges(job: Job, format: str) -> bool:
+    """Tell whether an INT8 file is written because the model carries ranges."""
+    return format == "onnx" and job.quantized and job.precision != "half"
 
 
 def _open(model: str | Path) -> tuple[Any, dict[str, Any]]:
@@ -151,10 +163,9 @@ def _graph(given: dict[str, Any]) -> dict[str, Any]:
 
 def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
     """Write the float file and, for a quantized model or if asked, its INT8 file."""
-    from ultralytics.utils import colorstr
-
+    from yolo_ext.checkpoint import manifest
     from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.pipeline.int8 import prove, shortfall, told
     from yolo_ext.quantization.qdq import write_qdq
 
     half = job.precision == "half"
@@ -165,9 +176,8 @@ def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
     fp32 = export_onnx(net, target, job.imgsz, **job.graph)
     int8 = target.with_name(f"{target.stem}_int8.onnx")
     write_qdq(fp32, int8, state, profile)
-    if profile.output:  # made for ONNX Runtime
-        integer, convs = conv_report(int8)["int8_convs"], conv_report(fp32)["convs"]
-        LOGGER.info(f"{colorstr('quantize: ')}{integer} of {convs} convolutions run as INT8 in ONNX Runtime")
+    quant = {"float": {}, **manifest(net).quant, "state": state, "profile": profile.name}
+    told([shortfall(prove(int8, fp32, quant), profile.name)], bool(job.quant.get("strict")))
     return [fp32, int8]
 
 
@@ -199,8 +209,9 @@ def _quantized(job: Job, default: str) -> tuple[Any, Any, Any]:
 
     if job.modelopt:
         return _imported(job, quantization.resolve_profile(job.quant.get("profile") or default))
-    known = manifest(job.net).quant
-    if known and set(job.quant) <= {"profile"}:
+    known, cfg = manifest(job.net).quant, parse({"quant": {"profile": default, **job.quant}})["quant"]
+    tell_idle([f"quant.{key} (only in quantize and compress)" for key in sorted(UNREAD & changed(cfg).keys())])
+    if known and set(job.quant) <= {"profile", "strict"}:
         source = quantization.resolve_profile(known["profile"])
         given = job.quant.get("profile") or (source.name if default == "auto" else default)
         target = quantization.resolve_profile(given)
@@ -211,7 +222,6 @@ def _quantized(job: Job, default: str) -> tuple[Any, Any, Any]:
                 raise
     if not job.data:
         raise UsageError("int8=True needs images to calibrate on. Give data=data.yaml.")
-    cfg = parse({"quant": {"profile": default, **job.quant}})["quant"]
     note(job.net, quant=None)  # calibrated anew
     quantization.prepare(job.net, cfg, check_data(job.data, task=stock.task_of(job.net)), _side(job.imgsz))
     return quantization.strip(job.net), manifest(job.net).quant["state"], quantization.resolve_profile(cfg.profile)
@@ -229,9 +239,8 @@ def _imported(job: Job, profile: Any) -> tuple[Any, Any, Any]:
         if not job.data:
             why = f"are those of convolution inputs; profile '{profile.name}' needs others too"
             raise UsageError(f"The ranges of Ultralytics' QAT {why}. Give data=data.yaml to calibrate them.")
-        task = stock.task_of(job.net)
-        images = calibration_images(check_data(job.data, task=task))
-        yield from letterbox_batches(images, _side(job.imgsz), crop=task == "classify")
+        images = calibration_images(check_data(job.data, task=stock.task_of(job.net)))
+        yield from letterbox_batches(images, _side(job.imgsz), **stock.seen_by(job.net))
 
     merge_branches(job.net, batches())
     state = complete(job.net, import_state(job.modelopt or {}, job.net), profile, batches())
@@ -283,15 +292,22 @@ def verify(
     from yolo_ext.deployment.verify import verify as run
     from yolo_ext.reporting.tables import align, write_summary
 
+    for key, file in (("onnx", onnx), ("int8", int8)):
+        if file and Path(file).suffix != ".onnx":
+            raise UsageError(f"'{key}={file}' is no '.onnx' file. Give the one that was exported from '{model}'.")
     net, ckpt = stock.load_model(model)
     if not data and not source:
         raise UsageError("No images to verify on. Give data=data.yaml or source=folder.")
+    tell_idle([data and source and "source (the val images of data are taken)"])
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
     rows = [[c["name"], *(f"{c[k]:.3g}" for k in ("value", "limit")), "ok" if c["passed"] else "FAILED"]
             for c in found["checks"]]  # fmt: skip
     LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
+    if counts := found.get("int8"):
+        say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
+        say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")
     if "first_difference" in found:
         LOGGER.info(describe_difference(found["first_difference"]))
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")

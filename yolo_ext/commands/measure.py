@@ -11,14 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Technique, command, numbers
-from yolo_ext.core.config import PruneConfig, comma_list, parse
+from yolo_ext.commands import LOGGER, Count, Technique, command, numbers, tell_idle
+from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
 
 BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
-EXTRAS = {"size_mb": ".2f", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
-          "runtime_mb": ".0f", "map": ".4f"}  # fmt: skip
+UNUSED = {  # options that an analysis of sensitivity does not look at
+    "prune": ("ratios", "sensitivity", "at", "every", "start", "end", "steps", "schedule", "budget", "total_budget",
+              "topk", "force", "compare", "runtime"),
+    "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
+}  # fmt: skip
+EXTRAS = {"size_mb": ".2f", "int8": "", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
+          "runtime_mb": ".0f"}  # fmt: skip
 PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
            ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
 
@@ -49,20 +54,25 @@ def bench(
 
     from yolo_ext import runs
     from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.deployment.runtime import describe
     from yolo_ext.reporting.figures import plot_tradeoff
     from yolo_ext.reporting.tables import write_summary
+    from yolo_ext.stock.accuracy import score, validator_of
 
     files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
         raise UsageError(f"Model files do not exist: {', '.join(missing)}. Give models=a.pt,b.onnx.")
     for file in files:
         runtime_of(file)
+        if data:
+            validator_of(file, data)
     counts, batches = (
         [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
         for k, v in {"threads": threads, "batch": batch}.items()
     )
     first, size, env = (counts[0], batches[0]), _size(files[0], imgsz), _environment()
-    image, name = _image(data, source, size)
+    channels = 3 if Path(files[0]).is_dir() else describe(files[0])["channels"]
+    image, name = _image(data, source, size, channels)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
     _print(rows, about, f"{size} px, {rounds} interleaved rounds", name)
@@ -73,10 +83,13 @@ def bench(
     runs.write_json(folder / "bench.json", found)
     _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
     if data:
-        points = [{**r, "name": Path(r["model"]).name, "map": about[r["model"]]["map"]}
+        points = [{**r, "name": Path(r["model"]).name, "map": score(about[r["model"]])}
                   for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
-        plot_tradeoff(points, folder / "tradeoff.png", f"{size} px, batch {first[1]}, threads {first[0]}")
-    figures = {r["model"]: _figures(r, about[r["model"]]) for r in reversed(rows)}  # the first setting wins
+        note = f"{size} px, batch {first[1]}, threads {first[0]}"
+        plot_tradeoff(points, folder / "tradeoff.png", note, _metric(about))
+    figures: dict[str, dict[str, Any]] = {f: {} for f in files}
+    for r in reversed(rows):  # the first setting wins
+        figures[r["model"]] |= _figures(r, about[r["model"]])
     write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
     return found
 
@@ -113,24 +126,29 @@ def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int)
     found = bench({f: Path(f) for f in files}, size, threads=threads, batch=batch, rounds=rounds)
     ratios = {f: speedup(found[files[0]], found[f]) for f in files}
     return [{"model": f, **{k: found[f][k] for k in TIMES}, "speedup": r["ratio"], "speedup_p10": r["p10"],
-             "speedup_p90": r["p90"], "significant": bool(r["significant"])} for f, r in ratios.items()]  # fmt: skip
+             "speedup_p90": r["p90"], "significant": r["significant"]} for f, r in ratios.items()]  # fmt: skip
 
 
-def _image(data: str | None, source: str | None, size: int) -> tuple[Any, str]:
-    """Return a picture (height, width, 3) for letterbox and NMS, and its name."""
+def _image(data: str | None, source: str | None, size: int, channels: int) -> tuple[Any, str]:
+    """Return a picture (height, width, channels) for letterbox and NMS, and its name."""
     import numpy as np
-    from ultralytics.utils.patches import imread
 
     from yolo_ext.data.check import check_data
     from yolo_ext.data.records import list_images
+    from yolo_ext.stock.load import read_image
 
     if not data and not source:
-        noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, channels), dtype=np.uint8)
         return noise, "noise, on which NMS has little to do: give source=image"
-    for file in list_images(source) if source else check_data(str(data))["images"]["val"]:
-        if (image := imread(str(file))) is not None:
+    for file in list_images(source) if source else check_data(str(data), task=_task(data))["images"]["val"]:
+        if (image := read_image(file, channels)) is not None:
             return image, str(file)
     raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
+
+
+def _task(data: Any) -> str:
+    """Return the task whose form a dataset has: a folder is one for classifiers."""
+    return "classify" if Path(data).is_dir() else "detect"
 
 
 def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool) -> dict[str, Any]:
@@ -143,8 +161,9 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
 
     path = Path(file)
     convs = conv_report(path) if path.suffix == ".onnx" else {}
-    return {"size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
-            **{k: convs[k] for k in ("convs", "int8_convs") if k in convs},
+    counts = {k: convs[k] for k in ("convs", "int8_convs") if convs}
+    return {"size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}), **counts,
+            "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
             **((memory and peak_memory(path, size, *setting)) or {}),
             **(accuracy(path, data, size) if data else {})}  # fmt: skip
 
@@ -152,6 +171,7 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
 def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
     """Print the times, and below them what is measured once for each model."""
     from yolo_ext.reporting.tables import align, cell
+    from yolo_ext.stock.accuracy import score
 
     cells = []
     for r in rows:
@@ -160,9 +180,17 @@ def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, imag
         times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
         cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
     LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
-    head = ["Model", "Size MB", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime", "mAP50-95"]
-    cells = [[f, *(cell(a.get(k), spec) for k, spec in EXTRAS.items())] for f, a in about.items()]
-    LOGGER.info(align(cells, head) + f"\nImage: {image}\n")
+    head = ["Model", "Size MB", "INT8 convs", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime"]
+    cells = [[f, *(cell(a.get(k), spec) for k, spec in EXTRAS.items()), cell(score(a), ".4f")]
+             for f, a in about.items()]  # fmt: skip
+    LOGGER.info(align(cells, [*head, _metric(about)]) + f"\nImage: {image}\n")
+
+
+def _metric(about: Mapping[str, Any]) -> str:
+    """Return the name of the figure that these models are judged by."""
+    from yolo_ext.stock import metric
+
+    return metric("classify" if any("top1" in a for a in about.values()) else "detect")
 
 
 def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
@@ -190,8 +218,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _figures(row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of `summary.json` of one model."""
     key = {"torch": "torch", "ort": "ort_int8" if about.get("int8_convs") else "ort"}.get(row["runtime"])
-    found = {k: about.get(k) for k in ("size_mb", "map50", "map", "convs", "int8_convs")}
-    return {**found, "latency_ms": {key: row["median"]} if key else {}}
+    found = {k: about.get(k) for k in ("size_mb", "map50", "map", "top1", "convs", "int8_convs")}
+    unsure = [] if row["significant"] else [key]
+    place = "latency_batch32_ms" if row["batch"] == 32 else "latency_ms"
+    return {**found, place: {key: row["median"], "unsure": unsure} if key else {}}
 
 
 @command("Print every group of coupled channels: size, cost, prunable or the reason why not")
@@ -247,19 +277,25 @@ def sensitivity(
     from yolo_ext import pruning, stock
     from yolo_ext.data.check import check_data
 
-    strange = [k for k, v in {"ratios": ratios, "prune": prune}.items() if v] if kind == "quant" else [*(quant or ())]
-    if strange:
+    others = {"quant": {"ratios": ratios, "prune": prune},
+              "prune": {"quant": quant, "by": by != "layer", "images": images != 32, "map": map}}  # fmt: skip
+    if strange := [k for k, v in others[kind].items() if v]:
         raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
     cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **(prune or {})}})[kind]
+    tell_idle([f"{kind}.{k}" for k in changed(cfg) if k in UNUSED[kind]])
     hint = "shares above 0 and below 1, such as ratios=0.25,0.5,0.75"
     shares = {*numbers("ratios", (0.25, 0.5, 0.75) if ratios is None else ratios, float, lambda r: 0 < r < 1, hint)}
     net, ckpt = stock.load_model(model)
-    stock.refuse_rtdetr(net)
+    stock.refuse_untrainable(net)
     size = stock.image_size(net, ckpt, imgsz)
     if kind == "prune":
         pruning.check_prunable(net)
-        return _of_pruning(net, cfg, check_data(data, task=stock.task_of(net)), size, tuple(sorted(shares)), place)
-    return _of_quantization(net, cfg, check_data(data, task=stock.task_of(net)), size, by, images, map, place)
+    info = check_data(data, task=stock.task_of(net))
+    info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
+    stock.check_fit(net, info, (model, data))
+    if kind == "prune":
+        return _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place)
+    return _of_quantization(net, cfg, info, size, by, images, map, place)
 
 
 def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], place: Any) -> dict[str, Any]:
@@ -273,8 +309,7 @@ def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, .
     try:
         found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
     except UsageError:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        runs.discard(folder)
         raise
     files = write(found, folder)
     LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
@@ -295,7 +330,7 @@ def _of_quantization(
     quantization.prepare(net, cfg, info, size)
     quantized = manifest(quantization.strip(net)).quant
     chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
-    batches = letterbox_batches(chosen, size, crop=task == "classify")
+    batches = letterbox_batches(chosen, size, **stock.seen_by(net))
     score = make_probes(info, size, PruneConfig(ratio=0.5), task, net).score if accuracy else None
     saved = _ms_saved(net, quantized, size)
     found = {"profile": quantized["profile"]}
@@ -326,14 +361,15 @@ def checks() -> bool:
     """Print versions and the state of the installation; return whether all is well."""
     from yolo_ext import stock
     from yolo_ext.quantization.spec import resolve_profile
+    from yolo_ext.stock.model import THOP
 
     for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
         LOGGER.info(f"{key:<14}{value}")
     problems = []
     with suppress(PackageNotFoundError):
         version("thop")
-        remedy = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
-        problems.append(f"PyPI's 'thop' overwrites 'ultralytics-thop', which may report 0.0 GFLOPs. Run: {remedy}")
+        clash = "overwrites 'ultralytics-thop': FLOPs lack what attention takes, and Ultralytics may report 0.0 GFLOPs"
+        problems.append(f"PyPI's 'thop' {clash}. Run: {THOP}")
     try:
         stock.check_stock()
         stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)

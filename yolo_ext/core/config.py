@@ -173,6 +173,11 @@ def changed(cfg: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(cfg) if (value := getattr(cfg, f.name)) != getattr(default, f.name)}
 
 
+def changes(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changed options of all techniques that are on, by dotted key."""
+    return {f"{t}.{name}": value for t, cfg in configs.items() if cfg for name, value in changed(cfg).items()}
+
+
 def unmet(technique: str, cfg: Any) -> Iterator[tuple[str, str]]:
     """Yield dotted key and condition of each changed option that needs another one, which is not set for it."""
     for f in fields(cfg):
@@ -243,7 +248,7 @@ def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
         yield f"'prune.at={cfg.at}' is illegal: give each epoch once, in order."
     if cfg.start is not None and cfg.end is not None and cfg.end < cfg.start:
         yield f"'prune.end={cfg.end}' is before 'prune.start={cfg.start}'."
-    if cfg.pruner and (not targets or {*targets} - {"speedup", "params", "ratio"}):
+    if cfg.pruner and not {"speedup", "params", "ratio"} & {*targets}:
         yield f"'prune.pruner={cfg.pruner}' needs one of the targets prune.ratio, prune.speedup and prune.params."
     if cfg.pruner and (cfg.ratios or cfg.sensitivity or cfg.scope != "global"):
         yield "'prune.pruner' chooses the channels: leave 'prune.ratios', 'sensitivity' and 'scope' out."

@@ -4,6 +4,7 @@
 import difflib
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from ultralytics.utils.checks import check_file
 from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import jpeg_is_whole, list_images, quote
+from yolo_ext.data.records import SPLITS, is_image, list_images, quote
 from yolo_ext.stock import load
 
 T = TypeVar("T")
@@ -37,33 +38,27 @@ def check_data(
     Returns: What Ultralytics' own check returns, plus `images`: {split: readable image paths} of the needed splits.
     Raises: `UsageError` if the file, a key, a path, a whole split or a label is unusable.
     """
-    info = _check_folder(Path(data)) if task == "classify" else _check_yaml(str(data))
+    info = _check_folder(Path(data)) if task == "classify" else read_yaml(str(data))
+    shape = keypoints(info, str(data)) if task == "pose" else tuple(info.get("kpt_shape") or (0, 0))
     info["images"] = {split: _check_images(split, info, str(data)) for split in need}
     total = [image for images in info["images"].values() for image in images]
     if shared := len(total) - len(set(total)):
         LOGGER.warning(f"{data}: {' and '.join(need)} share {shared} images, so accuracy is overstated.")
     if labels and task in {"detect", "segment", "pose", "obb"}:
-        columns = pose_columns(info, str(data)) if task == "pose" else 0
         for split, images in info["images"].items():
-            info["images"][split] = _check_labels(split, images, info["nc"], columns)
+            info["images"][split] = _check_labels(split, images, info["nc"], shape, task)
     return info
 
 
 def image_probe(file: Path) -> tuple[tuple[int, int], int]:
     """Return (width, height) in pixels after EXIF rotation, and that orientation; ValueError if training skips it."""
     try:
+        height, width = load.check_image(file)[1]
         with load.open_image(file) as im:
-            im.verify()
-            size = load.exif_size(im)
             orientation = im.getexif().get(274, 1) if im.format in {"JPEG", "MPO"} else 1
-        if im.format not in {"JPEG", "MPO", "PNG"} or not jpeg_is_whole(file):
-            with load.open_image(file) as im:
-                im.load()  # verify() sees the end of no other format
     except Exception as e:  # PIL raises many kinds
         raise ValueError("cannot be read as an image" if "cannot identify" in str(e) else str(e)) from e
-    if min(size) < 10:
-        raise ValueError(f"size {size[0]}x{size[1]} is below 10 pixels")
-    return size, orientation
+    return (width, height), orientation
 
 
 def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
@@ -75,43 +70,61 @@ def attempt(read: Callable[[Path], T], file: Path) -> tuple[T | None, str]:
 
 
 def load_yaml(file: Path) -> Any:
-    """Return the content of a data.yaml; UsageError where it is no YAML."""
+    """Return the content of a data.yaml; UsageError where it is no YAML in UTF-8."""
     try:
+        file.read_text(encoding="utf-8")  # Ultralytics drops what it cannot decode, and so parts of names and paths
         return YAML.load(file)
+    except UnicodeDecodeError as e:
+        raise UsageError(f"Data file '{file}' is not in UTF-8 ({e}). Save it as UTF-8.") from e
     except Exception as e:
         raise UsageError(f"Data file '{file}' is not valid YAML: {' '.join(str(e).split())}. Mend the file.") from e
 
 
 def class_names(given: Any) -> list[str]:
     """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
-    if isinstance(given, dict) and sorted(given) == list(range(len(given))):
-        given = [given[i] for i in range(len(given))]
-    if not isinstance(given, list) or not given:
-        raise UsageError(f"Class names '{given}' are illegal. Legal: a list, or one name for each number from 0.")
-    return [str(n) for n in given]
+    try:
+        names = load.check_class_names(given)
+        return [names[i] for i in range(len(names))]
+    except Exception as e:
+        legal = "a list, or one name for each number from 0"
+        raise UsageError(f"Class names '{given}' are illegal. Legal: {legal}.") from e
 
 
-def _check_yaml(data: str) -> dict[str, Any]:
-    """Resolve and parse a data.yaml with Ultralytics, every failure as one UsageError."""
+def read_yaml(data: str, need: Sequence[str] = ("train", "val")) -> dict[str, Any]:
+    """Return what Ultralytics reads in a data.yaml, with resolved paths, where splits that are not needed may lack."""
     file = _find_yaml(data)
     content = load_yaml(file)
     if not content:
         raise UsageError(f"Data file '{file}' holds no keys. It needs path, train, val and names.")
-    absent = [k for k in ("train", "val") if not content.get(k) and not (k == "val" and content.get("validation"))]
+    given = {k: content.get(k) or (content.get("validation") if k == "val" else None) for k in SPLITS}
+    place = next(filter(None, given.values()), None)
+    absent = [k for k in (*need, *([] if place else ["train", "val"])) if not given[k]]
     if content.get("names") is None and content.get("nc") is None:
         absent.append("names")
     if absent:
-        told = f"Data file '{file}' lacks {quote(absent)}; it holds {quote(list(content), 20)}."
+        told = f"Data file '{file}' lacks {quote([*dict.fromkeys(absent)])}; it holds {quote(list(content), 20)}."
         raise UsageError(f"{told} Add train and val (image folders relative to path) and names (one name per class).")
+    info = _read_stock(file, {**content, **{k: given[k] or place for k in ("train", "val")}})
+    for split in [k for k in SPLITS if not given[k]]:
+        info.pop(split, None)
+    return info
+
+
+def _read_stock(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Have Ultralytics read the content of a data.yaml, every failure as one UsageError."""
     try:
-        return load.check_det_dataset(str(file), autodownload=False)
+        return load.det_dataset(file, content)
     except FileNotFoundError as e:
         if content.get("download"):
             how = f"from ultralytics.data.utils import check_det_dataset; check_det_dataset('{file}')"
             told = f"The images of '{file}' are not here and nothing is fetched unasked."
             raise UsageError(f'{told} Fetch them: python -c "{how}"') from e
         told = str(e).split("\n")[0].replace("❌", "").strip()
-        raise UsageError(f"{told}. Set path, train and val in '{file}' to folders (relative to path).") from e
+        hint = f"Set path, train and val in '{file}' to folders (relative to path)."
+        if content.get("path") and not Path(content["path"]).is_absolute():
+            hint += f" 'path: {content['path']}' counts from '{Path.cwd()}' where that exists; without path, all"
+            hint += " count from the file."
+        raise UsageError(f"{told}. {hint}") from e
     except Exception as e:
         reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__
         raise UsageError(f"Data file '{file}' is not usable: {reason.rstrip('.')}. Mend that key.") from e
@@ -149,12 +162,14 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
 
 
-def pose_columns(info: dict[str, Any], data: str) -> int:
-    """Return how many columns a label row of a pose dataset has, from its kpt_shape, (count, dimensions)."""
-    shape = info.get("kpt_shape")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(x, int) for x in shape)):
-        raise UsageError(f"Data file '{data}' has kpt_shape {shape}. A pose set needs two integers, e.g. [17, 3].")
-    return 5 + shape[0] * shape[1]
+def keypoints(info: dict[str, Any], data: str) -> tuple[int, int]:
+    """Return count and dimensions of the keypoints of a pose dataset, after a look at its `flip_idx`."""
+    shape, flip = info.get("kpt_shape"), info.get("flip_idx")
+    if not (isinstance(shape, list) and [*map(type, shape)] == [int, int] and shape[0] > 0 and shape[1] in (2, 3)):
+        raise UsageError(f"Data file '{data}' has kpt_shape {shape}. A pose set needs e.g. [17, 3], or 2 for x and y.")
+    if flip and sorted(map(str, flip)) != sorted(map(str, range(shape[0]))):
+        raise UsageError(f"Data file '{data}' has flip_idx {flip}. Legal: each number below {shape[0]} once.")
+    return shape[0], shape[1]
 
 
 def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
@@ -164,6 +179,11 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
     places = info[split] if isinstance(info[split], list) else [info[split]]
     if missing := [p for p in places if not Path(p).exists()]:
         raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
+    for file in (p for p in map(Path, places) if p.is_file() and not is_image(p)):
+        try:
+            file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as e:  # noqa: PERF203
+            raise UsageError(f"List '{file}' of split '{split}' is not in UTF-8 ({e}). Save it as UTF-8.") from e
     images = sorted(list_images(places))
     if not images:
         raise UsageError(f"Split '{split}' of '{data}' holds no images. Legal: {', '.join(sorted(load.IMG_FORMATS))}.")
@@ -178,47 +198,53 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
     return [f for f, why in zip(images, found) if not why]
 
 
-def _check_labels(split: str, images: list[Path], nc: int, columns: int) -> list[Path]:
+def _check_labels(split: str, images: list[Path], nc: int, shape: tuple[int, int], task: str) -> list[Path]:
     """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
     files = [Path(p) for p in load.img2label_paths([*map(str, images)])]
-    rows, kept, wrong, outside = 0, list[Path](), list[str](), list[str]()
+    rows, kept, wrong, outside, boxes = 0, list[Path](), list[str](), list[str](), list[Path]()
     for image, file in zip(images, files):
         try:
-            rows += len(check_label(file, nc, columns)) if file.is_file() else 0
-            kept.append(image)
-        except (ArithmeticError, ValueError) as e:  # noqa: PERF203  the good ones count as well
+            found = check_label(file, nc, shape, task == "pose") if file.is_file() else []
+        except (ArithmeticError, ValueError) as e:
             (outside if isinstance(e, ArithmeticError) else wrong).append(f"{file}: {e}")
+            continue
+        rows += len(found)
+        kept.append(image)
+        if found and all(len(row) in (5, 5 + shape[0] * shape[1]) for row in found):
+            boxes.append(file)
     if wrong:
         raise UsageError(f"Split '{split}' has {len(wrong)} malformed label files: {quote(wrong)}. Mend these files.")
     if outside:
         LOGGER.warning(f"{split}: {len(outside)} images are left out, labels outside 0..1: {quote(outside)}")
     if not rows:
-        raise UsageError(f"Split '{split}' has no labels in {len(images)} images. Expected files like '{files[0]}'.")
+        raise UsageError(f"Split '{split}' has no labels in {len(images)} images: {no_labels(files)}.")
+    if boxes and task in {"segment", "obb"}:
+        told = f"{len(boxes)} label files of split '{split}' hold boxes, such as '{boxes[0]}'"
+        raise UsageError(f"{told}; the task '{task}' needs polygons in all of them. Give such labels, or task detect.")
     return kept
 
 
-def check_label(file: Path, nc: int, columns: int = 0) -> list[list[str]]:
-    """Return the words of each label row; ValueError if malformed, ArithmeticError if over 1 % outside the image."""
-    try:
-        rows = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        values = [[float(x) for x in row] for row in rows]
-    except ValueError as e:  # a word where a number belongs, or bytes that are not text
-        raise ValueError(f"not numbers ({e})") from e
-    for i, row in enumerate(values, 1):
-        n = len(row)
-        if n != columns if columns else n != 5 and (n < 7 or n % 2 == 0):
-            raise ValueError(f"row {i} has {n} columns, legal: {columns or '5, or 7, 9, ... for polygons'}")
-        if not (row[0].is_integer() and 0 <= row[0] < nc):
-            raise ValueError(f"row {i} has class {rows[i - 1][0]}, legal: 0 to {nc - 1}")
-        if not np.isfinite(row).all():
-            raise ValueError(f"row {i} has a value that is not finite")
-    if len({len(row) == 5 for row in values}) > 1:
-        raise ValueError("box and polygon rows are mixed")
-    for row in values:
-        coords = row[1:5] if columns else row[1:]  # keypoints out of sight may lie anywhere
-        if max(coords) > 1.01 or min(coords) < -0.01:
-            raise ArithmeticError(f"class {row[0]:g} at {quote([f'{x:g}' for x in coords])}")
-    return rows
+def no_labels(files: Sequence[Path]) -> str:
+    """Say where labels were looked for, or that those which are there are empty."""
+    if there := [f for f in files if f.is_file()]:
+        return f"{len(there)} label files are there and empty, '{there[0]}' for one"
+    places = quote([f"'{p}'" for p in dict.fromkeys(f.parent for f in files)], 3)
+    return f"no label file found, looked in {places} for '{files[0].name}' and so on"
+
+
+def check_label(file: Path, nc: int, shape: tuple[int, int] = (0, 0), pose: bool = False) -> list[list[str]]:
+    """Return the words of each label row where Ultralytics takes the file, which may be of poses of a `kpt_shape`.
+
+    ArithmeticError where all that is wrong is a value outside of its range, else ValueError.
+    """
+    if why := load.label_problem(file, nc, shape, pose):
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+        infinite = re.search(r"\b(nan|inf|infinity)\b", text, re.IGNORECASE)
+        outside = why.startswith(("non-normalized", "negative")) and not re.search(r"^\s*-", text, re.MULTILINE)
+        told = "a value is not finite" if infinite else why
+        raise (ArithmeticError if outside and not infinite else ValueError)(told)
+    rows = file.read_text(encoding="utf-8-sig").splitlines()
+    return [line.split() for line in rows if line.strip()]
 
 
 def calibration_images(
@@ -231,7 +257,7 @@ def calibration_images(
         n: How many images; None takes what is there, up to `at_most`.
         seed: Seed of the choice, which does not depend on the order of the files on disk.
         at_most: Most images where `n` is None; TensorRT and Ultralytics advise as many as the default.
-    Returns: Sorted image files, none of them from the validation split: INT8 figures would be flattered.
+    Returns: Sorted image files, none of them from the validation split of a data dict: INT8 figures would be flattered.
     Raises: `UsageError` if there are no such images, or fewer than `n`.
     """
     wanted = at_most if n is None else n
@@ -246,7 +272,9 @@ def calibration_images(
     val = {p.resolve() for p in list_images(held_out)} if held_out else set()
     pool = sorted(p for p in files if p.resolve() not in val)
     if not pool:
-        raise UsageError(f"All {len(files)} of '{source}' are validation images, which flatter INT8. Give others.")
+        told = f"All {len(files)} train images of '{source}' are validation images too, which flatter INT8"
+        hint = "Give others with quant.source=FOLDER, or split the set: yolo-ext split source=data.yaml out=NEW"
+        raise UsageError(f"{told}. {hint}.")
     if len(pool) < len(files):
         LOGGER.warning(f"Calibration leaves out {len(files) - len(pool)} train images that are validation images too")
     if n is not None and n > len(pool):
@@ -263,21 +291,23 @@ def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
             pass
 
 
-def letterbox_batches(paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False) -> Iterator[torch.Tensor]:
-    """Yield float32 (batch, 3, imgsz, imgsz), RGB, 0 to 1, as ONNX is fed, letterboxed, or cropped to the middle."""
+def letterbox_batches(
+    paths: list[Path], imgsz: int, batch: int = 16, crop: bool = False, channels: int = 3
+) -> Iterator[torch.Tensor]:
+    """Yield float32 (batch, channels, imgsz, imgsz), 0 to 1, as ONNX is fed, letterboxed, or cropped to the middle."""
     letterbox = partial(load.LetterBox((imgsz, imgsz), auto=False), None)  # it could take labels first
-    squares = _squares(paths, load.CenterCrop(imgsz) if crop else letterbox)
+    squares = _squares(paths, load.CenterCrop(imgsz) if crop else letterbox, channels)
     while images := list(islice(squares, batch)):
         yield torch.from_numpy(np.ascontiguousarray(images)).float() / 255
 
 
-def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield each image as the square RGB (3, H, W) that `fit` makes; some may be broken, all blank is an error."""
+def _squares(paths: list[Path], fit: Callable[[np.ndarray], np.ndarray], channels: int) -> Iterator[np.ndarray]:
+    """Yield each image as the square (channels, H, W) that `fit` makes; some may be broken, all blank is an error."""
     broken = blank = 0
     for path in paths:
-        if (image := imread(path)) is not None:
+        if (image := load.read_image(path, channels)) is not None:
             blank += int(image.min() == image.max())
-            yield np.asarray(fit(image))[..., ::-1].transpose(2, 0, 1)
+            yield load.planes(np.asarray(fit(image)))
             continue
         broken += 1
         if 2 * broken > len(paths):

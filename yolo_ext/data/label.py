@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
@@ -19,7 +20,6 @@ from uuid import uuid4
 import cv2
 import numpy as np
 from ultralytics.utils import TQDM, YAML
-from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write
@@ -28,9 +28,10 @@ from yolo_ext.data.check import attempt, class_names, image_probe
 from yolo_ext.data.coco import coco_store
 from yolo_ext.data.formats import FORMATS, Format
 from yolo_ext.data.records import Store, is_image, link_or_copy, list_images
+from yolo_ext.stock import load
 from yolo_ext.stock.load import IMG_FORMATS, img2label_paths
 
-Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, 3), BGR, to the objects of a record
+Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, channels) to the objects of a record
 Names = Mapping[int, str]  # class names by class index
 JOURNAL, PREVIEWS = "detections.jsonl", "previews"
 
@@ -61,6 +62,7 @@ class _Job:
     save_conf: bool
     previews: bool
     files: str
+    channels: int
     done: Labelled
 
 
@@ -93,7 +95,7 @@ def _start(source: Path) -> Path | None:
 def label_images(
     images: Mapping[str, Path], out: Path, predict: Predict, names: Names, settings: Mapping[str, Any], *,
     format: str = "yolo", beside: bool = False, overwrite: bool = False, save_conf: bool = False,
-    previews: bool = True, files: str = "link",
+    previews: bool = True, files: str = "link", channels: int = 3,
 ) -> Labelled:  # fmt: skip
     """Label images, by their relative path, into `out`; the options are those of the command `label`.
 
@@ -115,13 +117,14 @@ def label_images(
     _sweep(images, out)
     update(journal, _journal_text(settings, known))  # without what a killed run left half written
     with journal.open("a", encoding="utf-8") as file:
-        job = _Job(out, predict, names, kind, store, known, file, overwrite, save_conf, previews, files, done)
+        job = _Job(out, predict, names, kind, store, known, file, overwrite, save_conf, previews, files, channels, done)
         for name, path in TQDM(images.items(), "Labelling"):
             _label(job, name, path)
     store.close()
     update(journal, _journal_text(settings, known))  # sorted: the bytes do not tell how often a run was stopped
     if dataset and not (out / "data.yaml").exists():
         content = {"path": str(out), "train": kind.images, "val": kind.images, "names": dict(names)}
+        content |= {"channels": channels} if channels != 3 else {}
         YAML.save(out / ".data.yaml", content)
         (out / ".data.yaml").replace(out / "data.yaml")
     return done
@@ -137,7 +140,7 @@ def _label(job: _Job, name: str, path: Path) -> None:
         job.done.kept.append(name)
         return
     if new:
-        image, problem = attempt(read_image, path)
+        image, problem = attempt(partial(read_image, channels=job.channels), path)
     if image is not None:
         preview.unlink(missing_ok=True)  # of an earlier picture or setting
         record = {"image": name, "stamp": stamp, "size": [*image.shape[1::-1]], "objects": job.predict(image)}
@@ -162,11 +165,11 @@ def _label(job: _Job, name: str, path: Path) -> None:
         atomic_write(preview, draw(read_image(path) if image is None else image, record["objects"], job.names))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Return an image (H, W, 3), BGR, upright, as the predictor sees it, or raise ValueError; nothing is fetched."""
+def read_image(path: Path, channels: int = 3) -> np.ndarray:
+    """Return an image (H, W, C), upright, as the predictor sees it, or raise ValueError; nothing is fetched."""
     image_probe(path)
     try:
-        image = imread(path)
+        image = load.read_image(path, channels)
     except cv2.error as e:
         raise ValueError(f"cannot be decoded ({e.err})") from e
     if image is None:

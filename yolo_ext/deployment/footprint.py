@@ -35,7 +35,7 @@ def _openvino(path: Path, imgsz: int, threads: int, batch: int, ready: Callable[
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.Core().compile_model(str(next(path.glob("*.xml"))), "CPU", options)
     request = model.create_infer_request()
-    pixels: Any = np.zeros((batch, 3, imgsz, imgsz), np.float32)
+    pixels: Any = np.zeros((batch, model.input(0).partial_shape[1].get_length(), imgsz, imgsz), np.float32)
     return lambda: request.infer([pixels])
 
 

@@ -125,11 +125,12 @@ def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool
     """Load the teacher of a student, frozen and fused; return it with the fingerprint of its weights."""
     teacher, _ = load_model(path)
     parent = fingerprint(teacher)
-    ours, theirs = stock.task_of(student), stock.task_of(teacher)
-    if theirs != ours:
-        raise UsageError(f"Teacher '{path}' is a '{theirs}' model, the student is '{ours}'. Give one of the same task.")
+    stock.refuse_untrainable(teacher)
+    for what, theirs, ours in stock.differences(teacher, student):
+        if what in ("task", "image channels"):  # classes need only overlap, and keypoints are not compared
+            raise UsageError(f"Teacher '{path}' has the {what} {theirs}, the student {ours}. Give one with the same.")
     heads = [stock.detection_head(m) for m in (teacher, student)]
-    if ours != "classify" and not all(hasattr(h, "reg_max") for h in heads):
+    if stock.task_of(student) != "classify" and not all(hasattr(h, "reg_max") for h in heads):
         raise UsageError(f"Only Detect-type heads and classifiers distil, not {[type(h).__name__ for h in heads]}.")
     teacher = stock.fuse_blocks(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     cuda = device.type == "cuda"  # float16 there; on a CPU bfloat16, by default where the processor computes in it

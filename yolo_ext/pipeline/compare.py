@@ -22,7 +22,8 @@ from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench
 from yolo_ext.pipeline.run import Run, finetuning, measure, train
 from yolo_ext.pruning.prune import prune_model
-from yolo_ext.reporting.tables import ABSENT, align
+from yolo_ext.reporting.tables import align, cell
+from yolo_ext.stock.accuracy import score
 from yolo_ext.training.prune import make_probes
 
 STEP = 8 / 1024  # between two multiples of this no layer of up to 1024 channels changes
@@ -43,11 +44,11 @@ def compare(run: Run) -> runs.Record:
     found: list[dict[str, Any]] = []
     for name, m in models.items():
         figures = measure(run, m) if isinstance(m, Path) else runs.model_figures(m, None, run.imgsz)
-        row = {k: figures.get(k) for k in ("params", "gflops", "map")}
+        row = {k: figures.get(k) for k in ("params", "gflops", "top1" if run.task == "classify" else "map")}
         found.append({"name": name, **row, "ort": times[name]["median"]})
-    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", ABSENT if r["map"] is None else f"{r['map']:.4f}",
-              f"{r['ort']:.2f}"] for r in found]  # fmt: skip
-    LOGGER.info(align(cells, ["For comparison", "Parameters", "GFLOPs", "mAP50-95", "ONNX Runtime ms"]))
+    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", cell(score(r), ".4f"), f"{r['ort']:.2f}"]
+             for r in found]  # fmt: skip
+    LOGGER.info(align(cells, ["For comparison", "Parameters", "GFLOPs", stock.metric(run.task), "ONNX Runtime ms"]))
     return runs.Record(rows=found)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import YAML
+from ultralytics.utils import DEFAULT_CFG_DICT, YAML
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import save_model
@@ -19,7 +19,7 @@ from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, Spars
 from yolo_ext.core.registry import Need
 from yolo_ext.data.check import check_data
 from yolo_ext.pruning.criteria import criteria
-from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
@@ -29,6 +29,8 @@ from yolo_ext.training.trainer import trainer_for
 COMMON: dict[str, Any] = {"batch": 16, "optimizer": "AdamW", "cos_lr": True}
 FINETUNE: dict[str, Any] = {**COMMON, "epochs": 30, "lr0": 0.001, "warmup_epochs": 1.0}
 QAT: dict[str, Any] = {**COMMON, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0}
+ELSEWHERE = ("half", "int8", "nms", "format", "optimize", "workspace")  # of Ultralytics, for exports
+OLDEST = 13  # opset with Q/DQ per channel
 PLACE = ("project", "name", "exist_ok", "save_dir")
 Loaded = tuple[nn.Module, dict[str, Any]]
 
@@ -51,6 +53,7 @@ class Run:
     imgsz: int = 0  # side of the square input in pixels
     fresh: bool = False  # whether the folder held nothing before
     done: dict[str, runs.Record] = field(default_factory=dict)  # by finished stage
+    left_out: list[str] = field(default_factory=list)  # what failed that the result is complete without
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -61,6 +64,11 @@ class Run:
     def epochs(self) -> int:
         """Fine-tune epochs."""
         return int(self.native.get("epochs", FINETUNE["epochs"]))
+
+    @property
+    def graph(self) -> dict[str, Any]:
+        """What the user says of the graph of ONNX files."""
+        return {k: self.native[k] for k in ("opset", "simplify", "dynamic") if self.native.get(k) is not None}
 
     @property
     def prunes_later(self) -> bool:
@@ -119,6 +127,7 @@ def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stage
     _check_data(run)
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
+    _check_graph(run)
     run.folder = runs.folder(place, task=run.task, mode=mode, resume=resume)
     run.fresh = not any(run.folder.iterdir())
     plain = {"model": model, "data": data, "imgsz": run.imgsz, **options}
@@ -150,11 +159,11 @@ def _check_data(run: Run) -> None:
     if not run.data:
         return
     base, _ = run.load()
-    stock.refuse_rtdetr(base)
+    stock.refuse_untrainable(base)
     run.info = check_data(run.data, task=run.task)
-    if run.info["nc"] != len(base.names):
-        clash = f"'{run.base}' knows {len(base.names)} classes, '{run.data}' has {run.info['nc']}"
-        raise UsageError(f"{clash}. Give the data it was trained on.")
+    if run.native.get("single_cls", base.names == stock.ONE_CLASS):  # as it was trained
+        run.info, run.native["single_cls"] = stock.one_class(run.info), True
+    stock.check_fit(base, run.info, (run.base, run.data))
 
 
 def _check_techniques(run: Run) -> None:
@@ -173,6 +182,18 @@ def _check_techniques(run: Run) -> None:
         check_training({"quant": alone}, native, base, run.info, run.imgsz)
 
 
+def _check_graph(run: Run) -> None:
+    """Refuse what the ONNX files of a run cannot have."""
+    if not run.quant:
+        return
+    given = {k: run.native.get(k) for k in ELSEWHERE}
+    if wrong := [k for k, v in given.items() if v not in (None, DEFAULT_CFG_DICT.get(k)) and (v or k == "nms")]:
+        made = "this command writes FP32 and INT8 ONNX for NMS outside of the file, and measures those"
+        raise UsageError(f"'{wrong[0]}={given[wrong[0]]}': {made}. Give it to `yolo-ext export` with the result.")
+    if run.graph.get("opset", OLDEST) < OLDEST:
+        raise UsageError(f"'opset={run.graph['opset']}': per-channel Q/DQ needs {OLDEST} or later. Leave opset out.")
+
+
 def _check_resume(run: Run, plain: dict[str, Any]) -> None:
     """Refuse to mix stages of different options in one folder; options that came or went since do not count."""
     before = YAML.load(run.folder / "compress.yaml")
@@ -188,12 +209,12 @@ def _check_resume(run: Run, plain: dict[str, Any]) -> None:
 
 
 def measure(run: Run, weights: Path) -> dict[str, Any]:
-    """Return params, GFLOPs, size and, where there are data, mAP of float weights."""
+    """Return params, GFLOPs, size and, where there are data, mAP (top-1 of a classifier) of float weights."""
     model, _ = run.load(weights)
     found = runs.model_figures(model, weights, run.imgsz)
-    if run.data and run.task != "classify":
+    if run.data:
         found.update(accuracy(model, run.data, run.imgsz))
-        remember(model, run.data, run.imgsz, found["map"])
+        remember(model, run.data, run.imgsz, score(found))
     return found
 
 

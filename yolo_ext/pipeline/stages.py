@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
-from yolo_ext.core.config import as_plain
+from yolo_ext.core.config import as_plain, changes
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import let_go, logged
 from yolo_ext.deployment.export import export_onnx
@@ -94,7 +94,7 @@ def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
     m = measure(run, run.base)
     if run.quant:
-        file = export_onnx(run.load(run.base)[0], run.folder / "base" / "fp32.onnx", run.imgsz)
+        file = export_onnx(run.load(run.base)[0], run.folder / "base" / "fp32.onnx", run.imgsz, **run.graph)
         convs = {k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")}
         m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": onnx_accuracy(run, file)["map"]}, **convs)
     return Record(m)
@@ -222,17 +222,38 @@ def finish(run: Run) -> dict[str, Any]:
     if run.weights() != run.base:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
-    summary = write_summary(run.folder, before, after, stages)
     checks = [c for d in run.done.values() for c in d.checks or []] + _budgets(run, before, after)
+    summary = write_summary(run.folder, before, after, stages, **_told(run, checks))
     LOGGER.info(f"Report: {write_report(run.folder, _report(run, summary, checks))}")
     return {**summary, "run_dir": str(run.folder), "checks": checks}
 
 
 def _budgets(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
     """Return how the float result holds the budgets of pruning, which its trials have held."""
-    found = {"map": after.get("map"), "size_mb": runs.size_mb(run.weights())}
+    found = {**after, "size_mb": runs.size_mb(run.weights())}
     ratios = (run.done["latency"].ratios or {}) if "latency" in run.done else {}
     return budget_checks(run.prune, before, found, ratios.get("compressed FP32"))
+
+
+def _told(run: Run, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the summary tells besides figures: settings, seconds by stage, and what was done."""
+    settings = {"model": run.base.name, "data": Path(run.data).name, "imgsz": run.imgsz, **run.native}
+    seconds = {name: d.seconds for name, d in run.done.items()}
+    layers = next((d.layers for d in run.done.values() if d.layers), [])
+    wide = sum(r["before"] for r in layers)
+    how = {
+        "sparsity": run.sparsity and run.sparsity.method,
+        "prune": run.prune and (manifest(run.load()[0]).prune.get("method") if run.cuts else run.prune.kind),
+        "distill": run.distill and run.distill.teacher,
+        "quant": run.quant and run.quantized()[0],
+    }
+    return {
+        "settings": settings | changes(run.configs), "seconds": seconds,
+        "method": ", ".join(f"{technique} {what}" for technique, what in how.items() if what),
+        "ratio": round(1 - sum(r["after"] for r in layers) / wide, 4) if wide else None,
+        "training_s": sum(seconds[s.name] or 0.0 for s in STAGES if s.trains and s.name in seconds),
+        "failed": [c["name"] for c in checks if not c["passed"]],
+    }  # fmt: skip
 
 
 def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:

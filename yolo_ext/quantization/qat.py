@@ -2,7 +2,6 @@
 """From a float model to a calibrated fake-quantized one and back, and from what Ultralytics' own training quantized."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -21,9 +20,9 @@ from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization.calibrate import calibrate, calibrate_rest, known
 from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn
 from yolo_ext.quantization.layers import channel_rows, weight_rows
-from yolo_ext.quantization.plan import make_plan
+from yolo_ext.quantization.plan import listed_sites, make_plan
 from yolo_ext.quantization.spec import PROFILES, Profile, Spec, State, convert, plan_of, resolve_profile
-from yolo_ext.stock import task_of
+from yolo_ext.stock import seen_by, task_of
 from yolo_ext.stock.load import raw_checkpoint
 
 MOMENTUM = 0.01  # of the moving average of ranges while training updates them
@@ -46,9 +45,12 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
         replay(model, before)
         return before["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
-    batches = partial(letterbox_batches, images, imgsz, BATCH, crop=task_of(model) == "classify")
+    batches = partial(letterbox_batches, images, imgsz, BATCH, **seen_by(model))
     fq.merge_branches(model, islice(batches(), MERGE_BATCHES))
     kept_float = fq.insert_fake_quant(model, profile, cfg.exclude, cfg.config_list)
+    if any(listed_sites(entry, profile)[1] for entry in cfg.config_list):
+        needed = "outputs too, without which ONNX Runtime has no integer convolutions"
+        LOGGER.info(f"{colorstr('quantize: ')}quantizing beside the listed inputs and weights the {needed}")
     LOGGER.info(f"{colorstr('quantize: ')}calibrating {profile.name} on {len(images)} images of {imgsz} px")
     calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
     if cfg.adaround:
@@ -151,7 +153,7 @@ def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable
         replay(model, {"state": done})
         return done
     others = [path for path in make_plan(model, profile)[0] if path not in state and path.endswith(".conv")]
-    plan, _ = make_plan(model, profile, [f"^{re.escape(path)}$" for path in others])
+    plan, _ = make_plan(model, profile, others)
     given = known(plan, state)
     for path, sites in given.items():
         if "weight" in sites:

@@ -8,10 +8,12 @@ reads models and data and exports, `accuracy` runs validators, and `trainer` is 
 # fmt: off
 # isort: off
 from yolo_ext.stock.context import check_stock, cpu_info, evaluating, native_bf16, quiet, recalibrate, undisturbed
-from yolo_ext.stock.load import float_model, load_model, no_autoinstall
+from yolo_ext.stock.fit import ONE_CLASS, check_fit, differences, one_class, rebuilt, refuse_untrainable
+from yolo_ext.stock.load import float_model, load_model, no_autoinstall, refuse_renamed, register_layers, seen_by
 from yolo_ext.stock.model import (
     ACTIVATIONS, ATTENTION, BRANCHED, DFL, FREE_CUTS, FUSIONS, OPAQUE, SUMS, WIDEST_BRANCH, WIDTH_ATTRIBUTES,
     branched, branches, deployed, deployed_layers, detection_head, freeze, fuse_blocks, gflops, head_prefix,
-    image_size, input_channels, level_inputs, level_widths, max_stride, merge_block, module_path, natural_key,
-    probe_size, raw_outputs, refresh_widths, refuse_rtdetr, restart_ema, returned_tensors, rewrap, single_conv, task_of,
+    image_size, input_channels, level_inputs, level_widths, matches, max_stride, merge_block, metric,
+    module_path, natural_key, probe_size, raw_outputs, refresh_widths, restart_ema, returned_tensors, rewrap, select,
+    single_conv, task_of, within,
 )

@@ -1,18 +1,21 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Accuracy of a model over a split by Ultralytics' validators: torch and exported files on the same pixels."""
 
+import ast
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import YAML
 from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
+from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
 from yolo_ext.stock.load import check_det_dataset, float_model, head_args
 
 VALIDATORS: dict[str, Any] = {
@@ -31,13 +34,13 @@ def accuracy(
     (``.onnx``, ``*_openvino_model``) sees the same pixels. `data` is a YAML, or the folder of a classification set;
     nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead.
     """
-    net = float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
+    net = _net(model)
     with tempfile.TemporaryDirectory() as folder, quiet():
         if like is not None:
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:
-            task = _task(Path(str(model))) if net is None else net.task
-            cls, args = _validator(task, str(data)), {"task": task, "data": str(data), "imgsz": imgsz, "rect": False}
+            cls, args = validator_of(model, data, net)
+            args |= {"imgsz": imgsz, "rect": False}
             args |= {"model": str(model), "batch": 1} if net is None else {"batch": batch, **head_args(end2end)}
             args |= {"device": "cpu", "mode": "val"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
@@ -47,14 +50,34 @@ def accuracy(
 
 def score(found: dict[str, float]) -> float | None:
     """Return the figure that `accuracy` is judged by: mAP50-95, or top-1 of a classifier; None where there is none."""
-    return found.get("map", found.get("top1"))
+    return found.get("top1") if found.get("map") is None else found["map"]
 
 
-def _task(path: Path) -> str:
+def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Return validator class and arguments for data and a model (`net`, if loaded); UsageError if they do not fit."""
+    net = _net(model) if net is None else net
+    facts = _about(Path(str(model))) if net is None else (net.task, net.names, type(net.model[-1]).__name__)
+    task, names, head = facts
+    cls, info = _validator(task, str(data))
+    cls = RTDETRValidator if head == "RTDETRDecoder" else cls  # which stretches images
+    one = names == ONE_CLASS  # as it was trained
+    if task != "classify":
+        who = "model" if isinstance(model, nn.Module) else model
+        check_fit(net or {"names": names}, one_class(info) if one else info, (who, data))
+    return cls, {"task": task, "data": str(data), "single_cls": one}
+
+
+def _net(model: str | Path | nn.Module) -> Any:
+    return float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
+
+
+def _about(path: Path) -> tuple[str, dict[int, str], str]:
+    """Return task, class names and type of the head of an exported model."""
     import onnx
 
     if path.is_dir():
-        return YAML.load(path / "metadata.yaml")["task"]
+        found = YAML.load(path / "metadata.yaml")
+        return found["task"], found["names"], found.get("head", "")
     if not path.is_file():
         raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
     try:
@@ -63,22 +86,22 @@ def _task(path: Path) -> str:
         raise UsageError(f"'{path}' is not an ONNX model ({error}).") from error
     if "task" not in props:
         raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
-    return props["task"]
+    return props["task"], ast.literal_eval(props.get("names", "{}")), props.get("head", "")
 
 
-def _validator(task: str, data: str) -> Any:
-    """Return the validator class of a task, after a look at the data."""
+def _validator(task: str, data: str) -> tuple[Any, dict[str, Any]]:
+    """Return the validator class of a task, and what Ultralytics makes of the data."""
     if task not in VALIDATORS:
         raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
     try:
         if task != "classify":
-            check_det_dataset(data, autodownload=False)
-        elif not Path(data).is_dir():
+            return VALIDATORS[task], check_det_dataset(data, autodownload=False)
+        if not Path(data).is_dir():
             raise NotADirectoryError("not a folder")
     except Exception as error:
         what = "a folder" if task == "classify" else "a YAML"
         raise UsageError(f"Data set '{data}' cannot be used ({error}). Give {what} of data on disk.") from error
-    return VALIDATORS[task]
+    return VALIDATORS[task], {}
 
 
 def _figures(validator: Any, found: dict[str, Any]) -> dict[str, float]:

@@ -37,7 +37,7 @@ MEND = f"Run: pip install 'ultralytics{LEGAL}'"
 # Each with the number of its positional arguments and the names of the others that ours pass on; methods count `self`.
 CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
     (tasks.load_checkpoint, 1, ()), (tasks.torch_safe_load, 1, ()), (tasks.yaml_model_load, 1, ()),
-    (tasks.BaseModel.fuse, 1, ("verbose",)), (torch_utils.get_flops, 2, ()), (torch_utils.fuse_conv_and_bn, 2, ()),
+    (tasks.BaseModel.fuse, 1, ("verbose",)), (torch_utils.fuse_conv_and_bn, 2, ()),
     (cfg.get_cfg, 0, ("overrides",)), (cfg.cfg2dict, 1, ()), (cfg.get_save_dir, 1, ()), (cfg.entrypoint, 0, ()),
     (cfg.merge_equals_args, 1, ()), (cfg.parse_key_value_pair, 1, ()),
     (augment.LetterBox, 1, ("auto",)), (augment.CenterCrop, 1, ()), (data_utils.img2label_paths, 1, ()),
@@ -51,7 +51,7 @@ ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
     (Detect, ("shape", "export", "xyxy", "end2end")),  # cached anchors; what a head returns
     (tasks.DetectionModel, ("end2end",)),
     (Conv, ("forward", "forward_fuse")),
-    (checks, ("AUTOINSTALL",)),
+    (checks, ("AUTOINSTALL", "check_yolov5u_filename")),
 ]
 
 

@@ -3,31 +3,84 @@
 
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
+from io import BytesIO
+from itertools import product
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 from PIL import Image
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.data import ClassificationDataset, build_yolo_dataset
+from ultralytics.data import utils as data_utils
 from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
 
 from ultralytics.data.utils import (  # isort: skip
-    IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
+    IMG_FORMATS, check_cls_dataset, check_det_dataset, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
+from ultralytics.nn import tasks
+from ultralytics.nn.autobackend import check_class_names
+from ultralytics.nn.modules import block, conv, head
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
 from ultralytics.utils import DEFAULT_CFG_DICT, checks, patches
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
+from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import check_stock, get_cfg, quiet, replaced
-from yolo_ext.stock.model import task_of
+from yolo_ext.stock.model import input_channels, task_of
 
 LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
-open_image = getattr(patches, "_image_open", Image.open)
+open_image = Image.open if find_spec("pi_heif") else getattr(patches, "_image_open", Image.open)
+
+
+def _seeing(function: Any, **others: Any) -> Any:
+    """Return a function of Ultralytics that finds other things under these global names; threads may share it."""
+    seen = FunctionType(function.__code__, {**function.__globals__, **others}, function.__name__, function.__defaults__)
+    seen.__kwdefaults__ = function.__kwdefaults__
+    return seen
+
+
+# Ultralytics rewrites a JPEG with bytes behind its end; decoding it in memory tells as well whether it can be read
+_read_only = _seeing(
+    data_utils.check_image,
+    Image=SimpleNamespace(open=open_image),
+    _replace_image=lambda _, write: write(BytesIO()),
+)
+
+
+def check_image(file: str | Path) -> tuple[str, tuple[int, int]]:
+    """Check an image as Ultralytics does for a training, and return no message and (height, width) upright."""
+    shape = _read_only(str(file))[1]
+    with open_image(file) as im:
+        whole = im.format in {"JPEG", "MPO", "PNG"}  # the check sees the end of no other format
+    if not whole and patches.imread(str(file)) is None:  # which would end a training
+        raise ValueError("is truncated, or cannot be decoded")
+    return "", shape
+
+
+data_utils.check_image = check_image  # so no command and no training changes the user's images
+_label_only = _seeing(data_utils.verify_image_label, check_image=lambda _: ("", (1, 1)))
+
+
+def label_problem(file: Path, nc: int, kpt_shape: tuple[int, int] = (0, 0), pose: bool = False) -> str:
+    """Return why Ultralytics would leave out the image of a label file, "" where it takes it; rows may be poses."""
+    *_, corrupt, told = _label_only(("", str(file), "", pose, nc, *kpt_shape, False))
+    return " ".join(told.partition("image/label: ")[2].split())[:200] if corrupt else ""
+
+
+def det_dataset(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return what Ultralytics makes of the content of a data.yaml; no images and no font for plots are fetched."""
+    held = SimpleNamespace(load=lambda *_, **__: {**content, "yaml_file": str(file)})
+    return _seeing(check_det_dataset, YAML=held, check_font=lambda _: None)(str(file), autodownload=False)
 
 
 def no_autoinstall() -> AbstractContextManager[None]:
@@ -45,6 +98,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     check_stock()
     p = Path(path)
+    refuse_renamed(p)
     if p.suffix in {".yaml", ".yml"}:
         try:
             transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
@@ -68,6 +122,16 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.float().eval().requires_grad_(True), ckpt
 
 
+def refuse_renamed(path: str | Path) -> None:
+    """Refuse a file in whose place Ultralytics would read, or download, one of another name, wherever it is given."""
+    other = checks.check_yolov5u_filename(str(path), verbose=False)
+    if other == str(path) or not Path(path).is_file():
+        return
+    told = f"Ultralytics reads '{other}' where '{path}' is asked for"
+    own = Path(path).with_name(f"{Path(path).stem}_own{Path(path).suffix}")
+    raise UsageError(f"{told}. A model of the YOLOv5 repository cannot be used; rename any other, such as to '{own}'.")
+
+
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """Return what a checkpoint holds as a model, and its dict."""
     try:
@@ -83,8 +147,29 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"{why}. Give a .pt written by Ultralytics or yolo-ext.") from e
 
 
+def register_layers(modules: Any) -> None:
+    """Import the user's modules, by dotted path, so that model YAMLs and checkpoints can name the layers in them."""
+    for name in comma_list(modules) if modules else ():
+        try:
+            found = vars(import_module(name))
+        except Exception as e:  # whatever the user's code does while it is imported
+            hint = "Give dotted paths that Python can import from this folder, such as modules=mypkg.layers"
+            raise UsageError(f"Cannot import 'modules={name}' ({_brief(e)}). {hint}.") from e
+        layers = {k: v for k, v in found.items() if isinstance(v, type) and issubclass(v, nn.Module)}
+        package = name.partition(".")[0]
+        layers = {k: v for k, v in layers.items() if v.__module__.partition(".")[0] == package}  # the rest is imported
+        if not layers:
+            raise UsageError(f"'modules={name}' defines no torch.nn.Module. Name the module that does.")
+        if taken := [k for k, v in layers.items() if getattr(tasks, k, v) is not v]:
+            own = f"defines {', '.join(taken)}, which is a layer of Ultralytics"
+            raise UsageError(f"'modules={name}' {own}. Give it another name.")
+        for home, (k, v) in product((tasks, block, conv, head), layers.items()):
+            setattr(home, k, getattr(home, k, v))  # in tasks for YAMLs; a fork pickles its layers from the others
+
+
 def raw_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the dict of a checkpoint as it was saved, with whatever is inside its model."""
+    refuse_renamed(path)
     with no_autoinstall():
         return torch_safe_load(str(path))[0]
 
@@ -106,6 +191,25 @@ def float_model(weights: str | Path | nn.Module) -> Any:
     model.criterion = None
     model.task = getattr(model, "task", None) or task_of(model)  # absent on a module built from YAML
     return model
+
+
+def read_image(path: str | Path, channels: int = 3) -> np.ndarray | None:
+    """Return an image (H, W, C) as Ultralytics reads it for a model of C channels, three as BGR; None if it cannot."""
+    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
+    image = patches.imread(str(path), flag)
+    if image is not None and image.shape[2] != channels:
+        raise UsageError(f"Image '{path}' has {image.shape[2]} channels, the model takes {channels}. Give others.")
+    return image
+
+
+def planes(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) as a model sees it: (C, H, W), with three channels as RGB."""
+    return (image[..., ::-1] if image.shape[2] == 3 else image).transpose(2, 0, 1)
+
+
+def seen_by(model: nn.Module) -> dict[str, Any]:
+    """Return how `data.check.letterbox_batches` is to read images for a model; a classifier sees the middle only."""
+    return {"crop": task_of(model) == "classify", "channels": input_channels(model)}
 
 
 def head_args(end2end: bool) -> dict[str, Any]:
@@ -145,7 +249,7 @@ def labelled_dataset(
     info: dict[str, Any], task: str, imgsz: int, batch: int, stride: int = 32, given: dict[str, Any] | None = None
 ) -> tuple[Any, list[Path]]:
     """Return the train split, square and not augmented, with masks and classes read as `given` says, and its files."""
-    chosen = {k: v for k, v in (given or {}).items() if k in LABEL_ARGS}
+    chosen = {k: v for k, v in {**(given or {}), **info}.items() if k in LABEL_ARGS}
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})
     with quiet():
         if task == "classify":

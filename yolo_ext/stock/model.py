@@ -3,7 +3,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.utils.checks import check_imgsz
-from ultralytics.utils.torch_utils import fuse_conv_and_bn, get_flops
+from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
 
 
 def _classes(module: Any, *names: str) -> tuple[type[nn.Module], ...]:
@@ -32,6 +33,10 @@ FUSIONS = _classes(block, "CBFuse")  # add parts of several cut outputs
 SUMS = _classes(block, "Bottleneck", "CIB", "SPPF")  # return their input plus what they made of it, if `add` says so
 DFL = _classes(block, "DFL")
 BRANCHED = (*_classes(conv, "Conv2", "RepConv"), *_classes(block, "RepVGGDW"))  # several branches until they are fused
+
+SECTIONS = ("backbone", "neck", "head")  # of a model YAML
+
+THOP = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
 
 # Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
 WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
@@ -60,6 +65,11 @@ def task_of(model: nn.Module) -> str:
     return next(found, "detect")
 
 
+def metric(task: str) -> str:
+    """Return the name of the figure that models of a task are judged by."""
+    return "top-1" if task == "classify" else "mAP50-95"
+
+
 def detection_head(model: nn.Module) -> nn.Module:
     """Return the last module of a YOLO, its head."""
     return model.model[-1]
@@ -70,11 +80,49 @@ def head_prefix(model: nn.Module) -> str:
     return f"model.{len(model.model) - 1}."
 
 
-def refuse_rtdetr(net: nn.Module) -> None:
-    """Refuse RT-DETR where data are read: stretched images and no NMS are for trainers and validators of its own."""
-    if isinstance(net.model[-1], OPAQUE):
-        why = "RT-DETR is trained and validated in a way of its own, which yolo_ext does not know"
-        raise UsageError(f"{why}. It can be pruned with epochs=0 and without data.")
+def select(model: nn.Module, selector: str, option: str = "selector") -> list[str]:
+    """Return the paths of the modules that a selector (see the error below) means, without what is inside of them."""
+    modules = {path: m for path, m in model.named_modules() if path}
+    path = f"model.{selector}" if selector.isdecimal() else selector.removesuffix(".")
+    if selector in SECTIONS:
+        return _section(model, selector, option)
+    if path in modules:
+        return [path]
+    found = [p for p, m in modules.items() if type(m).__name__ == selector]
+    expression = selector.removeprefix("re:")
+    fits = re.fullmatch if expression == selector else re.search
+    try:
+        found = found or [p for p in modules if fits(expression, p)]
+    except re.error as e:
+        raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
+    if not found:
+        names = [*SECTIONS, *sorted({type(m).__name__ for m in modules.values()}), *modules]
+        raise UsageError(
+            f"'{option}={selector}' matches no layer.{suggest(selector, names)} Legal: a layer index such as 9, a name "
+            "such as model.9.cv2, a type such as C2f, backbone, neck, head, a regular expression for whole names, or "
+            r"one that is found anywhere in them, such as re:cv2\.\d."
+        )
+    return found
+
+
+def within(model: nn.Module, roots: Iterable[str]) -> set[str]:
+    """Return the paths of modules and of everything inside of them."""
+    starts = tuple(f"{root}." for root in roots)
+    return {path for path, _ in model.named_modules() if path and f"{path}.".startswith(starts)}
+
+
+def matches(model: nn.Module, selector: str, option: str = "selector") -> set[str]:
+    """Return the paths of all modules that a selector means, with everything inside of them: see `select`."""
+    return within(model, select(model, selector, option))
+
+
+def _section(model: nn.Module, name: str, option: str) -> list[str]:
+    """Return the layers of the backbone, the neck or the head, as the model's YAML parts them."""
+    yaml = getattr(model, "yaml", None)  # the tripwire of a pruned model renames a block and moves none
+    if not yaml or "backbone" not in yaml:
+        raise UsageError(f"'{option}={name}' means nothing here: the model has no YAML. Give layer names.")
+    neck, head = len(yaml["backbone"]), len(model.model) - 1
+    return [f"model.{i}" for i in {"backbone": range(neck), "neck": range(neck, head), "head": [head]}[name]]
 
 
 def max_stride(model: nn.Module) -> int:
@@ -141,14 +189,14 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 def deployed_layers(model: nn.Module) -> set[str]:
-    """Return the paths of the layers whose work remains after fusing, in the names of the unfused model."""
+    """Return the paths of the layers and norms whose work remains after fusing, in the names of the unfused model."""
     # Fusing drops one branch of end-to-end heads, and merges those of a reparameterised block into its widest.
     fused = dict(deployed(model).named_modules())
     names = set()
     for path, m in model.named_modules():
         if path not in fused:
             continue
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)):
             names.add(path)
         elif type(m).__name__ in WIDEST_BRANCH:
             names.add(f"{path}.{WIDEST_BRANCH[type(m).__name__]}")
@@ -156,14 +204,20 @@ def deployed_layers(model: nn.Module) -> set[str]:
 
 
 def gflops(model: nn.Module, imgsz: int = 640) -> float:
-    """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs), unless it cannot count."""
-    value = float(get_flops(deployed(model), imgsz))
-    if value == 0.0:
-        raise UsageError(
-            "Ultralytics reports 0.0 GFLOPs. PyPI's 'thop' has probably overwritten 'ultralytics-thop'. "
-            "Run: pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
-        )
-    return value
+    """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs)."""
+    for device in ("meta", "cpu"):  # shapes alone tell, unless a block asks for values, which then are zeros
+        net, shape = deployed(model).float(), (1, input_channels(model), imgsz, imgsz)
+        try:
+            import thop  # PyPI's package of this name, which may lie in its place, is not importable everywhere
+
+            net.model.to(device)  # not the strides, which anchors are made of
+            return 2e-9 * thop.profile(net, inputs=[torch.zeros(shape, device=device)], verbose=False)[0]
+        except Exception as e:  # whatever a user's block raises
+            why = f"{type(e).__name__}: {str(e)[:200]}"
+    clash = "PyPI's 'thop' may have overwritten 'ultralytics-thop'"
+    raise UsageError(
+        f"FLOPs cannot be counted at {imgsz} pixels ({why}). If the model runs at this size, {clash}: {THOP}"
+    )
 
 
 def fuse_blocks(model: nn.Module) -> nn.Module:

@@ -1,23 +1,26 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """`yolo-ext train`: one training run with any technique in the loop, checked beforehand, and its summary."""
 
+import time
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, YAML
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 
 from yolo_ext import runs, stock
-from yolo_ext.core.config import EXT_DEFAULTS, parse
+from yolo_ext.checkpoint import hand_on, is_pruned
+from yolo_ext.core.config import EXT_DEFAULTS, changes, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.reporting.tables import write_summary
-from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
+from yolo_ext.training.prune import budget_checks
 from yolo_ext.training.technique import Technique
 from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techniques_of, trainer_for
 
@@ -27,35 +30,60 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     from ultralytics import YOLO
 
     configs = parse({k: options[k] for k in EXT_DEFAULTS if k in options})
+    resume = options.get("resume")
+    if isinstance(resume, (str, Path)):  # Ultralytics would look for another run where this file is missing
+        model, options["resume"] = resume, True
     base, ckpt = load_model(model)
-    stock.refuse_rtdetr(base)
-    task, resume = stock.task_of(base), options.get("resume")
+    stock.refuse_untrainable(base)
+    task = stock.task_of(base)
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
         raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
-    if options.get("data") and not resume:
-        free = configs["quant"] and configs["quant"].supervision == "features"  # needs no labels
-        info = check_data(str(options["data"]), task=task, labels=not free)
+    measured = bool(ckpt) and not resume
+    if resume:
+        _check_moved(ckpt, options.get("data"), task)
+    elif options.get("data"):
         own = YAML.load(options["cfg"]) if options.get("cfg") else {}
-        check_training(configs, {**own, **options, "model": str(model), "task": task}, base, info, imgsz)
-        options["data"] = str(info.get("yaml_file") or options["data"])
-    before = _figures(base, Path(model), options.get("data"), imgsz, trained=bool(ckpt) and not resume)
-    yolo = YOLO(str(model), task=task)
+        args = {**own, **options, "model": str(model), "task": task}
+        options["data"], fits = _check_start(configs, args, base, imgsz)
+        measured &= fits
+    before = _figures(base, Path(model), options.get("data") if measured else None, imgsz)
+    yolo, start = YOLO(str(model), task=task), time.monotonic()
+    native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
     try:
         yolo.train(trainer=trainer_for(task), **options)
     except UsageError:  # such as a size that turns out to be out of reach
         if yolo.trainer:
             runs.discard(Path(str(yolo.trainer.save_dir)))
         raise
-    trainer: Any = yolo.trainer
+    trainer, seconds = cast(Any, yolo.trainer), round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
-    after = _figures(load_model(best)[0], best, trainer.args.data, imgsz, trained=True)
-    return write_summary(Path(trainer.save_dir), before, after, {"train": after})
+    after = _figures(load_model(best)[0], best, trainer.args.data, imgsz)
+    checks = budget_checks(trainer.compression["prune"], before, after)
+    told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
+            "seconds": {"train": seconds}, "method": ", ".join(t for t, cfg in configs.items() if cfg),
+            "failed": [c["name"] for c in checks if not c["passed"]]}  # fmt: skip
+    summary = write_summary(Path(trainer.save_dir), before, after, {"train": after}, **told)
+    return {**summary, "checks": checks}
+
+
+def _check_start(configs: Mapping, args: Mapping, base: nn.Module, imgsz: int) -> tuple[str, bool]:
+    """Check all that a training starts with; return the data's path, and whether the model as it is fits the data."""
+    free = configs["quant"] and configs["quant"].supervision == "features"  # needs no labels
+    info = check_data(str(args["data"]), task=args["task"], labels=not free)
+    if isinstance(args.get("pretrained"), (str, Path)):
+        load_model(args["pretrained"])
+    info = stock.one_class(info) if args.get("single_cls") else info
+    if fault := stock.check_fit(base, info, (args["model"], args["data"]), rebuilt=not is_pruned(base)):
+        LOGGER.warning(f"The model is built anew for these data, and not measured on them as it is: {fault}")
+    check_training(configs, args, base, info, imgsz)
+    return str(info.get("yaml_file") or args["data"]), not fault
 
 
 def check_training(configs: Mapping, args: Mapping, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
     """Refuse parsed options and Ultralytics' arguments, `model` and `task` among them, before there is a run folder."""
-    student = deepcopy(model)
+    student = stock.rebuilt(deepcopy(model), info) if "nc" in info else deepcopy(model)
+    hand_on(model, student)
     stock.freeze(student, args.get("freeze"))
     for technique in check_settled(configs, args):
         technique.check(student, info, imgsz)
@@ -67,11 +95,19 @@ def check_settled(configs: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[
     return techniques_of({**EXT_DEFAULTS, **configs}, SimpleNamespace(**DEFAULT_CFG_DICT | given))
 
 
-def _figures(model: Any, path: Path, data: Any, imgsz: int, *, trained: bool) -> dict[str, Any]:
-    """Return size figures, and mAP where the model is trained and its task has boxes."""
+def _check_moved(ckpt: Mapping[str, Any], given: Any, task: str) -> None:
+    """Refuse to go on with a training whose data are not where they were."""
+    data = given or (ckpt.get("train_args") or {}).get("data")
+    try:
+        check_data(str(data), task=task, labels=False)
+    except UsageError as e:
+        raise UsageError(f"{e} Where the data of a stopped training have moved, add data=.") from e
+
+
+def _figures(model: Any, path: Path, data: Any, imgsz: int) -> dict[str, Any]:
+    """Return size figures, and mAP (top-1 of a classifier) where there are data."""
     found = runs.model_figures(model, path, imgsz)
-    boxes = stock.task_of(model) != "classify"
-    if trained and data and boxes and len(model.names) == check_data(str(data), labels=False)["nc"]:
+    if data:
         found.update(accuracy(path, data, imgsz))
-        remember(model, data, imgsz, found["map"])
+        remember(model, data, imgsz, score(found))
     return found

@@ -43,6 +43,7 @@ class Distill(Technique):
         """Look up whether the student is going to lose channels."""
         super().__init__(configs, args)
         self.shrinks = bool(pruning_epochs(configs, args))
+        self.alone = not any(configs[key] for key in ("prune", "sparsity", "quant"))  # nothing else changes the student
         self.distiller: Any = None  # teachers and adapters, from the first optimizer on
 
     @classmethod
@@ -119,11 +120,14 @@ class Distill(Technique):
         student, *found = self._facts(trainer)
         if RANK not in {-1, 0}:
             return
-        metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
+        metric = stock.metric(trainer.args.task)
         LOGGER.info("\n" + table(student, found, metric))
         for teacher in found:
             if Path(teacher.name).resolve() == Path(str(trainer.args.model)).resolve():
                 teacher = replace(teacher, accuracy=None)  # teaches what the student is going to lose
+                if self.alone:
+                    same = "the teacher is the model itself, which nothing prunes or quantizes: it has nothing to teach"
+                    LOGGER.warning(f"{colorstr(PREFIX)}{same}. Give distill.teacher=bigger.pt.")
             for doubt in doubts(student, teacher, metric):
                 LOGGER.warning(f"{colorstr(PREFIX)}{doubt}.")
         if self.cfg.preflight:

@@ -3,7 +3,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from yolo_ext.training.technique import Technique, input_size, live
 
 PREFIX = "prune: "
 ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
+NOTES_MB = 0.02  # that a training keeps beside the weights
 
 
 def pruning_epochs(configs: dict[str, Any], args: Any) -> list[int]:
@@ -119,8 +120,8 @@ class Prune(Technique):
 
     def _probes(self, trainer: Any, model: nn.Module) -> Probes:
         """Return the ways in which pruning may look at data and clock during this run."""
-        size = input_size(trainer, model)
-        return make_probes(trainer.data, size, self.cfg, trainer.args.task, device=trainer.device)
+        size, info = input_size(trainer, model), {**trainer.data, "single_cls": trainer.args.single_cls}
+        return make_probes(info, size, self.cfg, trainer.args.task, model, device=trainer.device)
 
     def start(self, trainer: Any) -> None:
         """Take the zeros of a masked model for its masks."""
@@ -203,7 +204,8 @@ def make_probes(
 ) -> Probes:  # fmt: skip
     """Make what a pruning plan may ask for of data as `data.check.check_data` returned them; without any only `speed`.
 
-    A model `base` has its classes held against those of the data; labelled batches are read once and kept on `device`.
+    The arguments of a model `base` say how labels are read; labelled batches are read once and kept on `device`. Images
+    that are in the val split too are taken as training takes them.
     """
 
     def speed(dense: nn.Module, pruned: nn.Module) -> float:
@@ -212,22 +214,21 @@ def make_probes(
     if not info:
         return Probes(speed=speed)
 
-    def read(n: int) -> Iterator[dict[str, Any]]:
-        _check_classes(base, info)
-        return labelled_batches(info, imgsz, n, cfg.seed, task, base, batch)
+    read = partial(labelled_batches, info, imgsz, seed=cfg.seed, task=task, base=base, batch=batch)
 
     @cache
     def labelled() -> list[dict[str, Any]]:
-        return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in read(cfg.images)]
+        moved = lambda v: v.to(device) if isinstance(v, torch.Tensor) else v  # noqa: E731
+        return [{k: moved(v) for k, v in b.items()} for b in read(cfg.images)]
 
     def images() -> Iterator[torch.Tensor]:
         n = cfg.recalibrate or cfg.images
         if task == "classify":  # seen cropped, not letterboxed
             return (b["img"] for b in read(n))
-        return letterbox_batches(calibration_images(info, None, cfg.seed, at_most=n), imgsz, batch)
+        chosen = calibration_images(info["train"], None, cfg.seed, at_most=n)
+        return letterbox_batches(chosen, imgsz, batch, channels=info.get("channels", 3))
 
     def worth(model: nn.Module) -> float:
-        _check_classes(base, info)
         data = Path(info["train"]).parent if task == "classify" else info["yaml_file"]
         return score(accuracy(model, data, imgsz, batch=batch)) or 0.0
 
@@ -238,7 +239,7 @@ def labelled_batches(
     info: dict[str, Any], imgsz: int, n: int, seed: int, task: str, base: nn.Module | None = None, batch: int = 16
 ) -> Iterator[dict[str, Any]]:
     """Yield up to `n` labelled train images, (B, C, imgsz, imgsz) in 0..1, as the criterion of `base` takes them."""
-    chosen = {p.resolve() for p in calibration_images(info, None, seed, at_most=n)}
+    chosen = {p.resolve() for p in calibration_images(info["train"], None, seed, at_most=n)}
     args = getattr(base, "args", None) or {}
     given = args if isinstance(args, dict) else vars(args)
     stride = stock.max_stride(base) if base is not None else 32
@@ -251,11 +252,21 @@ def labelled_batches(
         yield {**found, "img": image.float() if image.is_floating_point() else image.float() / 255}
 
 
-def _check_classes(base: nn.Module | None, info: dict[str, Any]) -> None:
-    names = getattr(base, "names", None)
-    if names and len(names) != info["nc"]:
-        clash = f"The model has {len(names)} classes and the data have {info['nc']}"
-        raise UsageError(f"{clash}, so its losses and its accuracy mean nothing. Train it on these data first.")
+def budget_checks(
+    cfg: PruneConfig | None, before: Mapping[str, Any], after: Mapping[str, Any], speed: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Return how a result holds the budgets of its pruning: figures of base and result, and its speed-up in ORT."""
+    checks = []
+    was, now = score(before), score(after)
+    if cfg and cfg.max_drop and was is not None and now is not None:
+        lost = was - now
+        checks.append(("Accuracy lost by pruning (prune.max_drop)", lost, cfg.max_drop, lost <= cfg.max_drop))
+    if cfg and cfg.size_mb and (size := after.get("size_mb")):
+        checks.append(("MB of the .pt (prune.size_mb)", size, cfg.size_mb, size <= 1.01 * cfg.size_mb + NOTES_MB))
+    if cfg and cfg.latency and cfg.runtime == "ort" and speed:
+        enough = speed["p90"] >= 0.95 * cfg.latency  # as near as the trials have come
+        checks.append(("Speed-up in ONNX Runtime (prune.latency)", speed["ratio"], cfg.latency, enough))
+    return [dict(zip(("name", "value", "limit", "passed"), c)) for c in checks]
 
 
 def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
 
+from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig
@@ -95,7 +96,7 @@ class Quant(Technique):
         if RANK in {-1, 0}:
             for m in (live(trainer), trainer.ema.ema):
                 note(m, quant={**manifest(m).quant, **found})
-            metric = "top-1" if trainer.args.task == "classify" else "mAP50-95"
+            metric = stock.metric(trainer.args.task)
             LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found['ptq']:.4f} (float {found['base']:.4f})")
 
     def before_epoch(self, trainer: Any) -> None:

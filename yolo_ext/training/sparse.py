@@ -8,6 +8,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_ext.checkpoint import fingerprint, is_pruned, note
+from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.sparsity import monitor
 from yolo_ext.sparsity.sparsifier import Sparsifier
@@ -27,6 +28,13 @@ class Sparse(Technique):
         self.epochs, self.pruned_at = args.epochs, pruning_epochs(configs, args)
         self.prune = configs["prune"] or PruneConfig(ratio=0.5, method=self.cfg.method)
         self.sparsifier: Any = None  # what is pulled and how far, from the first optimizer on
+
+    @classmethod
+    def settle(cls, configs: dict[str, Any], args: Any) -> None:
+        """Refuse a controller that would have nothing to go by."""
+        if configs["sparsity"].auto and not args.val:
+            steers = "'sparsity.auto=True' steers by the accuracy after each epoch, which 'val=False' leaves out"
+            raise UsageError(f"{steers}. Give one of them only.")
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
         """Refuse a model of which nothing can become sparse, and a schedule outside of the run."""

@@ -14,6 +14,7 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import log_to, logged
 from yolo_ext.stock import trainer as engine
 from yolo_ext.stock.context import cfg2dict, replaced
 from yolo_ext.training.distill import Distill
@@ -23,6 +24,9 @@ from yolo_ext.training.resume import Exact
 from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
+OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers
+    "save_optimizer": False, "modules": None,
+}  # fmt: skip
 BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
 TECHNIQUES: tuple[type[Technique], ...] = (Prune, Sparse, Distill, Quant)  # in the order in which they act
 
@@ -38,7 +42,8 @@ def techniques_of(configs: dict[str, Any], args: Any) -> tuple[Technique, ...]:
 class CompressionMixin(BEHIND):
     """Sparsity training, pruning, distillation and quantization-aware training for any Ultralytics trainer.
 
-    Options come as four more keys, each a dict or a config dataclass: `sparsity`, `prune`, `distill`, `quant`.
+    Options come as four more keys, each a dict or a config dataclass: `sparsity`, `prune`, `distill`, `quant`. With
+    ``save_optimizer=True`` best.pt and last.pt keep the state of the optimizer.
 
     Example:
         >>> from ultralytics import YOLO
@@ -55,7 +60,8 @@ class CompressionMixin(BEHIND):
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
-        super().__init__({**EXT_DEFAULTS, **cfg2dict(cfg)}, overrides, _callbacks)
+        super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
+        stock.register_layers(self.args.modules)
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
     def setup_compression(self, options: dict[str, Any]) -> None:
@@ -75,6 +81,8 @@ class CompressionMixin(BEHIND):
     # Model ----------------------------------------------------------------------------------------------------------
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
         """Return the student: a pruned model keeps its widths; pruning and fake-quant are put in as asked."""
+        if weights is not None:
+            stock.refuse_untrainable(weights)
         if weights is not None and is_pruned(weights):
             model = self._keep(weights)
         elif isinstance(cfg, dict) and cfg["backbone"][0][2] == TRIPWIRE:
@@ -91,11 +99,7 @@ class CompressionMixin(BEHIND):
         return model
 
     def _keep(self, weights: nn.Module) -> nn.Module:
-        head, classes = stock.detection_head(weights), self.data["nc"]
-        have = getattr(head, "nc", None) or head.linear.out_features
-        if have != classes:
-            clash = f"The pruned model knows {have} classes, '{self.args.data}' has {classes}"
-            raise UsageError(f"{clash}. Train the dense model on these data first, then prune it.")
+        stock.check_fit(weights, self.data, (self.args.model, self.args.data))  # pruned, it cannot be built anew
         model = deepcopy(weights).float().requires_grad_(True)
         model.criterion = None
         if RANK in {-1, 0}:
@@ -108,6 +112,13 @@ class CompressionMixin(BEHIND):
         for t in self.techniques:
             model = t.as_stock(model)
         return model
+
+    def train(self) -> Any:
+        """Train as usual, with a log in the run folder."""
+        with logged(), engine.plain_labels():
+            if RANK in {-1, 0}:
+                log_to(self.save_dir)
+            return super().train()
 
     # Life cycle -----------------------------------------------------------------------------------------------------
     def run_callbacks(self, event: str) -> None:
@@ -182,7 +193,7 @@ class CompressionMixin(BEHIND):
 
     def get_validator(self) -> Any:
         """Build the validator from arguments without our keys, which its own check would refuse."""
-        own = {k: v for k, v in vars(self.args).items() if k not in EXT_DEFAULTS}
+        own = {k: v for k, v in vars(self.args).items() if k not in {*EXT_DEFAULTS, *OWN}}
         with replaced(self, args=type(self.args)(**own)):
             return super().get_validator()
 
@@ -214,7 +225,8 @@ class CompressionMixin(BEHIND):
             return next((found for t in self.techniques if (found := t.final(path)) is not path), path)
 
         reading = engine.Reading(self.validator, read=final)
-        with engine.whole_final_files(finalize), replaced(self, validator=reading):
+        kept = getattr(self.args, "save_optimizer", False)  # without it after `attach`
+        with engine.whole_final_files(finalize, kept), replaced(self, validator=reading):
             super().final_eval()
         if RANK in {-1, 0}:
             self.exact.clear(self)
