@@ -66,7 +66,7 @@ def test_what_is_for_other_commands_is_left_alone(monkeypatch):
     ("name", "value", "said"),
     [
         ("PRUNE__SPEDUP", "2", "'YOLO_EXT_PRUNE__SPEDUP'. Did you mean 'YOLO_EXT_PRUNE__SPEEDUP'?"),
-        ("MODLE", "a.pt", "'YOLO_EXT_MODLE'. Did you mean 'YOLO_EXT_MODEL'?"),
+        ("IMGZS", "64", "'YOLO_EXT_IMGZS'. Did you mean 'YOLO_EXT_IMGSZ'?"),
         ("PRUNE__SPEEDUP", "", "YOLO_EXT_PRUNE__SPEEDUP: Cannot read"),
         ("PRUNE__SPEEDUP", "fast", "'prune.speedup=fast' is illegal"),
     ],

@@ -19,6 +19,7 @@ def same(place) -> str:
     return "model=tiny.pt data=shapes/same.yaml"
 
 
+@pytest.mark.slow
 def test_criteria_and_batchnorm_look_at_the_train_images(same, call):
     status, text = call(f"prune {same} {PRUNE} prune.method=taylor save_dir=run")
     assert status == 0, text

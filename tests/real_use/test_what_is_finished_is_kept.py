@@ -37,6 +37,7 @@ class Deform(nn.Module):
         return torchvision.ops.deform_conv2d(x, self.offset(x), self.weight, padding=1)
 
 
+@pytest.mark.slow
 def test_latency_of_a_model_that_onnx_cannot_express(place, call):
     net, _ = load_model("tiny.pt")
     net.model[4] = nn.Sequential(net.model[4], Deform(net.model[4].cv2.conv.out_channels))
@@ -48,6 +49,7 @@ def test_latency_of_a_model_that_onnx_cannot_express(place, call):
     assert not Path("run/latency/stage.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_left_out_is_tried_again(place, call, monkeypatch):
     from yolo_ext.pipeline import stages
 
@@ -73,6 +75,7 @@ def test_a_finished_pruning_survives_what_fails_behind_it(place, call, monkeypat
     assert status == 2 and Path("run/prune/weights/pruned.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_text_prompted_model_is_pruned_without_data_and_refused_with_them(place, call):
     net, _ = load_model("yolov8s-world.yaml")
     save_model(net, Path("world.pt"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 from ultralytics import RTDETR, YOLO
@@ -29,7 +30,7 @@ from ultralytics.nn import tasks
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import DEFAULT_CFG_DICT, checks, patches
+from ultralytics.utils import DEFAULT_CFG_DICT, checks, patches, torch_utils
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.config import comma_list
@@ -68,6 +69,8 @@ def check_image(file: str | Path) -> tuple[str, tuple[int, int]]:
 
 
 data_utils.check_image = check_image  # so no command and no training changes the user's images
+# Whatever memory holds would be the image otherwise, on which a block may crash
+torch_utils.get_flops = _seeing(torch_utils.get_flops, torch=SimpleNamespace(empty=torch.zeros))
 _label_only = _seeing(data_utils.verify_image_label, check_image=lambda _: ("", (1, 1)))
 
 

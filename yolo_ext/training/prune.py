@@ -260,7 +260,7 @@ def budget_checks(
     was, now = score(before), score(after)
     if cfg and cfg.max_drop and was is not None and now is not None:
         lost = was - now
-        checks.append(("Accuracy lost by pruning (prune.max_drop)", lost, cfg.max_drop, lost <= cfg.max_drop))
+        checks.append(("Accuracy lost by pruning (prune.max_drop)", lost, cfg.max_drop, lost <= cfg.max_drop + 1e-6))
     if cfg and cfg.size_mb and (size := after.get("size_mb")):
         checks.append(("MB of the .pt (prune.size_mb)", size, cfg.size_mb, size <= 1.01 * cfg.size_mb + NOTES_MB))
     if cfg and cfg.latency and cfg.runtime == "ort" and speed:
