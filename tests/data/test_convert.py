@@ -71,7 +71,8 @@ def test_coco_boxes(tmp_path):
     summary = convert(make_coco(tmp_path / "c"), tmp_path / "y", format="coco")
     assert summary.names == ["cat", "none", "dog"] and summary.images == {"train": 3, "val": 2}
     assert summary.boxes == {"cat": 4, "none": 0, "dog": 4}
-    assert summary.notes == {"crowd": {"train_a/1": 1, "val_a/1": 1}}
+    boxed = {"train_a/1": 1, "train_a/2": 2, "val_a/1": 1}
+    assert summary.notes == {"crowd": {"train_a/1": 1, "val_a/1": 1}, "boxed": boxed}
     row = "0.250000 0.500000 0.250000 0.500000\n"
     assert labels(tmp_path / "y")["train/train_a/0.txt"] == f"0 {row}" * 2
     assert labels(tmp_path / "y")["val/val_a/1.txt"] == f"2 {row}"
@@ -118,7 +119,7 @@ def test_coco_layouts(tmp_path, place, images, options):
         assert summary.images == {"train": 3, "val": 1} and summary.boxes == {"cat": 4}
     if options:
         with pytest.raises(UsageError, match="Give images=FOLDER"):
-            convert(root, tmp_path / "out", format="coco")
+            convert(root / place, tmp_path / "out", format="coco")
 
 
 @pytest.mark.parametrize("to", ["voc", "coco"])

@@ -9,10 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from ultralytics.data.utils import verify_image_label
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
@@ -109,14 +106,14 @@ def test_nothing_is_downloaded(tmp_path):
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
-        pytest.param("2 .5 .5 .2 .2", "row 1 has class 2, legal: 0 to 1", id="class too high"),
-        pytest.param("0 .5 .5 .2 .2\n\n-1 .5 .5 .2 .2", "row 2 has class -1", id="class negative"),
-        pytest.param("0.5 .5 .5 .2 .2", "class 0.5", id="class not whole"),
+        pytest.param("2 .5 .5 .2 .2", "Label class 2 exceeds dataset class count 2", id="class too high"),
+        pytest.param("0 .5 .5 .2 .2\n\n-1 .5 .5 .2 .2", "negative label values", id="class negative"),
+        pytest.param("0.5 .5 .5 .2 .2", "non-integer class", id="class not whole"),
         pytest.param("0 .5 .5 .2", "4 columns", id="four columns"),
         pytest.param("0 .5 .5 .2 .2 .9", "6 columns", id="with confidence"),
-        pytest.param("a .5 .5 .2 .2", "not numbers", id="word"),
+        pytest.param("a .5 .5 .2 .2", "could not convert", id="word"),
         pytest.param("0 .5 nan .2 .2", "not finite", id="nan"),
-        pytest.param("0 .5 .5 .2 .2\n0 .1 .1 .2 .2 .3 .1", "mixed", id="boxes and polygons"),
+        pytest.param("0 .5 .5 .2 .2\n0 .1 .1 .2 .2 .3 .1", "labels mix", id="boxes and polygons"),
         pytest.param("", "has no labels", id="background only"),
     ],
 )
@@ -128,36 +125,18 @@ def test_malformed_labels(tmp_path, label, expected):
 
 
 @pytest.mark.parametrize(
-    ("label", "columns"),
+    ("label", "pose"),
     [
-        pytest.param("0 .5 .5 .2 .2\n", 0, id="box"),
-        pytest.param("\ufeff1 .5 .5 .2 .2\r\n", 0, id="byte-order mark"),
-        pytest.param("0 .1 .1 .2 .2 .3 .1", 0, id="polygon"),
-        pytest.param("0 .5 .5 .2 .2 .4 .4 2 .6 .6 0", 11, id="pose"),
-        pytest.param("0 .5 .5 1.009 .2", 0, id="within tolerance"),
+        pytest.param("0 .5 .5 .2 .2\n", False, id="box"),
+        pytest.param("\ufeff1 .5 .5 .2 .2\r\n", False, id="byte-order mark"),
+        pytest.param("0 .1 .1 .2 .2 .3 .1", False, id="polygon"),
+        pytest.param("0 .5 .5 .2 .2 .4 .4 2 .6 .6 0", True, id="pose"),
+        pytest.param("0 .5 .5 1.009 .2", False, id="within tolerance"),
     ],
 )
-def test_legal_labels(tmp_path, label, columns):
+def test_legal_labels(tmp_path, label, pose):
     (tmp_path / "a.txt").write_text(label, encoding="utf-8")
-    assert len(check_label(tmp_path / "a.txt", 2, columns)) == 1
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(-1, 3), *[st.sampled_from([-0.02, 0.0, 0.4, 1.0, 1.02])] * 4), min_size=1, max_size=4
-    )
-)
-def test_same_verdict_as_ultralytics(tmp_path_factory, rows):
-    folder = tmp_path_factory.mktemp("verdict")
-    (folder / "a.jpg").write_bytes(JPEG)
-    (folder / "a.txt").write_text("\n".join(" ".join(map(str, r)) for r in rows))
-    rejected = verify_image_label((str(folder / "a.jpg"), str(folder / "a.txt"), "", False, 3, 0, 0, False))[8]
-    try:
-        check_label(folder / "a.txt", 3)
-        ours = 0
-    except (ValueError, ArithmeticError):
-        ours = 1
-    assert ours == rejected
+    assert len(check_label(tmp_path / "a.txt", 2, (2, 3), pose)) == 1
 
 
 def test_bad_images_and_labels_are_left_out(tmp_path, warnings):
@@ -199,7 +178,7 @@ def test_pose_columns(tmp_path):
     data = make_data(tmp_path, YAML_TEXT + "kpt_shape: [2, 3]\n", label="0 .5 .5 .2 .2 .4 .4 2 .6 .6 0\n")
     assert len(check_data(data, task="pose")["images"]["val"]) == 3
     (tmp_path / "labels/val/0.txt").write_text("0 .5 .5 .2 .2")
-    with pytest.raises(UsageError, match="5 columns, legal: 11"):
+    with pytest.raises(UsageError, match="labels require 11 columns"):
         check_data(data, task="pose")
 
 
@@ -222,7 +201,7 @@ def test_classification_folder(tmp_path):
         pytest.param(b"", "cannot be read as an image", id="empty"),
         pytest.param(b"GIF8", "cannot be read as an image", id="header only"),
         pytest.param(JPEG[: len(JPEG) // 2], "truncated", id="truncated"),
-        pytest.param(cv2.imencode(".png", np.zeros((4, 20, 3)))[1].tobytes(), "20x4 is below 10", id="tiny"),
+        pytest.param(cv2.imencode(".png", np.zeros((4, 20, 3)))[1].tobytes(), "<10 pixels", id="tiny"),
     ],
 )
 def test_bad_image(tmp_path, content, expected):

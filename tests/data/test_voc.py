@@ -275,10 +275,10 @@ def test_output_folder(tmp_path, out, expected):
 
 
 def test_not_a_voc_folder(tmp_path):
-    for source, expected in ((tmp_path / "s", "has no 'Annotations'"), (tmp_path / "none", "does not exist")):
-        (tmp_path / "s").mkdir(exist_ok=True)
+    (tmp_path / "s").mkdir()
+    for name, expected in (("s", "No VOC annotations.* in .*annotations=FOLDER"), ("none", "does not exist")):
         with pytest.raises(UsageError, match=expected):
-            convert(source, tmp_path / "out")
+            convert(tmp_path / name, tmp_path / "out", format="voc")
 
 
 def test_jpeg_with_trailing_bytes_is_copied(tmp_path):

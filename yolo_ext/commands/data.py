@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from yolo_ext.commands import LOGGER, Natural, command, numbers
+from yolo_ext.commands import LOGGER, Natural, command, numbers, tell_idle
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 
@@ -15,17 +15,17 @@ Folds = Annotated[int, 2]
 
 @command("Convert a dataset between YOLO, Pascal VOC and COCO")
 def convert(
-    source: str | Path, out: str | Path, format: str = "voc", to: str = "yolo", *, train: Any = None, val: Any = None,
+    source: str | Path, out: str | Path, format: str = "auto", to: str = "yolo", *, train: Any = None, val: Any = None,
     test: Any = None, ratio: Any = None, folds: Folds | None = None, stratify: bool = False, seed: Natural = 0,
     classes: Any = None, task: str = "detect", difficult: str = "keep", broken: str = "refuse", files: str = "link",
-    images: str | Path | None = None,
+    images: str | Path | None = None, annotations: str | Path | None = None,
 ) -> Any:  # fmt: skip
     """Convert a dataset between YOLO, Pascal VOC and COCO without touching the source.
 
     Args:
-        source: Folder of a VOC dataset, COCO JSON file or folder, data.yaml or folder of a YOLO dataset.
+        source: Folder of a dataset as it lies, a COCO JSON file or a data.yaml.
         out: New folder.
-        format: Format of the source: voc, coco or yolo.
+        format: Format of the source: voc, coco or yolo; by default what its files hold.
         to: Format to write: yolo, voc or coco.
         train: List of the source that feeds the split train, such as trainval.
         val: List of the source that feeds the split val.
@@ -39,24 +39,30 @@ def convert(
         difficult: `keep` or `skip` objects that are marked as difficult.
         broken: `refuse` broken files, or `skip` and count them.
         files: `link` or `copy` images; YOLO to YOLO also `list`, which leaves them where they are.
-        images: Folder of the images of a COCO file.
+        images: Folder of the images, where they are not found in the source.
+        annotations: Folder of the annotations, or a COCO JSON file, where they are not found in the source.
 
     Returns: What was converted.
     Raises: `UsageError` if the source or an option is wrong; nothing has been written then.
     """
     from yolo_ext.data.convert import convert as run
+    from yolo_ext.data.records import read_text
 
     hint = "one share for each split, such as ratio=0.8,0.2"
     shares = [] if ratio is None else numbers("ratio", ratio, float, lambda r: True, hint)
     if len(shares) > len(SPLITS) or isinstance(ratio, (int, float)):
         raise UsageError(f"'ratio={ratio}' is illegal. Give {hint}.")
     if isinstance(classes, str) and Path(classes).is_file():
-        classes = Path(classes).read_text(encoding="utf-8-sig").splitlines()
+        classes = read_text(Path(classes)).splitlines()
+    tell_idle([difficult != "keep" and format != "voc" and "difficult (only VOC marks objects as difficult)",
+               seed and not (shares or folds) and "seed (only with ratio or folds)",
+               task != "detect" and to != "yolo" and "task (only with to=yolo)"])  # fmt: skip
     lists = {k: str(v) for k, v in zip(SPLITS, (train, val, test)) if v not in (None, "")}
     return run(Path(source), Path(out), format=format, to=to, splits=lists or None,
                ratios=dict(zip(SPLITS, shares)) or None, folds=folds or 0, stratify=stratify, seed=seed,
                classes=comma_list(classes) if classes else None, task=task, difficult=difficult, broken=broken,
-               files=files, images=Path(images) if images else None)  # fmt: skip
+               files=files, images=Path(images) if images else None,
+               annotations=Path(annotations) if annotations else None)  # fmt: skip
 
 
 @command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)

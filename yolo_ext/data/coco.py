@@ -5,57 +5,121 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 
+from ultralytics.utils import LOGGER
+
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.records import Annotation, Item, Object, Source, Store, unique_ids, walk_files
+from yolo_ext.data.find import nearest, shared
+
+from yolo_ext.data.records import (  # isort: skip
+    Annotation, Item, Object, Size, Source, Store, decode, quote, unique_ids, walk_files,
+)  # fmt: skip
+from yolo_ext.stock.load import IMG_FORMATS
+
+KEYS = ("images", "annotations", "categories")
+Pictures = Callable[[], Mapping[str, list[Path]]]  # returns images by name
 
 
-def scan_coco(source: Path, images: Path | None = None) -> Source:
-    """Read the instances of a COCO JSON file, or of a folder of them, whose images lie in `images` or beside them."""
-    files = [source] if source.is_file() else walk_files(source, {"json"})
-    files = [f for f in files if f.stem.startswith("instances")] or files  # others: captions and the like
-    if not files:
-        raise UsageError(f"'{source}' holds no JSON files. Give a COCO JSON file, or the folder of a COCO dataset.")
-    found, labels = dict[str, list[tuple[str, Path]]](), dict[Path, Annotation]()
+def scan_coco(source: Path, images: Path | None = None, annotations: Path | None = None) -> Source:
+    """Read the instances of COCO JSON files, whose images lie in `images`, beside them or anywhere in the source."""
+    files = _coco_files(annotations or source)
+    found, labels = dict[str, list[tuple[str, Path]]](), dict[Path, Annotation | str]()
     names, problems = dict[str, None](), list[str]()
+    root = images or (source if source.is_dir() else source.parent)
+    pictures = cache(partial(_by_name, root))  # only where a file name does not lead to an image
     for file in files:
         content = _load(file)
-        try:
-            classes = {int(c["id"]): str(c["name"]) for c in content["categories"]}  # ids may have gaps
-        except (KeyError, TypeError, ValueError) as e:
-            raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
-        names.update(dict.fromkeys(classes[c] for c in sorted(classes)))
-        folder = images or _image_folder(file, [str(i.get("file_name")) for i in content["images"][:1]])
-        members = found.setdefault(_split_of(file), [])
-        for image, annotation in _group(content, classes, problems):
-            name = PurePosixPath(str(image["file_name"]).replace("\\", "/"))
-            if name.is_absolute() or ".." in name.parts:
-                problems.append(f"{file.name}: file name '{name}' leads out of the image folder")
+        classes = _classes(content, file)
+        names.update(dict.fromkeys(classes.values()))
+        group, absent = found.setdefault(_split_of(file), []), list[str]()
+        folder = _image_folder(file, content["images"], images)
+        for name, annotation in _group(content, classes, problems):
+            path = PurePosixPath(name.replace("\\", "/"))
+            image = _image(path, file, folder, pictures)
+            if image is None:
+                absent.append(f"no image '{path.name}' in '{folder or root}'")
                 continue
-            members.append((name.with_suffix("").as_posix(), folder / name))
-            if labels.setdefault(folder / name, annotation) != annotation:
-                problems.append(f"{name} is annotated twice, in different ways")
+            inside = folder is not None and image == folder / path
+            group.append(((path if inside else image.relative_to(root)).with_suffix("").as_posix(), image))
+            if labels.setdefault(image, annotation) != annotation:
+                labels[image] = "is annotated twice, in different ways"
+        if absent and not group:
+            raise UsageError(f"Cannot find the images of '{file}', {absent[0]}. Give images=FOLDER.")
+        problems += absent
     unique, lists, same = unique_ids(found)
     items = {i: Item(i, image, None) for i, image in unique.items()}
-    annotations = {i: labels[image] for i, image in unique.items()}
-    problems += same
-    return Source(items, lambda item, _: annotations[item.id], items.keys(), lists, [*names], problems=problems)
+
+    def read(item: Item, _: Size) -> Annotation:
+        known = labels[unique[item.id]]
+        if isinstance(known, str):
+            raise ValueError(known)
+        return known
+
+    return Source(items, read, items.keys(), files, lists, [*names], problems=problems + same)
+
+
+def _classes(content: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Return class names by category id, in the order of these, which may have gaps."""
+    try:
+        known = sorted(content["categories"], key=lambda c: int(c["id"]))
+        classes = {str(c["id"]): str(c["name"]) for c in known}
+    except (KeyError, TypeError, ValueError) as e:
+        raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
+    if twice := [n for n, k in Counter(classes.values()).items() if k > 1]:
+        LOGGER.warning(f"{file.name}: categories of the same name become one class: {quote(twice)}")
+    return classes
+
+
+def _coco_files(source: Path) -> list[Path]:
+    """Return the JSON files that hold instances; others hold captions, keypoints besides and the like."""
+    if source.is_file():
+        return [source]
+    files = walk_files(source, {"json"})
+    files = [f for f in files if f.stem.startswith("instances")] or [f for f in files if is_coco(f)]
+    if not files:
+        raise UsageError(f"'{source}' holds no COCO JSON file. Give one, or the folder of a COCO dataset.")
+    return files
+
+
+def is_coco(file: Path) -> bool:
+    """Return whether a JSON file has the keys of COCO instances."""
+    raw = file.read_bytes()
+    return all(f'"{key}"'.encode() in raw for key in KEYS)
+
+
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in walk_files(folder, IMG_FORMATS):
+        found.setdefault(file.name, []).append(file)
+    return found
+
+
+def _image(path: PurePosixPath, file: Path, folder: Path | None, pictures: Pictures) -> Path | None:
+    """Return the image that a COCO file names: in the folder of its images, else one of that name elsewhere."""
+    safe = not path.is_absolute() and ".." not in path.parts
+    if folder is not None and safe and (folder / path).is_file():
+        return folder / path
+    ends = [(shared(path.parts[::-1], p.parts[::-1]), p) for p in pictures().get(path.name, ())]
+    most = max((n for n, _ in ends), default=0)
+    best = [(p, p) for n, p in ends if n == most]  # the name may start on another machine
+    found = nearest((*file.parent.parts, file.stem.rpartition("_")[2]), best)
+    return found[0] if len(found) == 1 else None
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+        content = json.loads(decode(file.read_bytes()))
     except (ValueError, RecursionError) as e:
         raise UsageError(f"'{file}' is not a COCO file: not valid JSON ({e}). Mend the file.") from e
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
-        raise UsageError(f"'{file}' is not a COCO file: it needs the lists {', '.join(keys)}. Give a COCO file.")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in KEYS):
+        raise UsageError(f"'{file}' is not a COCO file: it needs the lists {', '.join(KEYS)}. Give a COCO file.")
     return content
 
 
@@ -67,52 +131,72 @@ def _split_of(file: Path) -> str:
     return file.stem
 
 
-def _image_folder(file: Path, first: Sequence[str]) -> Path:
-    """Return the folder that the file names of a COCO file start from."""
+def _image_folder(file: Path, images: Sequence[Any], given: Path | None) -> Path | None:
+    """Return the folder that the file names of a COCO file start from, None where they have to be looked for."""
+    names = (str(i["file_name"]).replace("\\", "/") for i in images if isinstance(i, dict) and i.get("file_name"))
+    first = next(names, "")
     part = file.stem.rpartition("_")[2]
     tails = ("", part, f"images/{part}", f"images/{_split_of(file)}", "images", "JPEGImages", "data")
-    for folder in (root / tail for root in (file.parent, file.parent.parent) for tail in tails):
-        if first and (folder / first[0]).is_file():
-            return folder
-    raise UsageError(f"Cannot find the image '{(first or ['?'])[0]}' of '{file}'. Give images=FOLDER.")
+    places = [given] if given else [root / tail for root in (file.parent, file.parent.parent) for tail in tails]
+    return next((p for p in places if p and first and (p / first).is_file()), given)
 
 
-def _group(content: Mapping[str, Any], classes: Mapping[Any, str], problems: list[str]) -> list[tuple[Any, Annotation]]:
-    """Return each image with its annotation, noting what is broken."""
-    objects, crowds = dict[Any, list[Object]](), Counter[Any]()
+def _group(content: Mapping[str, Any], classes: Mapping[str, str], problems: list[str]) -> list[tuple[str, Any]]:
+    """Return the file name of each image with its annotation, or with what is wrong in it."""
+    objects, notes = dict[str, list[Object]](), dict[str, Counter[str]]()
+    wrong = dict[str, str]()
     for a in content["annotations"]:
         try:
+            image = str(a["image_id"])
+            counts = notes.setdefault(image, Counter())
             if a.get("iscrowd"):
-                crowds[a["image_id"]] += 1
+                counts["crowd"] += 1
             else:
-                objects.setdefault(a["image_id"], []).append(_object(a, classes))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:  # noqa: PERF203  the sound ones count as well
-            problems.append(f"annotation {a.get('id') if isinstance(a, dict) else a}: {e!r} is wrong or absent")
-    grouped = []
+                objects.setdefault(image, []).append(_object(a, classes, counts))
+        except ValueError as e:  # noqa: PERF203  the sound ones count as well
+            wrong[image] = f"annotation {a.get('id')}: {e}"
+        except (KeyError, TypeError, AttributeError):
+            problems.append(f"annotation {a.get('id') if isinstance(a, dict) else a} has no image_id")
+    grouped = list[tuple[str, Any]]()
     for image in content["images"]:
-        try:
-            i, size, _ = image["id"], (float(image["width"]), float(image["height"])), image["file_name"]
-        except (KeyError, TypeError, ValueError) as e:
-            problems.append(f"image {image.get('id') if isinstance(image, dict) else image}: {e!r} is wrong or absent")
+        if not isinstance(image, dict) or "id" not in image or not image.get("file_name"):
+            problems.append(f"image {image.get('id') if isinstance(image, dict) else image} has no id or no file_name")
             continue
-        known = size if _finite(size) and min(size) > 0 else None
-        grouped.append((image, Annotation(known, tuple(objects.pop(i, ())), crowds.pop(i, 0))))
-    problems += [f"{len(found)} annotations belong to no image: image_id {i}" for i, found in objects.items()]
+        i, size = str(image["id"]), _numbers([image.get("width"), image.get("height")])
+        known = size if size and min(size) > 0 else None
+        found = Annotation(known, tuple(objects.pop(i, ())), dict(notes.get(i, ())))  # type: ignore[arg-type]
+        grouped.append((str(image["file_name"]), wrong.pop(i, found)))
+    lost = {**{i: f"{len(o)} annotations" for i, o in objects.items()}, **wrong}
+    problems += [f"{told} belong to no image: image_id {i}" for i, told in lost.items()]
     return grouped
 
 
-def _finite(values: Sequence[float]) -> bool:
-    return all(map(math.isfinite, values))
+def _numbers(values: Any, least: int = 2) -> tuple[float, ...]:
+    """Return values as numbers, nothing where they are too few or one is none."""
+    try:
+        found = tuple(map(float, values))
+    except (TypeError, ValueError):
+        return ()
+    return found if len(found) >= least and all(map(math.isfinite, found)) else ()
 
 
-def _object(a: Mapping[str, Any], classes: Mapping[Any, str]) -> Object:
-    """Return the object of a COCO annotation; of a mask only the box is taken."""
-    x, y, w, h = map(float, a["bbox"])
+def _object(a: Mapping[str, Any], classes: Mapping[str, str], counts: Counter[str]) -> Object:
+    """Return the object of a COCO annotation by its box, or else its polygons; of a mask only the box is taken."""
+    name = classes.get(str(a.get("category_id")))
+    if name is None:
+        raise ValueError(f"its category_id {a.get('category_id')} is in no category")
     parts = a.get("segmentation")
-    polygons = tuple(tuple(map(float, p)) for p in parts) if isinstance(parts, list) else ()
-    if not _finite((x, y, w, h)) or w < 0 or h < 0 or not all(len(p) >= 6 and _finite(p) for p in polygons):
-        raise ValueError(f"box {a['bbox']} or its polygon")
-    return Object(classes[a["category_id"]], (x, y, x + w, y + h), polygons)
+    given = [_numbers(p, 6) for p in parts] if isinstance(parts, list) else []
+    polygons = tuple(p for p in given if len(p) % 2 == 0 and _area(p) > 0)
+    counts["flat"] += len(given) - len(polygons)
+    box = _numbers(a.get("bbox"), 4)
+    if len(box) == 4 and (box[2] * box[3] or not polygons):
+        x, y, w, h = box
+        return Object(name, (x, y, x + w, y + h), polygons)
+    if not polygons:
+        raise ValueError(f"its bbox {a.get('bbox')} is not four numbers, and it has no polygon")
+    xs, ys = ([v for p in polygons for v in p[k::2]] for k in (0, 1))
+    return Object(name, (min(xs), min(ys), max(xs), max(ys)), polygons)
 
 
 def coco_object(o: Object) -> dict[str, Any]:

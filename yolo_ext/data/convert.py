@@ -1,10 +1,12 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Convert and split datasets between YOLO, Pascal VOC and COCO without touching the source."""
 
+import json
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,10 +15,13 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.data.check import image_probe
+from yolo_ext.data.check import image_probe, no_labels
 from yolo_ext.data.coco import coco_object, scan_coco, write_coco
-from yolo_ext.data.formats import FORMATS, scan_voc, scan_yolo, to_image, voc_text, yolo_row
-from yolo_ext.data.records import Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder
+from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_image, voc_text, yolo_row
+
+from yolo_ext.data.records import (  # isort: skip
+    Object, Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
+)  # fmt: skip
 
 Size = tuple[int, int]
 Splits = dict[str, list[str]]  # ids by split
@@ -28,20 +33,26 @@ NOTES = {  # what may be changed or left out, and how it is told
     "class": "objects of other classes skipped",
     "difficult": "difficult objects skipped",
     "crowd": "crowd regions skipped",
+    "flat": "empty or flat polygons dropped, the box kept",
     "polygon": "objects without a polygon skipped",
+    "boxed": "polygons or keypoints written as boxes",
     "background": "listed images have no annotation and are kept as background",
+    "unannotated": "images without annotation left out, an empty one would make them background",
+    "orphan": "label files without an image left out",
     "resized": "images differ in size from their annotation, check rotation",
     "rotated": "photos turned by their EXIF tag, annotated unturned: boxes turned with them",
-    "broken": "broken images or annotations left out",
+    "broken": "broken images or annotations left out, each image whole",
     "unused": "annotated images are in no split",
 }
+RECORD = "convert.json"  # in the output folder, names everything that `NOTES` counts
+SCANS = {"voc": scan_voc, "coco": scan_coco, "yolo": scan_yolo}
 
 
 @dataclass(frozen=True)
 class Options:
     """How to convert."""
 
-    format: Literal["voc", "coco", "yolo"] = "voc"  # of the source
+    format: Literal["auto", "voc", "coco", "yolo"] = "auto"  # of the source, by what its files hold
     to: Literal["yolo", "voc", "coco"] = "yolo"
     classes: Sequence[str] | None = None  # in label order; those of the source by default, sorted for VOC
     splits: Mapping[str, str] | None = None  # our split to a list or split of the source, e.g. {"train": "trainval"}
@@ -53,7 +64,8 @@ class Options:
     difficult: Literal["keep", "skip"] = "keep"  # or `skip` the objects that VOC marks as difficult
     broken: Literal["refuse", "skip"] = "refuse"  # or `skip` and count broken images and annotations
     files: Literal["link", "copy", "list"] = "link"  # images; `list` leaves those of a YOLO source where they are
-    images: Path | None = None  # folder that the file names of COCO start from, where it is not found by itself
+    images: Path | None = None  # folder of the images, where it is not found by itself
+    annotations: Path | None = None  # folder or COCO file of the annotations, where they are not found by themselves
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,12 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     """
     o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()
+    o = replace(o, **{k: v.resolve() for k in ("images", "annotations") if (v := getattr(o, k))})
     _check_options(source, out, o)
-    scan = partial(scan_coco, images=o.images) if o.format == "coco" else partial(scan_yolo, classes=o.classes)
-    data = scan_voc(source) if o.format == "voc" else scan(source)
+    kind: Any = format_of(o.annotations or source) if o.format == "auto" else o.format
+    o, more = replace(o, format=kind), {"classes": o.classes} if kind == "yolo" else {}
+    data = SCANS[o.format](source, images=o.images, annotations=o.annotations, **more)
+    _tell(data, o.format, source)
     listed = _listed(data, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
@@ -99,8 +114,7 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     chosen, folds = _splits(listed, kinds, o)
     if empty := [s for s, ids in chosen.items() if not ids]:
         raise UsageError(f"Nothing readable is left for {quote(empty)} in '{source}': {quote(problems) or 'no image'}.")
-    tally: Tally = Counter({("broken", p): 1 for p in problems})
-    tally.update(("unused", i) for i in set(data.annotated) - set(used))
+    tally = _left_out(data, used, problems)
     with staged_folder(out) as stage:
         plan = Plan(data, found, {n: k for k, n in enumerate(names)}, stage, o)
         seen: set[str] = set()
@@ -112,11 +126,43 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
             raise UsageError(f"No box of {quote(names) or 'any class'} is left in '{source}'. Check classes, splits.")
         _write_lists(plan, out, chosen, folds)
         yamls = [out / p.name for p in sorted(stage.glob("*.yaml"))]
-    notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
-    images = {split: len(ids) for split, ids in chosen.items()}
-    summary = Summary(out, names, yamls, images, boxes, {k: n for k, n in notes.items() if n})
+        notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
+        images = {split: len(ids) for split, ids in chosen.items()}
+        summary = Summary(out, names, yamls, images, boxes, {k: n for k, n in notes.items() if n})
+        _record(stage / RECORD, source, summary)
     _report(summary)
     return summary
+
+
+def _left_out(data: Source, used: Collection[str], problems: Sequence[str]) -> Tally:
+    """Count what no split will have."""
+    annotated, used = set(data.annotated), set(used)
+    kinds = {"broken": problems, "unused": annotated - used, "unannotated": data.items.keys() - annotated - used}
+    return Counter((kind, name) for kind, names in {**kinds, **data.notes}.items() for name in names)
+
+
+def _tell(data: Source, format: str, source: Path) -> None:
+    """Say what was found where; no annotation at all is an error."""
+    if not data.files:
+        looked = no_labels([item.label for item in data.items.values() if item.label])
+        raise UsageError(f"'{source}' has {len(data.items)} images: {looked}. Give annotations=FOLDER.")
+
+    def where(files: Sequence[Path]) -> str:
+        folder = os.path.commonpath([f.parent for f in files])
+        return f"{len(files)} in '{os.path.relpath(folder, source if source.is_dir() else source.parent)}'"
+
+    images = [item.image for item in data.items.values() if item.image]
+    parts = [f"images: {where(images)}", f"{format} annotation files: {where(data.files)}"]
+    lists = [f"lists: {quote(sorted(data.lists), 20)}"] if len(data.lists) > 1 else []
+    LOGGER.info(f"Found in '{source}': {', '.join([*parts, *lists])}")
+
+
+def _record(file: Path, source: Path, summary: Summary) -> None:
+    """Name every image, class or file that something was changed or left out of."""
+    if summary.notes:
+        told = {k: {"what": NOTES[k], "count": sum(n.values()), "names": n} for k, n in summary.notes.items()}
+        content = {"source": str(source), "images": summary.images, "boxes": summary.boxes, "notes": told}
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_options(source: Path, out: Path, o: Options) -> None:
@@ -131,8 +177,9 @@ def _check_options(source: Path, out: Path, o: Options) -> None:
         raise UsageError("Folds go with neither ratio= nor to=coco. Give folds=5 alone, with to=yolo or to=voc.")
     if o.files == "list" and (o.format != "yolo" or o.to != "yolo" or o.classes):
         raise UsageError("'files=list' leaves images and labels where they are, so it needs a YOLO source and classes.")
-    if not source.exists():
-        raise UsageError(f"The source '{source}' does not exist. Give the folder or file of a dataset.")
+    for key, place in (("source", source), ("images", o.images), ("annotations", o.annotations)):
+        if place and not place.exists():
+            raise UsageError(f"'{key}={place}' does not exist. Give the folder or file of a dataset.")
     if out.is_relative_to(source):
         raise UsageError(f"Output folder '{out}' lies inside the source '{source}'. Give a folder outside it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -203,6 +250,8 @@ def _report(s: Summary) -> None:
     for kind, counted in s.notes.items():
         named = [f"{i} ({n})" if n > 1 else i for i, n in counted.items()]
         LOGGER.warning(f"{sum(counted.values())} {NOTES[kind]}: {quote(named)}")
+    if s.notes:
+        LOGGER.info(f"All of them are named in '{s.out / RECORD}'")
 
 
 def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str]) -> Tally:
@@ -233,7 +282,7 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
     objects, changes = to_image(plan.source.read(item, size), size, orientation)
     same = o.format == o.to == "yolo"  # rows are kept word for word
     tally: Tally = Counter({(kind, i): n for kind, n in changes.items() if n and not (same and kind == "clipped")})
-    if o.format == "voc" and item.label is None:
+    if o.format != "coco" and not (item.label and item.label.is_file()):
         tally["background", i] += 1
     kept = []
     for obj in objects:
@@ -245,6 +294,7 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
             tally["polygon", i] += 1
         else:
             tally["box", obj.name] += 1
+            tally["boxed", i] += _loses(obj, o)
             kept.append(obj)
     target, *label = _places(plan, split, i)
     if o.files != "list":
@@ -257,6 +307,13 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
         text = "".join(rows) if o.to == "yolo" else voc_text(target.name, size, kept)
         label[0].write_text(text, encoding="utf-8")
     return ("", size, []), tally
+
+
+def _loses(obj: Object, o: Options) -> bool:
+    """Return whether more than the box of an object is known and is not written."""
+    pose = not obj.polygons and len(obj.row.split()) > 4
+    kept = {"voc": False, "coco": not pose, "yolo": bool(obj.row) or o.task == "segment"}
+    return bool(obj.polygons or pose) and not kept[o.to]
 
 
 def _places(plan: Plan, split: str, i: str) -> list[Path]:
@@ -288,6 +345,8 @@ def _write_lists(plan: Plan, out: Path, chosen: Splits, folds: list[Splits]) -> 
             (stage / where[name]).parent.mkdir(parents=True, exist_ok=True)
             (stage / where[name]).write_text("".join(f"{rows[i]}\n" for i in ids), encoding="utf-8")
     yamls = {f"fold{k}": {s: where[f"fold{k}_{s}"] for s in fold} for k, fold in enumerate(folds, 1)} or {"data": where}
-    tail = {**plan.source.extra, "names": {k: n for n, k in plan.classes.items()}}
+    extra = dict(plan.source.extra)
+    names, same = {k: n for n, k in plan.classes.items()}, extra.pop("names", None)
+    tail = {**extra, "names": names if o.classes else same or names}
     for name, splits in yamls.items() if o.to == "yolo" else ():
         YAML.save(stage / f"{name}.yaml", {"path": str(out), **splits, **tail})

@@ -4,7 +4,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,17 @@ from xml.sax.saxutils import escape
 import numpy as np
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
-from ultralytics.utils import DATASETS_DIR
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_label, class_names, load_yaml, pose_columns
-from yolo_ext.data.coco import coco_entry, detected
-from yolo_ext.data.records import SPLITS, Annotation, Item, Object, Size, Source, list_images, unique_ids, walk_files
-from yolo_ext.stock.load import IMG_FORMATS, img2label_paths, merge_multi_segment
+from yolo_ext.data.check import check_label, class_names, keypoints, load_yaml, read_yaml
+from yolo_ext.data.coco import coco_entry, detected, is_coco
+from yolo_ext.data.find import has_rows, image_files, is_voc, list_files, match, members, read_lists
+
+from yolo_ext.data.records import (  # isort: skip
+    SPLITS, Annotation, Item, Object, Size, Source, decode, is_image, list_images, quote, read_text, unique_ids,
+    walk_files,
+)  # fmt: skip
+from yolo_ext.stock.load import img2label_paths, merge_multi_segment
 
 Record = Mapping[str, Any]  # of a detection, see `label`
 Names = Mapping[int, str]  # class names by class index
@@ -29,48 +33,43 @@ Point = Callable[[float, float], tuple[float, float]]
 YOLO = "Give a data.yaml, or a folder with images/ and labels/."
 
 
-def scan_voc(source: Path) -> Source:
-    """Find what lies in Annotations/**.xml, JPEGImages|images/** and ImageSets/Main/*.txt of a VOC folder."""
-    labels, listed = source / "Annotations", source / "ImageSets/Main"
-    if not labels.is_dir():
-        raise UsageError(f"'{source}' is not a VOC folder: it has no 'Annotations'. Give the folder that holds it.")
-    folder = next((source / n for n in ("JPEGImages", "images", "Images") if (source / n).is_dir()), None)
-    if folder is None:
-        raise UsageError(f"'{source}' has no image folder. Legal names: JPEGImages, images.")
-    images, _, problems = unique_ids({"": [(_id(f, folder), f) for f in walk_files(folder, IMG_FORMATS)]})
-    by_name: dict[str, list[str]] = {}
-    for i, file in images.items():
-        by_name.setdefault(file.stem, []).append(i)
-    items = {i: Item(i, file, None) for i, file in images.items()}
-    annotated = set()
-    for file in walk_files(labels, {"xml"}):  # the path is the id: <filename> is often stale
-        i = _id(file, labels)
-        if i not in images and len(by_name.get(file.stem, ())) == 1:  # the only image with that name
-            i = by_name[file.stem][0]
-        if i in annotated:
-            problems.append(f"{items[i].label} and {file} annotate the same image")
-        items[i] = Item(i, images.get(i), file)
-        annotated.add(i)
-    if not annotated:
-        raise UsageError(f"'{labels}' holds no XML files. Give the folder of a VOC dataset.")
-    files = walk_files(listed, {"txt"}) if listed.is_dir() else []
-    lists = {f.stem: _read_list(f, items, by_name) for f in files}
-    return Source(items, lambda item, _: read_voc(item.label), annotated, lists, problems=problems)
+def scan_voc(source: Path, images: Path | None = None, annotations: Path | None = None) -> Source:
+    """Find VOC annotations, their images and lists anywhere in a folder, or in those that are given."""
+    files = [f for f in walk_files(annotations or source, {"xml"}) if is_voc(f)]
+    pictures = image_files(source, images)
+    for kind, key, there in (("annotations, .xml files,", "annotations", files), ("images", "images", pictures)):
+        if not there:
+            raise UsageError(f"No VOC {kind} in '{source}'. Give {key}=FOLDER, or the folder that holds both.")
+    listed = list_files(source)
+    found, lists, problems = unique_ids(members(pictures, images or source, by_folder=not listed))
+    lists.pop("", None)
+    labels, alone = match(files, found)  # the path is the id: <filename> is often stale
+    items = {i: Item(i, image, labels.get(i, [None])[0]) for i, image in found.items()}  # type: ignore[list-item]
+    stems = {image.stem for image in found.values()}
+    problems += [f"{f} fits several images, or one with a nearer annotation" for f in alone if f.stem in stems]
+    items |= {f.stem: Item(f.stem, None, f) for f in alone if f.stem not in stems}
+    twice = {i: f"annotates the same image as {quote(files[1:])}" for i, files in labels.items() if files[1:]}
 
+    def read(item: Item, _: Size) -> Annotation:
+        if item.id in twice:
+            raise ValueError(twice[item.id])
+        return read_voc(item.label)
 
-def _id(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).with_suffix("").as_posix()
+    annotated = [i for i, item in items.items() if item.label]
+    lists = read_lists(listed, items, found) if listed else lists
+    return Source(items, read, annotated, files, lists, problems=problems)
 
 
 def read_voc(file: Path | None) -> Annotation:
     """Read one VOC annotation, None for background; ValueError if not XML, with a document type, or incomplete."""
     if file is None:
         return Annotation()
+    raw = file.read_bytes()
     try:
-        root = fromstring(file.read_bytes(), forbid_dtd=True)
+        root = _parse(raw)
     except DefusedXmlException as e:  # entities can expand to gigabytes or read other files; no VOC tool writes them
         raise ValueError("holds a document type declaration, which is refused") from e
-    except (ParseError, LookupError) as e:
+    except (ParseError, LookupError, ValueError) as e:  # the last for an encoding that expat does not know
         raise ValueError(f"is not valid XML ({e})") from e
     size = tuple(_number(root.findtext(f"size/{side}")) for side in ("width", "height"))
     objects = []
@@ -80,10 +79,27 @@ def read_voc(file: Path | None) -> Annotation:
         box = tuple(_number(corners.findtext(k)) for k in CORNERS) if corners is not None else (math.nan,)
         if not name or not np.isfinite(box).all():
             raise ValueError(f"has no name or no complete box in object {i}")
+        outline = tuple(_number(point.text) for point in node.iterfind("polygon/*"))
+        polygons = (outline,) if len(outline) >= 6 and len(outline) % 2 == 0 and np.isfinite(outline).all() else ()
         flags = {k: _number(node.findtext(k)) > 0 for k in ("difficult", "truncated")}
-        objects.append(Object(name, box, **flags))  # type: ignore[arg-type]
+        objects.append(Object(name, box, polygons, **flags))  # type: ignore[arg-type]
     known = np.isfinite(size).all() and min(size) > 0
     return Annotation(size if known else None, tuple(objects))  # type: ignore[arg-type]
+
+
+def _parse(raw: bytes) -> Any:
+    """Parse XML, also in an encoding of several bytes that it declares, or in what `decode` knows without a word."""
+    try:
+        return fromstring(raw, forbid_dtd=True)
+    except DefusedXmlException:
+        raise
+    except (ParseError, ValueError) as e:
+        declared = re.search(rb"""^<\?xml[^>]*encoding=["'](gb\w+|big5|euc-\w+|shift_jis)["']""", raw, re.IGNORECASE)
+        try:
+            text = raw.decode(declared[1].decode()) if declared else decode(raw)
+        except ValueError:
+            raise e from None
+        return fromstring(re.sub(r"^\s*<\?xml.*?\?>", "", text), forbid_dtd=True)
 
 
 def _number(text: str | None) -> float:
@@ -92,20 +108,6 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
-
-
-def _read_list(file: Path, items: Collection[str], by_name: dict[str, list[str]]) -> list[str]:
-    """Return the image ids of an ImageSets list, without the flags of per-class lists and without file suffixes."""
-    members: dict[str, None] = {}
-    for line in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()):
-        if line and line not in items:
-            line = re.sub(r"\s+(-1|0|1)$", "", line)
-        stem, _, suffix = line.rpartition(".")
-        i = stem if line not in items and suffix.lower() in IMG_FORMATS else line
-        alone = by_name.get(i.rpartition("/")[2], ())
-        members[alone[0] if i not in items and len(alone) == 1 else i] = None
-    members.pop("", None)
-    return list(members)
 
 
 def voc_text(image: str, size: Size, objects: Sequence[Object]) -> str:
@@ -131,84 +133,107 @@ def _whole(low: float, high: float, side: int) -> tuple[int, int]:
     return start, start + 1
 
 
-def scan_yolo(source: Path, classes: Sequence[str] | None = None) -> Source:
-    """Find the images and splits of a data.yaml, its folder, or one with images/ and classes.txt or given `classes`."""
-    yamls = [source] if source.is_file() else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    if len(yamls) > 1:
-        raise UsageError(f"'{source}' holds {len(yamls)} YAML files. Give source= one of them.")
-    content: dict[str, Any] = {}
-    if yamls:
-        content = load_yaml(yamls[0])
-        if not isinstance(content, dict) or not content.get("names") or not any(content.get(s) for s in SPLITS):
-            raise UsageError(f"Data file '{yamls[0]}' needs names, and an image folder for train, val or test.")
-        folders, names = _split_folders(content, yamls[0]), class_names(content["names"])
+def scan_yolo(
+    source: Path, images: Path | None = None, annotations: Path | None = None, classes: Sequence[str] | None = None
+) -> Source:
+    """Find images, labels and splits of a data.yaml or its folder, or of a folder with class names or `classes`."""
+    info = {} if images else _data_yaml(source)
+    if info:
+        names, listed = [info["names"][i] for i in range(info["nc"])], []
+        placed = {s: [m for path in _places(info, s) for m in _members(path)] for s in SPLITS if s in info}
     else:
-        folders, names = _plain(source, classes)
-    members = {s: [m for path in paths for m in _members(path)] for s, paths in folders.items()}
-    images, lists, problems = unique_ids(members)
-    if not images:
+        names, listed = list(classes or _class_names(source)), list_files(source)
+        placed = members(image_files(source, images), images or source, by_folder=not listed)
+    found, lists, problems = unique_ids(placed)
+    if not found:
         raise UsageError(f"'{source}' holds no images. {YOLO}")
-    labels = map(Path, img2label_paths([*map(str, images.values())]))
-    items = {i: Item(i, image, label) for (i, image), label in zip(images.items(), labels)}
-    extra: dict[str, Any] = {k: content[k] for k in ("kpt_shape", "flip_idx", "kpt_names", "channels") if k in content}
-    columns = pose_columns(extra, str(source)) if "kpt_shape" in extra else 0
-    read = partial(_read_yolo_item, names=names, columns=columns)
-    return Source(items, read, images.keys(), lists, names, extra, problems)
+    lists = read_lists(listed, found, found) if listed else {s: ids for s, ids in lists.items() if s}
+    labels, files, orphans = _label_files(found, annotations, source if source.is_dir() else source.parent)
+    items = {i: Item(i, image, labels[i]) for i, image in found.items()}
+    extra: dict[str, Any] = {k: info[k] for k in ("kpt_shape", "flip_idx", "kpt_names") if k in info}
+    if info.get("channels", 3) != 3:
+        extra["channels"] = info["channels"]
+    shape = keypoints(extra, str(source)) if "kpt_shape" in extra else (0, 0)
+    if len({*names}) < len(names):  # numbers tell them apart
+        extra["names"] = dict(enumerate(names))
+        names = [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
+    read = partial(_read_yolo_item, names=names, shape=shape)
+    return Source(items, read, found.keys(), files, lists, names, extra, problems, {"orphan": orphans})
 
 
-def _split_folders(content: Mapping[str, Any], file: Path) -> dict[str, list[Path]]:
-    """Return the folders and list files of each split, resolved as Ultralytics does."""
-    root = Path(content.get("path") or file.parent)
-    if not root.is_absolute():
-        root = next((r for r in (Path.cwd() / root, DATASETS_DIR / root) if r.exists()), file.parent / root)
-    folders = {}
-    for split in SPLITS:
-        given = content.get(split) or []
-        paths = [root / g for g in ([given] if isinstance(given, str) else given)]
-        if missing := [p for p in paths if not p.exists()]:
-            raise UsageError(f"Split '{split}' of '{file}' points to '{missing[0]}', which does not exist.")
-        if paths:
-            folders[split] = [p.resolve() for p in paths]
-    return folders
+def _data_yaml(source: Path) -> dict[str, Any]:
+    """Return what the data.yaml of a source holds, nothing where there is none."""
+    yamls = [source] if source.is_file() else _yamls(source)
+    if len(yamls) > 1:
+        raise UsageError(f"'{source}' holds {len(yamls)} YAML files of datasets. Give source= one of them.")
+    return read_yaml(str(yamls[0]), need=()) if yamls else {}
 
 
-def _plain(source: Path, classes: Sequence[str] | None) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return image folders and class names of a dataset without data.yaml, but with images/<split>, or images alone."""
-    folder = source / "images"
-    if not folder.is_dir():
-        raise UsageError(f"'{source}' is no YOLO dataset. {YOLO}")
-    splits = {s: [folder / s] for s in SPLITS if (folder / s).is_dir()} or {"train": [folder]}
-    if not classes:
-        file = next((f for f in (source / "classes.txt", source / "labels/classes.txt") if f.is_file()), None)
-        if file is None:
-            raise UsageError(f"'{source}' has neither data.yaml nor classes.txt. Give classes=a,b in label order.")
-        classes = [n for n in map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()) if n]
-    return splits, list(classes)
+def _yamls(folder: Path) -> list[Path]:
+    files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    return [f for f in files if {"names", "nc", "train", "val"} & {*load_yaml(f)}]
+
+
+def _places(info: Mapping[str, Any], split: str) -> list[Path]:
+    """Return the folders and list files of a split."""
+    paths = [Path(p) for p in ([info[split]] if isinstance(info[split], str) else info[split])]
+    if missing := [p for p in paths if not p.exists()]:
+        raise UsageError(f"Split '{split}' of '{info['yaml_file']}' points to '{missing[0]}', which does not exist.")
+    return paths
+
+
+def _class_names(source: Path) -> list[str]:
+    """Return the class names, one a line, that tools for labelling put beside labels, or else those of a data.yaml."""
+    legal = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")
+    files = [f for f in walk_files(source, {"txt", "names", "labels"}) if f.name in legal]
+    found = {tuple(filter(None, map(str.strip, read_text(f).splitlines()))): f for f in files}
+    found = found or {tuple(class_names(n)): f for f in _yamls(source) if (n := load_yaml(f).get("names"))}
+    if len(found) != 1:
+        why = f"has class names that differ: {quote([*found.values()])}" if found else f"has no data.yaml, {legal[0]}"
+        raise UsageError(f"'{source}' {why}. Give classes=a,b in label order.")
+    return list(*found)
+
+
+def _label_files(
+    images: Mapping[str, Path], annotations: Path | None, source: Path
+) -> tuple[dict[str, Path], list[Path], list[str]]:
+    """Return where the label of each image is or would be, those that are there, and label files without an image."""
+    labels = dict(zip(images, map(Path, img2label_paths([*map(str, images.values())]))))
+    there = {f for f in labels.values() if f.is_file()}
+    folders = set() if annotations else {f.parent for f in there}
+    if lost := {i: image for i, image in images.items() if labels[i].parent not in folders}:
+        texts = [f for f in walk_files(annotations or source, {"txt"}) if annotations or f not in there]
+        found, _ = match([f for f in texts if has_rows(f) or not f.stat().st_size], lost)
+        labels |= {i: files[0] for i, files in found.items()}
+        there = {f for f in labels.values() if f.is_file()}
+    stems = {f.stem for folder in {i.parent for i in images.values()} for f in folder.glob("*.*") if is_image(f)}
+    beside = {f for folder in {f.parent for f in there} for f in folder.glob("*.txt")} - there
+    return labels, sorted(there), [str(f) for f in sorted(beside) if f.stem not in stems and has_rows(f)]
 
 
 def _members(path: Path) -> Iterator[tuple[str, Path]]:
     """Yield images with their path below the folder `path`, or below `images` for those of a list file."""
     for file in list_images(path):
         home = next((p for p in file.parents if p.name == "images"), file.parent)
-        yield _id(file, path if path.is_dir() else home), file
+        yield file.relative_to(path if path.is_dir() else home).with_suffix("").as_posix(), file
 
 
-def _read_yolo_item(item: Item, size: Size, names: Sequence[str], columns: int) -> Annotation:
+def _read_yolo_item(item: Item, size: Size, names: Sequence[str], shape: tuple[int, int]) -> Annotation:
     """Read a YOLO label file; a missing one means background, as in training."""
     if item.label is None or not item.label.is_file():
         return Annotation()
     try:
-        rows = check_label(item.label, len(names), columns)
+        rows = check_label(item.label, len(names), shape, bool(shape[0]))
     except ArithmeticError as e:
         raise ValueError(f"has a label outside the image: {e}") from e
-    return Annotation(objects=tuple(_yolo_object(row, size, names, columns) for row in rows))
+    return Annotation(objects=tuple(_yolo_object(row, size, names, bool(shape[0])) for row in rows))
 
 
-def _yolo_object(row: Sequence[str], size: Size, names: Sequence[str], columns: int) -> Object:
+def _yolo_object(row: Sequence[str], size: Size, names: Sequence[str], pose: bool) -> Object:
     """Return the object of a YOLO label row; of a pose the box."""
     cls, *values = map(float, row)
     name, text = names[int(cls)], " ".join(row[1:])
-    if columns or len(row) == 5:
+    if pose or len(row) == 5:
         x, y, w, h = (v * s for v, s in zip(values, (*size, *size)))
         return Object(name, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), row=text)
     polygon = tuple(v * s for v, s in zip(values, size * (len(values) // 2)))
@@ -230,7 +255,7 @@ def yolo_row(o: Object, index: int, size: Size, task: str) -> str:
 
 def to_image(annotation: Annotation, size: Size, orientation: int) -> tuple[list[Object], Counter[str]]:
     """Return objects with an area, cut to the upright image of (width, height) `size`, and counts of changes."""
-    tally = Counter({"crowd": annotation.crowds}) if annotation.crowds else Counter()
+    tally = Counter(annotation.notes)
     w, h = annotation.size or size
     move: Point | None = None
     if (w, h) != size:
@@ -271,6 +296,15 @@ def yolo_text(record: Record, names: Names, save_conf: bool) -> str:
 def voc_annotation(record: Record, names: Names, save_conf: bool) -> str:
     """Return a VOC annotation whose objects carry a `confidence`."""
     return voc_text(Path(record["image"]).name, tuple(record["size"]), detected(record, names))
+
+
+def format_of(source: Path) -> str:
+    """Return the format of a dataset by what its files hold."""
+    if source.is_file():
+        return "coco" if source.suffix == ".json" else "yolo"
+    if any(map(is_voc, walk_files(source, {"xml"}))):
+        return "voc"
+    return "coco" if any(map(is_coco, walk_files(source, {"json"}))) else "yolo"
 
 
 class Format(NamedTuple):

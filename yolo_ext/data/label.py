@@ -123,7 +123,7 @@ def label_images(
     store.close()
     update(journal, _journal_text(settings, known))  # sorted: the bytes do not tell how often a run was stopped
     if dataset and not (out / "data.yaml").exists():
-        content = {"path": str(out), "train": kind.images, "val": kind.images, "names": dict(names)}
+        content: dict[str, Any] = {"path": str(out), "train": kind.images, "val": kind.images, "names": dict(names)}
         content |= {"channels": channels} if channels != 3 else {}
         YAML.save(out / ".data.yaml", content)
         (out / ".data.yaml").replace(out / "data.yaml")

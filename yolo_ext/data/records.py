@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What every dataset format is read into and written from: images with objects in pixels, splits, and files."""
 
+import codecs
 import glob
 import multiprocessing
 import os
@@ -51,7 +52,7 @@ class Annotation(NamedTuple):
 
     size: tuple[float, float] | None = None  # (width, height) that the objects refer to, where the source says it
     objects: tuple[Object, ...] = ()
-    crowds: int = 0  # crowd regions, which are no single objects, that were left out
+    notes: Mapping[str, int] = {}  # how often a kind of `convert.NOTES` occurred in reading it
 
 
 class Item(NamedTuple):
@@ -69,10 +70,12 @@ class Source:
     items: dict[str, Item]  # by id
     read: Callable[[Item, Size], Annotation]  # of an image of that size; raises ValueError where it is broken
     annotated: Collection[str]  # ids to be split where there are no lists
+    files: Sequence[Path] = ()  # with the annotations
     lists: Splits = field(default_factory=dict)  # ids by name of a split or list
     names: list[str] | None = None  # classes in label order, None where they are found by reading
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a data.yaml to be kept
-    problems: list[str] = field(default_factory=list)  # what is wrong already
+    problems: list[str] = field(default_factory=list)  # what is wrong already, with no image of the source in question
+    notes: dict[str, list[str]] = field(default_factory=dict)  # names of what is left out, by kind of `convert.NOTES`
 
 
 class Store(NamedTuple):
@@ -170,6 +173,26 @@ def quote(items: Sequence[object], shown: int = 5) -> str:
     return ", ".join(map(str, items[:shown])) + more
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file in UTF-8, in UTF-16 with its mark, or in GB2312, as Chinese Windows may write it."""
+    try:
+        return decode(file.read_bytes())
+    except ValueError as e:
+        raise UsageError(f"'{file}' cannot be read as text: it {e}. Save it as UTF-8.") from e
+
+
+def decode(raw: bytes) -> str:
+    """Return the text of bytes, see `read_text`; GB2312 takes pairs of high bytes only, so hardly any Latin text."""
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for codec in ("utf-16",) if marked else ("utf-8-sig", "gb2312"):
+        try:
+            if "\0" not in (text := raw.decode(codec)):
+                return text
+        except UnicodeDecodeError:  # noqa: PERF203  the next may fit
+            continue
+    raise ValueError("is neither UTF-8, UTF-16 nor GB2312")
+
+
 def list_images(source: Any) -> list[Path]:
     """Return the images of an image file, folder, glob or text file of paths, each sorted, or of a list of such."""
     if isinstance(source, (list, tuple)):
@@ -183,9 +206,9 @@ def list_images(source: Any) -> list[Path]:
         elif is_image(path):
             files = [path]
         else:
-            lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())  # Ultralytics reads ./ likewise
+            lines = map(str.strip, read_text(path).splitlines())  # Ultralytics reads ./ likewise
             files = [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise UsageError(f"'{source}' cannot be read ({e}). {SOURCES}") from e
     if not files and not path.is_file():
         raise UsageError(f"Cannot find '{source}', which does not exist. {SOURCES}")

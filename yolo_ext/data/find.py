@@ -1,0 +1,123 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Where images, annotations and splits of a dataset lie: found by what files hold, matched by name, then by folder."""
+
+import codecs
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from yolo_ext.data.records import Splits, read_text, walk_files
+from yolo_ext.stock.load import IMG_FORMATS
+
+T = TypeVar("T")
+Members = dict[str, list[tuple[str, Path]]]  # (id, image) by split
+IMAGES = ({"jpegimages"}, {"jpegimages", "images", "image", "imgs", "img"})  # names of image folders, sure ones first
+SPLIT = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}  # what splits are called besides
+SPLIT |= {name: name for name in SPLIT.values()}
+
+
+def image_files(source: Path, images: Path | None = None) -> list[Path]:
+    """Return the images below `images`; else of the source those in folders called after images, if any, else all."""
+    files = walk_files(images or source, IMG_FORMATS)
+    for names in IMAGES if images is None else ():
+        if named := [f for f in files if names & {d.lower() for d in f.relative_to(source).parts[:-1]}]:
+            return named
+    return files
+
+
+def members(files: Sequence[Path], base: Path, by_folder: bool = True) -> Members:
+    """Return the images by the split that a folder is called after, "" where none is, with ids that tell them apart.
+
+    An id is the path without suffix, below the image folder, or what is common to all, and without the split.
+    """
+    folders = [f.relative_to(base).parts[:-1] for f in files]
+    common = max(folders, default=())[: shared(min(folders, default=()), max(folders, default=()))]
+    inside = next((k for k, d in enumerate(common, 1) if d.lower() in IMAGES[1]), 0)
+    found: Members = {}
+    for file, parts in zip(files, folders):
+        rest = list(parts[inside or len(common) :])
+        place = next((d for d in parts if d.lower() in SPLIT), "") if by_folder else ""
+        folder = "" if inside else next((d for d in rest if d.lower() in IMAGES[1]), "")
+        for word in {place, folder} & {*rest}:
+            rest.remove(word)
+        found.setdefault(SPLIT.get(place.lower(), ""), []).append(("/".join([*rest, file.stem]), file))
+    return found
+
+
+def match(files: Sequence[Path], images: Mapping[str, Path]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return the annotation files of each image id, more than one where none is nearest, and those without an image."""
+    by_stem: dict[str, list[tuple[str, Path]]] = {}
+    for i, image in images.items():
+        by_stem.setdefault(image.stem, []).append((i, image))
+    found, alone = dict[str, list[Path]](), list[Path]()
+    for file in files:
+        near = nearest(file.parent.parts, by_stem.get(file.stem, []))
+        if len(near) == 1:
+            found.setdefault(near[0], []).append(file)
+        else:
+            alone.append(file)
+    for i, several in found.items():
+        if len(several) > 1:
+            found[i] = nearest(images[i].parent.parts, [(f, f) for f in several])
+            alone += [f for f in several if f not in found[i]]
+    return found, sorted(alone)
+
+
+def nearest(folders: Sequence[str], files: Sequence[tuple[T, Path]]) -> list[T]:
+    """Return the keys of the files whose folders differ least from these."""
+    if len(files) < 2:
+        return [key for key, _ in files]
+
+    def apart(other: Sequence[str]) -> int:
+        start = shared(folders, other)
+        return len(folders) + len(other) - 2 * (start + shared(folders[start:][::-1], other[start:][::-1]))
+
+    costs = [apart(file.parent.parts) for _, file in files]
+    return [key for (key, _), cost in zip(files, costs) if cost == min(costs)]
+
+
+def shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return with how many equal parts two paths begin."""
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def list_files(source: Path) -> list[tuple[str, Path]]:
+    """Return name and file of the lists in ImageSets/Main, or of those called after splits beside the folders."""
+    sets = [*source.glob("ImageSets/Main/*.txt"), *source.glob("*/ImageSets/Main/*.txt")]
+    beside = [f for f in source.glob("*.txt") if f.stem.lower() in SPLIT and not has_rows(f)]
+    return [(f.stem, f) for f in sorted(sets)] or [(SPLIT[f.stem.lower()], f) for f in sorted(beside)]
+
+
+def read_lists(files: Sequence[tuple[str, Path]], items: Collection[str], images: Mapping[str, Path]) -> Splits:
+    """Return the image ids of lists, without the flags of per-class lists and without file suffixes."""
+    by_name: dict[str, list[str]] = {}
+    for i, image in images.items():
+        by_name.setdefault(image.stem, []).append(i)
+    lists: dict[str, dict[str, None]] = {}
+    for name, file in files:
+        chosen = lists.setdefault(name, {})
+        for line in filter(None, map(str.strip, read_text(file).splitlines())):
+            entry = line if line in items else re.sub(r"\s+(-1|0|1)$", "", line)
+            stem, _, suffix = entry.rpartition(".")
+            i = stem if entry not in items and suffix.lower() in IMG_FORMATS else entry
+            alone = by_name.get(i.replace("\\", "/").rpartition("/")[2], ())
+            chosen[alone[0] if i not in items and len(alone) == 1 else i] = None
+    return {name: list(found) for name, found in lists.items()}
+
+
+def is_voc(file: Path) -> bool:
+    """Return whether an XML file is a VOC annotation by its root, or cannot be told from one."""
+    try:
+        with file.open("rb") as f:
+            root = re.search(rb"<([A-Za-z][\w.:-]*)", f.read(4096).replace(b"\0", b""))
+    except OSError:
+        return True
+    return root is None or root[1] == b"annotation"
+
+
+def has_rows(file: Path) -> bool:
+    """Return whether a text file starts with a YOLO label row."""
+    with file.open("rb") as f:
+        words = f.readline().removeprefix(codecs.BOM_UTF8).split()
+    return len(words) > 4 and all(re.fullmatch(rb"[-+.\deE]+", w) for w in words)
