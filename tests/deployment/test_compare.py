@@ -26,6 +26,7 @@ def operator(proto: onnx.ModelProto, node: str, op: str) -> None:
     next(n for n in proto.graph.node if n.name == node).op_type = op
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fault", "node", "module"),
     [

@@ -123,6 +123,7 @@ def test_classification(exported, images):
     assert found["passed"] and "detections" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "end2end", "weight"),
     [

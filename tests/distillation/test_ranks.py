@@ -47,6 +47,7 @@ def _rank(rank: int, student: str, teacher: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are joined by a file, which is tested on Linux only")
 def test_adapters_of_two_processes_move_and_stay_equal(saved, tmp_path: Path):
     files = [str(saved(f"{name}.yaml")) for name in ("yolov8n", "yolov8s")]

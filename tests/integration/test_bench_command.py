@@ -22,6 +22,7 @@ def place(tiny, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_bench_writes_all_it_measures(place, shapes):
     words = ["models=tiny.onnx,tiny.pt", "threads=1,2", "batch=1,2", "rounds=3", f"data={shapes}", "profile=True"]
     assert cli.main(["bench", *words, "imgsz=64", "save_dir=run"]) == 0

@@ -56,6 +56,7 @@ def test_recipes_run_to_the_end(recipe, tiny, wide, shapes, tmp_path):
 
 
 # What is written ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "silent"),
     [

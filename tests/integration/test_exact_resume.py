@@ -120,6 +120,7 @@ def options_of(name: str, wide: Path) -> dict[str, Any]:
     }[name]
 
 
+@pytest.mark.slow
 def test_killed_pruning_with_distillation_resumes_exactly(check, tiny, wide):
     check(tiny, **options_of("self", wide))
 

@@ -102,6 +102,7 @@ def check(name: str, profile: str, made, shapes, folder) -> None:
         assert found[pair]["box_mean"] < 0.3 and found[pair]["score_p99"] < 0.03, (pair, found[pair])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["ort-x86", "ort-x86-full"])
 def test_one_family_with_each_way_through_the_file(made, shapes, tmp_path, profile):
     check("yolo11n", profile, made, shapes, tmp_path)
@@ -114,6 +115,7 @@ def test_family(made, shapes, tmp_path, name, profile):
     check(name, profile, made, shapes, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_is_a_legal_file_that_onnx_runtime_runs(made, shapes, tmp_path, profile):
     fp32, int8, model, written = quantized(made("yolov8n"), profile, shapes, tmp_path)

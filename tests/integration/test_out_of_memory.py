@@ -82,6 +82,7 @@ def optimised(trainer: Any) -> list[int]:
     return [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
+@pytest.mark.slow
 @TRAINERS
 def test_one_distiller_teaches_learns_and_follows_its_schedule(starve, made, tiny, wide, trainer):
     options = {"teacher": str(wide), "preflight": False, "schedule": "linear"}
@@ -96,6 +97,7 @@ def test_one_distiller_teaches_learns_and_follows_its_schedule(starve, made, tin
     assert distiller.factors[0] == loss_factor(epoch=2, epochs=3, **timing) != loss_factor(epoch=1, epochs=3, **timing)
 
 
+@pytest.mark.slow
 @TRAINERS
 def test_sparsity_pulls_as_far_as_without_the_incident(fit, starve, made, tiny, trainer):
     """Without a learning rate only the pull moves the scales."""
@@ -112,6 +114,7 @@ def test_sparsity_pulls_as_far_as_without_the_incident(fit, starve, made, tiny, 
     assert decays[id(done.model.get_parameter(name))] == 0
 
 
+@pytest.mark.slow
 @TRAINERS
 def test_pruned_distilled_and_quantized_all_at_once(starve, made, tiny, trainer):
     prune = {"speedup": 1.3, "images": 4, "recalibrate": 4}
@@ -123,6 +126,7 @@ def test_pruned_distilled_and_quantized_all_at_once(starve, made, tiny, trainer)
     assert load_model(done.best)[0].yolo_ext["quant"]["state"]
 
 
+@pytest.mark.slow
 @TRAINERS
 def test_pruning_before_the_first_epoch_happens_once(starve, tiny, trainer):
     prune = {"speedup": 1.3, "at": [0, 2], "images": 4, "recalibrate": 4}

@@ -25,6 +25,7 @@ def flops(path) -> float:
     return stock.gflops(load_model(path)[0])
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_target_and_a_best_that_is_pruned(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=4, prune=LATER, distill={"teacher": "self"})
     for name in ("best.pt", "last.pt"):
@@ -60,6 +61,7 @@ def _worse(trainer, stock):
     return metrics, fitness
 
 
+@pytest.mark.slow
 def test_attach_and_command_line_do_the_same(fit, tiny, shapes, settings, tmp_path):
     ours = fit(tiny, yolo_ext.DetectionTrainer, name="a", epochs=3, prune=LATER)
     fit(yolo_ext.attach(YOLO(str(tiny)), prune=LATER), name="b", epochs=3)
@@ -73,6 +75,7 @@ def test_attach_and_command_line_do_the_same(fit, tiny, shapes, settings, tmp_pa
     assert ours.technique("prune").epochs == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [{"params": 2.0}, {"ratio": 0.3}, {"size_mb": 0.2}])
 def test_any_target(fit, tiny, target):
     options = {"images": 4, "recalibrate": 4, "every": 1, "end": 2, **target}

@@ -83,6 +83,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "what"), CASES)
 def test_resume_finishes_with_the_same_widths(stopped, wide, tiny, what, way):
     options = {**COMBINATIONS[what]}
@@ -127,6 +128,7 @@ def test_adapters_come_back(stopped, wide):
     assert all(seen["moments"])
 
 
+@pytest.mark.slow
 def test_ranges_come_back_in_full_precision_without_calibration(stopped, monkeypatch):
     last = stopped(quant=QUANT)
     ranges = load_model(last)[0].yolo_ext["quant"]["state"]

@@ -37,6 +37,7 @@ def test_zeros_are_exact_in_every_file(fit, tiny):
         assert found["method"] == "slim" and found["share"] > 0.3 and found["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_it_can_be_watched(fit, tiny):
     yolo, seen = YOLO(str(tiny)), []
     yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(set(t.metrics)))
@@ -58,6 +59,7 @@ def test_head_outputs_and_what_cannot_be_pruned_are_left_alone(fit, tiny):
     assert moved and all(n.endswith("bn.weight") for n in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 def test_batch_and_accumulation_do_not_change_the_pull(fit, tiny, adaptive):
     """Without a learning rate only the pull moves the scales; how sensitive each one is, unlike batches see unlike."""
@@ -100,6 +102,7 @@ def test_weight_decay_is_off_where_the_penalty_pulls(fit, tiny):
 
 
 # Together with others ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_sparsify_prune_and_fine_tune_in_one_training_with_its_own_teacher(fit, tiny):
     trainer = fit(
         tiny, yolo_ext.DetectionTrainer, epochs=4, sparsity={**PULL, "end": 2}, distill={"teacher": "self"},
@@ -111,6 +114,7 @@ def test_sparsify_prune_and_fine_tune_in_one_training_with_its_own_teacher(fit, 
     assert trainer.technique("distill").distiller.direct and trainer.technique("sparsity").sparsifier.pull == 0
 
 
+@pytest.mark.slow
 def test_pull_goes_on_after_surgery(fit, tiny):
     trainer = fit(
         tiny, yolo_ext.DetectionTrainer, epochs=4, sparsity={**PULL, "coefficient": 2.0, "end": 4},
@@ -119,6 +123,7 @@ def test_pull_goes_on_after_surgery(fit, tiny):
     assert sum(zeros(trainer.model).values()) > 10
 
 
+@pytest.mark.slow
 def test_pipeline(tiny, shapes, tmp_path):
     words = f"prune model={tiny} data={shapes} imgsz=64 batch=4 workers=0 device=cpu epochs=1 plots=False".split()
     more = ["sparsity.epochs=2", "sparsity.coefficient=5", "prune.speedup=1.5", f"project={tmp_path}", "name=run"]

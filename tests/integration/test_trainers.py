@@ -64,6 +64,7 @@ def pruned(tiny, shapes, settings, tmp_path_factory) -> Path:
 
 
 # Ways in -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["self", "wide"])
 def test_three_ways_in_give_the_same_weights_and_losses(fit, tiny, wide, shapes, settings, tmp_path, teacher):
     distill = {"teacher": str(wide) if teacher == "wide" else "self"}
@@ -153,6 +154,7 @@ def test_imgsz_off_the_stride_grid_is_rounded_as_ultralytics_does(fit, tiny, tmp
 
 
 # What a run writes -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_kd_losses_are_logged_and_plotted(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, prune=PRUNE, distill=DISTILL, plots=True)
     table = polars.read_csv(tmp_path / "run/results.csv")
@@ -192,6 +194,7 @@ def test_columns_follow_the_losses_in_use(fit, tiny, tmp_path, options, columns)
     assert names == [f"train/{c}" for c in columns]
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_stock_classes_only_during_and_after_training(fit, tiny, wide, tmp_path):
     during, states = [], []
     weights = tmp_path / "run" / "weights"

@@ -27,6 +27,7 @@ def gflops(model) -> float:
     return stock.gflops(model, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "speedup", "tolerance"),
     [

@@ -115,6 +115,7 @@ def test_classes_must_match(setup) -> None:
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["torch", "ort"])
 def test_speed_without_data(setup, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     model, _ = setup("detect")

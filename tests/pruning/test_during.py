@@ -109,6 +109,7 @@ def test_follow_leaves_other_state_alone():
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cubic"])
 @pytest.mark.parametrize(
     ("target", "value", "size"), [("speedup", 3.0, "gflops"), ("params", 3.0, "params"), ("size_mb", 2.5, "size_mb")]

@@ -120,6 +120,7 @@ def test_pruned_equals_masked_and_trains(name, method):
     assert all(type(m).__module__.startswith(stock) for m in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", marked([(n.rstrip("*"),) for n in NAMES], {("yolov9t",), ("yolo11n-cls",), ("yolo26n-pose",)})
 )

@@ -86,6 +86,7 @@ def test_ratios_that_round_to_one_width_give_one_point(yolo) -> None:
     assert [(p["wanted"], p["channels"]) for p in points] == [(0.49, 8)]
 
 
+@pytest.mark.slow
 def test_a_killed_analysis_goes_on(yolo, found, tmp_path: Path) -> None:
     model = yolo("yolov8n")
     with pytest.raises(KeyboardInterrupt):  # two scores before the first group, two for each group

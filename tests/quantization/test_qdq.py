@@ -62,6 +62,7 @@ def quantize(pt: Path, profile: Profile, images: torch.Tensor) -> tuple[torch.nn
     return net, calibrate(net, [images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("yaml", "name"), [*((m, "ort-x86") for m in MODELS), ("yolov8n.yaml", "ort-x86-vnni")])
 def test_runtime_runs_what_was_simulated(exported, images, tmp_path, yaml, name):
     profile = PROFILES[name]

@@ -32,6 +32,7 @@ def test_slots_of_a_known_group(fresh):
     assert [(n, d) for n, d, _ in group.weights] == [("model.0.conv.weight", 0), ("model.1.conv.weight", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("method", "weights"), [("group_slim", False), ("group_sl", True)])
 def test_norms_rank_as_pruning_does(fresh, family, method, weights):

@@ -45,6 +45,7 @@ def _rank(rank: int, model: nn.Module, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are joined by a file, which is tested on Linux only")
 def test_two_processes_stay_one_model(fresh, tmp_path: Path):
     torch.multiprocessing.spawn(_rank, (fresh(), str(tmp_path)), nprocs=2)
