@@ -54,6 +54,7 @@ def watch(tiny):
 
 
 # What a run leaves --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_run_ends_with_ranges_and_stock_classes(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, quant=QUANT)
     for name in ("best.pt", "last.pt"):
@@ -67,6 +68,7 @@ def test_run_ends_with_ranges_and_stock_classes(fit, tiny, tmp_path):
         assert all(v["hi"] > v["lo"] for r in found["state"].values() for s, v in r.items() if s != "weight")
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_the_codes_that_were_validated(fit, tiny, tmp_path):
     """Rounding to fp16 must not move weights to other codes."""
     kept = {}
@@ -82,6 +84,7 @@ def test_checkpoint_holds_the_codes_that_were_validated(fit, tiny, tmp_path):
         torch.testing.assert_close(model.get_submodule(name).quantized_weight(), weight, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_moves_float_weights_on_the_quantized_loss(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, "float")
     fit(tiny, yolo_ext.DetectionTrainer, "quant", quant=QUANT)
@@ -95,12 +98,13 @@ def test_training_moves_float_weights_on_the_quantized_loss(fit, tiny, tmp_path)
 
 
 def test_excluded_layers_stay_float(fit, tiny, tmp_path):
-    fit(tiny, yolo_ext.DetectionTrainer, epochs=1, quant={**QUANT, "exclude": [r"model\.1\."]})
+    fit(tiny, yolo_ext.DetectionTrainer, epochs=1, quant={**QUANT, "exclude": ["model.1"]})
     found = recorded(tmp_path / "run/weights/best.pt")
-    assert found["options"]["exclude"] == [r"model\.1\."]
+    assert found["options"]["exclude"] == ["model.1"]
     assert not any(k.startswith("model.1.") for k in found["state"])
 
 
+@pytest.mark.slow
 def test_a_float_run_forgets_ranges_that_it_moves_away_from(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, "first", epochs=1, quant=QUANT)
     fit(tmp_path / "first/weights/best.pt", yolo_ext.DetectionTrainer, "second", epochs=1)
@@ -108,6 +112,7 @@ def test_a_float_run_forgets_ranges_that_it_moves_away_from(fit, tiny, tmp_path)
 
 
 # Ranges and BatchNorm by epoch --------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_ranges_follow_the_data_then_stay_and_the_ema_goes_after_them(fit, watch):
     yolo, seen = watch
     fit(yolo, yolo_ext.DetectionTrainer, epochs=5, quant={**QUANT, "observe_epochs": 2})
@@ -146,6 +151,7 @@ def test_the_start_is_reported_once_and_kept(fit, tiny, tmp_path, log):
     assert 0 <= found["ptq"] <= 1 and 0 <= found["base"] <= 1
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_the_report(fit, tiny, monkeypatch):
     last = [fit(tiny, yolo_ext.DetectionTrainer, "with", epochs=1, quant=QUANT).last]
     monkeypatch.setattr(quant.Quant, "start", lambda self, trainer: None)
@@ -174,6 +180,7 @@ def test_every_validation_is_of_the_quantized_model(fit, tiny, monkeypatch):
 
 
 # Starting points ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_second_run_starts_from_the_recorded_ranges(fit, tiny, tmp_path, monkeypatch):
     fit(tiny, yolo_ext.DetectionTrainer, "first", epochs=1, quant=QUANT)
     best = tmp_path / "first/weights/best.pt"
@@ -185,6 +192,7 @@ def test_second_run_starts_from_the_recorded_ranges(fit, tiny, tmp_path, monkeyp
     assert seen == recorded(best)["state"]
 
 
+@pytest.mark.slow
 def test_another_profile_calibrates_anew(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, "first", epochs=1, quant=QUANT)
     fit(tmp_path / "first/weights/best.pt", yolo_ext.DetectionTrainer, "second", epochs=1,
@@ -226,6 +234,7 @@ def unlabelled(shapes, tmp_path) -> Path:
     return folder / shapes.name
 
 
+@pytest.mark.slow
 def test_features_of_the_float_self_teach_without_labels(fit, tiny, tmp_path, unlabelled):
     quant = {**QUANT, "supervision": "features"}
     trainer = fit(tiny, yolo_ext.DetectionTrainer, data=str(unlabelled), plots=True, quant=quant)
@@ -235,6 +244,7 @@ def test_features_of_the_float_self_teach_without_labels(fit, tiny, tmp_path, un
     assert not torch.equal(base["model.2.cv1.conv.weight"], found["model.2.cv1.conv.weight"])
 
 
+@pytest.mark.slow
 def test_features_teach_what_labels_do_not_change(fit, tiny, unlabelled, shapes):
     """With and without labels such a run ends in the same weights."""
     last = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 from ultralytics.nn.tasks import load_checkpoint
@@ -24,11 +25,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(data: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Return a base model: about 20 s of training, enough for confidences that quantization can be judged on."""
-    folder = tmp_path_factory.mktemp("base")
-    model = YOLO(str(cfg_dir() / "models" / "yolov8n-shapes.yaml"))
-    model.train(data=str(data), epochs=14, optimizer="AdamW", lr0=0.002, save_dir=str(folder), exist_ok=True, **TRAIN)
+    temp = tmp_path_factory.getbasetemp()
+    folder = (temp if worker_id == "master" else temp.parent) / "base"  # one for all workers of pytest-xdist
+    with FileLock(f"{folder}.lock"):
+        if not (done := folder / "done").exists():
+            options = {"optimizer": "AdamW", "lr0": 0.002, "save_dir": str(folder), "exist_ok": True, **TRAIN}
+            YOLO(str(cfg_dir() / "models" / "yolov8n-shapes.yaml")).train(data=str(data), epochs=14, **options)
+            done.touch()
     return folder / "weights" / "best.pt"
 
 

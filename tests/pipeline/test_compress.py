@@ -18,8 +18,10 @@ from ultralytics.utils import YAML
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pipeline import compress, stages
-from yolo_ext.runs import Record
+from yolo_ext.runs import METRICS, Record
 from yolo_ext.stock.load import load_model
+
+pytestmark = pytest.mark.slow  # whole runs of `compress`
 
 CONTRACT = (
     "compress.yaml", "args.yaml", "summary.json", "report.html", "report.json", "weights/best.pt", "onnx/fp32.onnx",
@@ -27,7 +29,7 @@ CONTRACT = (
     "ptq/quant.json",
     "ptq/weights/ptq.pt", "qat/int8.onnx", "verify/verify.json", "plots/channels.png", "plots/detections_0.png",
 )  # fmt: skip
-FIGURES = {"params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs"}
+FIGURES = set(METRICS)
 
 
 @pytest.fixture
@@ -42,7 +44,14 @@ def test_run_folder_holds_what_is_promised(folder, name):
 
 def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, compressed):
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary) == {"before", "after", "stages", "env", "command"}
+    assert set(summary) == {"before", "after", "stages", "env", "command", "settings", "seconds", "comparison"}
+    assert list(summary["seconds"]) == [s.name for s in stages.STAGES if s.name in summary["seconds"]]
+    row = summary["comparison"]
+    assert row["training_s"] == sum(summary["seconds"][k] for k in ("finetune", "qat")) > 0
+    assert row["params"] == summary["after"]["params"] and row["accuracy"] == summary["after"]["map_onnx"]["int8"]
+    assert 0.2 < row["ratio"] < 0.8 and row["method"].startswith("prune taylor, distill self, quant ")
+    assert "prune.speedup=2.0" in row["settings"] and "quant.mode=qat" in row["settings"]
+    assert row["conclusion"].startswith("Parameters -") and row["params_change"] in row["conclusion"]
     for m in (summary["before"], summary["after"], *summary["stages"].values()):
         assert set(m) == FIGURES
     assert list(summary["stages"]) == ["base", "prune", "finetune", "ptq", "qat"]

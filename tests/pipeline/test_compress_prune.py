@@ -16,6 +16,8 @@ from yolo_ext.pruning.masks import sparsity
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.trainer import CompressionMixin
 
+pytestmark = pytest.mark.slow  # whole runs of `compress`
+
 SMALL: dict[str, Any] = {"imgsz": 64, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "plots": False}
 FEW = {"images": 16, "recalibrate": 16}
 INT8 = {"mode": "ptq", "calib": 16, "max_drop": 1.0}
@@ -26,7 +28,6 @@ def record(folder: Path, stage: str) -> dict[str, Any]:
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_max_drop_holds_against_the_base_as_it_is(base, data, tmp_path):
     folder = tmp_path / "run"
     summary = compress(base, data, epochs=0, prune={"max_drop": 0.05, **FEW}, save_dir=str(folder), **SMALL)
@@ -37,7 +38,6 @@ def test_max_drop_holds_against_the_base_as_it_is(base, data, tmp_path):
     assert any(r["after"] < r["before"] for r in record(folder, "prune")["layers"])
 
 
-@pytest.mark.slow
 def test_a_drop_beside_another_target_is_checked(base, data, tmp_path):
     options = {"speedup": 2.0, "max_drop": 0.001, **FEW}
     summary = compress(base, data, epochs=0, prune=options, save_dir=str(tmp_path / "run"), **SMALL)
@@ -46,7 +46,6 @@ def test_a_drop_beside_another_target_is_checked(base, data, tmp_path):
     assert [c["passed"] for c in summary["checks"] if "prune.max_drop" in c["name"]] == [lost <= 0.001]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["ort", "torch"])
 def test_latency_target_is_met_or_the_user_is_told(base, tmp_path, caplog, runtime):
     folder = tmp_path / "run"
@@ -82,7 +81,7 @@ def test_pruning_while_fine_tuning_has_no_stage_of_its_own(later):
 
 @pytest.mark.parametrize(
     "after",
-    [pytest.param(1, id="between the steps"), pytest.param(2, id="after the last step", marks=pytest.mark.slow)],
+    [pytest.param(1, id="between the steps"), pytest.param(2, id="after the last step")],
 )
 def test_a_run_killed_while_pruning_ends_with_the_same_weights(base, data, tmp_path, monkeypatch, later, after):
     options = {**LATER, **SMALL, "save_dir": str(tmp_path / "run")}
@@ -111,7 +110,7 @@ def test_a_run_killed_while_pruning_ends_with_the_same_weights(base, data, tmp_p
 @pytest.mark.parametrize(
     ("prune", "share"),
     [
-        pytest.param({"kind": "unstructured", "ratio": 0.6}, 0.6, id="60 %", marks=pytest.mark.slow),
+        pytest.param({"kind": "unstructured", "ratio": 0.6}, 0.6, id="60 %"),
         pytest.param({"kind": "2:4", "recalibrate": 16}, 0.5, id="2:4"),
     ],
 )
@@ -136,7 +135,6 @@ def zeros(file: Path) -> float:
     return sum((w == 0).sum() for w in large) / sum(w.size for w in large)
 
 
-@pytest.mark.slow
 def test_masks_hold_through_qat(base, data, tmp_path):
     quant = {**INT8, "mode": "qat", "epochs": 1}
     prune = {"kind": "2:4", "recalibrate": 16}
