@@ -3,10 +3,11 @@
 
     python benchmarks/pruning.py model=best.pt data=data.yaml imgsz=192 epochs=30 speedups=2,3 out=results \
         runs=all smaller=90
-    python benchmarks/pruning.py model=yolov5n.pt ... runs=lamp,group_norm,tp:lamp,tp:group_norm
+    python benchmarks/pruning.py model=best.pt ... runs=lamp,tp:LAMPImportance,pruner:lamp seeds=0,1,2 epochs=12
 
-A run is `CRITERION`, `CRITERION+kd` (distilled from the unpruned model), `tp:CRITERION` (plain torch-pruning 1.6, which
-runs on YOLOv5 only) or `smaller` (the same family built with as few FLOPs, trained from scratch for `smaller` epochs).
+A run is `CRITERION`, `CRITERION+kd` (distilled from the unpruned model), `pruner:CRITERION` (a pruner of torch-pruning
+on our graph, its ratio raised to the target) or `smaller` (the same family built with as few FLOPs, trained from
+scratch for `smaller` epochs). A criterion is whatever `prune.method` takes, such as `tp:LAMPImportance`.
 Each result is one line of `out/results.jsonl`; those that are there are not repeated, so that several processes
 (`shard=0/2`, `shard=1/2`) share the work and a stopped benchmark goes on. At the end the table is printed and drawn.
 """
@@ -22,11 +23,13 @@ from statistics import mean
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
+import yolo_ext
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, note, save_model, set_tripwire
+from yolo_ext.checkpoint import save_model
 from yolo_ext.pipeline.run import FINETUNE
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
@@ -61,8 +64,8 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
         file = folder / "smaller.yaml"
         YAML.save(file, smaller_yaml(dense, stock.gflops(dense, imgsz) / speedup, imgsz))
         best = train(str(file), args, seed, int(args["smaller"]), folder, **SCRATCH)
-    elif run.startswith("tp:"):
-        pruned = by_torch_pruning(base, run[3:], speedup, folder)
+    elif run.startswith("pruner:"):
+        pruned = by_torch_pruning(base, run[7:], speedup, imgsz, folder)
         before = recalibrated(pruned, args)
         best = train(str(pruned), args, seed, epochs, folder, **options)
     else:
@@ -76,43 +79,29 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
             "map": accuracy(best, args["data"], imgsz)["map"]}  # fmt: skip
 
 
-def by_torch_pruning(base: str, method: str, speedup: float, folder: Path) -> Path:
-    """Prune with plain torch-pruning as its YOLO example does: Detect is ignored, the ratio is raised to the target."""
-    import torch_pruning as tp
-
+def by_torch_pruning(base: str, method: str, speedup: float, imgsz: int, folder: Path) -> Path:
+    """Prune with a pruner of torch-pruning on our graph, its ratio raised to the target."""
     importance = {
         "lamp": tp.importance.LAMPImportance(p=2),
         "l1": tp.importance.MagnitudeImportance(p=1),
-        "l2": tp.importance.MagnitudeImportance(p=2),
         "group_norm": tp.importance.GroupMagnitudeImportance(p=2),
         "random": tp.importance.RandomImportance(),
     }[method]
-    dense = load_model(base)[0]
-    start, low, high, best = stock.gflops(dense), 0.0, 0.9, None
+    low, high, best = 0.0, 0.9, None
     for _ in range(10):  # bisection over the ratio, each time on a fresh model
-        ratio = (low + high) / 2
-        model = load_model(base)[0].requires_grad_(True)
-        pruner = tp.pruner.MetaPruner(
-            model, torch.rand(1, 3, 64, 64), importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
-            ignored_layers=[stock.detection_head(model)], pruning_ratio_dict={}, in_channel_groups={},
-            out_channel_groups={}, num_heads={}, customized_pruners={}, max_pruning_ratio=0.8,
-        )  # fmt: skip
+        model = load_model(base)[0].float()
+        start, ratio = stock.gflops(model, imgsz), (low + high) / 2
+        with yolo_ext.on_yolo():
+            pruner = tp.pruner.MagnitudePruner(
+                model, torch.rand(1, 3, 64, 64), importance, global_pruning=True, pruning_ratio=ratio, round_to=8,
+                max_pruning_ratio=0.8, in_channel_groups={}, out_channel_groups={}, num_heads={},
+            )  # fmt: skip
         pruner.step()
-        reached = start / stock.gflops(model)
+        reached = start / stock.gflops(model, imgsz)
         if best is None or abs(reached - speedup) < abs(best[0] - speedup):
-            best = (reached, model)
+            best = (reached, pruner)
         low, high = (ratio, high) if reached < speedup else (low, ratio)
-    model = best[1]
-    told = {
-        "by": "torch-pruning",
-        "kept": {},
-        "shapes": {},
-        "frozen": {},
-        "parent": fingerprint(dense),
-    }
-    note(model, prune=told)
-    set_tripwire(model)
-    return save_model(model, folder / "tp.pt")
+    return Path(yolo_ext.save_pruned(best[1], folder / "pruner.pt"))
 
 
 def recalibrated(file: Path, args: dict[str, str]) -> float:

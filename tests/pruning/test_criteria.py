@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -73,11 +74,45 @@ def test_every_coupled_tensor_counts(method, expected):
     assert criteria[method].fn(whole).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def _relative(score: torch.Tensor) -> torch.Tensor:
+    return score / score.mean()
+
+
+def _lamp(score: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([s / score[score >= s].sum() for s in score])
+
+
+FORMULAS = {  # by magnitudes (layers, n): of producers in the first and second power, of readers, and of norms
+    "l1": (lambda one, two, inp, gamma: _relative(one.mean(0)), 0.0),
+    "l2": (lambda one, two, inp, gamma: _relative(two.mean(0)), 5e-7),
+    "group_norm": (lambda one, two, inp, gamma: _relative(torch.cat([two, inp]).mean(0)), 5e-7),
+    "lamp": (lambda one, two, inp, gamma: _lamp(two.mean(0)), 2e-5),  # it subtracts sums in float32
+    "slim": (lambda one, two, inp, gamma: gamma.mean(0), 0.0),
+    "group_slim": (lambda one, two, inp, gamma: (gamma**2).mean(0) ** 0.5, 5e-7),
+    "group_sl": (lambda one, two, inp, gamma: (s := torch.cat([two, inp]).mean(0) ** 0.5) / s.max(), 5e-7),
+}
+
+
+@pytest.mark.parametrize("method", FORMULAS)
+@pytest.mark.parametrize("n", [1, 16, 512])
+def test_torch_pruning_scores_by_these_formulas(method, n):
+    torch.manual_seed(n)
+    out, inp, gamma = (
+        [torch.randn(n, 9), torch.randn(n, 288)],
+        [torch.randn(n, 64), torch.randn(n, 7)],
+        torch.rand(2, n),
+    )
+    one, two, read = (torch.stack([w.abs().pow(p).sum(1) for w in t]) for t, p in ((out, 1), (out, 2), (inp, 2)))
+    formula, tolerance = FORMULAS[method]
+    found = criteria[method].fn(GroupWeights(out, GENERATOR, inp, [*gamma]))
+    torch.testing.assert_close(found, formula(one, two, read, gamma), rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("method", ["slim", "group_slim"])
 def test_a_group_without_batchnorm_cannot_be_ranked_by_it(method):
     net = nn.Module()
     net.conv = nn.Conv2d(3, 2, 1)
-    assert score(net, Group("conv", [member("conv", "out", [0], [1])]), method, GENERATOR) is None
+    assert score(net, Group("conv", [member("conv", "out", [0], [1])]), criteria[method], GENERATOR) is None
 
 
 @pytest.mark.parametrize("method", [row.name for row in criteria if Need.DATA in row.needs])
@@ -184,14 +219,126 @@ def test_evidence_of_every_coupled_parameter_is_seen(coupled):
     net, whole = coupled
     evidence = {name: torch.ones_like(p) for name, p in net.named_parameters() if name != "linear.weight"}
     expected = 27 + 9 + 1 + 2 + 2 * 4 * 9 + 4 * 4  # a.conv, depthwise weight and bias, a.bn, c.conv, up
-    assert score(net, whole, "taylor", GENERATOR, evidence).tolist() == [expected] * 2
+    assert score(net, whole, criteria["taylor"], GENERATOR, evidence).tolist() == [expected] * 2
     per_output = {"a.conv": torch.tensor([1.0, 2.0]), "depthwise": torch.tensor([10.0, 20.0]), "linear": torch.ones(6)}
-    assert score(net, whole, "obd", GENERATOR, per_output).tolist() == [11.0, 22.0]
+    assert score(net, whole, criteria["obd"], GENERATOR, per_output).tolist() == [11.0, 22.0]
 
 
 def test_data_driven_criteria_say_what_they_need(coupled):
     with pytest.raises(UsageError, match=r"'prune.method=obd' needs labelled train images. Give data=..., .* lamp"):
-        score(*coupled, "obd", GENERATOR)
+        score(*coupled, criteria["obd"], GENERATOR)
+
+
+@pytest.mark.parametrize("method", [*DATA_FREE, "random", "slim", "group_slim", "group_sl", "group_reg"])
+def test_scores_draw_nothing_from_the_run(coupled, method):
+    """A training run that prunes and one that resumes behind it see the same random numbers."""
+    before = torch.get_rng_state()
+    score(*coupled, criteria[method], torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("method", [*DATA_FREE, "slim", "group_slim", "group_sl", "group_reg", "tp:LAMPImportance",
+                                    "tp:MagnitudeImportance", "tp:BNScaleImportance"])  # fmt: skip
+def test_dead_channels_have_finite_scores(coupled, method):
+    net, whole = coupled
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    assert score(net, whole, criteria[method], GENERATOR).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", ["lamp", "group_norm", "tp:LAMPImportance"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_not_finite_are_refused(coupled, method, value):
+    """What torch-pruning cannot divide must not be taken for dead."""
+    nn.init.constant_(coupled[0].a.conv.weight, value)
+    with pytest.raises(UsageError, match="are the weights of the model finite"):
+        score(*coupled, criteria[method], GENERATOR)
+
+
+# Importances of torch-pruning ----------------------------------------------------------------------------------------
+class Residual(nn.Module):
+    """A network that torch-pruning can trace: 8 channels come from two layers, which three read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.up, self.end = nn.Conv2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 5, 2), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = self.norm(self.a(x))
+        x = x + self.b(x)
+        return [self.up(x), self.end(torch.cat([x, x], 1))]
+
+
+@pytest.fixture
+def residual() -> tuple[nn.Module, Group]:
+    torch.manual_seed(0)
+    net = Residual().eval()
+    nn.init.uniform_(net.norm.weight, 0.5, 1.5)
+    same = [[k] for k in range(8)]
+    members = [member("end", "in", *([k, 8 + k] for k in range(8)))]
+    members += [
+        member(p, d, *same) for p, d in (("a", "out"), ("norm", "out"), ("b", "out"), ("b", "in"), ("up", "in"))
+    ]
+    return net, Group("a", members)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MagnitudeImportance", "MagnitudeImportance(p=1)", "LAMPImportance", "BNScaleImportance", "FPGMImportance",
+     "MagnitudeImportance(normalizer=None, group_reduction='max')", "GroupMagnitudeImportance(bias=True)"],
+)  # fmt: skip
+def test_an_importance_sees_what_torch_pruning_itself_would_show_it(residual, name):
+    net, whole = residual
+    graph = tp.DependencyGraph().build_dependency(net, torch.rand(1, 3, 8, 8), verbose=False)
+    theirs = graph.get_pruning_group(net.a, tp.prune_conv_out_channels, list(range(8)))
+    row = criteria[f"tp:{name}"]
+    torch.testing.assert_close(score(net, whole, row, GENERATOR), row.fn(theirs).detach(), rtol=1e-6, atol=0)
+
+
+def test_depthwise_filters_count_for_an_importance(coupled):
+    net, whole = coupled
+    before = score(net, whole, criteria["tp:MagnitudeImportance(normalizer=None)"], GENERATOR)
+    nn.init.zeros_(net.depthwise.weight)
+    assert (score(net, whole, criteria["tp:MagnitudeImportance(normalizer=None)"], GENERATOR) < before).all()
+
+
+def test_random_importance_follows_the_seed(coupled):
+    before = torch.get_rng_state()
+    draw = lambda seed: score(*coupled, criteria["tp:RandomImportance"], GENERATOR.manual_seed(seed)).tolist()  # noqa: E731
+    assert [draw(seed) for seed in range(9)] == [draw(seed) for seed in range(9)]
+    assert len({tuple(draw(seed)) for seed in range(9)}) > 1 and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("tp:LAMP", r"Did you mean 'tp:LAMPImportance'\?.*tp:MagnitudeImportance", id="unknown name"),
+        pytest.param("tp:Importance", "cannot be made|no importance", id="abstract"),
+        pytest.param("tp:nn", "no importance", id="not a class"),
+        pytest.param("tp:", "no importance", id="no name"),
+        pytest.param("tp:MagnitudeImportance(q=1)", "knows no 'q'. Legal: p, group_reduction", id="unknown keyword"),
+        pytest.param(
+            "tp:MagnitudeImportance(1)", r"by keyword, as in 'tp:MagnitudeImportance\(p=1\)'", id="positional"
+        ),
+        pytest.param("tp:MagnitudeImportance(p=1, p=2)", "by keyword", id="twice"),
+        pytest.param("tp:MagnitudeImportance(**{'p': 1})", "by keyword", id="stars"),
+        pytest.param("tp:MagnitudeImportance(p=__import__('os').getpid())", "literals", id="code"),
+        pytest.param("tp:MagnitudeImportance(p=1", "Cannot read", id="unclosed"),
+        pytest.param("tp:MagnitudeImportance(p=1)(p=2)", "Cannot read", id="called twice"),
+        pytest.param("tp:MagnitudeImportance(p=1) + 1", "Cannot read", id="sum"),
+        pytest.param("tp:LAMPImportance(normalizer='mean')", "cannot be made", id="refused by the class"),
+        pytest.param("tp:MagnitudeImportance(p='a')", "fails on 'a.conv'", id="wrong type"),
+        pytest.param("tp:MagnitudeImportance(group_reduction=None)", "returned shape|fails on", id="not reduced"),
+        pytest.param("tp:TaylorImportance", "prune.method=taylor.*on_yolo", id="taylor"),
+        pytest.param("tp:GroupHessianImportance", "prune.method=hessian", id="hessian"),
+        pytest.param("tp:OBDCImportance(num_classes=3)", "prune.method=obd", id="obd"),
+        pytest.param("tp:ActivationImportance", "prune.method=taylor", id="activation"),
+    ],
+)
+def test_an_importance_that_cannot_rank(coupled, name, message):
+    with pytest.raises(UsageError, match=message):
+        score(*coupled, criteria[name], GENERATOR)
 
 
 # The user's own ------------------------------------------------------------------------------------------------------
@@ -205,6 +352,19 @@ def short(group):
     return torch.zeros(3)
 def nan(group):
     return torch.full((group.out[0].shape[0],), float("nan"))
+
+import torch_pruning as tp
+class First(tp.importance.Importance):
+    def __init__(self, sign=1):
+        self.sign = sign
+    def __call__(self, group):
+        return -self.sign * torch.arange(float(len(group[0].idxs)))
+class Gradient(tp.importance.GroupTaylorImportance):
+    pass
+class Broken(tp.importance.Importance):
+    def __call__(self, group):
+        return 1 / 0
+made = First(sign=-1)
 """
 
 
@@ -220,6 +380,31 @@ def test_user_criterion_by_dotted_path(mine, yolo):
     cfg = PruneConfig(method=f"{mine}:first", ratio=0.5, scope="local")
     kept = make_plan(model, build_graph(model), cfg)
     assert kept["model.1.conv"]["out"] == list(range(16))  # the last channels were worst
+
+
+@pytest.mark.parametrize(
+    ("name", "worst"), [("First", range(16, 32)), ("First(sign=-1)", range(16)), ("made", range(16))]
+)
+def test_user_importance_by_dotted_path(mine, yolo, name, worst):
+    model = yolo("yolov8n")
+    kept = make_plan(model, build_graph(model), PruneConfig(method=f"{mine}:{name}", ratio=0.5, scope="local"))
+    assert kept["model.1.conv"]["out"] == sorted({*range(32)} - {*worst})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("First(sing=1)", "knows no 'sing'. Did you mean 'sign'"),
+        ("first(p=1)", "no importance"),
+        ("Gradient", "prune.method=taylor"),
+        ("Broken", r"fails on .*ZeroDivisionError"),
+        ("Missing", "Cannot import"),
+    ],
+)
+def test_user_importance_that_cannot_rank(mine, yolo, name, message):
+    model = yolo("yolov8n")
+    with pytest.raises(UsageError, match=message):
+        make_plan(model, build_graph(model), PruneConfig(method=f"{mine}:{name}", ratio=0.5))
 
 
 @pytest.mark.parametrize(("name", "got"), [("scalar", "a float"), ("short", r"shape \(3,\)"), ("nan", "shape")])

@@ -13,9 +13,10 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import prune_model
-from yolo_ext.pruning.surgery import apply_plan, check_trainable
+from yolo_ext.pruning.surgery import apply_plan, check_trainable, cut_layer
 
 CFG = PruneConfig(ratio=0.4)
 
@@ -62,6 +63,7 @@ def test_what_is_frozen_stays_frozen(dense):
     assert all(p.requires_grad != n.startswith("model.1.") for n, p in small.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
 def test_pruned_twice_counts_in_the_numbering_of_the_first_dense_model(yolo, name):
     dense = yolo(name)
@@ -76,6 +78,40 @@ def test_pruned_twice_counts_in_the_numbering_of_the_first_dense_model(yolo, nam
         assert torch.equal(twice.get_submodule(n).weight.detach(), gather(dense, record["kept"], n)), n
     replayed = apply_plan(deepcopy(dense), record["kept"]).state_dict()
     assert all(torch.equal(v, replayed[k]) for k, v in twice.state_dict().items())
+
+
+SHRUNK = {  # layer, kept positions, and what must be left: slices of the weight, and the widths that the layer tells
+    "conv": (nn.Conv2d(4, 6, 3), {"out": [1, 5], "in": [0, 2, 3]}, lambda w: w[[1, 5]][:, [0, 2, 3]], (2, 3, 1)),
+    "one side": (nn.Conv2d(4, 6, 3, bias=False), {"in": [3]}, lambda w: w[:, [3]], (6, 1, 1)),
+    "depthwise": (nn.Conv2d(5, 5, 3, groups=5), {"in": [1, 2], "out": [1, 2]}, lambda w: w[[1, 2]], (2, 2, 2)),
+    "depthwise, one left": (nn.Conv2d(5, 5, 3, groups=5), {"out": [3], "in": [3]}, lambda w: w[[3]], (1, 1, 1)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2), {"out": [0, 4], "in": [1]}, lambda w: w[[1]][:, [0, 4]], (2, 1, 1)),
+    "linear": (nn.Linear(4, 6), {"out": [2, 3], "in": [0, 3]}, lambda w: w[[2, 3]][:, [0, 3]], (2, 2, 1)),
+    "norm": (nn.BatchNorm2d(6), {"out": [0, 4, 5]}, lambda w: w[[0, 4, 5]], (3, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SHRUNK)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_layer_keeps_these_positions_and_all_else(case, learns):
+    """Weights, statistics and gradients to the bit, what is frozen, and layouts; it still runs."""
+    layer, dims, cut, widths = SHRUNK[case]
+    layer = deepcopy(layer).requires_grad_(learns)
+    for t in layer.state_dict().values():
+        t.copy_(torch.rand(t.shape))
+    for p in layer.parameters():
+        p.grad = torch.rand(p.shape)
+    old, gradient = deepcopy(layer), layer.weight.grad
+    cut_layer(layer, dims)
+    pairs = [(layer.weight, old.weight, cut), (layer.weight.grad, gradient, cut)]
+    sides = [n for n in ("bias", "running_mean", "running_var") if getattr(old, n, None) is not None]
+    pairs += [(getattr(layer, n), getattr(old, n), lambda t: t[dims.get("out", slice(None))]) for n in sides]
+    assert all(torch.equal(new, f(was)) for new, was, f in pairs)
+    assert all(p.requires_grad == learns and p.is_leaf and p.grad.shape == p.shape for p in layer.parameters())
+    n_out, n_in = layer_channels(layer) or (layer.num_features,) * 2
+    assert (n_out, n_in, getattr(layer, "groups", 1)) == widths
+    x = torch.rand(2, n_in) if isinstance(layer, nn.Linear) else torch.rand(2, n_in, 4, 4)
+    assert layer(x).shape[1] == n_out
 
 
 # Gate ----------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
+from ultralytics import YOLO
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import block
 from ultralytics.nn.tasks import DetectionModel
@@ -96,10 +98,36 @@ def test_gflops_are_those_ultralytics_prints():
     assert stock.gflops(model, 320) == pytest.approx(stock.gflops(model, 640) / 4, rel=0.01)
 
 
-def test_zero_gflops_are_an_error(monkeypatch):
-    monkeypatch.setattr("yolo_ext.stock.model.get_flops", lambda *a: 0.0)
+@pytest.mark.parametrize("name", ["yolov8n-cls", "yolov9t", "yolov10n", "yolo11n-obb", "yolo26n-seg", "yolov8n-rtdetr"])
+def test_gflops_of_any_head_are_those_ultralytics_prints(name):
+    model = tasks.RTDETRDetectionModel(f"{name}.yaml") if "rtdetr" in name else YOLO(f"{name}.yaml").model
+    assert stock.gflops(model, 320) == pytest.approx(torch_utils.get_flops(stock.deployed(model), 320), rel=1e-9)
+
+
+class Picky(nn.Module):
+    """A block that looks at values, and cannot take what happens to lie in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.isfinite().all():
+            raise ValueError("not finite")
+        return x
+
+
+def test_flops_are_counted_on_zeros():
+    model, plain = make("yolov8n"), stock.gflops(make("yolov8n"), 64)
+    model.model[1].act = Picky()
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN
+    try:
+        assert stock.gflops(model, 64) == pytest.approx(plain)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_flops_that_nothing_can_count_are_an_error(monkeypatch):
+    model = make("yolov8n")
+    monkeypatch.setitem(sys.modules, "thop", None)
     with pytest.raises(UsageError, match="pip uninstall -y thop"):
-        stock.gflops(make("yolov8n"))
+        stock.gflops(model)
 
 
 @pytest.mark.parametrize("name", NAMES)

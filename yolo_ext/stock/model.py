@@ -211,7 +211,7 @@ def gflops(model: nn.Module, imgsz: int = 640) -> float:
             import thop  # PyPI's package of this name, which may lie in its place, is not importable everywhere
 
             net.model.to(device)  # not the strides, which anchors are made of
-            return 2e-9 * thop.profile(net, inputs=[torch.zeros(shape, device=device)], verbose=False)[0]
+            return float(thop.profile(net, inputs=[torch.zeros(shape, device=device)], verbose=False)[0] / 1e9 * 2)
         except Exception as e:  # whatever a user's block raises
             why = f"{type(e).__name__}: {str(e)[:200]}"
     clash = "PyPI's 'thop' may have overwritten 'ultralytics-thop'"
