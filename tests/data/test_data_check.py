@@ -107,8 +107,7 @@ def test_nothing_is_downloaded(tmp_path):
     ("label", "expected"),
     [
         pytest.param("2 .5 .5 .2 .2", "Label class 2 exceeds dataset class count 2", id="class too high"),
-        pytest.param("0 .5 .5 .2 .2\n\n-1 .5 .5 .2 .2", "negative label values", id="class negative"),
-        pytest.param("0.5 .5 .5 .2 .2", "non-integer class", id="class not whole"),
+        pytest.param("0 .5 .5 .2 .2\n\n-1 .5 .5 .2 .2", "negative .*-1", id="class negative"),
         pytest.param("0 .5 .5 .2", "4 columns", id="four columns"),
         pytest.param("0 .5 .5 .2 .2 .9", "6 columns", id="with confidence"),
         pytest.param("a .5 .5 .2 .2", "could not convert", id="word"),
@@ -128,7 +127,7 @@ def test_malformed_labels(tmp_path, label, expected):
     ("label", "pose"),
     [
         pytest.param("0 .5 .5 .2 .2\n", False, id="box"),
-        pytest.param("\ufeff1 .5 .5 .2 .2\r\n", False, id="byte-order mark"),
+        pytest.param("1 .5 .5 .2 .2\r\n", False, id="carriage return"),
         pytest.param("0 .1 .1 .2 .2 .3 .1", False, id="polygon"),
         pytest.param("0 .5 .5 .2 .2 .4 .4 2 .6 .6 0", True, id="pose"),
         pytest.param("0 .5 .5 1.009 .2", False, id="within tolerance"),

@@ -50,10 +50,11 @@ def _seeing(function: Any, **others: Any) -> Any:
     return seen
 
 
-# Ultralytics rewrites a JPEG with bytes behind its end; decoding it in memory tells as well whether it can be read
+# Ultralytics rewrites a JPEG with bytes behind its end, older releases in place; decoding it shows if it is whole too
 _read_only = _seeing(
     data_utils.check_image,
     Image=SimpleNamespace(open=open_image),
+    ImageOps=SimpleNamespace(exif_transpose=lambda im: SimpleNamespace(save=lambda *_, **__: im.load())),
     _replace_image=lambda _, write: write(BytesIO()),
 )
 
