@@ -21,14 +21,6 @@ from yolo_ext.pruning.surgery import apply_plan
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def traced(yolo):
-    """Model and graph; reasons are written into a graph, so each test gets a copy."""
-    model = yolo("yolov8n")
-    graph = build_graph(model)
-    return model, lambda: deepcopy(graph)
-
-
 def reasons(graph) -> dict[str, str]:
     return {g.name: g.frozen for g in graph.groups}
 
@@ -113,10 +105,10 @@ def test_all_units_are_no_plan(traced):
 def test_a_criterion_that_cannot_rank_a_group_keeps_it(traced, monkeypatch):
     model, graph = traced
     score = module.score
-    monkeypatch.setattr(module, "score", lambda m, g, *a: None if g.name == "model.1.conv" else score(m, g, *a))
+    monkeypatch.setattr(module, "score", lambda m, g, **a: None if g.name == "model.1.conv" else score(m, g, **a))
     used = graph()
     assert "model.1.conv" not in named(tied_groups(model, used, PruneConfig(method="slim")))
-    assert reasons(used)["model.1.conv"] == "has no BatchNorm, which 'slim' ranks by"
+    assert reasons(used)["model.1.conv"] == "has no layer that 'slim' ranks by, such as BatchNorm"
 
 
 # Ratios --------------------------------------------------------------------------------------------------------------
