@@ -83,13 +83,17 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
 def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
     """Hand the words on to Ultralytics, unless two models are to be compared."""
+    from yolo_ext.stock import register_layers
     from yolo_ext.stock.context import yolo_entrypoint
 
     try:
         if command == "predict" and "compare" in options:
             return _run(command, options)
+        register_layers(options.pop("modules", None))
+        words = [word for word in words if not word.removeprefix("--").startswith("modules=")]
         given = {word.partition("=")[0].removeprefix("--") for word in words}
-        yolo_entrypoint([*words, *(f"{k}={v}" for k, v in options.items() if k not in given)])  # of the environment
+        outside = [f"{k}={v}" for k, v in options.items() if not {k, str(v)} & given]  # of the environment
+        yolo_entrypoint([*words, *outside])
     except UsageError:
         raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
@@ -149,6 +153,7 @@ def _environment(command: str) -> dict[str, Any]:
     if command in PLAIN or not names:
         return {}
     legal = {*DEFAULT_CFG_DICT, *option_names(), *CONFIGS, "recipe", *(k for r in COMMANDS for k in keys(r.fn))}
+    legal -= {"mode"}  # which is the command
     shown = [VARIABLE + key.upper().replace(".", "__") for key in sorted(legal)]
     unknown = [f"Unknown environment variable '{v}'.{suggest(v, shown)}" for k, v in names.items() if k not in legal]
     own = [*(DEFAULT_CFG_DICT if command in STOCK or takes_native(COMMANDS[command].fn) else ()), "recipe"]
@@ -159,7 +164,8 @@ def _environment(command: str) -> dict[str, Any]:
             unknown += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
     if unknown:
         raise UsageError("\n".join(unknown))
-    LOGGER.info(f"From the environment: {', '.join(names[k] for k in found) or 'nothing'}")
+    if found:
+        LOGGER.info(f"From the environment: {', '.join(names[k] for k in found)}")
     return found
 
 
@@ -240,10 +246,10 @@ def command_help(function: Callable[..., Any]) -> str:
     """Return the keys of a command with their defaults and help as aligned text."""
     about = documented(function)
     lines: list[tuple[str, ...]] = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    extra = {k: p for k, p in keys(function).items() if k == "modules"}
+    for name, parameter in {**inspect.signature(function).parameters, **extra}.items():
         default = "" if parameter.default is inspect.Parameter.empty else str(parameter.default)
-        first, *rest = textwrap.wrap(about[name], 88)
-        lines += [(FURTHER.get(name, name), default, first), *(("", "", more) for more in rest)]
+        lines.append((FURTHER.get(name, name), default, about.get(name) or HELP[name]))
     return _aligned(lines)
 
 
@@ -277,7 +283,11 @@ def method_tables(technique: str) -> list[Table]:
     return [getattr(import_module(f"yolo_ext.{module}"), name) for module, name in places]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Align the columns of rows below each other."""
+def _aligned(given: Sequence[tuple[str, ...]]) -> str:
+    """Align the columns of rows below each other, the last one wrapped."""
+    rows: list[tuple[str, ...]] = []
+    for *cells, last in given:
+        first, *rest = textwrap.wrap(last, 88) or [""]
+        rows += [(*cells, first), *((*[""] * len(cells), more) for more in rest)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)] if rows else []
     return "\n".join("  " + "  ".join([c.ljust(w) for c, w in zip(r, widths)] + [r[-1]]) for r in rows)

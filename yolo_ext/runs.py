@@ -7,8 +7,9 @@ import json
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,10 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.stock.context import cpu_info, get_save_dir
 
-METRICS = ("params", "gflops", "size_mb", "map50", "map", "latency_ms", "map_onnx", "convs", "int8_convs")
-NESTED = {"latency_ms": ("torch", "ort", "ort_int8", "unsure"), "map_onnx": ("fp32", "int8")}
+METRICS = ("params", "gflops", "size_mb", "map50", "map", "top1", "latency_ms", "latency_batch32_ms", "map_onnx",
+           "convs", "int8_convs")  # fmt: skip
+NESTED = {"latency_ms": ("torch", "ort", "ort_int8", "unsure"), "latency_batch32_ms": ("torch", "ort", "ort_int8"),
+          "map_onnx": ("fp32", "int8")}  # fmt: skip
 Rows = list[dict[str, Any]]
 
 
@@ -48,6 +51,7 @@ class Record:
     better: bool | None = None  # whether QAT beats PTQ
     skipped: str | None = None  # why a stage had nothing to do
     parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
+    seconds: float | None = None  # that the stage took
 
     def write(self, path: Path) -> None:
         """Write what the stage has to say."""
@@ -90,7 +94,8 @@ def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
     if file.exists():
         LOGGER.info(f"{name}: done already, not repeated")
     else:
-        work().write(file)
+        start = time.monotonic()
+        replace(work(), seconds=round(time.monotonic() - start, 1)).write(file)
     return Record.read(file)
 
 
@@ -113,12 +118,10 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     return {k: nested.get(k, found.get(k)) for k in METRICS}
 
 
-def summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
+def summary(before: Mapping[str, Any], after: Mapping[str, Any],
             stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Write `summary.json`, the figures before, after and by stage, and return its contents."""
+    """Return what `summary.json` always holds: figures before, after and by stage, environment and command."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     by_stage = {k: metrics(v) for k, v in (stages or {}).items()}
     compared = {"before": metrics(before), "after": metrics(after), "stages": by_stage}
-    found = {**compared, "env": cpu_info(), "command": command}
-    write_json(root / "summary.json", found)
-    return found
+    return {**compared, "env": cpu_info(), "command": command}

@@ -59,6 +59,7 @@ def test_targets_of_the_structure_are_met_within_one_percent(prune, words, figur
     assert (before / after if value else after) == pytest.approx(value or 0.4, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["ort", "torch"])
 def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime):
     """The clock of a busy machine is replaced by FLOPs; the other runtime must not be asked."""
@@ -131,6 +132,7 @@ def test_isomorphic_meets_the_target(prune):
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.01)
 
 
+@pytest.mark.slow
 def test_pagcp_names_what_limited_each_layer(prune):
     """The losses of a model without training hardly move, so the budget is tiny."""
     words = "prune.scope=pagcp prune.budget=0.00001 prune.total_budget=1.0001 prune.include=[9,10]"
@@ -154,6 +156,7 @@ def test_analyze_lists_every_group(prune, caplog):
     assert all(r["name"] in caplog.text for r in rows) and "head output" in caplog.text
 
 
+@pytest.mark.slow
 def test_sensitivity_writes_curves_that_pruning_takes(prune):
     floors = "prune.round_to=1 prune.min_channels=1 "
     folder = prune(SENSITIVITY.replace("ratios=0.5", "ratios=0.5,0.25") + floors, "curves")
@@ -178,6 +181,7 @@ def test_sensitivity_writes_curves_that_pruning_takes(prune):
     assert share["model.10.conv"] > 0.95 and sorted(share.values())[len(share) // 2] < 0.9
 
 
+@pytest.mark.slow
 def test_sensitivity_goes_on_where_it_was_killed(place, prune, monkeypatch):
     whole = json.loads((prune(SENSITIVITY, "whole") / "sensitivity.json").read_text())
     measure, calls = curves._measure, []
@@ -253,6 +257,8 @@ def test_other_tasks(place, prune, randomise, kind, epochs):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.01)
     assert list(summary["stages"]) == ["base", "prune", *["finetune"] * epochs]
+    judged, other = ("top1", "map") if kind == "classify" else ("map", "top1")
+    assert all(m[judged] is not None and m[other] is None for m in (summary["before"], summary["after"]))
 
 
 # Wrong input ---------------------------------------------------------------------------------------------------------

@@ -16,15 +16,6 @@ SENSITIVITY = f"sensitivity kind=quant model=tiny.pt {D} {Q} images=8"
 QUANTIZE = f"quantize model=tiny.pt {D} {Q} quant.mode=ptq quant.profile=ort-x86"
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Leave the measurement of latency out."""
-    from yolo_ext.pipeline import stages
-
-    entry = {"median": 1.0, "p10": 1.0, "p90": 1.0, "n": 10, "samples": [1.0] * 10}
-    monkeypatch.setattr(stages, "bench", lambda files, imgsz, **options: {name: entry for name in files})
-
-
 def losing(monkeypatch, loss):
     """Make INT8 files lose as much mAP as a function of the number of layers in them says."""
     import onnx
@@ -61,6 +52,7 @@ def test_sensitivity_in_map_and_for_another_runtime(run):
 
 
 # Quantize ------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_record_and_report_hold_the_proof(run, place, quick):
     status, folder, _ = run(f"{QUANTIZE} quant.max_drop=1.0")
     assert status == 0
@@ -82,6 +74,7 @@ def test_record_and_report_hold_the_proof(run, place, quick):
     assert not (folder / "weights").exists() and (folder / "ptq" / "weights" / "ptq.pt").exists()
 
 
+@pytest.mark.slow
 def test_improvements_deliver_the_weights_that_they_changed(run, quick):
     from yolo_ext.checkpoint import manifest
     from yolo_ext.stock.load import load_model
@@ -96,6 +89,7 @@ def test_improvements_deliver_the_weights_that_they_changed(run, quick):
     assert all(c["passed"] for name, c in checks.items() if name.startswith("FP32 ONNX"))
 
 
+@pytest.mark.slow
 def test_fewest_layers_stay_float_when_ptq_misses_the_budget(run, quick, monkeypatch):
     losing(monkeypatch, lambda layers: 0.02 if layers > 14 else 0.001)
     status, folder, _ = run(f"{QUANTIZE} quant.max_drop=0.01")
@@ -177,7 +171,7 @@ def test_other_profiles_go_through(run, quick, profile):
         pytest.param(f"sensitivity kind=both model=tiny.pt {D}", ["kind=both", "prune, quant"], id="kind"),
         pytest.param(f"{SENSITIVITY} by=neck", ["by=neck", "layer, block"], id="by"),
         pytest.param(f"{SENSITIVITY} ratios=0.5", ["ratios", "kind=quant"], id="ratios"),
-        pytest.param(f"sensitivity model=tiny.pt {D} quant.calib=8", ["calib", "kind=prune"], id="quant for prune"),
+        pytest.param(f"sensitivity model=tiny.pt {D} quant.calib=8", ["'quant'", "kind=prune"], id="quant for prune"),
         pytest.param(f"{SENSITIVITY} quant.profile=tpu", ["tpu", "ort-x86"], id="profile"),
         pytest.param(f"{SENSITIVITY} quant.exclude=zzz", ["zzz"], id="exclude"),
         pytest.param(SENSITIVITY.replace("images=8", "images=0"), ["images=0"], id="images"),

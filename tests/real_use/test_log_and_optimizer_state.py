@@ -14,7 +14,7 @@ D = "data=shapes/data.yaml imgsz=64"
 TRAIN = f"train model=tiny.pt {D} epochs=1 batch=4 device=cpu workers=0 plots=False"
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_best_and_last_keep_the_state_of_the_optimizer_if_asked(run, kept):
     status, folder, said = run(f"{TRAIN} prune.speedup=1.3 prune.recalibrate=4 prune.images=4 save_optimizer={kept}")
     assert status == 0, said
@@ -34,7 +34,7 @@ def test_best_and_last_keep_the_state_of_the_optimizer_if_asked(run, kept):
     assert not [h for h in LOGGER.handlers if type(h).__name__ == "RunLog"]
 
 
-def test_a_run_without_training_has_a_log_from_its_first_line(run):
+def test_a_run_without_training_has_a_log_from_its_first_line(run, quick):
     status, folder, said = run("prune model=tiny.pt imgsz=64 epochs=0 prune.speedup=1.3 prune.budget=0.1")
     assert status == 0, said
     log = (folder / FILE).read_text(encoding="utf-8")

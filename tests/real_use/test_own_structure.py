@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def block(language: str) -> str:
     return re.search(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_example_runs(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for module in [m for m in sys.modules if m.startswith("mypkg")]:
@@ -37,8 +38,9 @@ def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.delattr(tasks, "Fork")
     for words in block("bash").splitlines():
         assert cli.main([*words.split()[1:], f"project={tmp_path / 'runs'}", "name=r", "exist_ok=True"]) == 0
-    fork = load_model(tmp_path / "runs/r/weights/best.pt")[0].model[2]
-    assert fork.a.conv.out_channels < 16 and fork.b.conv.out_channels < 16
+    prunable = {r["name"]: r["prunable"] for r in json.loads((tmp_path / "runs/r/groups.json").read_text())}
+    assert prunable["model.2.a.conv"] and prunable["model.2.b.conv"]
+    assert type(load_model(tmp_path / "runs/r/weights/best.pt")[0].model[2]).__name__ == "Fork"
 
 
 @pytest.mark.parametrize(("code", "outcome", "reason"), ROWS, ids=[r[0] for r in ROWS])

@@ -171,7 +171,7 @@ def test_the_fastest_and_the_best_are_never_both_beaten(points):
 def test_tradeoff(tmp_path):
     points = [{"name": f"m{i}_$.onnx", **p, "p10": 0.9 * p["median"], "p90": 1.2 * p["median"]} for i, p in
               enumerate((A, B, C))]  # fmt: skip
-    file = figures.plot_tradeoff(points, tmp_path / "plots" / "t.png", "96 px")
+    file = figures.plot_tradeoff(points, tmp_path / "plots" / "t.png", "96 px", "top-1")
     assert file.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -130,6 +130,31 @@ def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) 
     assert page.tags.count("svg") == 2  # GFLOPs and mAP: latency was measured at one stage only
 
 
+def test_markdown_has_the_same_sections_and_figures(report: dict, tmp_path: Path) -> None:
+    report["summary"] |= {"seconds": {"finetune": 61.25}, "comparison": {"method": "prune taylor", "ratio": 0.5}}
+    report["notes"].append("a | b <c>\nd")
+    page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    sections = [*SECTIONS[:-1], "In a table of runs", SECTIONS[-1]]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == sections
+    for figure in (
+        "1,500,000",
+        "-50.0%",
+        "-0.0088",
+        "2.50x faster",
+        "61 of 64",
+        "61.2",
+        "prune taylor",
+        "Detect output",
+    ):
+        assert figure in text and figure in page.text, figure
+    assert "![1 missed](side.jpg)" in text and "- a \\| b &lt;c> d" in text
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    assert len(tables) >= 7
+    for table in tables:
+        assert len({len(re.split(r"(?<!\\)\|", line)) for line in table}) == 1, table
+
+
 def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path) -> None:
     page = Page(render(report, tmp_path))
     assert "✗ 1 of 2 checks did not pass: mAP drop" in page.text
@@ -158,6 +183,7 @@ def test_a_better_model_is_not_called_worse(report: dict, tmp_path: Path) -> Non
 )
 def test_what_was_not_measured_is_said_and_not_made_up(content: dict, tmp_path: Path) -> None:
     page = Page(write_report(tmp_path / "new" / "run", content).read_text(encoding="utf-8"))
+    assert "None" not in (tmp_path / "new/run/report.md").read_text(encoding="utf-8")
     assert page.text.count("not measured") >= 5  # the five cards
     assert "nan" not in page.text.lower() and "None" not in page.text
 
@@ -265,3 +291,14 @@ def test_report_opens_in_a_browser(report: dict, tmp_path: Path, width: int) -> 
     page = Page(done.stdout)
     assert page.tags.count("section") == len(SECTIONS) and page.tags.count("img") == 2
     assert not re.search("CONSOLE.*(Refused|violates|ERR_)", done.stderr)
+
+
+def test_a_classifier_is_judged_by_top_1(report, tmp_path):
+    """Cards, stages and comparison: no mAP anywhere."""
+    for part in (report["summary"]["before"], report["summary"]["after"], *report["summary"]["stages"].values()):
+        part |= {"top1": 0.75, "map": None, "map50": None, "map_onnx": {}}
+    report["comparison"] = [{"name": "base", "params": 3, "gflops": 8.2, "top1": 0.75, "ort": 1.0}]
+    report["checks"] = []
+    page = Page(render(report, tmp_path))
+    assert "mAP" not in page.text
+    assert page.text.count("Top-1 accuracy") >= 3 and "0.7500" in page.text

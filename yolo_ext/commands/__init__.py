@@ -32,6 +32,7 @@ NEITHER = ("mode", "tracker", "embed")
 HELP = {  # of keys that a command does not explain itself
     "imgsz": "Side of the square input in pixels; that of the training by default",
     "quant": "Options of quantization",
+    "modules": "Python modules whose layers the model or its YAML names, such as mypkg.layers",
     "place": f"{', '.join(PLACE)} for the run folder",
     "native": f"{', '.join(PLACE)} for the run folder, and any training argument of Ultralytics",
 }
@@ -49,6 +50,12 @@ def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable
     def add(fn: F) -> F:
         @functools.wraps(fn)
         def checked(*args: Any, **options: Any) -> Any:
+            if modules := options.pop("modules", None):
+                from yolo_ext import stock
+
+                stock.register_layers(modules)
+                if "epochs" in inspect.signature(fn).parameters:  # a training hands them on to its processes
+                    options["modules"] = modules
             kinds = typing.get_type_hints(fn, include_extras=True)
             for key, value in inspect.signature(fn).bind(*args, **options).arguments.items():
                 if value is not None and (legal := _legal(kinds.get(key, Any), value)):
@@ -65,6 +72,8 @@ def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable
 def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of a command by key, those of the run folder one by one."""
     found = dict(inspect.signature(fn).parameters)
+    if {"model", "models"} & {*found}:
+        found["modules"] = inspect.Parameter("modules", inspect.Parameter.KEYWORD_ONLY, default=None)
     if found.pop("native" if takes_native(fn) else "place", None):
         found |= {k: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in PLACE}
     return found
@@ -120,10 +129,10 @@ def refuse_unread(command: str, native: Mapping[str, Any], unread: Callable[[str
         raise UsageError(f"'{command}' does not read {', '.join(found)} of Ultralytics. Leave it out.")
 
 
-def tell_idle(keys: Sequence[str]) -> None:
-    """Warn of keys without an effect, once for all."""
-    if keys:
-        LOGGER.warning(f"Without effect here: {', '.join(keys)}")
+def tell_idle(keys: Sequence[Any]) -> None:
+    """Warn of keys without an effect, once for all; what is no text names none."""
+    if idle := [k for k in keys if isinstance(k, str) and k]:
+        LOGGER.warning(f"Without effect here: {', '.join(idle)}")
 
 
 def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:
@@ -139,7 +148,7 @@ def check_native(command: str, model: Any, native: dict[str, Any], also: Sequenc
     refuse_unread(command, native, lambda key: key in {*PREDICTS, *EXPORTS, *NEITHER} - {*also})
     task = native.pop("task", None)
     try:
-        get_cfg(overrides={**native})
+        get_cfg(overrides={k: v for k, v in native.items() if k != "modules"})
         select_device(native.get("device"), verbose=False)
     except (SyntaxError, TypeError, ValueError) as e:
         raise UsageError(str(e).strip().splitlines()[0]) from e

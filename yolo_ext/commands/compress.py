@@ -174,7 +174,7 @@ def _untrained(configs: Mapping[str, Any], epochs: int | None, native: Mapping[s
     before = tunes or configs["sparsity"]  # a training before QAT
     taught = before or (qat and quant.supervision != "features")
     found = {
-        "nothing is trained": () if before or qat else sorted({*native} - {*PLACE, *EXPORTS, "freeze"}),
+        "nothing is trained": () if before or qat else sorted({*native} - {*PLACE, *EXPORTS, "freeze", "modules"}),
         "quant.lr0 is that of QAT": {"lr0"} & {*native} if qat and not before else (),
         "nothing is fine-tuned without prune or distill": ("epochs",) if epochs and not tunes else (),
         "no training to distill in": () if taught or not distill else [f"distill.{k}" for k in changed(distill)],

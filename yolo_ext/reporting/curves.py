@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ultralytics.utils import plt_settings
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.figures import save, subplots
+from yolo_ext.reporting.figures import pictured, save, subplots
 
 CURVES, BARS, RIDGES = 10, 40, 15  # more cannot be told apart or read
 LABELLED = 120  # rows of a heat map; of more, not each has a name
@@ -30,7 +29,7 @@ def drops(found: Mapping[str, Any]) -> np.ndarray:
     return table
 
 
-@plt_settings({"font.size": 9})
+@pictured(9)
 def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the mAP drop of every layer by the share of its channels that is removed."""
     groups = found["groups"]
@@ -57,7 +56,7 @@ def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **ba
     image = ax.imshow(table, aspect="auto", cmap="YlOrRd", vmin=0, vmax=top, interpolation="nearest")
     ax.set_facecolor("#e2e8f0")  # not measured
     every = max(1, math.ceil(len(names) / LABELLED))
-    ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=6.5, parse_math=False)
+    ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=6.5)
     return ax.figure.colorbar(image, ax=ax, pad=0.02, **bar)
 
 
@@ -89,7 +88,7 @@ def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base
     ax.legend(frameon=False, fontsize=7.5)
 
 
-@plt_settings({"font.size": 9})
+@pictured(9)
 def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot box error, score error and, where it was measured, ms saved of each layer, the worst on top."""
     groups = found["groups"][:BARS][::-1]
@@ -102,12 +101,12 @@ def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
         ax.set_xlabel(label)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7, parse_math=False)
+    axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7)
     figure.suptitle(f"Error with one {found['by']} quantized, {found['images']} images")
     return save(figure, path)
 
 
-@plt_settings({"font.size": 9})
+@pictured(9)
 def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the scores of prunable channels over the epochs of a `sparsity.json`, and what pruning them would save."""
     import matplotlib.pyplot as plt
@@ -176,7 +175,7 @@ def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
         axis.spines["top"].set_visible(False)
 
 
-@plt_settings({"font.size": 9})
+@pictured(9)
 def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the share of channels below the threshold of each layer over the epochs; where kept whole, grey."""
     records = _records(history)

@@ -2,7 +2,7 @@
 """Figures of models: channels per layer, stages, accuracy against latency, detections of two side by side."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ LEAST_RANGE = 0.02  # of mAP; a finer axis would blow up noise of the validation
 MAX_LABELS = 15  # more boxes than this are drawn without class labels, which would hide the objects
 
 
-@plt_settings({"font.size": 9})
+def pictured(size: int) -> Callable[[Any], Any]:
+    """Draw by the decorated function in a font of `size` points, names as they are: two $ would begin a formula."""
+    return plt_settings({"font.size": size, "text.parse_math": False})
+
+
+@pictured(9)
 def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Plot the channels of layers (`name`, `before`, `after`, `reason` if kept) before and after pruning."""
     if not layers:
@@ -43,8 +48,8 @@ def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         same = layer["after"] == layer["before"]
         text = f"  {layer.get('reason') or ''}" if same else f" → {layer['after']}  "
         text = f" {layer['before']}{text}"
-        ax.text(layer["before"], row, text, va="center", fontsize=6.5, color="#475569", parse_math=False)
-    ax.set_yticks(rows, [str(layer["name"]) for layer in layers], fontsize=7, parse_math=False)
+        ax.text(layer["before"], row, text, va="center", fontsize=6.5, color="#475569")
+    ax.set_yticks(rows, [str(layer["name"]) for layer in layers], fontsize=7)
     ax.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, before.max() * 1.3), xlabel="output channels")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
@@ -52,13 +57,13 @@ def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     return save(drawn, path)
 
 
-@plt_settings({"font.size": 10})
+@pictured(10)
 def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -> Path:
     """Plot accuracy and, where it was measured, latency after each stage (name: measurement, in order)."""
     if not stages:
         raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
     timed = any(figure(m, f.key) is not None for m in stages.values() for f in FIELDS if f.kind == "latency")
-    panels = [("mAP", "score"), ("latency (ms)", "latency")][: 1 + timed]
+    panels = [("accuracy", "score"), ("latency (ms)", "latency")][: 1 + timed]
     drawn, grid = subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
     for ax, (title, kind) in zip(grid[0], panels):
         for field in (f for f in FIELDS if f.kind == kind):
@@ -66,7 +71,7 @@ def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -
             values = [math.nan if (v := figure(m, field.key)) is None else v for m in stages.values()]
             if not np.isnan(values).all():
                 ax.plot(values, marker="o", label=field.column.removesuffix(" (ms)"))
-        ax.set_xticks(range(len(stages)), list(stages), rotation=20, parse_math=False)
+        ax.set_xticks(range(len(stages)), list(stages), rotation=20)
         ax.set(title=title, xlim=(-0.4, len(stages) - 0.6))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.3)
@@ -85,9 +90,11 @@ def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:
     return [not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in pairs) for p in pairs]
 
 
-@plt_settings({"font.size": 10})
-def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "") -> Path:
-    """Plot mAP50-95 of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
+@pictured(10)
+def plot_tradeoff(
+    points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "", metric: str = "mAP50-95"
+) -> Path:
+    """Plot a metric of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
     if not points:
         raise UsageError("No models to plot: nothing has both a latency and a mAP. Pass at least one model.")
     front = pareto(points)
@@ -97,8 +104,8 @@ def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: s
     for p, best in zip(points, front):
         spread = [[p["median"] - p["p10"]], [p["p90"] - p["median"]]]
         ax.errorbar(p["median"], p["map"], xerr=spread, fmt="o", color=AFTER if best else KEPT, capsize=3)
-        ax.annotate(str(p["name"]), (p["median"], p["map"]), (6, 6), textcoords="offset points", parse_math=False)
-    ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel="mAP50-95")
+        ax.annotate(str(p["name"]), (p["median"], p["map"]), (6, 6), textcoords="offset points")
+    ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel=metric)
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.15)
     low, high = ax.get_ylim()
@@ -110,7 +117,7 @@ def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: s
     return save(drawn, path)
 
 
-@plt_settings({"font.size": 10})
+@pictured(10)
 def plot_boxes(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the boxes by class and by size, as `data.summarise` counts them."""
     classes, sizes = found["classes"], found["sizes"]

@@ -29,7 +29,7 @@ Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), 
 
 
 def write_report(run_dir: str | Path, report: Report) -> Path:
-    """Write `report.json` and `report.html` into the folder of a run, and return the path of the latter.
+    """Write `report.json`, `report.md` and `report.html` into the folder of a run, and return the path of the latter.
 
     All of `report` is optional: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`,
     `comparison`, `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`. Paths are relative to the folder.
@@ -38,12 +38,19 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     report = _plain(report)
     atomic_write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
-    atomic_write(folder / "report.html", render(report, folder))
+    shown = _content(report, folder)
+    atomic_write(folder / "report.md", MARKDOWN.get_template("report.md.j2").render(**shown))
+    atomic_write(folder / "report.html", _page("report.html.j2", **shown))
     return folder / "report.html"
 
 
 def render(report: Report, run_dir: Path) -> str:
     """Return a report (see `write_report`) as one page, pictures with relative paths taken from `run_dir`."""
+    return _page("report.html.j2", **_content(report, run_dir))
+
+
+def _content(report: Report, run_dir: Path) -> dict[str, Any]:
+    """Return what the templates of a report show."""
     summary = report.get("summary") or {}
     before, after, stages, env = (summary.get(k) or {} for k in ("before", "after", "stages", "env"))
     command, checks, layers = (report.get(k) or [] for k in ("command", "checks", "layers"))
@@ -51,7 +58,7 @@ def render(report: Report, run_dir: Path) -> str:
     sections = {  # an empty one is left out
         "Before and after": rows,
         "Notes": report.get("notes"),
-        "Stages": stages and _stages(before, stages),
+        "Stages": stages and _stages(before, stages, summary.get("seconds") or {}),
         "Checks": checks,
         "Detections": _embed(report.get("pictures"), run_dir),
         "Latency": _latency(report.get("latency") or {}),
@@ -60,6 +67,7 @@ def render(report: Report, run_dir: Path) -> str:
         "Quantization": report.get("quantization"),
         "Plots": _embed(report.get("plots"), run_dir),
         "Options": report.get("plan"),
+        "In a table of runs": summary.get("comparison"),
         "Reproduce": {"command": command, "env": env} if command or env else None,
     }
     sections = {name: part for name, part in sections.items() if part}
@@ -71,7 +79,7 @@ def render(report: Report, run_dir: Path) -> str:
         verdicts = [("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}")]
     verdicts += [("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else []
     shown = {"verdicts": verdicts, "cards": cards, "int8_note": int8_note, "sections": sections}
-    return _page("report.html.j2", title=str(report.get("title") or "Compression report"), **shown)
+    return {"title": str(report.get("title") or "Compression report"), **shown}
 
 
 def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
@@ -83,19 +91,22 @@ def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
     if speed == "ort_int8" and not note:
         note = f"; INT8 {MISSING}"
     empty = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS}
-    keys = ("params", "gflops", "size_mb", "map", f"latency_ms.{speed}")
+    accuracy = "top1" if "top1" in known else "map"
+    keys = ("params", "gflops", "size_mb", accuracy, f"latency_ms.{speed}")
     return [{**empty, **known}[key] for key in keys], note
 
 
-def _stages(before: Report, stages: Report) -> dict[str, Any]:
-    """Return the table of stages, the base in front, and the charts of GFLOPs, mAP and one latency."""
+def _stages(before: Report, stages: Report, seconds: Report) -> dict[str, Any]:
+    """Return the table of stages, the base in front, and the charts of GFLOPs, accuracy and one latency."""
     if before and not {"base", "before"} & stages.keys():
         stages = {"base": before, **stages}
     latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
-    fields = [f for f in FIELDS if f.key in ("gflops", "map", latency.key)]
+    fields = [f for f in FIELDS if f.key in ("gflops", "map", "top1", latency.key)]
     charts = [_chart(f.label, {n: figure(m, f.key) for n, m in stages.items()}, f.spec) for f in fields]
     header, rows = stage_rows(stages)
+    if seconds:
+        header, rows = [*header, "Seconds"], [[*row, cell(seconds.get(row[0]), ",.1f")] for row in rows]
     return {"header": header, "rows": rows, "charts": [c for c in charts if c]}
 
 
@@ -128,7 +139,9 @@ def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, s
         path = run_dir / str(picture["path"])
         kind = mimetypes.guess_type(path.name)[0] or ""
         data = _data_url(kind, path.read_bytes()) if path.is_file() and kind.startswith("image/") else ""
-        read.append({"name": path.name, "caption": _text(picture.get("caption") or path.name), "data": data})
+        place = quote((path.relative_to(run_dir) if path.is_relative_to(run_dir) else path).as_posix())
+        named = {"name": path.name, "caption": _text(picture.get("caption") or path.name), "path": place}
+        read.append({**named, "data": data})
     return read
 
 
@@ -139,10 +152,12 @@ def _data_url(kind: str, data: bytes) -> str:
 def _plain(value: Any) -> Any:
     """Reduce a value to what JSON holds: NaN and infinity become null, paths and unknown objects text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {_plain(str(k)): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):  # half of a character, as file names may hold, cannot be written
+        return value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, (bool, int)):
         return value
     if hasattr(value, "tolist"):  # NumPy scalars and arrays
         return _plain(value.tolist())
@@ -245,6 +260,12 @@ ENVIRONMENT.filters.update(
     percent=lambda value, longest: f"{100 * value / longest if longest else 0:.2f}%",
     thousands=lambda value: f"{value:,}",
 )  # fmt: skip
+
+
+# Markdown escapes nothing by itself: a pipe would end a cell, a < begin a tag.
+MARKDOWN = ENVIRONMENT.overlay(
+    autoescape=False, finalize=lambda v: " ".join(str(v).split("\n")).replace("|", "\\|").replace("<", "&lt;")
+)
 
 
 def _page(template: str, **values: Any) -> str:

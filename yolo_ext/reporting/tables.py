@@ -48,6 +48,7 @@ FIELDS = (
     Field("size_mb", "File size (MB)", "Size (MB)", "share", ",.2f"),
     Field("map50", "mAP50", "mAP50", "score", ".4f"),
     Field("map", "mAP50-95", "mAP50-95", "score", ".4f"),
+    Field("top1", "Top-1 accuracy", "Top-1", "score", ".4f"),
     Field("map_onnx.fp32", "mAP50-95 ONNX FP32", "mAP ONNX FP32", "score", ".4f", (("map", "PyTorch"),)),
     Field("map_onnx.int8", "mAP50-95 ONNX INT8", "mAP ONNX INT8", "score", ".4f", (_FP32, ("map", "PyTorch"))),
     Field("latency_ms.torch", "Latency PyTorch (ms)", "PyTorch (ms)", "latency", ",.2f"),
@@ -75,7 +76,7 @@ def cell(value: float | None, spec: str) -> str:
 
 def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Row]:
     """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
-    rows = []
+    rows, unsure = [], ((after or {}).get("latency_ms") or {}).get("unsure") or ()  # whose rounds do not agree
     for field in FIELDS:
         old, new, label = figure(before, field.key), figure(after, field.key), field.label
         if old is None and new is not None:
@@ -84,6 +85,8 @@ def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None)
                 old, label = others[0][0], f"{label}, before: {others[0][1]}"
         if old is not None or new is not None:
             delta, verdict = compare(old, new, field.kind)
+            if field.key.removeprefix("latency_ms.") in unsure:
+                delta, verdict = compare(new, new, field.kind)
             rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
     return rows
 
@@ -118,12 +121,41 @@ def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None
 
 
 def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
-                  stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it."""
-    summary = runs.summary(root, before, after, stages)
+                  stages: Mapping[str, Mapping[str, Any]] | None = None, **told: Any) -> dict[str, Any]:  # fmt: skip
+    """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it.
+
+    `told` may be `settings` and `seconds` (by stage), which go into the file, and `method`, `ratio`, `training_s` and
+    `failed` (names of checks), which with these make up the row of the run in a table of several runs.
+    """
+    summary = runs.summary(before, after, stages)
+    summary |= {"settings": told.get("settings") or {}, "seconds": told.get("seconds") or {}}
+    summary["comparison"] = comparison(summary, told)
+    runs.write_json(root / "summary.json", summary)
     LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
     LOGGER.info(f"Results saved to {root}")
     return summary
+
+
+def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a run in a table of several runs: settings, what was done, figures with changes, conclusion."""
+    after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
+    score = next((k for k in ("map_onnx.int8", "top1", "map") if k in rows), "map")
+    speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}") is not None), "torch")
+    change = {k: None if r.delta == ABSENT else r.delta for k, r in rows.items()}
+    keys = [k for k in ("params", "gflops", score, f"latency_ms.{speed}") if change.get(k)]
+    name = {k: rows[k].label.partition(",")[0].removesuffix(" (ms)") for k in keys}
+    says = [f"{name[k]} {change[k]}" for k in keys if k in (*keys[2:], score) or rows[k].verdict != "same"]
+    says += [f"checks failed: {', '.join(told['failed'])}"] if told.get("failed") else []
+    return {
+        "settings": " ".join(f"{k}={v}" for k, v in summary["settings"].items()),
+        "method": told.get("method"), "ratio": told.get("ratio"),
+        "params": figure(after, "params"), "params_change": change.get("params"),
+        "gflops": figure(after, "gflops"), "gflops_change": change.get("gflops"),
+        "size_mb": figure(after, "size_mb"), "accuracy": figure(after, score), "accuracy_change": change.get(score),
+        "latency_ms": figure(after, f"latency_ms.{speed}"),
+        "latency_batch32_ms": figure(after, f"latency_batch32_ms.{speed}"),
+        "training_s": told.get("training_s"), "conclusion": f"{'; '.join(says)}." if says else None,
+    }  # fmt: skip
 
 
 def stage_rows(stages: Mapping[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:

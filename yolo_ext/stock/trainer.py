@@ -27,7 +27,7 @@ from yolo_ext.stock.context import MEND, callable_with, quiet, replaced
 METHODS = {
     "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1, "build_optimizer": 1,
     "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "preprocess_batch": 1,
-    "progress_string": 0, "run_callbacks": 1, "save_metrics": 1, "save_model": 0,
+    "progress_string": 0, "run_callbacks": 1, "save_metrics": 1, "save_model": 0, "train": 0,
 }  # fmt: skip
 EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
@@ -155,6 +155,15 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
         return stripped
 
     with replaced(engine, strip_optimizer=strip):
+        yield
+
+
+@contextmanager
+def plain_labels() -> Iterator[None]:
+    """Have pictures show names as they are: Matplotlib takes what is between two $ for a formula."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
         yield
 
 
