@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, command, refuse_unread
+from yolo_ext.commands import BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, command, refuse_unread, tell_idle
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
@@ -60,6 +60,8 @@ def label(
 
     if format not in FORMATS:
         raise UsageError(f"Unknown label format '{format}'.{suggest(format, [*FORMATS])} Legal: {', '.join(FORMATS)}.")
+    tell_idle([save_conf and format != "yolo" and "save_conf (only YOLO labels hold it)",
+               beside and files == "copy" and "files (the labels lie where the images are)"])  # fmt: skip
     folder = Path(out).resolve()
     root, images = find_images(source, folder)
     task, names, size, channels = _about(model, imgsz)
