@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and 
     from yolo_ext.core.config import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
     from yolo_ext.core.errors import CheckFailed, UsageError, YoloExtError
     from yolo_ext.pipeline import compress
+    from yolo_ext.pruning.pruner import on_yolo, save_pruned
     from yolo_ext.training.trainer import (
         ClassificationTrainer, CompressionMixin, DetectionTrainer, OBBTrainer, PoseTrainer, SegmentationTrainer,
         attach, trainer_for,
@@ -21,9 +22,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckFailed", "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "DistillConfig", "OBBTrainer",
     "PoseTrainer", "PruneConfig", "QuantConfig", "SegmentationTrainer", "SparsityConfig", "UsageError",
-    "YoloExtError", "__version__", "attach", "compress", "trainer_for",
+    "YoloExtError", "__version__", "attach", "compress", "on_yolo", "save_pruned", "trainer_for",
 ]
-_HOMES = ("core.errors", "core.config", "training.trainer", "pipeline")  # where they are, the lightest first
+_HOMES = ("core.errors", "core.config", "pruning.pruner", "training.trainer", "pipeline")  # the lightest first
 
 
 def __getattr__(name: str) -> Any:
