@@ -199,7 +199,7 @@ def test_single_convolutions(tmp_path, groups, with_bias):
     output = entry(float(expected.min()), float(expected.max()))
     state = {"model.0.conv": {"input": entry(0.0, 1.0), "weight": WEIGHT, "output": output}}
     report = write_qdq(fp32, tmp_path / "b.onnx", state, PROFILES["ort-x86-vnni"])
-    assert report == {"quantized": ["model.0.conv"], "float": {}}
+    assert report == {"quantized": ["model.0.conv"], "float": {}, "convs": {"/model.0/conv/Conv": "model.0.conv"}}
     (got,) = run(session(tmp_path / "b.onnx", dump=tmp_path / "c.onnx"), x)
     assert op_counts(tmp_path / "c.onnx")["QLinearConv"] == 1
     assert np.abs(got - expected).max() < 0.03 * np.abs(expected).max()

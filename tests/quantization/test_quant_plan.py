@@ -6,8 +6,9 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.plan import make_plan, rows, table
+from yolo_ext.quantization.plan import UNLISTED, listed_sites, make_plan, rows, table
 from yolo_ext.quantization.spec import PROFILES, SITES, Spec
+from yolo_ext.stock import matches
 
 X86 = PROFILES["ort-x86"]
 A, B, HEAD, DFL = "model.1.conv", "model.2.cv1.conv", "model.22.cv2.0.2", "model.22.dfl.conv"
@@ -54,10 +55,10 @@ def test_profiles(net, name, counts, weights, activations):
 
 
 def test_exclude_gives_reasons(net):
-    plan, reasons = make_plan(net, X86, exclude=(r"^model\.1\.", r"m\.0"))
-    assert reasons["model.1.conv"] == r"excluded by '^model\.1\.'"
-    assert reasons["model.2.m.0.cv1.conv"] == "excluded by 'm\\.0'"
-    assert A not in plan and B in plan
+    plan, reasons = make_plan(net, X86, exclude=("model.1", r"re:m\.0"))
+    assert reasons["model.1.conv"] == "excluded by 'model.1'"
+    assert reasons["model.2.m.0.cv1.conv"] == "excluded by 're:m\\.0'"
+    assert A not in plan and B in plan and "model.16.conv" in plan
 
 
 @pytest.mark.parametrize("name", ["ort-x86-full", "openvino"])
@@ -66,7 +67,7 @@ def test_sums_of_excluded_bottlenecks_stay_float(net, name):
     assert "model.2.m.0" not in plan
     assert ("model.4.m.0" in plan) is (name == "ort-x86-full")  # a residual is there for the convolution beside it
     assert "model.4.m.1" in plan
-    assert make_plan(net, PROFILES[name], exclude=(".",))[0] == {}
+    assert make_plan(net, PROFILES[name], exclude=("re:.",))[0] == {}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_sums_of_excluded_bottlenecks_stay_float(net, name):
         (
             [{"op_names": [A], "target_names": ["_input_", "weight"], "quant_dtype": "int4"}],
             A,
-            {"input": (4, "u"), "weight": (4, "sc")},
+            {"input": (4, "u"), "weight": (4, "sc"), "output": (8, "u")},
         ),
         ([{"op_names": [A], "target_names": ["_output_"]}], A, {"output": (8, "u")}),
         (
@@ -117,26 +118,84 @@ def test_sums_of_excluded_bottlenecks_stay_float(net, name):
             {"input": (8, "u"), "weight": (7, "s"), "output": (8, "u")},
         ),
         ([{"op_names_re": r"^model\.1\.", "quant_types": ["weight"]}], A, {"weight": (7, "sc")}),
-        ([{"op_types": ["Conv2d"], "exclude_op_names": [A], "quant_bits": 4}], A, None),
-        ([{"op_types": ["Conv2d"], "exclude_op_names": "model.1", "quant_bits": 4}], A, None),
-        ([{"op_types": ["Conv2d"], "exclude_op_names_re": r"model\.1\.", "quant_bits": 4}], A, None),
-        ([{"op_types": ["Conv2d"], "exclude": False}], A, None),
+        ([{"op_types": ["Conv2d"], "exclude": False}], A, {"input": (8, "u"), "weight": (7, "sc"), "output": (8, "u")}),
     ],
     ids=[
         "bits", "bits per type", "weight only", "input only", "NNI 3 names", "output only", "plural", "dtype per type",
-        "symmetric", "scheme per type", "per tensor", "granularity per type", "regex", "exclude_op_names",
-        "exclude_op_names of a block", "exclude_op_names_re", "exclude false",
+        "symmetric", "scheme per type", "per tensor", "granularity per type", "regex", "exclude false",
     ],
 )  # fmt: skip
 def test_entries(net, entries, path, expected):
     base, _ = make_plan(net, X86)
-    plan, _ = make_plan(net, X86, config_list=entries)
+    plan, reasons = make_plan(net, X86, config_list=entries)
     got = {s: (x.bits, f"{'s' if x.symmetric else 'u'}{'c' if x.per_channel else ''}") for s, x in plan[path].items()}
-    assert got == expected if expected else plan[path] == base[path]
-    if "op_types" in entries[0] and "quant_bits" in entries[0]:
-        assert plan[B] != base[B]
-    else:
-        assert {p: s for p, s in plan.items() if p != path} == {p: s for p, s in base.items() if p != path}
+    assert got == expected
+    assert list(plan) == (list(base) if "op_types" in entries[0] else [path])
+    assert all((p in plan) != (reasons.get(p) == UNLISTED) for p in base)
+    everything = make_plan(net, X86, config_list=[{"default": "all"}, *entries])[0]
+    assert list(everything) == list(base) and everything[path] == plan[path]
+    assert "op_types" in entries[0] or {p: s for p, s in everything.items() if p != path} == {
+        p: s for p, s in base.items() if p != path
+    }
+
+
+CONVS = {"op_types": ["Conv2d"]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "selectors"),
+    [
+        ({"op_names": ["model.4"]}, ["model.4"]),
+        ({"op_names": [4]}, ["model.4"]),
+        ({"op_names": ["model.4."]}, ["model.4"]),
+        ({"op_names": ["model.4.cv1.conv", "model.6"]}, ["model.4.cv1", "model.6"]),
+        ({"op_names": [r"re:^model\.[46]\."]}, ["model.4", "model.6"]),
+        ({"op_names": [r"model\.[46]"]}, ["model.4", "model.6"]),
+        ({"op_names_re": [r"^model\.[46]\."]}, ["model.4", "model.6"]),
+        ({"op_names": ["backbone"], "exclude_op_names": [r"model\.[0-3]", "SPPF", "6"]}, ["4", "5", "7", "8"]),
+        ({"op_types": ["Conv2d"], "op_names": ["model.4"]}, ["model.4"]),
+        ({"op_types": ["SPPF"]}, ["9"]),
+        ({**CONVS, "exclude_op_types": ["Bottleneck"]}, ["re:^(?!.*\\.m\\.).*conv$"]),
+        ({**CONVS, "exclude_op_names": [A]}, [r"re:(?<!^model\.1)\.conv$"]),
+        ({**CONVS, "exclude_op_names": "model.1"}, [r"re:(?<!^model\.1)\.conv$"]),
+        ({**CONVS, "exclude_op_names_re": r"^model\.1\."}, [r"re:(?<!^model\.1)\.conv$"]),
+    ],
+    ids=str,
+)
+def test_a_list_restricts_to_what_it_names(net, entry, selectors):
+    """As in NNI: names and types intersect, exclusions are taken off, nothing else is quantized."""
+    usual = make_plan(net, X86)[0]
+    named = set().union(*(matches(net, s) for s in selectors)) & set(usual)
+    plan, reasons = make_plan(net, X86, config_list=[entry])
+    assert set(plan) == named
+    assert {p for p, r in reasons.items() if r == UNLISTED} == set(usual) - named
+
+
+@pytest.mark.parametrize("selector", ["model.2", "2", "model.2.", r"model\.2", r"re:^model\.2\.", "model.2.cv1", "C2f",
+                                      "neck", "head", "Conv2d"])  # fmt: skip
+def test_one_matcher_for_exclude_and_lists_and_pruning(net, selector):
+    usual, found = set(make_plan(net, X86)[0]), matches(net, selector)
+    assert set(make_plan(net, X86, exclude=(selector,))[0]) == usual - found
+    assert set(make_plan(net, X86, config_list=[{"op_names": [selector], "exclude": True}])[0]) == usual - found
+    listed = set(make_plan(net, X86, config_list=[{"op_names": [selector]}])[0])
+    assert listed & usual == usual & found
+    assert selector != "model.2" or not any(p.startswith(("model.21", "model.22")) for p in found)
+
+
+def test_large_blocks_mean_what_the_profile_quantizes_of_them(net):
+    plan = make_plan(net, X86, config_list=[{"op_names": ["head", "model.0"]}])[0]
+    assert HEAD not in plan and DFL not in plan and "model.22.cv2.0.0.conv" in plan
+    assert "model.0.conv" in plan, "a block of one layer names that layer"
+
+
+@pytest.mark.parametrize("profile", ["ort-x86", "ort-arm", "ort-x86-full", "openvino"])
+@pytest.mark.parametrize("names", [{"quant_types": ["weight", "input"]}, {"target_names": ["_input_", "weight"]}])
+def test_outputs_are_added_where_integer_convolutions_need_them(net, profile, names):
+    entry = {"op_types": ["Conv2d", "Linear"], **names, "quant_bits": {"weight": 8, "input": 8}}
+    plan = make_plan(net, PROFILES[profile], config_list=[entry])[0]
+    assert all(("output" in s) == PROFILES[profile].output for s in plan.values() if "weight" in s)
+    assert listed_sites(entry, PROFILES[profile])[1] == PROFILES[profile].output
+    assert not listed_sites({"quant_types": ["weight"]}, PROFILES[profile])[1]
 
 
 def test_observer_of_one_tensor(net):
@@ -173,9 +232,9 @@ def test_excluded_entries(net, config_list, quantized):
 
 
 def test_exclude_option_outlives_a_whole_type(net):
-    plan, reasons = make_plan(net, X86, (r"^model\.1\.",), [{"op_types": ["Conv2d"], "quant_bits": 4}])
+    plan, reasons = make_plan(net, X86, ("model.1",), [{"op_types": ["Conv2d"], "quant_bits": 4}])
     assert A not in plan and A in reasons
-    assert A in make_plan(net, X86, (r"^model\.1\.",), [{"op_names": [A]}])[0]
+    assert A in make_plan(net, X86, ("model.1",), [{"op_names": [A]}])[0]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +274,10 @@ def test_dfl_stays_float_in_patterns_and_is_refused_by_name(net):
 def test_a_layer_that_asks_for_other_codes_keeps_its_own_input(net):
     full, inner = PROFILES["ort-x86-full"], "model.2.m.0.cv2.conv"
     assert "input" not in make_plan(net, full)[0][inner]
-    plan, _ = make_plan(net, full, config_list=[{"op_names": [inner], "quant_bits": {"input": 4}}])
+    everything = {"default": "all"}
+    plan, _ = make_plan(net, full, config_list=[everything, {"op_names": [inner], "quant_bits": {"input": 4}}])
     assert plan[inner]["input"] == Spec(4)
-    plan, _ = make_plan(net, full, config_list=[{"op_names": [inner], "observer": "minmax"}])
+    plan, _ = make_plan(net, full, config_list=[everything, {"op_names": [inner], "observer": "minmax"}])
     assert "input" not in plan[inner]
 
 
@@ -229,12 +289,17 @@ def test_a_layer_that_asks_for_other_codes_keeps_its_own_input(net):
         ({"quant_bits": 8}, "picks no layers. Give op_types, op_names or op_names_re"),
         ({"op_types": ["Conv3d"]}, "op type 'Conv3d' is unknown. Legal: Conv2d, ConvTranspose2d, Linear, default"),
         ({"op_types": ["Linear"]}, "picks no layer of this model"),
-        ({"op_names": ["model.99.conv"]}, "no layer 'model.99.conv'"),
+        ({"op_names": ["model.99.conv"]}, "op_names=model.99.conv' matches no layer"),
+        ({"op_names": ["Upsample"]}, "op_names=Upsample' matches none of the 64 layers, such as"),
+        ({"op_names": []}, "picks no layer of this model"),
+        ({"op_types": []}, "picks no layer of this model"),
+        ({"default": "none"}, "default 'none' is unknown. Legal: all"),
         ({"op_names": ["model.1.conb"]}, "Did you mean 'model.1.conv'"),
-        ({"op_types": ["Conv2d"], "exclude_op_names": ["model.1.conb"]}, "no layer 'model.1.conb'"),
-        ({"op_names_re": "("}, r"pattern '\(' is not a regular expression"),
-        ({"op_names_re": "modle"}, "pattern 'modle' matches none of the 64 layers, such as"),
-        ({"op_types": ["Conv2d"], "exclude_op_names_re": "modle"}, "pattern 'modle' matches none"),
+        ({"op_types": ["Conv2d"], "exclude_op_names": ["model.1.conb"]}, "exclude_op_names=model.1.conb' matches no"),
+        ({"op_names_re": "("}, r"op_names=re:\(' is no layer and is not a regular expression"),
+        ({"op_names_re": "modle"}, "op_names=re:modle' matches no layer"),
+        ({"op_types": ["Conv2d"], "exclude_op_names_re": "modle"}, "exclude_op_names=re:modle' matches no layer"),
+        ({"op_types": ["Conv2d"], "exclude_op_types": ["Conv3d"]}, "op type 'Conv3d' is unknown"),
         ({"op_types": ["Conv2d"], "exclude_op_names_re": "."}, "picks no layer of this model"),
         ({"op_names": [A], "quant_types": ["weigth"]}, "quant type 'weigth' is unknown. Legal: input, weight, output"),
         ({"op_names": [A], "quant_types": ["add"]}, "quant type 'add' is unknown"),
@@ -250,8 +315,9 @@ def test_a_layer_that_asks_for_other_codes_keeps_its_own_input(net):
         ({"op_names": [A], "quant_types": ["activation"]}, "'ort-x86' runs activations in float. Give quant.profile="),
     ],
     ids=[
-        "no dict", "key", "nothing picked", "op type", "type without layers", "name", "near name", "excluded name",
-        "regex", "regex without layers", "excluded regex", "all excluded", "quant type", "internal site",
+        "no dict", "key", "nothing picked", "op type", "type without layers", "name", "name of no layer", "no names",
+        "no types", "default", "near name", "excluded name", "regex", "regex without layers", "excluded regex",
+        "excluded type", "all excluded", "quant type", "internal site",
         "type of bits", "1 bit", "32 bits", "dtype", "wide dtype", "scheme", "affine weight", "granularity",
         "per-channel input", "activation in float",
     ],
@@ -268,7 +334,12 @@ def test_a_bare_layer_has_no_activation(net):
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("(", r"exclude pattern '\(' is not a regular expression"), ("modle", "matches none of the 64 layers, such as")],
+    [
+        ("(", r"quant.exclude=\(' is no layer and is not a regular expression"),
+        ("modle", "'quant.exclude=modle' matches no layer"),
+        ("nn.SiLU", "matches no layer"),
+        ("Concat", "'quant.exclude=Concat' matches none of the 64 layers, such as"),
+    ],
 )
 def test_wrong_exclude(net, pattern, message):
     with pytest.raises(UsageError, match=message):
@@ -283,7 +354,8 @@ def test_branches_are_refused_by_name_before_they_are_merged(build):
 
 
 def test_resolved_rows(net):
-    plan, reasons = make_plan(net, PROFILES["tensorrt"], config_list=[{"op_names": [A], "granularity": "per_tensor"}])
+    entries = [{"default": "all"}, {"op_names": [A], "granularity": "per_tensor"}]
+    plan, reasons = make_plan(net, PROFILES["tensorrt"], config_list=entries)
     resolved = rows(plan, reasons)
     assert len(resolved) == len(plan) + len(reasons) and {len(row) for row in resolved} == {len(SITES) + 2}
     found = {row[0]: row[1:] for row in resolved}

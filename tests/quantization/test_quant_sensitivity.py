@@ -29,9 +29,8 @@ def calibrated(net, images, profile="ort-x86", **plan):
 @pytest.fixture(scope="module")
 def found(build, images):
     """Return an analysis in which one layer has 2-bit weights and so the largest error."""
-    net, state = calibrated(
-        build("yolov8n.yaml"), images, config_list=[{"op_names": ["model.15.cv1.conv"], "quant_bits": {"weight": 2}}]
-    )
+    entries = [{"default": "all"}, {"op_names": ["model.15.cv1.conv"], "quant_bits": {"weight": 2}}]
+    net, state = calibrated(build("yolov8n.yaml"), images, config_list=entries)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     costs = {path: 0.1 for path in state}
     result = sensitivity(net, state, [images[:2], images[2:]], costs=costs)
@@ -56,6 +55,7 @@ def test_branches_of_the_head_touch_their_own_output_only(found):
     assert cls["score_max"] > 0 == cls["box_mean"]
 
 
+@pytest.mark.slow
 def test_same_again(found, images):
     result, net, state = found
     again = sensitivity(net, state, [images[:2], images[2:]], costs={path: 0.1 for path in state})

@@ -99,7 +99,8 @@ def test_accuracy_is_that_of_ultralytics(place, rtdetr, exported):
 
 @pytest.mark.slow
 def test_bench_measures_it(place, rtdetr, exported, call):
-    status, text = call(f"bench models={rtdetr},{exported} rounds=2 memory=False imgsz={SIZE} data=shapes/data.yaml save_dir=run")
+    words = f"rounds=2 memory=False imgsz={SIZE} data=shapes/data.yaml save_dir=run"
+    status, text = call(f"bench models={rtdetr},{exported} {words}")
     assert status == 0, text
     found = json.loads(Path("run/bench.json").read_text())["models"]
     assert found[str(exported)]["map"] == pytest.approx(accuracy(rtdetr, "shapes/data.yaml", SIZE)["map"], abs=1e-3)

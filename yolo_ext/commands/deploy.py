@@ -175,9 +175,9 @@ def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
     net, state, profile = _quantized(job, "auto")  # before anything is written
     fp32 = export_onnx(net, target, job.imgsz, **job.graph)
     int8 = target.with_name(f"{target.stem}_int8.onnx")
-    write_qdq(fp32, int8, state, profile)
+    written = write_qdq(fp32, int8, state, profile)
     quant = {"float": {}, **manifest(net).quant, "state": state, "profile": profile.name}
-    told([shortfall(prove(int8, fp32, quant), profile.name)], bool(job.quant.get("strict")))
+    told([shortfall(prove(int8, written["convs"], quant), profile.name)], bool(job.quant.get("strict")))
     return [fp32, int8]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.export import export_onnx, max_relative_error
-from yolo_ext.deployment.runtime import Predict, Source, describe, full_batches, load_image, run, session
+from yolo_ext.deployment.runtime import Predict, Source, describe, full_batches, is_final, load_image, run, session
 from yolo_ext.stock import deployed, module_path, quiet
 from yolo_ext.stock.load import as_exported, choose_head, float_model
 
@@ -30,18 +30,20 @@ TOLERANCES = {"fp32": (1e-4, 1e-5), "fp16": (3e-2, 1e-2)}  # relative to the lar
 
 def inputs(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
     """Yield batches (B, C, H, W), float32 in 0..1: images, noise, zeros, ones, and other sizes if open."""
-    batch, channels = meta["shape"][0] or 1, meta["shape"][1] or 3
+    batch, channels = meta["shape"][0] or 1, meta["channels"]
     images, (h, w) = list(images), height_width(imgsz)
     one = (1, channels, h, w)
-    made = np.random.default_rng(0).random(one, dtype=np.float32), np.zeros(one, np.float32), np.ones(one, np.float32)
-    singles = itertools.chain((load_image(path, (h, w)) for path in images), made)
+    made = [np.random.default_rng(0).random(one, dtype=np.float32), np.zeros(one, np.float32), np.ones(one, np.float32)]
+    # In an even image the queries of RT-DETR are all alike, and rounding chooses among them.
+    made = made[:1] if meta["stretch"] else made
+    singles = itertools.chain((load_image(path, (h, w), channels) for path in images), made)
     while waiting := list(itertools.islice(singles, batch)):
         yield np.concatenate(waiting)
     two = [*images, *images][:2]
     if meta["shape"][0] is None:
-        yield np.concatenate([*(load_image(path, (h, w)) for path in two), made[1]])
+        yield np.concatenate([*(load_image(path, (h, w), channels) for path in two), made[-1]])
     if None in meta["shape"][2:]:
-        yield np.concatenate([load_image(path, (h + meta["stride"], w)) for path in two])
+        yield np.concatenate([load_image(path, (h + meta["stride"], w), channels) for path in two])
 
 
 def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -56,14 +58,14 @@ def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np
 
 def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, float, list[Any]]:
     """Return for an image box error (px), score error, top score of `a` (N, 3), the rest's error, and each output's."""
-    final = meta["end2end"] or bool(meta["nms"])  # rows are detections; those of a dense head are anchors
+    final = is_final(meta)
     p, q = (y if final or y.ndim == 1 else y.T for y in (a[0], b[0]))
     rest, others = max_relative_error(a[1:], b[1:]), [np.abs(y - z) for y, z in zip(a[1:], b[1:])]
     if p.ndim == 1:  # classification: one row of probabilities, no boxes
         error = np.abs(p - q)
         return np.array([[0.0, error.max(), p.max()]]), rest, [error, *others]
     ranked = np.zeros((0, 3))
-    if meta["end2end"]:  # always full and sorted, so scores also compare rank by rank, whatever rows they belong to
+    if final and not meta["nms"]:  # always full and sorted: scores also compare rank by rank, whatever their rows are
         ranked = np.array([[0.0, np.abs(p[:, 4] - q[:, 4]).max(), 0.0]])
     if final:
         p, q = _aligned(p, q, meta["nms"]["conf"] + EDGE if meta["nms"] else 0.0)

@@ -36,6 +36,16 @@ def dense(output: np.ndarray, nc: int, conf: float, *, rotated: bool) -> np.ndar
     return np.concatenate([boxes, scores.max(1, keepdims=True), best, rows[:, 4 + nc :]], 1)
 
 
+def queries(output: np.ndarray) -> np.ndarray:
+    """Return RT-DETR's rows (N, 6), the best first: box x, y, w, h in shares of the picture, score, class."""
+    if output.shape[1] == 6 and not (output[:, 5] % 1).any():
+        return output
+    # Before 8.4.150 or so, its head gives the score of each class (N, 4 + nc) and leaves the choice to the reader.
+    best = output[:, 4:].argmax(1)[:, None].astype(output.dtype)
+    rows = np.concatenate([output[:, :4], output[:, 4:].max(1, keepdims=True), best], 1)
+    return rows[np.argsort(-rows[:, 4], kind="stable")]
+
+
 def suppress(rows: np.ndarray, iou: float, max_det: int, *, rotated: bool) -> np.ndarray:
     """Return the rows of `dense` that survive class-aware NMS, the best first; rotated ones end with their angle."""
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[:MAX_CANDIDATES]]

@@ -69,7 +69,7 @@ class Detector:
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
         self._session = open_session(path, session_options(threads))
-        self._meta = _metadata(self._session, path)
+        self._meta = read_metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
         self.conf, self.iou, self.max_det = conf, iou, max_det
         self.classes = None if classes is None else [_class_index(c, self.names) for c in classes]
@@ -116,8 +116,9 @@ class Detector:
             image = cv2.resize(image, self.imgsz[::-1], interpolation=cv2.INTER_LINEAR)
         else:
             image = letterbox(image, self.imgsz, None if self._fixed else self._meta["stride"])
-        image = image.reshape(*image.shape[:2], -1)[..., ::-1].transpose(2, 0, 1)  # RGB
-        return np.ascontiguousarray(image, np.float16 if self._half else np.float32) / 255
+        image = image.reshape(*image.shape[:2], -1)
+        image = image[..., ::-1] if self._channels == 3 else image  # RGB; other channels have no order to turn round
+        return np.ascontiguousarray(image.transpose(2, 0, 1), np.float16 if self._half else np.float32) / 255
 
     def _decode(self, outputs: list[np.ndarray], size: tuple[int, ...], image: np.ndarray) -> Detections:
         """Return the detections in the outputs for one picture, whose input had (height, width) `size`."""
@@ -150,7 +151,8 @@ class Detector:
         """Return one image's detections (N, 6 + extras) in input pixels: box, score, class, extras."""
         rotated = self.task == "obb"
         if final := self._meta["final"] or output.shape[-1] == 6:
-            rows = output[output[:, 4] > self.conf]
+            rows = decode.queries(output) if self._meta["stretch"] else output
+            rows = rows[rows[:, 4] > self.conf]
         else:
             nc = len(output) - 4 if self.task == "detect" else len(self.names)
             rows = decode.dense(output, nc, self.conf, rotated=rotated)
@@ -170,7 +172,10 @@ def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = Non
     if (w, h) != inner:
         image = cv2.resize(image, inner, interpolation=cv2.INTER_LINEAR)
     top, bottom, left, right = (round(side / 2 + shift) for side in (dh, dw) for shift in (-0.1, 0.1))
-    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
+    image = np.atleast_3d(image)
+    frame = np.full((top + inner[1] + bottom, left + inner[0] + right, image.shape[2]), GREY, np.uint8)
+    frame[top : top + inner[1], left : left + inner[0]] = image
+    return frame
 
 
 def _crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -202,14 +207,23 @@ def _resize_smooth(image: np.ndarray, size: int, axis: int) -> np.ndarray:
     return (total >> 22).clip(0, 255).astype(np.uint8).swapaxes(0, axis)
 
 
+def _load(source: str | Path, channels: int) -> np.ndarray | None:
+    """Return a picture in a file, None where it cannot be read; other channels than grey or BGR as they lie there."""
+    with contextlib.suppress(OSError, cv2.error):
+        data = np.fromfile(source, np.uint8)
+        if flag := {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels):
+            return cv2.imdecode(data, flag)
+        pages = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)[1]  # each a channel, or one with all of them
+        image = pages[0] if len(pages) == 1 or pages[0].ndim == 3 else np.stack(pages, 2)
+        return (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else image
+    return None
+
+
 def _read(source: Image, channels: int) -> np.ndarray:
-    """Return a picture (H, W, C), uint8, in BGR or grey."""
+    """Return a picture (H, W, C), uint8, in BGR, grey or what else the model takes."""
     image: Any = source
     if not isinstance(source, np.ndarray):
-        image = None
-        with contextlib.suppress(OSError, cv2.error):
-            flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-            image = cv2.imdecode(np.fromfile(source, np.uint8), flag)
+        image = _load(source, channels)
         if image is None:
             raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
     image = np.atleast_3d(image)
@@ -242,7 +256,7 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
+def read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
     """Return Ultralytics' metadata: task, names, stride, imgsz, kpt_shape, and how the output is to be read."""
     found: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     if not found.get("names") or not found.get("task"):
@@ -255,10 +269,12 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
         found["names"] = {int(k): str(v) for k, v in names.items()}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UsageError(f"The metadata of '{path}' cannot be read ({error}). Export the model again.") from error
-    found["stride"] = found["stride"] or 32
+    if len(session.get_inputs()) != 1 or len(session.get_inputs()[0].shape) != 4:
+        raise UsageError(f"'{path}' does not take images (batch, channels, height, width) alone. Export a YOLO.")
+    found["stride"], found["args"] = found["stride"] or 32, found["args"] if isinstance(found["args"], dict) else {}
     found["stretch"] = found.get("head") == "RTDETRDecoder"
     # Heads without NMS and exports with embedded NMS give finished rows.
-    found["final"] = bool(found["end2end"] or (found["args"] or {}).get("nms") or found["stretch"])
+    found["final"] = bool(found["end2end"] or found["args"].get("nms") or found["stretch"])
     return found
 
 

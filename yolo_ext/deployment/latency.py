@@ -58,20 +58,24 @@ def _spread(values: Any) -> dict[str, float]:
 
 
 def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Compare two models by their ratio in each round: significant if nine in ten, of 10 or more, name one as faster.
+    """Compare two models by their ratio in each round, and put it into words that claim no more than `significant`.
+
+    That is so if nine in ten rounds, of 10 or more, name the same model as the faster one.
 
     Args:
         before: What `bench` gives for the reference.
         after: What the same call gives for the model to judge.
-    Returns: ``ratio`` (median; above 1: ``after`` is faster), its ``p10`` and ``p90``, and ``significant``.
+    Returns: ``ratio`` (median; above 1: ``after`` is faster), its ``p10`` and ``p90``, ``significant``, and ``words``.
     Raises: `UsageError`: The two were not measured in the same rounds.
     """
     a, b = np.asarray(before["samples"]), np.asarray(after["samples"])
     if len(a) != len(b):
         raise UsageError(f"Runs of {len(a)} and {len(b)} rounds cannot be paired. Measure both in one call.")
     found = _spread(a / b)  # of one round, so that load which hits both cancels
-    outside = found["p10"] > 1 or found["p90"] < 1
-    return {"ratio": found.pop("median"), **found, "significant": outside and len(a) >= MIN_ROUNDS}
+    significant = len(a) >= MIN_ROUNDS and bool(found["p10"] > 1 or found["p90"] < 1)
+    ratio, spread = found.pop("median"), f"{found['p10']:.2f} to {found['p90']:.2f}"
+    words = f"{ratio:.2f}x as fast ({spread})" if significant else f"as fast within the spread ({spread}x)"
+    return {"ratio": ratio, **found, "significant": significant, "words": words}
 
 
 def _noise(path: str | Path, legal: list[Any], imgsz: Size, batch: int) -> np.ndarray:

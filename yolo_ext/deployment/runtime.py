@@ -15,37 +15,44 @@ import onnxruntime as ort
 import torch
 from torch import nn
 from ultralytics.utils.nms import non_max_suppression
-from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.deployment import decode
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.detector import NO_METADATA, open_session, session_options
-from yolo_ext.stock.load import LetterBox, as_exported, choose_head, float_model, with_nms
+from yolo_ext.deployment.detector import open_session, read_metadata, session_options
+from yolo_ext.stock import OPAQUE, input_channels
+from yolo_ext.stock.load import LetterBox, as_exported, choose_head, float_model, planes, read_image, with_nms
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
-FLOAT_CONVS = {"Conv", "ConvTranspose"}
+FLOAT_CONVS = {"Conv", "FusedConv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
+INTEGER_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QGemm", *INTEGER_CONVS}
 
 
-def load_image(path: str | Path, imgsz: Size) -> np.ndarray:
+def load_image(path: str | Path, imgsz: Size, channels: int = 3) -> np.ndarray:
     """Read one image as the predictor does, see `preprocess`; UsageError where it cannot be read."""
-    image = imread(str(path))
+    image = read_image(path, channels)
     if image is None:
         raise UsageError(f"Image '{path}' does not exist or cannot be read. Give readable image files.")
     return preprocess(image, imgsz)
 
 
 def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
-    """Letterbox a picture (height, width, 3), BGR, 0..255, to (1, 3, height, width), RGB, float32 in 0..1."""
+    """Letterbox a picture (height, width, C), BGR, 0..255, to (1, C, height, width), RGB, float32 in 0..1."""
     boxed: Any = LetterBox(height_width(imgsz), auto=False)(image=image)
-    return np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1)[None], dtype=np.float32) / 255
+    return np.ascontiguousarray(planes(boxed)[None], dtype=np.float32) / 255
+
+
+def is_final(meta: dict[str, Any]) -> bool:
+    """Tell whether the rows of an output are detections, which are only thresholded, and not anchors."""
+    return bool(meta["end2end"] or meta["nms"] or meta["stretch"])
 
 
 def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
     """Give detections (N, 6+): x1, y1, x2, y2 in px (OBB: centre, size), score, class, more, of an output (1, ...)."""
-    final = meta["end2end"] or bool(meta["nms"])  # such an output is only thresholded
+    final = is_final(meta)
     options = {"nc": meta["nc"], "end2end": final, "rotated": meta["task"] == "obb", "max_det": 300}
     return non_max_suppression(torch.from_numpy(y), conf, iou, **options)[0]
 
@@ -84,21 +91,23 @@ def describe(source: Source) -> dict[str, Any]:
         model = float_model(source)
         dual = all(getattr(model.model[-1], name, None) is not None for name in ("one2one_cv2", "cv2"))
         end2end = bool(getattr(model, "end2end", False))
-        return {"task": model.task, "nc": len(model.names), "end2end": end2end, "dual": dual, "nms": None}
+        return {"task": model.task, "nc": len(model.names), "end2end": end2end, "dual": dual, "nms": None,
+                "stretch": isinstance(model.model[-1], OPAQUE), "channels": input_channels(model)}  # fmt: skip
+    if Path(source).suffix != ".onnx":
+        raise UsageError(f"'{source}' is no '.onnx' file. Give one that yolo-ext or Ultralytics exported.")
     opened = session(source)
-    meta = metadata(opened)
-    if not meta.get("names"):
-        raise UsageError(NO_METADATA.format(source))
-    given: dict[str, Any] = meta["args"] if isinstance(meta.get("args"), dict) else {}
+    meta = read_metadata(opened, source)
+    given, shape = meta["args"], opened.get_inputs()[0].shape
     proto = onnx.load(source, load_external_data=False)
-    quantized = any(n.op_type in {"QuantizeLinear", *INTEGER_CONVS} for n in proto.graph.node)
+    quantized = any(n.op_type in INTEGER_OPS for n in proto.graph.node)
     half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
     return {
-        "task": meta["task"], "nc": len(meta["names"]), "end2end": bool(meta.get("end2end")), "dual": False,
+        "task": meta["task"], "nc": len(meta["names"]), "end2end": bool(meta["end2end"]), "dual": False,
+        "stretch": meta["stretch"], "channels": shape[1] if isinstance(shape[1], int) else 3,
         "nms": {**NMS, **{k: given[k] for k in NMS if k in given}} if given.get("nms") is True else None,
-        "shape": [n if isinstance(n, int) else None for n in opened.get_inputs()[0].shape],
-        "outputs": [o.name for o in opened.get_outputs()], "imgsz": height_width(meta.get("imgsz") or 640),
-        "batch": int(meta.get("batch") or 1), "stride": int(meta.get("stride") or 32),
+        "shape": [n if isinstance(n, int) else None for n in shape],
+        "outputs": [o.name for o in opened.get_outputs()], "imgsz": height_width(meta["imgsz"] or 640),
+        "batch": int(meta.get("batch") or 1), "stride": int(meta["stride"]),
         "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
         "precision": "int8" if quantized else "fp16" if half else "fp32",
     }  # fmt: skip
@@ -118,7 +127,7 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
         simulate: ONNX only: run Q/DQ in float instead of in integer operators.
         nms: Torch only: suppress as an export with these options of embedded NMS does, see `describe`.
     Returns: Function of images (B, C, H, W), any number, that gives the outputs: boxes and scores, then mask
-        prototypes.
+        prototypes. RT-DETR's rows come as those of other heads without NMS: x1, y1, x2, y2 in px, score, class.
     """
     if _is_torch(source):
         model = as_exported(choose_head(float_model(source), end2end))
@@ -129,7 +138,7 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
                 y = net(torch.from_numpy(x))
             return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
 
-        return forward
+        return _in_px(forward) if isinstance(model.model[-1], OPAQUE) else forward
     opened = session(source, simulate=simulate)
     size = opened.get_inputs()[0].shape[0]
 
@@ -139,7 +148,18 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
         parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
         return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
 
-    return batches
+    return _in_px(batches) if metadata(opened).get("head") == "RTDETRDecoder" else batches
+
+
+def _in_px(predict: Predict) -> Predict:
+    """Have an RT-DETR return its rows (B, N, 6) as other heads without NMS do: x1, y1, x2, y2 in px, score, class."""
+
+    def forward(x: np.ndarray) -> list[np.ndarray]:
+        rows = np.stack([decode.queries(output) for output in predict(x)[0]])
+        frame = np.tile(np.float32(x.shape[:1:-1]), 2)
+        return [np.concatenate([np.stack([decode.corners(r[:, :4]) for r in rows]) * frame, rows[..., 4:]], 2)]
+
+    return forward
 
 
 def full_batches(x: np.ndarray, size: int) -> np.ndarray:
@@ -151,7 +171,7 @@ def conv_report(path: str | Path) -> dict[str, Any]:
     """Count the convolutions that ONNX Runtime runs in integers on this CPU, and say by name why others stay float."""
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
-    convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS]
+    convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS | INTEGER_CONVS]
     for node in convs:
         node.name = node.name or node.output[0]
     options = session_options(1)
@@ -161,10 +181,11 @@ def conv_report(path: str | Path) -> dict[str, Any]:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         open_session(model.SerializeToString(), options)
         optimized = onnx.load(options.optimized_model_filepath).graph
-    integer = {n.name for n in optimized.node if n.op_type in INTEGER_CONVS}
+    integer = {n.name for n in (*optimized.node, *convs) if n.op_type in INTEGER_CONVS}
     reason = _reasons(model.graph)
     floats = {n.name: reason(n) for n in convs if n.name not in integer}
-    return {"convs": len(convs), "int8_convs": len(convs) - len(floats), "float_convs": floats}
+    done = [n.name for n in convs if n.name in integer]
+    return {"convs": len(convs), "int8_convs": len(done), "int8": done, "float_convs": floats}
 
 
 def consumers_of(graph: onnx.GraphProto) -> defaultdict[str, list[Any]]:
@@ -187,6 +208,8 @@ def _reasons(graph: onnx.GraphProto) -> Callable[[Any], str]:
         return name in producer and producer[name].op_type == "DequantizeLinear"
 
     def reason(conv: Any) -> str:
+        if conv.op_type == "ConvTranspose":
+            return "ONNX Runtime has no integer kernel for transposed convolutions"
         x, w = (dequantized(name) for name in conv.input[:2])
         if not x and not w:
             return "no Q/DQ (kept float by the profile)"

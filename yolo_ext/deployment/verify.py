@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Proof that an exported file does what the model does: raw tensors, detections, INT8 against its simulation, mAP."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | 
     return {**summary(rows), "extra_max": found["rest"], "outputs": outputs, **more}
 
 
+def _images(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Yield images (1, C, H, W) with the channels of a model."""
+    yield from (load_image(path, imgsz, meta["channels"]) for path in images)
+
+
 def _confident(rows: np.ndarray) -> np.ndarray:
     """Return the rows of `compare` of anchors that score 0.1 or more, at least the 100 best."""
     return rows[rows[:, 2] >= np.append(np.sort(rows[:, 2])[-100:], CONFIDENT).min()]
@@ -71,7 +76,7 @@ def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz:
     total = partnered = 0
     agreed: list[tuple[float, float]] = []  # IoU and difference of the scores of each pair
     for path in images:
-        x = load_image(path, imgsz)
+        x = load_image(path, imgsz, metas[0]["channels"])
         da, db = (postprocess(p(x)[0], m, max(conf - margin, 0.0), NMS["iou"]) for p, m in zip(predicts, metas))
         pairs = _match(da, db, match_iou, rotated)
         agreed += [(overlap, abs(float(da[i, 4] - db[j, 4]))) for i, j, overlap in pairs]
@@ -89,6 +94,10 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
     metas = [describe(a), describe(b)]
     for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
         meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
+    for key, what in (("task", "tasks"), ("channels", "numbers of channels")):
+        if metas[0][key] != metas[1][key]:
+            pair = f"{metas[0][key]} and {metas[1][key]}"
+            raise UsageError(f"The models have different {what}: {pair}. Give the model that was exported.")
     if metas[0]["nc"] != metas[1]["nc"]:
         raise UsageError(f"The models have {metas[0]['nc']} and {metas[1]['nc']} classes. Give models of one data set.")
     nms = next((m["nms"] for m in metas if m["nms"]), None)
@@ -101,6 +110,8 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
                 fake_quant: nn.Module | None = None) -> dict[str, Any]:  # fmt: skip
     """Compare an INT8 file with its float simulation (kernels), the FP32 file (quantization error), and torch."""
     meta = describe(int8_onnx)
+    if meta["precision"] != "int8":
+        raise UsageError(f"'{int8_onnx}' is not quantized. Give the INT8 file that was written from '{fp32_onnx}'.")
     int8, simulated = predictor(int8_onnx), predictor(int8_onnx, simulate=True)
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
     if fake_quant is not None:
@@ -112,7 +123,7 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
         pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, moved)}
     result: dict[str, Any] = {}
     for name, (reference, other) in pairs.items():
-        rows = _confident(compare(reference, other, (load_image(path, imgsz) for path in images), meta)["rows"])
+        rows = _confident(compare(reference, other, _images(images, imgsz, meta), meta)["rows"])
         result |= {name: {**summary(rows), "score_p99": float(np.quantile(rows[:, 1], 0.99))}, "anchors": len(rows)}
     if meta["task"] in BOXES:
         result["detections"] = verify_detections(fp32_onnx, int8_onnx, images, imgsz, match_iou=0.5, margin=0.05)

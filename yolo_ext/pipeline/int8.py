@@ -33,7 +33,6 @@ from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.quantization.spec import plan_of, resolve_profile
 from yolo_ext.runs import Record
-from yolo_ext.stock import module_path
 from yolo_ext.stock.accuracy import accuracy
 
 CHECKS = {  # the checks of `deployment.verify` in words
@@ -108,7 +107,7 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
     found = {name: onnx_accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
     maps = {name: f["map"] for name, f in found.items()}
-    proof = prove(int8, fp32, quant)
+    proof = prove(int8, written["convs"], quant)
     m = measure(run, weights)
     m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=proof["convs"], int8_convs=proof["int8_convs"])
     f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
@@ -128,16 +127,15 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     )  # fmt: skip
 
 
-def prove(int8: Path, fp32: Path, quant: Mapping[str, Any]) -> dict[str, Any]:
+def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dict[str, Any]:
     """Count the convolutions that ONNX Runtime runs in integers, and say how many those are and what the others are.
 
     Args:
         int8: File that was written from an FP32 one and from `quant`: `state` and `profile` and, where known, `float`.
-        fp32: That file.
+        convs: Path of each convolution of the FP32 file by the name of its node, as `write_qdq` returns it.
     Returns: `convs`, `int8_convs`, how many were `planned`, and by path the reason of each of these that is float.
     """
     report, profile, state = conv_report(int8), resolve_profile(quant["profile"]), quant["state"]
-    convs = {node: module_path(node).rpartition(".")[0] for node in conv_report(fp32)["float_convs"]}
     planned = [node for node, path in convs.items() if path in state]
     failed = {n: _reason(state[convs[n]], why) for n, why in report["float_convs"].items() if n in planned}
     reasons = {path: reason.partition(":")[0] for path, reason in quant.get("float", {}).items()}

@@ -2,7 +2,7 @@
 """What of a model is quantized and how: the rules of a profile, changed by the user's `config_list`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,15 +22,17 @@ from yolo_ext.stock.context import evaluating
 
 LAYERS: tuple[type, ...] = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 OF_LAYERS = SITES[:4]
-PICKS = ("op_types", "op_names", "op_names_re")
+PICKS = ("op_types", "op_names", "op_names_re", "default")
 SETTINGS = ("quant_dtype", "quant_bits", "quant_scheme", "granularity", "observer")
-KEYS = [*PICKS, "exclude_op_names", "exclude_op_names_re", "exclude", "quant_types", "target_names", *SETTINGS]
+LEAVES = ("exclude_op_types", "exclude_op_names", "exclude_op_names_re")
+KEYS = [*PICKS, *LEAVES, "exclude", "quant_types", "target_names", *SETTINGS]
 TARGETS = {"_input_": "input", "_output_": "output", "inputs": "input", "outputs": "output"}  # names of NNI 3
 WORDS = {
     "quant_scheme": {"symmetric": True, "asymmetric": False, "affine": False},
     "granularity": {"per_channel": True, "per_tensor": False, "default": False},
 }
 EXCLUDED = "excluded by entry"
+UNLISTED = "not listed in quant.config_list"
 DFL = "DFL: the fixed integral over box distances is the most sensitive layer"
 MERGED = "branch that is merged on fuse: quantized only in a fused model"
 TYPES = {
@@ -50,9 +52,10 @@ def make_plan(
     Args:
         model: An Ultralytics model without fake quantizers, fused or not.
         profile: What the runtime executes.
-        exclude: Regular expressions searched in layer paths; a match keeps the layer float.
-        config_list: Changes in the style of NNI, later entries win: layers by `op_types`, `op_names(_re)` less
-            `exclude_op_names(_re)`, and `exclude: true` or `quant_types` with `quant_bits`, `quant_scheme`, ...
+        exclude: Layers that stay float: what `stock.model.select` takes.
+        config_list: Entries in the style of NNI, later ones win: layers by `op_types`, `op_names(_re)` less
+            `exclude_op_types`, `exclude_op_names(_re)`, and `exclude: true` or `quant_types` with `quant_bits`, ...
+            Nothing else is quantized, unless each entry excludes or one is `default: all`.
     Returns: The plan, and path -> reason of every convolution and linear layer that stays float.
     Raises: `UsageError`: If an expression or entry is illegal or matches nothing.
     """
@@ -61,19 +64,22 @@ def make_plan(
     first = next((path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)), "")
     if profile.float_stem and first in candidates:
         reasons[first] = STEM
-    for pattern in exclude:
-        found = _search(pattern, {**candidates, **reasons}, "The exclude pattern")
-        reasons |= {path: f"excluded by '{pattern}'" for path in found if path in candidates}
-    plan = {path: _sites(profile, block) for path, block in candidates.items() if path not in reasons}
     layers = {path: m for path, m in model.named_modules() if type(m) in LAYERS}
+    for selector in exclude:
+        found = _layers(model, selector, layers, "quant.exclude")
+        reasons |= {path: f"excluded by '{selector}'" for path in found if path in candidates}
+    usual = {path: _sites(profile, block) for path, block in candidates.items() if path not in reasons}
+    restricted = any(not (isinstance(entry, Mapping) and entry.get("exclude")) for entry in config_list)
+    plan = {} if restricted else dict(usual)
     for number, entry in enumerate(config_list, 1):
         where = f"Entry {number} of quant.config_list"
         if not isinstance(entry, Mapping):
             raise UsageError(f"{where} is '{entry}'. Give a dict such as {{op_types: [Conv2d], quant_bits: 8}}.")
         try:
-            _apply(entry, number, plan, reasons, layers, candidates, profile)
+            _apply(entry, number, plan, reasons, model, layers, candidates, profile)
         except UsageError as e:
             raise UsageError(f"{where}: {e}") from e
+    reasons |= {path: UNLISTED for path in usual if path not in plan and path not in reasons}
     if profile.functional or profile.residual:
         for path in sums(model):
             if any(layer.startswith(f"{path}.") for layer in plan):
@@ -118,84 +124,99 @@ def _sites(profile: Profile, block: Any) -> dict[str, Spec]:
 
 
 # Entries of a `config_list` ------------------------------------------------------------------------------------------
-def _search(pattern: str, paths: Iterable[str], what: str) -> list[str]:
-    """Return the paths that a regular expression is found in, at least one."""
-    paths = list(paths)
-    try:
-        matches = [path for path in paths if re.search(pattern, path)]
-    except re.error as e:
-        raise UsageError(f"{what} '{pattern}' is not a regular expression: {e}.") from e
-    if not matches:
-        raise UsageError(f"{what} '{pattern}' matches none of the {len(paths)} layers, such as {paths[:2]}.")
-    return matches
-
-
 def _listed(value: Any) -> list[Any]:
     """Return what an entry gives once or several times as a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
+def _layers(model: nn.Module, selector: str, layers: Mapping[str, nn.Module], option: str) -> set[str]:
+    """Return the paths of the layers that a selector means, at least one."""
+    if not (found := stock.matches(model, selector, option) & layers.keys()):
+        raise UsageError(f"'{option}={selector}' matches none of the {len(layers)} layers, such as {[*layers][:2]}.")
+    return found
+
+
+def listed_sites(entry: Mapping[str, Any], profile: Profile) -> tuple[list[str], bool]:
+    """Return the sites that an entry lists, and whether the output is one because integer convolutions need it."""
+    sites = [TARGETS.get(t, t) for t in _listed(entry.get("quant_types", entry.get("target_names")))]
+    added = profile.output and {"input", "weight"} <= set(sites) and "output" not in sites
+    return [*sites, "output"] if added else sites, added
+
+
 def _apply(
-    entry: Mapping[str, Any], number: int, plan: Plan, reasons: dict[str, str], layers: Mapping[str, nn.Module],
-    blocks: Mapping[str, nn.Module], profile: Profile,
+    entry: Mapping[str, Any], number: int, plan: Plan, reasons: dict[str, str], model: nn.Module,
+    layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], profile: Profile,
 ) -> None:  # fmt: skip
     """Change plan and reasons as one entry of a `config_list` says."""
     if unknown := [key for key in entry if key not in KEYS]:
         raise UsageError(f"unknown key '{unknown[0]}'.{suggest(str(unknown[0]), KEYS)} Legal: {', '.join(KEYS)}.")
-    chosen = _selected(entry, layers)
+    chosen, named = _selected(entry, reasons, model, layers)
     if entry.get("exclude"):
         for path in chosen:
             plan.pop(path, None)
             reasons.setdefault(path, f"{EXCLUDED} {number} of quant.config_list")
         return
-    wanted = [TARGETS.get(t, t) for t in _listed(entry.get("quant_types", entry.get("target_names")))]
+    wanted, added = listed_sites(entry, profile)
     if bad := [t for t in wanted if t not in OF_LAYERS]:
         raise UsageError(f"quant type '{bad[0]}' is unknown. Legal: {', '.join(OF_LAYERS)}.")
     if "activation" in wanted and not profile.functional:
         raise UsageError(f"profile '{profile.name}' runs activations in float. Give quant.profile=ort-x86-full.")
     for path in chosen:
         reason, block = reasons.get(path, ""), blocks.get(path)
-        if reason in (DFL, MERGED):
-            if path in _named(entry.get("op_names"), layers):
-                raise UsageError(f"'{path}' cannot be quantized ({reason}).")
-            continue
-        if reason and not ({"op_names", "op_names_re"} & set(entry) or reason.startswith(EXCLUDED)):
-            continue  # a whole type means the layers that the profile quantizes; others are named one by one
+        if reason in (DFL, MERGED) or (reason and not (path in named or reason.startswith(EXCLUDED))):
+            continue  # a type or large block means the layers that the profile quantizes; others are named one by one
         if block is None and "activation" in wanted:
             raise UsageError(f"'{path}' has no activation behind it. Legal: {', '.join(SITES[:3])}.")
         usual = _sites(profile, block)
         sites = plan.get(path) or usual
         if wanted:
-            sites = {site: sites.get(site) or usual.get(site, profile.activation) for site in wanted}
-        plan[path] = {site: _changed(spec, site, entry) for site, spec in sites.items()}
+            listed = wanted[:-1] if added and not isinstance(layers[path], nn.Conv2d) else wanted
+            sites = {site: sites.get(site) or usual.get(site, profile.activation) for site in listed}
+        own = {site: _changed(spec, site, entry) for site, spec in sites.items() if site != "output" or not added}
+        plan[path] = sites | own
         reasons.pop(path, None)
 
 
-def _selected(entry: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> list[str]:
-    """Return the paths of the layers that an entry picks."""
-    legal, kinds = [*(cls.__name__ for cls in LAYERS), "default"], _listed(entry.get("op_types"))
-    if unknown := [kind for kind in kinds if kind not in legal]:
-        raise UsageError(f"op type '{unknown[0]}' is unknown. Legal: {', '.join(legal)}.")
+def _selected(
+    entry: Mapping[str, Any], reasons: Mapping[str, str], model: nn.Module, layers: Mapping[str, nn.Module]
+) -> tuple[list[str], set[str]]:
+    """Return the layers that an entry picks, and those that it names by themselves or by the block of one layer."""
     if not set(PICKS) & set(entry):
         raise UsageError("it picks no layers. Give op_types, op_names or op_names_re.")
-
-    def matching(key: str) -> set[str]:
-        return {path for pattern in _listed(entry.get(key)) for path in _search(pattern, layers, "pattern")}
-
-    picked = {path for path, m in layers.items() if {"default", type(m).__name__} & set(kinds)}
-    picked |= _named(entry.get("op_names"), layers) | matching("op_names_re")
-    picked -= _named(entry.get("exclude_op_names"), layers) | matching("exclude_op_names_re")
-    if not picked:
+    if entry.get("default", "all") != "all":
+        raise UsageError(f"default '{entry['default']}' is unknown. Legal: all, for what the profile quantizes.")
+    picked, roots = set(layers), set[str]()
+    if {"op_names", "op_names_re"} & set(entry):
+        for name in _names(entry, "op_names"):
+            found = _layers(model, name, layers, "op_names")
+            stuck = {reasons[p] for p in found if reasons.get(p) == DFL or (reasons.get(p) == MERGED and p == name)}
+            if stuck and not any(reasons.get(p) not in stuck for p in found):
+                raise UsageError(f"'{name}' cannot be quantized ({stuck.pop()}).")
+            roots.update(stock.select(model, name))
+        picked = stock.within(model, roots)
+    if "op_types" in entry:
+        picked &= _of_types(_listed(entry["op_types"]), model, layers)
+    for name in _names(entry, "exclude_op_names"):
+        picked -= _layers(model, name, layers, "exclude_op_names")
+    picked -= _of_types(_listed(entry.get("exclude_op_types")), model, layers)
+    if not (chosen := [path for path in layers if path in picked]):
         raise UsageError(f"it picks no layer of this model: {dict(entry)}.")
-    return [path for path in layers if path in picked]
+    return chosen, {path for path in chosen if {path, path.removesuffix(".conv")} & roots}
 
 
-def _named(names: Any, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the paths of layers that are given by their own name or that of their block."""
-    paths = {name: name if name in layers else f"{name}.conv" for name in _listed(names)}
-    if missing := [name for name, path in paths.items() if path not in layers]:
-        raise UsageError(f"there is no layer '{missing[0]}'.{suggest(str(missing[0]), list(layers))}")
-    return set(paths.values())
+def _names(entry: Mapping[str, Any], key: str) -> list[str]:
+    """Return the selectors that an entry gives as names and, under `<key>_re`, as expressions found anywhere."""
+    return [*map(str, _listed(entry.get(key))), *(f"re:{e}" for e in _listed(entry.get(f"{key}_re")))]
+
+
+def _of_types(kinds: Sequence[str], model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the paths of the layers of these types, and of those in blocks of these types."""
+    legal, there = [*(cls.__name__ for cls in LAYERS), "default"], {type(m).__name__ for m in model.modules()}
+    if unknown := [kind for kind in kinds if kind not in {*legal, *there}]:
+        more = "or the type of a block"
+        raise UsageError(f"op type '{unknown[0]}' is unknown. Legal: {', '.join(legal)}, {more}.")
+    roots = [path for path, m in model.named_modules() if type(m).__name__ in kinds]
+    return set(layers) if "default" in kinds else stock.within(model, roots)
 
 
 def _changed(spec: Spec, site: str, entry: Mapping[str, Any]) -> Spec:

@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Write a calibrated state into an FP32 ONNX file as Q/DQ nodes that the runtime of a profile turns into INT8."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from yolo_ext.quantization.qdq_nodes import Editor, Params, fuse_silu, quant_par
 from yolo_ext.quantization.spec import Profile, State
 from yolo_ext.stock import module_path
 
-LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+CONVS = {"Conv", "ConvTranspose"}
+LAYERS = {*CONVS, "Gemm", "MatMul"}
 # Results have codes of the first input: integer kernels if the same parameters stand before and behind.
 PASS = {"Split", "Slice", "MaxPool", "Resize", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather"}
 WIDE_OPSET = 21  # the first with 16-bit Q/DQ
@@ -35,7 +36,8 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
         out: File to write.
         state: Specs and ranges of the fused or the unfused model.
         profile: What the runtime executes.
-    Returns: `{"quantized": [paths], "float": {path: reason}}` over all convolutions and linear layers of the file.
+    Returns: `{"quantized": [paths], "float": {path: reason}}` over all convolutions and linear layers of the file, and
+        as `convs` the path of each convolution by the name of its node.
     Raises: `UsageError`: If the file is missing, not ONNX, not float32 or of too old an opset, or a range is empty.
         CheckFailed: If a layer of `state` is not in the file, or reads a float tensor where it expects a quantized
         one.
@@ -48,6 +50,7 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
         remedy = "Export the model that was calibrated, and calibrate again after any change of its structure."
         lacks = f"lacks {len(missing)} layers that have calibrated ranges, such as '{missing[0]}'"
         raise CheckFailed(f"{fp32} {lacks}. {remedy}")
+    convs = {graph.node[i].name: path for i, path in writer.layers.items() if graph.node[i].op_type in CONVS}
     nodes = [new for i, node in enumerate(graph.node) for new in writer.rewrite(i, node)]
     nodes = fuse_silu(nodes, graph) if profile.fuse_silu else nodes
     nodes = transpose_dfl(nodes, writer.editor) if profile.transpose_dfl else nodes
@@ -66,7 +69,7 @@ def write_qdq(fp32: Path, out: Path, state: State, profile: Profile) -> dict[str
     atomic_write(Path(out), model.SerializeToString())
     quantized = list(dict.fromkeys(path for path in writer.layers.values() if path in writer.state))
     kept = {path: "no calibrated range" for path in writer.layers.values() if path not in writer.state}
-    return {"quantized": quantized, "float": kept}
+    return {"quantized": quantized, "float": kept, "convs": convs}
 
 
 def deployed(state: State, present: Collection[str]) -> State:
@@ -136,9 +139,12 @@ class _Writer:
         self.state = deployed(self.state, set(self.layers.values()))
         self.paths = [module_path(n.name).rpartition(".")[0] for n in self.graph.node]
         self.found = {path for path in self.layers.values() if path in self.state}
+        self.names, calls = dict[int, str](), Counter[str]()  # a layer that runs several times has a node for each
         for i, path in self.layers.items():
+            self.names[i] = f"{path}_{calls[path]}" if calls[path] else path
             if path in self.state:
-                self._place_layer(i, path)
+                self._place_layer(i, path, calls[path])
+            calls[path] += 1
         for path, sites in self.state.items():
             if "add" in sites or "residual" in sites:
                 self._place_sum(path, sites)
@@ -148,23 +154,25 @@ class _Writer:
         """Return scale and zero point of a site."""
         return quant_params(self.state[path][site], self.editor.profile.signed, f"the {site} of '{path}'")
 
-    def _place_layer(self, i: int, path: str) -> None:
-        """Note where the sites of a layer, node number `i`, are."""
+    def _place_layer(self, i: int, path: str, again: int) -> None:
+        """Note where the sites of a layer, node number `i`, are, which has run `again` times before."""
         sites, node = self.state[path], self.graph.node[i]
         if "input" in sites:
             self.before[i][node.input[0]] = path, "input"
         if "output" in sites:
-            self.behind[node.output[0]] = f"{path}.output", self.params(path, "output")
+            self.behind[node.output[0]] = f"{self.names[i]}.output", self.params(path, "output")
         if "activation" not in sites:
             return
         scope = f"{path.rpartition('.')[0]}.act"
         act = [n for p, n in zip(self.paths, self.graph.node) if p == scope]
+        each = len(act) // sum(p == path for p in self.layers.values())
+        act = act[again * each : (again + 1) * each]
         if not act:
             raise CheckFailed(f"The file has no activation '{scope}' to quantize. Export the calibrated model.")
-        self.behind[act[-1].output[0]] = f"{path}.activation", self.params(path, "activation")
+        self.behind[act[-1].output[0]] = f"{self.names[i]}.activation", self.params(path, "activation")
         if self.editor.profile.functional and [n.op_type for n in act] == ["Sigmoid", "Mul"]:
             gate = quant_params({**sites["activation"], "lo": 0.0, "hi": 1.0}, self.editor.profile.signed)
-            self.behind[act[0].output[0]] = f"{path}.gate", gate
+            self.behind[act[0].output[0]] = f"{self.names[i]}.gate", gate
 
     def _place_sum(self, path: str, sites: dict[str, Any]) -> None:
         """Note where the sites of a bottleneck are, which are nowhere if the file has no such sum."""
@@ -202,12 +210,13 @@ class _Writer:
         new.CopyFrom(node)
         for tensor, (path, site) in self.before.get(i, {}).items():
             params = self.params(path, site)
-            name, pair = self.editor.input(tensor, params, f"{path}.{site}")
+            own = self.names[i] if self.layers.get(i) == path else path
+            name, pair = self.editor.input(tensor, params, f"{own}.{site}")
             self.quantized[name] = params
             new.input[:] = [name if x == tensor else x for x in new.input]
             nodes += pair
         if (path := self.layers.get(i, "")) in self.state:
-            nodes += self._quantize_weights(new, path)
+            nodes += self._quantize_weights(new, path, self.names[i])
         nodes.append(new)
         linear = any(a.name == "mode" and a.s not in (b"nearest", b"") for a in node.attribute)  # makes new values
         keeps = node.op_type in PASS and not (node.op_type == "Resize" and linear)
@@ -221,8 +230,8 @@ class _Writer:
             nodes += self.editor.qdq(new.output[k], tensor, made[1], base, clip_behind=base.endswith(".output"))
         return nodes
 
-    def _quantize_weights(self, node: NodeProto, path: str) -> list[NodeProto]:
-        """Have a layer read its weights as codes, and return the nodes that dequantize them."""
+    def _quantize_weights(self, node: NodeProto, path: str, name: str) -> list[NodeProto]:
+        """Have a layer read its weights as codes, and return the nodes that dequantize them, named by it."""
         sites, x = self.state[path], self.quantized.get(node.input[0])
         if x is None and "output" in sites and "input" not in sites and self.editor.profile.functional:
             why = f"it should read a quantized tensor, but '{node.input[0]}' is float"
@@ -230,5 +239,5 @@ class _Writer:
             raise CheckFailed(f"'{path}' has no input range because {why}. {remedy}")
         if "weight" not in sites:
             return []
-        node.input[1:], nodes = self.editor.weights(node, path, sites["weight"], x)
+        node.input[1:], nodes = self.editor.weights(node, name, sites["weight"], x)
         return nodes

@@ -84,11 +84,10 @@ def select(model: nn.Module, selector: str, option: str = "selector") -> list[st
     """Return the paths of the modules that a selector (see the error below) means, without what is inside of them."""
     modules = {path: m for path, m in model.named_modules() if path}
     path = f"model.{selector}" if selector.isdecimal() else selector.removesuffix(".")
-    if selector in SECTIONS:
-        return _section(model, selector, option)
     if path in modules:
         return [path]
-    found = [p for p, m in modules.items() if type(m).__name__ == selector]
+    found = _section(model, selector, option) if selector in SECTIONS else []
+    found = found or [p for p, m in modules.items() if type(m).__name__ == selector]
     expression = selector.removeprefix("re:")
     fits = re.fullmatch if expression == selector else re.search
     try:
