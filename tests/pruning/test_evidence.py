@@ -160,7 +160,7 @@ def costs(yolo, request) -> tuple[nn.Module, Group, range, list[float]]:
 @pytest.mark.parametrize("method", DATA_DRIVEN)
 def test_scores_tell_what_a_channel_costs(costs, method):
     model, group, some, cost = costs
-    scores = score(model, group, method, torch.Generator(), collect(model, method, BATCHES[:2]))[list(some)]
+    scores = score(model, group, criteria[method], torch.Generator(), collect(model, method, BATCHES[:2]))[list(some)]
     ranks = torch.stack([scores.argsort().argsort(), torch.tensor(cost).argsort().argsort()]).float()
     assert torch.corrcoef(ranks)[0, 1] > 0.5  # Spearman; L2 has 0.4 to 0.5 here
 
@@ -173,7 +173,7 @@ def test_a_dead_channel_scores_lowest(yolo, name, method):
     group = next(g for g in graph.groups if g.name == "model.1.conv")
     dead = removal(model, graph, group, 5)
     evidence = collect(dead, method, BATCHES[:1])
-    scores = score(dead, group, method, torch.Generator(), evidence)
+    scores = score(dead, group, criteria[method], torch.Generator(), evidence)
     assert scores.argmin() == 5 and (scores > scores[5]).sum() == group.size - 1
 
 

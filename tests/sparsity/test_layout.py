@@ -7,7 +7,7 @@ from torch import nn
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.criteria import score
+from yolo_ext.pruning.criteria import criteria, score
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.sparsity.layout import lay_out, multiply, read_scales, scale_norms, sparse_groups, weight_norms
@@ -44,7 +44,7 @@ def test_norms_rank_as_pruning_does(fresh, family, method, weights):
     pruned = {(g.name, tuple(g.members[0].index.flatten().tolist())): g for b in made for g in b.groups}
     for g, own in zip(groups, norms.split([g.size for g in groups])):
         of = pruned[g.name, tuple((g.gammas[0][1] if not g.weights else g.weights[0][2]).flatten().tolist())]
-        theirs = score(model, of, method, torch.Generator())
+        theirs = score(model, of, criteria[method], torch.Generator())
         torch.testing.assert_close(own / own.max(), theirs / theirs.max(), atol=1e-5, rtol=1e-5)
 
 
