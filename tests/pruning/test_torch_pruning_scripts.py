@@ -279,7 +279,7 @@ def test_what_cannot_be_saved_is_refused(pruner, yolo, tmp_path):
     tp.prune_conv_out_channels(pruner.model.model[0].conv, [0])
     with pytest.raises(UsageError, match="cut by hand"):
         yolo_ext.save_pruned(pruner, tmp_path / "pruned.pt")
-    with pytest.raises(UsageError, match="not made inside of yolo_ext.on_yolo"):
+    with pytest.raises(UsageError, match=r"not made inside of yolo_ext\.on_yolo"):
         yolo_ext.save_pruned(nn.Identity(), tmp_path / "pruned.pt")
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ go together are one atom: the same place of all parts of a cut tensor, and of al
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -71,14 +71,13 @@ class Group(tp.dependency.Group):
 
     def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> None:
         """Cut all layers of the group, or what goes with positions `idxs` of its first layer."""
-        first, record = self[0].dep, {"record_history": record_history}
+        first = self[0].dep
         if idxs is not None:
-            return self._DG.get_pruning_group(first.layer, first.handler, idxs).prune(**record)
-        self._DG.check_current()
+            return self._DG.get_pruning_group(first.layer, first.handler, idxs).prune(record_history=record_history)
         now = self._DG.group_of(self.place, self.channels)
         if not self._DG.check_pruning_group(now):
             raise UsageError(f"{self.place[0]} would lose all its channels. Ask DG.check_pruning_group(group) before.")
-        super(Group, now).prune(**record)
+        super(Group, now).prune(record_history=record_history)
         self._DG.forget(now)
 
 
@@ -181,7 +180,6 @@ class DependencyGraph(tp.DependencyGraph):
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Callable, idxs: Any) -> Group:
         """Return all that goes with positions `idxs` of one side of a layer or norm, as `pruning_fn` says."""
-        self.check_current()
         dim = "out" if self.is_out_channel_pruning_fn(pruning_fn) or depthwise(module) else "in"
         path = self._module2name.get(module, type(module).__name__)
         at = self.at.get((path, dim), [])
@@ -197,6 +195,7 @@ class DependencyGraph(tp.DependencyGraph):
         atoms = {self.atom[c] for c in channels}
         sets = [self.sets[s] for s in sorted({self.home[c] for c in channels})]
         places = dict.fromkeys([place, *(p for s in sets for p in s.places)])
+        self.check_current(places)
         where = {p: [i for i, c in enumerate(self.at[p]) if c != FIXED and self.atom[c] in atoms] for p in places}
         left = dict.fromkeys(self.at[place][i] for i in where[place])
         rank = {c: k for k, c in enumerate(dict.fromkeys([*(c for c in channels if c in left), *left]))}
@@ -233,17 +232,17 @@ class DependencyGraph(tp.DependencyGraph):
             kept.setdefault(place[0], {})[place[1]] = keep
         stock.refresh_widths(self.model, kept)
 
-    def check_current(self) -> None:
-        """Refuse a model that anything but the groups of this graph has cut."""
-        for (path, dim), at in self.at.items():
-            layer = self.model.get_submodule(path)
-            if layer is not self.paths[path] or width(layer, dim) != len(at):
-                cut = f"has {width(layer, dim)} channels ({dim}) where the graph has {len(at)}, so it was cut by hand"
+    def check_current(self, places: Iterable[Place]) -> None:
+        """Refuse layers that anything but the groups of this graph has cut."""
+        for path, dim in places:
+            layer, n = self.model.get_submodule(path), len(self.at[path, dim])
+            if layer is not self.paths[path] or width(layer, dim) != n:
+                cut = f"has {width(layer, dim)} channels ({dim}) where the graph has {n}, so it was cut by hand"
                 raise UsageError(f"{path} {cut}. Make a new pruner, and cut with group.prune() or pruner.step() only.")
 
     def plan(self) -> Kept:
         """Return the positions that every layer has kept since the graph was made, of those that lost any."""
-        self.check_current()
+        self.check_current(self.at)
         found: Kept = {}
         for (path, dim), keep in self.kept.items():
             if len(keep) < width(self.dense.get_submodule(path), dim):

@@ -103,7 +103,7 @@ def regrown(dense: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         slices: dict[str, Slices] = {}
         if dims := kept.get(path):
-            slices = dict.fromkeys(("running_mean", "running_var"), [(0, dims.get("out", []))])
+            slices = {key: [(0, dims.get("out", []))] for key in ("running_mean", "running_var")}
             slices |= parameter_slices(copy.get_submodule(path), dims)
         _paste(t.fill_(1), slices.get(leaf, []), now[name].to(t))
     return copy
