@@ -1,8 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Tied groups: groups that shrink at one rate, ranked from worst to best, with the widths that options allow them."""
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,13 +12,12 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.registry import suggest
-from yolo_ext.pruning.criteria import resolved, score
+from yolo_ext.pruning.criteria import criteria, resolved, score
 from yolo_ext.pruning.evidence import Evidence
 from yolo_ext.pruning.graph import Graph, Group
-from yolo_ext.stock.model import natural_key
+from yolo_ext.stock.model import matches, natural_key
 
-SECTIONS = ("backbone", "neck", "head")
+FLOORED = "which the floors do not let shrink"
 
 
 @dataclass
@@ -56,12 +56,13 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
     cfg = resolved(cfg, evidence is not None)
     restrict(model, graph, cfg)
     generator = torch.Generator().manual_seed(cfg.seed)
+    scored = partial(score, model, row=criteria[cfg.method], generator=generator, evidence=evidence)
     made: dict[int, TiedGroups] = {}
     for i, indices in enumerate(graph.ties):
         groups = [graph.groups[g] for g in indices]
         if any(g.frozen for g in groups):
             continue
-        found = _ranked(model, graph, groups, cfg, generator, evidence)
+        found = _ranked(model, graph, groups, cfg, scored)
         if isinstance(found, TiedGroups):
             made[i] = found
             continue
@@ -82,25 +83,29 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
 
 
 def _ranked(
-    model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig, generator: torch.Generator,
-    evidence: Evidence | None,
-) -> TiedGroups | str:  # fmt: skip
+    model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig, scored: Callable
+) -> TiedGroups | str:
     """Return these groups ranked, or the reason why they keep all their channels."""
-    units, widest = min(g.size for g in groups), max(g.size for g in groups)
+    units = min(g.size for g in groups)
     if any(g.size % units for g in groups):
         return "is coupled with a part whose width does not divide its own"
-    floor, step = _floor(model, graph, groups, cfg), widest // units
-    legal = [u for u in range(units - 1, 0, -1) if u * step % cfg.round_to == 0 and u * step >= floor]
-    if not legal:
-        return f"has {groups[0].size} channels, which the floors do not let shrink"
+    if len(legal := allowed(model, graph, groups, cfg)) == 1:
+        return f"has {groups[0].size} channels, {FLOORED}"
     values: list[torch.Tensor] = []
     for g in groups:
-        if (scored := score(model, g, cfg.method, generator, evidence)) is None:
-            return f"has no BatchNorm, which '{cfg.method}' ranks by"
-        values.append(scored)
+        if (scores := scored(g)) is None:
+            return f"has no layer that '{cfg.method}' ranks by, such as BatchNorm"
+        values.append(scores)
     order = [v.argsort(stable=True) for v in values]
     rows = [v[o].view(units, -1).mean(1) for v, o in zip(values, order)]
-    return TiedGroups(groups, order, torch.stack(rows).mean(0), [units, *legal], values=values)
+    return TiedGroups(groups, order, torch.stack(rows).mean(0), legal, values=values)
+
+
+def allowed(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> list[int]:
+    """Return the numbers of kept units of tied groups that rounding and floors allow, descending, from all of them."""
+    units, widest = min(g.size for g in groups), max(g.size for g in groups)
+    floor, step = _floor(model, graph, groups, cfg), widest // units
+    return [units, *(u for u in range(units - 1, 0, -1) if u * step % cfg.round_to == 0 and u * step >= floor)]
 
 
 def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig) -> float:
@@ -111,37 +116,6 @@ def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig
     before = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in widest.producers if p in shapes]
     share = max([widest.size, *before]) * (1 - cfg.max_ratio)
     return max(cfg.min_channels * widest.size // narrowest, share - 1e-6)
-
-
-def matches(model: nn.Module, selector: str, option: str = "selector") -> set[str]:
-    """Return the paths of all modules that a selector (see the error below) means, with everything inside them."""
-    modules = {path: m for path, m in model.named_modules() if path}
-    path = f"model.{selector}" if selector.isdecimal() else selector
-    if selector in SECTIONS:
-        roots = _section(model, selector, option)
-    elif path in modules:
-        roots = [path]
-    elif not (roots := [p for p, m in modules.items() if type(m).__name__ == selector]):
-        try:
-            roots = [p for p in modules if re.fullmatch(selector, p)]
-        except re.error as e:
-            raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
-    if not roots:
-        names = [*SECTIONS, *sorted({type(m).__name__ for m in modules.values()}), *modules]
-        raise UsageError(
-            f"'{option}={selector}' matches no layer.{suggest(selector, names)} Legal: a layer index such as 9, a name "
-            "such as model.9.cv2, a type such as C2f, backbone, neck, head, or a regular expression for whole names."
-        )
-    return {p for p in modules if f"{p}.".startswith(tuple(f"{root}." for root in roots))}
-
-
-def _section(model: nn.Module, name: str, option: str) -> list[str]:
-    """Return the layers of the backbone, the neck or the head, as the model's YAML parts them."""
-    yaml = manifest(model).yaml or getattr(model, "yaml", None)  # that of a pruned model holds the tripwire
-    if not yaml or "backbone" not in yaml:
-        raise UsageError(f"'{option}={name}' means nothing here: the model has no YAML. Give layer names.")
-    neck, head = len(yaml["backbone"]), len(model.model) - 1
-    return [f"model.{i}" for i in {"backbone": range(neck), "neck": range(neck, head), "head": [head]}[name]]
 
 
 def _chosen(model: nn.Module, graph: Graph, selector: str, option: str) -> set[str]:

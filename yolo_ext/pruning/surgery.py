@@ -11,12 +11,13 @@ from torch import nn
 from yolo_ext import stock
 from yolo_ext.checkpoint import note, set_tripwire
 from yolo_ext.core.errors import CheckFailed
+from yolo_ext.pruning.depgraph import cut_channels, depthwise, pruning_function, width
 from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.labels import weight_dim
 
 Slices = list[tuple[int, list[int]]]  # (dimension, kept positions) of one tensor
 TOLERANCE = 1e-9  # of the masked-equivalence gate, in float64, relative to the largest output
-ADVICE = "Nothing was written. Exclude the layers of custom modules with prune.exclude=[...]."
+ADVICE = "Exclude the layers of custom modules with prune.exclude=[...]."
 
 
 def parameter_slices(module: nn.Module, dims: dict[str, list[int]]) -> dict[str, Slices]:
@@ -40,21 +41,11 @@ def cut(tensor: torch.Tensor, slices: Slices) -> torch.Tensor:
 
 def cut_layer(m: nn.Module, dims: dict[str, list[int]]) -> None:
     """Cut a layer or norm in place to the kept positions of its `out` and `in` channels."""
-    for name, slices in parameter_slices(m, dims).items():
-        old = getattr(m, name)
-        new = nn.Parameter(cut(old, slices), requires_grad=old.requires_grad)
-        new.grad = None if old.grad is None else cut(old.grad, slices)
-        setattr(m, name, new)
-    depthwise, unit = getattr(m, "groups", 1) > 1, "features" if isinstance(m, nn.Linear) else "channels"
-    if "in" in dims and not depthwise:
-        setattr(m, f"in_{unit}", len(dims["in"]))
-    if "out" in dims and isinstance(m, nn.BatchNorm2d):
-        m.running_mean, m.running_var = (cut(t, [(0, dims["out"])]) for t in (m.running_mean, m.running_var))
-        m.num_features = len(dims["out"])
-    elif "out" in dims:
-        setattr(m, f"out_{unit}", len(dims["out"]))
-        if depthwise:
-            m.groups = m.in_channels = len(dims["out"])
+    both = depthwise(m)  # asked before anything is cut: one channel alone is depthwise no more
+    for dim, keep in dims.items():
+        if not (both and dim == "in"):
+            gone = sorted(set(range(width(m, dim))) - set(keep))
+            cut_channels(m, pruning_function(m, dim), gone)
 
 
 def apply_plan(model: nn.Module, kept: Kept) -> nn.Module:
