@@ -25,8 +25,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
 
-    method: str = option("auto", "Criterion: auto is taylor with train images, else lamp; or tp:LAMPImportance and others "
-                         "of torch-pruning, or package.module:name", only="kind=structured")  # fmt: skip
+    method: str = option("auto", "Criterion: auto is taylor with train images, else lamp; or tp:LAMPImportance and "
+                         "others of torch-pruning, or package.module:name", only="kind=structured")  # fmt: skip
     kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
                        choices=("structured", "unstructured", "2:4"))  # fmt: skip
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
