@@ -24,7 +24,7 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, manifest, save_model
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.graph import build_graph, custom_types
 from yolo_ext.pruning.prune import make_plan, prune_model
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap, verify
 from yolo_ext.stock.load import load_model
@@ -212,7 +212,7 @@ def test_modules_of_the_user_are_followed_or_reported(wire, reason, custom):
 @pytest.mark.parametrize("wire", UNFOLLOWED.values(), ids=UNFOLLOWED)
 def test_modules_that_depend_on_their_width_can_be_skipped(wire, custom):
     model, cfg = custom(wire), PruneConfig(method="random", ratio=0.2, scope="local")
-    graph = build_graph(model, custom=False)
+    graph = build_graph(model, whole=custom_types(model))
     kept = make_plan(model, graph, cfg)
     assert verify(model, apply_plan(deepcopy(model), kept), kept) <= TOLERANCE and len(kept) > 10
     assert "enters Block model.2" in {g.frozen for g in graph.groups}
@@ -256,6 +256,7 @@ def files(request, pruned, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe", ["0", "1"], ids=["default", "safe-load"])
 def test_loads_where_yolo_ext_is_not_installed(safe, files, tmp_path):
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -17,7 +17,7 @@ from ultralytics.nn.modules.transformer import AIFI
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
-from yolo_ext.pruning.graph import build_graph
+from yolo_ext.pruning.graph import build_graph, custom_types
 from yolo_ext.pruning.prune import make_plan
 from yolo_ext.pruning.surgery import TOLERANCE, apply_plan, equivalence_gap
 from yolo_ext.stock.load import load_model
@@ -256,6 +256,69 @@ TOYS = {
             "f1": (2, "", {("f1", "out"), ("f2", "in")}),
         },
     ),
+    "expanded-gate": (
+        lambda m, x: m.b((y := m.a(x)) * m.r(y.mean((2, 3), keepdim=True)).sigmoid().expand_as(y)),
+        {"a": A, "r": conv(8, 8), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("r", "in"), ("b", "in")})},
+    ),
+    "expanded-places": (
+        lambda m, x: m.b((y := m.a(x)) * m.r(y).amax((2, 3), keepdim=True).expand(-1, -1, *y.shape[2:])),
+        {"a": A, "r": conv(8, 8), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("r", "in"), ("b", "in")})},
+    ),
+    "expanded-over-channels": (
+        lambda m, x: m.b((y := m.a(x)) * m.r(y).expand(-1, 8, -1, -1)),
+        {"a": A, "r": conv(8, 1), "b": B},
+        {
+            "a": (8, "with a parameter or constant", {("a", "out"), ("r", "in"), ("b", "in")}),
+            "r": (1, "goes through 'expand' with broadcasting over channels", {("r", "out")}),
+        },
+    ),
+    "places-swapped": (
+        lambda m, x: m.b(m.a(x).permute(0, 1, 3, 2).transpose(-1, -2).swapaxes(2, 3)),
+        {"a": A, "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "channels-last": (
+        lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2)),
+        {"a": A, "b": B},
+        {"a": (8, "is reshaped by 'permute'", {("a", "out")})},
+    ),
+    "channels-swapped-with-equal-rows": (  # 8 channels, 8 rows, 8 columns: only the order tells them apart
+        lambda m, x: m.b(nn.functional.interpolate(m.a(x), (8, 8)).transpose(1, 2)),
+        {"a": A, "b": B},
+        {"a": (8, "is reshaped by 'transpose'", {("a", "out")})},
+    ),
+    "cut-along-rows": (
+        lambda m, x: m.b(torch.cat(torch.split(y := m.a(x), [16, 48], 2)[::-1], 2) + torch.cat(y.chunk(2, -1), dim=3)),
+        {"a": A, "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
+    "joined-along-rows": (
+        lambda m, x: m.b(torch.cat((m.a(x), m.r(x)), 2)),
+        {"a": A, "r": conv(3, 8), "b": B},
+        {"a": (8, "", {("a", "out"), ("r", "out"), ("b", "in")})},
+    ),
+    "joined-with-a-constant": (
+        lambda m, x: m.b(torch.cat((m.a(x), torch.zeros(len(x), 8, 1, x.shape[3])), 2)),
+        {"a": A, "b": B},
+        {"a": (8, "goes through 'cat' with a parameter or constant", {("a", "out"), ("b", "in")})},
+    ),
+    "new-places": (
+        lambda m, x: m.b((y := m.a(x)) * m.f(y.mean((2, 3)))[:, :, None, None]) + m.b(y[:, :, 0, 0][..., None, None]),
+        {"a": A, "f": nn.Linear(8, 8), "b": B},
+        {"a": (8, "", {("a", "out"), ("f", "in"), ("f", "out"), ("b", "in")})},
+    ),
+    "channels-picked": (
+        lambda m, x: m.b(m.a(x)[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
+        {"a": A, "b": B},
+        {"a": (8, "goes through '__getitem__'", {("a", "out")})},
+    ),
+    "mirrored": (
+        lambda m, x: m.b(m.a(x).flip(3).roll(2, 2)),
+        {"a": A, "b": B},
+        {"a": (8, "", {("a", "out"), ("b", "in")})},
+    ),
     "mean-over-channels": (
         lambda m, x: m.b((y := m.a(x)) * y.mean(1, keepdim=True)),
         {"a": A, "b": B},
@@ -321,6 +384,9 @@ LIFTED = "makes zero channels nonzero"
                 "then-pooled": lambda x: nn.functional.max_pool2d(x.sigmoid(), 2),
                 "then-concatenated": lambda x: torch.cat((x, x.sigmoid()), 1)[..., 1:].chunk(2, 1)[0],
                 "then-added": lambda x: x + x.sigmoid(),
+                "then-turned": lambda x: x.sigmoid().permute(0, 1, 3, 2),
+                "then-expanded": lambda x: x.mean((2, 3), keepdim=True).sigmoid().expand_as(x),
+                "joined-along-rows": lambda x: torch.cat((x, x.sigmoid()), 2),
                 "padded-with-ones": lambda x: nn.functional.pad(x, (1, 1), value=1.0),
             }.items()
         ],
@@ -364,7 +430,8 @@ def test_custom_modules_can_be_skipped():
 
     toy = Toy(lambda m, x: m.b(m.t(m.r(m.a(x)))), a=A, r=conv(8, 8), t=Custom(), b=B)
     assert {g.name: g.frozen for g in build_graph(toy).groups} == {"a": "", "r": "", "t.inner": "", "b": OUTPUT}
-    skipped = {g.name: g.frozen for g in build_graph(toy, custom=False).groups}
+    assert custom_types(toy) == [Custom]
+    skipped = {g.name: g.frozen for g in build_graph(toy, whole=[Custom]).groups}
     assert skipped == {"a": "", "r": "enters Custom t", "b": OUTPUT}
 
 

@@ -29,7 +29,7 @@ from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.plan import Job
-from yolo_ext.pruning.solve import layer_flops
+from yolo_ext.pruning.solve import group_shares, layer_flops
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.reporting.tables import align
 from yolo_ext.stock.context import recalibrate
@@ -108,15 +108,6 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     return found, found.pop("")
 
 
-def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list[float]:
-    """Return the share, 0..1, that each group of the graph has in `whole`, from the `costs` of the layers by path."""
-    return [
-        sum(costs.get(m.module, 0.0) * m.index.numel() / graph.shapes[m.module][0]
-            for m in g.members if m.dim == "out" and m.module in graph.shapes) / whole
-        for g in graph.groups
-    ]  # fmt: skip
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of `analyze_model` as aligned text."""
     lines = []
@@ -162,7 +153,7 @@ def measure_sensitivity(
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")
     images = list(probes.images()) if cfg.recalibrate else []
     found: dict[str, Any] = {
-        "metric": "top-1" if stock.task_of(model) == "classify" else "mAP50-95",
+        "metric": stock.metric(stock.task_of(model)),
         "ratios": sorted(ratios), "trained": probes.score(model), "base": _measure(deepcopy(model), probes, images),
         "groups": [], "complete": False,
         "key": {"model": fingerprint(model), **{k: v for k, v in asdict(cfg).items() if k in CHANGES}},

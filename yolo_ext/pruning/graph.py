@@ -6,7 +6,7 @@ together) and ties (groups that keep the same share). An unknown module costs so
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,8 +58,9 @@ class Graph:
 
     groups: list[Group]  # prunable and frozen
     ties: list[list[int]]  # indices into `groups`; the groups of one list keep the same share of channels
-    convs: dict[str, tuple[int, int]] = field(default_factory=dict)  # layer path -> (output positions, kernel area)
+    convs: dict[str, tuple[int, int]] = field(default_factory=dict)  # by path: output positions, kernel area
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (out, in) channels before pruning
+    norms: dict[str, int] = field(default_factory=dict)  # path of a BatchNorm -> channels before pruning
     notes: list[dict[str, Any]] = field(default_factory=list)  # what the planner says about single groups
 
     def layers(self, group: Group) -> list[str]:
@@ -68,9 +69,7 @@ class Graph:
 
     def width(self, path: str, dim: str) -> int:
         """Return the channels of a layer or norm before pruning."""
-        if path in self.shapes:
-            return self.shapes[path][dim == "in"]
-        return 1 + max(int(m.index.max()) for g in self.groups for m in g.members if (m.module, m.dim) == (path, dim))
+        return self.shapes[path][dim == "in"] if path in self.shapes else self.norms[path]
 
     def reasons(self) -> dict[str, str]:
         """Return why layers and norms keep their channels, by path."""
@@ -109,6 +108,7 @@ def _norm_rule(t: Tracer, m: nn.Module, path: str, x: torch.Tensor, out: torch.T
     else:
         reason = f"meets {path}, which also norms fixed channels"
         t.labels.out[path] = t.labels.union(t.labels.out[path], labels, reason) if path in t.labels.out else labels
+        t.positions[path] = x.numel() // (x.shape[0] * x.shape[1])
     t.put(out, labels)
 
 
@@ -152,10 +152,16 @@ def rule_of(module: nn.Module) -> Callable[..., None] | None:
 
 
 # Tracing -------------------------------------------------------------------------------------------------------------
-def _watch(t: Tracer, m: nn.Module, path: str, custom: bool) -> None:
+def custom_types(model: nn.Module) -> list[type[nn.Module]]:
+    """Return the types of modules that are not of torch or Ultralytics, outer ones first."""
+    types = dict.fromkeys(type(m) for path, m in model.named_modules() if path)
+    return [t for t in types if not t.__module__.startswith(STOCK)]
+
+
+def _watch(t: Tracer, m: nn.Module, path: str, whole: Collection[type[nn.Module]]) -> None:
     """Let the tracer know when a module runs, and apply its rule to what it returns."""
     rule, fuses = rule_of(m), isinstance(m, stock.FUSIONS)
-    followed = custom or rule is not None or fuses or type(m).__module__.startswith(STOCK) or not path
+    followed = type(m) not in whole or rule is not None or fuses or not path
     silent = rule is not None or fuses or not followed
 
     def enter(_: nn.Module, args: tuple) -> None:
@@ -194,12 +200,12 @@ def _finish(lab: Labels, touched: set[str]) -> None:
         lab.freeze([c for c in labels if c != FIXED and lab.find(c) not in used], UNFOLLOWED)
 
 
-def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
-    """Run a copy in train and eval mode on an image of side `imgsz`; `custom` follows the code of others' modules."""
+def trace(model: nn.Module, imgsz: int, whole: Collection[type[nn.Module]] = ()) -> Tracer:
+    """Run a copy in train and eval mode on an image of side `imgsz`; the code of `whole` modules is not followed."""
     model = deepcopy(model).float().cpu().requires_grad_(False)
     tracer = Tracer(model)
     for m, path in tracer.paths.items():
-        _watch(tracer, m, path, custom)
+        _watch(tracer, m, path, whole)
     for training in (True, False):
         model.train(training)
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
@@ -219,17 +225,16 @@ def trace(model: nn.Module, imgsz: int, custom: bool = True) -> Tracer:
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
-def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph:
+def build_graph(model: nn.Module, imgsz: int = 64, whole: Collection[type[nn.Module]] = ()) -> Graph:
     """Find which channels are coupled.
 
     Args:
         model: A YOLO model of any family; it is not changed.
         imgsz: Side in pixels of the square image for tracing; a multiple of the largest stride.
-        custom: Follow channels through the code of modules that are not of torch or Ultralytics; False keeps whole
-            what enters and leaves them.
+        whole: Types of modules through whose code channels are not followed: what enters and leaves them stays.
     Returns: The couplings, with a reason for every group that cannot be pruned.
     """
-    tracer = trace(model, max(imgsz, stock.probe_size(model)), custom)
+    tracer = trace(model, max(imgsz, stock.probe_size(model)), whole)
     lab = tracer.labels
     for parts in lab.ties:
         if reason := next((r for part in parts for c in part if (r := lab.reason(c))), ""):
@@ -243,7 +248,8 @@ def build_graph(model: nn.Module, imgsz: int = 64, custom: bool = True) -> Graph
             g.frozen += " (head output)"
     kernels = {p: getattr(modules[p], "kernel_size", (1, 1)) for p in tracer.positions}
     convs = {p: (n, kernels[p][0] * kernels[p][1]) for p, n in tracer.positions.items()}
-    return Graph(groups, _ties(lab, groups), convs, shapes)
+    norms = {p: len(labels) for p, labels in lab.out.items() if p not in shapes}
+    return Graph(groups, _ties(lab, groups), convs, shapes, norms)
 
 
 def _tied(reason: str) -> str:

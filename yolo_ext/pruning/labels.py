@@ -23,10 +23,14 @@ FUNCTIONS = """
     maximum minimum max_pool2d avg_pool2d interpolate adaptive_avg_pool2d adaptive_max_pool2d pad
     relu relu_ relu6 leaky_relu leaky_relu_ elu celu selu gelu silu silu_ mish hardswish hardtanh sigmoid sigmoid_
     hardsigmoid logsigmoid softplus tanh clamp clip dropout dropout2d abs neg exp sqrt square pow __pow__
-    detach clone contiguous to float half type
+    detach clone contiguous to float half type expand expand_as
 """
 POINTWISE = frozenset(FUNCTIONS.split())
-RESHAPES = frozenset(["flatten", "view", "reshape", "permute", "transpose", "unflatten", "squeeze", "unsqueeze"])
+JOINS = {"cat": 1, "concat": 1, "concatenate": 1}  # place of the argument `dim`
+CUTS = {"chunk": 2, "split": 2, "split_with_sizes": 2}
+RESHAPES = frozenset(["flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"])
+MOVES = frozenset(["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"])
+PICKS = frozenset(["__getitem__", "narrow", "select", "flip", "roll"])
 MEANS = frozenset(["mean", "sum", "amax", "amin"])
 
 
@@ -143,21 +147,23 @@ class Tracer(TorchFunctionMode):
     def _propagate(self, func: Callable, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
         """Move the labels of the tracked inputs of a function to what it returned."""
         name, x = getattr(func, "__name__", ""), tracked[0]
+        place = {**JOINS, **CUTS}.get(name)
+        along = 0 if place is None else kwargs.get("dim", args[place] if len(args) > place else 0) % x.ndim
         if name == "type_as" or name.endswith("_like") or name.startswith("new_"):
             # Only the type and shape of the (last) tensor count, so a new constant comes out.
             if name == "type_as" and (labels := self.get(args[0])) is not None:
                 self.put(out, labels, self.lifted(args[0]))
-        elif name in POINTWISE:
+        elif name in POINTWISE or along > 1:
             self.pointwise(name, tracked, (args, kwargs), out, func)
-        elif name in ("cat", "concat", "concatenate") and _dim(args, kwargs, x.ndim) == 1:
+        elif along == 1 and name in JOINS:
             parts = args[0] if args else kwargs["tensors"]
             self.put(out, [c for t in parts for c in (self.get(t) or [FIXED] * t.shape[1])], self.lifted(*parts))
-        elif name in ("chunk", "split", "split_with_sizes") and _dim(args, kwargs, x.ndim, place=2) == 1:
+        elif along == 1:
             self._cut(name, x, out)
-        elif _keeps_channels(name, x, args, kwargs, out):
+        elif len(tracked) == 1 and _keeps_channels(func, x, (args, kwargs), out):
             self.put(out, self.get(x) or [], self.lifted(x))
         else:
-            verb = "is reshaped by" if name in RESHAPES else "goes through"
+            verb = "is reshaped by" if name in RESHAPES | MOVES else "goes through"
             self.freeze(tracked, f"{verb} '{name}'{self.where()}")
 
     def pointwise(
@@ -224,27 +230,20 @@ def _replace(tree: Any, swap: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return type(tree)(_replace(v, swap) for v in tree) if type(tree) in (list, tuple) else tree
 
 
-def _dim(args: tuple, kwargs: dict, ndim: int, place: int = 1) -> int:
-    """Return the dimension that a function works on, given by name or as argument number `place`."""
-    return kwargs.get("dim", args[place] if len(args) > place else 0) % ndim
-
-
-def _keeps_channels(name: str, x: torch.Tensor, args: tuple, kwargs: dict, out: Any) -> bool:
-    """Tell whether a function works on places only: pooling before a classifier, `x[..., ::2, ::2]`."""
+def _keeps_channels(func: Callable, x: torch.Tensor, call: tuple[tuple, dict], out: Any) -> bool:
+    """Tell whether a function works on places only: pooling before a classifier, `permute(0, 1, 3, 2)`, a slice."""
+    name, (args, kwargs) = getattr(func, "__name__", ""), call
     if not isinstance(out, torch.Tensor) or x.shape[:2] != out.shape[:2]:
         return False
-    if name in RESHAPES:
-        return out.numel() == x.shape[0] * x.shape[1]
     if name in MEANS:
         dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
         dims = [dims] if isinstance(dims, int) else dims or [0]
         return all(d % x.ndim > 1 for d in dims)
-    if name == "__getitem__" and isinstance(args[1], tuple) and out.ndim == x.ndim:
-        first = 2 if args[1][0] is Ellipsis else 0  # `...` stands for batch and channels
-        index = args[1][1:] if first else args[1]
-        slices = all(isinstance(i, slice) for i in index)
-        return slices and (len(index) <= x.ndim - 2 if first else all(i == slice(None) for i in index[:2]))
-    return False
+    if name in MOVES | PICKS:  # by trying where a number for each image and channel comes out
+        numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], *[1] * (x.ndim - 2))
+        args, kwargs = _replace(call, lambda t: numbers.expand(x.shape) if t is x else t)
+        return torch.equal(func(*args, **kwargs), numbers.view(*x.shape[:2], *[1] * (out.ndim - 2)).expand(out.shape))
+    return name in RESHAPES and out.numel() == x.shape[0] * x.shape[1]
 
 
 def layer_channels(module: nn.Module) -> tuple[int, int] | None:

@@ -157,6 +157,9 @@ def _finish(
         raise UsageError(f"Nothing can be pruned within {within}. Raise them, prune.topk or prune.images.")
     reached = 1 / flops(best)
     LOGGER.info(f"{colorstr('pagcp: ')}FLOPs / {reached:.2f}, {sum(b < s for b, s in zip(best, start))} layers pruned")
+    if cfg.speedup is not None and reached > 1.01 * cfg.speedup:
+        why = "the last group shrinks in steps of this size"
+        LOGGER.warning(f"{colorstr('pagcp: ')}speedup is {reached:.4g} instead of {cfg.speedup:g}: {why}.")
     if cfg.speedup is not None and reached < 0.99 * cfg.speedup:
         more = f"total_budget={cfg.total_budget:g}, prune.budget={cfg.budget:g} or prune.topk={cfg.topk:g}"
         end = f"The budgets end at {reached:.2f} of prune.speedup={cfg.speedup:g}"

@@ -150,15 +150,14 @@ def read_sensitivity(file: str) -> dict[str, Any]:
 
 # What stays ----------------------------------------------------------------------------------------------------------
 def widths_of(graph: Graph, ties: Sequence[TiedGroups], units: Sequence[int]) -> Widths:
-    """Return the kept channels of each layer when these units stay, cheaper than `kept_of`."""
+    """Return the kept channels of each layer and norm when these units stay, cheaper than `kept_of`."""
     found: Widths = {}
     for tied, u in zip(ties, units):
         for g in tied.groups:
             gone = g.size - u * (g.size // tied.units)
             for m in g.members:
-                if m.module in graph.shapes:
-                    key = m.module, m.dim
-                    found[key] = found.get(key, graph.width(*key)) - gone * m.index.shape[1]
+                key = m.module, m.dim
+                found[key] = found.get(key, graph.width(*key)) - gone * m.index.shape[1]
     return found
 
 

@@ -1,8 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Prune a model: plan for a target, see whether the model is ready for that, cut, prove, record."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from math import floor
@@ -11,7 +10,6 @@ from typing import Any
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_ext import stock
 from yolo_ext.checkpoint import manifest, note, size_mb
 from yolo_ext.core.config import TARGETS, PruneConfig, SparsityConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
@@ -20,12 +18,13 @@ from yolo_ext.core.schedules import pruned_share
 from yolo_ext.pruning import plan
 from yolo_ext.pruning.criteria import AUTO, criteria, resolved
 from yolo_ext.pruning.evidence import NO_PROBES, Probes, collect
-from yolo_ext.pruning.graph import Graph, Kept, build_graph
+from yolo_ext.pruning.graph import Graph, Kept, build_graph, custom_types
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.pagcp import pagcp
 from yolo_ext.pruning.plan import Job, kept_of, near_zero, near_zero_share, spare_units
-from yolo_ext.pruning.solve import measure, solve, targets
-from yolo_ext.pruning.surgery import apply_plan, verify
+from yolo_ext.pruning.pruner import by_pruner
+from yolo_ext.pruning.solve import binding, kept_whole, measure, sizes, solve, targets
+from yolo_ext.pruning.surgery import ADVICE, apply_plan, verify
 
 ENOUGH = 1.005  # a step of a training run that would gain less than this is left out
 WARN, REFUSE = 0.1, 0.5  # share of the removed channels that are still in use
@@ -55,22 +54,47 @@ def prune_with_plan(
     if not (_target(cfg) or cfg.ratios or cfg.scope == "pagcp"):
         raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
     try:
-        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=True)
+        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes)
     except CheckFailed as e:
-        LOGGER.warning(f"{colorstr('prune: ')}{e} Leaving all custom modules whole.")
-        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, custom=False)
+        if not (whole := unprovable(model, cfg)):
+            raise
+        blame = f"This is up to the code of {', '.join(t.__name__ for t in whole)}: what runs through it stays whole."
+        LOGGER.warning(f"{colorstr('prune: ')}{str(e).removesuffix(ADVICE).strip()} {blame}")
+        graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, whole)
     plan.record(model, pruned, graph, kept, cfg, gap)
     return pruned, kept
 
 
 def _verified(
-    model: nn.Module, cfg: PruneConfig, imgsz: int, probes: Probes, *, custom: bool
+    model: nn.Module, cfg: PruneConfig, imgsz: int, probes: Probes, whole: Collection[type[nn.Module]] = ()
 ) -> tuple[Graph, Kept, nn.Module, float]:
     """Return graph, plan, pruned copy and its gap; blocks that compare or divide by their own width show only here."""
-    graph = build_graph(model, custom=custom)
+    graph = build_graph(model, whole=whole)
     kept = make_plan(model, graph, cfg, probes, imgsz)
     pruned = apply_plan(deepcopy(model), kept)
     return graph, kept, pruned, verify(model, pruned, kept)
+
+
+def unprovable(model: nn.Module, cfg: PruneConfig) -> list[type[nn.Module]]:
+    """Return the types of the user's modules that have to stay whole for the proof to hold, none if that is no help."""
+    trial = PruneConfig(method="random", scope="local", ratio=0.3, round_to=1, min_channels=1)
+    trial = replace(trial, include=cfg.include, exclude=cfg.exclude)
+
+    def holds(whole: Collection[type[nn.Module]]) -> bool:
+        try:
+            _verified(model, trial, 64, NO_PROBES, whole)
+        except CheckFailed:
+            return False
+        except UsageError:  # nothing is left that can be pruned
+            pass
+        return True
+
+    types = custom_types(model)
+    whole = set(types) if holds(types) else set()
+    for t in types:  # outer ones first, or an inner one that is to blame would look innocent within a whole one
+        if t in whole and holds(whole - {t}):
+            whole.remove(t)
+    return [t for t in types if t in whole]
 
 
 # Plan ----------------------------------------------------------------------------------------------------------------
@@ -81,13 +105,16 @@ def make_plan(
 
     `ready` checks that sparsity training made room for the plan.
     """
+    if cfg.pruner:
+        return by_pruner(model, graph, cfg, imgsz)
     cfg = resolved(cfg, probes.batches is not None)
     batches = probes.batches if Need.DATA in criteria[cfg.method].needs else None
     ties = tied_groups(model, graph, cfg, collect(model, cfg.method, batches()) if batches else None)
     if not ties:
-        reasons = Counter(g.frozen for g in graph.groups).most_common(3)
-        why = f"at its floor ({', '.join(f'{n} x {reason!r}' for reason, n in reasons)})"
-        raise UsageError(f"Nothing can be pruned: every group is frozen, excluded or {why}. See `yolo-ext help prune`.")
+        floors = ", ".join(binding(model, graph, cfg))
+        remedy = f"Loosen {floors}, or see" if floors else "See"
+        why = f"of the FLOPs, {kept_whole(model, graph)}"
+        raise UsageError(f"Nothing can be pruned: {why}. {remedy} `yolo-ext analyze`.")
     job = Job(model, graph, ties, cfg, probes, imgsz)
     units = _units(job)
     if ready:
@@ -111,7 +138,7 @@ def _units(job: Job) -> list[int]:
         spread = plan.by_sensitivity(free, plan.read_sensitivity(cfg.sensitivity))
     else:
         spread = plan.by_rank(free, plan.scopes[cfg.scope].fn(free, job.model))
-    return solve(name, targets[name].fn(job), lambda share: settled(spread(share)), job.ties, cfg)
+    return solve(name, targets[name].fn(job), lambda share: settled(spread(share)), job)
 
 
 def _target(cfg: PruneConfig) -> str | None:
@@ -128,8 +155,9 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
     cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
     if cfg.method == AUTO or Need.DATA in criteria[cfg.method].needs:
         cheap = replace(cheap, method="l2")
-    if not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):  # others have to be measured
-        cheap = replace(cheap, sensitivity=None, latency=None, size_mb=None, max_drop=None, ratio=0.1)
+    if cfg.pruner or not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):  # others have to be measured
+        others = dict.fromkeys(["sensitivity", *TARGETS])
+        cheap = replace(cheap, **{**others, "ratio": 0.1})  # type: ignore[arg-type]
     make_plan(model, build_graph(model), cheap, imgsz=imgsz, ready=ready)
 
 
@@ -216,16 +244,12 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
     if cfg.size_mb:
         wanted = dense["size_mb"] * (1 - now) + cfg.size_mb * now
         return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None
+    if cfg.ratio:
+        return replace(cfg, ratio=left(cfg.ratio))
     if cfg.max_drop and probes.score:
         room = cfg.max_drop - (dense["score"] - probes.score(model))
         return replace(cfg, max_drop=room) if room > 0 else None
-    return replace(cfg, ratio=left(cfg.ratio)) if cfg.ratio else cfg
-
-
-def sizes(model: nn.Module, imgsz: int = 640) -> dict[str, float]:
-    """Return `gflops` and `params` of the deployed model."""
-    params = sum(p.numel() for p in stock.deployed(model).parameters())
-    return {"gflops": stock.gflops(model, imgsz), "params": params}
+    return cfg
 
 
 def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: int = 640) -> None:

@@ -77,7 +77,7 @@ def sensitivity(
     groups.sort(key=lambda g: (-g["error"], g["name"]))
     return {
         "by": by, "images": sum(len(b) for b in images), "anchors": len(reference.rows), "base": {"map": base},
-        "groups": groups, "all": whole,
+        "metric": stock.metric(stock.task_of(net)), "groups": groups, "all": whole,
     }  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _measure(net: nn.Module, state: State, paths: list[str], reference: Any, sco
 def table(found: Mapping[str, Any], rows: int = 15) -> str:
     """Return the worst groups that `sensitivity` found, so many, as an aligned table."""
     heads = {"error": "Error", "box_mean": "Box px", "score_max": "Score", "sqnr": "Score SQNR dB",
-             "map_drop": "mAP drop", "ms": "ms saved"}  # fmt: skip
+             "map_drop": f"{found.get('metric', 'mAP')} drop", "ms": "ms saved"}  # fmt: skip
     shown = [k for k in heads if any(k in g for g in found["groups"])]
 
     def cell(group: Mapping[str, Any], key: str) -> str:

@@ -3,6 +3,7 @@
 
 import ast
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def accuracy(
         return _figures(validator, validator(model=net))
 
 
-def score(found: dict[str, float]) -> float | None:
+def score(found: Mapping[str, Any]) -> float | None:
     """Return the figure that `accuracy` is judged by: mAP50-95, or top-1 of a classifier; None where there is none."""
     return found.get("top1") if found.get("map") is None else found["map"]
 

@@ -29,9 +29,10 @@ PREFIX = "distill: "
 _known: dict[tuple[str, str, int], float] = {}  # accuracy by weights, data and size, within this process
 
 
-def remember(weights: nn.Module, data: Any, imgsz: int, accuracy: float) -> None:
+def remember(weights: nn.Module, data: Any, imgsz: int, accuracy: float | None) -> None:
     """Note an accuracy that has been measured already, so that the preflight need not do it again."""
-    _known[fingerprint(weights), str(Path(data).resolve()), imgsz] = accuracy
+    if accuracy is not None:
+        _known[fingerprint(weights), str(Path(data).resolve()), imgsz] = accuracy
 
 
 class Distill(Technique):
