@@ -45,7 +45,8 @@ def test_the_environment_gives_keys_and_the_command_line_wins(run, quick, monkey
     assert status == 0, said
     saved = YAML.load(folder / "compress.yaml")
     assert saved["prune"]["speedup"] == 1.2 and saved["prune"]["round_to"] == 2 and saved["imgsz"] == 64
-    assert "prune.speedup=1.2" in json.loads((folder / "summary.json").read_text())["comparison"]["settings"]
+    row = json.loads((folder / "summary.json").read_text())["comparison"]
+    assert "prune.speedup=1.2" in row["settings"] and row["method"] == "prune lamp" and 0 < row["ratio"] < 1
 
 
 def test_a_recipe_wins_over_the_environment(monkeypatch, tmp_path):

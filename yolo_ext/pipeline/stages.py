@@ -243,7 +243,7 @@ def _told(run: Run, checks: list[dict[str, Any]]) -> dict[str, Any]:
     wide = sum(r["before"] for r in layers)
     how = {
         "sparsity": run.sparsity and run.sparsity.method,
-        "prune": run.prune and (manifest(run.load()[0]).prune.get("method") if run.cuts else run.prune.kind),
+        "prune": run.prune and (manifest(run.load()[0]).prune.get("config", {}).get("method") or run.prune.kind),
         "distill": run.distill and run.distill.teacher,
         "quant": run.quant and run.quantized()[0],
     }
