@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.convert import convert
@@ -53,7 +54,7 @@ READ = {  # annotation of the last image, notes, its label
     "null in a polygon": ({"segmentation": [[None, *OUTLINE[1:]]]}, {"flat": 1}, ROW),
     "one of two polygons is flat": ({"segmentation": [OUTLINE, [1, 1]]}, {"flat": 1, "boxed": 1}, ROW),
     "polygon that is null": ({"segmentation": None}, {}, ROW),
-    "mask": ({"segmentation": {"counts": "abc", "size": [48, 64]}}, {}, ROW),
+    "mask": ({"segmentation": {"counts": "abc", "size": [48, 64]}}, {"mask": 1}, ROW),
     "no box, a polygon": ({"segmentation": [OUTLINE], "bbox": None}, {"boxed": 1}, ROW),
     "empty box, a polygon": ({"segmentation": [OUTLINE], "bbox": []}, {"boxed": 1}, ROW),
     "box of zeros, a polygon": ({"segmentation": [OUTLINE], "bbox": [0, 0, 0, 0]}, {"boxed": 1}, ROW),
@@ -62,7 +63,8 @@ READ = {  # annotation of the last image, notes, its label
     "swapped corners": ({"bbox": [24, 36, -16, -24]}, {"swapped": 1}, ROW),
     "box without area": ({"bbox": [8, 12, 0, 24]}, {"degenerate": 1}, ""),
     "crowd": ({"iscrowd": 1}, {"crowd": 1}, ""),
-    "keypoints": ({"keypoints": [1, 2, 2], "num_keypoints": 1}, {}, ROW),
+    "keypoints": ({"keypoints": [1, 2, 2], "num_keypoints": 1}, {"keypoints": 1}, ROW),
+    "keypoints of which none is labelled": ({"keypoints": [0, 0, 0], "num_keypoints": 0}, {}, ROW),
 }  # fmt: skip
 
 
@@ -133,6 +135,21 @@ def test_broken_image(tmp_path, change, text):
         convert(root, tmp_path / "out", format="coco")
     assert "Error(" not in str(caught.value)
     assert convert(root, tmp_path / "out", format="coco", broken="skip").boxes == {"cat": 3}
+
+
+def test_images_that_are_not_in_the_file(tmp_path):
+    root = write(tmp_path / "c")
+    (root / "images/more.jpg").write_bytes(JPEG)
+    notes = convert(root, tmp_path / "out").notes
+    assert [Path(p).name for p in notes["unannotated"]] == ["more.jpg"]
+
+
+def test_categories_of_the_same_name(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *_: said.append(str(text)))
+    root = write(tmp_path / "c", categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}])
+    assert convert(root, tmp_path / "out").boxes == {"cat": 4}
+    assert said == ["a.json: categories of the same name become one class: cat"]
 
 
 def test_no_image_is_found(tmp_path):

@@ -16,6 +16,7 @@ from yolo_ext import cli
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.data.convert import convert
+from yolo_ext.data.summary import summarise
 
 JPEG = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))[1].tobytes()
 XML = (
@@ -167,6 +168,7 @@ def test_names_of_the_yaml_with_images_that_are_named(tmp_path):
         pytest.param(("{k}.jpg",), "no label file found, looked in", id="images only"),
         pytest.param(("{k}.xml",), "No VOC images in .* Give images=FOLDER", id="annotations only"),
         pytest.param((), "holds no images", id="nothing"),
+        pytest.param(("{k}.txt",), "holds no images", id="labels only"),
     ],
 )
 def test_half_a_dataset(tmp_path, places, expected):
@@ -174,6 +176,33 @@ def test_half_a_dataset(tmp_path, places, expected):
     with pytest.raises(UsageError, match=expected):
         convert(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_annotations_that_are_known(tmp_path):
+    root = lay(tmp_path / "s", "{k}.jpg", **{"annotations.xml": "<annotations/>", "captions.json": '{"images": []}'})
+    with pytest.raises(UsageError, match=r"neither VOC, COCO nor YOLO annotations\. Give annotations=FOLDER"):
+        convert(root, tmp_path / "out")
+
+
+def test_labels_where_training_does_not_look(tmp_path):
+    """They are found by name, and may not stay where they are."""
+    root = lay(tmp_path / "s", "pictures/{k}.jpg", "texts/{k}.txt", **{"classes.txt": NAMES})
+    with pytest.raises(UsageError, match="4 labels lie where training does not look"):
+        convert(root, tmp_path / "out", format="yolo", files="list")
+    assert check_data(convert(root, tmp_path / "out").data[0])["nc"] == 2
+
+
+def test_summary_of_a_flat_folder(tmp_path):
+    found = summarise(lay(tmp_path / "s", "{k}.jpg", "{k}.txt", **{"classes.txt": NAMES}))
+    assert found["splits"]["train"]["images"] == 4 and found["classes"]["cat"]["train"] == 4
+
+
+def test_a_yaml_of_another_machine(tmp_path):
+    text = "train: /content/set/train/images\nval: /content/set/valid/images\nnames: [cat, dog]\n"
+    root = lay(tmp_path / "s", "{s}/images/{k}.jpg", "{s}/labels/{k}.txt", **{"data.yaml": text})
+    with pytest.raises(UsageError, match=r"missing path .*/content.*images=FOLDER out=NEW"):
+        convert(root, tmp_path / "out")
+    assert convert(root, tmp_path / "out", images=root).images == FOLDERS
 
 
 def record(out: Path) -> dict[str, dict[str, int]]:

@@ -124,6 +124,7 @@ def _read_stock(file: Path, content: dict[str, Any]) -> dict[str, Any]:
         if content.get("path") and not Path(content["path"]).is_absolute():
             hint += f" 'path: {content['path']}' counts from '{Path.cwd()}' where that exists; without path, all"
             hint += " count from the file."
+        hint += " `yolo-ext convert source=FOLDER images=FOLDER out=NEW` makes a dataset of what lies elsewhere."
         raise UsageError(f"{told}. {hint}") from e
     except Exception as e:
         reason = " ".join(str(e).replace("❌", "").split()) or type(e).__name__

@@ -19,7 +19,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.find import nearest, shared
 
 from yolo_ext.data.records import (  # isort: skip
-    Annotation, Item, Object, Size, Source, Store, decode, quote, unique_ids, walk_files,
+    Annotation, Item, Object, Size, Source, Store, decode, is_image, quote, unique_ids, walk_files,
 )  # fmt: skip
 from yolo_ext.stock.load import IMG_FORMATS
 
@@ -62,7 +62,9 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
             raise ValueError(known)
         return known
 
-    return Source(items, read, items.keys(), files, lists, [*names], problems=problems + same)
+    beside = {f for folder in {image.parent for image in labels} for f in folder.iterdir() if is_image(f)}
+    notes = {"unannotated": [str(f) for f in sorted(beside - labels.keys())]}
+    return Source(items, read, items.keys(), files, lists, [*names], problems=problems + same, notes=notes)
 
 
 def _classes(content: Mapping[str, Any], file: Path) -> dict[str, str]:
@@ -188,7 +190,9 @@ def _object(a: Mapping[str, Any], classes: Mapping[str, str], counts: Counter[st
     parts = a.get("segmentation")
     given = [_numbers(p, 6) for p in parts] if isinstance(parts, list) else []
     polygons = tuple(p for p in given if len(p) % 2 == 0 and _area(p) > 0)
-    counts["flat"] += len(given) - len(polygons)
+    points = isinstance(a.get("keypoints"), list) and any(a["keypoints"])
+    gone = {"flat": len(given) > len(polygons), "mask": isinstance(parts, dict), "keypoints": points}
+    counts.update(kind for kind, found in gone.items() if found)
     box = _numbers(a.get("bbox"), 4)
     if len(box) == 4 and (box[2] * box[3] or not polygons):
         x, y, w, h = box

@@ -22,6 +22,7 @@ from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_im
 from yolo_ext.data.records import (  # isort: skip
     Object, Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
 )  # fmt: skip
+from yolo_ext.stock.load import img2label_paths
 
 Size = tuple[int, int]
 Splits = dict[str, list[str]]  # ids by split
@@ -34,6 +35,8 @@ NOTES = {  # what may be changed or left out, and how it is told
     "difficult": "difficult objects skipped",
     "crowd": "crowd regions skipped",
     "flat": "empty or flat polygons dropped, the box kept",
+    "mask": "masks left out, the box kept",
+    "keypoints": "objects lose their keypoints",
     "polygon": "objects without a polygon skipped",
     "boxed": "polygons or keypoints written as boxes",
     "background": "listed images have no annotation and are kept as background",
@@ -104,6 +107,8 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     o, more = replace(o, format=kind), {"classes": o.classes} if kind == "yolo" else {}
     data = SCANS[o.format](source, images=o.images, annotations=o.annotations, **more)
     _tell(data, o.format, source)
+    if o.files == "list":
+        _check_places(data)
     listed = _listed(data, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
@@ -132,6 +137,15 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
         _record(stage / RECORD, source, summary)
     _report(summary)
     return summary
+
+
+def _check_places(data: Source) -> None:
+    """Refuse labels that training would not find, where images and labels are to stay."""
+    pairs = [(item.image, item.label) for item in data.items.values() if item.label and item.label.is_file()]
+    places = img2label_paths([str(image) for image, _ in pairs])
+    if lost := [f"'{label}'" for (_, label), place in zip(pairs, places) if label != Path(place)]:
+        told = f"{len(lost)} labels lie where training does not look, such as {lost[0]}"
+        raise UsageError(f"{told}. Give files=link, which makes a dataset of them.")
 
 
 def _left_out(data: Source, used: Collection[str], problems: Sequence[str]) -> Tally:

@@ -148,6 +148,7 @@ def scan_yolo(
     if not found:
         raise UsageError(f"'{source}' holds no images. {YOLO}")
     lists = read_lists(listed, found, found) if listed else {s: ids for s, ids in lists.items() if s}
+    lists = lists or {"train": [*found]}
     labels, files, orphans = _label_files(found, annotations, source if source.is_dir() else source.parent)
     items = {i: Item(i, image, labels[i]) for i, image in found.items()}
     extra: dict[str, Any] = {k: info[k] for k in ("kpt_shape", "flip_idx", "kpt_names") if k in info}
@@ -304,7 +305,11 @@ def format_of(source: Path) -> str:
         return "coco" if source.suffix == ".json" else "yolo"
     if any(map(is_voc, walk_files(source, {"xml"}))):
         return "voc"
-    return "coco" if any(map(is_coco, walk_files(source, {"json"}))) else "yolo"
+    if any(map(is_coco, walk_files(source, {"json"}))):
+        return "coco"
+    if not walk_files(source, {"txt", "yaml", "yml"}):
+        raise UsageError(f"'{source}' holds neither VOC, COCO nor YOLO annotations. Give annotations=FOLDER.")
+    return "yolo"
 
 
 class Format(NamedTuple):
