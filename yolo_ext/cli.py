@@ -98,6 +98,11 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
         raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
         raise UsageError(f"yolo {command}: {str(e).strip().splitlines()[0]}") from e
+    except Exception as e:  # a runtime has exceptions of its own for a file that is no YOLO
+        if not (file := str(options.get("model"))).endswith(".onnx"):
+            raise
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UsageError(f"yolo {command}: '{file}' does not work as a YOLO ({why}). Give an exported one.") from e
     return 0
 
 

@@ -106,18 +106,17 @@ def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], i
 
 def _about_onnx(model: str | Path, imgsz: int | None) -> tuple[Any, dict[Any, Any], Any, int]:
     """Return task, class names, image size and channels from the metadata of an ONNX file."""
-    from yolo_ext.deployment.runtime import metadata, session
+    from yolo_ext.deployment.detector import read_metadata
+    from yolo_ext.deployment.runtime import session
 
     opened = session(model)
-    meta = metadata(opened)
-    if not isinstance(meta.get("names"), dict):
-        raise UsageError(f"'{model}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
+    meta = read_metadata(opened, model)
     batch, channels, *size = opened.get_inputs()[0].shape
     if isinstance(batch, int) and batch != 1:
         raise UsageError(f"'{model}' is fixed to batch {batch}; labelling runs one image at a time. Export it anew.")
     if imgsz and all(isinstance(s, int) for s in size) and [imgsz, imgsz] != size:
         raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {size}. Leave imgsz out.")
-    return meta.get("task"), meta["names"], imgsz or meta.get("imgsz") or 640, channels
+    return meta["task"], meta["names"], imgsz or meta["imgsz"] or 640, channels
 
 
 def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:
@@ -232,11 +231,14 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     """Return the YOLO, whose file has to be there: Ultralytics would look for a missing one on the net."""
     from ultralytics import YOLO
 
+    from yolo_ext.deployment.runtime import describe
     from yolo_ext.stock import refuse_renamed
 
     if not Path(path).exists():
         raise UsageError(f"Model '{path}' does not exist. Give a file such as best.pt or best_int8.onnx.")
     refuse_renamed(path)
+    if Path(path).suffix == ".onnx":
+        describe(path)  # says what is no YOLO
     try:
         model = YOLO(str(path), task=native.get("task"))
     except Exception as error:  # whatever unpickling and parsing raise
