@@ -51,7 +51,7 @@ class Record:
     better: bool | None = None  # whether QAT beats PTQ
     skipped: str | None = None  # why a stage had nothing to do
     parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
-    seconds: float | None = None  # that the stage took
+    seconds: Any = None  # a number: what the stage took
 
     def write(self, path: Path) -> None:
         """Write what the stage has to say."""
