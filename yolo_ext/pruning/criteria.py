@@ -44,7 +44,7 @@ def _importance(kind: str, name: str) -> Callable[..., Any]:
     """Return the user's function by its path, or an importance, `tp:Name` or the user's own by its path, made ready."""
     path, bracket, _ = name.partition("(")
     found: Any = getattr(tp.importance, path[3:], None) if path.startswith("tp:") else imported(kind, path)
-    cls = found if inspect.isclass(found) else type(found)
+    cls: Any = found if inspect.isclass(found) else type(found)
     if not issubclass(cls, Importance) or (bracket and found is not cls):
         if path.startswith("tp:") or bracket:
             legal = f"{', '.join(LEGAL)}, or your own torch_pruning.importance.Importance as 'package.module:Class'"
