@@ -120,7 +120,8 @@ class Prune(Technique):
 
     def _probes(self, trainer: Any, model: nn.Module) -> Probes:
         """Return the ways in which pruning may look at data and clock during this run."""
-        size, info = input_size(trainer, model), {**trainer.data, "single_cls": trainer.args.single_cls}
+        size = input_size(trainer, model)
+        info = {**trainer.data, "single_cls": trainer.args.single_cls} if trainer.data else {}
         return make_probes(info, size, self.cfg, trainer.args.task, model, device=trainer.device)
 
     def start(self, trainer: Any) -> None:
