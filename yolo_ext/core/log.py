@@ -18,7 +18,7 @@ class Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
-        return COLOUR.sub("", super().format(record))
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {COLOUR.sub('', record.getMessage()).strip()}"
 
 
 class RunLog(MemoryHandler):
@@ -48,7 +48,7 @@ def log_to(folder: Path) -> None:
     """Write the log of the block around into this folder, unless it is written elsewhere already."""
     if (handler := _open()) and not handler.target:
         file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
-        file.setFormatter(Plain("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(Plain())
         handler.setTarget(file)
 
 

@@ -147,15 +147,20 @@ def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str,
     says = [f"{name[k]} {change[k]}" for k in keys if k in (*keys[2:], score) or rows[k].verdict != "same"]
     says += [f"checks failed: {', '.join(told['failed'])}"] if told.get("failed") else []
     return {
-        "settings": " ".join(f"{k}={v}" for k, v in summary["settings"].items()),
+        "settings": " ".join(f"{k}={v}" for k, v in summary["settings"].items() if v not in (None, "")),
         "method": told.get("method"), "ratio": told.get("ratio"),
-        "params": figure(after, "params"), "params_change": change.get("params"),
-        "gflops": figure(after, "gflops"), "gflops_change": change.get("gflops"),
-        "size_mb": figure(after, "size_mb"), "accuracy": figure(after, score), "accuracy_change": change.get(score),
-        "latency_ms": figure(after, f"latency_ms.{speed}"),
-        "latency_batch32_ms": figure(after, f"latency_batch32_ms.{speed}"),
+        "params": after.get("params"), "params_change": change.get("params"),
+        "gflops": _rounded(after, "gflops"), "gflops_change": change.get("gflops"),
+        "size_mb": _rounded(after, "size_mb"), "accuracy": _rounded(after, score), "accuracy_change": change.get(score),
+        "latency_ms": _rounded(after, f"latency_ms.{speed}"),
+        "latency_batch32_ms": _rounded(after, f"latency_batch32_ms.{speed}"),
         "training_s": told.get("training_s"), "conclusion": f"{'; '.join(says)}." if says else None,
     }  # fmt: skip
+
+
+def _rounded(measurement: dict[str, Any], key: str) -> float | None:
+    """Return a figure of a measurement with four decimals."""
+    return None if (value := figure(measurement, key)) is None else round(value, 4)
 
 
 def stage_rows(stages: Mapping[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
