@@ -16,9 +16,9 @@ from torch import nn
 from yolo_ext.checkpoint import manifest, note, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.groups import matches, refuse_frozen
+from yolo_ext.pruning.groups import refuse_frozen
 from yolo_ext.pruning.labels import LAYERS, layer_channels, weight_dim
-from yolo_ext.stock.model import DFL, WIDEST_BRANCH
+from yolo_ext.stock.model import DFL, WIDEST_BRANCH, matches
 
 GAIN_CHANNELS = 256  # sparse tensor cores (Ampere and later) pay off from about here, in and out
 LAYER_FLOOR = 0.01  # share of a layer that the global ranking spares: a layer without weights would never learn again
