@@ -300,3 +300,23 @@ def test_malformed_labels_are_refused(tmp_path):
     (tmp_path / "labels/train/0.txt").write_text("0 .5 .5")
     with pytest.raises(UsageError, match=r"1 malformed label files: .*labels require 5 columns, 3 columns"):
         check_data(data)
+
+
+COMMANDS = {
+    "train": "train model=tiny.pt {} batch=4 epochs=1 device=cpu workers=0 plots=False",
+    "prune": "prune model=tiny.pt {} epochs=0 prune.ratio=0.2 prune.round_to=1 prune.images=4",
+    "quantize": "quantize model=tiny.pt {} quant.mode=ptq quant.calib=4 quant.max_drop=1",
+    "val, which is Ultralytics' own": "val model=tiny.pt {} device=cpu workers=0 plots=False",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_commands_leave_images_as_they_are(place, call, command):
+    images = [*Path("shapes/images").rglob("*.jpg")]
+    for file in images:
+        file.write_bytes(file.read_bytes() + b"behind the end")
+    before = {file: file.read_bytes() for file in images}
+    status, text = call(command.format(f"data=shapes/data.yaml imgsz=64 project={place}"))
+    assert status == 0, text
+    assert {file: file.read_bytes() for file in Path("shapes/images").rglob("*.*")} == before
