@@ -44,8 +44,8 @@ class PruneConfig:
     scope: str = option(
         "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
         choices=("global", "local", "isomorphic", "pagcp"), only="kind=structured/unstructured")  # fmt: skip
-    include: list[str] = option([], "Prune only these: layer index, name, regular expression, type, backbone/neck/head")
-    exclude: list[str] = option([], "Keep these whole: layer index, name, regular expression, type, backbone/neck/head")
+    include: list[str] = option([], "Prune only these: layer index, name, type, backbone/neck/head, expression, re:")
+    exclude: list[str] = option([], "Keep these whole: layer index, name, type, backbone/neck/head, expression, re:")
     ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}",
                                       only="kind=structured")  # fmt: skip
     sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on",
@@ -155,9 +155,9 @@ class QuantConfig:
     seed: int = option(0, "Seed of the choice of calibration images", low=0)
     observer: str = option("mse", "How activation ranges are found; see `yolo-ext help quantize`")
     weight_observer: str = option("max", "How weight ranges are found; see `yolo-ext help quantize`")
-    exclude: list[str] = option([], "Regular expressions of layer paths that stay float")
+    exclude: list[str] = option([], "Layers that stay float: as for prune.exclude")
     config_list: Entries = option(
-        [], "Bits, scheme and float layers by layer: NNI-style entries (op_types, op_names, quant_bits, ...), or a file"
+        [], "Only these are quantized, and how: NNI-style entries (op_types, op_names, quant_bits, ...), or a file"
     )
     bn: bool = option(False, "PTQ: re-estimate BatchNorm of the quantized model")
     bias_correction: bool = option(False, "PTQ: take the mean error of each channel out of its bias")
