@@ -91,7 +91,9 @@ def test_widths_are_those_of_the_cut_model(yolo, name):
     found = widths_of(graph, made, units)
     assert len(found) > 50
     for (path, dim), n in found.items():
-        if getattr(cut[path], "groups", 1) == 1 or dim == "out":
+        if path in graph.norms:
+            assert n == cut[path].num_features, path
+        elif getattr(cut[path], "groups", 1) == 1 or dim == "out":
             assert n == getattr(cut[path], f"{dim}_channels"), (path, dim)
 
 

@@ -124,7 +124,7 @@ def _analytic(job: Job, which: int, goal: float) -> Target:
         return figure(units)
 
     constant = figures.keywords["other"][which] / before  # what the formula does not know; with little it is exact
-    return Target(figure, goal, settle=settle if abs(constant) * goal > Target.tolerance / 2 else None)
+    return Target(figure, goal, settle=settle if abs(constant) * goal > Target.tolerance / 10 else None)
 
 
 def group_shares(graph: Graph, costs: Mapping[str, float], whole: float) -> list[float]:
