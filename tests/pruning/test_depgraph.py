@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics import YOLO
 
 import yolo_ext
+from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pruning.depgraph import DependencyGraph, depthwise, width
 from yolo_ext.pruning.graph import Graph, Group, Member, build_graph
@@ -161,9 +162,8 @@ def test_cuts_are_exact_and_widths_follow(name, yolo):
     plan = graph.plan()
     assert len(plan) > 40 and verify(dense, model, plan) <= TOLERANCE
     assert not any(p.grad_fn for p in model.parameters())
-    for m in model.modules():
-        if hasattr(m, "c") and hasattr(m, "cv1"):
-            assert m.c * 2 == m.cv1.conv.out_channels
+    blocks = [m for m in model.modules() if isinstance(m, stock.WIDTH_ATTRIBUTES)]
+    assert blocks and all(2 * m.c == m.cv1.conv.out_channels for m in blocks)
 
 
 def test_frozen_stays_frozen_and_gradients_follow(model, yolo):
