@@ -227,6 +227,26 @@ def test_nothing_vanishes_from_voc(tmp_path, said):
     assert any("left out, each image whole" in line for line in said) and any("convert.json" in line for line in said)
 
 
+@pytest.mark.parametrize("kind", ["xml", "txt"])
+def test_which_annotation_is_meant_is_not_known(tmp_path, kind):
+    """An image that shares an annotation with another one, or has two, is left out whole, never kept as background."""
+    root = lay(tmp_path / "s", "a/{k}.jpg", "notes/a/{k}." + kind, **{"classes.txt": NAMES})
+    put(root / "b/0.jpg", JPEG)
+    put(root / "c/0.jpg", JPEG)
+    for place in ("x/{}", "y/{}") if kind == "xml" else ("x/{}", "y/{}"):
+        put(root / f"{place.format(1)}.{kind}", XML if kind == "xml" else TXT)
+    (root / f"notes/a/0.{kind}").rename(root / f"0.{kind}")
+    (root / f"notes/a/1.{kind}").unlink()
+    (root / "train.txt").write_text("a/2\na/0\nb/0\n1")
+    (root / "val.txt").write_text("3\nc/0")
+    with pytest.raises(UsageError, match=r"problems.*fits several images"):
+        convert(root, tmp_path / "out")
+    summary = convert(root, tmp_path / "out", broken="skip")
+    assert summary.images == {"train": 1, "val": 1} and "background" not in summary.notes
+    told = " ".join(record(tmp_path / "out")["broken"])
+    assert "fits several images" in told and "annotates the same image as" in told
+
+
 def test_nothing_vanishes_from_yolo(tmp_path):
     root = lay(tmp_path / "s", "images/train/{k}.jpg", "labels/train/{k}.txt", "images/val/{k}.jpg")
     put(root / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")

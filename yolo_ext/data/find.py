@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from yolo_ext.data.records import Splits, read_text, walk_files
+from yolo_ext.data.records import Splits, quote, read_text, walk_files
 from yolo_ext.stock.load import IMG_FORMATS
 
 T = TypeVar("T")
@@ -45,8 +45,14 @@ def members(files: Sequence[Path], base: Path, by_folder: bool = True) -> Member
     return found
 
 
-def match(files: Sequence[Path], images: Mapping[str, Path]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Return the annotation files of each image id, more than one where none is nearest, and those without an image."""
+def match(
+    files: Sequence[Path], images: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, str], list[Path], list[Path]]:
+    """Match annotation files and images by name, and where several have it by folder.
+
+    Returned are the file of each image id, what is wrong with ids that have several or share one, the files without an
+    image, and those whose images have nearer ones.
+    """
     by_stem: dict[str, list[tuple[str, Path]]] = {}
     for i, image in images.items():
         by_stem.setdefault(image.stem, []).append((i, image))
@@ -61,7 +67,16 @@ def match(files: Sequence[Path], images: Mapping[str, Path]) -> tuple[dict[str, 
         if len(several) > 1:
             found[i] = nearest(images[i].parent.parts, [(f, f) for f in several])
             alone += [f for f in several if f not in found[i]]
-    return found, sorted(alone)
+    wrong = {i: f"annotates the same image as {quote(same[1:])}" for i, same in found.items() if same[1:]}
+    bare = {stem: [i for i, _ in those if i not in found] for stem, those in by_stem.items()}
+    wrong |= {i: f"{f} fits several images" for f in alone for i in bare.get(f.stem, ())}
+    farther = [f for f in sorted(alone) if f.stem in by_stem and not bare[f.stem]]
+    return (
+        {i: same[0] for i, same in found.items()},
+        wrong,
+        [f for f in sorted(alone) if f.stem not in by_stem],
+        farther,
+    )
 
 
 def nearest(folders: Sequence[str], files: Sequence[tuple[T, Path]]) -> list[T]:

@@ -43,19 +43,17 @@ def scan_voc(source: Path, images: Path | None = None, annotations: Path | None 
     listed = list_files(source)
     found, lists, problems = unique_ids(members(pictures, images or source, by_folder=not listed))
     lists.pop("", None)
-    labels, alone = match(files, found)  # the path is the id: <filename> is often stale
-    items = {i: Item(i, image, labels.get(i, [None])[0]) for i, image in found.items()}  # type: ignore[list-item]
-    stems = {image.stem for image in found.values()}
-    problems += [f"{f} fits several images, or one with a nearer annotation" for f in alone if f.stem in stems]
-    items |= {f.stem: Item(f.stem, None, f) for f in alone if f.stem not in stems}
-    twice = {i: f"annotates the same image as {quote(files[1:])}" for i, files in labels.items() if files[1:]}
+    labels, wrong, alone, farther = match(files, found)  # the path is the id: <filename> is often stale
+    items = {i: Item(i, image, labels.get(i)) for i, image in found.items()}
+    items |= {f.stem: Item(f.stem, None, f) for f in alone}
+    problems += [f"{f} has no image, one of that name has a nearer annotation" for f in farther]
 
     def read(item: Item, _: Size) -> Annotation:
-        if item.id in twice:
-            raise ValueError(twice[item.id])
+        if item.id in wrong:
+            raise ValueError(wrong[item.id])
         return read_voc(item.label)
 
-    annotated = [i for i, item in items.items() if item.label]
+    annotated = [i for i, item in items.items() if item.label or i in wrong]
     lists = read_lists(listed, items, found) if listed else lists
     return Source(items, read, annotated, files, lists, problems=problems)
 
@@ -149,7 +147,8 @@ def scan_yolo(
         raise UsageError(f"'{source}' holds no images. {YOLO}")
     lists = read_lists(listed, found, found) if listed else {s: ids for s, ids in lists.items() if s}
     lists = lists or {"train": [*found]}
-    labels, files, orphans = _label_files(found, annotations, source if source.is_dir() else source.parent)
+    folder = annotations or (source if source.is_dir() else source.parent)
+    labels, wrong, files, orphans = _label_files(found, folder, bool(annotations))
     items = {i: Item(i, image, labels[i]) for i, image in found.items()}
     extra: dict[str, Any] = {k: info[k] for k in ("kpt_shape", "flip_idx", "kpt_names") if k in info}
     if info.get("channels", 3) != 3:
@@ -158,7 +157,7 @@ def scan_yolo(
     if len({*names}) < len(names):  # numbers tell them apart
         extra["names"] = dict(enumerate(names))
         names = [n if names.count(n) == 1 else f"{n} #{i}" for i, n in enumerate(names)]
-    read = partial(_read_yolo_item, names=names, shape=shape)
+    read = partial(_read_yolo_item, names=names, shape=shape, wrong=wrong)
     return Source(items, read, found.keys(), files, lists, names, extra, problems, {"orphan": orphans})
 
 
@@ -196,20 +195,24 @@ def _class_names(source: Path) -> list[str]:
 
 
 def _label_files(
-    images: Mapping[str, Path], annotations: Path | None, source: Path
-) -> tuple[dict[str, Path], list[Path], list[str]]:
-    """Return where the label of each image is or would be, those that are there, and label files without an image."""
+    images: Mapping[str, Path], folder: Path, chosen: bool
+) -> tuple[dict[str, Path], dict[str, str], list[Path], list[str]]:
+    """Return where labels are or would be, what is wrong with some, which are there, and those without an image.
+
+    Labels are where training looks, or else below a folder, and below a chosen one only there.
+    """
     labels = dict(zip(images, map(Path, img2label_paths([*map(str, images.values())]))))
     there = {f for f in labels.values() if f.is_file()}
-    folders = set() if annotations else {f.parent for f in there}
+    folders, wrong = set() if chosen else {f.parent for f in there}, dict[str, str]()
     if lost := {i: image for i, image in images.items() if labels[i].parent not in folders}:
-        texts = [f for f in walk_files(annotations or source, {"txt"}) if annotations or f not in there]
-        found, _ = match([f for f in texts if has_rows(f) or not f.stat().st_size], lost)
-        labels |= {i: files[0] for i, files in found.items()}
+        texts = [f for f in walk_files(folder, {"txt"}) if chosen or f not in there]
+        found, wrong, *_ = match([f for f in texts if has_rows(f) or not f.stat().st_size], lost)
+        labels |= found
         there = {f for f in labels.values() if f.is_file()}
     stems = {f.stem for folder in {i.parent for i in images.values()} for f in folder.glob("*.*") if is_image(f)}
     beside = {f for folder in {f.parent for f in there} for f in folder.glob("*.txt")} - there
-    return labels, sorted(there), [str(f) for f in sorted(beside) if f.stem not in stems and has_rows(f)]
+    orphans = [str(f) for f in sorted(beside) if f.stem not in stems and has_rows(f)]
+    return labels, wrong, sorted(there), orphans
 
 
 def _members(path: Path) -> Iterator[tuple[str, Path]]:
@@ -219,8 +222,12 @@ def _members(path: Path) -> Iterator[tuple[str, Path]]:
         yield file.relative_to(path if path.is_dir() else home).with_suffix("").as_posix(), file
 
 
-def _read_yolo_item(item: Item, size: Size, names: Sequence[str], shape: tuple[int, int]) -> Annotation:
+def _read_yolo_item(
+    item: Item, size: Size, names: Sequence[str], shape: tuple[int, int], wrong: Mapping[str, str]
+) -> Annotation:
     """Read a YOLO label file; a missing one means background, as in training."""
+    if item.id in wrong:
+        raise ValueError(wrong[item.id])
     if item.label is None or not item.label.is_file():
         return Annotation()
     try:
