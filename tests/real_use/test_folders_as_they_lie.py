@@ -233,8 +233,8 @@ def test_which_annotation_is_meant_is_not_known(tmp_path, kind):
     root = lay(tmp_path / "s", "a/{k}.jpg", "notes/a/{k}." + kind, **{"classes.txt": NAMES})
     put(root / "b/0.jpg", JPEG)
     put(root / "c/0.jpg", JPEG)
-    for place in ("x/{}", "y/{}") if kind == "xml" else ("x/{}", "y/{}"):
-        put(root / f"{place.format(1)}.{kind}", XML if kind == "xml" else TXT)
+    for place in ("x", "y"):
+        put(root / f"{place}/1.{kind}", XML if kind == "xml" else TXT)
     (root / f"notes/a/0.{kind}").rename(root / f"0.{kind}")
     (root / f"notes/a/1.{kind}").unlink()
     (root / "train.txt").write_text("a/2\na/0\nb/0\n1")

@@ -70,13 +70,9 @@ def match(
     wrong = {i: f"annotates the same image as {quote(same[1:])}" for i, same in found.items() if same[1:]}
     bare = {stem: [i for i, _ in those if i not in found] for stem, those in by_stem.items()}
     wrong |= {i: f"{f} fits several images" for f in alone for i in bare.get(f.stem, ())}
-    farther = [f for f in sorted(alone) if f.stem in by_stem and not bare[f.stem]]
-    return (
-        {i: same[0] for i, same in found.items()},
-        wrong,
-        [f for f in sorted(alone) if f.stem not in by_stem],
-        farther,
-    )
+    orphans = sorted(f for f in alone if f.stem not in by_stem)
+    farther = sorted(f for f in alone if f.stem in by_stem and not bare[f.stem])
+    return {i: same[0] for i, same in found.items()}, wrong, orphans, farther
 
 
 def nearest(folders: Sequence[str], files: Sequence[tuple[T, Path]]) -> list[T]:
