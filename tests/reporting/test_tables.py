@@ -144,6 +144,15 @@ def test_align_keeps_every_row_and_its_separators_in_line(rows: list) -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
+def test_latency_whose_rounds_do_not_agree_is_no_difference():
+    before, after = {"latency_ms": {"ort": 10.0}}, {"latency_ms": {"ort": 8.0, "ort_int8": 4.0, "torch": 3.0}}
+    for unsure, int8 in (([], "2.50x faster"), (["ort_int8", "torch"], "about equal")):
+        after["latency_ms"]["unsure"] = unsure
+        rows = {r.key.partition(".")[2]: r for r in comparison_rows(before, after)}
+        assert [rows[k].delta for k in ("ort", "ort_int8")] == ["1.25x faster", int8]
+        assert (rows["torch"].delta, rows["torch"].verdict) == ("-", "") and rows["ort_int8"].after == "4.00"
+
+
 @pytest.mark.parametrize("after", [97.0, 100.0, 104.0])
 def test_latency_within_the_noise_is_no_difference(after):
     assert compare(100.0, after, "latency") == ("about equal", "same")

@@ -85,7 +85,7 @@ def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None)
                 old, label = others[0][0], f"{label}, before: {others[0][1]}"
         if old is not None or new is not None:
             delta, verdict = compare(old, new, field.kind)
-            if field.key.removeprefix("latency_ms.") in unsure:
+            if old is not None and field.key.removeprefix("latency_ms.") in unsure:
                 delta, verdict = compare(new, new, field.kind)
             rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
     return rows
