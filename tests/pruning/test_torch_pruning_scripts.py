@@ -26,7 +26,7 @@ from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.depgraph import DependencyGraph
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.prune import check_plan, prune_model
-from yolo_ext.pruning.pruner import regrown
+from yolo_ext.pruning.pruner import by_pruner, regrown
 from yolo_ext.pruning.surgery import TOLERANCE, equivalence_gap, verify
 from yolo_ext.stock.load import load_model
 
@@ -340,6 +340,10 @@ def make_pruner(model, example_inputs, options):
                                      pruning_ratio=options.ratio, max_pruning_ratio=options.max_ratio)  # fmt: skip
 
 
+def make_random(model, example_inputs, options):
+    return tp.pruner.MagnitudePruner(model, example_inputs, I.RandomImportance(), pruning_ratio=options.ratio)
+
+
 def make_other(model, example_inputs, options):
     return make_pruner(deepcopy(model), example_inputs, options)
 
@@ -384,6 +388,13 @@ def test_a_pruner_meets_the_target(target, value, yolo):
 def test_pruners_that_do_not_fit_are_refused(name, message, yolo):
     with pytest.raises(UsageError, match=message):
         prune_model(yolo("yolov8n"), PruneConfig(pruner=f"{HERE}:{name}", speedup=2.0), 64)
+
+
+def test_random_pruners_follow_the_seed_and_disturb_nothing(yolo):
+    dense, state = yolo("yolov8n"), torch.get_rng_state()
+    found = [by_pruner(dense, COUPLINGS(dense), PruneConfig(pruner=f"{HERE}:make_random", ratio=0.3, seed=s), 64)
+             for s in (0, 0, 1)]  # fmt: skip
+    assert found[0] == found[1] != found[2] and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_pruner_is_tried_before_a_training(yolo):

@@ -25,6 +25,7 @@ from yolo_ext.pruning.groups import restrict
 from yolo_ext.pruning.plan import record
 from yolo_ext.pruning.solve import sizes
 from yolo_ext.pruning.surgery import ADVICE, Slices, parameter_slices, verify
+from yolo_ext.stock.context import undisturbed
 
 HIGHEST, TRIALS, NEAR, TOLERANCE = 0.95, 12, 0.005, 0.01  # of the search for the ratio that meets a target
 _LOCK = threading.Lock()
@@ -145,12 +146,13 @@ def by_pruner(model: nn.Module, graph: Graph, cfg: PruneConfig, imgsz: int = 640
 
 def _pruned_by(model: nn.Module, graph: Graph, cfg: PruneConfig, imgsz: int) -> Any:
     """Return a pruner of the user's, made for a copy of the model, after all its steps."""
-    copy, make = deepcopy(model), imported("pruner", cfg.pruner or "")
-    x = torch.rand(1, stock.input_channels(model), imgsz, imgsz, device=next(model.parameters()).device)
-    with on_yolo(graph):
-        pruner = make(copy, x, cfg)
-    if _graph(pruner).model is not copy:
-        raise UsageError(f"'prune.pruner={cfg.pruner}' made a pruner of another model. Prune the one that it is given.")
-    while pruner.current_step < pruner.iterative_steps:
-        pruner.step()
+    copy, make, device = deepcopy(model), imported("pruner", cfg.pruner or ""), next(model.parameters()).device
+    with undisturbed(device), on_yolo(graph):
+        torch.manual_seed(cfg.seed)  # for importances at random, and for the image
+        pruner = make(copy, torch.rand(1, stock.input_channels(model), imgsz, imgsz, device=device), cfg)
+        if _graph(pruner).model is not copy:
+            made = f"'prune.pruner={cfg.pruner}' made a pruner of another model"
+            raise UsageError(f"{made}. Prune the one that it is given.")
+        while pruner.current_step < pruner.iterative_steps:
+            pruner.step()
     return pruner
