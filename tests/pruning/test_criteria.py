@@ -1,6 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -12,8 +14,9 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import GroupWeights, criteria, group_weights, score
+from yolo_ext.pruning.evidence import NO_PROBES
 from yolo_ext.pruning.graph import Group, Member, build_graph
-from yolo_ext.pruning.prune import make_plan
+from yolo_ext.pruning.prune import decide, make_plan, remember_dense
 
 DATA_FREE = [row.name for row in criteria if not row.needs and row.name != "random"]
 GENERATOR = torch.Generator()
@@ -389,6 +392,14 @@ def test_user_importance_by_dotted_path(mine, yolo, name, worst):
     model = yolo("yolov8n")
     kept = make_plan(model, build_graph(model), PruneConfig(method=f"{mine}:{name}", ratio=0.5, scope="local"))
     assert kept["model.1.conv"]["out"] == sorted({*range(32)} - {*worst})
+
+
+def test_user_importance_at_an_epoch_of_a_training_run(mine, yolo):
+    model = deepcopy(yolo("yolov8n"))
+    cfg = PruneConfig(method=f"{mine}:First(sign=-1)", ratio=0.5, scope="local", steps=1, every=1)
+    remember_dense(model, cfg, NO_PROBES, 64)
+    kept, record = decide(model, cfg, 1, 1, 1, NO_PROBES, 64)
+    assert kept["model.1.conv"]["out"] == list(range(16, 32)) and record["config"]["method"] == cfg.method
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_ratios_that_round_to_one_width_give_one_point(yolo) -> None:
 
 
 @pytest.mark.slow
+def test_importances_of_torch_pruning_rank_here_too(yolo) -> None:
+    model, cfg = yolo("yolov8n"), replace(CFG, method="tp:LAMPImportance", include=["model.1"], recalibrate=0)
+    found = measure_sensitivity(model, build_graph(model), cfg, probes(), (0.5,))
+    assert [p["channels"] for p in found["groups"][0]["curve"]] == [16] and found["key"]["method"] == cfg.method
+
+
+@pytest.mark.slow
 def test_a_killed_analysis_goes_on(yolo, found, tmp_path: Path) -> None:
     model = yolo("yolov8n")
     with pytest.raises(KeyboardInterrupt):  # two scores before the first group, two for each group
