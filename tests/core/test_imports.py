@@ -103,7 +103,7 @@ def test_torch_pruning_is_touched_in_three_files_only():
         pytest.param("import yolo_ext", (*SLOW, "cv2"), id="package"),
         pytest.param("from yolo_ext import PruneConfig, UsageError", SLOW, id="options"),
         pytest.param("from yolo_ext import DetectionTrainer, attach", HEAVY, id="trainer"),
-        pytest.param("import yolo_ext.pruning.surgery, yolo_ext.checkpoint", HEAVY, id="pruning"),
+        pytest.param("import yolo_ext.pruning.surgery, yolo_ext.reporting.pages", HEAVY, id="pruning and pages"),
         pytest.param("import yolo_ext.cli", SLOW, id="cli"),
     ],
 )

@@ -91,7 +91,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["pt", "yaml"])
-def test_prune_without_data_or_training(place, tiny, tiny_yaml, kind):
+def test_prune_without_data_or_training(place, tiny, tiny_yaml, quick, kind):
     model = tiny if kind == "pt" else tiny_yaml
     words = ["prune", f"model={model}", "epochs=0", "prune.speedup=1.5", "imgsz=64", f"project={place}", "name=run"]
     assert cli.main(words) == 0

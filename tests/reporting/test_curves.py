@@ -38,7 +38,7 @@ CASES = [
     pytest.param(history(record(0, histogram=[50, *[0] * 100])), id="all-zero"),
     pytest.param(history(record(0, histogram=[0] * 101)), id="no-channels"),
     pytest.param(history(record(5, 3), record(9, 8, collapsed=["model.1.conv"])), id="collapsed"),
-    pytest.param(history(record(0, layers={f"model.{i}.conv": 0.5 for i in range(300)})), id="many-layers"),
+    pytest.param(history(record(0, layers={f"model.{i}.conv": 0.5 for i in range(130)})), id="many-layers"),
     pytest.param(history(record(0, layers={"model.0.$x_1$": 0.5, "model.1.conv": 1.0}), record(1)), id="layers-change"),
 ]
 

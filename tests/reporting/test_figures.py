@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -37,7 +35,7 @@ def layer(i: int, before: int, after: int) -> dict:
         pytest.param([layer(0, 16, 8)], id="one"),
         pytest.param([layer(0, 16, 16)], id="none pruned"),
         pytest.param([{"name": "a", "before": 4, "after": 2}], id="no reason"),
-        pytest.param([layer(i, 64, 32 if i % 3 else 64) for i in range(100)], id="hundred"),
+        pytest.param([layer(i, 64, 32 if i % 3 else 64) for i in range(50)], id="many"),
     ],
 )
 def test_channels_height_follows_the_number_of_layers(layers: list[dict], tmp_path: Path) -> None:
@@ -136,12 +134,6 @@ def test_matching_is_one_to_one(base: list, new: list) -> None:
     missed, added = figures.match_boxes(base, new)
     assert len(base) - len(missed) == len(new) - len(added)
     assert figures.match_boxes(base, base) == ([], [])
-
-
-def test_importing_plots_does_not_import_matplotlib() -> None:
-    modules = "yolo_ext.reporting.figures, yolo_ext.reporting.pages"
-    code = f"import sys, {modules}; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 A, B, C = {"median": 1.0, "map": 0.4}, {"median": 2.0, "map": 0.5}, {"median": 2.0, "map": 0.3}
