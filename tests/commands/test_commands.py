@@ -13,7 +13,7 @@ from yolo_ext.commands import COMMANDS, PLACE, keys
 from yolo_ext.commands.compress import compress, train
 from yolo_ext.commands.data import convert, data, split
 from yolo_ext.commands.label import label, predict
-from yolo_ext.commands.measure import bench, sensitivity
+from yolo_ext.commands.measure import _figures, bench, sensitivity
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.shapes import make_shapes
 
@@ -86,3 +86,16 @@ def test_commands_return_what_they_found(tmp_path, monkeypatch):
     assert found["passed"] is True and Path("run/data.json").is_file()
     done = split(Path(shapes), Path("anew"), folds=2, stratify=True)
     assert [p.name for p in done.data] == ["fold1.yaml", "fold2.yaml"]
+
+
+def test_latency_at_batch_32_has_a_place_of_its_own():
+    settings = [(t, b, m) for t in (1, 2) for b in (1, 32) for m in "ab"]
+    rows = [
+        {"model": m, "runtime": "ort", "threads": t, "batch": b, "median": 10.0 * t + b, "significant": m == "a"}
+        for t, b, m in settings
+    ]
+    found = _figures(rows, {"a": {"int8_convs": 3}, "b": {"size_mb": 2.0}})
+    assert found["a"]["latency_ms"] == {"ort_int8": 11.0, "unsure": []}  # of the first setting
+    assert found["b"]["latency_ms"] == {"ort": 11.0, "unsure": ["ort"]} and found["b"]["size_mb"] == 2.0
+    assert found["b"]["latency_batch32_ms"]["ort"] == 42.0
+    assert "latency_ms" not in _figures(rows[2:4], {"a": {}, "b": {}})["a"]

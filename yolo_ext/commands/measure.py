@@ -87,9 +87,7 @@ def bench(
                   for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
         note = f"{size} px, batch {first[1]}, threads {first[0]}"
         plot_tradeoff(points, folder / "tradeoff.png", note, _metric(about))
-    figures: dict[str, dict[str, Any]] = {f: {} for f in files}
-    for r in reversed(rows):  # the first setting wins
-        figures[r["model"]] |= _figures(r, about[r["model"]])
+    figures = _figures(rows, about)
     write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
     return found
 
@@ -215,13 +213,17 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     atomic_write(path, text.getvalue())
 
 
-def _figures(row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of `summary.json` of one model."""
-    key = {"torch": "torch", "ort": "ort_int8" if about.get("int8_convs") else "ort"}.get(row["runtime"])
-    found = {k: about.get(k) for k in ("size_mb", "map50", "map", "top1", "convs", "int8_convs")}
-    unsure = [] if row["significant"] else [key]
-    place = "latency_batch32_ms" if row["batch"] == 32 else "latency_ms"
-    return {**found, place: {key: row["median"], "unsure": unsure} if key else {}}
+def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the figures of `summary.json` by model: of the first setting, and of the first one with batch 32."""
+    figures: dict[str, dict[str, Any]] = {}
+    for row in reversed(rows):
+        known = about[row["model"]]
+        key = {"torch": "torch", "ort": "ort_int8" if known.get("int8_convs") else "ort"}.get(row["runtime"])
+        found = {k: known.get(k) for k in ("size_mb", "map50", "map", "top1", "convs", "int8_convs")}
+        place = "latency_batch32_ms" if row["batch"] == 32 else "latency_ms"
+        found[place] = {key: row["median"], "unsure": [] if row["significant"] else [key]} if key else {}
+        figures[row["model"]] = {**figures.get(row["model"], {}), **found}
+    return figures
 
 
 @command("Print every group of coupled channels: size, cost, prunable or the reason why not")
