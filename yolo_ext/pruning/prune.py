@@ -59,7 +59,7 @@ def prune_with_plan(
         if not (whole := unprovable(model, cfg)):
             raise
         blame = f"This is up to the code of {', '.join(t.__name__ for t in whole)}: what runs through it stays whole."
-        LOGGER.warning(f"{colorstr('prune: ')}{str(e).removesuffix(ADVICE).strip()} {blame}")
+        LOGGER.warning(f"{colorstr('prune: ')}{str(e).removesuffix(ADVICE).strip('. ')}. {blame}")
         graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes, whole)
     plan.record(model, pruned, graph, kept, cfg, gap)
     return pruned, kept
