@@ -163,6 +163,32 @@ def test_transformer_head(pictures, tmp_path):
     assert equal_to_ultralytics(Path(file), pictures, conf=0.1, imgsz=160)
 
 
+def channelled(channels: int, folder: Path) -> Path:
+    """Return a picture of so many channels: grey, with alpha, or one page of a TIFF for each."""
+    planes = [cv2.resize(draw_scene(np.random.default_rng(i), 64)[0], (90, 60))[..., i % 3] for i in range(channels)]
+    file = folder / f"{channels}.{'png' if channels in (1, 4) else 'tiff'}"
+    picture = planes[0] if channels == 1 else np.dstack(planes)
+    cv2.imwrite(str(file), picture) if channels in (1, 4) else cv2.imwritemulti(str(file), planes)
+    return file
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_channels_keep_their_order(channels, tmp_path):
+    """Only three channels are BGR and turned to RGB; padding is grey in all of them."""
+    torch.manual_seed(0)
+    model = tasks.DetectionModel("yolov8n.yaml", ch=channels, nc=3, verbose=False).eval()
+    with torch.no_grad():
+        for branch in model.model[-1].cv3:
+            branch[-1].bias.zero_()
+            branch[-1].weight.normal_(0, 0.5)
+        model.model[0].conv.weight *= torch.arange(1, channels + 1).view(1, -1, 1, 1) / channels
+    file = export_onnx(model, tmp_path / "m.onnx", SIZE, simplify=False)
+    picture = channelled(channels, tmp_path)
+    assert equal_to_ultralytics(file, [str(picture)], conf=0.5) > 0
+    x = Detector(file)._prepare(detector._read(picture, channels))
+    assert x.shape == (channels, SIZE, SIZE) and np.allclose(x[:, 0], 114 / 255)
+
+
 # Step by step ---------------------------------------------------------------------------------------------------------
 @given(st.integers(0, 2**31), st.integers(1, 4), st.booleans(), st.sampled_from([0.1, 0.3, 0.9]), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)

@@ -140,7 +140,8 @@ def test_load_image_names_what_it_cannot_read(tmp_path):
 @pytest.mark.parametrize(("name", "dual"), [("yolov8n", False), ("yolo26n", True)])
 def test_describe_torch(name, dual):
     found = describe(DetectionModel(f"{name}.yaml", nc=3, verbose=False))
-    assert found == {"task": "detect", "nc": 3, "end2end": found["end2end"], "dual": dual, "nms": None}
+    assert found == {"task": "detect", "nc": 3, "end2end": found["end2end"], "dual": dual, "nms": None,
+                     "stretch": False, "channels": 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("end2end", [False, True], ids=["dense", "nms-free"])

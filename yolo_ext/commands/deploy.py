@@ -91,7 +91,7 @@ def export(
     if job.quant and not _ranges(job, format) and job.precision != "int8":
         raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
     files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
-    device = str(native.get("device") or "cpu")
+    device = "cpu" if native.get("device") is None else str(native["device"])
     idle = {f"device={device} (exports run on the CPU)": device != "cpu"}
     idle["data (only INT8 is calibrated)"] = bool(data) and not (job.precision == "int8" or _ranges(job, format))
     tell_idle([key for key, there in idle.items() if there])

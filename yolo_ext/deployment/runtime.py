@@ -47,7 +47,7 @@ def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
 
 def is_final(meta: dict[str, Any]) -> bool:
     """Tell whether the rows of an output are detections, which are only thresholded, and not anchors."""
-    return bool(meta["end2end"] or meta["nms"] or meta["stretch"])
+    return bool(meta["end2end"] or meta["nms"] or meta.get("stretch"))
 
 
 def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) -> torch.Tensor:
