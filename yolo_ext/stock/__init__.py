@@ -2,7 +2,8 @@
 """Every touch of Ultralytics internals; nothing else in this package imports them.
 
 `context` is the Ultralytics that is there and what surrounds a model that runs, `model` knows blocks and heads, `load`
-reads models and data and exports, `accuracy` runs validators, and `trainer` is what trainers are extended at.
+reads models and data and exports, `fit` tells whether a model fits data, `accuracy` runs validators, and `trainer` is
+what trainers are extended at.
 """
 
 # fmt: off
