@@ -13,16 +13,13 @@ LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its im
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
-class Plain(logging.Formatter):
-    """Date, time and text, without colours."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
-        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} {COLOUR.sub('', record.getMessage()).strip()}"
-
-
 class RunLog(MemoryHandler):
     """Lines that wait for the folder of their run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record with date and time, without colours."""
+        when = logging.Formatter().formatTime(record, "%Y-%m-%d %H:%M:%S")
+        return f"{when} {COLOUR.sub('', record.getMessage()).strip()}"
 
 
 @contextmanager
@@ -41,14 +38,13 @@ def logged() -> Iterator[None]:
     finally:
         let_go()
         LOGGER.removeHandler(handler)
-        handler.close()
 
 
 def log_to(folder: Path) -> None:
     """Write the log of the block around into this folder, unless it is written elsewhere already."""
     if (handler := _open()) and not handler.target:
         file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
-        file.setFormatter(Plain())
+        file.format = handler.format  # type: ignore[method-assign]
         handler.setTarget(file)
 
 
