@@ -134,6 +134,8 @@ def test_walk_ends_at_the_flops_target(target: float, caplog: pytest.LogCaptureF
     units, rows = search([TEN] * 5, growing({}, {}, {}, {}, {}), cost, config(speedup=target))
     assert target <= 1 / cost(units) <= target * 1.06  # one unit of ten is that coarse
     assert rows[-1]["outcome"] == "was not needed for the target" and rows[-1]["trials"] == 0
+    passed = f"speedup is {1 / cost(units):.4g} instead of {target:g}: the last group shrinks in steps"
+    assert (passed in caplog.text) == (1 / cost(units) > 1.01 * target)
 
 
 def test_budgets_that_end_before_the_target_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
