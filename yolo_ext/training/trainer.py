@@ -61,7 +61,7 @@ class CompressionMixin(BEHIND):
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
         super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
-        stock.register_layers(self.args.modules)
+        stock.register_layers(getattr(self.args, "modules", None))  # which a run of yolo_ext 0.1 has not
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
     def setup_compression(self, options: dict[str, Any]) -> None:
