@@ -86,7 +86,8 @@ class Spread(I.Importance):
     """An importance of the user."""
 
     def __call__(self, group: tp.dependency.Group) -> torch.Tensor:
-        return group[0].dep.layer.weight.detach().flatten(1).std(1)[group[0].idxs]
+        spread = group[0].dep.layer.weight.detach().flatten(1).std(1)[group[0].idxs]
+        return spread / spread.mean()
 
 
 def hessian(pruner) -> None:
