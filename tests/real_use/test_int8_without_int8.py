@@ -79,10 +79,10 @@ def test_a_checkpoint_with_ranges_is_exported_strictly_without_data(place, call,
     ],
 )
 def test_quantize_counts_what_was_planned(place, call, quick, entries, counts, statuses):
-    for strict, status in zip(("False", "True"), statuses):
-        found, text = call(f"{QUANTIZE} quant.config_list={entries} quant.strict={strict} save_dir={strict}")
+    for strict, status in zip((False, True), statuses):
+        found, text = call(f"{QUANTIZE} quant.config_list={entries} quant.strict={strict} save_dir=run_{strict}")
         assert found == status, text
-    record = json.loads(Path("False/ptq/stage.json").read_text())
+    record = json.loads(Path("run_False/ptq/stage.json").read_text())
     assert (record["metrics"]["int8_convs"], record["planned"]) == counts
     assert len(record["accidents"]) == counts[1] - counts[0]
     assert ("should run as INT8 are float" in text) == (counts[0] < counts[1])

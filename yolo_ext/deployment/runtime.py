@@ -28,7 +28,7 @@ Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), 
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
 FLOAT_CONVS = {"Conv", "FusedConv", "ConvTranspose"}
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
-INTEGER_OPS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QGemm", *INTEGER_CONVS}
+INTEGER_OPS = {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QGemm", *INTEGER_CONVS}
 
 
 def load_image(path: str | Path, imgsz: Size, channels: int = 3) -> np.ndarray:
