@@ -238,6 +238,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(
     prune=st.none()

@@ -79,6 +79,7 @@ def test_same_outputs(name):
     close(predictor(load_model(FILES / name)[0])(image().numpy()), EXPECTED[name]["float"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_ultralytics_loads_them_where_this_package_is_not_there(tmp_path):
     files = [str(FILES / name) for name in CHECKPOINTS]
     env = {**os.environ, "ULTRALYTICS_SAFE_LOAD": "1"}

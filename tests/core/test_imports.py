@@ -133,6 +133,7 @@ def test_house_rules_of_a_file():
     assert not [s for s, text in texts.items() if not (text.startswith(head) and ast.get_docstring(ast.parse(text)))]
 
 
+@pytest.mark.slow
 def test_the_house_stays_small():
     """A change that breaks a limit takes something else out, or argues for a higher one."""
     texts = [path.read_text() for path in SOURCES.values()]

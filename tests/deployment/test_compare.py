@@ -66,11 +66,13 @@ def test_changed_weight_is_named_with_its_size(exported, spoil, x, tmp_path):
     assert "9216 of 9216 values of 'model.6.m.0.cv1.conv.weight' differ, by up to 50 %" in text
 
 
+@pytest.mark.slow
 def test_another_model_differs_from_the_stem_on(build, exported, x):
     found = first_difference(build("yolov8n", seed=1), exported("yolov8n")[1], x)
     assert found["node"] == "/model.0/conv/Conv"
 
 
+@pytest.mark.slow
 def test_short_batch_is_filled_up(exported, spoil, x, tmp_path):
     model, path = exported("yolov8n", batch=3)
     bad = spoil(path, tmp_path / "bad.onnx", "model.1.conv.weight", 2.0)

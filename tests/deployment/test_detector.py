@@ -122,6 +122,7 @@ def equal_to_ultralytics(file: Path, pictures: list[str], conf: float = 0.5, img
     return sum(compare(yolo.predict(p, **options)[0], d) for p, d in zip(pictures, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [*CASES, *(pytest.param(*c.values, id=c.id, marks=pytest.mark.matrix) for c in MORE)]
 )
@@ -172,6 +173,7 @@ def channelled(channels: int, folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4, 5])
 def test_channels_keep_their_order(channels, tmp_path):
     """Only three channels are BGR and turned to RGB; padding is grey in all of them."""

@@ -65,6 +65,7 @@ def test_metadata_is_ultralytics_own_once_each(model, tmp_path):
     assert set(keys) == KEYS
 
 
+@pytest.mark.slow
 def test_simplified_is_smaller_and_equal(model, tmp_path):
     plain = export_onnx(model, tmp_path / "plain.onnx", 64, simplify=False)
     small = export_onnx(model, tmp_path / "small.onnx", 64)
@@ -103,6 +104,7 @@ def test_batch_and_opset(model, tmp_path):
     assert onnx.load(path).opset_import[0].version == 13
 
 
+@pytest.mark.slow
 def test_leaves_no_trace(model, tmp_path, monkeypatch, capfd):
     weights = tmp_path / "user" / "w.pt"
     weights.parent.mkdir()

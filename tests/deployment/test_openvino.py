@@ -21,6 +21,7 @@ def test_without_openvino_its_package_is_named(exported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_openvino
 @pytest.mark.parametrize(("half", "limit"), [(False, 1e-3), (True, 1.0)], ids=["fp32", "fp16"])
 def test_openvino_gives_the_same_and_is_measured(half, limit, exported, tmp_path):

@@ -39,6 +39,7 @@ def test_module_path_of_a_node(node, path):
     assert module_path(node) == path
 
 
+@pytest.mark.slow
 def test_time_saved_by_layer(exported):
     small, large = exported("yolov8n")[1], exported("yolov8n", imgsz=192)[1]
     layers = ["model.0.conv", "model.2.cv1.conv", "model.22.cv2.0.2"]

@@ -45,6 +45,7 @@ def quantized(exported, images, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "end2end"),
     [
@@ -90,6 +91,7 @@ def test_every_nms_free_head_passes(name, exported, images):
     assert found["passed"], found["checks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "imgsz", "options", "shapes"),
     [
@@ -141,6 +143,7 @@ def test_one_weight_off_by_a_percent_is_caught(name, end2end, weight, exported, 
     assert found["first_difference"]["module"] == weight.removesuffix(".weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weight"),
     [
@@ -160,6 +163,7 @@ def test_one_value_off_by_a_percent_is_caught(name, weight, exported, images, sp
     assert found["first_difference"]["module"] == weight.rpartition(".")[0]
 
 
+@pytest.mark.slow
 def test_nan_fails(exported, images, spoil, tmp_path):
     model, path = exported("yolov8n")
     bad = spoil(path, tmp_path / "bad.onnx", "model.0.conv.weight", float("nan"))
@@ -167,6 +171,7 @@ def test_nan_fails(exported, images, spoil, tmp_path):
     assert not checks["score_max"] and not checks["matched"]
 
 
+@pytest.mark.slow
 def test_another_model_is_caught_by_its_detections(build, exported, images, tmp_path):
     other = export_onnx(build("yolov8n", seed=1), tmp_path / "m.onnx", SIZE)
     assert verify_detections(exported("yolov8n")[0], other, images, SIZE)["matched"] < 0.5
@@ -186,6 +191,7 @@ def test_the_source_model_is_untouched(exported, images):
     assert not model.model[-1].export and model.end2end is end2end
 
 
+@pytest.mark.slow
 def test_int8_runs_as_its_graph_says(exported, quantized, images):
     fp32 = exported("yolov8n")[1]
     found = verify_int8(fp32, quantized, images, SIZE)
@@ -195,6 +201,7 @@ def test_int8_runs_as_its_graph_says(exported, quantized, images):
     assert found["float"]["box_mean"] > found["simulation"]["box_mean"] > 0
 
 
+@pytest.mark.slow
 def test_int8_limits_decide(exported, quantized, images):
     model, fp32 = exported("yolov8n")
     found = verify(model, fp32, images, SIZE, int8_onnx=quantized, limits={"int8_box_mean": 1e-9})
@@ -215,6 +222,7 @@ def three(exported, images, tmp_path_factory) -> tuple[DetectionModel, Path]:
     return net, out
 
 
+@pytest.mark.slow
 def test_torch_simulation_and_int8_agree(exported, three, images):
     net, int8 = three
     before = get_state(net)
@@ -232,6 +240,7 @@ def test_torch_simulation_and_int8_agree(exported, three, images):
     assert get_state(net) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["input", "output"])
 def test_a_file_with_another_range_than_torch_is_caught(exported, three, images, site):
     net, int8 = deepcopy(three[0]), three[1]

@@ -57,6 +57,7 @@ def test_pruned_self_is_compared_on_kept_channels(build, saved):
     assert all(a.kept is not None for a in distiller.aligns.values())
 
 
+@pytest.mark.slow
 def test_other_teacher_of_a_pruned_student_gets_adapters(build, saved):
     student = prune_model(build("yolov8n.yaml"), PruneConfig(ratio=0.3))
     distiller = Distiller(student, DistillConfig(teacher=str(saved("yolov8n.yaml", 9))), CPU)

@@ -212,6 +212,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student", "teacher", "nc", "without", "strides"), PAIRS.values(), ids=PAIRS)
 def test_every_loss_that_a_pair_allows_learns_on_shared_strides(rig, batch, student, teacher, nc, without, strides):
     found = rig(student, teacher, nc, without)

@@ -32,12 +32,14 @@ def test_attach_returns_the_same_model_and_does_nothing_until_training(tiny):
     assert all((yolo.model.state_dict()[k] == v).all() for k, v in before.items())
 
 
+@pytest.mark.slow
 def test_stock_trainer_becomes_ours(fit, tiny, tmp_path):
     trainer = fit(yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE), epochs=1)
     assert type(trainer) is DetectionTrainer
     assert YAML.load(tmp_path / "run/args.yaml")["prune"]["speedup"] == 1.5
 
 
+@pytest.mark.slow
 def test_own_trainer_of_the_user_is_extended_not_replaced(fit, tiny, tmp_path):
     trainer = fit(yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE, distill={}), OwnTrainer, epochs=1)
     assert isinstance(trainer, OwnTrainer) and isinstance(trainer, CompressionMixin)
@@ -45,6 +47,7 @@ def test_own_trainer_of_the_user_is_extended_not_replaced(fit, tiny, tmp_path):
     assert "yolo_ext" in (tmp_path / "run/weights/best.pt").read_bytes().decode("latin1")
 
 
+@pytest.mark.slow
 def test_our_trainer_keeps_its_own_options(fit, tiny):
     yolo = yolo_ext.attach(YOLO(str(tiny)), prune={"speedup": 1.2})
     trainer = fit(yolo, DetectionTrainer, epochs=1, prune={"speedup": 1.5})

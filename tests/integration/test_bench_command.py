@@ -42,6 +42,7 @@ def test_bench_writes_all_it_measures(place, shapes):
     assert summary["before"]["latency_ms"]["ort"] == found["rows"][0]["median"]
 
 
+@pytest.mark.slow
 def test_size_comes_from_the_file_and_extras_can_be_left_out(place):
     assert cli.main(["bench", "models=tiny.onnx", "rounds=2", "memory=False", "save_dir=run"]) == 0
     found = json.loads((place / "run/bench.json").read_text())

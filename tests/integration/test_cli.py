@@ -90,6 +90,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pt", "yaml"])
 def test_prune_without_data_or_training(place, tiny, tiny_yaml, quick, kind):
     model = tiny if kind == "pt" else tiny_yaml

@@ -38,6 +38,7 @@ def told(log: list[str], *words: str) -> list[str]:
     return [line for line in log if all(w in line for w in words)]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_preflight(fit, tiny, wide, log):
     runs = [
         fit(tiny, yolo_ext.DetectionTrainer, name=str(on), epochs=1, distill={"teacher": str(wide), "preflight": on})
@@ -68,6 +69,7 @@ def test_a_teacher_that_is_no_better_is_doubted(tmp_path, log, monkeypatch, teac
     assert len(told(log, "Parameters", "mAP50-95")) == (not resume)
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_measured_again(fit, tiny, wide, shapes, log):
     distill.remember(load_model(tiny)[0], shapes, 64, 0.123)
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, distill={"teacher": str(wide)})
@@ -76,6 +78,7 @@ def test_what_is_known_is_not_measured_again(fit, tiny, wide, shapes, log):
     assert len(distill._known) == 2  # and the teacher's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"distill": {"teacher": "ema"}}, {"distill": {"teacher": "self"}, "quant": QUANT}],
@@ -89,6 +92,7 @@ def test_any_student_is_measured(fit, tiny, log, options):
 
 
 # Batch size --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["wide", "ema"])
 def test_the_batch_size_is_looked_for_with_the_teacher(fit, tiny, wide, log, monkeypatch, teacher):
     asked, seen = [], {}
@@ -114,6 +118,7 @@ def test_the_batch_size_is_looked_for_with_the_teacher(fit, tiny, wide, log, mon
 
 
 # Classification ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_classifiers_are_compared_by_top_1(fit, tmp_path, log):
     import cv2
     import numpy as np

@@ -215,6 +215,7 @@ def of_another_loader(state: dict[str, Any]) -> None:
     state["random"]["orders"] = [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"), [(of_other_weights, "not of this checkpoint"), (of_another_loader, "The dataloader of")]
 )

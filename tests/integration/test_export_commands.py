@@ -50,6 +50,7 @@ def _size(words: str) -> list[str]:
     return [] if "imgsz" in words else ["imgsz=64"]
 
 
+@pytest.mark.slow
 def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes, caplog):
     data = f"data={shapes}"
     assert cli.main(["export", "model=tiny.pt", "int8=True", data, "imgsz=64", "quant.calib=4", "save_dir=run"]) == 0
@@ -61,6 +62,7 @@ def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes, caplog)
     assert YOLO("tiny_int8.onnx", task="detect").predict(str(shapes.parent / "images/val"), imgsz=64, verbose=False)
 
 
+@pytest.mark.slow
 def test_planted_fault_exits_with_1_and_is_named(place, shapes, capfd):
     assert cli.main(["export", "model=tiny.pt", "imgsz=64", "save_dir=run"]) == 0
     proto = onnx.load("tiny.onnx")

@@ -40,6 +40,7 @@ def trained(tiny, tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_its_ranges_become_integer_convolutions(trained, shapes, tmp_path):
     files = export(trained, out=tmp_path / "a.onnx", imgsz=64, data=str(shapes), save_dir=str(tmp_path / "run"))
     assert [f.name for f in files] == ["a.onnx", "a_int8.onnx"]

@@ -49,6 +49,7 @@ def cut(folder: Path, stage: str = "prune") -> set[str]:
 
 
 # How far -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "figure", "value"),
     [("prune.speedup=1.5", "gflops", 1.5), ("prune.params=2", "params", 2.0), ("prune.size_mb=0.4", "size_mb", None)],
@@ -76,6 +77,7 @@ def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime
     assert set(seen) == {64}
 
 
+@pytest.mark.slow
 def test_the_share_of_channels_is_that_of_all_that_may_go(prune):
     rows = layers(prune(NO_DATA + "prune.ratio=0.25 prune.round_to=1 prune.min_channels=1"))
     free = [r for r in rows.values() if not r["reason"] and r["before"] > 3]
@@ -84,6 +86,7 @@ def test_the_share_of_channels_is_that_of_all_that_may_go(prune):
 
 
 # Which ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_one_conv_loses_80_percent_and_nothing_else_changes(prune, tiny):
     folder = prune(NO_DATA + "prune.ratios={'model.13.cv2.0.0':0.8} prune.round_to=1 prune.min_channels=1")
     assert cut(folder) == {"model.13.cv2.0.0.conv"}
@@ -99,6 +102,7 @@ def test_one_conv_loses_80_percent_and_nothing_else_changes(prune, tiny):
         assert torch.equal(old, after[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "inside"),
     [
@@ -113,6 +117,7 @@ def test_only_the_chosen_layers_lose_channels(prune, words, inside):
     assert found and all(inside(p) for p in found)
 
 
+@pytest.mark.slow
 def test_what_a_choice_is_coupled_with_is_reported(prune):
     folder = prune(NO_DATA + "prune.ratio=0.3 prune.include=model.2.m.0.cv2 prune.round_to=1 prune.min_channels=1")
     assert layers(folder)["model.2.m.0.cv2.conv"]["coupled"] == ["model.2.cv1.conv"]
@@ -121,12 +126,14 @@ def test_what_a_choice_is_coupled_with_is_reported(prune):
     assert any(r["coupled"] for r in report["layers"]) and "model.2.cv1.conv" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_local_takes_the_same_share_everywhere(prune):
     rows = layers(prune(NO_DATA + "prune.ratio=0.5 prune.scope=local prune.round_to=1 prune.min_channels=1"))
     shares = {r["after"] / r["before"] for r in rows.values() if r["before"] > 3 and not r["reason"]}
     assert shares == {0.5}
 
 
+@pytest.mark.slow
 def test_isomorphic_meets_the_target(prune):
     summary = json.loads((prune(NO_DATA + "prune.speedup=1.5 prune.scope=isomorphic") / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.01)
@@ -205,6 +212,7 @@ def test_sensitivity_goes_on_where_it_was_killed(place, prune, monkeypatch):
     assert json.loads((place / "part/sensitivity.json").read_text()) == whole
 
 
+@pytest.mark.slow
 def test_sensitivity_of_other_options_is_not_mixed_in(prune, capsys):
     folder = prune(SENSITIVITY + "prune.include=5", "a")
     before = (folder / "sensitivity.json").read_text()
@@ -396,6 +404,7 @@ def test_rtdetr_is_pruned_without_data(prune, place):
     assert type(load_model(folder / "weights/best.pt")[0]) is RTDETRDetectionModel
 
 
+@pytest.mark.slow
 def test_the_check_before_the_run_says_nothing_that_the_run_says_again(prune, caplog):
     folder = prune(NO_DATA + "prune.size_mb=0.4")
     assert "prune.round_to=8 leaves nothing nearer" not in caplog.text

@@ -39,6 +39,7 @@ def test_a_run_ends_with_the_target_and_a_best_that_is_pruned(fit, tiny):
     assert trainer.technique("distill").distiller.direct
 
 
+@pytest.mark.slow
 def test_what_was_best_before_pruning_is_forgotten(fit, tiny):
     """Fitness is made to fall, so that only forgetting lets a pruned epoch become the best one."""
     yolo, seen = YOLO(str(tiny)), []
@@ -83,6 +84,7 @@ def test_any_target(fit, tiny, target):
     assert flops(tiny) / flops(trainer.save_dir / "weights" / "best.pt") > 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["taylor", "slim"])
 def test_criteria_that_need_more_than_weights(fit, tiny, method):
     trainer = fit(
@@ -98,6 +100,7 @@ def test_every_optimizer_goes_on(fit, tiny, optimizer):
     assert flops(tiny) / flops(trainer.save_dir / "weights" / "best.pt") == pytest.approx(2.0, rel=0.03)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny):
     yolo, poisoned = YOLO(str(tiny)), []
 
@@ -114,6 +117,7 @@ def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny)
     assert [s["epoch"] for s in manifest(model).prune["steps"]] == [1]
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_frozen(fit, tiny):
     trainer = fit(
         tiny, yolo_ext.DetectionTrainer, epochs=2, freeze=2, prune={**LATER, "at": [1], "exclude": ["0", "1"]}
@@ -154,6 +158,7 @@ def test_other_tasks(fit, shapes, randomise, tmp_path, kind):
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [[], [1, 2]])
 def test_masks_hold_to_the_end(fit, tiny, at):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=3, prune={"kind": "unstructured", "ratio": 0.7, "at": at})
@@ -163,6 +168,7 @@ def test_masks_hold_to_the_end(fit, tiny, at):
     assert sparsity(trainer.model)["masked"] == pytest.approx(0.7, abs=0.002)
 
 
+@pytest.mark.slow
 def test_a_masked_model_keeps_its_masks_in_a_later_training(fit, tiny):
     first = fit(tiny, yolo_ext.DetectionTrainer, name="a", epochs=1, prune={"kind": "2:4"})
     second = fit(first.save_dir / "weights" / "best.pt", yolo_ext.DetectionTrainer, name="b", epochs=1)

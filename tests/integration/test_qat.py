@@ -97,6 +97,7 @@ def test_training_moves_float_weights_on_the_quantized_loss(fit, tiny, tmp_path)
     assert not torch.equal(base[conv], b[conv]) and not torch.equal(a[conv], b[conv])
 
 
+@pytest.mark.slow
 def test_excluded_layers_stay_float(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, quant={**QUANT, "exclude": ["model.1"]})
     found = recorded(tmp_path / "run/weights/best.pt")
@@ -125,6 +126,7 @@ def test_ranges_follow_the_data_then_stay_and_the_ema_goes_after_them(fit, watch
     assert gaps[5] < 1e-6, "validation has cut the EMA off from its ranges"
 
 
+@pytest.mark.slow
 def test_observe_epochs_0_keeps_the_calibrated_ranges(fit, watch, tmp_path):
     yolo, seen = watch
     fit(yolo, yolo_ext.DetectionTrainer, quant={**QUANT, "observe_epochs": 0})
@@ -133,6 +135,7 @@ def test_observe_epochs_0_keeps_the_calibrated_ranges(fit, watch, tmp_path):
     assert {(p, s): (v["lo"], v["hi"]) for p, r in state.items() for s, v in r.items() if "lo" in v} == seen[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "moved"), [(0.0, [False, False]), (0.5, [True, False]), (1.0, [True, True])])
 def test_statistics_of_batch_norm_stay_from_an_epoch_on(fit, tiny, share, moved):
     means = []
@@ -144,6 +147,7 @@ def test_statistics_of_batch_norm_stay_from_an_epoch_on(fit, tiny, share, moved)
 
 
 # Validation ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_start_is_reported_once_and_kept(fit, tiny, tmp_path, log):
     fit(tiny, yolo_ext.DetectionTrainer, quant=QUANT)
     assert len([line for line in log if "PTQ start: mAP50-95 0." in line and "(float 0." in line]) == 1
@@ -160,6 +164,7 @@ def test_training_is_the_same_with_and_without_the_report(fit, tiny, monkeypatch
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_every_validation_is_of_the_quantized_model(fit, tiny, monkeypatch):
     """The one of each epoch, by which best.pt is chosen, and the last one of best.pt."""
     from ultralytics.models.yolo.detect import DetectionValidator
@@ -200,6 +205,7 @@ def test_another_profile_calibrates_anew(fit, tiny, tmp_path):
     assert recorded(tmp_path / "second/weights/best.pt")["profile"] == "ort-x86-vnni"
 
 
+@pytest.mark.slow
 def test_pruning_comes_before_calibration(fit, tiny, tmp_path, monkeypatch):
     """Ranges must belong to the pruned model with re-estimated BatchNorm, which is what training starts from."""
     from yolo_ext.quantization import qat
@@ -261,6 +267,7 @@ def test_labels_that_weigh_something_are_refused(fit, tiny):
         fit(tiny, yolo_ext.DetectionTrainer, distill={"teacher": "self"}, quant={**QUANT, "supervision": "features"})
 
 
+@pytest.mark.slow
 def test_float_self_and_labels_teach_together(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, distill={"teacher": "self"}, quant=QUANT)
     assert {"box_loss", "kd_feat_loss", "kd_cls_loss"} <= set(trainer.tloss)
@@ -283,6 +290,7 @@ def test_killed_qat_resumes_exactly(check, tiny, options):  # noqa: F811
     check(tiny, quant={**QUANT, **options})
 
 
+@pytest.mark.slow
 def test_recovery_from_nan_takes_ranges_from_the_checkpoint(fit, tiny):
     yolo = YOLO(str(tiny))
 
@@ -332,6 +340,7 @@ def assert_parity(weights: Path, file: Path) -> None:
         assert (got - quantized)[:, part].abs().mean() < 0.2 * error + floor  # codes that rounding flips
 
 
+@pytest.mark.slow
 def test_pruned_student_goes_through_qat_to_int8(fit, tiny, tmp_path, int8):
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, prune={"speedup": 1.5, **FEW}, quant=QUANT)
     best = tmp_path / "run/weights/best.pt"

@@ -32,6 +32,7 @@ def losing(monkeypatch, loss):
 
 
 # Sensitivity ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["layer", "block"])
 def test_sensitivity_ranks_layers_with_errors_and_times(run, by):
     status, folder, _ = run(f"{SENSITIVITY} by={by}")
@@ -116,6 +117,7 @@ def test_a_config_list_leaves_the_same_layers_float(run, quick, place):
     assert "config_list" in quant["float"]["model.2.cv1.conv"]
 
 
+@pytest.mark.slow
 def test_strict_fails_when_map_collapses(run, quick, monkeypatch):
     losing(monkeypatch, lambda layers: 0.2)
     status, folder, err = run(f"{QUANTIZE} quant.max_drop=0.01 quant.mixed=False quant.strict=True")

@@ -109,6 +109,7 @@ def test_resume_finishes_with_the_same_widths(stopped, wide, tiny, what, way):
     assert not list(last.parent.glob(SIDECAR.format("*")))
 
 
+@pytest.mark.slow
 def test_adapters_come_back(stopped, wide):
     last = stopped(distill={"teacher": str(wide)})
     saved = torch.load(last.with_name(SIDECAR.format(1)), weights_only=True)["adapters"]
@@ -149,6 +150,7 @@ def test_stock_resume_of_our_run_fails_loudly(stopped):
         YOLO(str(last)).train(resume=True)
 
 
+@pytest.mark.slow
 def test_nan_recovery_with_all_techniques(fit, tiny):
     """A NaN in epoch 2 makes Ultralytics load last.pt into the running model."""
     yolo, done = YOLO(str(tiny)), []

@@ -26,6 +26,7 @@ def zeros(model: nn.Module) -> dict[str, int]:
     return {n: int((w == 0).sum()) for n, w in norms.items()}
 
 
+@pytest.mark.slow
 def test_zeros_are_exact_in_every_file(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=2, sparsity=PULL)
     live = zeros(trainer.model)
@@ -52,6 +53,7 @@ def test_it_can_be_watched(fit, tiny):
     assert len(list(trainer.save_dir.glob("*.png"))) > 2
 
 
+@pytest.mark.slow
 def test_head_outputs_and_what_cannot_be_pruned_are_left_alone(fit, tiny):
     plain = fit(tiny, yolo_ext.DetectionTrainer, name="a", epochs=1, lr0=0.0, warmup_bias_lr=0.0)
     pulled = fit(tiny, yolo_ext.DetectionTrainer, name="b", epochs=1, lr0=0.0, warmup_bias_lr=0.0, sparsity=PULL)
@@ -74,6 +76,7 @@ def test_batch_and_accumulation_do_not_change_the_pull(fit, tiny, adaptive):
         assert apart.median() < 0.02 if adaptive else apart.max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["slim", "group_slim"])
 def test_gradient_mode(fit, tiny, method):
     options = {"method": method, "mode": "gradient", "coefficient": 0.5, "warmup": 0}
@@ -93,6 +96,7 @@ def test_every_penalty_with_every_optimizer(fit, tiny, method, optimizer):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_weight_decay_is_off_where_the_penalty_pulls(fit, tiny):
     trainer = fit(tiny, yolo_ext.DetectionTrainer, epochs=1, sparsity={"method": "group_sl"}, weight_decay=0.05)
     decays = {n: g["weight_decay"] for g in trainer.optimizer.param_groups

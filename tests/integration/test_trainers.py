@@ -86,6 +86,7 @@ def test_three_ways_in_give_the_same_weights_and_losses(fit, tiny, wide, shapes,
     assert (tmp_path / "cli" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"prune": PruneConfig(speedup=1.5), "distill": DistillConfig()}, {"distill": True}]
 )
@@ -99,6 +100,7 @@ def test_options_may_be_dataclasses_and_end_as_plain_dicts_in_args_yaml(fit, tin
     assert vars(trainer.args)["distill"] == saved["distill"]
 
 
+@pytest.mark.slow
 def test_without_options_the_trainer_equals_the_stock_one(fit, tiny, tmp_path):
     fit(tiny, None, "stock")
     fit(tiny, yolo_ext.DetectionTrainer, "ours")
@@ -107,6 +109,7 @@ def test_without_options_the_trainer_equals_the_stock_one(fit, tiny, tmp_path):
 
 
 # Pruned models -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_pruned_checkpoint_keeps_its_widths_without_options(fit, pruned, tiny, tmp_path):
     assert widths(pruned) != widths(tiny)
     fit(pruned, yolo_ext.DetectionTrainer, epochs=1)
@@ -114,6 +117,7 @@ def test_pruned_checkpoint_keeps_its_widths_without_options(fit, pruned, tiny, t
     assert load_model(tmp_path / "run/weights/best.pt")[1][MANIFEST]["prune"]["config"]["speedup"] == 1.5
 
 
+@pytest.mark.slow
 def test_pruned_checkpoint_can_be_pruned_again(fit, pruned, tmp_path):
     fit(pruned, yolo_ext.DetectionTrainer, epochs=1, prune={"ratio": 0.2})
     again = widths(tmp_path / "run/weights/best.pt")
@@ -131,6 +135,7 @@ def test_pruned_checkpoint_predicts_and_validates_with_stock_code(pruned, shapes
     yolo.val(data=str(shapes), imgsz=64, device="cpu", plots=False, verbose=False, save_dir=str(tmp_path), workers=0)
 
 
+@pytest.mark.slow
 def test_recalibration_happens_before_training_and_can_be_switched_off(fit, tiny):
     seen = {}
     for count in (0, 8):
@@ -147,6 +152,7 @@ def test_recalibration_happens_before_training_and_can_be_switched_off(fit, tiny
     assert all(torch.equal(a, b) for a, b in zip(seen[8][:half], seen[8][half:])), "EMA has other statistics"
 
 
+@pytest.mark.slow
 def test_imgsz_off_the_stride_grid_is_rounded_as_ultralytics_does(fit, tiny, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, imgsz=70, prune=PRUNE, quant={"mode": "qat", "calib": 4})
     assert YAML.load(tmp_path / "run/args.yaml")["imgsz"] == 70
@@ -165,6 +171,7 @@ def test_kd_losses_are_logged_and_plotted(fit, tiny, tmp_path):
     assert (tmp_path / "run/results.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "MuSGD", "auto"])
 def test_adapters_learn_with_every_optimizer(fit, tiny, wide, optimizer):
     seen = []
@@ -183,6 +190,7 @@ def test_adapters_learn_with_every_optimizer(fit, tiny, wide, optimizer):
     assert not own & {id(p) for p in (*trainer.model.parameters(), *trainer.ema.ema.parameters())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "columns"),
     [({"logits": None}, KD[2:]), ({"features": None}, KD[:2])],
@@ -245,6 +253,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch)
     assert [p.name for p in file.parent.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.slow
 def test_all_checkpoints_of_a_run_are_written_atomically(fit, tiny, tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr("yolo_ext.training.trainer.atomic_write", lambda p, d: (names.append(p.name), p.write_bytes(d)))
@@ -253,6 +262,7 @@ def test_all_checkpoints_of_a_run_are_written_atomically(fit, tiny, tmp_path, mo
 
 
 # The user's own code -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["trainer", "attach"])
 def test_user_callbacks_fire(fit, tiny, way):
     fired = []
@@ -269,6 +279,7 @@ def test_user_callbacks_fire(fit, tiny, way):
     assert set(events) == set(fired)
 
 
+@pytest.mark.slow
 def test_user_callback_sees_the_task_criterion_through_ours(fit, tiny):
     seen = []
     yolo = YOLO(str(tiny))

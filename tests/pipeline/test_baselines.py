@@ -50,6 +50,7 @@ def test_flops_meet_the_target(yolo, name, speedup, tolerance):
     model.train()(torch.rand(2, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_depth_and_cap_are_kept_and_widths_are_multiples_of_8(yolo):
     dense = yolo("yolov8n")
     yaml = smaller_yaml(dense, gflops(dense) / 2, 64)
@@ -61,6 +62,7 @@ def test_depth_and_cap_are_kept_and_widths_are_multiples_of_8(yolo):
     assert {m.conv.out_channels % 8 for m in blocks} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("share", "narrowest"),
     [pytest.param(0.0, True, id="none is small enough"), pytest.param(2.0, False, id="all are smaller")],
@@ -71,6 +73,7 @@ def test_target_out_of_reach_gives_the_end_of_the_range(yolo, share, narrowest):
     assert width == (8 / 1024 if narrowest else 0.25)
 
 
+@pytest.mark.slow
 def test_yaml_file_builds_the_same_model(yolo, tmp_path):
     dense = yolo("yolov8n")
     YAML.save(tmp_path / "yolov8n-narrow.yaml", smaller_yaml(dense, gflops(dense) / 3, 64))
@@ -79,6 +82,7 @@ def test_yaml_file_builds_the_same_model(yolo, tmp_path):
     assert [tuple(p.shape) for p in built.parameters()] == shapes
 
 
+@pytest.mark.slow
 def test_pruned_model_is_compared_by_its_first_yaml(yolo):
     dense = yolo("yolov8n")
     pruned = deepcopy(dense)
@@ -86,6 +90,7 @@ def test_pruned_model_is_compared_by_its_first_yaml(yolo):
     assert smaller_yaml(pruned, 0.02, 64) == smaller_yaml(dense, 0.02, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

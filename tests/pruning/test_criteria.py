@@ -394,6 +394,7 @@ def test_user_importance_by_dotted_path(mine, yolo, name, worst):
     assert kept["model.1.conv"]["out"] == sorted({*range(32)} - {*worst})
 
 
+@pytest.mark.slow
 def test_user_importance_at_an_epoch_of_a_training_run(mine, yolo):
     model = deepcopy(yolo("yolov8n"))
     cfg = PruneConfig(method=f"{mine}:First(sign=-1)", ratio=0.5, scope="local", steps=1, every=1)

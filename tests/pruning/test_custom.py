@@ -183,6 +183,7 @@ def test_only_the_module_that_fails_the_proof_stays_whole(built, caplog):
     assert "written" not in caplog.text and "prune.exclude" not in caplog.text
 
 
+@pytest.mark.slow
 def test_of_nested_modules_the_inner_one_stays_whole(built, caplog):
     small = prune_model(built(Outer), LOCAL)
     assert set(reasons(small).values()) == {"enters Scaled model.2.scaled"}

@@ -37,6 +37,7 @@ def run_of(model: nn.Module, optimizer) -> SimpleNamespace:
     return SimpleNamespace(model=live, ema=ema, optimizer=made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_follow_their_channels(name, yolo):
     """A marked channel keeps its moments; the state of what is left is that of before, by index."""
@@ -75,6 +76,7 @@ def test_moments_follow_their_channels(name, yolo):
     assert sum(moved) > 100
 
 
+@pytest.mark.slow
 def test_ema_and_live_model_lose_the_same_channels(yolo):
     run = run_of(yolo("yolo11n"), OPTIMIZERS["SGD"])
     run.model.model[0].conv.weight.requires_grad_(False)
@@ -90,6 +92,7 @@ def test_ema_and_live_model_lose_the_same_channels(yolo):
     assert manifest(run.model).prune == manifest(run.ema.ema).prune != {}
 
 
+@pytest.mark.slow
 def test_channels_last_stays(yolo):
     run = run_of(yolo("yolov8n"), OPTIMIZERS["SGD"])
     run.model.to(memory_format=torch.channels_last)
@@ -155,6 +158,7 @@ def test_a_budget_counts_from_the_first_model(score, room):
     assert found is None if room is None else found.max_drop == pytest.approx(room)
 
 
+@pytest.mark.slow
 def test_a_step_that_gains_nothing_is_left_out(yolo):
     model = deepcopy(yolo("yolov8n"))
     cfg = PruneConfig(speedup=2.0, at=[1, 2])

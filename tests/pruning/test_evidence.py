@@ -157,6 +157,7 @@ def costs(yolo, request) -> tuple[nn.Module, Group, range, list[float]]:
     return model, group, some, [abs(loss - base) for loss in removed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DATA_DRIVEN)
 def test_scores_tell_what_a_channel_costs(costs, method):
     model, group, some, cost = costs
@@ -240,6 +241,7 @@ TASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task", "losses"), TASKS)
 def test_every_task(name, task, losses):
     torch.manual_seed(0)

@@ -51,6 +51,7 @@ def dense_gflops(yolo):
     return cache(lambda name: stock.gflops(yolo(name), 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_target_and_gate(name, dense_gflops, pruned):
     model = pruned(name)
@@ -93,6 +94,7 @@ def test_export_path_of_cut_blocks(name, pruned):
     assert checked == len(blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_a_wrong_index_fails_the_gate(name, yolo, pruned):
     """Negative control: a single wrong input channel of a single layer must show, far above the tolerance."""
@@ -107,6 +109,7 @@ def test_a_wrong_index_fails_the_gate(name, yolo, pruned):
         assert equivalence_gap(dense, apply_plan(deepcopy(dense), wrong), kept) > 1e4 * TOLERANCE, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [OTHER_TASKS[0], *(pytest.param(t, marks=pytest.mark.matrix) for t in OTHER_TASKS[1:])]
 )

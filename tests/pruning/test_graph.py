@@ -559,6 +559,7 @@ KINDS = (*SAME_WIDTH, "conv", "concat", "halves", "up", "sigmoid", "shift")
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(
     steps=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([4, 6, 8])), min_size=1, max_size=5),

@@ -69,6 +69,7 @@ def test_floors_and_rounding_hold_in_every_group(traced, options):
             assert all(k >= g.size * (1 - cfg.max_ratio) - 1e-6 for k, g in zip(kept, b.groups))
 
 
+@pytest.mark.slow
 def test_floors_count_from_the_first_width(yolo):
     """A floor of 50 % that is used up in one step leaves nothing for the next one."""
     model = deepcopy(yolo("yolo11n"))  # its attention couples groups of different sizes

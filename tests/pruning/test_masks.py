@@ -113,6 +113,7 @@ def test_gradual_pruning_only_adds_zeros(yolo, kind):
     assert same(zeros(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", KINDS)
 def test_masks_survive_files(yolo, tmp_path, cfg):
     model = masked(yolo("yolov8n"), cfg)
@@ -125,6 +126,7 @@ def test_masks_survive_files(yolo, tmp_path, cfg):
     assert sparsity(loaded)["masked"] == pytest.approx(sparsity(model)["masked"], abs=1e-5)  # fp16 may round to 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -102,6 +102,7 @@ def pruned(name: str, method: str) -> nn.Module:
     return prune_model(dense(name), PruneConfig(method=method, ratio=0.2, force=True))  # not sparse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     marked(

@@ -50,6 +50,7 @@ def found(yolo):
     return measure_sensitivity(model, build_graph(model), CFG, probes(), (0.75, 0.25))
 
 
+@pytest.mark.slow
 def test_curves(yolo, found) -> None:
     assert found["complete"] and found["metric"] == "mAP50-95" and found["ratios"] == [0.25, 0.75]
     names = [g["name"] for g in found["groups"]]

@@ -58,6 +58,7 @@ def flops(model: nn.Module) -> float:
 
 
 # What a plan keeps ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @EXAMPLES
 @given(
     method=st.sampled_from(["l1", "l2", "lamp", "random"]),
@@ -185,6 +186,7 @@ def made_of(yolo):
 FAST = {"yolov8n", "yolo12n", "yolo26n", "yolov8n-seg", "yolov8n-cls"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.matrix) for n in MODELS])
 def test_figures_are_those_of_the_cut_model(made_of, name):
     """FLOPs as Ultralytics counts them, attention and transposed convs included, without building the model."""

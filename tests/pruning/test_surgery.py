@@ -48,6 +48,7 @@ def test_replay_of_the_stored_plan_is_bit_equal(dense, pruned):
     assert all(torch.equal(v, again[k]) for k, v in pruned.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_left_alone(dense):
     before, yaml = {k: v.clone() for k, v in dense.state_dict().items()}, deepcopy(dense.yaml)
     prune_model(dense, CFG)
@@ -115,6 +116,7 @@ def test_a_layer_keeps_these_positions_and_all_else(case, learns):
 
 
 # Gate ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -202,6 +204,7 @@ def test_layer_report_of_a_stock_model_is_empty(dense):
     assert layer_report(deepcopy(dense)) == []
 
 
+@pytest.mark.slow
 def test_half_precision_models_stay_half():
     model = DetectionModel("yolov8n.yaml", nc=3, verbose=False).half().eval()
     assert {p.dtype for p in prune_model(model, CFG).parameters()} == {torch.float16}

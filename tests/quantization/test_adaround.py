@@ -72,6 +72,7 @@ def codes(net: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_every_block_has_less_error(learned):
     """With 4-bit weights learned rounding takes at least 30 % of the error of each block, and half of it on average."""
     _, _, errors = learned

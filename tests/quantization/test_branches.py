@@ -137,6 +137,7 @@ def test_nothing_to_merge_changes_nothing(build, images):
     assert merge_branches(net, [images]) == [] and not manifest(net).merged and not is_pruned(net)
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_with_plain_ultralytics_and_is_guarded(build, images, tmp_path: Path):
     net = build("yolov9t.yaml")
     merge_branches(net, [images])

@@ -76,6 +76,7 @@ def test_every_site_of_every_profile_gets_a_range(build, images, profile):
     assert len(sites) == len(list(quantizers(net)))
 
 
+@pytest.mark.slow
 def test_better_calibration_means_less_error(build, images):
     def error(observer: str) -> float:
         net = build("yolov8n.yaml")

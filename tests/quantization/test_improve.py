@@ -208,6 +208,7 @@ def test_a_fused_model_has_nothing_to_reestimate():
         reestimate_bn(quantized(fuse(chain_float())), batches())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("improve", [reestimate_bn, correct_bias])
 def test_a_whole_model_gets_better(build, images, improve):
     """With 4-bit weights at least a tenth of the error of the outputs goes."""

@@ -72,6 +72,7 @@ def trained(exported, images):
     return net, checkpoint(net, images), fp32
 
 
+@pytest.mark.slow
 def test_the_stock_model_is_loaded_without_modelopt(trained, tmp_path):
     net, ckpt, _ = trained
     torch.save(ckpt, tmp_path / "qat.pt")
@@ -99,6 +100,7 @@ def test_ranges_and_float_layers_are_those_of_the_checkpoint(trained):
         assert torch.tensor(sites["weight"]["ratio"]) * largest == pytest.approx(amax["weight"].flatten(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_runs_what_was_imported(trained, images, tmp_path, name):
     net, ckpt, fp32 = trained

@@ -89,6 +89,7 @@ def test_runtime_runs_what_was_simulated(exported, images, tmp_path, yaml, name)
     assert 0 < np.abs(simulated - full)[:, 4:].max() < 0.2
 
 
+@pytest.mark.slow
 def test_first_layers_have_the_same_codes(exported, images, tmp_path):
     profile = dataclasses.replace(PROFILES["ort-x86-vnni"], float_stem=False)
     pt, fp32 = exported("yolov8n.yaml")
@@ -153,6 +154,7 @@ def test_rewrites_without_ranges_change_no_number(exported, images, tmp_path, ya
         assert softmax.attribute[0].i == axis  # the last one costs OpenVINO 2 % of the time of YOLOv8n
 
 
+@pytest.mark.slow
 def test_the_state_of_an_unfused_end_to_end_model_find_their_branch(exported, images, tmp_path):
     pt, fp32 = exported("yolo26n.yaml")
     net = YOLO(pt).model.float().eval()

@@ -92,6 +92,7 @@ def test_storage_and_biases_are_those_of_the_profile(written, name):
     assert largest == {2 ** (profile.weight_bits - 1) - 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml"])
 def test_full_profile_leaves_nothing_between_its_convolutions_in_float(written, yaml):
     _, state, out, report = written(yaml, "ort-x86-full")

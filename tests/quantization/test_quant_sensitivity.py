@@ -38,6 +38,7 @@ def found(build, images):
     return result, net, state
 
 
+@pytest.mark.slow
 def test_the_coarse_layer_is_the_worst(found):
     result, _, state = found
     assert result["groups"][0]["name"] == "model.15.cv1.conv"

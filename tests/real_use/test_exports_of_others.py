@@ -51,6 +51,7 @@ def test_integer_convolutions_of_other_quantizers_count(place, kind):
     assert describe(file)["precision"] == "int8"
 
 
+@pytest.mark.slow
 def test_bench_heads_their_row_int8(place, call):
     file = quantized("dynamic")
     status, text = call(f"bench models=tiny.onnx,{file} rounds=3 memory=False save_dir=run")

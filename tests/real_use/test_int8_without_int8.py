@@ -38,6 +38,7 @@ def test_the_usual_list_of_nni_gives_integer_convolutions(place, call):
     assert "30 of 36 convolutions run as INT8 in ONNX Runtime; float: 4 head output, 1 image input, 1 DFL" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entries", "count", "why"),
     [
@@ -53,6 +54,7 @@ def test_convolutions_that_a_list_keeps_float_are_counted(place, call, entries, 
     assert status == 1 and count in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["openvino", "tensorrt"])
 def test_a_file_for_another_runtime_is_not_proven(place, call, profile):
     words = EXPORT.replace("ort-x86", profile)
@@ -88,6 +90,7 @@ def test_quantize_counts_what_was_planned(place, call, quick, entries, counts, s
     assert ("should run as INT8 are float" in text) == (counts[0] < counts[1])
 
 
+@pytest.mark.slow
 def test_a_convolution_that_runs_twice_counts_twice(place, call):
     """Heads that share their convolutions over the levels run one layer several times."""
     net, _ = load_model("tiny.pt")

@@ -57,6 +57,7 @@ def test_export_names_keys_without_effect(place, call, words, text):
     assert status == 0 and "Without effect here:" in said and text in said, said
 
 
+@pytest.mark.slow
 def test_export_without_keys_names_none(place, call):
     status, said = call(f"export model=tiny.pt int8=True {DATA} quant.calib=4 opset=16 device=cpu save_dir=run")
     assert status == 0 and "Without effect" not in said

@@ -34,6 +34,7 @@ def test_best_and_last_keep_the_state_of_the_optimizer_if_asked(run, kept):
     assert not [h for h in LOGGER.handlers if type(h).__name__ == "RunLog"]
 
 
+@pytest.mark.slow
 def test_a_run_without_training_has_a_log_from_its_first_line(run, quick):
     status, folder, said = run("prune model=tiny.pt imgsz=64 epochs=0 prune.speedup=1.3 prune.budget=0.1")
     assert status == 0, said

@@ -39,6 +39,7 @@ def given(monkeypatch, **values: str) -> None:
         monkeypatch.setenv(f"YOLO_EXT_{name}", value)
 
 
+@pytest.mark.slow
 def test_the_environment_gives_keys_and_the_command_line_wins(run, quick, monkeypatch):
     given(monkeypatch, MODEL="tiny.pt", PRUNE__SPEEDUP="1.2", PRUNE__ROUND_TO="4", IMGSZ="64", MODELS="other.pt")
     status, folder, said = run("prune epochs=0 prune.round_to=2")

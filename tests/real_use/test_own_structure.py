@@ -25,6 +25,7 @@ def block(language: str) -> str:
     return re.search(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
+@pytest.mark.slow
 def test_the_example_runs(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -52,6 +52,7 @@ def exported(rtdetr) -> Path:
     return export_onnx(rtdetr, rtdetr.with_suffix(".onnx"), SIZE, simplify=False)
 
 
+@pytest.mark.slow
 def test_verify_passes_a_right_file_and_finds_a_wrong_one(place, rtdetr, exported, call):
     words = f"verify model={rtdetr} onnx={exported} source=shapes/images/val save_dir=run"
     status, text = call(words)

@@ -154,6 +154,7 @@ def test_history_of_a_resumed_run_has_each_epoch_once(tmp_path):
     assert history.read()["edges"] == EDGES
 
 
+@pytest.mark.slow
 def test_history_draws_its_pictures(tmp_path, dense, planted):
     history = History(tmp_path)
     history.append({**look(*dense), "epoch": 0})

@@ -49,6 +49,7 @@ def test_is_what_ultralytics_measures(model, data, tmp_path):
     assert accuracy(model, data, SIZE) == found
 
 
+@pytest.mark.slow
 def test_like_a_validator_of_a_trainer(model, data, tmp_path):
     args = {"task": "detect", "data": str(data), "imgsz": SIZE, "rect": False, "device": "cpu", "save_dir": tmp_path}
     own = DetectionValidator(args=args, save_dir=tmp_path)

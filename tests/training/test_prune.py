@@ -67,6 +67,7 @@ def test_adapters_follow_the_student(run):
         )
 
 
+@pytest.mark.slow
 def test_best_starts_anew_and_the_step_is_recorded(run):
     saved: list[tuple[int, int]] = []
     run.save_model = lambda: saved.append((run.epoch, run.save_period))
@@ -91,6 +92,7 @@ def group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_is_wrapped_anew(run, group):
     run.model = nn.parallel.DistributedDataParallel(run.model, find_unused_parameters=True)
     old = run.model
