@@ -21,6 +21,7 @@ from yolo_ext.distillation.terms import Facts
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import distill
 
+NONE = {"sparsity": None, "prune": None, "quant": None}
 QUANT = {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 
 
@@ -62,7 +63,7 @@ def test_a_teacher_that_is_no_better_is_doubted(tmp_path, log, monkeypatch, teac
     monkeypatch.setattr(distill.Distill, "_facts", lambda *_: facts)
     args = SimpleNamespace(task="detect", model=tmp_path / "x" / ".." / "own.pt", epochs=1)
     trainer = SimpleNamespace(resume=resume, device=torch.device("cpu"), args=args)
-    technique = distill.Distill({"distill": DistillConfig(preflight=False), "prune": None}, args)
+    technique = distill.Distill({**NONE, "distill": DistillConfig(preflight=False)}, args)
     technique.distiller = SimpleNamespace(begin=lambda _: None)
     technique.criterion(trainer, None)
     assert bool(told(log, "warning:", "no better than the student")) == doubted

@@ -311,7 +311,7 @@ CASES = {
     "masks for speed": (NO_DATA + "prune.kind=unstructured prune.speedup=2", ["unstructured", "prune.ratio"]),
     # targets
     "speedup": (NO_DATA + "prune.speedup=50", ["prune.speedup=50", "at most", "prune.max_ratio"]),
-    "params": (NO_DATA + "prune.params=50", ["prune.params=50", "at most", "prune.min_channels"]),
+    "params": (NO_DATA + "prune.params=50", ["prune.params=50", "at most", "prune.max_ratio"]),
     "size": (NO_DATA + "prune.size_mb=0.01", ["prune.size_mb=0.01", "at least"]),
     "size passed": (NO_DATA + "prune.size_mb=100", ["prune.size_mb=100", "before anything is pruned"]),
     "speedup for one layer": (S + "prune.include=5", ["prune.speedup=1.5", "at most"]),

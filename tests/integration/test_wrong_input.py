@@ -79,7 +79,7 @@ CASES = {
     # values
     "speedup no number": (f"train {B} prune.speedup=fast", ["prune.speedup=fast", "number"]),
     "speedup too low": (f"train {B} prune.speedup=0.5", ["prune.speedup=0.5", "above 1"]),
-    "speedup out of reach": (f"train {B} prune.speedup=50", ["prune.speedup=50", "at most", "prune.min_channels"]),
+    "speedup out of reach": (f"train {B} prune.speedup=50", ["prune.speedup=50", "at most", "prune.max_ratio"]),
     "speedup out of reach in compress": (f"compress {B} prune.speedup=50", ["prune.speedup=50", "at most"]),
     "two targets": (f"train {B} prune.speedup=2 prune.ratio=0.3", ["prune.speedup", "prune.ratio", "give one of them"]),
     "no target": (f"train {B} prune.method=l1", ["prune.speedup"]),
