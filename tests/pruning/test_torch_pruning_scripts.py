@@ -34,7 +34,7 @@ I = tp.importance  # noqa: E741
 COUPLINGS = cache(build_graph)  # by model, of which each test takes copies
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 QUICK = {**dict.fromkeys(FAST, pytest.mark.slow), "yolo11n-cls": ()}  # the others are of the matrix
-FAMILIES = ["yolo11n", pytest.param("yolo26n", marks=pytest.mark.slow)]
+FAMILIES = ["yolo11n", pytest.param("yolo26n", marks=pytest.mark.matrix)]
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT.parent / "shared" / "weights"
 
@@ -155,7 +155,7 @@ def test_ratios_of_single_layers(name, yolo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_history_is_replayed_on_another_copy(name, yolo):
     model, other = deepcopy(yolo(name)), deepcopy(yolo(name))
     pruner = made(tp.pruner.MagnitudePruner, model, I.MagnitudeImportance(), of=yolo(name), pruning_ratio=0.3,
@@ -321,7 +321,10 @@ MODELS = ["bccd_yolov8n_192", "bccd_yolov8s_192", "coco_yolo11n_dq", "coco_yolov
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MODELS, "foreign/rail8n", "foreign/food"])
+@pytest.mark.parametrize(
+    "name",
+    [MODELS[0], *(pytest.param(m, marks=pytest.mark.matrix) for m in [*MODELS[1:], "foreign/rail8n", "foreign/food"])],
+)
 def test_the_example_prunes_models_of_others(name, monkeypatch, tmp_path):
     if not (source := WEIGHTS / f"{name}.pt").is_file():
         pytest.skip("the weights are not beside the checkout")
