@@ -30,9 +30,9 @@ from yolo_ext import cli  # noqa: E402
 from yolo_ext.checkpoint import save_model  # noqa: E402
 from yolo_ext.data.shapes import NAMES, make_shapes  # noqa: E402
 
-hypothesis.settings.register_profile("ci", derandomize=True)  # a run of CI finds the same as the next one
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# A run of CI finds the same as the next one; others look elsewhere each time.
+hypothesis.settings.register_profile("tests", max_examples=50, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("tests")
 
 TINY = {
     "nc": 3,

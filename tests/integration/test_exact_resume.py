@@ -125,16 +125,17 @@ def test_killed_pruning_with_distillation_resumes_exactly(check, tiny, wide):
     check(tiny, **options_of("self", wide))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "at"),
     [
         pytest.param("on_model_save", [1], id="killed after"),
-        pytest.param("on_model_save", [3], marks=pytest.mark.slow, id="killed before"),
-        pytest.param("on_train_batch_end", [2], marks=pytest.mark.slow, id="killed in the epoch that prunes"),
-        pytest.param("on_train_epoch_end", [1, 2, 3], marks=pytest.mark.slow, id="killed between"),
+        pytest.param("on_model_save", [3], id="killed before"),
+        pytest.param("on_train_batch_end", [2], marks=pytest.mark.matrix, id="killed in the epoch that prunes"),
+        pytest.param("on_train_epoch_end", [1, 2, 3], id="killed between"),
     ],
 )
-@pytest.mark.parametrize("teacher", ["self", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("teacher", ["self", pytest.param("wide", marks=pytest.mark.matrix)])
 def test_pruning_while_training_resumes_exactly(check, tiny, wide, moment, at, teacher):
     teacher = "self" if teacher == "self" else str(wide)
     check(tiny, moment, prune={"speedup": 2.0, "at": at, "images": 4}, distill={"teacher": teacher})
@@ -146,7 +147,7 @@ def test_pruned_at_5_of_10_and_killed_at_7(check, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "at"), [("unstructured", []), ("unstructured", [1, 3]), ("2:4", [])])
+@pytest.mark.parametrize(("kind", "at"), [("unstructured", [1, 3]), pytest.param("2:4", [], marks=pytest.mark.matrix)])
 def test_masked_training_resumes_exactly(check, tiny, kind, at):
     check(tiny, prune={"kind": kind, "at": at, **({"ratio": 0.5} if kind == "unstructured" else {})})
 
