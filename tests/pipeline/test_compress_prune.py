@@ -30,11 +30,12 @@ def record(folder: Path, stage: str) -> dict[str, Any]:
 # Targets -------------------------------------------------------------------------------------------------------------
 def test_max_drop_holds_against_the_base_as_it_is(base, data, tmp_path):
     folder = tmp_path / "run"
-    summary = compress(base, data, epochs=0, prune={"max_drop": 0.05, **FEW}, save_dir=str(folder), **SMALL)
+    options = {"max_drop": 0.01, **FEW, "recalibrate": 0}  # of about 0.03
+    summary = compress(base, data, epochs=0, prune=options, save_dir=str(folder), **SMALL)
     lost = summary["before"]["map"] - summary["after"]["map"]
-    assert lost <= 0.05 + 1e-6
+    assert lost <= 0.01 + 1e-6
     (check,) = [c for c in summary["checks"] if "prune.max_drop" in c["name"]]
-    assert check["passed"] and check["value"] == pytest.approx(lost) and check["limit"] == 0.05
+    assert check["passed"] and check["value"] == pytest.approx(lost) and check["limit"] == 0.01
     assert any(r["after"] < r["before"] for r in record(folder, "prune")["layers"])
 
 
