@@ -109,6 +109,7 @@ def test_tasks(kind, name):
 
 def test_leaves_no_trace(yolo, caplog):
     dense = yolo("yolov8n")
+    caplog.clear()
     before, yaml, level = torch.get_rng_state(), deepcopy(dense.yaml), LOGGER.level
     smaller(dense, gflops(dense) / 2, 64)
     assert torch.equal(torch.get_rng_state(), before)
