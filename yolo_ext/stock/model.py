@@ -204,15 +204,14 @@ def deployed_layers(model: nn.Module) -> set[str]:
 
 def gflops(model: nn.Module, imgsz: int = 640) -> float:
     """Return the GFLOPs of the deployed model as Ultralytics counts them (2 x MACs)."""
-    for device in ("meta", "cpu"):  # shapes alone tell, unless a block asks for values, which then are zeros
-        net, shape = deployed(model).float(), (1, input_channels(model), imgsz, imgsz)
-        try:
-            import thop  # PyPI's package of this name, which may lie in its place, is not importable everywhere
+    net, shape = deployed(model).float(), (1, input_channels(model), imgsz, imgsz)
+    try:
+        import thop  # PyPI's package of this name, which may lie in its place, is not importable everywhere
 
-            net.model.to(device)  # not the strides, which anchors are made of
-            return float(thop.profile(net, inputs=[torch.zeros(shape, device=device)], verbose=False)[0] / 1e9 * 2)
-        except Exception as e:  # whatever a user's block raises
-            why = f"{type(e).__name__}: {str(e)[:200]}"
+        net.cpu()  # zeros on the CPU: shapes alone, on the meta device, would take torch 1.5 s of imports
+        return float(thop.profile(net, inputs=[torch.zeros(shape)], verbose=False)[0] / 1e9 * 2)
+    except Exception as e:  # whatever a user's block raises
+        why = f"{type(e).__name__}: {str(e)[:200]}"
     clash = "PyPI's 'thop' may have overwritten 'ultralytics-thop'"
     raise UsageError(
         f"FLOPs cannot be counted at {imgsz} pixels ({why}). If the model runs at this size, {clash}: {THOP}"
