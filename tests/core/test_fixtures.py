@@ -135,6 +135,7 @@ def test_training_goes_on_with_the_same_widths(name, data, tmp_path):
     assert new.prune == old.prune and new.masks == old.masks and new.merged == old.merged
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(data, tmp_path):
     """Ultralytics keeps absolute paths in a checkpoint, which have to be those of today here."""
     run = tmp_path / "stopped"

@@ -57,6 +57,7 @@ def test_changed_node_is_named(name, fault, node, module, exported, x, tmp_path)
     assert str(node) in describe_difference(found) or found is None
 
 
+@pytest.mark.slow
 def test_changed_weight_is_named_with_its_size(exported, spoil, x, tmp_path):
     model, path = exported("yolov8n")
     bad = spoil(path, tmp_path / "bad.onnx", "model.6.m.0.cv1.conv.weight", 1.5)

@@ -33,6 +33,7 @@ def model() -> DetectionModel:
     return net.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "end2end", "shape"),
     [
@@ -98,6 +99,7 @@ def test_dynamic_graph_takes_other_shapes(model, tmp_path):
     assert run(opened, np.zeros((2, 3, 96, 64), np.float32))[0].shape == (2, 7, 126)
 
 
+@pytest.mark.slow
 def test_batch_and_opset(model, tmp_path):
     path = export_onnx(model, tmp_path / "m.onnx", 64, batch=2, opset=13)
     assert session(path).get_inputs()[0].shape == [2, 3, 64, 64]

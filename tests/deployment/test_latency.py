@@ -86,6 +86,7 @@ def files(tmp_path_factory):
     return {"torch": folder / "m.pt", "ort": export_onnx(model, folder / "m.onnx", 64)}
 
 
+@pytest.mark.slow
 def test_bench_opens_a_session_more_behind_the_others(files, monkeypatch):
     opened = []
     stock = latency.RUNNERS["ort"]

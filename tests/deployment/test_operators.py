@@ -11,6 +11,7 @@ from yolo_ext.deployment.latency import around, operators, runtime_of, saved_ms
 from yolo_ext.stock import module_path
 
 
+@pytest.mark.slow
 def test_profile_adds_up(exported):
     found = operators(exported("yolov8n")[1], 96, runs=3)
     nodes, ops = found["nodes"], found["ops"]

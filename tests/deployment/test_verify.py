@@ -183,6 +183,7 @@ def test_no_detections_on_either_side_is_agreement(exported, images):
     assert found["matched"] == 1.0 and found["detections"] == 0 and found["mean_iou"] is None
 
 
+@pytest.mark.slow
 def test_the_source_model_is_untouched(exported, images):
     model, path = exported("yolo26n", True)
     before, end2end = {k: v.clone() for k, v in model.state_dict().items()}, model.end2end
@@ -301,6 +302,7 @@ def write_dataset(folder: Path, pictures: list[Path], labels: list[list[str]], n
     return folder / "data.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end2end", [False, True], ids=["one-to-many", "nms-free"])
 def test_map_agrees_and_leaves_nothing(end2end, exported, images, tmp_path, monkeypatch):
     model, path = exported("yolo26n", end2end)

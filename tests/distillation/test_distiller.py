@@ -184,6 +184,7 @@ def test_a_teacher_that_is_through_is_not_asked_any_more(setup, batch, options):
     assert set(after.values()) == {0.0} and list(after) == list(before)  # the header of results.csv is written once
 
 
+@pytest.mark.slow
 def test_hard_and_soft_weights(setup, batch):
     one, two = (setup("yolov8n", "yolov8s", **o)[0] for o in ({}, {"alpha": 0.5, "beta": 2.0}))
     (a, x), (b, y) = one(batch), two(batch)

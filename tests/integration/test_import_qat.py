@@ -62,6 +62,7 @@ def test_a_runtime_that_needs_no_more_asks_for_no_data(trained, tmp_path):
     assert files[1].is_file()
 
 
+@pytest.mark.slow
 def test_the_key_that_every_checkpoint_of_ultralytics_has_is_no_sign_of_qat(tiny, tmp_path):
     torch.save({**torch.load(tiny, weights_only=False), "modelopt": None}, tmp_path / "best.pt")
     assert [f.name for f in export(tmp_path / "best.pt", imgsz=64, save_dir=str(tmp_path / "r"))] == ["best.onnx"]

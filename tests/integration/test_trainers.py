@@ -124,6 +124,7 @@ def test_pruned_checkpoint_can_be_pruned_again(fit, pruned, tmp_path):
     assert sum(map(np.prod, again.values())) < sum(map(np.prod, widths(pruned).values()))
 
 
+@pytest.mark.slow
 def test_stock_training_of_a_pruned_checkpoint_trips(fit, pruned):
     with pytest.raises(KeyError, match=TRIPWIRE):
         fit(pruned, epochs=1)

@@ -208,6 +208,7 @@ WORDS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(words=st.lists(WORDS, min_size=1, max_size=5))
 @example(words=["train", "prune=None", "prune.speedup=2"])
 @example(words=["train", "prune.=1"])

@@ -107,6 +107,7 @@ def test_tasks(kind, name):
     assert gflops(dense) / gflops(model) == pytest.approx(2, rel=0.12)
 
 
+@pytest.mark.slow
 def test_leaves_no_trace(yolo, caplog):
     dense = yolo("yolov8n")
     caplog.clear()

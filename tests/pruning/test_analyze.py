@@ -32,6 +32,7 @@ def rows(yolo, own_time):
     return analyze_model(yolo("yolov8n"), 64, runs=3)
 
 
+@pytest.mark.slow
 def test_every_group_has_a_row_with_its_cost(yolo, rows) -> None:
     assert [r["name"] for r in rows] == [g.name for g in build_graph(yolo("yolov8n"), 64).groups]
     assert sum(r["flops_share"] for r in rows) == pytest.approx(1.0)

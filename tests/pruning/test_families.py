@@ -61,6 +61,7 @@ def test_target_and_gate(name, dense_gflops, pruned):
     assert all(type(m).__module__.startswith(homes) for m in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains_fuses_and_copies(name, pruned):
     model, x = deepcopy(pruned(name)), torch.rand(2, 3, 64, 64)

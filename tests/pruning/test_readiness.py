@@ -150,6 +150,7 @@ def test_warns_and_refuses(plant, traced, caplog, share, trained, options, expec
     assert len(lines) == (cfg.method == "slim")
 
 
+@pytest.mark.slow
 def test_the_realistic_target_is_within_reach(plant, traced):
     planted, graph = plant(0.25), traced[1]()
     with pytest.raises(UsageError, match=r"25% of its channels .* lower the target to prune\.speedup=[\d.]+") as e:

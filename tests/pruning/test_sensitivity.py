@@ -67,6 +67,7 @@ def test_curves(yolo, found) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_base_is_recalibrated_like_all_others(yolo, found) -> None:
     from yolo_ext.pruning.evidence import task_losses
 

@@ -438,6 +438,7 @@ def test_an_untrained_model_has_no_map_to_lose(traced):
         make_plan(model, graph(), PruneConfig(max_drop=0.02), scored(model, base=0.001)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["speedup", "params"])
 def test_the_most_that_the_error_names_is_reachable(traced, target):
     model, graph = traced

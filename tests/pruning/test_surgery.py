@@ -56,6 +56,7 @@ def test_the_dense_model_is_left_alone(dense):
     assert dense.yaml == yaml and not getattr(dense, "yolo_ext", {}).get("prune")
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_frozen(dense):
     model = deepcopy(dense)
     for name, p in model.named_parameters():

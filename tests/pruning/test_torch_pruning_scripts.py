@@ -230,6 +230,7 @@ def pruner(yolo):
     return made(tp.pruner.MagnitudePruner, model, I.LAMPImportance(), of=yolo("yolov8n"), pruning_ratio=0.3)
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_stock_and_knows_what_was_done(pruner, yolo, tmp_path):
     pruner.step()
     expected = deepcopy(pruner.model).half().float().eval()(X)[0]
@@ -401,6 +402,7 @@ def test_random_pruners_follow_the_seed_and_disturb_nothing(yolo):
     assert found[0] == found[1] != found[2] and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_pruner_is_tried_before_a_training(yolo):
     check_plan(yolo("yolov8n"), PruneConfig(pruner=f"{HERE}:make_pruner", speedup=2.0), 64)
     with pytest.raises(UsageError, match="another model"):

@@ -80,6 +80,7 @@ def test_every_block_has_less_error(learned):
     assert max(shares) < 0.7 and sum(shares) / len(shares) < 0.5, errors
 
 
+@pytest.mark.slow
 def test_blocks_and_branches_of_the_head_are_units(learned):
     branches = {f"model.4.{branch}.{i}" for branch in ("cv2", "cv3") for i in (0, 1)}
     assert learned[2].keys() == {"model.1", "model.2", "model.3", *branches}
@@ -150,6 +151,7 @@ def test_a_block_never_gets_worse(monkeypatch):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_weights():
     a, b = tiny(), tiny()
     for net in (a, b):
@@ -165,6 +167,7 @@ def test_modes_and_gradients_are_left_alone():
     assert all(p.grad is None and p.requires_grad for n, p in net.named_parameters() if "dfl" not in n)
 
 
+@pytest.mark.slow
 def test_only_so_many_images_are_kept(monkeypatch):
     monkeypatch.setattr(module, "IMAGES", 12)
     asked = []

@@ -48,6 +48,7 @@ def relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("yaml", "count"), MODELS, ids=["v9t", "v10s"])
 def test_a_merged_model_computes_the_same(build, images, yaml, count):
     net = build(yaml)
@@ -65,6 +66,7 @@ def test_a_merged_model_computes_the_same(build, images, yaml, count):
     assert branched(net) == paths and relative(raw(net, images), expected) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("yaml", "limit"), [("yolov9t.yaml", 0.005), ("yolov10s.yaml", 0.05)], ids=["v9t", "v10s"])
 def test_training_mode_is_nearly_the_same_on_the_measured_batch(build, images, yaml, limit):
     net = build(yaml)

@@ -114,6 +114,7 @@ def test_first_layers_have_the_same_codes(exported, images, tmp_path):
         assert difference.max() <= 2 and (difference > 0).mean() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse_silu", [True, False])
 def test_file_is_small_and_keeps_its_metadata(exported, images, tmp_path, fuse_silu):
     profile = dataclasses.replace(PROFILES["ort-x86"], fuse_silu=fuse_silu)

@@ -78,6 +78,7 @@ def test_every_profile_computes_what_was_simulated(written, images, yaml, name):
         assert box.mean() < 0.05 and score.max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROFILES)
 def test_storage_and_biases_are_those_of_the_profile(written, name):
     _, _, out, report = written("yolov8n.yaml", name)

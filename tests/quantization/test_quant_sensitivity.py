@@ -50,6 +50,7 @@ def test_the_coarse_layer_is_the_worst(found):
     assert result["groups"][0]["sqnr"] < result["groups"][-1]["sqnr"]
 
 
+@pytest.mark.slow
 def test_branches_of_the_head_touch_their_own_output_only(found):
     box, cls = (next(g for g in found[0]["groups"] if g["name"] == f"model.22.{b}.0.1.conv") for b in ("cv2", "cv3"))
     assert box["box_mean"] > 0 == box["score_max"]
@@ -63,6 +64,7 @@ def test_same_again(found, images):
     assert again == result
 
 
+@pytest.mark.slow
 def test_blocks_take_their_layers_together(found, images):
     _, net, state = found
     result = sensitivity(net, state, [images], by="block")
@@ -79,6 +81,7 @@ def test_order_prefers_layers_that_save_little_time(found):
     assert [p for [p] in order(result)] == [g["name"] for g in result["groups"]]  # all cost the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("yaml", "profile"),
     [

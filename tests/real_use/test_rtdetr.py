@@ -68,6 +68,7 @@ def test_verify_passes_a_right_file_and_finds_a_wrong_one(place, rtdetr, exporte
     assert status == 1 and "box_max" in text and "Traceback" not in text, text
 
 
+@pytest.mark.slow
 def test_rows_are_detections_in_pixels(place, rtdetr, exported):
     images = sorted(Path("shapes/images/val").iterdir())
     found = verify_tensors(rtdetr, exported, images, SIZE)

@@ -15,6 +15,7 @@ from yolo_ext.sparsity.layout import lay_out, multiply, read_scales, scale_norms
 FAMILIES = ["small", "yolo11n", *(pytest.param(f, marks=pytest.mark.matrix) for f in ("yolov8n", "yolov9t", "yolo26n"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_those_that_pruning_can_shrink(fresh, family):
     model = fresh(family)

@@ -76,6 +76,7 @@ def test_weight_penalties_are_seen_by_norms(dense, method):
     assert found["scores"] == "relative norm" and sum(found["histogram"][:41]) == 16  # the bins up to 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.01, 0.7])
 def test_the_predicted_size_is_that_of_the_pruned_model(dense, planted, threshold):
     found = look(planted, dense[1], threshold=threshold)
@@ -115,12 +116,14 @@ def test_excluded_layers_do_not_count(dense, planted):
     assert "model.5.conv" not in found["layers"] and found["layers"]["model.7.conv"] == 0.25
 
 
+@pytest.mark.slow
 def test_shares_and_targets_of_pruning_do_not_matter(dense, planted):
     cfg = PruneConfig(method="lamp", ratios={"7": 0.5}, max_ratio=0.8)
     found = observe(planted, SparsityConfig(), cfg, 3, 0.5, 1.25, 64, pull=0.1)
     assert found == look(planted)
 
 
+@pytest.mark.slow
 def test_the_model_is_not_changed(dense):
     model = deepcopy(dense[0]).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
