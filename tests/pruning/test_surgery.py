@@ -14,7 +14,7 @@ from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.labels import layer_channels
-from yolo_ext.pruning.plan import layer_report
+from yolo_ext.pruning.plan import _in_words, layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import apply_plan, check_trainable, cut_layer
 
@@ -189,16 +189,62 @@ def test_layer_report_explains_every_layer_that_stays(dense):
     convs = {n: m.out_channels for n, m in dense.named_modules() if isinstance(m, nn.Conv2d)}
     assert {n: r["before"] for n, r in rows.items()} == convs
     assert {n: r["after"] for n, r in rows.items()} == {n: model.get_submodule(n).out_channels for n in convs}
-    assert rows["model.4.cv2.conv"]["reason"] == "is excluded by prune.exclude"
-    assert rows["model.22.cv3.1.2"]["reason"] == "is reshaped by 'view' (head output)"
-    assert all(not r["reason"] for r in rows.values() if r["after"] < r["before"])
+    assert rows["model.4.cv2.conv"]["reason"] == "kept whole: it is excluded by prune.exclude"
+    output = "kept whole: it is an output of the model: classes and box values set its width"
+    assert rows["model.22.cv3.1.2"]["reason"] == output
+    assert rows["model.22.dfl.conv"]["reason"] == "kept whole: it has one channel"
+    assert all(r["reason"].startswith("kept whole: ") for r in rows.values() if r["after"] == r["before"])
+    whole = sum(r["after"] for r in rows.values()) / sum(r["before"] for r in rows.values())
+    gave = {n: (1 - r["after"] / r["before"]) / (1 - whole) for n, r in rows.items()}
+    assert {n for n, r in rows.items() if r["reason"]} == {n for n, share in gave.items() if share < 0.5}
 
 
 def test_layer_report_gives_the_reason_to_all_layers_of_a_group(dense):
     """The layers of a residual stream share their fate: an excluded one keeps the others, which must say so too."""
     model = prune_model(dense, replace(CFG, exclude=[r"model\.4\.cv1\.conv"]))
     reasons = {r["name"]: r["reason"] for r in layer_report(model)}
-    assert reasons["model.4.m.0.cv2.conv"] == "is coupled with model.4.cv1.conv, which prune.exclude keeps"
+    told = "kept whole: it is coupled with model.4.cv1.conv, which prune.exclude keeps"
+    assert reasons["model.4.m.0.cv2.conv"] == told
+
+
+FLOORS = "prune.min_channels=8, prune.round_to=8, prune.max_ratio=0.5"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "config", "words"),
+    [
+        pytest.param(
+            "has 16 channels, which the floors do not let shrink", {}, f"it is at the floor ({FLOORS})", id="floor"
+        ),
+        pytest.param(
+            "is reshaped by 'flatten' in AIFI t", {}, "its channels are split into attention heads", id="attention"
+        ),
+        pytest.param(
+            "must stay as wide as a part that is reshaped by 'view'",
+            {},
+            "coupled with a part that cannot change: its channels are reshaped (by 'view'), after which they",
+            id="tied",
+        ),
+        pytest.param("meets the grouped convolution a", {}, "coupled with the grouped convolution a", id="grouped"),
+        pytest.param(
+            "has no layer that 'slim' ranks by", {"method": "slim"}, "'slim' finds nothing to rank", id="rank"
+        ),
+        pytest.param("is cut into unequal parts", {}, "its channels are cut into unequal parts", id="cut"),
+        pytest.param("goes through 'x' with {y}", {}, "it goes through 'x' with {y}", id="any other"),
+        pytest.param("", {"method": "lamp"}, "'lamp' ranks its channels above those of other layers", id="global"),
+        pytest.param("", {"scope": "local"}, "each layer gives the same share", id="local"),
+        pytest.param("", {"sensitivity": "s.json"}, "'s.json' shows that accuracy falls sooner", id="sensitivity"),
+    ],
+)
+def test_a_reason_is_in_plain_words(frozen, config, words):
+    found = {"frozen": {"a": frozen}, "config": {"max_ratio": 0.5, **config}}
+    assert _in_words(found, [(64, 64)], "a").startswith(f"kept whole: {words}")
+
+
+def test_few_channels_at_a_floor_say_so():
+    found = {"frozen": {}, "config": {"max_ratio": 0.1}}
+    assert _in_words(found, [(80, 72)], "a").startswith("kept most: it is at the floor (prune.min_channels=8")
+    assert "ranks its channels" in _in_words(found, [(160, 152)], "a")
 
 
 def test_layer_report_of_a_stock_model_is_empty(dense):

@@ -22,6 +22,7 @@ Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions,
 PASS_MODULES = (nn.Upsample, nn.ZeroPad2d, nn.Dropout, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 STOCK = ("torch.", "torchvision.", "ultralytics.")
 UNFOLLOWED = "is used in a way that cannot be followed"
+TIED = "must stay as wide as a part that "  # start of the reason of a channel that stays because of another one
 
 
 @dataclass
@@ -254,8 +255,7 @@ def build_graph(model: nn.Module, imgsz: int = 64, whole: Collection[type[nn.Mod
 
 def _tied(reason: str) -> str:
     """Return the reason of a channel that stays because one that it is tied to stays."""
-    start = "must stay as wide as a part that "
-    return reason if reason.startswith(start) else start + reason
+    return reason if reason.startswith(TIED) else TIED + reason
 
 
 def _groups(lab: Labels) -> list[Group]:

@@ -2,8 +2,9 @@
 """Plans: how a share of all channels is spread over tied groups, which positions stay then, and what is remembered."""
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -20,7 +21,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Table, suggest
 from yolo_ext.pruning.evidence import NO_PROBES, Probes
-from yolo_ext.pruning.graph import Graph, Group, Kept
+from yolo_ext.pruning.graph import TIED, Graph, Group, Kept
 from yolo_ext.pruning.groups import TiedGroups
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.surgery import apply_plan
@@ -226,13 +227,59 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
     set_tripwire(pruned)
 
 
+KEPT = (  # what a reason of the graph looks like, and what it means to a reader of the report
+    (
+        r"\(head output\)|output of the (model|head)",
+        "it is an output of the model: classes and box values set its width",
+    ),
+    (r"^(is coupled with .*|is excluded by .*|is not in .*)", "it {0}"),
+    (r"^has \d+ channels, which the floors", "it is at the floor ({floors})"),
+    (r"ranks by", "'{method}' finds nothing to rank its channels by"),
+    (r"^meets the grouped convolution (.*)", "coupled with the grouped convolution {0}, whose channels go together"),
+    (r"tokens|enters AIFI|in AIFI|[Aa]tt", "its channels are split into attention heads"),
+    (r"^is reshaped (.*)", "its channels are reshaped ({0}), after which they cannot be told apart"),
+    (r"^is cut (.*)", "its channels are cut {0}, so their number is fixed"),
+    (r"^(.*)", "it {0}"),
+)
+SPARED = {  # by scope: why what can be pruned gave little
+    "global": "'{method}' ranks its channels above those of other layers",
+    "isomorphic": "'{method}' ranks its channels above those of layers built alike",
+    "local": "each layer gives the same share, rounded to prune.round_to={round_to}",
+    "pagcp": "removing more of it raises the loss too much",
+}
+LITTLE = 0.5  # of the share of channels that the whole model gave
+
+
 def layer_report(model: nn.Module) -> list[dict[str, Any]]:
-    """Return channels `before` and `after` of each layer by `name`, the `reason` if unchanged, and `coupled` ones."""
+    """Return channels `before` and `after` by `name`, the `reason` of those that gave few, and `coupled` layers."""
     found, rows = manifest(model).prune or {"shapes": {}}, []
     for path in sorted(found["shapes"], key=stock.natural_key):
         before = found["shapes"][path][0]
         after = (layer_channels(model.get_submodule(path)) or (before, 0))[0]
-        reason = found["frozen"].get(path, "") if after == before else ""
-        coupled = found.get("coupled", {}).get(path, [])
-        rows.append({"name": path, "before": before, "after": after, "reason": reason, "coupled": coupled})
+        rows.append({"name": path, "before": before, "after": after, "coupled": found.get("coupled", {}).get(path, [])})
+    share = sum(r["after"] for r in rows) / sum(r["before"] for r in rows) if rows else 1.0
+    width = {r["name"]: (r["before"], r["after"]) for r in rows}
+    for r in rows:
+        gave = 1 - r["after"] / r["before"]
+        low = gave == 0 or gave < LITTLE * (1 - share)
+        r["reason"] = _in_words(found, [width[p] for p in (r["name"], *r["coupled"])], r["name"]) if low else ""
     return rows
+
+
+def _in_words(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], path: str) -> str:
+    """Return why a layer gave none or few channels; `widths` before and after are its own and of coupled ones."""
+    cfg, (before, after) = {**asdict(PruneConfig()), **found.get("config", {})}, widths[0]
+    cfg["floors"] = ", ".join(f"prune.{k}={cfg[k]:g}" for k in ("min_channels", "round_to", "max_ratio"))
+    floored = any(a - cfg["round_to"] < max(cfg["min_channels"], b * (1 - cfg["max_ratio"])) for b, a in widths)
+    start = "kept whole: " if after == before else "kept most: "
+    if before == 1:
+        return f"{start}it has one channel"
+    if after == before and (reason := found["frozen"].get(path)):
+        own = reason.removeprefix(TIED)
+        hit, words = next((hit, words) for shape, words in KEPT if (hit := re.search(shape, own)))
+        start += "coupled with a part that cannot change: " if own != reason else ""
+        return start + words.format(*hit.groups(), **cfg)
+    if floored:
+        return f"{start}it is at the floor ({cfg['floors']})"
+    scope = f"'{cfg['sensitivity']}' shows that accuracy falls sooner" if cfg["sensitivity"] else SPARED[cfg["scope"]]
+    return start + scope.format(**cfg)
