@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shlex
 import shutil
@@ -86,6 +88,18 @@ def discard(folder: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write strict JSON atomically; paths become strings."""
     atomic_write(path, json.dumps(content, indent=2, default=str))
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write rows, which need not have the same columns, atomically."""
+    text, columns = io.StringIO(), dict.fromkeys(k for r in rows for k in r)
+    csv.writer(text, lineterminator="\n").writerows([columns, *([r.get(k) for k in columns] for r in rows)])
+    atomic_write(path, text.getvalue())
+
+
+def saved(where: Path | str, use: str = "") -> None:
+    """Say as the last line of a command where its files lie, and which command they are good for next."""
+    LOGGER.info(f"Results saved to {where}{f'. Use it with: {use}' if use else ''}")
 
 
 def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
