@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -241,14 +241,22 @@ def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[
     """Yield `work(item)`, which must not touch torch, of every item, in order and with a progress bar called `text`."""
     if len(items) < MANY or sys.platform != "linux":
         with ThreadPool(NUM_THREADS) as pool:
-            yield from TQDM(pool.imap(work, items), text, len(items))
+            yield from _counted(pool.imap(work, items), text, len(items))
         return
     global _task
     _task = work, items
     # Forked: no work is pickled, but torch's threads do not survive it.
     fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     with fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore) as processes:
-        yield from TQDM(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))
+        yield from _counted(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))
+
+
+def _counted(results: Iterable[R], text: str, total: int) -> Iterator[R]:
+    """Yield results behind a bar that counts one when it is there: nobody may ask for what follows the last one."""
+    with TQDM(desc=text, total=total) as bar:
+        for found in results:
+            bar.update()
+            yield found
 
 
 def _call(index: int) -> Any:
