@@ -116,9 +116,9 @@ def test_ctrl_c_leaves_nothing_half(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s"] and digest(source) == before
 
 
-@pytest.mark.parametrize("many", [10**9, 0], ids=["threads", "processes"])
+@pytest.mark.parametrize("many", [False, True], ids=["threads", "processes"])
 def test_bar_ends_at_100_percent_though_nobody_asks_for_more(monkeypatch, capsys, many):
-    monkeypatch.setattr("yolo_ext.data.records.MANY", many)
+    monkeypatch.setattr(records, "MANY", 0 if many else 1000)
     for _ in zip(range(3), parallel(abs, range(3), "Counting")):
         pass
     assert "Counting: 100%" in capsys.readouterr().out.split("\r")[-1]
