@@ -43,6 +43,7 @@ class Row:
     summary: str
     paper: str = ""
     needs: tuple[Need, ...] = ()
+    examples: tuple[str, ...] = ()  # of a command: the words after its name
 
 
 def imported(kind: str, name: str) -> Callable[..., Any]:
@@ -66,13 +67,15 @@ class Table:
         self.kind, self._own = kind, own
         self._rows: dict[str, Row] = {}
 
-    def row(self, name: str, summary: str, *, paper: str = "", needs: Sequence[Need] = ()) -> Callable[[F], F]:
+    def row(
+        self, name: str, summary: str, *, paper: str = "", needs: Sequence[Need] = (), examples: Sequence[str] = ()
+    ) -> Callable[[F], F]:
         """Register the decorated function under `name`, which must be new."""
 
         def add(fn: F) -> F:
             if name in self._rows:
                 raise ValueError(f"There are two of the {self.kind} '{name}'. Give one of them another name.")
-            self._rows[name] = Row(name, fn, summary, paper, tuple(needs))
+            self._rows[name] = Row(name, fn, summary, paper, tuple(needs), tuple(examples))
             return fn
 
         return add
