@@ -67,10 +67,9 @@ def _unfit(modules: dict[str, nn.Module], path: str, kind: str) -> str:
 
 @torch.no_grad()
 def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None) -> None:
-    """Zero the smallest weights in place and note in the manifest which layers hold masks; what is zero stays zero.
+    """Zero the smallest weights in place, a share `ratio` or else `cfg.ratio`, and note the masks in the manifest.
 
-    Magnitudes: Han et al., 2015, arXiv:1506.02626. 2:4, the two largest of four consecutive input channels: Mishra et
-    al., 2021, arXiv:2104.08378. `ratio`, or `cfg.ratio` without, is met to one weight, in each layer for `local`.
+    Han et al., 2015, arXiv:1506.02626; the two largest of four input channels: Mishra et al., 2021, arXiv:2104.08378.
     """
     rows = eligible(model, cfg)
     names = [r["name"] for r in rows if r["eligible"]]
@@ -100,13 +99,8 @@ def zero_weights(model: nn.Module, cfg: PruneConfig, ratio: float | None = None)
 
 def _largest(values: torch.Tensor, ratio: float) -> torch.Tensor:
     """Return a mask that is False for exactly that share of the (n,) values, the smallest, the first of equal ones."""
-    gone = round(ratio * len(values))
     kept = torch.ones_like(values, dtype=torch.bool)
-    if gone:
-        limit = values.kthvalue(gone).values
-        kept[values < limit] = False
-        equal = (values == limit).nonzero().flatten()
-        kept[equal[: gone - int((~kept).sum())]] = False
+    kept[values.argsort(stable=True)[: round(ratio * len(values))]] = False
     return kept
 
 
@@ -130,15 +124,12 @@ def capture(model: nn.Module) -> Masks | None:
 @torch.no_grad()
 def apply(masks: Masks, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Zero the masked weights of a model or its EMA again, and the moments of its optimizer at the same places."""
-    modules = dict(model.named_modules())
-    weights = [modules[path].weight for path in masks.kept]
-    kept = [k.to(w.device) for k, w in zip(masks.kept.values(), weights)]
-    torch._foreach_mul_(weights, kept)
-    if optimizer is not None:
-        moments = [(v, k) for w, k in zip(weights, kept) for v in optimizer.state.get(w, {}).values()
-                   if isinstance(v, torch.Tensor) and v.shape == w.shape]  # fmt: skip
-        if moments:
-            torch._foreach_mul_(*map(list, zip(*moments)))
+    modules, state = dict(model.named_modules()), optimizer.state if optimizer else {}
+    for path, kept in masks.kept.items():
+        weight = modules[path].weight
+        for t in (weight, *state.get(weight, {}).values()):
+            if isinstance(t, torch.Tensor) and t.shape == weight.shape:
+                t.mul_(kept.to(t.device))
     note(model, masks=masks.record)
 
 
