@@ -26,6 +26,18 @@ LIMITS = {
     "int8_box_mean": 0.3, "int8_score_max": 0.1, "torch_box_mean": 0.3, "torch_score_max": 0.1,
 }  # fmt: skip
 FP16_LIMITS = {"weight_max": 5e-2, "score_max": 2e-2, "box_max": 1.0, "extra_max": 5e-2, "matched": 0.95, "map": 5e-3}
+WORDS = {  # the checks in words
+    "weight_max": "ONNX against PyTorch: largest relative weight difference",
+    "score_max": "ONNX against PyTorch: largest score difference",
+    "box_max": "ONNX against PyTorch: largest box difference (px)",
+    "extra_max": "ONNX against PyTorch: largest difference of masks, keypoints, angles",
+    "matched": "ONNX against PyTorch: share of matched detections",
+    "map": "ONNX against PyTorch: mAP50-95 difference",
+    "int8_box_mean": "INT8 against its float simulation: mean box difference (px)",
+    "int8_score_max": "INT8 against its float simulation: largest score difference",
+    "torch_box_mean": "Fake-quantized PyTorch against that simulation: mean box difference (px)",
+    "torch_score_max": "Fake-quantized PyTorch against that simulation: largest score difference",
+}
 MATCH_IOU = {"fp32": 0.99, "fp16": 0.9}
 BOXES = {"detect", "segment", "pose", "obb"}  # tasks with detections
 MOVED, FRAGILE = 1e-6, 2.0

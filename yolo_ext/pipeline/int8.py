@@ -35,18 +35,6 @@ from yolo_ext.quantization.spec import plan_of, resolve_profile
 from yolo_ext.runs import Record
 from yolo_ext.stock.accuracy import accuracy
 
-CHECKS = {  # the checks of `deployment.verify` in words
-    "weight_max": "FP32 ONNX against PyTorch: largest relative weight difference",
-    "score_max": "FP32 ONNX against PyTorch: largest score difference",
-    "box_max": "FP32 ONNX against PyTorch: largest box difference (px)",
-    "extra_max": "FP32 ONNX against PyTorch: largest difference of masks, keypoints, angles",
-    "matched": "FP32 ONNX against PyTorch: share of matched detections",
-    "map": "FP32 ONNX against PyTorch: mAP50-95 difference",
-    "int8_box_mean": "INT8 against its simulation: mean box difference (px)",
-    "int8_score_max": "INT8 against its simulation: largest score difference",
-    "torch_box_mean": "Fake-quantized PyTorch against the simulation: mean box difference (px)",
-    "torch_score_max": "Fake-quantized PyTorch against the simulation: largest score difference",
-}
 LISTED = "quant.config_list gives it"  # start of the reason where that alone keeps a convolution float
 PLANNED, BUDGET = "INT8 convolutions as planned", "INT8 mAP50-95 loss (quant.max_drop)"
 COLLAPSE = 0.05  # mAP50-95 lost, or five budgets if that is more: no tuning of ranges brings this back
@@ -110,6 +98,7 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     proof = prove(int8, written["convs"], quant)
     m = measure(run, weights)
     m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=proof["convs"], int8_convs=proof["int8_convs"])
+    m["classes"] = found["int8"].get("classes")
     f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
     notes = []
@@ -142,11 +131,12 @@ def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dic
     floats = Counter(reasons.get(path, "without ranges") for path in convs.values() if path not in state)
     floats.update({"planned as INT8": len(failed)} if failed and profile.output else {})
     left = "; float: " + ", ".join(f"{n} {reason}" for reason, n in floats.most_common()) if floats else ""
-    LOGGER.info(f"{SAYS}{report['int8_convs']} of {len(convs)} convolutions run as INT8 in ONNX Runtime{left}")
+    LOGGER.info(f"{SAYS}{report['int8_convs']} of {report['convs']} convolutions run as INT8 in ONNX Runtime{left}")
     # Files for TensorRT and OpenVINO have no Q behind a convolution, which ONNX Runtime needs to run it in integers.
     planned, failed = (planned, failed) if profile.output else ([], {})
     accidents = {convs[node]: reason for node, reason in failed.items()}
-    return {"convs": len(convs), "int8_convs": report["int8_convs"], "planned": len(planned), "accidents": accidents}
+    counts = {k: report[k] for k in ("convs", "int8_convs")}
+    return {**counts, "planned": len(planned), "accidents": accidents}
 
 
 def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str) -> str:
@@ -291,7 +281,7 @@ def verify(run: Run) -> Record:
     )  # fmt: skip
     lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
     asked = sum(reason.startswith(LISTED) for reason in (record.accidents or {}).values())  # a warning has told
-    checks = [{**c, "name": CHECKS.get(c["name"], c["name"])} for c in found["checks"]]
+    checks = [{**c, "name": deployed.WORDS[c["name"]]} for c in found["checks"]]
     least = max(planned - asked, 1) if planned else 0
     checks.append({"name": PLANNED, "value": convs, "limit": least, "passed": convs >= least})
     if lost is not None:
