@@ -1,19 +1,20 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Reading options: the dataclasses of `options` are the one source of names, types, ranges and help."""
 
-import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.options import TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig
-from yolo_ext.core.registry import suggest
 
-# Options that are gone, with the values that change nothing: runs that yolo_ext 0.1 saved name them.
-RETIRED: dict[str, tuple[Any, ...]] = {"quant.learned": (False,), "quant.cache": (True, False)}
+# Options are imported from here, declared there
+from yolo_ext.core.options import (  # noqa: F401  isort: skip
+    CONFIGS, TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig, misspelt, option_names, read_options,
+    refuse,
+)  # fmt: skip
+from yolo_ext.core.registry import suggest
+from yolo_ext.core.values import listed
 
 
 def cfg_dir() -> Path:
@@ -22,94 +23,8 @@ def cfg_dir() -> Path:
     return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
 
 
-CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
 COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
-
-
-def _number(value: Any) -> bool:
-    """Tell whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _listed(value: Any) -> list[Any]:
-    """Return the items of a list, or a single value as one."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _strings(value: Any) -> bool:
-    """Tell whether a value is one or several strings; layer indices are as good."""
-    return all(isinstance(n, (str, int)) and not isinstance(n, bool) for n in _listed(value))
-
-
-# By type of an option: what fits, how it is read, and what is said if it does not fit.
-FORMS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
-    "bool": (lambda v: isinstance(v, bool), bool, ". Legal: True, False."),
-    "str": (lambda v: isinstance(v, str), str, ": give a string ({help})."),
-    "int": (lambda v: _number(v) and v == int(v), int, ": give a whole number ({help})."),
-    "float": (_number, float, ": give a number ({help})."),
-    "list[int]": (lambda v: all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in _listed(v)), _listed,
-                  ": give a list of whole numbers ({help})."),
-    "list[str]": (_strings, lambda v: [str(n) for n in _listed(v)], ": give a list of strings."),
-    "str | list[str]": (lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and _strings(v)),
-                        lambda v: v if isinstance(v, str) else [str(n) for n in v],
-                        ": give a string or a list of strings ({help})."),
-    "dict[str, float]": (lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
-                         lambda v: {str(k): float(n) for k, n in v.items()},
-                         ": give shares of 0 to below 1 by name ({help})."),
-    "Stack": (lambda v: bool(_listed(v)) and all(isinstance(n.get("name") if isinstance(n, Mapping) else n, str)
-                                                 for n in _listed(v)),  # names are looked up where the methods are
-              lambda v: [dict(n) if isinstance(n, Mapping) else n for n in v] if isinstance(v, (list, tuple)) else v,
-              ": give a name, or a list of names and dicts such as {{name: cwd, weight: 0.5}}."),
-}  # fmt: skip
-BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-    "low": ("at least", operator.ge), "above": ("above", operator.gt),
-    "high": ("at most", operator.le), "below": ("below", operator.lt),
-}  # fmt: skip
-
-
-def _read(key: str, f: Field, value: Any) -> Any:
-    """Return the value of an option in its type; the error says what is wrong with it."""
-    kind, optional, _ = str(f.type).partition(" | None")
-    m = f.metadata
-    if value is None and optional:
-        return None
-    if value is None:
-        raise UsageError(f"'{key}=None' is illegal: a value is needed ({m['help']}).")
-    if kind == "Entries":
-        return _entries(key, value)
-    fits, cast, words = FORMS[kind]
-    if not fits(value):
-        raise UsageError(f"'{key}={value}' is illegal{words.format(help=m['help'])}")
-    if value not in m.get("choices", (value,)):
-        near = suggest(value, list(m["choices"]))
-        raise UsageError(f"'{key}={value}' is illegal.{near} Legal: {', '.join(m['choices'])}.")
-    if not all(holds(value, m[name]) for name, (_, holds) in BOUNDS.items() if name in m):
-        legal = " and ".join(f"{text} {m[name]}" for name, (text, _) in BOUNDS.items() if name in m)
-        raise UsageError(f"'{key}={value}' is out of range. Legal: {legal}.")
-    return cast(value)
-
-
-def _entries(key: str, value: Any) -> list[dict[str, Any]]:
-    """Return dicts as they are given or lie in a file; what they say is looked up where the model is."""
-    import yaml  # Ultralytics' YAML.load reads .yaml files only
-
-    hint = "a list of dicts such as [{'op_types': ['Conv2d'], 'quant_bits': 4}], or a YAML or JSON file with one"
-    items = [value] if isinstance(value, Mapping) else value
-    try:
-        if isinstance(value, str):
-            if not Path(value).is_file():
-                raise FileNotFoundError(f"there is no file '{value}'")
-            items = yaml.safe_load(Path(value).read_text())
-    except OSError as e:
-        raise UsageError(f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give {hint}.") from e
-    except Exception as e:  # YAML has exceptions of its own
-        raise UsageError(f"'{key}={value}' is illegal: the file is not valid YAML or JSON. Give {hint}.") from e
-    if isinstance(items, Mapping):
-        items = items.get("config_list")
-    if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):
-        raise UsageError(f"'{key}={value}' is illegal: give {hint}.")
-    return [dict(v) for v in items]
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,44 +42,23 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
     prune, sparsity = parsed.get("prune"), parsed.get("sparsity")
     if prune and sparsity and prune.method == "auto" and prune.kind == "structured":  # the criterion of the penalty
         parsed["prune"] = replace(prune, method=sparsity.method)
-    problems = problems or [*_conflicts(parsed)]
-    if problems:
-        more = "" if len(problems) == 1 else f"{len(problems)} problems with the options:\n  "
-        raise UsageError(more + "\n  ".join(problems) + " See `yolo-ext help` for all options.")
+    refuse(problems or [*_conflicts(parsed)])
     return {**EXT_DEFAULTS, **parsed}
 
 
 def _config(technique: str, given: Any, problems: list[str]) -> Any:
     """Return the config of a technique; what is wrong with its options is added to `problems`."""
     cls = CONFIGS[technique]
-    known = {f.name: f for f in fields(cls)}
-    given = asdict(given) if isinstance(given, cls) else {} if given is True else given
+    given = {} if given is True else given
+    if isinstance(given, cls):
+        return given
     if not isinstance(given, Mapping):
-        hint = f"give options such as '{technique}.{next(iter(known))}=...'"
+        hint = f"give options such as '{technique}.{fields(cls)[0].name}=...'"
         problems.append(f"'{technique}={given}' is illegal: {hint}.")
         return None
-    values = {}
-    for name, value in given.items():
-        key = f"{technique}.{name}"
-        if name in known:
-            try:
-                values[name] = _read(key, known[name], value)
-            except UsageError as e:
-                problems.append(str(e))
-    problems += misspelt(technique, given)
+    values, wrong = read_options(technique, given)
+    problems += wrong
     return cls(**values)
-
-
-def misspelt(technique: str, given: Mapping[str, Any]) -> list[str]:
-    """Say which names of options there are not, with the nearest of all techniques."""
-    legal, named = option_names(), {f"{technique}.{name}": value for name, value in given.items()}
-    unknown = [key for key, value in named.items() if key not in legal and value not in RETIRED.get(key, ())]
-    return [f"Unknown option '{key}'.{suggest(key, legal)}" for key in unknown]
-
-
-def option_names() -> list[str]:
-    """Return the dotted keys of all techniques."""
-    return [f"{technique}.{f.name}" for technique, cls in CONFIGS.items() for f in fields(cls)]
 
 
 def changed(cfg: Any) -> dict[str, Any]:
@@ -205,7 +99,7 @@ def without_effect(configs: Mapping[str, Any], *, stages: bool = True) -> list[s
 
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
     """Return a list that a user wrote as text with commas, as a list or as its only item, each read as `kind`."""
-    items = given.split(",") if isinstance(given, str) else _listed(given)
+    items = given.split(",") if isinstance(given, str) else listed(given)
     return [kind(text) for text in (str(item).strip() for item in items) if text]
 
 

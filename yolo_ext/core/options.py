@@ -1,11 +1,18 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Options of yolo_ext, declared: one frozen dataclass for each technique. `config` parses and checks them."""
+"""Options of yolo_ext, declared: one frozen dataclass for each technique, checked by itself; `config` reads several."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, TypeVar
 
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
+from yolo_ext.core.values import read_value
+
+T = TypeVar("T", bound=type)
 Stack = str | list[Any]  # a method, or several: names, or dicts with a name and options
 Entries = list[Any]  # dicts that each say something of some layers; a YAML or JSON file with them is read at once
 
@@ -21,6 +28,25 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     return field(metadata={"help": help, **limits}, **how)
 
 
+def checked(technique: str) -> Callable[[T], T]:
+    """Have a dataclass refuse unknown names and illegal values when one is made, in the words of the command line."""
+
+    def add(cls: T) -> T:
+        init, names = cls.__init__, [f.name for f in fields(cls)]
+
+        @wraps(init)
+        def read_first(self: Any, *args: Any, **given: Any) -> None:
+            values, problems = read_options(technique, {**dict(zip(names, args)), **given})
+            refuse(problems)
+            init(self, **values)
+
+        cls.__init__ = read_first
+        return cls
+
+    return add
+
+
+@checked("prune")
 @dataclass(frozen=True)
 class PruneConfig:
     """Pruning: channels (structured) or single weights (unstructured, 2:4)."""
@@ -81,6 +107,7 @@ class PruneConfig:
 TARGETS = ("speedup", "params", "latency", "size_mb", "ratio", "max_drop")  # of pruning; the last may limit another
 
 
+@checked("sparsity")
 @dataclass(frozen=True)
 class SparsityConfig:
     """Sparsity training: scale factors or weights of channels that the loss does not defend go to zero."""
@@ -107,6 +134,7 @@ class SparsityConfig:
     protect: float = option(0.1, "Strongest share of each group, at least 8, that never goes", low=0.0, high=1.0)
 
 
+@checked("distill")
 @dataclass(frozen=True)
 class DistillConfig:
     """Knowledge distillation."""
@@ -144,6 +172,7 @@ class DistillConfig:
     preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
 
+@checked("quant")
 @dataclass(frozen=True)
 class QuantConfig:
     """INT8 quantization."""
@@ -176,3 +205,39 @@ class QuantConfig:
     supervision: str = option(
         "auto", "QAT learns from labels, or features of its float self; auto: from features unless distill.* is given",
         choices=("auto", "labels", "features"), only="mode=auto/qat")  # fmt: skip
+
+
+CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
+# Options that are gone, with the values that change nothing: runs that yolo_ext 0.1 saved name them.
+RETIRED: dict[str, tuple[Any, ...]] = {"quant.learned": (False,), "quant.cache": (True, False)}
+
+
+def read_options(technique: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the legal ones of some options, each in its type, and what is wrong with the others."""
+    known, values, problems = {f.name: f for f in fields(CONFIGS[technique])}, {}, []
+    for name, value in given.items():
+        if name in known:
+            try:
+                values[name] = read_value(f"{technique}.{name}", known[name], value)
+            except UsageError as e:
+                problems.append(str(e))
+    return values, problems + misspelt(technique, given)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one error that lists all problems with options, if there are any."""
+    if problems:
+        more = "" if len(problems) == 1 else f"{len(problems)} problems with the options:\n  "
+        raise UsageError(more + "\n  ".join(problems) + " See `yolo-ext help` for all options.")
+
+
+def misspelt(technique: str, given: Mapping[str, Any]) -> list[str]:
+    """Say which names of options there are not, with the nearest of all techniques."""
+    legal, named = option_names(), {f"{technique}.{name}": value for name, value in given.items()}
+    unknown = [key for key, value in named.items() if key not in legal and value not in RETIRED.get(key, ())]
+    return [f"Unknown option '{key}'.{suggest(key, legal)}" for key in unknown]
+
+
+def option_names() -> list[str]:
+    """Return the dotted keys of all techniques."""
+    return [f"{technique}.{f.name}" for technique, cls in CONFIGS.items() for f in fields(cls)]

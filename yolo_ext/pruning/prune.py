@@ -240,7 +240,7 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
         return replace(cfg, **{name: wanted}) if wanted > ENOUGH else None  # type: ignore[arg-type]
     if cfg.latency:
         was, wanted = (1 - p * (1 - 1 / cfg.latency) for p in (before, now))
-        return replace(cfg, latency=was / wanted)
+        return replace(cfg, latency=was / wanted) if was > wanted else None
     if cfg.size_mb:
         wanted = dense["size_mb"] * (1 - now) + cfg.size_mb * now
         return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None

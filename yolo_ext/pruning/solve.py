@@ -22,7 +22,7 @@ from yolo_ext.pruning.plan import Job, Steps, Widths, kept_of, record
 from yolo_ext.stock.context import recalibrate
 
 targets = Table("pruning target")  # row: Job -> Target
-FREE: dict[str, Any] = {"min_channels": 1, "round_to": 1, "max_ratio": 1.0}  # floors that hold nothing back
+FREE: dict[str, Any] = {"min_channels": 1, "round_to": 1, "max_ratio": 1 - 1e-9}  # hold nothing back
 NORM_FLOPS = 8.0  # of each output of a BatchNorm that stays, as Ultralytics counts them
 ROUNDS = 3  # of a search by formula, each followed by a measurement
 
