@@ -87,6 +87,7 @@ def check(name: str, profile: str, made, shapes, folder) -> None:
     assert not accidents
     present = [path for path in written["quantized"] if isinstance(dict(model.named_modules())[path], nn.Conv2d)]
     assert report["int8_convs"] == len(present) >= 0.6 * report["convs"]
+    assert report["convs"] == conv_report(fp32)["convs"] == len(written["convs"])
     assert not any("merged" in reason for reason in written["reasons"].values())
     images = calibration_images(check_data(shapes), 8)
     if name.endswith("-cls"):
