@@ -25,9 +25,9 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.stock.context import cpu_info, get_save_dir
 
-METRICS = ("params", "gflops", "size_mb", "map50", "map", "top1", "latency_ms", "latency_batch32_ms", "map_onnx",
-           "convs", "int8_convs")  # fmt: skip
-NESTED = {"latency_ms": ("torch", "ort", "ort_int8", "unsure"), "latency_batch32_ms": ("torch", "ort", "ort_int8"),
+METRICS = ("params", "gflops", "size_mb", "map50", "map", "top1", "latency_ms", "latency_batch32_ms", "latency_ratio",
+           "map_onnx", "convs", "int8_convs", "imgsz", "images")  # fmt: skip
+NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"), ("torch", "ort", "ort_int8")),
           "map_onnx": ("fp32", "int8")}  # fmt: skip
 Rows = list[dict[str, Any]]
 
@@ -123,7 +123,7 @@ def model_figures(model: nn.Module, path: Path | None, imgsz: int) -> dict[str, 
     """Return `params` and `gflops` (at `imgsz` pixels) of the deployed model, and `size_mb` of its file."""
     params = sum(p.numel() for p in stock.deployed(model).parameters())
     size = size_mb(path) if path and Path(path).suffix != ".yaml" and Path(path).is_file() else None
-    return {"params": params, "gflops": stock.gflops(model, imgsz), "size_mb": size}
+    return {"params": params, "gflops": stock.gflops(model, imgsz), "size_mb": size, "imgsz": imgsz}
 
 
 def metrics(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.export import SUFFIX, compiled
 from yolo_ext.deployment.footprint import torch_runner
 from yolo_ext.deployment.runtime import describe, postprocess, predictor, preprocess, run, session
+from yolo_ext.reporting.tables import speed
 from yolo_ext.stock import module_path
 
 Calls: TypeAlias = dict[tuple[str, str], list[float]]  # ms of each call of a node, by its name and operator
@@ -25,7 +26,7 @@ MIN_ROUNDS = 10
 
 
 def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: int = 10,
-            seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+            seconds: float | None = None, name: str = "Latency") -> dict[str, dict[str, Any]]:  # fmt: skip
     """Time functions that take turns, so that a change of clock or load meets them all, after untimed calls of each."""
     if not runners or rounds < 1:
         raise UsageError(f"Cannot measure {len(runners)} models over {rounds} rounds. Give at least one of each.")
@@ -38,13 +39,15 @@ def measure(runners: dict[str, Callable[[], Any]], *, rounds: int = 60, warmup: 
     gc.disable()  # a collection in the middle of one call would be charged to that model
     start = time.perf_counter()
     try:
-        for r in TQDM(range(rounds), desc="Latency", leave=False):
+        for r in (bar := TQDM(range(rounds), desc=name, leave=False)):
             # In a rotating order each model follows the same other one; its cache made a file 2.6 % faster than itself.
-            for name in order.permutation(list(runners)).tolist():
+            for model in order.permutation(list(runners)).tolist():
                 t = time.perf_counter()
-                runners[name]()
-                samples[name].append((time.perf_counter() - t) * 1e3)
+                runners[model]()
+                samples[model].append((time.perf_counter() - t) * 1e3)
             if seconds is not None and r + 1 >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                bar.total = r + 1
+                bar.update()
                 break
     finally:
         if collecting:
@@ -73,9 +76,8 @@ def speedup(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"Runs of {len(a)} and {len(b)} rounds cannot be paired. Measure both in one call.")
     found = _spread(a / b)  # of one round, so that load which hits both cancels
     significant = len(a) >= MIN_ROUNDS and bool(found["p10"] > 1 or found["p90"] < 1)
-    ratio, spread = found.pop("median"), f"{found['p10']:.2f} to {found['p90']:.2f}"
-    words = f"{ratio:.2f}x as fast ({spread})" if significant else f"as fast within the spread ({spread}x)"
-    return {"ratio": ratio, **found, "significant": significant, "words": words}
+    result = {"ratio": found.pop("median"), **found, "significant": significant}
+    return {**result, "words": speed(result)[0]}
 
 
 def _noise(path: str | Path, legal: list[Any], imgsz: Size, batch: int) -> np.ndarray:
@@ -138,11 +140,12 @@ def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, ba
         # The last session that is opened runs 1 to 3 % faster than copies of it; let it be one that is not measured.
         last = next((file for name, file in reversed(list(models.items())) if runtimes[name] == "ort"), None)
         spare = RUNNERS["ort"](Path(last), imgsz, threads, batch) if last else None
-        found = measure(runners, rounds=rounds, warmup=warmup, seconds=seconds)
+        setting = {"threads": threads, "batch": batch, "imgsz": imgsz}
+        name = f"Latency ({', '.join(dict.fromkeys(runtimes.values()))}, {threads=}, {batch=})"
+        found = measure(runners, rounds=rounds, warmup=warmup, seconds=seconds, name=name)
         del spare
     finally:
         torch.set_num_threads(threads_before)
-    setting = {"threads": threads, "batch": batch, "imgsz": imgsz}
     return {name: {**entry, "runtime": runtimes[name], **setting} for name, entry in found.items()}
 
 
@@ -204,6 +207,6 @@ def around(path: str | Path, image: np.ndarray, imgsz: int, rounds: int = 20) ->
     if meta["task"] != "classify":
         y = predictor(path, end2end=meta["end2end"])(preprocess(image, imgsz))[0]
         work["post"] = lambda: postprocess(y, meta, 0.25, 0.7)
-    times = {name: entry["median"] for name, entry in measure(work, rounds=rounds, warmup=1).items()}
-    detections = len(work["post"]()) if "post" in work else 0
-    return {"pre_ms": times["pre"], "post_ms": times.get("post", 0.0), "detections": detections}
+    found = measure(work, rounds=rounds, warmup=1, name="Letterbox and NMS")
+    times = {f"{name}_ms": found[name]["median"] if name in found else 0.0 for name in ("pre", "post")}
+    return {**times, "detections": len(work["post"]()) if "post" in work else 0}

@@ -1,7 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Before | After | Delta: the figures of `summary.json` as aligned text and as rows other outputs can use."""
+"""Before | After | Delta: the figures of `summary.json` as text, as rows other outputs can use, and in one sentence."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -12,8 +13,10 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext import runs
 
-NOISE = 0.05  # latency ratios below this are not called a difference
+NOISE = 0.04  # of the mAP on one image; it falls with the root of their number: 0.005 on the 72 images of BCCD
+EPOCHS = 30  # of a fine-tuning, where there was none
 ABSENT = "-"
+METRIC = {"map_onnx.int8": "mAP50-95", "map": "mAP50-95", "top1": "top-1"}  # accuracy that a verdict is about
 Verdict = Literal["better", "worse", "same", ""]
 
 
@@ -24,7 +27,7 @@ class Field:
     key: str  # dotted path inside a measurement of `summary.json`
     label: str
     column: str  # label where the figure is a column
-    kind: Literal["share", "score", "latency", "count"]  # by what two values compare
+    kind: Literal["share", "score", "latency", "count"]  # by what two values compare: latencies by the ratio of rounds
     spec: str  # format specification of one value
     fallback: tuple[tuple[str, str], ...] = ()  # (key, short name) that stand in where the base has none of this
 
@@ -74,78 +77,189 @@ def cell(value: float | None, spec: str) -> str:
     return ABSENT if value is None else format(value, spec)
 
 
-def comparison_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[Row]:
+def comparison_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
     """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
-    rows, unsure = [], ((after or {}).get("latency_ms") or {}).get("unsure") or ()  # whose rounds do not agree
+    rows, ratios = [], (after or {}).get("latency_ratio") or {}
     for field in FIELDS:
-        old, new, label = figure(before, field.key), figure(after, field.key), field.label
-        if old is None and new is not None:
-            others = [(value, n) for k, n in field.fallback if (value := figure(before, k)) is not None]
-            if others:
-                old, label = others[0][0], f"{label}, before: {others[0][1]}"
+        old, new, label = _pair(field, before, after)
         if old is not None or new is not None:
-            delta, verdict = compare(old, new, field.kind)
-            if old is not None and field.key.removeprefix("latency_ms.") in unsure:
-                delta, verdict = compare(new, new, field.kind)
+            if field.kind == "latency":  # medians of two measurements are never divided
+                delta, verdict = speed(ratios.get(field.key.removeprefix("latency_ms.")) if old and new else None)
+            else:
+                delta, verdict = compare(old, new, field.kind, noise(after, field.key))
             rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
     return rows
 
 
-def compare(before: float | None, after: float | None, kind: str) -> tuple[str, Verdict]:
-    """Return how far a figure of a `kind` moved, as text, and the verdict; a move that rounds to nothing is `same`."""
-    if before is None or after is None or (kind in ("share", "latency") and min(before, after) <= 0):
+def _pair(field: Field, before: Any, after: Any) -> tuple[float | None, float | None, str]:
+    """Return a figure of base and result, and its label, which names what stands in for that of the base."""
+    old, new = figure(before, field.key), figure(after, field.key)
+    if old is None and new is not None:
+        for key, name in field.fallback:
+            if (old := figure(before, key)) is not None:
+                return old, new, f"{field.label}, before: {name}"
+    return old, new, field.label
+
+
+def noise(measured: Mapping[str, Any] | None, key: str) -> float:
+    """Return up to which difference a split cannot tell two accuracies apart; 0 where its images are not known."""
+    if not (images := figure(measured, "images")):
+        return 0.0
+    least = round(1 / images, 4) if key == "top1" else 0.0  # one image
+    return max(float(f"{NOISE / math.sqrt(images):.1g}"), least)
+
+
+def speed(found: Mapping[str, Any] | None) -> tuple[str, Verdict]:
+    """Return a ratio of `deployment.latency.speedup` in words that claim no more than it shows, and the verdict."""
+    if not found:
         return ABSENT, ""
-    if kind == "latency":
-        faster = before >= after
-        ratio = round(before / after if faster else after / before, 2)
-        if ratio < 1 + NOISE:  # medians of one run move this much without a cause
-            return "about equal", "same"
-        return f"{ratio:.2f}x {'faster' if faster else 'slower'}", "better" if faster else "worse"
+    ratio, spread = found["ratio"], f"{found['p10']:.2f} to {found['p90']:.2f}"
+    if not found["significant"] or round(ratio, 2) == 1:
+        return f"same ({spread}x)", "same"
+    return (f"{ratio:.2f}x faster ({spread})", "better") if ratio > 1 else (f"{ratio:.2f}x as fast ({spread})", "worse")
+
+
+def compare(before: float | None, after: float | None, kind: str, noise: float = 0.0) -> tuple[str, Verdict]:
+    """Return how far a figure of a `kind` moved, as text, and the verdict; a move within the noise is `same`."""
+    if before is None or after is None or (kind == "share" and min(before, after) <= 0):
+        return ABSENT, ""
     digits = {"share": 1, "score": 4, "count": 0}[kind]
     change = round(100 * (after - before) / before if kind == "share" else after - before, digits)
     unit = "%" if kind == "share" else ""
-    if change == 0:
-        return f"{0:.{digits}f}{unit}", "" if kind == "count" else "same"
-    text = f"{change:+,.{digits}f}{unit}"
+    text = f"{change:+,.{digits}f}{unit}" if change else f"{0:.{digits}f}{unit}"
     if kind == "count":
         return text, ""
+    if not change or (kind == "score" and abs(change) <= noise):
+        return f"{text} (same)" if change else text, "same"
     return text, "better" if (change > 0) == (kind == "score") else "worse"
 
 
-def comparison_table(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     """Write the aligned table Before | After | Delta of two measurements with the keys of `summary.json`."""
     rows = comparison_rows(before, after)
-    marks = [" (worse)" if r.verdict == "worse" and "slower" not in r.delta else "" for r in rows]
+    marks = [" (worse)" if r.verdict == "worse" and "x as fast" not in r.delta else "" for r in rows]
     cells = [(r.label, r.before, r.after, r.delta + mark) for r, mark in zip(rows, marks)]
     return align(cells, ("", "Before", "After", "Delta"))
 
 
+def note(after: Mapping[str, Any] | None) -> str:
+    """Return on what the figures of a comparison were measured, and which of their differences mean nothing."""
+    key = "top1" if figure(after, "top1") is not None else "map"
+    size, images, told = figure(after, "imgsz"), figure(after, "images"), list[str]()
+    if size:
+        told.append(f"GFLOPs{f' and {METRIC[key]}' if images else ''} at {size:.0f} px (square images).")
+    if images:
+        within = f"up to {noise(after, key):g} are within the noise of these {images:.0f} images"
+        told.append(f"{METRIC[key]} differences {within}.")
+    if any(((after or {}).get("latency_ratio") or {}).values()):
+        told.append("Speed: base and result in turns, median (10 to 90 %) of the ratio of each round.")
+    return "\n".join(told)
+
+
+def delivered(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, Any, Any]:
+    """Return key and values before and after of the accuracy that counts: of the INT8 file, else of the model."""
+    fields = {f.key: f for f in FIELDS}
+    key = next((k for k in ("map_onnx.int8", "top1") if figure(after, k) is not None), "map")
+    return (key, *_pair(fields[key], before, after)[:2])
+
+
+# The summary of a run ------------------------------------------------------------------------------------------------
 def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
-                  stages: Mapping[str, Mapping[str, Any]] | None = None, **told: Any) -> dict[str, Any]:  # fmt: skip
+                  stages: Mapping[str, Mapping[str, Any]] | None = None, *, table: bool = True,
+                  **told: Any) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it.
 
-    `told` may be `settings` and `seconds` (by stage), which go into the file, and `method`, `ratio`, `training_s` and
-    `failed` (names of checks), which with these make up the row of the run in a table of several runs.
+    Args:
+        root: Run folder.
+        before: Figures of the base, see `runs.METRICS`.
+        after: Figures of the result.
+        stages: Figures by stage.
+        table: Whether anything changed that a table could show.
+        told: `checks` (name, value, limit, passed), `settings`, `seconds` (by stage) and `deploy`, the file of the
+            result in the folder, which go into the file; `epochs` of fine-tuning and of QAT (`qat`) and the `next`
+            command, for the headline; `method`, `ratio` and `training_s`, for the row in a table of several runs.
     """
     summary = runs.summary(before, after, stages)
-    summary |= {"settings": told.get("settings") or {}, "seconds": told.get("seconds") or {}}
+    summary |= {k: told.get(k) or {} for k in ("settings", "seconds")} | {"checks": told.get("checks") or []}
+    summary |= {"deploy": told.get("deploy"), "passed": all(c["passed"] for c in summary["checks"])}
+    summary["headline"], summary["next"] = headline(summary, told) if table else (None, None)
     summary["comparison"] = comparison(summary, told)
     runs.write_json(root / "summary.json", summary)
-    LOGGER.info("\n" + comparison_table(summary["before"], summary["after"]))
-    LOGGER.info(f"Results saved to {root}")
+    if table:
+        LOGGER.info(f"\n{comparison_table(summary['before'], summary['after'])}\n{note(summary['after'])}")
     return summary
+
+
+def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return what a result is, what it cost and what to do next, a failed check first; and the next command."""
+    before, after, checks = summary["before"], summary["after"], summary["checks"]
+    rows, (key, old, new) = {r.key: r for r in comparison_rows(before, after)}, delivered(before, after)
+    failed = [f"{c['name']} {c['value']:.4g} (limit {c['limit']:.4g})" for c in checks if not c["passed"]]
+    size = f"{after['size_mb']:.2f} MB" if after.get("size_mb") else ""
+    said = ", ".join(part for part in (_speed(rows), size, _accuracy(key, old, new, after)) if part) + "."
+    if failed:
+        said = f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. {said}"
+    if told.get("epochs") == 0:
+        said += " Nothing was fine-tuned."
+    lost = {k for k, row in rows.items() if row.verdict == "worse"}
+    if key in lost or "max_drop" in "".join(failed) or (told.get("epochs") == 0 and new is None):
+        words, options = _advice(key == "map_onnx.int8" and "map" not in lost, told)
+        options = options if new is not None else {"data": "data.yaml", **options}
+        command = _again(summary["command"], options)
+        return f"{said} {words}: {command or ' '.join(f'{k}={v}' for k, v in options.items())}", command
+    if failed or not told.get("deploy"):
+        return f"{said} Look at the failed checks first." if failed else said, told.get("next")
+    return f"{said} Deploy {told['deploy']}.", told.get("next")
+
+
+def _speed(rows: Mapping[str, Row]) -> str:
+    """Return the speed-up of the file nearest to use in words, else the change of FLOPs."""
+    for key, name in {"ort_int8": "ONNX Runtime INT8", "ort": "ONNX Runtime", "torch": "PyTorch"}.items():
+        row = rows.get(f"latency_ms.{key}")
+        if row and row.verdict:
+            return f"{row.delta.replace('same', 'as fast as the base')} in {name}"
+    flops = rows.get("gflops")
+    return f"GFLOPs {flops.delta}" if flops and flops.verdict in ("better", "worse") else ""
+
+
+def _accuracy(key: str, old: float | None, new: float | None, after: Mapping[str, Any]) -> str:
+    """Return what became of the accuracy in words."""
+    if new is None:
+        return "accuracy not measured"
+    metric, size, within = METRIC[key], figure(after, "imgsz"), noise(after, key)
+    at = f" at {size:.0f} px" if size else ""
+    if old is None:
+        return f"{metric} {new:.4f}{at}"
+    (text, verdict), moved = compare(old, new, "score", within), f"{old:.4f} -> {new:.4f}{at}"
+    if verdict == "worse":
+        return f"{metric} fell by {text[1:]} ({moved})"
+    same = f"same within {within:g}" if within else "same"
+    return f"{metric} {moved} ({same if verdict == 'same' else text})"
+
+
+def _advice(by_int8: bool, told: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return what to do about an accuracy that INT8 or pruning lost, and the options of the run that does it."""
+    epochs, qat = told.get("epochs") or 0, told.get("qat") or 0
+    if by_int8 and qat:
+        return "Train the INT8 model longer", {"quant.epochs": 2 * qat}
+    if by_int8:
+        return "Train the INT8 model", {"quant.mode": "qat"}
+    return "Fine-tune longer" if epochs else "Fine-tune", {"epochs": 2 * epochs or EPOCHS}
+
+
+def _again(command: str, options: Mapping[str, Any]) -> str | None:
+    """Return a command line of ours with other options; None where a script was run."""
+    program, *words = shlex.split(command)
+    kept = [w for w in words if w.lstrip("-").partition("=")[0] not in (*options, "resume")]
+    return shlex.join([program, *kept, *(f"{k}={v}" for k, v in options.items())]) if program == "yolo-ext" else None
 
 
 def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a run in a table of several runs: settings, what was done, figures with changes, conclusion."""
     after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
-    score = next((k for k in ("map_onnx.int8", "top1", "map") if k in rows), "map")
+    score, _, _ = delivered(summary["before"], after)
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}") is not None), "torch")
     change = {k: None if r.delta == ABSENT else r.delta for k, r in rows.items()}
-    keys = [k for k in ("params", "gflops", score, f"latency_ms.{speed}") if change.get(k)]
-    name = {k: rows[k].label.partition(",")[0].removesuffix(" (ms)") for k in keys}
-    says = [f"{name[k]} {change[k]}" for k in keys if k in (*keys[2:], score) or rows[k].verdict != "same"]
-    says += [f"checks failed: {', '.join(told['failed'])}"] if told.get("failed") else []
     return {
         "settings": " ".join(f"{k}={v}" for k, v in summary["settings"].items() if v not in (None, "")),
         "method": told.get("method"), "ratio": told.get("ratio"),
@@ -154,7 +268,7 @@ def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str,
         "size_mb": _rounded(after, "size_mb"), "accuracy": _rounded(after, score), "accuracy_change": change.get(score),
         "latency_ms": _rounded(after, f"latency_ms.{speed}"),
         "latency_batch32_ms": _rounded(after, f"latency_batch32_ms.{speed}"),
-        "training_s": told.get("training_s"), "conclusion": f"{'; '.join(says)}." if says else None,
+        "training_s": told.get("training_s"), "conclusion": summary["headline"],
     }  # fmt: skip
 
 
@@ -163,6 +277,7 @@ def _rounded(measurement: dict[str, Any], key: str) -> float | None:
     return None if (value := figure(measurement, key)) is None else round(value, 4)
 
 
+# Tables --------------------------------------------------------------------------------------------------------------
 def stage_rows(stages: Mapping[str, dict[str, Any] | None]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the figures of each stage; figures that no stage has get no column."""
     fields = [f for f in FIELDS if any(figure(m, f.key) is not None for m in stages.values())]
