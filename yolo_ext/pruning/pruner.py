@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
@@ -24,7 +25,7 @@ from yolo_ext.pruning.graph import Graph, Kept
 from yolo_ext.pruning.groups import restrict
 from yolo_ext.pruning.plan import record
 from yolo_ext.pruning.solve import sizes
-from yolo_ext.pruning.surgery import ADVICE, Slices, parameter_slices, verify
+from yolo_ext.pruning.surgery import ADVICE, parameter_slices, verify
 from yolo_ext.stock.context import undisturbed
 
 HIGHEST, TRIALS, NEAR, TOLERANCE = 0.95, 12, 0.005, 0.01  # of the search for the ratio that meets a target
@@ -102,21 +103,11 @@ def regrown(dense: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Module:
     now = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
     for name, t in (*copy.named_parameters(), *copy.named_buffers()):
         path, _, leaf = name.rpartition(".")
-        slices: dict[str, Slices] = {}
-        if dims := kept.get(path):
-            slices = {key: [(0, dims.get("out", []))] for key in ("running_mean", "running_var")}
-            slices |= parameter_slices(copy.get_submodule(path), dims)
-        _paste(t.fill_(1), slices.get(leaf, []), now[name].to(t))
+        places, slices = [*map(np.arange, t.shape)], parameter_slices(copy.get_submodule(path), kept.get(path, {}))
+        for dim, index in slices.get("bias" if leaf.startswith("running_") else leaf, []):
+            places[dim] = np.array(index)
+        t.fill_(1)[np.ix_(*places)] = now[name].to(t)
     return copy
-
-
-def _paste(tensor: torch.Tensor, slices: Slices, kept: torch.Tensor) -> torch.Tensor:
-    """Put what a tensor kept back where it was cut out."""
-    if not slices:
-        return tensor.copy_(kept)
-    (dim, index), *rest = slices
-    places = torch.tensor(index)
-    return tensor.index_copy_(dim, places, _paste(tensor.index_select(dim, places), rest, kept))
 
 
 # prune.pruner -------------------------------------------------------------------------------------------------------
