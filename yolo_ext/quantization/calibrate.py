@@ -94,7 +94,7 @@ def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor]
     set_mode(model, "observe")
     try:
         with evaluating(model):
-            for x in TQDM(batches, desc="calibrating", total=total):
+            for x in TQDM(batches, desc="Calibrating", total=total):
                 images += len(x)
                 blank += int((x.amax((1, 2, 3)) == x.amin((1, 2, 3))).sum())
                 model(x.to(device))

@@ -45,7 +45,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
     set_mode(exact, "float")
     set_mode(model, "on", momentum=0.0)
     with evaluating(model):
-        seen = recalibrate(_Pair([model, exact]).eval(), TQDM(batches, desc="re-estimating BatchNorm"))
+        seen = recalibrate(_Pair([model, exact]).eval(), TQDM(batches, desc="Re-estimating BatchNorm"))
     for m, e, (mean, var) in zip(norms, _norms(exact), trained if seen else []):
         m.running_mean.sub_(e.running_mean).add_(mean)
         m.running_var.add_(DEAD).div_(e.running_var + DEAD).clamp_(*CHANGE).mul_(var)
@@ -83,7 +83,7 @@ def correct_bias(model: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str,
         return hook
 
     try:
-        for images in TQDM(batches, desc="correcting biases"):
+        for images in TQDM(batches, desc="Correcting biases"):
             for mode, make in (("float", remember), ("on", correct)):
                 set_mode(model, mode)
                 hooks = [m.register_forward_hook(make(path, act)) for path, (m, act) in targets.items()]
@@ -191,7 +191,7 @@ def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> dict[st
     skipped: list[str] = []
     try:
         with evaluating(model):
-            for child in TQDM(model.model, desc="rounding"):
+            for child in TQDM(model.model, desc="Rounding (AdaRound)"):
                 units = _units(child, f"model.{child.i}", head=child is model.model[-1])
                 set_mode(model, "float")
                 exact[-1], targets = _run(child, exact, units)
