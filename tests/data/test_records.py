@@ -42,6 +42,12 @@ def test_list_images(tmp_path):
         list_images(tmp_path / "list.txt")
 
 
+def test_a_file_where_a_folder_is_wanted(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UsageError, match=r"a\.jpg' cannot be read \(Not a directory\)"):
+        walk_files(tmp_path / "a.jpg", {"jpg"})
+
+
 def test_quote():
     assert quote(["a", "b"]) == "a, b"
     assert quote(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -173,14 +173,20 @@ def keypoints(info: dict[str, Any], data: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def split_places(split: str, info: Mapping[str, Any], data: Any) -> list[Path]:
+    """Return the folders and list files of a split, which must be there."""
+    places = [Path(p) for p in (info[split] if isinstance(info[split], list) else [info[split]])]
+    if missing := [p for p in places if not p.exists()]:
+        raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
+    return places
+
+
 def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
     """Return the readable images of a split; warn about the others."""
     if not info.get(split):
         raise UsageError(f"Data '{data}' has no '{split}' split. Add the key '{split}' with its image folder.")
-    places = info[split] if isinstance(info[split], list) else [info[split]]
-    if missing := [p for p in places if not Path(p).exists()]:
-        raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
-    for file in (p for p in map(Path, places) if p.is_file() and not is_image(p)):
+    places = split_places(split, info, data)
+    for file in (p for p in places if p.is_file() and not is_image(p)):
         try:
             file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:  # noqa: PERF203
@@ -234,10 +240,7 @@ def no_labels(files: Sequence[Path]) -> str:
 
 
 def check_label(file: Path, nc: int, shape: tuple[int, int] = (0, 0), pose: bool = False) -> list[list[str]]:
-    """Return the words of each label row where Ultralytics takes the file, which may be of poses of a `kpt_shape`.
-
-    ArithmeticError where all that is wrong is a value outside of its range, else ValueError.
-    """
+    """Return the words of each label row; ArithmeticError where only a value is outside its range, else ValueError."""
     if why := load.label_problem(file, nc, shape, pose):
         text = file.read_text(encoding="utf-8-sig", errors="replace")
         infinite = re.search(r"\b(nan|inf|infinity)\b", text, re.IGNORECASE)
@@ -324,5 +327,5 @@ def list_hash(paths: list[Path]) -> str:
     """Return a short hash of names and contents of the calibration images, for the record of what was used."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(Path(path).name.encode() + Path(path).read_bytes())
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

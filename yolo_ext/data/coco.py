@@ -6,7 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
@@ -19,7 +19,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.find import nearest, shared
 
 from yolo_ext.data.records import (  # isort: skip
-    Annotation, Item, Object, Size, Source, Store, decode, is_image, quote, unique_ids, walk_files,
+    Annotation, Item, Object, Size, Source, Store, decode, grouped, is_image, quote, unique_ids, walk_files,
 )  # fmt: skip
 from yolo_ext.stock.load import IMG_FORMATS
 
@@ -33,7 +33,8 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
     found, labels = dict[str, list[tuple[str, Path]]](), dict[Path, Annotation | str]()
     names, problems = dict[str, None](), list[str]()
     root = images or (source if source.is_dir() else source.parent)
-    pictures = cache(partial(_by_name, root))  # only where a file name does not lead to an image
+    # only where a file name does not lead to an image
+    pictures = cache(lambda: grouped(walk_files(root, IMG_FORMATS), lambda found: found.name))
     for file in files:
         content = _load(file)
         classes = _classes(content, file)
@@ -94,13 +95,6 @@ def is_coco(file: Path) -> bool:
     """Return whether a JSON file has the keys of COCO instances."""
     raw = file.read_bytes()
     return all(f'"{key}"'.encode() in raw for key in KEYS)
-
-
-def _by_name(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for file in walk_files(folder, IMG_FORMATS):
-        found.setdefault(file.name, []).append(file)
-    return found
 
 
 def _image(path: PurePosixPath, file: Path, folder: Path | None, pictures: Pictures) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from yolo_ext.data.records import Splits, quote, read_text, walk_files
+from yolo_ext.data.records import Splits, grouped, quote, read_text, walk_files
 from yolo_ext.stock.load import IMG_FORMATS
 
 T = TypeVar("T")
@@ -27,10 +27,7 @@ def image_files(source: Path, images: Path | None = None) -> list[Path]:
 
 
 def members(files: Sequence[Path], base: Path, by_folder: bool = True) -> Members:
-    """Return the images by the split that a folder is called after, "" where none is, with ids that tell them apart.
-
-    An id is the path without suffix, below the image folder, or what is common to all, and without the split.
-    """
+    """Return the images by the split that a folder is called after, or "", with ids: paths below the image folder."""
     folders = [f.relative_to(base).parts[:-1] for f in files]
     common = max(folders, default=())[: shared(min(folders, default=()), max(folders, default=()))]
     inside = next((k for k, d in enumerate(common, 1) if d.lower() in IMAGES[1]), 0)
@@ -48,14 +45,8 @@ def members(files: Sequence[Path], base: Path, by_folder: bool = True) -> Member
 def match(
     files: Sequence[Path], images: Mapping[str, Path]
 ) -> tuple[dict[str, Path], dict[str, str], list[Path], list[Path]]:
-    """Match annotation files and images by name, and where several have it by folder.
-
-    Returned are the file of each image id, what is wrong with ids that have several or share one, the files without an
-    image, and those whose images have nearer ones.
-    """
-    by_stem: dict[str, list[tuple[str, Path]]] = {}
-    for i, image in images.items():
-        by_stem.setdefault(image.stem, []).append((i, image))
+    """Match files and images by name, then folder; return file and what is wrong by id, files without image, others."""
+    by_stem = grouped(images.items(), lambda named: named[1].stem)
     found, alone = dict[str, list[Path]](), list[Path]()
     for file in files:
         near = nearest(file.parent.parts, by_stem.get(file.stem, []))
@@ -102,9 +93,7 @@ def list_files(source: Path) -> list[tuple[str, Path]]:
 
 def read_lists(files: Sequence[tuple[str, Path]], items: Collection[str], images: Mapping[str, Path]) -> Splits:
     """Return the image ids of lists, without the flags of per-class lists and without file suffixes."""
-    by_name: dict[str, list[str]] = {}
-    for i, image in images.items():
-        by_name.setdefault(image.stem, []).append(i)
+    by_name = grouped(images, lambda i: images[i].stem)
     lists: dict[str, dict[str, None]] = {}
     for name, file in files:
         chosen = lists.setdefault(name, {})

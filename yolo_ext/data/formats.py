@@ -16,7 +16,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.check import check_label, class_names, keypoints, load_yaml, read_yaml
+from yolo_ext.data.check import check_label, class_names, keypoints, load_yaml, read_yaml, split_places
 from yolo_ext.data.coco import coco_entry, detected, is_coco
 from yolo_ext.data.find import has_rows, image_files, is_voc, list_files, match, members, read_lists
 
@@ -138,7 +138,8 @@ def scan_yolo(
     info = {} if images else _data_yaml(source)
     if info:
         names, listed = [info["names"][i] for i in range(info["nc"])], []
-        placed = {s: [m for path in _places(info, s) for m in _members(path)] for s in SPLITS if s in info}
+        there = {s: split_places(s, info, info["yaml_file"]) for s in SPLITS if s in info}
+        placed = {s: [m for path in paths for m in _members(path)] for s, paths in there.items()}
     else:
         names, listed = list(classes or _class_names(source)), list_files(source)
         placed = members(image_files(source, images), images or source, by_folder=not listed)
@@ -172,14 +173,6 @@ def _data_yaml(source: Path) -> dict[str, Any]:
 def _yamls(folder: Path) -> list[Path]:
     files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     return [f for f in files if {"names", "nc", "train", "val"} & {*load_yaml(f)}]
-
-
-def _places(info: Mapping[str, Any], split: str) -> list[Path]:
-    """Return the folders and list files of a split."""
-    paths = [Path(p) for p in ([info[split]] if isinstance(info[split], str) else info[split])]
-    if missing := [p for p in paths if not p.exists()]:
-        raise UsageError(f"Split '{split}' of '{info['yaml_file']}' points to '{missing[0]}', which does not exist.")
-    return paths
 
 
 def _class_names(source: Path) -> list[str]:

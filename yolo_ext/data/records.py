@@ -24,6 +24,7 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.load import IMG_FORMATS
 
+K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
 Size = tuple[int, int]
@@ -167,6 +168,14 @@ def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kind
     return [sorted(part) for part in parts]
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items by what `key` says of them, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def quote(items: Sequence[object], shown: int = 5) -> str:
     """Return the first items as text, followed by how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
@@ -221,10 +230,10 @@ def is_image(file: Path) -> bool:
 
 
 def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the sorted files below a folder with these suffixes, but hidden ones; UsageError if a link goes round."""
+    """Return the sorted files below a folder with these suffixes, but hidden ones; UsageError where it cannot."""
 
     def fail(error: OSError) -> None:
-        raise error
+        raise UsageError(f"'{error.filename}' cannot be read ({error.strerror}). Give a folder that can be.")
 
     found: list[Path] = []
     for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):

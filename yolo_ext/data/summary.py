@@ -18,7 +18,7 @@ from ultralytics.utils import LOGGER
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import attempt, image_probe
 from yolo_ext.data.formats import scan_yolo
-from yolo_ext.data.records import Item, Source, parallel, quote
+from yolo_ext.data.records import Item, Source, grouped, parallel, quote
 from yolo_ext.stock.load import open_image
 
 BITS = 256
@@ -154,10 +154,7 @@ def fingerprint(file: Path) -> tuple[bytes, int]:
 
 def same(keys: Mapping[str, Hashable]) -> list[list[str]]:
     """Return the groups of names with the same key."""
-    groups: dict[Hashable, list[str]] = {}
-    for name, key in keys.items():
-        groups.setdefault(key, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    return [names for names in grouped(keys, lambda name: keys[name]).values() if len(names) > 1]
 
 
 def near_pairs(prints: Iterable[int], limit: int = NEAR) -> list[tuple[int, int]]:
@@ -166,9 +163,6 @@ def near_pairs(prints: Iterable[int], limit: int = NEAR) -> list[tuple[int, int]
     width = -(-BITS // (limit + 1))  # of limit + 1 bands: a pair within the limit has at least one of them in common
     found: set[tuple[int, int]] = set()
     for start in range(0, BITS, width):
-        bands: dict[int, list[int]] = {}
-        for p in distinct:
-            bands.setdefault(p >> start & (1 << width) - 1, []).append(p)
-        for members in bands.values():
+        for members in grouped(distinct, lambda p: p >> start & (1 << width) - 1).values():  # noqa: B023  used at once
             found.update((a, b) for a, b in combinations(members, 2) if (a ^ b).bit_count() <= limit)
     return sorted(found)
