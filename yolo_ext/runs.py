@@ -40,6 +40,7 @@ class Record:
     weights: str | None = None  # newest float model, relative to the run folder
     layers: Rows | None = None  # channels of each layer before and after pruning
     checks: Rows | None = None  # name, value, limit and outcome
+    said: str | None = None  # what was done, for the line about the stage
     notes: list[str] | None = None  # sentences for the report
     rows: Rows | None = None  # measurements side by side: latencies, or other models
     ratios: dict[str, dict[str, Any]] | None = None  # speed against the base by name: median, spread, significance

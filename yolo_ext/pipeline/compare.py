@@ -3,7 +3,6 @@
 
 import logging
 import math
-import tempfile
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,13 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig
 from yolo_ext.deployment.export import export_onnx
-from yolo_ext.deployment.latency import bench
 from yolo_ext.pipeline.run import Run, finetuning, measure, train
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.reporting.tables import align, cell
 from yolo_ext.stock.accuracy import score
 from yolo_ext.training.prune import make_probes
 
+TIMED = {"base": "base FP32", "pruned": "compressed FP32"}  # files that the stage `latency` measures in any case
 STEP = 8 / 1024  # between two multiples of this no layer of up to 1024 channels changes
 # Positions of channel counts that Ultralytics does not multiply by the width.
 UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,), "CBLinear": (0,),
@@ -38,18 +37,28 @@ def compare(run: Run) -> runs.Record:
     width, narrow = smaller(pruned, stock.gflops(pruned, run.imgsz), run.imgsz)
     models = {"base": run.base, "pruned": run.weights(), width: narrow}
     models["random criterion, same FLOPs and epochs"] = _random_baseline(run, pruned)
-    with tempfile.TemporaryDirectory() as tmp:
-        files = {name: export_onnx(m, Path(tmp) / f"{i}.onnx", run.imgsz) for i, (name, m) in enumerate(models.items())}
-        times = bench(files, run.imgsz, threads=1, rounds=100, seconds=15)
     found: list[dict[str, Any]] = []
     for name, m in models.items():
         figures = measure(run, m) if isinstance(m, Path) else runs.model_figures(m, None, run.imgsz)
         row = {k: figures.get(k) for k in ("params", "gflops", "top1" if run.task == "classify" else "map")}
-        found.append({"name": name, **row, "ort": times[name]["median"]})
-    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", cell(score(r), ".4f"), f"{r['ort']:.2f}"]
-             for r in found]  # fmt: skip
-    LOGGER.info(align(cells, ["For comparison", "Parameters", "GFLOPs", stock.metric(run.task), "ONNX Runtime ms"]))
-    return runs.Record(rows=found)
+        found.append({"name": name, **row, "timed": TIMED.get(name, name)})
+        if name not in TIMED:
+            file = export_onnx(m, run.folder / "compare" / f"{len(found)}.onnx", run.imgsz)
+            found[-1]["file"] = run.relative(file)
+    return runs.Record(rows=found, said=f"beside a {width} and a random criterion")
+
+
+def timed(run: Run) -> list[dict[str, Any]]:
+    """Return and print the models beside the result, with the times of the one measurement of all files."""
+    rows = (run.done["compare"].rows or []) if "compare" in run.done else []
+    times = {r["name"]: r["median"] for r in run.done["latency"].rows or []} if "latency" in run.done else {}
+    rows = [{**r, "ort": times.get(r.get("timed"), r.get("ort"))} for r in rows]
+    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", cell(score(r), ".4f"), cell(r["ort"], ".2f")]
+             for r in rows]  # fmt: skip
+    if rows:
+        head = ["For comparison", "Parameters", "GFLOPs", stock.metric(run.task), "ONNX Runtime ms"]
+        LOGGER.info(f"{align(cells, head)}\nAt {run.imgsz} px, as the other figures of this run.")
+    return rows
 
 
 def _random_baseline(run: Run, pruned: nn.Module) -> Path:

@@ -103,14 +103,13 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
     notes = []
     if f1:
-        a, b = (f"mAP50-95 {maps[k]:.4f}, F1 {v['f1']:.3f} at confidence {v['f1_conf']:.2f}" for k, v in f1.items())
-        LOGGER.info(f"{SAYS}FP32 {a}; INT8 {b}")
         old, new = (v["f1_conf"] for v in f1.values())
         if abs(new - old) > SHIFT:  # which mAP does not show
             moved = f"from {old:.2f} to {new:.2f}"
             notes.append(f"INT8 moved the confidence of the best F1 {moved}: change conf= by as much.")
     return Record(
-        m, f1=f1, float={p: quant["float"].get(p, r) for p, r in written["float"].items()}, planned=proof["planned"],
+        m, said=f"{stage.upper()} for {quant['profile']}", f1=f1,
+        float={p: quant["float"].get(p, r) for p, r in written["float"].items()}, planned=proof["planned"],
         accidents=proof["accidents"], chosen=str(weights), calibration=quant.get("calibration"),
         profile=quant["profile"], notes=notes,
     )  # fmt: skip
@@ -246,7 +245,6 @@ def qat(run: Run) -> Record:
         if lost is not None:
             change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f}"
             reason = f"PTQ {change} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
-        LOGGER.info(f"{SAYS}{reason}")
         return Record(skipped=reason)
     options: dict[str, Any] = {"quant": cfg}
     # Distillation belongs to the fine-tuning, where there is one; QAT learns from its float self then.
@@ -259,8 +257,8 @@ def qat(run: Run) -> Record:
     if better:
         notes = [*(record.notes or []), *_problems(cfg, record)]
         record = replace(record, weights=run.relative(best), notes=notes)
-    LOGGER.info(f"{SAYS}QAT is {'better than PTQ: keeping QAT' if better else 'no better than PTQ: keeping PTQ'}")
-    return replace(record, better=better)
+    said = f"{record.said}, {cfg.epochs} epochs, {'better than PTQ' if better else 'no better than PTQ, which is kept'}"
+    return replace(record, better=better, said=said)
 
 
 def verify(run: Run) -> Record:
@@ -287,8 +285,6 @@ def verify(run: Run) -> Record:
     if lost is not None:
         checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
-    passed = f"{sum(c['passed'] for c in checks)} of {len(checks)} checks passed"
-    LOGGER.info(f"{colorstr('verify: ')}{passed}; the file to deploy: {files['int8']}")
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
     unsound = any(not c["passed"] for c in found["checks"] if c["name"].startswith("int8_"))
     notes = [SATURATES] if unsound and resolve_profile(record.profile or "").weight_bits >= 8 else []

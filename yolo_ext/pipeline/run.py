@@ -23,6 +23,7 @@ from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
+from yolo_ext.training.prune import check_budget
 from yolo_ext.training.trainer import trainer_for
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
@@ -51,6 +52,7 @@ class Run:
     folder: Path = Path()
     info: dict[str, Any] = field(default_factory=dict)  # of the checked dataset
     imgsz: int = 0  # side of the square input in pixels
+    max_drop: float | None = None  # accuracy that the result may lose against the base
     fresh: bool = False  # whether the folder held nothing before
     done: dict[str, runs.Record] = field(default_factory=dict)  # by finished stage
     left_out: list[str] = field(default_factory=list)  # what failed that the result is complete without
@@ -120,17 +122,19 @@ def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stage
     """Check all that can be checked, then make the folder; one that may be written again loses its `stages`."""
     mode = str(options.pop("mode", None) or "compress")
     place, imgsz = {k: options.pop(k, None) for k in PLACE}, options.pop("imgsz", None)
+    budget = options.pop("max_drop", None)
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
     base, ckpt = load_model(model)
     loaded = {Path(model): (base, dict(ckpt.get("train_args") or {}))}
-    run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded)
+    run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded, max_drop=budget)
+    check_budget(budget, data and run.base.suffix == ".pt")
     _check_data(run)
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
     _check_graph(run)
     run.folder = runs.folder(place, task=run.task, mode=mode, resume=resume)
     run.fresh = not any(run.folder.iterdir())
-    plain = {"model": model, "data": data, "imgsz": run.imgsz, **options}
+    plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **({"max_drop": budget} if budget else {})}
     if resume:
         _check_resume(run, plain)
     elif (run.folder / "compress.yaml").exists():  # an earlier run, which `exist_ok=True` gives up
@@ -202,7 +206,7 @@ def _check_resume(run: Run, plain: dict[str, Any]) -> None:
         if told := before.pop(k, None):
             told = CONFIGS[k](**{f.name: told[f.name] for f in fields(CONFIGS[k]) if f.name in told})
         changed += [k] if told != config else []
-    changed += [k for k in {*before, *plain} if before.get(k) != plain.get(k)]
+    changed += [k for k in {*before, *plain} - {"max_drop"} if before.get(k) != plain.get(k)]
     if changed:
         found = f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed)"
         raise UsageError(f"{found}. Give another name=, or the options of that run to go on with it.")

@@ -3,6 +3,7 @@
 writes its own folder and returns a record, and a killed run goes on with the stage that has none."""
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from yolo_ext.core.log import let_go, logged
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.pipeline.compare import compare
+from yolo_ext.pipeline.compare import compare, timed
 from yolo_ext.pipeline.int8 import onnx_accuracy, ptq, qat, verify
 from yolo_ext.pipeline.run import FINETUNE, Run, finetuning, measure, open_run, train
 from yolo_ext.pruning.masks import eligible, packed_mb, sparsity, zero_weights
@@ -32,11 +33,12 @@ from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import TOLERANCE
 from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
 from yolo_ext.reporting.pages import write_report
-from yolo_ext.reporting.tables import write_summary
+from yolo_ext.reporting.tables import conclude, moved, write_summary
 from yolo_ext.runs import Record
 from yolo_ext.training.prune import budget_checks, make_probes
 
 T = TypeVar("T")
+PICTURED = ("detect", "segment", "pose")  # tasks whose boxes are drawn side by side
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
     {"torch": "base torch", "ort": "base FP32"},
     {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
@@ -59,6 +61,7 @@ def compress(
     Raises: `UsageError`: If the input is wrong; nothing has been written then.
     """
     stock.check_stock()
+    stock.tell_busy()
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])
     todo = [stage for stage in STAGES if stage.wanted(run) or (run.folder / stage.name / "stage.json").exists()]
     kept = False  # what a training has made
@@ -74,9 +77,19 @@ def compress(
                 shutil.rmtree(run.folder)
             raise
         if record:
+            LOGGER.info(_line(run, stage.name, record))
             run.done[stage.name] = record
             kept |= bool(record.weights)
     return finish(run)
+
+
+def _line(run: Run, name: str, record: Record) -> str:
+    """Return in one line what a stage did, which figures it changed, the outcome of its checks and its seconds."""
+    earlier = next((d.metrics for d in reversed(run.done.values()) if d.metrics), {})
+    passed = [c["passed"] for c in record.checks or []]
+    proved = f"{sum(passed)} of {len(passed)} checks passed" if passed else ""
+    told = [record.skipped, record.said, moved(earlier, record.metrics or {}), proved, f"{record.seconds or 0:.0f} s"]
+    return f"{colorstr('bold', f'{name}: ')}{'; '.join(part for part in told if part)}"
 
 
 def _extra(run: Run, name: str, work: Callable[[], T]) -> T | None:
@@ -109,15 +122,16 @@ def sparsify(run: Run) -> Record:
         options["distill"] = replace(distill, features="pkd", logits="kl_binary", temperature=None, layers=[])
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
     share = manifest(run.load(best)[0]).sparsity["share"]
-    note = f"Sparsity training brought {100 * share:.1f} % of the channels below {cfg.threshold:g}."
-    return Record(measure(run, best), run.relative(best), notes=[note])
+    said = f"{cfg.epochs} epochs of {cfg.method} brought {100 * share:.1f} % of the channels below {cfg.threshold:g}"
+    return Record(measure(run, best), run.relative(best), said=said, notes=[f"Sparsity training: {said}."])
 
 
 def finetune(run: Run) -> Record:
     """Fine-tune, with distillation if asked."""
     options = {"distill": run.teaching, "prune": run.prune if run.prunes_later else None}
     best = train(run, "finetune", {k: v for k, v in options.items() if v}, finetuning(run))
-    record = Record(measure(run, best), run.relative(best))
+    taught = f", teacher {run.teaching.teacher}" if run.teaching else ""
+    record = Record(measure(run, best), run.relative(best), said=f"{run.epochs} epochs{taught}")
     return _describe(run, record, run.load(best)[0], "finetune") if run.prunes_later else record
 
 
@@ -138,8 +152,9 @@ def prune(run: Run) -> Record:
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
-    cfg, folder, notes = run.prune, run.folder / stage, []
+    cfg, folder, notes = run.prune, run.folder / stage, list[str]()
     assert cfg
+    asked = " ".join(f"{k}={v}" for k, v in changes({"prune": cfg}).items())
     if cfg.kind == "structured":
         plan = manifest(pruned).prune
         runs.write_json(folder / "plan.json", plan)
@@ -147,6 +162,8 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
             limit = f", limited by {r['limit']}" if r["limit"] else ""
             notes.append(f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels{limit})")
         gate = {"name": "Pruned model equals the masked dense one", "value": plan["gap"], "limit": TOLERANCE}
+        said = f"{plan['config']['method']}, {asked}, equal to the masked dense model within {plan['gap']:.0e}"
+        record = replace(record, said="; ".join(s for s in (record.said, said) if s))
         return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}], notes=notes)
     found, rows = sparsity(pruned), eligible(pruned, cfg)
     runs.write_json(folder / "masks.json", {**found, "eligible": rows})
@@ -155,9 +172,7 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
     notes.append(f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time.")
     if cfg.kind == "2:4":
         notes.append(f"{wide} layers are wide enough for sparse tensor cores to run them faster (masks.json).")
-    for note in notes:
-        LOGGER.info(f"{colorstr('prune: ')}{note}")
-    return replace(record, notes=notes)
+    return replace(record, said=f"{asked}: {share} are zero", notes=notes)
 
 
 def latency(run: Run) -> Record:
@@ -170,10 +185,10 @@ def latency(run: Run) -> Record:
         else:  # such a run delivers none
             models = {"base FP32": run.base, "compressed FP32": run.weights()}
             onnx = {k: export_onnx(run.load(m)[0], Path(tmp) / f"{k}.onnx", run.imgsz) for k, m in models.items()}
-        times = bench(onnx, run.imgsz, threads=1, rounds=rounds, seconds=seconds)
+        compared = (run.done["compare"].rows or []) if "compare" in run.done else []
+        beside = {r["name"]: run.folder / r["file"] for r in compared if r.get("file")}
+        times = bench(onnx | beside, run.imgsz, threads=1, rounds=rounds, seconds=seconds)
     ratios = {name: speedup(times["base FP32"], times[name]) for name in list(onnx)[1:]}
-    for name, r in ratios.items():
-        LOGGER.info(f"{colorstr('latency: ')}base FP32 to {name} in ONNX Runtime: {r['words']}")
     if run.quant:
         torch = {"base torch": run.base, "compressed torch": run.weights()}
         times.update(bench(torch, run.imgsz, threads=1, rounds=100, seconds=15))
@@ -181,8 +196,9 @@ def latency(run: Run) -> Record:
     if run.quant and (threads := os.cpu_count() or 1) > 1:
         wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10)
         times.update({f"{name}, {threads} threads": found for name, found in wide.items()})
-    return Record(rows=[{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()],
-                  ratios=ratios)  # fmt: skip
+    rows = [{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()]
+    said = ", ".join(f"{name} {r['words']}" for name, r in ratios.items())
+    return Record(said=f"against the base, 1 thread: {said}", rows=rows, ratios=ratios)
 
 
 @dataclass(frozen=True)
@@ -217,25 +233,38 @@ def finish(run: Run) -> dict[str, Any]:
         times = {r["name"]: r["median"] for r in run.done["latency"].rows or []}
         for figures, names in zip((before, after), LATENCIES):
             figures["latency_ms"] = {k: times.get(name) for k, name in names.items()}
-        unsure = {name for name, r in (run.done["latency"].ratios or {}).items() if not r["significant"]}
-        after["latency_ms"]["unsure"] = [k for k, name in LATENCIES[1].items() if name in unsure]
+        ratios = run.done["latency"].ratios or {}
+        after["latency_ratio"] = {k: ratios.get(name) for k, name in LATENCIES[1].items()}
     if run.weights() != run.base:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
     checks = [c for d in run.done.values() for c in d.checks or []] + _budgets(run, before, after)
-    summary = write_summary(run.folder, before, after, stages, **_told(run, checks))
+    summary = write_summary(run.folder, before, after, stages, checks=checks, **_told(run))
     LOGGER.info(f"Report: {write_report(run.folder, _report(run, summary, checks))}")
-    return {**summary, "run_dir": str(run.folder), "checks": checks}
+    conclude(run.folder, summary)
+    return {**summary, "run_dir": str(run.folder)}
 
 
 def _budgets(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return how the float result holds the budgets of pruning, which its trials have held."""
+    """Return how the float result holds the budgets of pruning, which its trials have held, and the total one."""
     found = {**after, "size_mb": runs.size_mb(run.weights())}
     ratios = (run.done["latency"].ratios or {}) if "latency" in run.done else {}
-    return budget_checks(run.prune, before, found, ratios.get("compressed FP32"))
+    return budget_checks(run.prune, before, found, ratios.get("compressed FP32"), run.max_drop)
 
 
-def _told(run: Run, checks: list[dict[str, Any]]) -> dict[str, Any]:
+def _delivered(run: Run) -> dict[str, str | None]:
+    """Return which file of the run is to be deployed, and what to do with it next."""
+    if run.quant:
+        words = ["predict", f"model={run.folder / 'onnx' / 'int8.onnx'}", f"compare={run.base}",
+                 f"source={Path(run.info['images']['val'][0]).parent}"]  # fmt: skip
+        return {"deploy": "onnx/int8.onnx", "next": shlex.join(["yolo-ext", *words]) if run.task in PICTURED else None}
+    if run.weights() == run.base:
+        return {"deploy": None, "next": None}
+    words = ["quantize", f"model={run.folder / 'weights' / 'best.pt'}", f"data={run.data or 'data.yaml'}"]
+    return {"deploy": "weights/best.pt", "next": shlex.join(["yolo-ext", *words])}
+
+
+def _told(run: Run) -> dict[str, Any]:
     """Return what the summary tells besides figures: settings, seconds by stage, and what was done."""
     settings = {"model": run.base.name, "data": Path(run.data).name, "imgsz": run.imgsz, **run.native}
     seconds = {name: d.seconds for name, d in run.done.items()}
@@ -248,11 +277,12 @@ def _told(run: Run, checks: list[dict[str, Any]]) -> dict[str, Any]:
         "quant": run.quant and run.quantized()[0],
     }
     return {
-        "settings": settings | changes(run.configs), "seconds": seconds,
+        "settings": settings | changes(run.configs), "seconds": seconds, **_delivered(run),
+        "epochs": run.epochs if run.prune or run.distill else None,
+        "qat": run.quant.epochs if run.quant and "qat" in run.done and not run.done["qat"].skipped else None,
         "method": ", ".join(f"{technique} {what}" for technique, what in how.items() if what),
         "ratio": round(1 - sum(r["after"] for r in layers) / wide, 4) if wide else None,
         "training_s": sum(seconds[s.name] or 0.0 for s in STAGES if s.trains and s.name in seconds),
-        "failed": [c["name"] for c in checks if not c["passed"]],
     }  # fmt: skip
 
 
@@ -266,7 +296,7 @@ def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> 
         "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
         "layers": layers,
         "checks": checks,
-        "comparison": run.done["compare"].rows if "compare" in run.done else [],
+        "comparison": timed(run),
         "notes": [note for d in run.done.values() for note in d.notes or []],
         "plots": _plots(run, summary, layers),
         "pictures": (_extra(run, "The comparison of pictures", partial(_pictures, run)) or []) if run.data else [],
@@ -306,7 +336,7 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 
     made: list[dict[str, str]] = []
     new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
-    if run.task not in ("detect", "segment", "pose") or new == run.base:
+    if run.task not in PICTURED or new == run.base:
         return made
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]

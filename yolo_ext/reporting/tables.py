@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
 
@@ -142,6 +142,17 @@ def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
     return align(cells, ("", "Before", "After", "Delta"))
 
 
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return the figures that a stage changed in one line, latencies aside, and what they were before it."""
+    told = []
+    for f in (f for f in FIELDS if f.kind != "latency"):
+        old, new = figure(before, f.key), figure(after, f.key)
+        if new is not None and new != old:
+            told.append(f"{f.label} {'' if old is None else f'{old:{f.spec}} -> '}{new:{f.spec}}")
+    size = figure(after, "imgsz")
+    return f"{', '.join(told)} at {size:.0f} px" if told and size else ", ".join(told)
+
+
 def note(after: Mapping[str, Any] | None) -> str:
     """Return on what the figures of a comparison were measured, and which of their differences mean nothing."""
     key = "top1" if figure(after, "top1") is not None else "map"
@@ -188,6 +199,12 @@ def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any
     if table:
         LOGGER.info(f"\n{comparison_table(summary['before'], summary['after'])}\n{note(summary['after'])}")
     return summary
+
+
+def conclude(root: Path, summary: Mapping[str, Any]) -> None:
+    """Say as the last lines of a command what a run has come to, where its result lies and what that is good for."""
+    LOGGER.info(colorstr("bold", summary["headline"]))
+    runs.saved(root / (summary["deploy"] or ""), summary["next"] or "")
 
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -8,7 +8,9 @@ what trainers are extended at.
 
 # fmt: off
 # isort: off
-from yolo_ext.stock.context import check_stock, cpu_info, evaluating, native_bf16, quiet, recalibrate, undisturbed
+from yolo_ext.stock.context import (
+    check_stock, cpu_info, evaluating, native_bf16, quiet, recalibrate, tell_busy, undisturbed,
+)
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, differences, one_class, rebuilt, refuse_untrainable
 from yolo_ext.stock.load import float_model, load_model, no_autoinstall, refuse_renamed, register_layers, seen_by
 from yolo_ext.stock.model import (

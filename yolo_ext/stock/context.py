@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import ultralytics
 from torch import nn
@@ -32,6 +33,7 @@ from ultralytics.utils import LOGGER, checks, torch_utils
 
 from yolo_ext.core.errors import UsageError
 
+BUSY = 0.75  # share of the processors that others use, from which on they noticeably slow a measurement down
 LEGAL = ">=8.4.140,<8.5"  # tested lower bound, excluded upper bound
 MEND = f"Run: pip install 'ultralytics{LEGAL}'"
 # Each with the number of its positional arguments and the names of the others that ours pass on; methods count `self`.
@@ -171,6 +173,14 @@ def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
 def native_bf16() -> bool:
     """Return whether this processor computes in bfloat16 and does not only emulate it."""
     return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+
+
+def tell_busy() -> float:
+    """Return which share of the processors others use now, with a warning where that slows measurements down."""
+    share = psutil.cpu_percent(interval=0.2) / 100  # while this process waits; a load average counts its own past
+    if share > BUSY:
+        LOGGER.warning(f"The machine is busy ({100 * share:.0f} %): ratios are fair, times in ms are too long.")
+    return share
 
 
 def cpu_info() -> dict[str, Any]:

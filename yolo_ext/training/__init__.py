@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """`yolo-ext train`: one training run with any technique in the loop, checked beforehand, and its summary."""
 
+import shlex
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,11 +17,11 @@ from yolo_ext.checkpoint import hand_on, is_pruned
 from yolo_ext.core.config import EXT_DEFAULTS, changes, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
-from yolo_ext.reporting.tables import write_summary
+from yolo_ext.reporting.tables import conclude, write_summary
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
-from yolo_ext.training.prune import budget_checks
+from yolo_ext.training.prune import budget_checks, check_budget
 from yolo_ext.training.technique import Technique
 from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techniques_of, trainer_for
 
@@ -39,7 +40,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
         raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
-    measured = bool(ckpt) and not resume
+    measured, budget = bool(ckpt) and not resume, options.pop("max_drop", None)
     if resume:
         _check_moved(ckpt, options.get("data"), task)
     elif options.get("data"):
@@ -47,6 +48,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         args = {**own, **options, "model": str(model), "task": task}
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits
+    check_budget(budget, measured)
     before = _figures(base, Path(model), options.get("data") if measured else None, imgsz)
     yolo, start = YOLO(str(model), task=task), time.monotonic()
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
@@ -59,12 +61,16 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     trainer, seconds = cast(Any, yolo.trainer), round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz)
-    checks = budget_checks(trainer.compression["prune"], before, after)
+    checks = budget_checks(trainer.compression["prune"], before, after, max_drop=budget)
+    use = ["export", "int8=True"] if configs["quant"] else ["quantize"]
+    use = ["yolo-ext", use[0], f"model={best}", f"data={trainer.args.data}", *use[1:]]
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
             "seconds": {"train": seconds}, "method": ", ".join(t for t, cfg in configs.items() if cfg),
-            "failed": [c["name"] for c in checks if not c["passed"]]}  # fmt: skip
+            "checks": checks, "epochs": trainer.args.epochs, "next": shlex.join(use),
+            "deploy": str(best.relative_to(trainer.save_dir))}  # fmt: skip
     summary = write_summary(Path(trainer.save_dir), before, after, {"train": after}, **told)
-    return {**summary, "checks": checks}
+    conclude(trainer.save_dir, summary)
+    return summary
 
 
 def _check_start(configs: Mapping, args: Mapping, base: nn.Module, imgsz: int) -> tuple[str, bool]:
