@@ -1,5 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Compression for stock Ultralytics YOLO: prune, distill, quantize, export, verify and measure."""
+"""Compression for stock Ultralytics YOLO: prune, distill, quantize, export, verify and measure.
+
+Each command of `yolo-ext` is a function of the same name with the same keys, and returns a `Result`.
+"""
 
 # fmt: off
 # isort: off
@@ -9,10 +12,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and Ultralytics take seconds
+    from yolo_ext.commands.compress import compress, demo, distill, prune, quantize, train
+    from yolo_ext.commands.data import convert, split
+    from yolo_ext.commands.deploy import export, verify
+    from yolo_ext.commands.label import label, predict
+    from yolo_ext.commands.measure import analyze, bench, checks, sensitivity
     from yolo_ext.core.config import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
     from yolo_ext.core.errors import CheckFailed, UsageError, YoloExtError
-    from yolo_ext.pipeline import compress
     from yolo_ext.pruning.pruner import on_yolo, save_pruned
+    from yolo_ext.reporting.result import Result
     from yolo_ext.training.trainer import (
         ClassificationTrainer, CompressionMixin, DetectionTrainer, OBBTrainer, PoseTrainer, SegmentationTrainer,
         attach, trainer_for,
@@ -21,10 +29,13 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and 
 __version__ = "0.1.0"
 __all__ = [
     "CheckFailed", "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "DistillConfig", "OBBTrainer",
-    "PoseTrainer", "PruneConfig", "QuantConfig", "SegmentationTrainer", "SparsityConfig", "UsageError",
-    "YoloExtError", "__version__", "attach", "compress", "on_yolo", "save_pruned", "trainer_for",
+    "PoseTrainer", "PruneConfig", "QuantConfig", "Result", "SegmentationTrainer", "SparsityConfig", "UsageError",
+    "YoloExtError", "__version__", "analyze", "attach", "bench", "checks", "compress", "convert", "demo", "distill",
+    "export", "label", "on_yolo", "predict", "prune", "quantize", "save_pruned", "sensitivity", "split", "train",
+    "trainer_for", "verify",
 ]
-_HOMES = ("core.errors", "core.config", "pruning.pruner", "training.trainer", "pipeline")  # the lightest first
+_HOMES = ("core.errors", "core.config", "commands.compress", "commands.deploy", "commands.measure", "commands.data",
+          "commands.label", "reporting.result", "pruning.pruner", "training.trainer")  # the lightest first
 
 
 def __getattr__(name: str) -> Any:
@@ -33,3 +44,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'yolo_ext' has no attribute '{name}'")
     homes = (importlib.import_module(f"yolo_ext.{home}") for home in _HOMES)
     return next(getattr(home, name) for home in homes if hasattr(home, name))
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -22,7 +22,8 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 from yolo_ext import __version__
-from yolo_ext.stock.load import foreign_classes
+from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.load import foreign_classes, load_model
 
 MANIFEST = "yolo_ext"
 SCHEMA = 1  # raise when the meaning of a field changes, and translate the older one in `manifest`
@@ -159,6 +160,39 @@ def save_model(model: nn.Module, path: Path, **extra: Any) -> Path:
     """Write a checkpoint of stock classes, with plain `extra` entries, that plain ``YOLO`` loads; return the path."""
     atomic_write(path, serialised(model, **extra))
     return Path(path)
+
+
+def file_of(model: Any) -> str | Path:
+    """Return the file that a YOLO or its module came from; one of other weights, or of none, is written to a new one.
+
+    That lies in a temporary folder, and stays there for a run that is gone on with.
+    """
+    net = model.model if hasattr(model, "ckpt_path") else model
+    if isinstance(net, (str, Path)):  # a YOLO of an exported file
+        return net
+    if not isinstance(net, nn.Module) or not hasattr(net, "yaml"):
+        raise UsageError(f"A '{type(model).__name__}' is no model. Give a path, a YOLO, or its `.model`.")
+    file = getattr(model, "ckpt_path", None) or getattr(net, "pt_path", None)
+    if file and Path(file).is_file() and _holds(file, net):
+        return file
+    if net.is_fused():
+        raise UsageError("The model is fused, as predict() and val() leave it, and has no file. Save it before these.")
+    name = f"{Path(file or net.yaml.get('yaml_file', 'model')).stem}_in_memory.pt"
+    new = save_model(net, Path(tempfile.mkdtemp(prefix="yolo_ext_")) / name)
+    LOGGER.info(f"The weights in memory are not those of a file. They are written to {new}")
+    return new
+
+
+def _holds(file: str | Path, net: Any) -> bool:
+    """Tell whether a file has the weights of a model, which predict() and val() may have fused."""
+    stored: Any = load_model(file)[0]
+    near = 1e-3 if net.is_fused() else 0.0  # what fusing on another device may differ by
+    stored = stored.fuse(verbose=False) if near else stored
+    ours, theirs = ({k: v.cpu().half().float() for k, v in m.state_dict().items()} for m in (net, stored))
+    alike = net.names == stored.names and {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
+    return alike and all(torch.allclose(theirs[k], v, near, near) for k, v in ours.items())
 
 
 def finalize(path: Path) -> None:

@@ -10,16 +10,20 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
-from yolo_ext.core.config import comma_list
+from yolo_ext.core.config import CONFIGS, comma_list, misspelt, option_names
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.log import LOGGER, logged
+from yolo_ext.core.log import LOGGER, log_folder, logged
 from yolo_ext.core.registry import Table, suggest
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from yolo_ext.reporting.result import Result
+
+P = ParamSpec("P")
 COMMANDS = Table("command")
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
+MODELS = ("model", "models", "compare", "distill")  # keys that take a YOLO where others take a path
 PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
 # Keys of Ultralytics: prediction and no training reads them, both read them, only exports do, nothing does.
 PREDICTS = ("source", "vid_stride", "stream_buffer", "retina_masks", "show", "save_frames", "save_crop", "show_boxes",
@@ -41,32 +45,88 @@ HELP = {  # of keys that a command does not explain itself
 Count = Annotated[int, 1]
 Natural = Annotated[int, 0]
 Share = Annotated[float, "0 to 1"]
+Weights = str | Path | Any  # a path, a YOLO, or the module of one, which stand for their file
 Technique = Any  # options as a dict or a dataclass, True for the defaults, None or False for off
 
 
-def command(summary: str, *, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
-    """Make a command of a function, whose values have to fit its annotations; `like` explains the other keys."""
+def command(
+    summary: str, *, like: Callable[..., Any] | None = None, examples: Sequence[str] = ("",)
+) -> Callable[[Callable[P, Any]], Callable[P, "Result"]]:
+    """Make a command of a function: its keys and values are checked, models become files, and it returns a `Result`.
 
-    def add(fn: F) -> F:
+    `like` explains the other keys; `examples` are the words after the name of the command, and the first one is shown
+    where a key is missing.
+    """
+
+    def add(fn: Callable[P, Any]) -> Callable[P, "Result"]:
+        signature = inspect.signature(fn)
+
         @functools.wraps(fn)
-        def checked(*args: Any, **options: Any) -> Any:
+        def checked(*args: P.args, **options: P.kwargs) -> "Result":
+            check_keys(fn.__name__, options)
             if modules := options.pop("modules", None):
                 from yolo_ext import stock
 
                 stock.register_layers(modules)
-                if "epochs" in inspect.signature(fn).parameters:  # a training hands them on to its processes
+                if "epochs" in signature.parameters:  # a training hands them on to its processes
                     options["modules"] = modules
+            given = signature.bind_partial(*args, **options)
+            need(fn.__name__, given.arguments, *needed(fn))
             kinds = typing.get_type_hints(fn, include_extras=True)
-            for key, value in inspect.signature(fn).bind(*args, **options).arguments.items():
+            for key, value in given.arguments.items():
                 if value is not None and (legal := _legal(kinds.get(key, Any), value)):
                     raise UsageError(f"'{key}={value}' is illegal{legal}")
             with logged():
-                return fn(*args, **options)
+                given.arguments |= {k: _as_files(v) for k, v in given.arguments.items() if k in MODELS}
+                return _result(fn(*given.args, **given.kwargs))
 
         checked.__dict__["like"] = like
-        return COMMANDS.row(fn.__name__, summary)(typing.cast(F, checked))
+        checked.__dict__["__signature__"] = signature.replace(return_annotation="Result")
+        return COMMANDS.row(fn.__name__, summary, examples=examples)(checked)
 
     return add
+
+
+def _as_files(given: Any) -> Any:
+    """Return a value with each YOLO in it, or module of one, as its file: alone, in a list or among the options."""
+    if isinstance(given, Mapping):
+        return {k: _as_files(v) for k, v in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [*map(_as_files, given)]
+    if not callable(given):
+        return given
+    from yolo_ext.checkpoint import file_of
+
+    return str(file_of(given))
+
+
+def _result(found: Any) -> Any:
+    """Return what a command found as a `Result` that knows the run folder; None of one that only prints."""
+    if found is None:
+        return None
+    from yolo_ext.reporting.result import Result
+
+    folder = log_folder()
+    return Result({**({"run_dir": str(folder)} if folder else {}), **found})
+
+
+def check_keys(command: str, options: Mapping[str, Any]) -> None:
+    """Refuse keys that a command does not know, all in one message."""
+    fn = COMMANDS[command].fn
+    own, native = [*keys(fn)], takes_native(fn)
+    unknown = [k for k in options if k not in own]
+    if unknown and native:
+        from ultralytics.utils import DEFAULT_CFG_DICT
+
+        own += DEFAULT_CFG_DICT
+        unknown = [k for k in options if k not in own]
+    if unknown:
+        near = own + [n for n in option_names() if n.split(".")[0] in own]
+        lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, near)}" for k in unknown]
+        for technique in (t for t in CONFIGS if t in own and isinstance(options.get(t), Mapping)):
+            lines += misspelt(technique, options[technique])
+        told = f" Legal: {', '.join(keys(fn))}" + (" and all Ultralytics keys." if native else ".") if own else ""
+        raise UsageError("\n".join(lines) + told + f"\nSee `yolo-ext help {command}`.")
 
 
 def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -84,11 +144,16 @@ def takes_native(fn: Callable[..., Any]) -> bool:
     return "native" in inspect.signature(fn).parameters
 
 
-def need(options: Mapping[str, Any], *names: str) -> None:
-    """Check that the user gave these keys."""
-    missing = [k for k in names if options.get(k) in (None, "")]
-    if missing:
-        raise UsageError(f"Missing: {', '.join(f'{k}=...' for k in missing)}. See `yolo-ext help`.")
+def needed(fn: Callable[..., Any]) -> list[str]:
+    """Return the keys that a command cannot do without."""
+    return [k for k, p in keys(fn).items() if p.default is inspect.Parameter.empty]
+
+
+def need(command: str, options: Mapping[str, Any], *names: str) -> None:
+    """Check that the user gave these keys to a command."""
+    if missing := [f"{k}=..." for k in names if options.get(k) in (None, "")]:
+        example = f"yolo-ext {command} {COMMANDS[command].examples[0]}"
+        raise UsageError(f"Missing: {', '.join(missing)}. Example: {example}\nSee `yolo-ext help {command}`.")
 
 
 def _legal(kind: Any, value: Any) -> str:

@@ -5,18 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import EXPORTS, PLACE, Count, Natural, Technique, check_native, command, need, tell_idle
-from yolo_ext.core.config import COMPRESS_DEFAULTS, TARGETS, cfg_dir, changed, parse, without_effect
+from yolo_ext.commands import (  # isort: skip
+    EXPORTS, PLACE, Count, Natural, Technique, Weights, check_native, command, need, tell_idle,
+)  # fmt: skip
+from yolo_ext.core.config import TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
 
+AIM = {"speedup": 2.0}  # of pruning where no target is given
 SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
 BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
                         "close_mosaic": 15, "plots": False, **SHAPES}  # fmt: skip
 
 
-@command("Prune, fine-tune with distillation, quantize, export, verify, measure and report")
+@command("Prune, fine-tune with distillation, quantize, export, verify, measure and report", examples=(
+    "model=best.pt data=data.yaml",
+    "model=best.pt data=data.yaml imgsz=640 prune.speedup=3 epochs=60 distill.teacher=bigger.pt",
+    "model=best.pt data=data.yaml prune.max_drop=0.02 quant=None"))  # fmt: skip
 def compress(
-    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
+    model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
     resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -35,15 +41,17 @@ def compress(
     Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
     Raises: `UsageError` if the input is wrong; nothing has been written then.
     """
-    techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": _on("distill", distill),
-                  "quant": _on("quant", quant)}  # fmt: skip
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
     return _compress("compress", model, data, techniques, own, native)
 
 
-@command("Train with any technique in the loop")
+@command("Train with any technique in the loop", examples=(
+    "model=yolov8n.pt data=data.yaml epochs=100 distill.teacher=bigger.pt",
+    "model=best.pt data=data.yaml epochs=40 prune.speedup=3 prune.steps=4 prune.every=3",
+    "model=best.pt data=data.yaml epochs=10 quant.mode=qat"))  # fmt: skip
 def train(
-    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
+    model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
     resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -67,7 +75,7 @@ def train(
     from yolo_ext.training import train as run
 
     if not resume:
-        need({"data": data}, "data")
+        need("train", {"data": data}, "data")
     check_native("train", model, native)
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     tell_idle(without_effect(parse(techniques), stages=False))
@@ -76,9 +84,11 @@ def train(
     return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
 
 
-@command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress)
+@command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress, examples=(
+    "model=best.pt data=data.yaml prune.speedup=2 epochs=30", "model=best.pt epochs=0 prune.ratio=0.3",
+    "model=best.pt data=data.yaml sparsity.method=slim prune.params=3 distill=True"))  # fmt: skip
 def prune(
-    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
+    model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
     resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -88,14 +98,17 @@ def prune(
         model: Base ``.pt``; with ``epochs=0`` a ``.yaml`` will do.
         data: Dataset YAML; may be left out with ``epochs=0``.
     """
-    techniques = {"sparsity": sparsity, "prune": _on("prune", prune), "distill": distill, "quant": quant}
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
     return _compress("prune", model, data, techniques, own, native)
 
 
-@command("Train a student with a teacher", like=train)
+@command("Train a student with a teacher", like=train, examples=(
+    "model=yolov8n.pt data=data.yaml distill.teacher=bigger.pt epochs=100",
+    "model=pruned.pt data=data.yaml distill.teacher=best.pt epochs=30",
+    "model=yolov8n.pt data=data.yaml distill.teacher=bigger.pt distill.logits=kl distill.features=None"))  # fmt: skip
 def distill(
-    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
+    model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
     resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -105,14 +118,16 @@ def distill(
         model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
         distill: Options of distillation, such as `distill.teacher`.
     """
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": _on("distill", distill), "quant": quant}
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, save_optimizer=save_optimizer, **techniques,
                  **{"name": "distill", **native})  # fmt: skip
 
 
-@command("INT8 by PTQ or QAT, as ONNX", like=compress)
+@command("INT8 by PTQ or QAT, as ONNX", like=compress, examples=(
+    "model=best.pt data=data.yaml", "model=best.pt data=data.yaml quant.mode=ptq quant.profile=openvino",
+    "model=best.pt data=data.yaml quant.mode=qat quant.epochs=10"))  # fmt: skip
 def quantize(
-    model: str | Path, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
+    model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
     resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -123,12 +138,12 @@ def quantize(
         data: Dataset YAML, for calibration, accuracy and QAT.
         epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
     """
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": _on("quant", quant)}
+    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
     return _compress("quantize", model, data, techniques, own, native)
 
 
-@command("Generate data, train a small YOLO and compress it; needs no network")
+@command("Generate data, train a small YOLO and compress it; needs no network", examples=("", "project=out name=demo"))
 def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
     """Generate the `shapes` set, train a small YOLO on it and compress it.
 
@@ -142,24 +157,24 @@ def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
 
     from yolo_ext import runs
     from yolo_ext.data.shapes import make_shapes
-    from yolo_ext.pipeline import compress as run
 
     folder = runs.folder(place, task="detect", mode="demo")
     LOGGER.info(f"{colorstr('bold', 'demo: ')}generating images, training a base model, compressing it in {folder}")
     data = make_shapes(folder / "shapes", seed=seed)
     base = YOLO(str(cfg_dir() / "models" / "yolov8n-shapes.yaml"))
     base.train(data=str(data), seed=seed, save_dir=str(folder / "base"), exist_ok=True, **BASE)
-    best = Path(str(base.trainer.best))
-    summary = run(best, data, seed=seed, epochs=20, save_dir=str(folder / "compress"), exist_ok=True,
-                  prune={"speedup": 2.0}, distill={}, quant={}, **SHAPES)  # fmt: skip
-    LOGGER.info(f"{colorstr('bold', 'demo: ')}open {Path(summary['run_dir']) / 'report.html'}")
-    return summary
+    found = compress(str(base.trainer.best), data, seed=seed, epochs=20, save_dir=str(folder / "compress"),
+                     exist_ok=True, prune={"speedup": 2.0}, **SHAPES)  # fmt: skip
+    LOGGER.info(f"{colorstr('bold', 'demo: ')}open {found.report}")
+    LOGGER.info("Now try your model: yolo-ext compress model=best.pt data=data.yaml")
+    return found
 
 
 def _compress(mode: str, model: Any, data: Any, techniques: Any, own: Any, native: dict[str, Any]) -> dict[str, Any]:
-    """Run the pipeline under the name of a command."""
+    """Run the pipeline under the name of a command; pruning without a target halves the FLOPs."""
     from yolo_ext.pipeline import compress as run
 
+    techniques = {**techniques, "prune": _aimed(techniques["prune"])}
     configs = parse(techniques)
     check_native(mode, model, native, also=EXPORTS if configs["quant"] else ())
     tell_idle([*without_effect(configs), *_untrained(configs, own["epochs"], native)])
@@ -182,11 +197,13 @@ def _untrained(configs: Mapping[str, Any], epochs: int | None, native: Mapping[s
     return [f"{', '.join(keys)} ({why})" for why, keys in found.items() if keys]
 
 
-def _on(technique: str, given: Technique) -> Technique:
-    """Return the options of a technique that a command switches on: the user's upon its defaults."""
-    options = {} if given is True else given
+def _aimed(given: Technique) -> Technique:
+    """Return options of pruning, with a target, which is told, where the user gave none."""
+    options = {} if given is True else changed(given) if isinstance(given, PruneConfig) else given
     if not isinstance(options, Mapping):
         return options
-    aim = (*TARGETS, "ratios", "kind")  # how far to prune
-    told = any(options.get(k) is not None for k in aim) or options.get("scope") == "pagcp"
-    return {**({} if technique == "prune" and told else COMPRESS_DEFAULTS[technique]), **options}
+    aims = (*TARGETS, "ratios", "kind")  # how far to prune
+    if options.get("scope") == "pagcp" or any(options.get(k) not in (None, {}, "structured") for k in aims):
+        return options
+    LOGGER.info(f"prune: no target given: {', '.join(f'prune.{k}={v:g}' for k, v in AIM.items())}")
+    return {**options, **AIM}

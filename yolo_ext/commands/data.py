@@ -2,6 +2,7 @@
 """The commands around datasets: convert, split, data."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,15 @@ SPLITS = ("train", "val", "test")
 Folds = Annotated[int, 2]
 
 
-@command("Convert a dataset between YOLO, Pascal VOC and COCO")
+@command("Convert a dataset between YOLO, Pascal VOC and COCO", examples=(
+    "source=VOC2012 out=voc_yolo train=trainval val=test", "source=instances.json out=coco ratio=0.8,0.2 stratify=True",
+    "source=data.yaml out=voc to=voc"))  # fmt: skip
 def convert(
     source: str | Path, out: str | Path, format: str = "auto", to: str = "yolo", *, train: Any = None, val: Any = None,
     test: Any = None, ratio: Any = None, folds: Folds | None = None, stratify: bool = False, seed: Natural = 0,
     classes: Any = None, task: str = "detect", difficult: str = "keep", broken: str = "refuse", files: str = "link",
     images: str | Path | None = None, annotations: str | Path | None = None,
-) -> Any:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Convert a dataset between YOLO, Pascal VOC and COCO without touching the source.
 
     Args:
@@ -42,7 +45,8 @@ def convert(
         images: Folder of the images, where they are not found in the source.
         annotations: Folder of the annotations, or a COCO JSON file, where they are not found in the source.
 
-    Returns: What was converted.
+    Returns: ``out``, ``names``, ``images``, ``boxes``, ``notes``, and ``data``: a data.yaml for each fold, none of VOC
+        and COCO.
     Raises: `UsageError` if the source or an option is wrong; nothing has been written then.
     """
     from yolo_ext.data.convert import convert as run
@@ -58,18 +62,21 @@ def convert(
                seed and not (shares or folds) and "seed (only with ratio or folds)",
                task != "detect" and to != "yolo" and "task (only with to=yolo)"])  # fmt: skip
     lists = {k: str(v) for k, v in zip(SPLITS, (train, val, test)) if v not in (None, "")}
-    return run(Path(source), Path(out), format=format, to=to, splits=lists or None,
+    done = run(Path(source), Path(out), format=format, to=to, splits=lists or None,
                ratios=dict(zip(SPLITS, shares)) or None, folds=folds or 0, stratify=stratify, seed=seed,
                classes=comma_list(classes) if classes else None, task=task, difficult=difficult, broken=broken,
                files=files, images=Path(images) if images else None,
                annotations=Path(annotations) if annotations else None)  # fmt: skip
+    return asdict(done)
 
 
-@command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)
+@command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert, examples=(
+    "source=data.yaml out=new", "source=data.yaml out=new ratio=0.8,0.1,0.1 stratify=True",
+    "source=data.yaml out=new folds=5 files=list"))  # fmt: skip
 def split(
     source: str | Path, out: str | Path, ratio: Any = None, folds: Folds | None = None, *, stratify: bool = False,
     seed: Natural = 0, classes: Any = None, broken: str = "refuse", files: str = "link",
-) -> Any:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Split a YOLO dataset anew, without touching the source; keys without help here are those of `convert`.
 
     Args:
@@ -86,7 +93,8 @@ def split(
                    classes=classes, broken=broken, files=files)  # fmt: skip
 
 
-@command("Summarise a dataset; exit status 1 for leaks between splits or broken files")
+@command("Summarise a dataset; exit status 1 for leaks between splits or broken files", examples=(
+    "check=data.yaml", "check=data.yaml near=10", "check=folder project=runs name=mine"))  # fmt: skip
 def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[str, Any]:
     """Summarise a YOLO dataset: classes, box sizes, duplicates, leaks and broken files; print and write it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, command, tell_idle
+from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, Weights, command, tell_idle
 from yolo_ext.core.config import changed, parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
@@ -31,14 +31,16 @@ class Job:
     quantized: bool  # whether the model carries ranges of a quantization
 
 
-@command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format")
+@command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format", examples=(
+    "model=best.pt imgsz=640", "model=best.pt int8=True data=data.yaml",
+    "model=best.pt format=openvino half=True"))  # fmt: skip
 def export(
-    model: str | Path, format: str = "onnx", out: str | Path | None = None, *, imgsz: Any = None,
+    model: Weights, format: str = "onnx", out: str | Path | None = None, *, imgsz: Any = None,
     batch: Count | None = None, dynamic: bool | None = None, opset: Count | None = None, simplify: bool | None = None,
     half: bool | None = None, int8: bool | None = None, quantize: Any = None, data: str | None = None,
     quant: Technique = None, nms: bool | None = None, conf: Share | None = None, iou: Share | None = None,
     max_det: Count | None = None, agnostic_nms: bool | None = None, **native: Any,
-) -> list[Path]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Export a model; ONNX and OpenVINO by us, every other format by Ultralytics with the weights of the model.
 
     Args:
@@ -62,7 +64,7 @@ def export(
         agnostic_nms: NMS over all classes together, inside the graph.
         native: `project`, `name`, `exist_ok`, `save_dir` for the run folder; other formats: any export argument.
 
-    Returns: The files written.
+    Returns: ``files``, those written, the INT8 file last.
     Raises: `UsageError` if the model or an option is wrong, `CheckFailed` if the exporter failed.
     """
     from yolo_ext import runs, stock
@@ -82,7 +84,7 @@ def export(
     if format not in ("onnx", "openvino"):
         if quant:
             raise UsageError(f"'quant' options are for onnx and openvino; Ultralytics quantizes '{format}' by itself.")
-        return [_by_ultralytics(model, format, out, {**given, **native})]
+        return {"files": [_by_ultralytics(model, format, out, {**given, **native})]}
     if unused := sorted(set(native) - {*PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(asked)}, out.")
     modelopt = ckpt if is_modelopt(ckpt) else None
@@ -101,7 +103,7 @@ def export(
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
     write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
-    return files
+    return {"files": files}
 
 
 def _ranges(job: Job, format: str) -> bool:
@@ -266,9 +268,11 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
         raise CheckFailed(f"Ultralytics could not export '{format}' ({type(error).__name__}: {reason}).") from error
 
 
-@command("Compare an ONNX file with its .pt; exit status 1 when they differ")
+@command("Compare an ONNX file with its .pt; exit status 1 when they differ", examples=(
+    "model=best.pt onnx=best.onnx data=data.yaml", "model=best.pt onnx=best.onnx source=images",
+    "model=best.pt onnx=best.onnx int8=best_int8.onnx data=data.yaml"))  # fmt: skip
 def verify(
-    model: str, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
+    model: Weights, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
     imgsz: Any = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare an ONNX file with the model that it came from, print the checks and write them.

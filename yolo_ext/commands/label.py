@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, command, refuse_unread, tell_idle
+from yolo_ext.commands import (  # isort: skip
+    BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, Weights, command, refuse_unread, tell_idle,
+)  # fmt: skip
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
@@ -21,9 +23,11 @@ OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
 
 
-@command("Label images with a model: labels, previews and a review sheet")
+@command("Label images with a model: labels, previews and a review sheet", examples=(
+    "model=best.pt source=shots out=labelled", "model=best.onnx source=shots out=labelled conf=0.4 classes=car,bus",
+    "model=best.pt source=shots out=labelled format=voc previews=False"))  # fmt: skip
 def label(
-    model: str | Path, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
+    model: Weights, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
     conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Any = None, beside: bool = False,
     overwrite: bool = False, save_conf: bool = False, previews: bool = True,
     files: Literal["link", "copy", "none"] | None = "link", review: Natural = 500,
@@ -84,7 +88,7 @@ def label(
                          skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review)  # fmt: skip
     update(folder / "review.html", page)
     _report(found, told, done, folder)
-    return found
+    return {**found, "run_dir": str(folder)}
 
 
 def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], int, int]:
@@ -187,8 +191,10 @@ def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     LOGGER.info(f"Results saved to {folder}; review {folder / 'review.html'}")
 
 
-@command("Run a model on images (Ultralytics); compare=base.pt marks what the base finds differently")
-def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) -> dict[str, Any]:
+@command("Run a model on images; compare=base.pt marks what the base finds differently", examples=(
+    "model=best.pt source=shots", "model=best_int8.onnx source=shots compare=best.pt",
+    "model=best_int8.onnx source=shots conf=0.4 save_txt=True"))  # fmt: skip
+def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dict[str, Any]:
     """Predict as `yolo predict` does, and draw the detections of a base model beside those of the model.
 
     Args:
@@ -224,7 +230,7 @@ def predict(model: str | Path, compare: str | Path, source: Any, **native: Any) 
     found = {"model": model, "compare": compare, "iou": IOU, "total": total, "images": rows}
     runs.write_json(folder / "compare.json", found)
     LOGGER.info(f"Total of {len(rows)} images: {WORDS.format(**total)}. Pictures saved to {folder / 'compare'}")
-    return found
+    return {**found, "run_dir": str(folder)}
 
 
 def _load(path: str | Path, native: dict[str, Any]) -> Any:

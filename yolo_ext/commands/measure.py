@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Technique, command, numbers, tell_idle
+from yolo_ext.commands import LOGGER, Count, Technique, Weights, command, numbers, tell_idle
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
 
@@ -28,9 +28,11 @@ PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
            ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
 
 
-@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
+@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side", examples=(
+    "models=best.pt,best.onnx,best_int8.onnx", "models=best.onnx,best_int8.onnx threads=1,2 data=data.yaml",
+    "models=best_int8.onnx profile=True"))  # fmt: skip
 def bench(
-    models: str | list[str], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
+    models: str | list[Weights], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
     data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure files side by side, print the tables and write them.
@@ -226,14 +228,15 @@ def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dic
     return figures
 
 
-@command("Print every group of coupled channels: size, cost, prunable or the reason why not")
-def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list[dict[str, Any]]:
+@command("Print every group of coupled channels: size, cost, prunable or the reason why not", examples=(
+    "model=best.pt", "model=yolo11n.yaml imgsz=320", "model=custom.yaml modules=mypkg.layers"))  # fmt: skip
+def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[str, Any]:
     """Print and write every group of coupled channels: members, cost, prunable or the reason why not.
 
     Args:
         model: ``.pt`` or ``.yaml``.
 
-    Returns: One row for each group.
+    Returns: ``rows``, one for each group.
     Raises: `UsageError` if the model cannot be loaded or must not be changed any more.
     """
     from yolo_ext import pruning, runs, stock
@@ -249,12 +252,14 @@ def analyze(model: str | Path, imgsz: Count | None = None, **place: Any) -> list
     runs.write_json(folder / "groups.json", rows)
     figures = runs.model_figures(net, Path(model), size)
     write_summary(folder, figures, figures)
-    return rows
+    return {"rows": rows}
 
 
-@command("Measure what each group of channels is worth to pruning; kind=quant: what each layer loses by INT8")
+@command("Measure what each group of channels is worth to pruning, or each layer loses by INT8", examples=(
+    "model=best.pt data=data.yaml", "model=best.pt data=data.yaml ratios=0.25,0.5 prune.method=lamp",
+    "kind=quant model=best.pt data=data.yaml by=block"))  # fmt: skip
 def sensitivity(
-    model: str | Path, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
+    model: Weights, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
     prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
     map: bool = False, imgsz: Count | None = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -359,8 +364,8 @@ def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, f
 
 
 @command("Check the installation")
-def checks() -> bool:
-    """Print versions and the state of the installation; return whether all is well."""
+def checks() -> dict[str, Any]:
+    """Print versions and the state of the installation; return ``problems``, and whether it has ``passed``."""
     from yolo_ext import stock
     from yolo_ext.quantization.spec import resolve_profile
     from yolo_ext.stock.model import THOP
@@ -380,4 +385,4 @@ def checks() -> bool:
     for p in problems:
         LOGGER.error(p)
     LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed")
-    return not problems
+    return {"passed": not problems, "problems": problems}

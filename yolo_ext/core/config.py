@@ -24,7 +24,6 @@ def cfg_dir() -> Path:
 
 
 EXT_DEFAULTS: dict[str, None] = dict.fromkeys(CONFIGS)
-COMPRESS_DEFAULTS: dict[str, dict[str, Any]] = {"prune": {"speedup": 2.0}, "distill": {}, "quant": {}}
 
 
 def parse(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 """compress.log: what Ultralytics' logger says from the start of a command on, once there is a run folder."""
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 FILE, MOST, OLD = "compress.log", 5_000_000, 3  # name, bytes, and how many older ones are kept
 LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
@@ -20,6 +22,15 @@ class RunLog(MemoryHandler):
         """Return the line of a record with date and time, without colours."""
         when = logging.Formatter().formatTime(record, "%Y-%m-%d %H:%M:%S")
         return f"{when} {COLOUR.sub('', record.getMessage()).strip()}"
+
+
+def tell_time(what: str, seconds: float, *counts: Any) -> None:
+    """Say how long measurements of so many seconds each are going to take; `counts` are numbers and their words."""
+    if not (whole := seconds * math.prod(counts[::2])):
+        return
+    size, unit = next(((n, u) for n, u in ((3600, "h"), (60, "min")) if whole >= n), (1, "s"))
+    each = " x ".join(f"{n} {word}" for n, word in zip(counts[::2], counts[1::2]))
+    LOGGER.info(f"{what}: about {max(1, round(whole / size))} {unit}: {each}")
 
 
 @contextmanager
@@ -46,6 +57,12 @@ def log_to(folder: Path) -> None:
         file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
         file.format = handler.format  # type: ignore[method-assign]
         handler.setTarget(file)
+
+
+def log_folder() -> Path | None:
+    """Return the folder that the log of the block around is written into."""
+    handler = _open()
+    return Path(handler.target.baseFilename).parent if handler and handler.target else None
 
 
 def let_go() -> None:

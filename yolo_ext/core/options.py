@@ -55,18 +55,18 @@ class PruneConfig:
                          "others of torch-pruning, or package.module:name", only="kind=structured")  # fmt: skip
     kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
                        choices=("structured", "unstructured", "2:4"))  # fmt: skip
+    pruner: str | None = option(None, "A pruner of torch-pruning instead: package.module:function, which makes it",
+                                only="kind=structured")  # fmt: skip
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
     params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
+    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"),
+                          only="latency")  # fmt: skip
     size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
     max_drop: float | None = option(
         None, "Target: as far as mAP50-95 drops by no more; beside another target, checked", above=0.0
     )
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
-    pruner: str | None = option(None, "A pruner of torch-pruning instead: package.module:function, which makes it",
-                                only="kind=structured")  # fmt: skip
-    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"),
-                          only="latency")  # fmt: skip
     scope: str = option(
         "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
         choices=("global", "local", "isomorphic", "pagcp"), only="kind=structured/unstructured")  # fmt: skip
@@ -92,16 +92,16 @@ class PruneConfig:
     )
     recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0,
                               only="kind=structured/2:4")  # fmt: skip
-    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0, only="scope=pagcp")
-    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0, only="scope=pagcp")
-    topk: float = option(
-        0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0, only="scope=pagcp"
-    )
     force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it",
                          only="kind=structured")  # fmt: skip
     compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
                            only="kind=structured", stages=True)  # fmt: skip
     seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
+    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0, only="scope=pagcp")
+    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0, only="scope=pagcp")
+    topk: float = option(
+        0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0, only="scope=pagcp"
+    )
 
 
 TARGETS = ("speedup", "params", "latency", "size_mb", "ratio", "max_drop")  # of pruning; the last may limit another

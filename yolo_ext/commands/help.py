@@ -1,0 +1,242 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""The commands that explain: help, recipes, cfg, version; and the lists of methods for Python."""
+
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from itertools import takewhile
+from typing import Any
+
+from yolo_ext import __version__
+from yolo_ext.commands import COMMANDS, HELP, command, keys, needed
+from yolo_ext.core.config import CONFIGS, cfg_dir, default_yaml, help_lines
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
+
+WIDTH = 100  # most columns of a help
+LEFT = 28  # most columns of names; the text of a longer one starts on a line of its own
+FORWARDED = {  # commands of Ultralytics: what they do, examples
+    "val": ("Validate a model", "model=best.pt data=data.yaml", "model=int8.onnx data=data.yaml imgsz=640"),
+    "track": ("Track objects in a video", "model=best.pt source=video.mp4"),
+    "benchmark": ("Benchmark export formats", "model=best.pt data=data.yaml imgsz=640"),
+}  # fmt: skip
+STOCK = ("predict", *FORWARDED)  # whose keys Ultralytics reads; predict is ours where it compares
+STOCK_HELP = """The words go to `yolo {0}` of Ultralytics as they are, with any model, ours too. Its keys:
+https://docs.ultralytics.com/modes/{0}. Besides, modules=mypkg.layers names Python modules with layers of your own."""
+GROUPS = {"Compress": ("compress",), "Deploy and measure": ("deploy", "measure"), "Data": ("data", "label"),
+          "Help": ("help",)}  # commands on the first page, by the module of their function  # fmt: skip
+TOPICS = {"quantize": ("quant",), **dict.fromkeys(("compress", "train"), tuple(CONFIGS)), **{t: (t,) for t in CONFIGS}}
+TABLES = {  # of methods, by technique
+    "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
+    "sparsity": ("sparsity.penalties:penalties",),
+    "distill": ("distillation.logits:logit_losses", "distillation.features:feature_losses", "core.schedules:decays"),
+    "quant": ("quantization.observers:observers", "quantization.observers:weight_observers", "quantization.spec:ROWS"),
+}
+OPTIONS = {  # headings in the help of a technique, each by the first option below it
+    "prune": {"method": "how", "speedup": "how far (one of them)", "scope": "where", "round_to": "floors",
+              "at": "while training", "images": "data and checks", "budget": "scope=pagcp"},
+    "sparsity": {"method": "how", "schedule": "over the epochs", "threshold": "how far"},
+    "distill": {"teacher": "teacher", "features": "losses", "schedule": "over the epochs",
+                "alpha": "beside the task's own loss", "every": "cost of the teacher"},
+    "quant": {"mode": "how", "calib": "calibration", "exclude": "layers", "bn": "better PTQ", "max_drop": "budget",
+              "epochs": "QAT"},
+}  # fmt: skip
+FURTHER = {"native": "and also", "place": "run folder"}  # what stands for several keys
+USAGE = """yolo-ext {version}: makes a trained Ultralytics YOLO smaller and faster, and proves it
+
+Usage: yolo-ext COMMAND key=value ...
+All about a command: yolo-ext COMMAND --help
+
+  yolo-ext demo
+  yolo-ext compress model=best.pt data=data.yaml prune.speedup=2 epochs=30
+  yolo-ext quantize model=best.pt data=data.yaml
+  yolo-ext bench models=best.pt,best_int8.onnx
+"""
+SOURCES = """Keys of Ultralytics (batch, lr0, device ...) stand beside ours. recipe=NAME or FILE.yaml reads keys from a
+file, YOLO_EXT_PRUNE__SPEEDUP=2 in the environment stands for prune.speedup=2. The command line wins over the recipe,
+the recipe over the environment."""
+
+
+@command("List the bundled recipes, which are keys for a purpose: recipe=NAME")
+def recipes() -> None:
+    """Print each bundled recipe with what it is for and a command that uses it."""
+    rows = [(name, f"{about}\n{words}") for name, about, words in bundled()]
+    print(f"yolo-ext COMMAND recipe=NAME key=value ...   keys given besides win over the recipe\n\n{_aligned(rows)}")
+
+
+@command("Print all options with their defaults as YAML, from which to write a recipe")
+def cfg() -> None:
+    """Print the options of all techniques as YAML."""
+    print(default_yaml())
+
+
+@command("Print the version")
+def version() -> None:
+    """Print the version of yolo_ext."""
+    print(__version__)
+
+
+@command("Print the help of a command or technique: prune, sparsity, distill, quant", examples=("quantize", "sparsity"))
+def help(topic: str | None = None) -> None:
+    """Print the help for a command or technique, or the overview.
+
+    Args:
+        topic: Command or technique; the word alone will do.
+    """
+    print(help_text(topic))
+
+
+def bundled() -> Iterator[tuple[str, str, str]]:
+    """Yield name, purpose and command of each bundled recipe: the comment at its top."""
+    for file in sorted((cfg_dir() / "recipes").glob("*.yaml")):
+        lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+        *about, words = (line.lstrip("# ") for line in lines)
+        yield file.stem, " ".join(about), words
+
+
+def _lister(kind: str, *places: str) -> Callable[[], dict[str, str]]:
+    """Make the public function that lists the methods of tables."""
+
+    def listed() -> dict[str, str]:
+        found: dict[str, str] = {}
+        for of, rows in map(_methods, places):
+            for row in rows:
+                text = row.summary if len(places) == 1 else f"{of}: {row.summary}"
+                found[row.name] = f"{found[row.name]}; {text}" if row.name in found else text
+        return found
+
+    listed.__doc__ = f"Return the names of all {kind}, each with one line."
+    return listed
+
+
+list_criteria = _lister("pruning criteria, for `prune.method`", "pruning.criteria:criteria")
+list_penalties = _lister("sparsity penalties, for `sparsity.method`", *TABLES["sparsity"])
+list_losses = _lister("distillation losses, for `distill.logits` and `distill.features`", *TABLES["distill"][:2])
+list_observers = _lister("observers, for `quant.observer` and `quant.weight_observer`", *TABLES["quant"][:2])
+list_schedules = _lister("schedules", "core.schedules:removals", "core.schedules:decays")
+list_profiles = _lister("quantization profiles, for `quant.profile`", "quantization.spec:ROWS")
+
+
+def _methods(place: str) -> tuple[str, Sequence[Any]]:
+    """Return what a table, given as `module:name`, is of, and its rows."""
+    module, _, name = place.partition(":")
+    table = getattr(import_module(f"yolo_ext.{module}"), name)
+    return getattr(table, "kind", "quantization profile"), [*table]
+
+
+def help_text(topic: str | None) -> str:
+    """Return the help for a command or technique, or the overview."""
+    if topic is None:
+        return _overview()
+    names = [*COMMANDS.names(), *FORWARDED]
+    if topic not in names and topic not in TOPICS:
+        legal = [*dict.fromkeys([*names, *TOPICS])]
+        raise UsageError(f"There is no help on '{topic}'.{suggest(topic, legal)} Legal: {', '.join(legal)}.")
+    parts = [command_help(topic)] if topic in names else []
+    methods = topic not in ("compress", "train")  # which have all techniques: too much for one page
+    parts += [technique_help(t, methods) for t in TOPICS.get(topic, ())]
+    return "\n\n".join(parts) + ("" if methods else "\n\nMethods by name: yolo-ext help prune, and so on.")
+
+
+def _overview() -> str:
+    """Return the first page: usage, and the commands by what they are for."""
+    rows = {r.name: (r.fn.__module__.rpartition(".")[2], r.summary) for r in COMMANDS}
+    groups = {title: [(name, text) for name, (module, text) in rows.items() if module in modules and name not in STOCK]
+              for title, modules in GROUPS.items()}  # fmt: skip
+    forwarded = [(name, FORWARDED[name][0] if name in FORWARDED else rows[name][1]) for name in STOCK]
+    left = max(map(len, [*COMMANDS.names(), *FORWARDED]))
+    parts = [f"{title}:\n{_aligned(found, left)}" for title, found in {**groups, "Ultralytics": forwarded}.items()]
+    return "\n\n".join([USAGE.format(version=__version__).rstrip(), *parts, _filled(SOURCES)])
+
+
+def command_help(name: str) -> str:
+    """Return usage, purpose, keys and examples of a command."""
+    summary, *examples = FORWARDED[name] if name in FORWARDED else (COMMANDS[name].summary, *COMMANDS[name].examples)
+    required, others = ([], []) if name in FORWARDED else _keys(name)
+    usage = ["Usage: yolo-ext", name, *(f"{key}=..." for key, _ in required), "key=value ..." if others else ""]
+    shown = "\n".join(_command(f"yolo-ext {name} {words}".rstrip()) for words in examples)
+    parts = [_filled(" ".join(usage).rstrip()), _filled(f"{summary}.")]
+    parts += [f"{title}:\n{_aligned(rows)}" for title, rows in {"Required": required, "Keys": others}.items() if rows]
+    parts += [_filled(STOCK_HELP.format(name))] if name in STOCK else []
+    return "\n\n".join([*parts, f"Examples:\n{shown}"])
+
+
+def _keys(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the keys that a command needs and the others, each with its help."""
+    function = COMMANDS[name].fn
+    about, required = documented(function), [k for k in needed(function) if name not in STOCK or k != "compare"]
+    parameters = dict(inspect.signature(function).parameters)
+    several = {k: parameters.pop(k) for k in FURTHER if k in parameters}
+    modules = {k: p for k, p in keys(function).items() if k == "modules"}
+    rows: dict[str, tuple[str, str]] = {}
+    for key, parameter in {**parameters, **modules, **several}.items():
+        more = f" (yolo-ext help {key})" if key in CONFIGS and key not in TOPICS.get(name, ()) else ""
+        default = "" if parameter.default is inspect.Parameter.empty else parameter.default
+        rows[key] = FURTHER.get(key) or _pair(key, default), f"{about.get(key) or HELP[key]}{more}"
+    return [(k, rows[k][1]) for k in required], [row for k, row in rows.items() if k not in required]
+
+
+def documented(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the help of each parameter: from the section `Args` of the docstring, else of a command like it."""
+    section = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    like, found = getattr(function, "like", None), dict[str, str]()
+    others = documented(like) if like else {k: HELP[k] for k in inspect.signature(function).parameters if k in HELP}
+    for line in textwrap.dedent(section).splitlines():
+        name, _, text = line.partition(": ") if not line.startswith(" ") else (next(reversed(found)), "", line)
+        found[name] = " ".join(f"{found.get(name, '')} {text}".replace("`", "").split())
+    return {**others, **{name: text.rstrip(".") for name, text in found.items()}}
+
+
+def technique_help(technique: str, methods: bool = True) -> str:
+    """Return the options of a technique in their groups, and its tables of methods."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, default, text in help_lines(technique):
+        title = OPTIONS[technique].get(key.partition(".")[2]) or next(reversed(groups))
+        text = re.sub("[Ss]ee `yolo-ext help [a-z]+`", "see below", text) if methods else text
+        groups.setdefault(title, []).append((_pair(key, default), text))
+    parts = [_filled(f"{technique}.*  {CONFIGS[technique].__doc__}")]
+    parts += [f"{technique}, {title}:\n{_aligned(rows)}" for title, rows in groups.items()]
+    for kind, rows in map(_methods, TABLES[technique] if methods else ()):
+        told = [(r.name, [n.value for n in getattr(r, "needs", ())], getattr(r, "paper", ""), r.summary) for r in rows]
+        parts.append(f"{kind}:\n" + _aligned([(name, "; ".join(filter(None, [text, *needs, paper])))
+                                              for name, needs, paper, text in told]))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _pair(key: str, default: Any) -> str:
+    """Return a key as it is given, with its default where that says something."""
+    return key if str(default) in ("", "None", "[]", "{}") else f"{key}={default}"
+
+
+def _width() -> int:
+    """Return the columns that there are for a help."""
+    return min(shutil.get_terminal_size((WIDTH, 24)).columns or WIDTH, WIDTH)
+
+
+def _filled(text: str) -> str:
+    """Return a paragraph in lines of the width of the terminal."""
+    return textwrap.fill(text, max(_width(), 30), break_on_hyphens=False)
+
+
+def _command(words: str) -> str:
+    """Return a command line, indented; where it is too long, in several lines that a shell takes as one."""
+    lines = textwrap.wrap(words, max(_width() - 4, 30), subsequent_indent="    ", break_on_hyphens=False)
+    return " \\\n".join(f"  {line}" for line in lines)
+
+
+def _aligned(rows: Sequence[tuple[str, str]], least: int = 0) -> str:
+    """Align names, and texts that are wrapped beside them; `least` is how many columns names have at least."""
+    width = _width()
+    left = max(least, min(max((len(name) for name, _ in rows), default=0), LEFT, width // 3))
+    lines = []
+    for name, text in rows:
+        wrapped = [line for part in text.split("\n")
+                   for line in textwrap.wrap(part, max(width - left - 4, 20), break_on_hyphens=False)]  # fmt: skip
+        if len(name) > left:
+            lines.append(f"  {name}")
+            name = ""
+        lines += [f"  {head:<{left}}  {line}".rstrip() for head, line in zip([name] + [""] * len(wrapped), wrapped)]
+    return "\n".join(lines)

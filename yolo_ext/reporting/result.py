@@ -1,0 +1,96 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What a command returns: a dict of what it found, with the files and figures that a script or a notebook looks for."""
+
+import json
+from collections.abc import Iterable, Sized
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from yolo_ext.reporting.tables import comparison_rows, comparison_table
+
+
+class Result(dict[str, Any]):
+    """What a command found, as in its `summary.json`, `bench.json` or the like; files are None where there are none."""
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Folder of the run."""
+        return Path(self["run_dir"]) if self.get("run_dir") else None
+
+    @property
+    def best(self) -> Path | None:
+        """Float weights: ``weights/best.pt``, or ``last.pt`` of a training without validation."""
+        return self._file("weights/best.pt") or self._file("weights/last.pt")
+
+    @property
+    def onnx(self) -> Path | None:
+        """ONNX file in FP32 (or FP16, by `export`)."""
+        return self._file("onnx/fp32.onnx", ".onnx")
+
+    @property
+    def int8(self) -> Path | None:
+        """ONNX file in INT8."""
+        return self._file("onnx/int8.onnx", "_int8.onnx")
+
+    @property
+    def report(self) -> Path | None:
+        """Page to open in a browser: the report of a run, or the review sheet of `label`."""
+        return self._file("report.html") or self._file("review.html")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the result: `params`, `gflops`, `map`, `latency_ms` and others of `summary.json`."""
+        return dict(self.get("after") or {})
+
+    @property
+    def checks(self) -> list[dict[str, Any]]:
+        """Name, value, limit and `passed` of each check and budget."""
+        return list(self.get("checks") or [])
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks and budgets are met."""
+        return bool(self.get("passed", all(c["passed"] for c in self.checks)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON holds; paths become strings."""
+        return json.loads(json.dumps(self, default=str))
+
+    def _file(self, place: str, end: str = "\n") -> Path | None:
+        """Return a file of the run folder, or the first of `files` that ends like this, if it exists."""
+        files = [Path(f) for f in self.get("files", ()) if str(f).endswith(end)]
+        files += [self.run_dir / place] if self.run_dir else []
+        return next((f for f in files if f.is_file()), None)
+
+    def _lines(self) -> Iterable[tuple[str, str]]:
+        """Yield names and values of what is not in the table."""
+        if not self._compared():
+            plain = {k: v for k, v in self.items() if k not in ("run_dir", "headline", "before", "after", "checks")}
+            for key, value in plain.items():
+                many = isinstance(value, Sized) and not isinstance(value, str)
+                yield key, f"{len(value)} entries" if many else str(value)
+        for name in ("best", "onnx", "int8", "report", "run_dir"):
+            if path := getattr(self, name):
+                yield name, str(path)
+        if failed := [c["name"] for c in self.checks if not c["passed"]]:
+            yield "failed", ", ".join(failed)
+
+    def _compared(self) -> bool:
+        """Tell whether there are figures from before and after that differ."""
+        return bool(self.get("after")) and self.get("before") != self["after"]
+
+    def __repr__(self) -> str:
+        """Show the headline, Before | After | Delta, and where the files lie."""
+        table = [comparison_table(self["before"], self["after"])] if self._compared() else []
+        lines = [f"{name}: {value}" for name, value in self._lines()]
+        return "\n".join([self.get("headline") or "Result", *table, *lines])
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook."""
+        found = comparison_rows(self["before"], self["after"]) if self._compared() else []
+        rows = [("", "Before", "After", "Delta")] if found else []
+        rows += [(r.label, r.before, r.after, r.delta) for r in found]
+        cells = [*rows, *((name, value) for name, value in self._lines())]
+        table = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells)
+        return f"<p>{escape(self.get('headline') or 'Result')}</p><table>{table}</table>"
