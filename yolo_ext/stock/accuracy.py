@@ -17,7 +17,7 @@ from ultralytics.utils.metrics import smooth
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
-from yolo_ext.stock.load import check_det_dataset, float_model, head_args
+from yolo_ext.stock.load import check_det_dataset, float_model, head_args, images_only_read
 
 VALIDATORS: dict[str, Any] = {
     "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,
@@ -28,15 +28,17 @@ VALIDATORS: dict[str, Any] = {
 def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
     end2end: bool = False, like: Any = None, loader: Any = None, **options: Any,
-) -> dict[str, float]:  # fmt: skip
-    """Measure a model on the val split: boxes as `map50`, `map`, `f1` and its `f1_conf`, classifiers as `top1`.
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a model on the val split: boxes as `map50`, `map`, `f1`, its `f1_conf` and `classes`, others as `top1`.
+
+    `classes` holds the AP50-95 of each class of which the split has objects, by name; `images` is how many there are.
 
     A model, or ``.pt``, runs without rectangular batches (`end2end`: by its NMS-free head), so that its static export
     (``.onnx``, ``*_openvino_model``) sees the same pixels. `data` is a YAML, or the folder of a classification set;
     nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead.
     """
     net = _net(model)
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
         if like is not None:
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:
@@ -105,14 +107,17 @@ def _validator(task: str, data: str) -> tuple[Any, dict[str, Any]]:
     return VALIDATORS[task], {}
 
 
-def _figures(validator: Any, found: dict[str, Any]) -> dict[str, float]:
+def _figures(validator: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Return our figures of what a validator returned; Ultralytics smooths the F1 curve in the same way."""
+    images = len(validator.dataloader.dataset)
     if "metrics/accuracy_top1" in found:
-        return {"top1": float(found["metrics/accuracy_top1"])}
+        return {"top1": float(found["metrics/accuracy_top1"]), "images": images}
     if "metrics/mAP50(B)" not in found:
         return {}
     box, best = validator.metrics.box, {"f1": 0.0, "f1_conf": 0.0}
     if (curve := np.asarray(box.f1_curve)).size:
         i = int(smooth(curve.mean(0), 0.1).argmax())
         best = {"f1": float(curve.mean(0)[i]), "f1_conf": float(box.px[i])}
-    return {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"]), **best}
+    classes = {str(validator.names[int(c)]): round(float(ap), 4) for c, ap in zip(box.ap_class_index, box.ap)}
+    maps = {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"])}
+    return {**maps, **best, "classes": classes, "images": images}

@@ -5,10 +5,9 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
-from io import BytesIO
 from itertools import product
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -23,14 +22,14 @@ from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
 
 from ultralytics.data.utils import (  # isort: skip
-    IMG_FORMATS, check_cls_dataset, check_det_dataset, find_dataset_yaml, img2label_paths,
+    IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
 from ultralytics.nn import tasks
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import DEFAULT_CFG_DICT, checks, patches, torch_utils
+from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT, checks, patches
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.config import comma_list
@@ -43,48 +42,40 @@ LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own t
 open_image = Image.open if find_spec("pi_heif") else getattr(patches, "_image_open", Image.open)
 
 
-def _seeing(function: Any, **others: Any) -> Any:
-    """Return a function of Ultralytics that finds other things under these global names; threads may share it."""
-    seen = FunctionType(function.__code__, {**function.__globals__, **others}, function.__name__, function.__defaults__)
-    seen.__kwdefaults__ = function.__kwdefaults__
-    return seen
-
-
-# Ultralytics rewrites a JPEG with bytes behind its end, older releases in place; decoding it shows if it is whole too
-_read_only = _seeing(
-    data_utils.check_image,
-    Image=SimpleNamespace(open=open_image),
-    ImageOps=SimpleNamespace(exif_transpose=lambda im: SimpleNamespace(save=lambda *_, **__: im.load())),
-    _replace_image=lambda _, write: write(BytesIO()),
-)
-
-
 def check_image(file: str | Path) -> tuple[str, tuple[int, int]]:
     """Check an image as Ultralytics does for a training, and return no message and (height, width) upright."""
-    shape = _read_only(str(file))[1]
     with open_image(file) as im:
-        whole = im.format in {"JPEG", "MPO", "PNG"}  # the check sees the end of no other format
-    if not whole and patches.imread(str(file)) is None:  # which would end a training
+        im.verify()
+        (width, height), kind = exif_size(im), str(im.format)
+    if kind.lower() not in IMG_FORMATS | {"jpeg2000"}:
+        raise ValueError(f"Invalid image format {kind}. Legal: {', '.join(sorted(IMG_FORMATS))}")
+    if min(width, height) < 10:
+        raise ValueError(f"image size {height, width} <10 pixels")
+    if kind == "JPEG" and not Path(file).read_bytes().endswith(b"\xff\xd9"):
+        with open_image(file) as im:
+            im.load()  # whole, with bytes behind its end
+    if kind not in {"JPEG", "MPO", "PNG"} and patches.imread(str(file)) is None:  # which would end a training
         raise ValueError("is truncated, or cannot be decoded")
-    return "", shape
+    return "", (height, width)
 
 
-data_utils.check_image = check_image  # so no command and no training changes the user's images
-# Whatever memory holds would be the image otherwise, on which a block may crash
-torch_utils.get_flops = _seeing(torch_utils.get_flops, torch=SimpleNamespace(empty=torch.zeros))
-_label_only = _seeing(data_utils.verify_image_label, check_image=lambda _: ("", (1, 1)))
+def images_only_read() -> AbstractContextManager[None]:
+    """Keep Ultralytics, while it makes a data set, from writing JPEGs with bytes behind their end anew."""
+    return replaced(data_utils, check_image=check_image)
 
 
 def label_problem(file: Path, nc: int, kpt_shape: tuple[int, int] = (0, 0), pose: bool = False) -> str:
     """Return why Ultralytics would leave out the image of a label file, "" where it takes it; rows may be poses."""
-    *_, corrupt, told = _label_only(("", str(file), "", pose, nc, *kpt_shape, False))
+    image = str(ASSETS / "bus.jpg")  # any that is whole: its own one is checked elsewhere
+    *_, corrupt, told = data_utils.verify_image_label((image, str(file), "", pose, nc, *kpt_shape, False))
     return " ".join(told.partition("image/label: ")[2].split())[:200] if corrupt else ""
 
 
 def det_dataset(file: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return what Ultralytics makes of the content of a data.yaml; no images and no font for plots are fetched."""
     held = SimpleNamespace(load=lambda *_, **__: {**content, "yaml_file": str(file)})
-    return _seeing(check_det_dataset, YAML=held, check_font=lambda _: None)(str(file), autodownload=False)
+    with replaced(data_utils, YAML=held, check_font=lambda _: None):
+        return check_det_dataset(str(file), autodownload=False)
 
 
 def no_autoinstall() -> AbstractContextManager[None]:
@@ -255,7 +246,7 @@ def labelled_dataset(
     """Return the train split, square and not augmented, with masks and classes read as `given` says, and its files."""
     chosen = {k: v for k, v in {**(given or {}), **info}.items() if k in LABEL_ARGS}
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})
-    with quiet():
+    with quiet(), images_only_read():
         if task == "classify":
             data: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
             return data, [Path(sample[0]) for sample in data.samples]
