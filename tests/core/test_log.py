@@ -9,7 +9,7 @@ import re
 import pytest
 
 from yolo_ext.core import log
-from yolo_ext.core.log import FILE, LOGGER, let_go, log_to, logged
+from yolo_ext.core.log import FILE, LOGGER, let_go, log_to, logged, tell_time
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,19 @@ def test_a_long_log_rotates(tmp_path, monkeypatch):
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [FILE, *(f"{FILE}.{n}" for n in (1, 2, 3))]
     assert all(p.stat().st_size <= 1000 for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "counts", "said"),
+    [
+        (1.0, (63, "groups", 3, "shares"), "sensitivity: about 3 min: 63 groups x 3 shares"),
+        (0.001, (7, "layers"), "sensitivity: about 1 s: 7 layers"),
+        (70.0, (100, "blocks"), "sensitivity: about 2 h: 100 blocks"),
+    ],
+)
+def test_time_that_measurements_are_going_to_take(tmp_path, seconds, counts, said):
+    with logged():
+        log_to(tmp_path)
+        tell_time("sensitivity", seconds, *counts)
+        tell_time("sensitivity", seconds, 0, "groups")  # nothing is left to measure
+    assert lines(tmp_path) == [said]

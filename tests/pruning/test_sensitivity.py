@@ -13,7 +13,7 @@ import torch
 
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
-from yolo_ext.pruning.analyze import measure_sensitivity, write
+from yolo_ext.pruning.analyze import losses_table, measure_sensitivity, write
 from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
@@ -167,6 +167,16 @@ def curves(n: int) -> dict:
 def test_drops_leave_gaps() -> None:
     table = drops(curves(3))
     assert np.isnan(table[:, 0]).all() and table[:, 1] == pytest.approx([0.0, 0.001, 0.002])
+
+
+def test_table_of_losses_shows_the_worst_first() -> None:
+    found = curves(17)
+    for group in found["groups"]:
+        group.update(channels=8, flops_share=0.05)
+    title, head, _, first, *_, last = losses_table(found).splitlines()
+    assert title == "mAP50-95 lost with one group pruned alone, of 0.5000" and head.endswith("25% pruned | 50% pruned")
+    assert first.split(" | ") == ["model.16.conv", "       8", " 5.0%", "         -", "    0.0160"]
+    assert last == "2 more groups with smaller losses"
 
 
 @pytest.mark.parametrize("n", [1, 300], ids=["one", "many"])

@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """What each group of coupled channels costs, why it can or cannot be pruned, and what a model loses without it."""
 
-import csv
-import io
 import json
 import time
 from collections import defaultdict
@@ -11,9 +9,9 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from ultralytics.utils import LOGGER, TQDM, colorstr
@@ -22,6 +20,7 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write, fingerprint
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import tell_time
 from yolo_ext.core.registry import Need
 from yolo_ext.pruning.criteria import criteria, resolved
 from yolo_ext.pruning.evidence import Probes, collect, task_losses
@@ -31,7 +30,8 @@ from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.plan import Job
 from yolo_ext.pruning.solve import group_shares, layer_flops
 from yolo_ext.reporting.curves import plot_sensitivity
-from yolo_ext.reporting.tables import align
+from yolo_ext.reporting.tables import ABSENT, align, cell
+from yolo_ext.runs import write_csv
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import as_exported
 
@@ -49,17 +49,18 @@ def analyze_model(model: nn.Module, imgsz: int = 640, runs: int = RUNS) -> list[
         imgsz: Side in pixels of the square image for FLOPs and latency.
         runs: Timed forward passes.
     Returns: Rows in the order of the model: `layers` produce the channels, `readers` take them in; shares of FLOPs and
-        latency are of the deployed model, spent by `layers`; `prunable`, or the `reason` why not.
+        latency are of the deployed model, spent by `layers`, the latter None where its passes differ by more than that;
+        `prunable`, or the `reason` why not.
     """
     graph = build_graph(model, imgsz)
     costs = layer_flops(model, graph)
-    times, whole = layer_times(model, imgsz, runs)
-    flops, latency = group_shares(graph, costs, sum(costs.values())), group_shares(graph, times, whole)
+    times = np.array([group_shares(graph, seconds, seconds[""]) for seconds in layer_times(model, imgsz, runs)])
+    flops, (low, latency, high) = group_shares(graph, costs, sum(costs.values())), np.percentile(times, (10, 50, 90), 0)
     return [
         {"name": g.name, "part": _part(graph, g), "layers": graph.layers(g),
          "readers": [m.module for m in g.members if m.dim == "in"], "channels": g.size, "flops_share": f,
-         "latency_share": t, "prunable": not g.frozen, "reason": g.frozen}
-        for g, f, t in zip(graph.groups, flops, latency)
+         "latency_share": float(t) if spread < t else None, "prunable": not g.frozen, "reason": g.frozen}
+        for g, f, t, spread in zip(graph.groups, flops, latency, high - low)
     ]  # fmt: skip
 
 
@@ -73,17 +74,17 @@ def _part(graph: Graph, group: Group) -> str:
 
 
 @torch.inference_mode()
-def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[str, float], float]:
-    """Return the median seconds of each layer of a deployed copy, and of the whole, on one thread of torch."""
+def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> list[dict[str, float]]:
+    """Return for each pass of a deployed copy the seconds by layer, and by "" of all, on one thread of torch."""
     fused = as_exported(stock.deployed(model).float().cpu())
-    samples: dict[str, list[float]] = defaultdict(list)
+    passes: list[dict[str, float]] = []
     began: list[float] = []
 
     def before(*_: Any) -> None:
         began.append(time.perf_counter())
 
     def after(name: str, *_: Any) -> None:
-        samples[name].append(time.perf_counter() - began.pop())
+        passes[-1][name] += time.perf_counter() - began.pop()  # a layer may run at several scales
 
     for path, m in fused.named_modules():
         if layer_channels(m):
@@ -95,34 +96,31 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> tuple[dict[st
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for i in range(WARMUP + runs):
-            if i == WARMUP:
-                samples.clear()
+        for _ in range(WARMUP + runs):
+            passes.append(defaultdict(float))
             before()
             fused(x)
             after("")
     finally:
         torch.set_num_threads(threads)
-    calls = {name: len(values) // runs for name, values in samples.items()}  # a layer may run at several scales
-    found = {name: median(values) * calls[name] for name, values in samples.items()}
-    return found, found.pop("")
+    return passes[WARMUP:]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows of `analyze_model` as aligned text."""
+def table(rows: Sequence[Mapping[str, Any]], imgsz: int) -> str:
+    """Return the rows of `analyze_model` as aligned text, and what can be pruned in its last line."""
     lines = []
     for r in rows:
         more = f"[{r['part']}]" if r["part"] else ""
         more += f" +{len(r['layers']) - 1}" if len(r["layers"]) > 1 else ""
-        cost = [f"{r['flops_share']:.1%}", f"{r['latency_share']:.1%}"]
+        cost = [f"{r['flops_share']:.1%}", cell(r["latency_share"], ".1%")]
         lines.append([r["name"] + more, f"{r['channels']}", *cost, "yes" if r["prunable"] else r["reason"]])
-    text = align(lines, ["Group", "Channels", "FLOPs", "Latency", "Prunable"])
     can = [r for r in rows if r["prunable"]]
-    return (
-        f"{text}\n{len(can)} of {len(rows)} groups can be pruned. Their layers hold "
-        f"{sum(r['flops_share'] for r in can):.0%} of the FLOPs and {sum(r['latency_share'] for r in can):.0%} of the "
-        "latency (torch, one thread)."
-    )
+    unsure = sum(r["latency_share"] is None for r in rows)
+    noise = f"\n{ABSENT}: the latency of these {unsure} differs from pass to pass by more than it is" if unsure else ""
+    share, time = (sum(r[k] or 0 for r in can) for k in ("flops_share", "latency_share"))
+    head, least = ["Group", "Channels", "FLOPs", "Latency", "Prunable"], "at least " if unsure else ""
+    told = f"{share:.0%} of the FLOPs, {least}{time:.0%} of the latency (torch, 1 thread, {imgsz} px)"
+    return f"{align(lines, head)}{noise}\n{len(can)} of {len(rows)} groups can be pruned: {told}"
 
 
 def measure_sensitivity(
@@ -151,26 +149,26 @@ def measure_sensitivity(
     ties = tied_groups(model, graph, replace(cfg, ratios={}), evidence)
     if not ties:
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")
-    images = list(probes.images()) if cfg.recalibrate else []
+    images, trained, start = list(probes.images()) if cfg.recalibrate else [], probes.score(model), time.monotonic()
     found: dict[str, Any] = {
         "metric": stock.metric(stock.task_of(model)),
-        "ratios": sorted(ratios), "trained": probes.score(model), "base": _measure(deepcopy(model), probes, images),
+        "ratios": sorted(ratios), "trained": trained, "base": _measure(deepcopy(model), probes, images),
         "groups": [], "complete": False,
         "key": {"model": fingerprint(model), **{k: v for k, v in asdict(cfg).items() if k in CHANGES}},
     }  # fmt: skip
-    found["groups"] = _earlier(folder, found)
+    seconds, found["groups"] = time.monotonic() - start, _earlier(folder, found)
     measured = {g["name"] for g in found["groups"]}
+    todo = [tied for tied in ties if tied.name not in measured]
+    tell_time("sensitivity", seconds, len(todo), "groups", len(found["ratios"]), "shares")
     job, flops = Job(model, graph, ties, cfg, probes), layer_flops(model, graph)
     shares = {id(g): s for g, s in zip(graph.groups, group_shares(graph, flops, sum(flops.values())))}
-    for tied in (bar := TQDM(ties, desc="Sensitivity")):
-        if tied.name not in measured:
-            bar.set_description(f"Sensitivity: {tied.name}")
-            found["groups"].append({
-                "name": tied.name, "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
-                "channels": tied.channels, "flops_share": sum(shares[id(g)] for g in tied.groups),
-                "curve": _curve(job, tied, images, found["ratios"]),
-            })  # fmt: skip
-            _save(found, folder)
+    for tied in TQDM(todo, desc="Pruning sensitivity"):
+        found["groups"].append({
+            "name": tied.name, "layers": list(dict.fromkeys(p for g in tied.groups for p in graph.layers(g))),
+            "channels": tied.channels, "flops_share": sum(shares[id(g)] for g in tied.groups),
+            "curve": _curve(job, tied, images, found["ratios"]),
+        })  # fmt: skip
+        _save(found, folder)
     found["complete"] = True
     _save(found, folder)
     return found
@@ -222,18 +220,26 @@ def _save(found: dict[str, Any], folder: Path | None) -> None:
         atomic_write(Path(folder) / FILE, json.dumps(found, indent=2))
 
 
+def losses_table(found: Mapping[str, Any], rows: int = 15) -> str:
+    """Return what the groups that a sensitivity analysis ranks first lose by each share, so many, as aligned text."""
+    base = found["base"]["map"]
+    lost = {g["name"]: {p["wanted"]: base - p["map"] for p in g["curve"]} for g in found["groups"]}
+    ranked = sorted(found["groups"], key=lambda g: -max(lost[g["name"]].values(), default=0.0))
+    cells = [[g["name"], g["channels"], f"{g['flops_share']:.1%}",
+              *(cell(lost[g["name"]].get(r), ".4f") for r in found["ratios"])] for g in ranked[:rows]]  # fmt: skip
+    head = ["Group", "Channels", "FLOPs", *(f"{r:.0%} pruned" for r in found["ratios"])]
+    more = f"\n{len(ranked) - rows} more groups with smaller losses" if len(ranked) > rows else ""
+    return f"{found['metric']} lost with one group pruned alone, of {base:.4f}\n{align(cells, head)}{more}"
+
+
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
     """Write a sensitivity analysis as JSON, as CSV with one row for each point, and as a picture; return the files."""
     _save(found, folder)
-    losses = [k for k in found["base"] if k != "map"]
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["name", "layers", "channels", "flops_share", "ratio", "kept", "map", "map_drop", *losses])
-    for g in found["groups"]:
-        group = [g["name"], " ".join(g["layers"]), g["channels"], g["flops_share"]]
-        for p in g["curve"]:
-            drop = found["base"]["map"] - p["map"]
-            rows.writerow([*group, p["ratio"], p["channels"], p["map"], drop, *(p[k] for k in losses)])
-    atomic_write(folder / "sensitivity.csv", text.getvalue())
-    picture = plot_sensitivity(found, folder / "sensitivity.png")
-    return [folder / FILE, folder / "sensitivity.csv", picture]
+    files, losses = [folder / f"sensitivity.{kind}" for kind in ("json", "csv", "png")], [*found["base"]][1:]
+    write_csv(files[1], [
+        {"name": g["name"], "layers": " ".join(g["layers"]), "channels": g["channels"], "flops_share": g["flops_share"],
+         "ratio": p["ratio"], "kept": p["channels"], "map": p["map"], "map_drop": found["base"]["map"] - p["map"],
+         **{k: p[k] for k in losses}} for g in found["groups"] for p in g["curve"]
+    ])  # fmt: skip
+    plot_sensitivity(found, files[2])
+    return files

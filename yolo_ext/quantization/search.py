@@ -1,10 +1,9 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Mixed precision: what the quantization of each layer costs and gains, and the fewest layers to leave float."""
 
-import csv
-import io
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +17,7 @@ from ultralytics.utils import TQDM
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import tell_time
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.quantization.calibrate import calibrate_rest, known
 from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
@@ -25,6 +25,7 @@ from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import Profile, State, plan_of
 from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
+from yolo_ext.runs import write_csv
 from yolo_ext.stock.load import choose_head
 
 CONFIDENT, LEAST = 0.1, 100  # anchors below this score never become detections; so many are looked at in any case
@@ -59,8 +60,9 @@ def sensitivity(
     made = _groups(net, state, by)
     if not images or not made:
         raise UsageError("Sensitivity needs images and at least one quantized layer. Give data=, check quant.exclude.")
-    reference, base = _Reference(net, images), score(model) if score else None
+    reference, base, start = _Reference(net, images), score(model) if score else None, time.monotonic()
     whole, groups = _measure(net, state, list(state), reference, score), []
+    tell_time("sensitivity", time.monotonic() - start, len(made), f"{by}s")
     for name, paths in TQDM(made.items(), desc="Quantization sensitivity"):
         errors = _measure(net, state, paths, reference, score)
         shares = [errors[k] / whole[k] for k in ("box_mean", "score_mean") if whole[k] > 0]
@@ -165,10 +167,8 @@ def write(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write what `sensitivity` found as JSON, as CSV with a row for each group, and as a picture; return the files."""
     files = [folder / f"quant_sensitivity.{kind}" for kind in ("json", "csv", "png")]
     atomic_write(files[0], json.dumps(found, indent=2))
-    text = io.StringIO()
-    cells = ([" ".join(g[k]) if k == "layers" else g.get(k, "") for k in COLUMNS] for g in found["groups"])
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *cells])
-    atomic_write(files[1], text.getvalue())
+    shown = [{k: g.get(k) for k in COLUMNS} for g in found["groups"]]
+    write_csv(files[1], [{**g, "layers": " ".join(g["layers"])} for g in shown])
     plot_quant_sensitivity(found, files[2])
     return files
 
