@@ -1,23 +1,38 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Before | After | Delta: wording, comparisons and what happens where a figure is absent."""
+"""Before | After | Delta: wording, comparisons, what happens where a figure is absent, and the verdict of a run."""
 
 from __future__ import annotations
+
+import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import (
     FIELDS,
     align,
     compare,
-    comparison,
     comparison_rows,
     comparison_table,
+    delivered,
     figure,
+    headline,
+    moved,
+    noise,
+    note,
+    speed,
     stage_rows,
+    write_summary,
 )
+
+
+def ratio(median: float, low: float, high: float, significant: bool = True) -> dict:
+    return {"ratio": median, "p10": low, "p90": high, "significant": significant}
+
 
 BEFORE = {
     "params": 3_011_043,
@@ -40,18 +55,21 @@ AFTER = {
     "map_onnx": {"fp32": 0.59, "int8": 0.58},
     "convs": 64,
     "int8_convs": 61,
+    "latency_ratio": {"torch": ratio(0.8, 0.78, 0.83), "ort": ratio(1.3, 1.2, 1.4), "ort_int8": ratio(2.6, 2.4, 2.8)},
+    "imgsz": 192,
+    "images": 72,
 }
 EXPECTED = {  # key: before, after, delta, verdict
     "params": ("3,011,043", "1,505,521", "-50.0%", "better"),
     "gflops": ("8.20", "4.10", "-50.0%", "better"),
     "size_mb": ("6.20", "6.20", "0.0%", "same"),
     "map50": ("0.9000", "0.9100", "+0.0100", "better"),
-    "map": ("0.6000", "0.5912", "-0.0088", "worse"),
+    "map": ("0.6000", "0.5912", "-0.0088", "worse"),  # beyond the 0.005 of 72 images
     "map_onnx.fp32": ("0.6000", "0.5900", "-0.0100", "worse"),
     "map_onnx.int8": ("0.6000", "0.5800", "-0.0200", "worse"),
-    "latency_ms.torch": ("20.00", "25.00", "1.25x slower", "worse"),
-    "latency_ms.ort": ("10.00", "8.00", "1.25x faster", "better"),
-    "latency_ms.ort_int8": ("10.00", "4.00", "2.50x faster", "better"),
+    "latency_ms.torch": ("20.00", "25.00", "0.80x as fast (0.78 to 0.83)", "worse"),
+    "latency_ms.ort": ("10.00", "8.00", "1.30x faster (1.20 to 1.40)", "better"),
+    "latency_ms.ort_int8": ("10.00", "4.00", "2.60x faster (2.40 to 2.80)", "better"),
     "convs": ("64", "64", "0", ""),
     "int8_convs": ("0", "61", "+61", ""),
 }
@@ -76,17 +94,18 @@ def test_int8_names_the_base_figure_it_is_compared_with() -> None:
 
 def test_int8_of_the_base_is_used_where_it_was_measured() -> None:
     before = {"latency_ms": {"ort": 10.0, "ort_int8": 5.0}}
-    (ort, int8) = comparison_rows(before, {"latency_ms": {"ort_int8": 4.0}})
+    after = {"latency_ms": {"ort_int8": 4.0}, "latency_ratio": {"ort_int8": ratio(1.2, 1.1, 1.3)}}
+    (ort, int8) = comparison_rows(before, after)
     assert (ort.after, ort.delta) == ("-", "-")
-    assert (int8.label, int8.delta) == ("Latency ORT INT8 (ms)", "1.25x faster")
+    assert (int8.label, int8.delta) == ("Latency ORT INT8 (ms)", "1.20x faster (1.10 to 1.30)")
 
 
 def test_table_is_aligned_and_marks_worse_results() -> None:
     lines = comparison_table(BEFORE, AFTER).splitlines()
-    assert lines[0] == f"{'':39} | {'Before':>9} | {'After':>9} | {'Delta':>15}"
+    assert lines[0] == f"{'':39} | {'Before':>9} | {'After':>9} | {'Delta':>28}"
     assert len({line.index("|") for line in [lines[0], *lines[2:]]}) == 1
-    assert lines[6] == f"{'mAP50-95':39} |    0.6000 |    0.5912 | -0.0088 (worse)"
-    assert "1.25x slower" in lines[9] and "(worse)" not in lines[9]
+    assert lines[6] == f"{'mAP50-95':39} |    0.6000 |    0.5912 |              -0.0088 (worse)"
+    assert "0.80x as fast" in lines[9] and "(worse)" not in lines[9]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +137,7 @@ def test_figure_rejects_what_is_no_number(value: object) -> None:
 
 
 @given(
-    st.sampled_from(["share", "score", "latency"]),
+    st.sampled_from(["share", "score"]),
     st.floats(0.01, 1e4, allow_nan=False),
     st.floats(0.01, 1e4, allow_nan=False),
 )
@@ -144,24 +163,161 @@ def test_align_keeps_every_row_and_its_separators_in_line(rows: list) -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_latency_whose_rounds_do_not_agree_is_no_difference():
-    before, after = {"latency_ms": {"ort": 10.0}}, {"latency_ms": {"ort": 8.0, "ort_int8": 4.0, "torch": 3.0}}
-    for unsure, int8 in (([], "2.50x faster"), (["ort_int8", "torch"], "about equal")):
-        after["latency_ms"]["unsure"] = unsure
-        rows = {r.key.partition(".")[2]: r for r in comparison_rows(before, after)}
-        assert [rows[k].delta for k in ("ort", "ort_int8")] == ["1.25x faster", int8]
-        assert (rows["torch"].delta, rows["torch"].verdict) == ("-", "") and rows["ort_int8"].after == "4.00"
+SPEEDS = {
+    "none": (None, "-", ""),
+    "faster": (ratio(2.74, 2.58, 2.98), "2.74x faster (2.58 to 2.98)", "better"),
+    "slower": (ratio(0.61, 0.58, 0.65), "0.61x as fast (0.58 to 0.65)", "worse"),
+    "within the spread": (ratio(1.2, 0.98, 1.5, False), "same (0.98 to 1.50x)", "same"),
+    "no more than its rounding": (ratio(1.004, 1.001, 1.01), "same (1.00 to 1.01x)", "same"),
+}
 
 
-@pytest.mark.parametrize("after", [97.0, 100.0, 104.0])
-def test_latency_within_the_noise_is_no_difference(after):
-    assert compare(100.0, after, "latency") == ("about equal", "same")
+@pytest.mark.parametrize(("found", "words", "verdict"), SPEEDS.values(), ids=SPEEDS)
+def test_a_speed_up_claims_no_more_than_its_rounds(found, words, verdict):
+    assert speed(found) == (words, verdict)
 
 
-def test_row_of_a_run_in_a_table_of_runs() -> None:
-    summary = {"before": BEFORE, "after": AFTER, "settings": {"imgsz": 64, "prune.speedup": 2.0}}
-    row = comparison(summary, {"method": "prune taylor", "ratio": 0.4, "training_s": 12.5, "failed": ["mAP drop"]})
-    assert row == {
+def test_medians_are_never_divided():
+    before, after = {"latency_ms": {"ort": 10.0}}, {"latency_ms": {"ort": 5.0, "torch": 3.0}}
+    for ratios, delta in (
+        (None, "-"),
+        ({"ort": None}, "-"),
+        ({"ort": ratio(1.9, 1.8, 2), "torch": ratio(9, 8, 10)}, "1.90x"),
+    ):
+        rows = {r.key: r for r in comparison_rows(before, {**after, "latency_ratio": ratios})}
+        assert rows["latency_ms.ort"].delta.startswith(delta) and rows["latency_ms.ort"].after == "5.00"
+        assert rows["latency_ms.torch"].delta == "-", "the base was not measured there"
+
+
+@pytest.mark.parametrize(
+    ("images", "key", "expected"),
+    [(72, "map", 0.005), (5000, "map", 0.0006), (16, "map", 0.01), (72, "top1", 0.0139), (5000, "top1", 0.0006),
+     (None, "map", 0.0)],
+)  # fmt: skip
+def test_noise_of_a_split(images, key, expected):
+    assert noise({"images": images}, key) == expected
+    assert noise(None, key) == 0.0
+
+
+ACCURACIES = {
+    "below the noise": (0.55, 0.547, 72, "-0.0030 (same)", "same"),
+    "at the noise": (0.55, 0.545, 72, "-0.0050 (same)", "same"),
+    "beyond it": (0.55, 0.5449, 72, "-0.0051", "worse"),
+    "better": (0.55, 0.5651, 72, "+0.0151", "better"),
+    "equal": (0.55, 0.55, 72, "0.0000", "same"),
+    "more images show more": (0.55, 0.547, 5000, "-0.0030", "worse"),
+    "how many images is not known": (0.55, 0.5499, None, "-0.0001", "worse"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "images", "delta", "verdict"), ACCURACIES.values(), ids=ACCURACIES)
+def test_accuracies_within_the_noise_are_the_same(old, new, images, delta, verdict):
+    (row,) = comparison_rows({"map": old}, {"map": new, "images": images})
+    assert (row.delta, row.verdict) == (delta, verdict)
+
+
+def test_an_image_of_a_classifier_is_noise():
+    (row,) = comparison_rows({"top1": 0.75}, {"top1": 0.75 - 1 / 72, "images": 72})
+    assert row.verdict == "same"
+
+
+def test_note_says_what_was_measured():
+    assert note(AFTER).splitlines() == [
+        "GFLOPs and mAP50-95 at 192 px (square images).",
+        "mAP50-95 differences up to 0.005 are within the noise of these 72 images.",
+        "Speed: base and result in turns, median (10 to 90 %) of the ratio of each round.",
+    ]
+    assert note({"gflops": 1.0, "imgsz": 64}) == "GFLOPs at 64 px (square images)." and note({}) == note(None) == ""
+    assert "top-1 differences up to 0.05 " in note({"top1": 0.8, "images": 20})
+
+
+def test_what_a_stage_moved():
+    after = {**BEFORE, "params": 2, "map": 0.5, "latency_ms": {"ort": 1.0}, "imgsz": 64}
+    assert moved(BEFORE, after) == "Parameters 3,011,043 -> 2, mAP50-95 0.6000 -> 0.5000 at 64 px"
+    assert moved({}, {"gflops": 0.5}) == "GFLOPs 0.50" and moved(BEFORE, {}) == moved(BEFORE, BEFORE) == ""
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ({"map": 0.5, "map_onnx": {"int8": 0.4}}, ("map_onnx.int8", 0.6, 0.4)),
+        ({"map": 0.5, "map_onnx": {"int8": None}}, ("map", 0.6, 0.5)),
+        ({"top1": 0.5}, ("top1", None, 0.5)),
+        ({}, ("map", 0.6, None)),
+    ],
+)
+def test_the_accuracy_that_counts_is_that_of_the_file_to_deploy(after, expected):
+    assert delivered({"map": 0.6}, after) == expected
+
+
+# The verdict of a run ------------------------------------------------------------------------------------------------
+GOOD = {**AFTER, "map": 0.602, "map_onnx": {"fp32": 0.602, "int8": 0.603}}
+FLOAT = {**AFTER, "map_onnx": {}, "latency_ms": {"ort": 8.0}}
+PARITY = {"name": "INT8 boxes", "value": 2, "limit": 1, "passed": False}
+BAD = {"name": "Accuracy lost in total (max_drop)", "value": 0.05, "limit": 0.01, "passed": False}
+COMMAND = "yolo-ext compress model=a.pt data=d.yaml --epochs=30 resume=True"
+HEADLINES = {
+    "all is well": (
+        GOOD, {"epochs": 30, "deploy": "onnx/int8.onnx"}, [],
+        "2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, mAP50-95 0.6000 -> 0.6030 at 192 px (same within "
+        "0.005). Deploy onnx/int8.onnx.",
+    ),
+    "lost by pruning": (
+        FLOAT, {"epochs": 30, "deploy": "weights/best.pt"}, [],
+        "1.30x faster (1.20 to 1.40) in ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px). "
+        "Fine-tune longer: yolo-ext compress model=a.pt data=d.yaml epochs=60",
+    ),
+    "lost by INT8": (
+        {**GOOD, "map_onnx": {"int8": 0.5}}, {"epochs": 30}, [],
+        "2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, mAP50-95 fell by 0.1000 (0.6000 -> 0.5000 at 192 "
+        "px). Train the INT8 model: yolo-ext compress model=a.pt data=d.yaml --epochs=30 quant.mode=qat",
+    ),
+    "lost by INT8 after QAT": (
+        {**GOOD, "map_onnx": {"int8": 0.5}}, {"epochs": None, "qat": 8}, [],
+        "Train the INT8 model longer: yolo-ext compress model=a.pt data=d.yaml --epochs=30 quant.epochs=16",
+    ),
+    "nothing measured, nothing trained": (
+        {"params": 9, "gflops": 4.1, "imgsz": 64}, {"epochs": 0, "deploy": "weights/best.pt"}, [],
+        "GFLOPs -50.0%, accuracy not measured. Nothing was fine-tuned. Fine-tune: yolo-ext compress model=a.pt "
+        "data=data.yaml epochs=30",
+    ),
+    "a check failed": (
+        GOOD, {"epochs": 30, "deploy": "onnx/int8.onnx"}, [PARITY],
+        "1 of 1 checks failed: INT8 boxes 2 (limit 1). 2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, "
+        "mAP50-95 0.6000 -> 0.6030 at 192 px (same within 0.005). Look at the failed checks first.",
+    ),
+    "the budget in total failed": (
+        FLOAT, {"epochs": 5}, [{**BAD, "passed": True}, BAD],
+        "1 of 2 checks failed: Accuracy lost in total (max_drop) 0.05 (limit 0.01). 1.30x faster (1.20 to 1.40) in "
+        "ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px). Fine-tune longer: yolo-ext compress "
+        "model=a.pt data=d.yaml epochs=10",
+    ),
+    "no faster, better, INT8 accuracy unknown": (
+        {"map": 0.7, "latency_ms": {"ort_int8": 9.0}, "latency_ratio": {"ort_int8": ratio(1, 0.9, 1.1, False)}},
+        {"deploy": "onnx/int8.onnx"}, [],
+        "as fast as the base (0.90 to 1.10x) in ONNX Runtime INT8, mAP50-95 0.6000 -> 0.7000 (+0.1000). The accuracy "
+        "of the INT8 file was not measured. Deploy onnx/int8.onnx.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("after", "told", "checks", "expected"), HEADLINES.values(), ids=HEADLINES)
+def test_headline(after, told, checks, expected):
+    summary = {"before": BEFORE, "after": after, "checks": checks, "command": COMMAND}
+    said, following = headline(summary, told)
+    assert said.endswith(expected) if told.get("qat") else said == expected
+    assert (following is not None) == ("yolo-ext" in said)
+    (scripted, following) = headline({**summary, "command": "train.py epochs=30"}, told)
+    assert "yolo-ext" not in scripted and following is None
+
+
+def test_summary_of_a_run_and_its_row_in_a_table_of_runs(tmp_path, caplog):
+    told = {"settings": {"imgsz": 64, "prune.speedup": 2.0}, "method": "prune taylor", "ratio": 0.4, "training_s": 12.5}
+    summary = write_summary(tmp_path, BEFORE, AFTER, checks=[BAD], deploy="onnx/int8.onnx", epochs=3, **told)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["passed"] is False and summary["checks"] == [BAD] and summary["deploy"] == "onnx/int8.onnx"
+    assert comparison_table(BEFORE, AFTER) in caplog.text and note(AFTER) in caplog.text
+    assert summary["comparison"] == {
         "settings": "imgsz=64 prune.speedup=2.0",
         "method": "prune taylor",
         "ratio": 0.4,
@@ -175,12 +331,26 @@ def test_row_of_a_run_in_a_table_of_runs() -> None:
         "latency_ms": 4.0,
         "latency_batch32_ms": None,
         "training_s": 12.5,
-        "conclusion": "Parameters -50.0%; GFLOPs -50.0%; mAP50-95 ONNX INT8 -0.0200; "
-        "Latency ORT INT8 2.50x faster; checks failed: mAP drop.",
+        "conclusion": summary["headline"],
     }
 
 
-@pytest.mark.parametrize(("after", "conclusion"), [({}, None), ({"params": 3_011_043, "map": 0.6}, "mAP50-95 0.0000.")])
-def test_a_run_that_changed_nothing_concludes_nothing(after: dict, conclusion: str | None) -> None:
-    row = comparison({"before": BEFORE, "after": after, "settings": {}}, {})
-    assert row["conclusion"] == conclusion and row["latency_ms"] is None
+def test_a_command_that_changes_nothing_shows_no_table(tmp_path, caplog):
+    summary = write_summary(tmp_path, BEFORE, BEFORE, table=False)
+    assert not caplog.text and summary["headline"] is None and summary["passed"] is True
+
+
+def test_one_run_has_one_number_for_each_figure(tmp_path, caplog):
+    """Console, summary.json, report.html and report.md say the same."""
+    summary = write_summary(tmp_path, BEFORE, AFTER, {"ptq": AFTER}, deploy="onnx/int8.onnx", epochs=30)
+    write_report(tmp_path, {"summary": summary})
+    texts = {f: re.sub(r"<[^>]+>", " ", (tmp_path / f).read_text()) for f in ("report.html", "report.md")}
+    texts |= {"console": caplog.text, "headline": summary["headline"]}
+    for row in comparison_rows(summary["before"], summary["after"]):
+        shown = {row.before, row.after, row.delta.partition(" (")[0]} - {"-"}
+        for place in ("console", "report.html", "report.md"):
+            assert all(text in texts[place] for text in shown), (place, row)
+    assert all(summary["headline"] in texts[place] for place in ("report.html", "report.md"))
+    for text in texts.values():
+        found = set(re.findall(r"\b(\d+\.\d\d)x\b", text))
+        assert found <= {"2.60", "1.30", "0.80"}, "no ratio but those of the rounds"

@@ -218,6 +218,8 @@ def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, 
         said = f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. {said}"
     if told.get("epochs") == 0:
         said += " Nothing was fine-tuned."
+    if str(told.get("deploy")).endswith(".onnx") and key != "map_onnx.int8":
+        said += " The accuracy of the INT8 file was not measured."
     lost = {k for k, row in rows.items() if row.verdict == "worse"}
     if key in lost or "max_drop" in "".join(failed) or (told.get("epochs") == 0 and new is None):
         words, options = _advice(key == "map_onnx.int8" and "map" not in lost, told)
