@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and 
     from yolo_ext.commands.compress import compress, demo, distill, prune, quantize, train
     from yolo_ext.commands.data import convert, split
     from yolo_ext.commands.deploy import export, verify
+    from yolo_ext.commands.help import (
+        list_criteria, list_losses, list_observers, list_penalties, list_profiles, list_schedules,
+    )
     from yolo_ext.commands.label import label, predict
     from yolo_ext.commands.measure import analyze, bench, checks, sensitivity
     from yolo_ext.core.config import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
@@ -31,11 +34,13 @@ __all__ = [
     "CheckFailed", "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "DistillConfig", "OBBTrainer",
     "PoseTrainer", "PruneConfig", "QuantConfig", "Result", "SegmentationTrainer", "SparsityConfig", "UsageError",
     "YoloExtError", "__version__", "analyze", "attach", "bench", "checks", "compress", "convert", "demo", "distill",
-    "export", "label", "on_yolo", "predict", "prune", "quantize", "save_pruned", "sensitivity", "split", "train",
+    "export", "label", "list_criteria", "list_losses", "list_observers", "list_penalties", "list_profiles",
+    "list_schedules", "on_yolo", "predict", "prune", "quantize", "save_pruned", "sensitivity", "split", "train",
     "trainer_for", "verify",
 ]
 _HOMES = ("core.errors", "core.config", "commands.compress", "commands.deploy", "commands.measure", "commands.data",
-          "commands.label", "reporting.result", "pruning.pruner", "training.trainer")  # the lightest first
+          "commands.help", "commands.label", "reporting.result", "pruning.pruner",
+          "training.trainer")  # the lightest first
 
 
 def __getattr__(name: str) -> Any:

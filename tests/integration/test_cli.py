@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,7 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.cli import FORWARDED, FURTHER, TOPICS, method_tables
-from yolo_ext.commands import COMMANDS, keys
-from yolo_ext.core.config import CONFIGS, cfg_dir, help_lines
+from yolo_ext.core.config import CONFIGS, cfg_dir
 from yolo_ext.stock.load import load_model
 
 B = ["model=m.pt", "data=d.yaml"]
@@ -71,15 +68,6 @@ def test_words_override_the_recipe_key_by_key(tmp_path):
         options = parsed(*words)
         assert options["prune"] == {"speedup": 2.0, "method": "l1"}
         assert options["epochs"] == 5 and options["distill"] == {"teacher": "t.pt"}
-
-
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (cfg_dir() / "recipes").glob("*.yaml")))
-def test_bundled_recipes_are_legal(recipe):
-    from yolo_ext.core.config import parse
-
-    options = parsed(f"recipe={recipe}")
-    assert options == parsed(f"recipe={recipe}.yaml")
-    assert any(parse({k: options.get(k) for k in CONFIGS}).values())
 
 
 # Commands ----------------------------------------------------------------------------------------------------------
@@ -167,37 +155,6 @@ def test_stock_predict_runs_on_a_checkpoint_of_ours(place, tiny, shapes):
     assert len(list((place / "p").glob("*.jpg"))) == 4
     assert sys.argv == argv, "a later predict() in Python would take itself for the command line"
     assert len(YOLO(str(tiny)).predict(str(shapes.parent / "images/val"), imgsz=64, device="cpu", verbose=False)) == 4
-
-
-# Help --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("words", [[], ["help"], ["-h"], ["--help"]], ids=str)
-def test_overview_names_every_command(capsys, words):
-    assert cli.main(words) == 0
-    out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in [*COMMANDS.names(), *FORWARDED])
-
-
-@pytest.mark.parametrize("command", COMMANDS.names())
-def test_help_names_the_keys_of_a_command(capsys, command):
-    """What a docstring explains is legal, and what is legal is explained."""
-    assert cli.main(["help", command]) == 0
-    out = capsys.readouterr().out.partition("\n\n")[2].partition("\n\n")[0]  # without the options of techniques
-    assert max(map(len, out.splitlines()), default=0) <= 120
-    explained = set(re.findall(r"^  (\w+) ", out, re.MULTILINE)) - {"run", *FURTHER.values()}
-    legal = keys(COMMANDS[command].fn)
-    assert explained <= set(legal)
-    assert [key for key in legal if not re.search(rf"\b{key}\b", out)] == []
-
-
-@pytest.mark.parametrize("topic", [*COMMANDS.names(), *FORWARDED, *TOPICS])
-def test_help_on_every_topic(capsys, topic):
-    assert cli.main(["help", topic]) == 0
-    out = capsys.readouterr().out
-    assert topic in out or topic in TOPICS
-    for technique in TOPICS.get(topic, ()):
-        assert all(key in out for key, _, _ in help_lines(technique))
-        assert all(row.name in out and row.summary in out for table in method_tables(technique) for row in table)
-    assert max(map(len, out.splitlines())) < 200
 
 
 def test_version_cfg(capsys):

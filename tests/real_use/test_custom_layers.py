@@ -15,6 +15,7 @@ from ultralytics.utils import YAML
 
 import yolo_ext
 from yolo_ext import cli, stock
+from yolo_ext.commands.help import help_text
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.load import load_model
 
@@ -123,5 +124,5 @@ def test_what_is_refused(text, given, message, package, place):
 
 
 def test_help_names_the_key(run):
-    assert all("modules" in cli.help_text(topic) for topic in ("analyze", "compress", "bench"))
+    assert all("modules" in help_text(topic) for topic in ("analyze", "compress", "bench"))
     assert "Unknown key 'modules'" in run("data check=shapes/data.yaml modules=mypkg.layers")[2]  # it loads no model

@@ -12,7 +12,7 @@ import ultralytics
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_ext import cli
-from yolo_ext.commands import BOTH, COMMANDS, EXPORTS, NEITHER, PLACE, PREDICTS, takes_native
+from yolo_ext.commands import BOTH, COMMANDS, EXPORTS, NEITHER, PLACE, PREDICTS, needed, takes_native
 
 ROOT = Path(ultralytics.__file__).parent
 TRAINING = ["engine/trainer.py", "engine/validator.py", "engine/model.py", "utils/loss.py", "utils/torch_utils.py",
@@ -48,8 +48,8 @@ def test_a_key_of_another_command_is_refused_before_anything_is_done(command, ke
     if key in reads_it.get(command, ()) or (key in ("epochs", "lr0") and command != "predict"):
         return  # quantize and compress say themselves which of them their files cannot have
     monkeypatch.chdir(tmp_path)
-    needed = " ".join(f"{k}=x.pt" for k in cli.needed(COMMANDS[command].fn))
-    assert cli.main([*f"{command} {needed} data=d.yaml {key}=7".split()]) == 2
+    given = " ".join(f"{k}=x.pt" for k in needed(COMMANDS[command].fn))
+    assert cli.main([*f"{command} {given} data=d.yaml {key}=7".split()]) == 2
     err = capsys.readouterr().err
     assert f"does not read {key} of Ultralytics" in err
     assert not list(tmp_path.iterdir())

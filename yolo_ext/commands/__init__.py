@@ -121,7 +121,7 @@ def check_keys(command: str, options: Mapping[str, Any]) -> None:
         own += DEFAULT_CFG_DICT
         unknown = [k for k in options if k not in own]
     if unknown:
-        near = own + [n for n in option_names() if n.split(".")[0] in own]
+        near = [k for k in own if k != "mode"] + [n for n in option_names() if n.split(".")[0] in own]
         lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, near)}" for k in unknown]
         for technique in (t for t in CONFIGS if t in own and isinstance(options.get(t), Mapping)):
             lines += misspelt(technique, options[technique])
@@ -153,7 +153,7 @@ def need(command: str, options: Mapping[str, Any], *names: str) -> None:
     """Check that the user gave these keys to a command."""
     if missing := [f"{k}=..." for k in names if options.get(k) in (None, "")]:
         example = f"yolo-ext {command} {COMMANDS[command].examples[0]}"
-        raise UsageError(f"Missing: {', '.join(missing)}. Example: {example}\nSee `yolo-ext help {command}`.")
+        raise UsageError(f"Missing: {', '.join(missing)}\nExample: {example}\nSee `yolo-ext help {command}`.")
 
 
 def _legal(kind: Any, value: Any) -> str:

@@ -118,6 +118,8 @@ def distill(
         model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
         distill: Options of distillation, such as `distill.teacher`.
     """
+    if not resume:
+        need("distill", {"data": data}, "data")
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, save_optimizer=save_optimizer, **techniques,
                  **{"name": "distill", **native})  # fmt: skip

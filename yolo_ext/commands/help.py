@@ -63,8 +63,10 @@ the recipe over the environment."""
 @command("List the bundled recipes, which are keys for a purpose: recipe=NAME")
 def recipes() -> None:
     """Print each bundled recipe with what it is for and a command that uses it."""
-    rows = [(name, f"{about}\n{words}") for name, about, words in bundled()]
-    print(f"yolo-ext COMMAND recipe=NAME key=value ...   keys given besides win over the recipe\n\n{_aligned(rows)}")
+    rows = [*bundled()]
+    told = _aligned([(name, about) for name, about, _ in rows])
+    commands = "\n".join(_command(words) for *_, words in rows)
+    print(f"Usage: yolo-ext COMMAND recipe=NAME key=value ...\n\nRecipes:\n{told}\n\nCommands:\n{commands}")
 
 
 @command("Print all options with their defaults as YAML, from which to write a recipe")
@@ -156,7 +158,8 @@ def command_help(name: str) -> str:
     """Return usage, purpose, keys and examples of a command."""
     summary, *examples = FORWARDED[name] if name in FORWARDED else (COMMANDS[name].summary, *COMMANDS[name].examples)
     required, others = ([], []) if name in FORWARDED else _keys(name)
-    usage = ["Usage: yolo-ext", name, *(f"{key}=..." for key, _ in required), "key=value ..." if others else ""]
+    more = "key=value ..." if others or name in FORWARDED else ""
+    usage = ["Usage: yolo-ext", name, *(f"{key}=..." for key, _ in required), more]
     shown = "\n".join(_command(f"yolo-ext {name} {words}".rstrip()) for words in examples)
     parts = [_filled(" ".join(usage).rstrip()), _filled(f"{summary}.")]
     parts += [f"{title}:\n{_aligned(rows)}" for title, rows in {"Required": required, "Keys": others}.items() if rows]
@@ -233,8 +236,7 @@ def _aligned(rows: Sequence[tuple[str, str]], least: int = 0) -> str:
     left = max(least, min(max((len(name) for name, _ in rows), default=0), LEFT, width // 3))
     lines = []
     for name, text in rows:
-        wrapped = [line for part in text.split("\n")
-                   for line in textwrap.wrap(part, max(width - left - 4, 20), break_on_hyphens=False)]  # fmt: skip
+        wrapped = textwrap.wrap(text, max(width - left - 4, 20), break_on_hyphens=False)
         if len(name) > left:
             lines.append(f"  {name}")
             name = ""
