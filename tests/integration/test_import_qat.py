@@ -42,8 +42,8 @@ def trained(tiny, tmp_path_factory):
 
 @pytest.mark.slow
 def test_its_ranges_become_integer_convolutions(trained, shapes, tmp_path):
-    files = export(trained, out=tmp_path / "a.onnx", imgsz=64, data=str(shapes), save_dir=str(tmp_path / "run"))
-    assert [f.name for f in files] == ["a.onnx", "a_int8.onnx"]
+    found = export(trained, out=tmp_path / "a.onnx", imgsz=64, data=str(shapes), save_dir=str(tmp_path / "run"))
+    assert [f.name for f in (files := found["files"])] == ["a.onnx", "a_int8.onnx"]
     report = conv_report(files[1])
     assert report["int8_convs"] >= 0.7 * report["convs"]
     assert all(r.startswith("no Q/DQ") for r in report["float_convs"].values())
@@ -56,13 +56,14 @@ def test_what_it_lacks_is_asked_for_and_nothing_is_written(trained, tmp_path):
 
 
 def test_a_runtime_that_needs_no_more_asks_for_no_data(trained, tmp_path):
-    files = export(
+    found = export(
         trained, out=tmp_path / "a.onnx", imgsz=64, quant={"profile": "tensorrt"}, save_dir=str(tmp_path / "r")
     )
-    assert files[1].is_file()
+    assert found.int8.is_file() and found.onnx.name == "a.onnx"
 
 
 @pytest.mark.slow
 def test_the_key_that_every_checkpoint_of_ultralytics_has_is_no_sign_of_qat(tiny, tmp_path):
     torch.save({**torch.load(tiny, weights_only=False), "modelopt": None}, tmp_path / "best.pt")
-    assert [f.name for f in export(tmp_path / "best.pt", imgsz=64, save_dir=str(tmp_path / "r"))] == ["best.onnx"]
+    found = export(tmp_path / "best.pt", imgsz=64, save_dir=str(tmp_path / "r"))
+    assert [f.name for f in found["files"]] == ["best.onnx"] and found.int8 is None
