@@ -229,6 +229,7 @@ COCO = {  # what is changed in the JSON, whether it can be skipped, and what is 
     "nested JSON": ("[" * 100_000, False, "not valid JSON"),
     "a list": ("[]", False, "not a COCO file"),
     "no boxes": ({"annotations": None}, False, "not a COCO file"),
+    "no images": ({"images": []}, False, "lists no images"),
     "category without name": ({"categories": [{"id": 1}]}, False, "category without id or name"),
     "unknown category": (
         {"annotations": [{"id": 1, "image_id": 0, "bbox": [1, 1, 9, 9], "category_id": 9}]}, True, "9",
@@ -261,7 +262,7 @@ def test_coco(tmp_path, change, skippable, text):
     }
     if isinstance(change, dict):
         for key, value in change.items():
-            if key == "images":
+            if key == "images" and value:
                 content["images"][-1].update(value[1])
             else:
                 content[key] = content[key] + value if key == "annotations" and value else value
@@ -287,7 +288,7 @@ def test_folder_that_cannot_be_read(voc, tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="Permission denied"):  # the command line prints it as one line
+    with pytest.raises(UsageError, match="Permission denied"):
         convert(voc, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

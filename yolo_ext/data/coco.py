@@ -54,6 +54,8 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
         if absent and not group:
             raise UsageError(f"Cannot find the images of '{file}', {absent[0]}. Give images=FOLDER.")
         problems += absent
+    if not labels:
+        raise UsageError(f"'{source}' lists no images. Give another file, or the folder of a COCO dataset.")
     unique, lists, same = unique_ids(found)
     items = {i: Item(i, image, None) for i, image in unique.items()}
 

@@ -2,7 +2,6 @@
 """Convert and split datasets between YOLO, Pascal VOC and COCO without touching the source."""
 
 import json
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,17 +14,15 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.data.check import image_probe, no_labels
+from yolo_ext.data.check import image_probe
 from yolo_ext.data.coco import coco_object, scan_coco, write_coco
+from yolo_ext.data.find import check_places, tell
 from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_image, voc_text, yolo_row
 
 from yolo_ext.data.records import (  # isort: skip
-    Object, Source, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
+    Object, Size, Source, Splits, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
 )  # fmt: skip
-from yolo_ext.stock.load import img2label_paths
 
-Size = tuple[int, int]
-Splits = dict[str, list[str]]  # ids by split
 Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
 NOTES = {  # what may be changed or left out, and how it is told
     "clipped": "boxes clipped at the image border",
@@ -106,9 +103,9 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     kind: Any = format_of(o.annotations or source) if o.format == "auto" else o.format
     o, more = replace(o, format=kind), {"classes": o.classes} if kind == "yolo" else {}
     data = SCANS[o.format](source, images=o.images, annotations=o.annotations, **more)
-    _tell(data, o.format, source)
+    tell(data, o.format, source)
     if o.files == "list":
-        _check_places(data)
+        check_places(data)
     listed = _listed(data, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
@@ -139,36 +136,11 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     return summary
 
 
-def _check_places(data: Source) -> None:
-    """Refuse labels that training would not find, where images and labels are to stay."""
-    pairs = [(item.image, item.label) for item in data.items.values() if item.label and item.label.is_file()]
-    places = img2label_paths([str(image) for image, _ in pairs])
-    if lost := [f"'{label}'" for (_, label), place in zip(pairs, places) if label != Path(place)]:
-        told = f"{len(lost)} labels lie where training does not look, such as {lost[0]}"
-        raise UsageError(f"{told}. Give files=link, which makes a dataset of them.")
-
-
 def _left_out(data: Source, used: Collection[str], problems: Sequence[str]) -> Tally:
     """Count what no split will have."""
     annotated, used = set(data.annotated), set(used)
     kinds = {"broken": problems, "unused": annotated - used, "unannotated": data.items.keys() - annotated - used}
     return Counter((kind, name) for kind, names in {**kinds, **data.notes}.items() for name in names)
-
-
-def _tell(data: Source, format: str, source: Path) -> None:
-    """Say what was found where; no annotation at all is an error."""
-    if not data.files:
-        looked = no_labels([item.label for item in data.items.values() if item.label])
-        raise UsageError(f"'{source}' has {len(data.items)} images: {looked}. Give annotations=FOLDER.")
-
-    def where(files: Sequence[Path]) -> str:
-        folder = os.path.commonpath([f.parent for f in files])
-        return f"{len(files)} in '{os.path.relpath(folder, source if source.is_dir() else source.parent)}'"
-
-    images = [item.image for item in data.items.values() if item.image]
-    parts = [f"images: {where(images)}", f"{format} annotation files: {where(data.files)}"]
-    lists = [f"lists: {quote(sorted(data.lists), 20)}"] if len(data.lists) > 1 else []
-    LOGGER.info(f"Found in '{source}': {', '.join([*parts, *lists])}")
 
 
 def _record(file: Path, source: Path, summary: Summary) -> None:

@@ -2,13 +2,18 @@
 """Where images, annotations and splits of a dataset lie: found by what files hold, matched by name, then by folder."""
 
 import codecs
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from yolo_ext.data.records import Splits, grouped, quote, read_text, walk_files
-from yolo_ext.stock.load import IMG_FORMATS
+from ultralytics.utils import LOGGER
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.data.check import no_labels
+from yolo_ext.data.records import Source, Splits, grouped, quote, read_text, walk_files
+from yolo_ext.stock.load import IMG_FORMATS, img2label_paths
 
 T = TypeVar("T")
 Members = dict[str, list[tuple[str, Path]]]  # (id, image) by split
@@ -121,3 +126,28 @@ def has_rows(file: Path) -> bool:
     with file.open("rb") as f:
         words = f.readline().removeprefix(codecs.BOM_UTF8).split()
     return len(words) > 4 and all(re.fullmatch(rb"[-+.\deE]+", w) for w in words)
+
+
+def tell(data: Source, format: str, source: Path) -> None:
+    """Say what was found where; no annotation at all is an error."""
+    if not data.files:
+        looked = no_labels([item.label for item in data.items.values() if item.label])
+        raise UsageError(f"'{source}' has {len(data.items)} images: {looked}. Give annotations=FOLDER.")
+
+    def where(files: Sequence[Path]) -> str:
+        folder = os.path.commonpath([f.parent for f in files])
+        return f"{len(files)} in '{os.path.relpath(folder, source if source.is_dir() else source.parent)}'"
+
+    images = [item.image for item in data.items.values() if item.image]
+    parts = [f"images: {where(images)}", f"{format} annotation files: {where(data.files)}"]
+    lists = [f"lists: {quote(sorted(data.lists), 20)}"] if len(data.lists) > 1 else []
+    LOGGER.info(f"Found in '{source}': {', '.join([*parts, *lists])}")
+
+
+def check_places(data: Source) -> None:
+    """Refuse labels that training would not find, where images and labels are to stay."""
+    pairs = [(item.image, item.label) for item in data.items.values() if item.label and item.label.is_file()]
+    places = img2label_paths([str(image) for image, _ in pairs])
+    if lost := [f"'{label}'" for (_, label), place in zip(pairs, places) if label != Path(place)]:
+        told = f"{len(lost)} labels lie where training does not look, such as {lost[0]}"
+        raise UsageError(f"{told}. Give files=link, which makes a dataset of them.")
