@@ -48,6 +48,35 @@ def test_own_trainer_of_the_user_is_extended_not_replaced(fit, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_it_compresses_once_and_a_second_training_keeps_the_widths(fit, tiny):
+    yolo = yolo_ext.attach(YOLO(str(tiny)), prune=PRUNE, distill={})
+    pruned, plain = (fit(yolo, name=name, epochs=1) for name in ("first", "second"))
+    first, second = ({k: v.shape for k, v in YOLO(str(t.best)).model.state_dict().items()} for t in (pruned, plain))
+    assert first == second and not any(plain.compression.values())
+    dense = YOLO(str(tiny)).model.state_dict()
+    assert any(first[k] != dense[k].shape for k in dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "begins", "later"),
+    [
+        pytest.param({"prune": PRUNE}, False, DetectionTrainer, id="the first one has failed at its data"),
+        pytest.param({"prune": PRUNE}, True, StockTrainer, id="it has begun"),
+        pytest.param({}, False, StockTrainer, id="nothing is asked for"),
+    ],
+)
+def test_when_it_lets_go_of_a_model(tiny, shapes, settings, tmp_path, options, begins, later):
+    yolo = yolo_ext.attach(YOLO(str(tiny)), **options)
+    overrides = {**settings(shapes, tmp_path / "run"), "model": str(tiny)}
+    trainers = []
+    for _ in range(2):
+        trainers.append(StockTrainer(overrides=dict(overrides), _callbacks=yolo.callbacks))
+        if begins:
+            trainers[0].callbacks["on_pretrain_routine_end"][-1](trainers[0])
+    assert type(trainers[1]) is later
+
+
+@pytest.mark.slow
 def test_our_trainer_keeps_its_own_options(fit, tiny):
     yolo = yolo_ext.attach(YOLO(str(tiny)), prune={"speedup": 1.2})
     trainer = fit(yolo, DetectionTrainer, epochs=1, prune={"speedup": 1.5})

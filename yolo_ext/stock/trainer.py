@@ -25,9 +25,10 @@ from yolo_ext.stock.context import MEND, callable_with, quiet, replaced
 
 # What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
 METHODS = {
-    "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1, "build_optimizer": 1,
-    "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "preprocess_batch": 1,
-    "progress_string": 0, "run_callbacks": 1, "save_metrics": 1, "save_model": 0, "train": 0,
+    "_do_train": 0, "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1,
+    "build_optimizer": 1, "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "plot_metrics": 0,
+    "preprocess_batch": 1, "progress_string": 0, "resume_training": 1, "run_callbacks": 1, "save_metrics": 1,
+    "save_model": 0, "train": 0,
 }  # fmt: skip
 EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
@@ -130,7 +131,10 @@ def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[N
 
 @contextmanager
 def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = False) -> Iterator[None]:
-    """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
+    """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole.
+
+    The first, last.pt, is replaced behind all else: as long as it holds an epoch, the run can be gone on with.
+    """
     stock: Any = getattr(engine, "strip_optimizer", None)
     if not callable_with(stock, 3):
         LOGGER.warning(
@@ -139,6 +143,8 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
         )
         yield
         return
+
+    first: list[tuple[Path, Path]] = []
 
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
         part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
@@ -149,13 +155,18 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
             stripped = stock(f, part, updates)
         if stripped:
             finalize(part)
-            part.replace(result)
             done = "kept in" if keep_optimizer else "stripped from"
-            LOGGER.info(f"Optimizer {done} {f}, {result.stat().st_size / 1e6:.1f}MB")
+            LOGGER.info(f"Optimizer {done} {f}, {part.stat().st_size / 1e6:.1f}MB")
+            if first:
+                part.replace(result)
+            else:
+                first.append((part, result))
         return stripped
 
     with replaced(engine, strip_optimizer=strip):
         yield
+    for part, result in first:
+        part.replace(result)
 
 
 @contextmanager

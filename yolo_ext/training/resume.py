@@ -20,7 +20,12 @@ from yolo_ext.checkpoint import as_bytes, atomic_write
 from yolo_ext.stock.trainer import continue_order, order_of
 from yolo_ext.training.technique import Technique, live
 
-SIDECAR = "resume_epoch{}.pt"  # named by epoch: the one of the old last.pt must outlive the writing of the new one
+# Named by epoch, two of which take turns when an epoch is saved again: that of the old last.pt outlives its writing.
+SIDECAR, AGAIN = "resume_epoch{}.pt", "resume_epoch{}_again.pt"
+
+
+class Trained(Exception):
+    """The run that is resumed has its last epoch behind it."""
 
 
 class Exact:
@@ -36,9 +41,16 @@ class Exact:
         self._due = 1  # which is this otherwise
         self._state: dict[str, Any] | None = None  # whose random part waits for the first epoch
         self._epoch = -1
+        self._trained = False
+        self.path: Path | None = None  # of the state that belongs to last.pt
 
     def before_epoch(self, trainer: Any) -> None:
-        """Go on exactly in the first epoch of a resumed run; in one that is started again, gradients are gone."""
+        """Go on exactly in the first epoch of a resumed run; in one that is started again, gradients are gone.
+
+        Raises: `Trained` where there is no epoch to go on with.
+        """
+        if self._trained:
+            raise Trained
         if self._state:
             self._begin(trainer, self._state)
             self._state = None
@@ -81,6 +93,7 @@ class Exact:
             "optimizer": trainer.optimizer.state_dict(),
             "gradients": [p.grad for p in _parameters(trainer)],
             "waiting": self.waiting,
+            "trained": bool(trainer.stop),
             "stopper": {"best_fitness": float(stopper.best_fitness), "best_epoch": stopper.best_epoch},
             "random": {
                 "python": random.getstate(),
@@ -93,19 +106,26 @@ class Exact:
         }
         for technique in trainer.techniques:
             found.update(technique.state())
-        atomic_write(_path(trainer, trainer.epoch), as_bytes(found))
+        self.path = next(p for p in _paths(trainer, trainer.epoch) if p != self.path)
+        atomic_write(self.path, as_bytes(found))
 
     def restore(self, trainer: Any) -> None:
         """Put back weights, optimizer and what techniques hold, after Ultralytics has resumed from the checkpoint."""
         if not trainer.start_epoch:
             return
+        self._trained = trainer.start_epoch >= trainer.epochs
         if RANK in {-1, 0}:
             _forget_later_rows(trainer.csv, trainer.start_epoch)
-        path = _path(trainer, trainer.start_epoch - 1)
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if state is None or not _belongs(state, trainer.ema.ema, trainer.techniques):
-            _warn(f"{path} is not there or not of this checkpoint: going on from fp16 weights")
+            if trainer.best_fitness == trainer.fitness:  # best.pt is written after last.pt, which may have been missed
+                atomic_write(trainer.best, Path(trainer.args.resume).read_bytes())
+        paths = _paths(trainer, trainer.start_epoch - 1)
+        states = {p: torch.load(p, map_location="cpu", weights_only=True) for p in paths if p.exists()}
+        self.path = next((p for p, s in states.items() if _belongs(s, trainer.ema.ema, trainer.techniques)), None)
+        if self.path is None:
+            _warn(f"{paths[0]} is not there or not of this checkpoint: going on from fp16 weights")
             return
+        state = states[self.path]
+        self._trained |= state.get("trained", False)
         live(trainer).load_state_dict(state["model"])
         trainer.ema.ema.load_state_dict(state["ema"])
         for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups):
@@ -116,12 +136,6 @@ class Exact:
         for technique in trainer.techniques:
             technique.load_state(state)
         self._state = state
-
-    def clear(self, trainer: Any, keep: int | None = None) -> None:
-        """Remove the states of this run's folder, but for the one of epoch `keep`, counted from 0."""
-        for path in trainer.wdir.glob(SIDECAR.format("*")):
-            if keep is None or path != _path(trainer, keep):
-                path.unlink()
 
     def _begin(self, trainer: Any, state: dict[str, Any]) -> None:
         """Put back gradients, the rhythm of steps and everything random, at the very start of the first epoch."""
@@ -144,12 +158,19 @@ class Exact:
             torch.cuda.set_rng_state(saved["cuda"], trainer.device)
 
 
+def clear(folder: Path, keep: Path | None = None) -> None:
+    """Remove the states in a folder of weights but the one to keep, and what a killed run left half written."""
+    for path in [*folder.glob(SIDECAR.format("*")), *folder.glob(".*.pt*")]:
+        if path != keep:
+            path.unlink()
+
+
 def _warn(why: str) -> None:
     LOGGER.warning(f"{colorstr('resume: ')}{why}, so figures will differ a little from those of an unbroken run")
 
 
-def _path(trainer: Any, epoch: int) -> Path:
-    return trainer.wdir / SIDECAR.format(epoch)
+def _paths(trainer: Any, epoch: int) -> list[Path]:
+    return [trainer.wdir / name.format(epoch) for name in (SIDECAR, AGAIN)]
 
 
 def _parameters(trainer: Any) -> list[torch.nn.Parameter]:

@@ -17,10 +17,11 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import log_to, logged
 from yolo_ext.stock import trainer as engine
 from yolo_ext.stock.context import cfg2dict, replaced
+from yolo_ext.stock.load import images_only_read
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant
-from yolo_ext.training.resume import Exact
+from yolo_ext.training.resume import Exact, Trained, clear
 from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
@@ -120,6 +121,19 @@ class CompressionMixin(BEHIND):
                 log_to(self.save_dir)
             return super().train()
 
+    def _do_train(self) -> None:
+        """Train as usual; of a run that was stopped behind its last epoch only the end is left to do."""
+        try:
+            super()._do_train()
+        except Trained:
+            LOGGER.info(f"{colorstr('resume: ')}the last epoch is done already: only the final files are written")
+            self.epoch -= 1
+            self.final_eval()
+            if RANK in {-1, 0}:
+                if self.args.plots:
+                    self.plot_metrics()
+                super().run_callbacks("on_train_end")
+
     # Life cycle -----------------------------------------------------------------------------------------------------
     def run_callbacks(self, event: str) -> None:
         """Hook our work into the life cycle, then run the user's callbacks."""
@@ -161,7 +175,7 @@ class CompressionMixin(BEHIND):
 
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stock dataset, where training needs no labels one without any too."""
-        with engine.labels_optional(any(not t.needs_labels for t in self.techniques)):
+        with engine.labels_optional(any(not t.needs_labels for t in self.techniques)), images_only_read():
             return super().build_dataset(*args, **kwargs)
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
@@ -186,8 +200,15 @@ class CompressionMixin(BEHIND):
         self.exact.after_step(self)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """Resume as usual, and from behind the last epoch too."""
+        epochs = max(self.epochs, (ckpt or {}).get("epoch", -1) + 2)
+        with replaced(self, epochs=epochs):
+            super().resume_training(ckpt)
+
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         super()._load_checkpoint_state(ckpt)
+        self.fitness = (ckpt.get("train_metrics") or {}).get("fitness")
         for t in self.techniques:
             t.reload(self, ckpt)
 
@@ -208,7 +229,7 @@ class CompressionMixin(BEHIND):
         self.exact.save(self)
         with replaced(self.ema, ema=self.as_stock(self.ema.ema)), engine.saved_whole(self, atomic_write):
             saved = super().save_model()
-        self.exact.clear(self, keep=self.epoch)
+        clear(self.wdir, keep=self.exact.path)
         return saved
 
     def progress_string(self) -> str:
@@ -229,7 +250,7 @@ class CompressionMixin(BEHIND):
         with engine.whole_final_files(finalize, kept), replaced(self, validator=reading):
             super().final_eval()
         if RANK in {-1, 0}:
-            self.exact.clear(self)
+            clear(self.wdir)
 
 
 class DetectionTrainer(CompressionMixin, engine.tasks.detect.DetectionTrainer):
@@ -267,7 +288,9 @@ def trainer_for(task: str) -> type:
 
 
 def attach(model: Any, **options: Any) -> Any:
-    """Attach compression to an Ultralytics model; its next ``model.train(...)`` compresses.
+    """Attach compression to an Ultralytics model; its next ``model.train(...)`` compresses, and later ones do not.
+
+    A later one is a plain training, which keeps the widths of a model that has been pruned.
 
     Args:
         model: An `ultralytics.YOLO`.
@@ -285,8 +308,8 @@ def attach(model: Any, **options: Any) -> Any:
     parse(options)
 
     def on_pretrain_routine_start(trainer: Any) -> None:
-        if isinstance(trainer, CompressionMixin):
-            return  # our trainer already has its own options
+        if isinstance(trainer, CompressionMixin) or not (options or trainer.resume or is_pruned(model.model)):
+            return  # our trainer has options of its own, and a plain model needs none of ours
         if trainer.world_size > 1:
             raise UsageError(
                 "attach() works on one device. On several GPUs use model.train(trainer=yolo_ext.trainer_for(task))."
@@ -294,6 +317,7 @@ def attach(model: Any, **options: Any) -> Any:
         engine.extend(trainer, CompressionMixin, STOCK)
         saved = {k: getattr(trainer.args, k, None) for k in EXT_DEFAULTS} if trainer.resume else options
         trainer.setup_compression({**EXT_DEFAULTS, **saved})
+        trainer.add_callback("on_pretrain_routine_end", lambda _: options.clear())  # from here on the model is another
 
     model.add_callback("on_pretrain_routine_start", on_pretrain_routine_start)
     return model
