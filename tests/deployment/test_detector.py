@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from PIL import Image
 from ultralytics import YOLO
 from ultralytics.data.augment import LetterBox
 from ultralytics.nn import tasks
@@ -28,6 +33,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.shapes import draw_scene
 from yolo_ext.deployment import Detections, Detector, decode, detector
 from yolo_ext.deployment.export import export_onnx
+from yolo_ext.stock.load import as_results
 
 SIZE = 64
 KINDS = {"-seg": "SegmentationModel", "-pose": "PoseModel", "-obb": "OBBModel", "-cls": "ClassificationModel"}
@@ -306,6 +312,7 @@ def test_boxes_come_back_to_the_picture_and_stay_inside(tmp_path):
     found = ours(BLANK)  # twice as wide as the input: scaled by 0.5, 16 px of border above and below
     assert found.boxes.tolist() == [[0, 8, 128, 64]]
     assert (found.shape, found.names, found.classes.tolist()) == ((64, 128), {0: "a", 1: "b"}, [1])
+    assert found.source is BLANK
     assert ours.task == "detect" and ours.imgsz == (64, 64)
 
 
@@ -321,9 +328,118 @@ def test_types(output, end2end, tmp_path):
 def test_a_list_gives_a_list_and_a_file_what_its_array_gives(tmp_path):
     ours, picture = Detector(stub(tmp_path / "m.onnx", ROWS, end2end="True")), tmp_path / "ä b.png"
     picture.write_bytes(cv2.imencode(".png", BLANK)[1].tobytes())
-    assert ours([]) == []
     found = ours([picture, str(picture), BLANK])
     assert [f.boxes.tolist() for f in found] == [ours(BLANK).boxes.tolist()] * 3
+
+
+@pytest.mark.parametrize(
+    ("output", "meta", "count"),
+    [
+        pytest.param(ANCHORS.T, {"names": "{0: 'a'}"}, 2, id="dense"),
+        pytest.param(ANCHORS.T, {"names": "['a', 'b', 'c']"}, 2, id="too many"),
+        pytest.param(ROWS[:, [0, 1, 2, 3, 4, 4]] * 9, {"names": "{0: 'a'}", "end2end": "True"}, 9, id="finished rows"),
+        pytest.param(ANCHORS.T, {"task": "pose", "kpt_shape": "[1, 1]"}, 1, id="pose"),
+        pytest.param([0.9, 0.1, 0.0], {"task": "classify"}, 3, id="classify"),
+    ],
+)
+def test_names_that_do_not_fit(output, meta, count, tmp_path):
+    with pytest.raises(
+        UsageError, match=rf"m.onnx' names \d classes in its metadata, its outputs have {count}\. Export"
+    ):
+        Detector(stub(tmp_path / "m.onnx", output, **meta))(BLANK)
+
+
+# What is found --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Detections]:
+    """Return what is found of each task in one picture."""
+    folder, picture = tmp_path_factory.mktemp("found"), np.full((64, 64, 3), 200, np.uint8)
+    extras = {"detect": (ROWS, {}), "pose": (np.insert(ROWS, [6] * 4, 30, 1), {"kpt_shape": "[2, 2]"}),
+              "obb": (np.insert(ROWS, 6, 0.3, 1), {}), "classify": (np.float32([0.2, 0.7]), {})}  # fmt: skip
+    made = {task: stub(folder / f"{task}.onnx", output, task=task, end2end="True", **meta)
+            for task, (output, meta) in extras.items()}  # fmt: skip
+    return {task: Detector(file, conf=0.1)(picture) for task, file in made.items()} | {
+        "segment": replace(Detector(made["detect"], conf=0.1)(picture), masks=np.ones((3, 64, 64), bool))
+    }
+
+
+@pytest.mark.parametrize(
+    ("chosen", "scores"),
+    [
+        pytest.param(0, [0.9], id="number"),
+        pytest.param(-1, [0.2], id="from the end"),
+        pytest.param(slice(1, None), [0.8, 0.2], id="slice"),
+        pytest.param([2, 0], [0.2, 0.9], id="numbers"),
+        pytest.param(np.array([True, False, True]), [0.9, 0.2], id="mask"),
+        pytest.param([], [], id="none"),
+    ],
+)
+@pytest.mark.parametrize("task", ["detect", "segment", "pose", "obb"])
+def test_boxes_are_chosen_with_what_belongs_to_them(found, task, chosen, scores):
+    some = found[task][chosen]
+    assert some.scores.tolist() == pytest.approx(scores)
+    fields = [v for v in (some.boxes, some.classes, some.masks, some.keypoints, some.rboxes) if v is not None]
+    assert {len(v) for v in fields} == {len(scores)} and some.names == found[task].names
+
+
+def test_boxes_are_gone_through(found):
+    assert [(len(one), one.scores[0]) for one in found["obb"]] == [(1, s) for s in found["obb"].scores]
+    with pytest.raises(IndexError):
+        _ = found["obb"][3]
+    assert list(found["classify"]) == []
+
+
+@pytest.mark.parametrize("task", ["detect", "segment", "pose", "obb", "classify"])
+def test_plot_and_summary_are_those_of_ultralytics(found, task):
+    ours = found[task]
+    drawn = ours.plot(line_width=1)
+    assert drawn.shape == (64, 64, 3) and drawn.dtype == np.uint8
+    assert (drawn != ours.source).any() and (ours.source == 200).all()
+    theirs = as_results(ours).summary(decimals=5)
+    if task == "obb":  # whose box has four corners there
+        theirs = [{**row, "box": mine["box"]} for row, mine in zip(theirs, ours.summary(), strict=True)]
+    assert [{k: v for k, v in row.items() if k not in ("keypoints", "segments")} for row in theirs] == ours.summary()
+    assert json.loads(json.dumps(ours.summary())) == ours.summary()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_plot_of_other_channels(tmp_path, channels):
+    ours = Detector(stub(tmp_path / "m.onnx", ROWS, (1, channels, 64, 64), end2end="True"))
+    assert ours(np.zeros((64, 64, channels), np.uint8)).plot().shape == (64, 64, 3)
+
+
+def test_plot_of_a_file(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), BLANK)
+    drawn = Detector(stub(tmp_path / "m.onnx", ROWS, end2end="True"))(tmp_path / "a.png").plot()
+    assert drawn.shape == BLANK.shape and drawn.any()
+
+
+def test_text_of_detections(found):
+    assert repr(found["detect"]) == "Detections(a 0.90, a 0.80, b 0.20)"
+    assert repr(found["detect"][[0] * 7]) == f"Detections({'a 0.90, ' * 5}2 more)"
+    assert repr(found["classify"]) == "Detections(b 0.70, a 0.20)"
+    assert repr(found["detect"][[]]) == "Detections(nothing)"
+
+
+def test_a_pickled_detector_finds_the_same(tmp_path, monkeypatch):
+    file = stub(tmp_path / "m.onnx", ROWS, ("b", 3, "h", "w"), end2end="True")
+    monkeypatch.chdir(tmp_path)
+    ours = Detector(file.name, conf=0.1, iou=0.6, classes=["b"], threads=1, max_det=7, imgsz=(32, 64))
+    monkeypatch.chdir("/")
+    again = pickle.loads(pickle.dumps(ours))
+    assert again(BLANK).boxes.tolist() == ours(BLANK).boxes.tolist() != []
+    kept = ("conf", "iou", "classes", "max_det", "imgsz", "task", "names", "_threads")
+    assert [getattr(again, k) for k in kept] == [getattr(ours, k) for k in kept]
+
+
+def test_threads_share_a_detector(exported, images):
+    ours = Detector(exported("yolov8n")[1], conf=0.2, threads=1)
+    alone = [ours(image) for image in images]
+    with ThreadPool(8) as pool:
+        together = pool.map(ours, images * 4)
+    assert sum(map(len, alone)) > 0
+    for one, other in zip(alone * 4, together, strict=True):
+        assert (one.boxes == other.boxes).all() and (one.scores == other.scores).all()
 
 
 @pytest.mark.parametrize(
@@ -364,9 +480,12 @@ def test_grey_pictures(tmp_path):
         pytest.param({"names": "__import__('os')"}, {}, "cannot be read", id="code"),
         pytest.param({"names": "(" * 5000}, {}, "cannot be read", id="nested"),
         pytest.param({"names": "7"}, {}, "cannot be read", id="number"),
+        pytest.param({"names": "{1: 'a', 2: 'b'}"}, {}, "not from 0 on", id="numbers of names"),
         pytest.param({"imgsz": "{"}, {}, "cannot be read", id="brace"),
         pytest.param({}, {"conf": 1.5}, "conf=1.5", id="conf"),
         pytest.param({}, {"iou": -1}, "iou=-1", id="iou"),
+        pytest.param({}, {"conf": float("nan")}, "conf=nan", id="nan"),
+        pytest.param({}, {"iou": "0.5"}, "iou=0.5", id="text"),
         pytest.param({}, {"threads": 0}, "threads=0", id="threads"),
         pytest.param({}, {"max_det": 2.5}, "max_det=2.5", id="max_det"),
         pytest.param({}, {"classes": ["c"]}, "'c'. Legal: 0 a, 1 b", id="class name"),
@@ -397,7 +516,13 @@ def test_wrong_file(content, tmp_path):
         pytest.param(np.zeros((8, 8, 3), np.float32), id="float"),
         pytest.param(np.zeros((8, 8), np.uint8), id="grey"),
         pytest.param(np.zeros((0, 8, 3), np.uint8), id="no-pixels"),
+        pytest.param(np.zeros((8, 8, 4), np.uint8), id="channels"),
         pytest.param(np.zeros((2, 8, 8, 3), np.uint8), id="batch"),
+        pytest.param(Image.new("RGB", (8, 8)), id="picture of Pillow"),
+        pytest.param(torch.zeros(1, 3, 8, 8), id="tensor"),
+        pytest.param(None, id="nothing"),
+        pytest.param([BLANK, None], id="nothing in a list"),
+        pytest.param([], id="empty list"),
     ],
 )
 def test_wrong_picture(image, tmp_path, monkeypatch):
@@ -405,7 +530,9 @@ def test_wrong_picture(image, tmp_path, monkeypatch):
     Path("empty.jpg").touch()
     Path("text.jpg").write_text("no picture")
     ours = Detector(stub(tmp_path / "m.onnx", ROWS, end2end="True"))
-    text = "Give readable image files" if isinstance(image, str) else "Legal"
+    text = (
+        "Give readable image files" if isinstance(image, str) else "Legal" if isinstance(image, np.ndarray) else "Give"
+    )
     with pytest.raises(UsageError, match=text):
         ours(image)
 

@@ -2,16 +2,86 @@
 """From raw head outputs to detections in NumPy, step by step as Ultralytics' predictors do it."""
 
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 
+Image: TypeAlias = str | Path | np.ndarray  # file, or (height, width, C), uint8
 Size: TypeAlias = int | Sequence[int]  # side of a square, or height and width, in pixels
 MAX_CANDIDATES = 30000  # Ultralytics' max_nms
 CLASS_OFFSET = 7680  # px between the classes, so that boxes of two classes never overlap; Ultralytics' max_wh
 BLOCK = 1024  # columns of the overlap matrix at a time
+OF_BOXES = ("boxes", "scores", "classes", "masks", "keypoints", "rboxes")  # fields with a row for each box
+SHOWN = 5  # classes of a classifier in a summary, as Ultralytics has them, and boxes in a text
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Detections:
+    """What was found in one picture, the best score first; all in pixels of the picture.
+
+    Its boxes can be counted (`len`), gone through and chosen by number, slice or mask; each choice is Detections again.
+    """
+
+    boxes: np.ndarray  # x1, y1, x2, y2 (N, 4), float32
+    scores: np.ndarray  # confidences (N,), float32
+    classes: np.ndarray  # class indices (N,), int64
+    names: dict[int, str]  # class names by class index
+    shape: tuple[int, int]  # height and width of the picture
+    masks: np.ndarray | None = None  # segment: one for each box (N, height, width), bool
+    keypoints: np.ndarray | None = None  # pose: x, y and, where the model has it, visibility (N, K, 2 or 3)
+    rboxes: np.ndarray | None = None  # OBB: x, y, w, h and radians (N, 5); `boxes` lie upright around them
+    probs: np.ndarray | None = None  # classify: probability of each class; there are no boxes then
+    source: Image | None = None  # the picture, as it was given
+
+    def __len__(self) -> int:
+        """Return the number of boxes."""
+        return len(self.boxes)
+
+    def __getitem__(self, chosen: Any) -> "Detections":
+        """Return some of the boxes, by number, slice, mask or list of numbers, with what belongs to them."""
+        rows = np.atleast_1d(np.arange(len(self))[chosen])
+        return replace(self, **{k: getattr(self, k)[rows] for k in OF_BOXES if getattr(self, k) is not None})
+
+    def __iter__(self) -> Iterator["Detections"]:
+        """Go through the boxes one by one."""
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        """Return names and scores of the first few."""
+        found = [f"{d['name']} {d['confidence']:.2f}" for d in self[:SHOWN].summary()]
+        more = [f"{len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return f"Detections({', '.join(found + more) or 'nothing'})"
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return what was found as plain values, by the keys of Ultralytics' `Results.summary`.
+
+        Returns: For each box its `name`, `class`, `confidence` and `box`, upright: x1, y1, x2, y2 in pixels; of a
+            classifier the five likeliest classes.
+        """
+        classes, scores = self.classes, self.scores
+        if self.probs is not None:
+            classes = np.argsort(-self.probs, kind="stable")[:SHOWN]
+            scores = self.probs[classes]
+        found = [{"name": self.names[c], "class": c, "confidence": round(s, 5)}
+                 for c, s in zip(classes.tolist(), scores.tolist())]  # fmt: skip
+        for row, box in zip(found, self.boxes.tolist()):
+            row["box"] = {k: round(v, 5) for k, v in zip(("x1", "y1", "x2", "y2"), box)}
+        return found
+
+    def plot(self, **options: Any) -> np.ndarray:
+        """Draw what was found on a copy of the picture with Ultralytics, which has to be installed for it.
+
+        Args:
+            options: Those of Ultralytics' `Results.plot`, such as `line_width=1` or `conf=False`.
+        Returns: The picture (height, width, 3), uint8, BGR.
+        """
+        from yolo_ext.stock.load import as_results
+
+        return as_results(self).plot(**options)
 
 
 def height_width(imgsz: Size) -> tuple[int, int]:

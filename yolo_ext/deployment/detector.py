@@ -4,46 +4,29 @@
 import ast
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import cv2
 import numpy as np
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment import decode
+from yolo_ext.deployment.decode import Detections, Image
 
-Image: TypeAlias = str | Path | np.ndarray
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 GREY = 114  # of the border
 NO_METADATA = "ONNX model '{}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
 PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
 
 
-@dataclass(frozen=True, eq=False)
-class Detections:
-    """What was found in one picture, the best score first; all in pixels of the picture."""
-
-    boxes: np.ndarray  # x1, y1, x2, y2 (N, 4), float32
-    scores: np.ndarray  # confidences (N,), float32
-    classes: np.ndarray  # class indices (N,), int64
-    names: dict[int, str]  # class names by class index
-    shape: tuple[int, int]  # height and width of the picture
-    masks: np.ndarray | None = None  # segment: one for each box (N, height, width), bool
-    keypoints: np.ndarray | None = None  # pose: x, y and, where the model has it, visibility (N, K, 2 or 3)
-    rboxes: np.ndarray | None = None  # OBB: x, y, w, h and radians (N, 5); `boxes` lie upright around them
-    probs: np.ndarray | None = None  # classify: probability of each class; there are no boxes then
-
-    def __len__(self) -> int:
-        """Return the number of boxes."""
-        return len(self.boxes)
-
-
 class Detector:
     """An exported YOLO: call it with a picture, or a list of pictures.
 
-    It has a ``task``, ``names`` by class index, and ``imgsz``, height and width of the network's input in pixels.
+    It has a ``task``, ``names`` by class index, and ``imgsz``, height and width of the network's input in pixels. It
+    may be pickled, and used by several threads at once.
     """
 
     def __init__(self, path: str | Path, conf: float = 0.25, iou: float = 0.7,
@@ -63,11 +46,12 @@ class Detector:
         Raises: `UsageError`: The file or an option is not usable.
         """
         for key, value in (("conf", conf), ("iou", iou)):
-            if not 0 <= value <= 1:
+            if not (isinstance(value, Real) and 0 <= value <= 1):
                 raise UsageError(f"'{key}={value}' is illegal. Legal: 0 to 1.")
         for key, count in (("threads", threads), ("max_det", max_det)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
+        self._path, self._threads = Path(path).absolute(), threads
         self._session = open_session(path, session_options(threads))
         self._meta = read_metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
@@ -79,6 +63,11 @@ class Detector:
         self._fixed = all(isinstance(side, int) for side in size)
         self._batch = batch if self._fixed and isinstance(batch, int) else 1
         self.imgsz = _input_size(size if self._fixed else None, imgsz, self._meta)
+
+    def __reduce__(self) -> Any:
+        """Pickle what it was made of: the process that reads it opens the file again."""
+        given = (self.conf, self.iou, self.classes, self._threads, self.max_det, self.imgsz)
+        return type(self), (self._path, *given)
 
     @overload
     def __call__(self, source: Image) -> Detections: ...
@@ -92,21 +81,25 @@ class Detector:
         Args:
             source: Image file, array (height, width, 3) in BGR, uint8, as OpenCV reads it, or a list of these.
         Returns: Detections of the picture, or a list of them.
-        Raises: `UsageError`: A picture is missing or broken.
+        Raises: `UsageError`: A picture is missing or broken or no picture, or the file's class names are not those of
+            its outputs.
         """
-        if isinstance(source, (str, Path, np.ndarray)):
+        if not isinstance(source, (list, tuple)):
             return self._detect([source])[0]
+        if not source:
+            raise UsageError("An empty list holds no picture. Give one at least.")
         parts = (source[i : i + self._batch] for i in range(0, len(source), self._batch))
         return [found for part in parts for found in self._detect(part)]
 
     def _detect(self, sources: Sequence[Image]) -> list[Detections]:
-        """Return the detections of at most a batch of pictures."""
+        """Return what is found in at most a batch of pictures."""
         images = [_read(source, self._channels) for source in sources]
         x = np.stack([self._prepare(image) for image in images])
         if self._batch > len(x):  # a graph of fixed batch size takes no fewer
             x = np.concatenate([x, np.zeros((self._batch - len(x), *x.shape[1:]), x.dtype)])
         outputs = [y.astype(np.float32, copy=False) for y in self._session.run(None, {self._name: x})]
-        return [self._decode([y[i] for y in outputs], x.shape[2:], image) for i, image in enumerate(images)]
+        found = [self._decode([y[i] for y in outputs], x.shape[2:], image) for i, image in enumerate(images)]
+        return [replace(one, source=source) for one, source in zip(found, sources)]
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         """Return a picture as network input (C, H, W), 0..1."""
@@ -124,9 +117,10 @@ class Detector:
         """Return the detections in the outputs for one picture, whose input had (height, width) `size`."""
         shape = image.shape[:2]
         if self.task == "classify":
+            self._check_names(len(outputs[0]))
             none: np.ndarray = np.zeros((0, 6), np.float32)
             return Detections(none[:, :4], none[:, 4], none[:, 5].astype(np.int64), self.names, shape, probs=outputs[0])
-        rows = self._rows(outputs[0])
+        rows = self._rows(*outputs)
         sx, sy, left, top = decode.fit(size, shape)
         border, scale, limit = np.float32([left, top]), np.float32([sx, sy]), np.float32(shape[::-1])
         extra: dict[str, np.ndarray] = {}
@@ -147,18 +141,26 @@ class Detector:
             rows, boxes, extra["masks"] = rows[seen], boxes[seen], masks[seen]
         return Detections(boxes, rows[:, 4].copy(), rows[:, 5].astype(np.int64), self.names, shape, **extra)
 
-    def _rows(self, output: np.ndarray) -> np.ndarray:
+    def _rows(self, output: np.ndarray, masks: Sequence[Any] = ()) -> np.ndarray:
         """Return one image's detections (N, 6 + extras) in input pixels: box, score, class, extras."""
         rotated = self.task == "obb"
         if final := self._meta["final"] or output.shape[-1] == 6:
             rows = decode.queries(output) if self._meta["stretch"] else output
             rows = rows[rows[:, 4] > self.conf]
+            self._check_names(max(len(self.names), int(rows[:, 5].max(initial=0)) + 1))
         else:
-            nc = len(output) - 4 if self.task == "detect" else len(self.names)
+            extras = {"obb": 1, "pose": int(np.prod(self._meta["kpt_shape"] or 0)), "segment": len(masks)}
+            nc = len(output) - 4 - extras.get(self.task, 0)
+            self._check_names(nc)
             rows = decode.dense(output, nc, self.conf, rotated=rotated)
         if self.classes is not None:
             rows = rows[np.isin(rows[:, 5], self.classes)]
         return rows[: self.max_det] if final else decode.suppress(rows, self.iou, self.max_det, rotated=rotated)
+
+    def _check_names(self, classes: int) -> None:
+        if classes != len(self.names):
+            told = f"'{self._path}' names {len(self.names)} classes in its metadata, its outputs have {classes}"
+            raise UsageError(f"{told}. Export the model again.")
 
 
 def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = None) -> np.ndarray:
@@ -221,11 +223,11 @@ def _load(source: str | Path, channels: int) -> np.ndarray | None:
 
 def _read(source: Image, channels: int) -> np.ndarray:
     """Return a picture (H, W, C), uint8, in BGR, grey or what else the model takes."""
-    image: Any = source
-    if not isinstance(source, np.ndarray):
-        image = _load(source, channels)
-        if image is None:
-            raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
+    image = _load(source, channels) if isinstance(source, (str, Path)) else source
+    if image is None and source is not None:
+        raise UsageError(f"Image '{source}' does not exist or cannot be read. Give readable image files.")
+    if not isinstance(image, np.ndarray):
+        raise UsageError(f"A {type(image).__name__} is no picture. Give a file, or an array as OpenCV reads one.")
     image = np.atleast_3d(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
         legal = f"(height, width, {channels}), uint8{', BGR' if channels == 3 else ''}"
@@ -267,6 +269,8 @@ def read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
         found |= {key: ast.literal_eval(found[key]) if key in found else None for key in PARSED}
         names = found["names"] if isinstance(found["names"], dict) else dict(enumerate(found["names"]))
         found["names"] = {int(k): str(v) for k, v in names.items()}
+        if sorted(found["names"]) != [*range(len(names))]:
+            raise ValueError(f"classes are numbered {', '.join(map(str, found['names']))}, and not from 0 on")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UsageError(f"The metadata of '{path}' cannot be read ({error}). Export the model again.") from error
     if len(session.get_inputs()) != 1 or len(session.get_inputs()[0].shape) != 4:

@@ -25,6 +25,7 @@ from ultralytics.data.utils import (  # isort: skip
     IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
 from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
+from ultralytics.engine.results import Results
 from ultralytics.nn import tasks
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.nn.modules import block, conv, head
@@ -200,6 +201,19 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray | None:
 def planes(image: np.ndarray) -> np.ndarray:
     """Return an image (H, W, C) as a model sees it: (C, H, W), with three channels as RGB."""
     return (image[..., ::-1] if image.shape[2] == 3 else image).transpose(2, 0, 1)
+
+
+def as_results(found: Any) -> Results:
+    """Return `Detections` of a picture as Ultralytics' own; of other channels than three, the first ones are shown."""
+    image = found.source if isinstance(found.source, np.ndarray) else read_image(found.source)
+    image = np.atleast_3d(image)
+    image = np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2))
+    given = {k: torch.from_numpy(v) for k in ("masks", "keypoints", "probs") if (v := getattr(found, k)) is not None}
+    boxes = found.boxes if found.rboxes is None else found.rboxes
+    rows = torch.from_numpy(np.concatenate([boxes, found.scores[:, None], found.classes[:, None]], 1))
+    if found.probs is None:
+        given["boxes" if found.rboxes is None else "obb"] = rows
+    return Results(image, "", found.names, **given)
 
 
 def seen_by(model: nn.Module) -> dict[str, Any]:
