@@ -99,8 +99,8 @@ def write_csv(path: Path, rows: Rows) -> None:
 
 
 def saved(where: Path | str, use: str = "") -> None:
-    """Say as the last line of a command where its files lie, and which command they are good for next."""
-    LOGGER.info(f"Results saved to {where}{f'. Use it with: {use}' if use else ''}")
+    """Say as the last line of a command where its files lie, and which command makes sense next."""
+    LOGGER.info(f"Results saved to {where}{f'. Next: {use}' if use else ''}")
 
 
 def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:

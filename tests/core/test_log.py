@@ -92,7 +92,7 @@ def test_a_long_log_rotates(tmp_path, monkeypatch):
     ("seconds", "counts", "said"),
     [
         (1.0, (63, "groups", 3, "shares"), "sensitivity: about 3 min: 63 groups x 3 shares"),
-        (0.001, (7, "layers"), "sensitivity: about 1 s: 7 layers"),
+        (0.001, (7, "layers", 1, "shares"), "sensitivity: about 1 s: 7 layers x 1 share"),
         (70.0, (100, "blocks"), "sensitivity: about 2 h: 100 blocks"),
     ],
 )

@@ -173,8 +173,9 @@ def test_table_of_losses_shows_the_worst_first() -> None:
     found = curves(17)
     for group in found["groups"]:
         group.update(channels=8, flops_share=0.05)
-    title, head, _, first, *_, last = losses_table(found).splitlines()
-    assert title == "mAP50-95 lost with one group pruned alone, of 0.5000" and head.endswith("25% pruned | 50% pruned")
+    title, head, _, first, *_, last = losses_table(found, 64).splitlines()
+    assert title == "mAP50-95 at 64 px that is lost with one group pruned alone, of 0.5000"
+    assert head.endswith("25% pruned | 50% pruned")
     assert first.split(" | ") == ["model.16.conv", "       8", " 5.0%", "         -", "    0.0160"]
     assert last == "2 more groups with smaller losses"
 

@@ -1,9 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The commands that measure: models side by side, what each layer of a model is worth, and the installation."""
 
-import csv
-import io
-import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,15 +12,16 @@ from yolo_ext.commands import LOGGER, Count, Technique, Weights, command, number
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError, YoloExtError
 
-BUSY = 0.75  # load of a processor from which on others noticeably slow a measurement down
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
 UNUSED = {  # options that an analysis of sensitivity does not look at
     "prune": ("ratios", "sensitivity", "at", "every", "start", "end", "steps", "schedule", "budget", "total_budget",
               "topk", "force", "compare", "runtime"),
     "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
 }  # fmt: skip
-EXTRAS = {"size_mb": ".2f", "int8": "", "pre_ms": ".2f", "post_ms": ".2f", "detections": "d", "peak_mb": ".0f",
-          "runtime_mb": ".0f"}  # fmt: skip
+RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}
+EXTRAS = {"size_mb": ("Size MB", ".2f"), "int8": ("INT8 convs", ""), "pre_ms": ("Letterbox ms", ".2f"),
+          "post_ms": ("NMS ms", ".2f"), "detections": ("Objects", "d"), "peak_mb": ("Peak MB", ".0f"),
+          "runtime_mb": ("of it runtime", ".0f"), "score": ("", ".4f")}  # fmt: skip
 PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
            ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
 
@@ -54,12 +52,12 @@ def bench(
     """
     from ultralytics.utils import TQDM
 
-    from yolo_ext import runs
+    from yolo_ext import runs, stock
     from yolo_ext.deployment.latency import runtime_of
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.reporting.figures import plot_tradeoff
     from yolo_ext.reporting.tables import write_summary
-    from yolo_ext.stock.accuracy import score, validator_of
+    from yolo_ext.stock.accuracy import validator_of
 
     files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
@@ -72,38 +70,31 @@ def bench(
         [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
         for k, v in {"threads": threads, "batch": batch}.items()
     )
-    first, size, env = (counts[0], batches[0]), _size(files[0], imgsz), _environment()
+    first, size, env = (counts[0], batches[0]), _size(files[0], imgsz), stock.cpu_info()
+    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items() if v is not None))
+    env["load"] = stock.tell_busy()
     channels = 3 if Path(files[0]).is_dir() else describe(files[0])["channels"]
     image, name = _image(data, source, size, channels)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
-    _print(rows, about, f"{size} px, {rounds} interleaved rounds", name)
-    folder = runs.folder(place, task="detect", mode="bench")
     found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about}
+    _print(found)
+    folder = runs.folder(place, task="detect", mode="bench")
     if profile:
         found["profile"] = _profile(files, size, *first)
     runs.write_json(folder / "bench.json", found)
-    _write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
+    runs.write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
     if data:
-        points = [{**r, "name": Path(r["model"]).name, "map": score(about[r["model"]])}
+        points = [{**r, "name": Path(r["model"]).name, "map": about[r["model"]]["score"]}
                   for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
         note = f"{size} px, batch {first[1]}, threads {first[0]}"
         plot_tradeoff(points, folder / "tradeoff.png", note, _metric(about))
     figures = _figures(rows, about)
-    write_summary(folder, figures[files[0]], figures[files[-1]], {Path(f).name: figures[f] for f in files})
+    stages = {Path(f).name: figures[f] for f in files}
+    write_summary(folder, figures[files[0]], figures[files[-1]], stages, table=False)
+    best = min(rows[: len(files)], key=lambda r: r["median"])["model"]
+    runs.saved(folder, f"yolo predict model={best} imgsz={size} source=image.jpg")
     return found
-
-
-def _environment() -> dict[str, Any]:
-    """Return and print what the figures depend on, and warn of a machine that is busy."""
-    from yolo_ext.stock import cpu_info
-
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    env = {**cpu_info(), "load": load}
-    LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items()))
-    if (load or 0) > BUSY * (os.cpu_count() or 1):
-        LOGGER.warning(f"The machine is busy (load {load:.1f}): ratios are fair, times in ms are too long.")
-    return env
 
 
 def _size(file: str, given: int | None) -> int:
@@ -125,8 +116,8 @@ def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int)
 
     found = bench({f: Path(f) for f in files}, size, threads=threads, batch=batch, rounds=rounds)
     ratios = {f: speedup(found[files[0]], found[f]) for f in files}
-    return [{"model": f, **{k: found[f][k] for k in TIMES}, "speedup": r["ratio"], "speedup_p10": r["p10"],
-             "speedup_p90": r["p90"], "significant": r["significant"]} for f, r in ratios.items()]  # fmt: skip
+    return [{"model": f, **{k: found[f][k] for k in TIMES}, **{c: r[k] for k, c in RATIO.items()}, "speed": r["words"]}
+            for f, r in ratios.items()]  # fmt: skip
 
 
 def _image(data: str | None, source: str | None, size: int, channels: int) -> tuple[Any, str]:
@@ -157,33 +148,33 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
     from yolo_ext.deployment.footprint import peak_memory
     from yolo_ext.deployment.latency import around
     from yolo_ext.deployment.runtime import conv_report
-    from yolo_ext.stock.accuracy import accuracy
+    from yolo_ext.stock.accuracy import accuracy, score
 
     path = Path(file)
     convs = conv_report(path) if path.suffix == ".onnx" else {}
     counts = {k: convs[k] for k in ("convs", "int8_convs") if convs}
-    return {"size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}), **counts,
-            "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
-            **((memory and peak_memory(path, size, *setting)) or {}),
-            **(accuracy(path, data, size) if data else {})}  # fmt: skip
+    measured = accuracy(path, data, size) if data else {}
+    return {"imgsz": size, "size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
+            **counts, "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
+            **((memory and peak_memory(path, size, *setting)) or {}), "score": score(measured),
+            **{k: v for k, v in measured.items() if k != "classes"}}  # fmt: skip
 
 
-def _print(rows: list[dict[str, Any]], about: dict[str, Any], setting: str, image: str) -> None:
-    """Print the times, and below them what is measured once for each model."""
+def _print(found: Mapping[str, Any]) -> None:
+    """Print the times, and below them what is measured once for each model, columns without a figure left out."""
     from yolo_ext.reporting.tables import align, cell
-    from yolo_ext.stock.accuracy import score
 
+    rows, about, at = found["rows"], found["models"], f"at {found['imgsz']} px"
     cells = []
     for r in rows:
-        verdict = f"{r['speedup']:.2f}x" if r["significant"] else "within the spread"
-        verdict = "reference" if r["model"] == rows[0]["model"] else verdict
-        times = (f"{r[k]:.2f}" for k in ("median", "p10", "p90"))
-        cells.append([r["model"], r["threads"], r["batch"], *times, verdict])
-    LOGGER.info(align(cells, ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed"]) + f"\n{setting}\n")
-    head = ["Model", "Size MB", "INT8 convs", "Letterbox ms", "NMS ms", "Objects", "Peak MB", "of it runtime"]
-    cells = [[f, *(cell(a.get(k), spec) for k, spec in EXTRAS.items()), cell(score(a), ".4f")]
-             for f, a in about.items()]  # fmt: skip
-    LOGGER.info(align(cells, [*head, _metric(about)]) + f"\nImage: {image}\n")
+        words = "reference" if r["model"] == rows[0]["model"] else r["speed"]
+        cells.append([r["model"], r["threads"], r["batch"], *(f"{r[k]:.2f}" for k in ("median", "p10", "p90")), words])
+    head = ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed (10 to 90 % of the rounds)"]
+    LOGGER.info(f"\nLatency {at}, {found['rounds']} rounds in which the models take turns\n{align(cells, head)}")
+    shown = {k: v for k, v in EXTRAS.items() if any(a.get(k) is not None for a in about.values())}
+    cells = [[f, *(cell(a.get(k), spec) for k, (_, spec) in shown.items())] for f, a in about.items()]
+    head = ["Model", *(title or f"{_metric(about)} {at}" for title, _ in shown.values())]
+    LOGGER.info(f"\nLetterbox and NMS of {found['image']}\n{align(cells, head)}\n")
 
 
 def _metric(about: Mapping[str, Any]) -> str:
@@ -206,24 +197,15 @@ def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str,
     return found
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows that need not have the same columns."""
-    from yolo_ext.checkpoint import atomic_write
-
-    text, columns = io.StringIO(), [*dict.fromkeys(k for r in rows for k in r)]
-    csv.writer(text, lineterminator="\n").writerows([columns, *([r.get(k) for k in columns] for r in rows)])
-    atomic_write(path, text.getvalue())
-
-
 def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the figures of `summary.json` by model: of the first setting, and of the first one with batch 32."""
     figures: dict[str, dict[str, Any]] = {}
     for row in reversed(rows):
         known = about[row["model"]]
         key = {"torch": "torch", "ort": "ort_int8" if known.get("int8_convs") else "ort"}.get(row["runtime"])
-        found = {k: known.get(k) for k in ("size_mb", "map50", "map", "top1", "convs", "int8_convs")}
-        place = "latency_batch32_ms" if row["batch"] == 32 else "latency_ms"
-        found[place] = {key: row["median"], "unsure": [] if row["significant"] else [key]} if key else {}
+        found = {k: known.get(k) for k in ("imgsz", "images", "size_mb", "map50", "map", "top1", "convs", "int8_convs")}
+        found["latency_batch32_ms" if row["batch"] == 32 else "latency_ms"] = {key: row["median"]} if key else {}
+        found["latency_ratio"] = {key: {k: row[c] for k, c in RATIO.items()}} if key else {}
         figures[row["model"]] = {**figures.get(row["model"], {}), **found}
     return figures
 
@@ -247,11 +229,12 @@ def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[st
     pruning.check_prunable(net)
     size = stock.image_size(net, ckpt, imgsz)
     rows = pruning.analyze_model(net, size)
-    LOGGER.info(table(rows))
+    LOGGER.info(table(rows, size))
     folder = runs.folder(place, task=stock.task_of(net), mode="analyze")
     runs.write_json(folder / "groups.json", rows)
     figures = runs.model_figures(net, Path(model), size)
-    write_summary(folder, figures, figures)
+    write_summary(folder, figures, figures, table=False)
+    runs.saved(folder, f"yolo-ext prune model={model} epochs=0 prune.speedup=2")
     return {"rows": rows}
 
 
@@ -281,7 +264,7 @@ def sensitivity(
     Returns: The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
     Raises: `UsageError` if the input is wrong.
     """
-    from yolo_ext import pruning, stock
+    from yolo_ext import pruning, runs, stock
     from yolo_ext.data.check import check_data
 
     others = {"quant": {"ratios": ratios, "prune": prune},
@@ -300,52 +283,55 @@ def sensitivity(
     info = check_data(data, task=stock.task_of(net))
     info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
     stock.check_fit(net, info, (model, data))
-    if kind == "prune":
-        return _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place)
-    return _of_quantization(net, cfg, info, size, by, images, map, place)
-
-
-def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], place: Any) -> dict[str, Any]:
-    """Measure mAP and losses with each group pruned by each share, and write what was found."""
-    from yolo_ext import pruning, runs, stock
-    from yolo_ext.pruning.analyze import write
-    from yolo_ext.training.prune import make_probes
-
-    probes = make_probes(info, size, cfg, stock.task_of(net), net)
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     try:
-        found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
+        if kind == "prune":
+            table, files, found = _of_pruning(net, cfg, info, size, tuple(sorted(shares)), folder)
+            use = f"compress model={model} data={data} prune.sensitivity={files[0]}"
+        else:
+            table, files, found = _of_quantization(net, cfg, info, size, by, images, map, folder)
+            use = f"quantize model={model} data={data} quant.max_drop=0.005"
     except UsageError:
         runs.discard(folder)
         raise
-    files = write(found, folder)
-    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}; use them with prune.sensitivity={files[0]}")
+    LOGGER.info(f"\n{table}\n")
+    runs.saved(folder, f"yolo-ext {use}")
     return found
 
 
+Analysis = tuple[str, list[Path], dict[str, Any]]  # table, files and contents of the first of them
+
+
+def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], folder: Path) -> Analysis:
+    """Measure mAP and losses with each group pruned by each share, and write what was found."""
+    from yolo_ext import pruning, stock
+    from yolo_ext.pruning.analyze import losses_table, write
+    from yolo_ext.training.prune import make_probes
+
+    probes = make_probes(info, size, cfg, stock.task_of(net), net)
+    found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
+    return losses_table(found, size), write(found, folder), found
+
+
 def _of_quantization(
-    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, place: dict[str, Any]
-) -> dict[str, Any]:
+    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, folder: Path
+) -> Analysis:
     """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
-    from yolo_ext import quantization, runs, stock
+    from yolo_ext import quantization, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.check import calibration_images, letterbox_batches
     from yolo_ext.quantization.search import table, write
     from yolo_ext.training.prune import make_probes
 
-    task = stock.task_of(net)
     quantization.prepare(net, cfg, info, size)
     quantized = manifest(quantization.strip(net)).quant
     chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
     batches = letterbox_batches(chosen, size, **stock.seen_by(net))
-    score = make_probes(info, size, PruneConfig(ratio=0.5), task, net).score if accuracy else None
-    saved = _ms_saved(net, quantized, size)
+    score = make_probes(info, size, PruneConfig(ratio=0.5), stock.task_of(net), net).score if accuracy else None
     found = {"profile": quantized["profile"]}
-    found |= quantization.sensitivity(net, quantized["state"], batches, by, score, saved)
-    LOGGER.info(table(found))
-    files = write(found, runs.folder(place, task=task, mode="sensitivity"))
-    LOGGER.info(f"Results saved to {', '.join(str(f) for f in files)}")
-    return found
+    found |= quantization.sensitivity(net, quantized["state"], batches, by, score, _ms_saved(net, quantized, size))
+    head = f"Errors with one {by} alone in INT8 (1: with all), {found['images']} train images at {size} px"
+    return f"{head}\n{table(found)}", write(found, folder), found
 
 
 def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:

@@ -29,7 +29,7 @@ def tell_time(what: str, seconds: float, *counts: Any) -> None:
     if not (whole := seconds * math.prod(counts[::2])):
         return
     size, unit = next(((n, u) for n, u in ((3600, "h"), (60, "min")) if whole >= n), (1, "s"))
-    each = " x ".join(f"{n} {word}" for n, word in zip(counts[::2], counts[1::2]))
+    each = " x ".join(f"{n} {word if n > 1 else word[:-1]}" for n, word in zip(counts[::2], counts[1::2]))
     LOGGER.info(f"{what}: about {max(1, round(whole / size))} {unit}: {each}")
 
 

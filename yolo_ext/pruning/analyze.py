@@ -108,19 +108,21 @@ def layer_times(model: nn.Module, imgsz: int, runs: int = RUNS) -> list[dict[str
 
 def table(rows: Sequence[Mapping[str, Any]], imgsz: int) -> str:
     """Return the rows of `analyze_model` as aligned text, and what can be pruned in its last line."""
+    timed, can = [r for r in rows if r["latency_share"]], [r for r in rows if r["prunable"]]
     lines = []
     for r in rows:
         more = f"[{r['part']}]" if r["part"] else ""
         more += f" +{len(r['layers']) - 1}" if len(r["layers"]) > 1 else ""
-        cost = [f"{r['flops_share']:.1%}", cell(r["latency_share"], ".1%")]
-        lines.append([r["name"] + more, f"{r['channels']}", *cost, "yes" if r["prunable"] else r["reason"]])
-    can = [r for r in rows if r["prunable"]]
-    unsure = sum(r["latency_share"] is None for r in rows)
-    noise = f"\n{ABSENT}: the latency of these {unsure} differs from pass to pass by more than it is" if unsure else ""
-    share, time = (sum(r[k] or 0 for r in can) for k in ("flops_share", "latency_share"))
-    head, least = ["Group", "Channels", "FLOPs", "Latency", "Prunable"], "at least " if unsure else ""
-    told = f"{share:.0%} of the FLOPs, {least}{time:.0%} of the latency (torch, 1 thread, {imgsz} px)"
-    return f"{align(lines, head)}{noise}\n{len(can)} of {len(rows)} groups can be pruned: {told}"
+        cost = [f"{r['flops_share']:.1%}", *([cell(r["latency_share"], ".1%")] if timed else [])]
+        lines.append([r["name"] + more, r["channels"], *cost, "yes" if r["prunable"] else r["reason"]])
+    text = align(lines, ["Group", "Channels", "FLOPs", *(["Latency"] if timed else []), "Prunable"])
+    if unsure := len(rows) - len(timed):
+        which = f"of these {unsure} groups is not known" if timed else "of no group is known"
+        text += f"\n{ABSENT} The latency {which}: it differs from pass to pass by more than it is"
+    flops, time = (sum(r[k] or 0 for r in can) for k in ("flops_share", "latency_share"))
+    least = "at least " if unsure else ""
+    told = f", {least}{time:.0%} of the latency (torch, 1 thread, {imgsz} px)" if timed else f" at {imgsz} px"
+    return f"{text}\n{len(can)} of {len(rows)} groups can be pruned: {flops:.0%} of the FLOPs{told}"
 
 
 def measure_sensitivity(
@@ -220,7 +222,7 @@ def _save(found: dict[str, Any], folder: Path | None) -> None:
         atomic_write(Path(folder) / FILE, json.dumps(found, indent=2))
 
 
-def losses_table(found: Mapping[str, Any], rows: int = 15) -> str:
+def losses_table(found: Mapping[str, Any], imgsz: int, rows: int = 15) -> str:
     """Return what the groups that a sensitivity analysis ranks first lose by each share, so many, as aligned text."""
     base = found["base"]["map"]
     lost = {g["name"]: {p["wanted"]: base - p["map"] for p in g["curve"]} for g in found["groups"]}
@@ -229,7 +231,8 @@ def losses_table(found: Mapping[str, Any], rows: int = 15) -> str:
               *(cell(lost[g["name"]].get(r), ".4f") for r in found["ratios"])] for g in ranked[:rows]]  # fmt: skip
     head = ["Group", "Channels", "FLOPs", *(f"{r:.0%} pruned" for r in found["ratios"])]
     more = f"\n{len(ranked) - rows} more groups with smaller losses" if len(ranked) > rows else ""
-    return f"{found['metric']} lost with one group pruned alone, of {base:.4f}\n{align(cells, head)}{more}"
+    title = f"{found['metric']} at {imgsz} px that is lost with one group pruned alone, of {base:.4f}"
+    return f"{title}\n{align(cells, head)}{more}"
 
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
