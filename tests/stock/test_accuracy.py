@@ -14,7 +14,9 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.deployment.contract import figures, resamples
 from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.evidence import Evidence
 
 SIZE = 64
 
@@ -47,6 +49,8 @@ def test_is_what_ultralytics_measures(model, data, tmp_path):
     stock = YOLO(tmp_path / "net.pt").val(data=str(data), imgsz=SIZE, rect=False, plots=False, save_dir=str(tmp_path))
     assert (found["map50"], found["map"]) == (stock.box.map50, stock.box.map) and score(found) == found["map"]
     assert accuracy(model, data, SIZE) == found
+    theirs = {model.names[int(c)]: ap for c, ap in zip(stock.box.ap_class_index, stock.box.ap)}
+    assert found["classes"] == pytest.approx(theirs, abs=1e-4) and theirs
 
 
 @pytest.mark.slow
@@ -93,3 +97,18 @@ def test_what_cannot_be_measured_is_refused(model, data, tmp_path):
     with pytest.raises(UsageError, match="'semantic' has no"):
         accuracy(model, data, SIZE)
     model.task = "detect"
+
+
+def test_the_evidence_gives_the_figures_of_ultralytics(model, data, tmp_path):
+    found = accuracy(model, data, SIZE, keep=tmp_path / "kept.npz")
+    kept = Evidence.read(tmp_path / "kept.npz")
+    again = figures(kept, resamples(len(kept.images), 0), 0.5)
+    assert again["map"][0] == pytest.approx(found["map"], abs=1e-9)
+    assert kept.images == [f"{i}.png" for i in range(6)] and kept.about["task"] == "detect"
+    assert kept.target_cls.tolist() == [0, 1] * 3
+    np.testing.assert_allclose(kept.target_area, 0.9**2 * 48 * 64, rtol=0.02)  # pixels of the original image
+    other = accuracy(model, data, 2 * SIZE, keep=tmp_path / "large.npz")
+    large = Evidence.read(tmp_path / "large.npz")
+    assert other and {k: large.about[k] for k in ("images_hash", "labels_hash")} == {
+        k: kept.about[k] for k in ("images_hash", "labels_hash")
+    }

@@ -16,6 +16,7 @@ from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import quiet
+from yolo_ext.stock.evidence import collected
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
 from yolo_ext.stock.load import check_det_dataset, float_model, head_args, images_only_read
 
@@ -27,7 +28,7 @@ VALIDATORS: dict[str, Any] = {
 
 def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
-    end2end: bool = False, like: Any = None, loader: Any = None, **options: Any,
+    end2end: bool = False, like: Any = None, loader: Any = None, keep: Path | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model on the val split: boxes as `map50`, `map`, `f1`, its `f1_conf` and `classes`, others as `top1`.
 
@@ -48,7 +49,11 @@ def accuracy(
             args |= {"device": "cpu", "mode": "val"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
         validator = cls(dataloader=loader, save_dir=Path(folder), args=args)
-        return _figures(validator, validator(model=net))
+        made = collected(validator) if keep else None
+        found = _figures(validator, validator(model=net))
+        if made and keep:
+            made().write(keep)
+        return found
 
 
 def score(found: Mapping[str, Any]) -> float | None:

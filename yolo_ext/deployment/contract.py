@@ -1,0 +1,257 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Two models over the same images: what differs by class and size, how sure that is, and whether it is allowed.
+
+Differences come with intervals of a paired bootstrap over images (Efron and Tibshirani, 1993); intervals of many
+classes or sizes are simultaneous, by the largest studentised difference (Westfall and Young, 1993).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from yolo_ext.core.errors import UsageError
+from yolo_ext.core.registry import suggest
+from yolo_ext.stock.evidence import Evidence
+
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # of COCO, in square pixels
+GRID = np.linspace(0, 1, 101)  # recalls at which precision is averaged
+FIGURES = {"box": "map", "mask": "map_mask", "pose": "map_pose"}  # mAP50-95 by kind
+JUDGED = (*FIGURES.values(), "top1")  # each with an interval of its own, all others with intervals that hold together
+EPS = 1e-16
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much a figure differs: result minus base, its interval, and in words what that means."""
+
+    name: str  # such as map, map.person, recall.person, map.small
+    before: float
+    after: float
+    low: float
+    high: float
+    verdict: str  # better, same, worse or undecided
+
+    @property
+    def change(self) -> float:
+        """Result minus base."""
+        return self.after - self.before
+
+    def words(self, within: float, images: int) -> str:
+        """Say the verdict; `within` is the difference that matters, `images` how many there are."""
+        width = (self.high - self.low) / 2
+        if self.verdict == "same":
+            return f"same within {within:g}"
+        if self.verdict != "undecided":
+            return self.verdict
+        needed = int(np.ceil(images * (width / within) ** 2))
+        at_best = f"not decidable: this split shows differences of about {width:.3f} at best"
+        return f"{at_best}; {needed:,} images would show {within:g}"
+
+
+def resamples(images: int, n: int, seed: int = 0) -> np.ndarray:
+    """Return how often each image is drawn: once each in the first row, then `n` draws with replacement."""
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
+    return np.concatenate([np.ones((1, images), drawn.dtype), drawn])
+
+
+def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the average precision of one class, as Ultralytics interpolates it, in each resample of the images.
+
+    Args:
+        hits: (D, 10), right at each IoU, by falling confidence.
+        image: (D,) index of the image of each detection.
+        targets: (R,) targets in each resample.
+        weights: (R, N), how often each image is drawn.
+    Returns: (R, 10); NaN where a resample has no target.
+    """
+    found = np.zeros((len(weights), hits.shape[1]))
+    end = int(np.flatnonzero(hits.any(1))[-1]) + 1 if hits.any() else 0  # what comes behind the last hit counts nothing
+    drawn = weights[:, image[:end]]
+    seen = drawn.cumsum(1)
+    for t in range(hits.shape[1]):
+        at = np.flatnonzero(hits[:end, t])
+        if not at.size:
+            continue
+        right = drawn[:, at].cumsum(1)
+        precision = right / np.maximum(seen[:, at], 1)
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        reached = np.searchsorted(GRID, right / (targets[:, None] + EPS))  # grid points below each recall
+        points = np.diff(reached, axis=1, prepend=0)
+        first = envelope[np.arange(len(envelope)), (reached > 0).argmax(1)] * (reached[:, -1] > 0)
+        found[:, t] = ((envelope * points).sum(1) - first / 2) / 100  # by trapezoids, and nothing at a recall of 1
+    found[targets == 0] = np.nan
+    return found
+
+
+def _precisions(e: Evidence, kind: str, weights: np.ndarray, sizes: tuple[float, float] = (0, np.inf)) -> np.ndarray:
+    """Return the AP50-95 of each class in each resample (R, classes), NaN without targets, of these sizes alone."""
+    order = np.argsort(-e.conf, kind="stable")
+    low, high = sizes
+    within = (e.area[order] >= low) & (e.area[order] < high)
+    wanted = (e.target_area >= low) & (e.target_area < high)
+    found = np.full((len(weights), len(e.about["names"])), np.nan)
+    for c in np.unique(e.target_cls[wanted]):
+        own = order[within & (e.cls[order] == c)]
+        count = np.bincount(e.target_image[wanted & (e.target_cls == c)], minlength=weights.shape[1])
+        found[:, c] = average_precision(e.hits[kind][own], e.image[own], weights @ count, weights).mean(1)
+    return found
+
+
+def _mean(found: np.ndarray) -> np.ndarray:
+    """Return the mean over the classes that have targets (R,)."""
+    there = ~np.isnan(found)
+    return np.where(there, found, 0).sum(1) / np.maximum(there.sum(1), 1)
+
+
+def figures(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarray]:
+    """Return every figure of a model in each resample (R,): overall, by class and size, and at confidence `conf`."""
+    if "top" in e.hits:
+        return _of_classes(e, weights)
+    names, found = e.about["names"], dict[str, np.ndarray]()
+    for kind in e.hits:
+        each = _precisions(e, kind, weights)
+        found[FIGURES[kind]] = _mean(each)
+        found |= {f"{FIGURES[kind]}.{names[c]}": each[:, c] for c in np.flatnonzero(~np.isnan(each[0]))}
+    for size, area in SIZES.items():
+        each = _precisions(e, "box", weights, area)
+        if not np.isnan(each[0]).all():
+            found[f"map.{size}"] = _mean(each)
+    return found | _at(e, weights, conf)
+
+
+def _of_classes(e: Evidence, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the accuracies of a classifier: top-1 and top-5, and top-1 by class."""
+
+    def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return weights @ (right & of) / np.maximum(weights @ of, 1)
+
+    every = np.ones(len(e.target_cls), bool)
+    found = {"top1": share(e.hits["top"][:, 0], every), "top5": share(e.hits["top"][:, 1], every)}
+    for c in np.unique(e.target_cls):
+        found[f"top1.{e.about['names'][c]}"] = share(e.hits["top"][:, 0], e.target_cls == c)
+    return found
+
+
+def _at(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarray]:
+    """Return recall and precision at an IoU of 0.5 and a confidence, overall and by class."""
+    names, kept, n = e.about["names"], e.conf >= conf, weights.shape[1]
+    classes, found = np.unique(e.target_cls), dict[str, np.ndarray]()
+    totals = np.zeros((3, len(weights)))
+    for c in classes:
+        own = kept & (e.cls == c)
+        images = (e.image[own & e.hits["box"][:, 0]], e.image[own], e.target_image[e.target_cls == c])
+        counts = np.stack([weights @ np.bincount(i, minlength=n) for i in images])
+        totals += counts
+        found |= {f"recall.{names[c]}": counts[0] / np.maximum(counts[2], 1),
+                  f"precision.{names[c]}": counts[0] / np.maximum(counts[1], 1)}  # fmt: skip
+    return {"recall": totals[0] / np.maximum(totals[2], 1), "precision": totals[0] / np.maximum(totals[1], 1), **found}
+
+
+def best_confidence(e: Evidence) -> float:
+    """Return the confidence with the best F1 over all detections at an IoU of 0.5, 0.25 where nothing is right."""
+    order = np.argsort(-e.conf, kind="stable")
+    right = e.hits["box"][order, 0].cumsum()
+    f1 = 2 * right / (np.arange(1, len(order) + 1) + len(e.target_cls))
+    return float(e.conf[order][f1.argmax()]) if right.size and right[-1] else 0.25
+
+
+def same_recall(base: Evidence, new: Evidence, conf: float) -> float | None:
+    """Return the confidence at which `new` finds as many targets as `base` does at `conf`; None where it never does."""
+    wanted = int((base.hits["box"][:, 0] & (base.conf >= conf)).sum())
+    right = np.sort(new.conf[new.hits["box"][:, 0]])[::-1]
+    return float(right[wanted - 1]) if 0 < wanted <= len(right) else None
+
+
+def calibration_error(e: Evidence, bins: int = 10) -> float:
+    """Return how far confidence is from the share that is right, weighted by bin (D-ECE; Kueppers et al., 2020)."""
+    place = np.minimum((e.conf * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    gap = np.bincount(place, e.conf - e.hits["box"][:, 0], bins)
+    return float(np.abs(gap).sum() / max(count.sum(), 1))
+
+
+def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within: float = 0.005, n: int = 1000,
+            confidence: float = 0.95, seed: int = 0) -> list[Change]:  # fmt: skip
+    """Compare two models figure by figure, with intervals.
+
+    Args:
+        base: Evidence of the model that is the reference.
+        new: Evidence of the other one over the same images.
+        conf: Confidence that is deployed; by default that with the best F1 of the base.
+        within: Difference that matters; what is surely smaller is the same.
+        n: Resamples of the images.
+        confidence: Of the intervals. Those of classes and sizes hold for all of them together.
+        seed: Of the resamples.
+
+    Returns: One change for each figure, the overall ones first.
+    Raises: `UsageError` if the two were not measured on the same images and labels.
+    """
+    check_same(base, new)
+    weights = resamples(len(base.images), n, seed)
+    conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
+    old, now = (figures(e, weights, conf) for e in (base, new))
+    gaps = {k: now[k] - old[k] for k in old}
+    spread = {k: float(np.nanstd(g[1:])) for k, g in gaps.items()}
+    found = []
+    rest = [k for k in gaps if k not in JUDGED]
+    factor = _critical([gaps[k] for k in rest], (1 + confidence) / 2)
+    for k in sorted(gaps, key=lambda k: k not in JUDGED):
+        low, high = gaps[k][0] - factor * spread[k], gaps[k][0] + factor * spread[k]
+        if k in JUDGED:
+            low, high = np.nanquantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+        found.append(Change(k, float(old[k][0]), float(now[k][0]), float(low), float(high), verdict(low, high, within)))
+    return found
+
+
+def _critical(gaps: Sequence[np.ndarray], confidence: float) -> float:
+    """Return by how many standard deviations intervals have to reach so that all of them hold together."""
+    each = np.stack(gaps)
+    spread = np.nanstd(each[:, 1:], axis=1, keepdims=True)
+    far = np.abs(each[:, 1:] - each[:, :1])[spread[:, 0] > 0] / spread[spread[:, 0] > 0]
+    return float(np.quantile(np.nanmax(far, axis=0), confidence)) if far.size else 1.0
+
+
+def verdict(low: float, high: float, within: float) -> str:
+    """Return what an interval of a difference says: better, same, worse or undecided."""
+    if -within <= low and high <= within:
+        return "same"
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+
+
+def check_same(base: Evidence, new: Evidence) -> None:
+    """Refuse to compare what was measured on other images or labels."""
+    for what in ("task", "images_hash", "labels_hash", "names"):
+        if base.about.get(what) != new.about.get(what):
+            told = "images" if what == "images_hash" else "labels" if what == "labels_hash" else what
+            raise UsageError(f"The two evaluations are over different {told}. Measure both models on the same split.")
+
+
+def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = False) -> list[dict[str, Any]]:
+    """Return the checks of a contract: by figure, the lowest change that is allowed, such as ``{"recall.car": -0.02}``.
+
+    With `sure` the lower end of the interval has to hold the limit, else the change itself.
+    """
+    known = {c.name: c for c in found}
+    checks = []
+    for name, limit in limits.items():
+        if name not in known:
+            raise UsageError(f"contract: there is no '{name}'.{suggest(name, [*known])} Legal: {', '.join(known)}.")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit > 0:
+            raise UsageError(f"'contract.{name}={limit}' is illegal: give the change that is allowed, such as -0.01.")
+        c = known[name]
+        value = c.low if sure else c.change
+        checks.append({"name": f"contract {name}", "value": round(value, 4), "limit": limit, "passed": value >= limit})
+    return checks
+
+
+def surely_broken(found: Sequence[Change]) -> list[dict[str, Any]]:
+    """Return the checks of the default contract: what no interval may lie below, for the model and for each class."""
+    checks = []
+    for c in found:
+        limit = -0.02 if c.name in JUDGED else -0.05 if c.name.split(".")[0] in ("recall", *JUDGED) else None
+        if limit is not None:
+            checks.append({"name": f"contract {c.name}", "value": round(c.high, 4), "limit": limit,
+                           "passed": c.high >= limit})  # fmt: skip
+    return checks

@@ -1,0 +1,147 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What a model found over a split, image by image: enough for any later verdict without running the model again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from yolo_ext.checkpoint import atomic_write
+from yolo_ext.core.errors import UsageError
+
+KINDS = {"tp": "box", "tp_m": "mask", "tp_p": "pose"}  # what Ultralytics' validators match, by our name
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Detections and targets of the images of a split; of a classifier one detection and one target by image.
+
+    Areas are in pixels of the original image; a detection that hits a target has the area of the target, so that the
+    detections of a bin of sizes are those that COCO's evaluation counts there.
+    """
+
+    about: dict[str, Any]  # task, names (by index), and hashes of images, labels, model and settings
+    images: list[str]  # names of the N images
+    image: np.ndarray  # (D,) index of the image of each detection
+    cls: np.ndarray  # (D,) its class
+    conf: np.ndarray  # (D,) its confidence
+    area: np.ndarray  # (D,)
+    target_image: np.ndarray  # (T,) index of the image of each target
+    target_cls: np.ndarray  # (T,)
+    target_area: np.ndarray  # (T,)
+    hits: dict[str, np.ndarray] = field(default_factory=dict)  # by kind (D, 10): right at IoU or OKS 0.50 to 0.95
+
+    def write(self, path: Path) -> Path:
+        """Write the evidence into one compressed file and return its path."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("about", "images", "hits")}
+        arrays |= {f"hits.{kind}": hit for kind, hit in self.hits.items()}
+        text = json.dumps({"about": self.about, "images": self.images})
+        data = BytesIO()
+        np.savez_compressed(data, text=np.frombuffer(text.encode(), np.uint8), **arrays)
+        atomic_write(path, data.getvalue())
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Evidence":
+        """Read the evidence that `write` has written.
+
+        Raises: `UsageError` if the file is missing or holds something else; nothing in it is run.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                arrays = {k: found[k] for k in found.files}
+            text = json.loads(arrays.pop("text").tobytes())
+            hits = {k.removeprefix("hits."): arrays.pop(k) for k in [*arrays] if k.startswith("hits.")}
+            names = {int(k): v for k, v in text["about"]["names"].items()}
+            return cls({**text["about"], "names": names}, text["images"], **arrays, hits=hits)
+        except Exception as e:  # NumPy, zip and JSON have exceptions of their own
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            raise UsageError(f"'{path}' is no evidence of an evaluation ({why}). Measure the model again.") from e
+
+
+def collected(validator: Any) -> Callable[[], Evidence]:
+    """Have a validator of Ultralytics keep what it matches, and return what makes the evidence of that afterwards."""
+    if not hasattr(validator, "_process_batch"):
+        return lambda: _of_classifier(validator, _facts(validator))
+    rows: list[dict[str, Any]] = []
+    process, match, best = validator._process_batch, validator.match_predictions, list[torch.Tensor]()
+
+    def matched(pred: torch.Tensor, true: torch.Tensor, iou: torch.Tensor, *rest: Any) -> torch.Tensor:
+        best.append((iou * (true[:, None] == pred)).argmax(0))  # the boxes come first, then masks or keypoints
+        return match(pred, true, iou, *rest)
+
+    def processed(preds: dict[str, Any], batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        best.clear()
+        found = process(preds, batch)
+        own, theirs = (_areas(boxes, batch) for boxes in (preds["bboxes"], batch["bboxes"]))
+        if best:
+            own = np.where(found["tp"][:, 0], theirs[best[0].cpu().numpy()], own)
+        rows.append({"name": batch["im_file"], "conf": preds["conf"], "cls": preds["cls"], "area": own,
+                     "target_cls": batch["cls"], "target_area": theirs, "hits": dict(found)})  # fmt: skip
+        return found
+
+    validator._process_batch, validator.match_predictions = processed, matched
+    return lambda: _of_detector(rows, _facts(validator))
+
+
+def _areas(boxes: torch.Tensor, batch: dict[str, Any]) -> np.ndarray:
+    """Return the areas of boxes (x1, y1, x2, y2, or x, y, w, h, angle) in pixels of the original image."""
+    side = boxes[:, 2:4] if boxes.shape[1] == 5 else boxes[:, 2:4] - boxes[:, :2]
+    gain = np.prod(np.asarray(batch["ratio_pad"][0], dtype=float)) if batch.get("ratio_pad") else 1.0
+    return (side.prod(1).cpu().numpy() / gain).astype(np.float32)
+
+
+def _of_detector(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> Evidence:
+    """Return the evidence of what was kept of each image."""
+    rows = sorted(rows, key=lambda r: r["name"])
+
+    def joined(key: str, kind: Any) -> np.ndarray:
+        found = [np.asarray(r[key].cpu() if isinstance(r[key], torch.Tensor) else r[key]) for r in rows]
+        return np.concatenate([*found, np.zeros(0)]).astype(kind)
+
+    def index(key: str) -> np.ndarray:
+        return np.repeat(np.arange(len(rows), dtype=np.int32), [len(r[key]) for r in rows])
+
+    hits = {name: np.concatenate([r["hits"][key] for r in rows]).astype(bool)
+            for key, name in KINDS.items() if rows and key in rows[0]["hits"]}  # fmt: skip
+    return Evidence(
+        about, [Path(r["name"]).name for r in rows], index("conf"), joined("cls", np.int32),
+        joined("conf", np.float32), joined("area", np.float32), index("target_cls"), joined("target_cls", np.int32),
+        joined("target_area", np.float32), hits,
+    )  # fmt: skip
+
+
+def _of_classifier(validator: Any, about: dict[str, Any]) -> Evidence:
+    """Return the evidence of a classifier: whether the class is the first, or among the first five, of each image."""
+    pred, true = (torch.cat(found).numpy() for found in (validator.pred, validator.targets))
+    files = [Path(s[0]).name for s in validator.dataloader.dataset.samples]
+    right = pred == true[:, None]
+    n, zero = np.arange(len(true), dtype=np.int32), np.zeros(len(true), np.float32)
+    hits = {"top": np.stack([right[:, 0], right.any(1)], axis=1)}
+    return Evidence(about, files, n, pred[:, 0].astype(np.int32), zero + 1, zero, n, true.astype(np.int32), zero, hits)
+
+
+def _facts(validator: Any) -> dict[str, Any]:
+    """Return what two evaluations have to have in common, and by which settings they were made."""
+    data = validator.dataloader.dataset
+    if hasattr(data, "samples"):
+        files, labels = [s[0] for s in data.samples], [np.int64(s[1]).tobytes() for s in data.samples]
+    else:
+        files = [label["im_file"] for label in data.labels]
+        labels = [np.concatenate([v["cls"], v["bboxes"]], axis=1).astype(np.float32).tobytes() for v in data.labels]
+    order = np.argsort(files)
+    sizes = [f"{Path(files[i]).name} {Path(files[i]).stat().st_size}\n".encode() for i in order]
+    settings = {k: getattr(validator.args, k) for k in ("imgsz", "conf", "iou", "max_det", "single_cls", "rect")}
+    return {"task": validator.args.task, "names": {int(k): str(v) for k, v in dict(validator.names).items()},
+            "images_hash": _hashed(sizes), "labels_hash": _hashed([labels[i] for i in order]),
+            "settings": settings}  # fmt: skip
+
+
+def _hashed(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
