@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import make_divisible
 
 from yolo_ext import runs, stock
@@ -20,7 +19,7 @@ from yolo_ext.core.options import PruneConfig
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.pipeline.run import Run, finetuning, measure, train
 from yolo_ext.pruning.prune import prune_model
-from yolo_ext.reporting.tables import align, cell
+from yolo_ext.reporting.tables import cell
 from yolo_ext.stock.accuracy import score
 from yolo_ext.training.prune import make_probes
 
@@ -45,20 +44,15 @@ def compare(run: Run) -> runs.Record:
         if name not in TIMED:
             file = export_onnx(m, run.folder / "compare" / f"{len(found)}.onnx", run.imgsz)
             found[-1]["file"] = run.relative(file)
-    return runs.Record(rows=found, said=f"beside a {width} and a random criterion")
+    worth = [f"{r['name']} {cell(score(r), '.4f')}" for r in found]
+    return runs.Record(rows=found, said=f"{stock.metric(run.task)} at {run.imgsz} px: {', '.join(worth)}")
 
 
 def timed(run: Run) -> list[dict[str, Any]]:
-    """Return and print the models beside the result, with the times of the one measurement of all files."""
+    """Return the models beside the result, with the times of the one measurement of all files."""
     rows = (run.done["compare"].rows or []) if "compare" in run.done else []
     times = {r["name"]: r["median"] for r in run.done["latency"].rows or []} if "latency" in run.done else {}
-    rows = [{**r, "ort": times.get(r.get("timed"), r.get("ort"))} for r in rows]
-    cells = [[r["name"], f"{r['params']:,}", f"{r['gflops']:.2f}", cell(score(r), ".4f"), cell(r["ort"], ".2f")]
-             for r in rows]  # fmt: skip
-    if rows:
-        head = ["For comparison", "Parameters", "GFLOPs", stock.metric(run.task), "ONNX Runtime ms"]
-        LOGGER.info(f"{align(cells, head)}\nAt {run.imgsz} px, as the other figures of this run.")
-    return rows
+    return [{**r, "ort": times.get(r.get("timed"), r.get("ort"))} for r in rows]
 
 
 def _random_baseline(run: Run, pruned: nn.Module) -> Path:

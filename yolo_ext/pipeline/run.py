@@ -55,6 +55,7 @@ class Run:
     max_drop: float | None = None  # accuracy that the result may lose against the base
     fresh: bool = False  # whether the folder held nothing before
     done: dict[str, runs.Record] = field(default_factory=dict)  # by finished stage
+    busy: float = 0.0  # share of the processors that others used when the run began
     left_out: list[str] = field(default_factory=list)  # what failed that the result is complete without
 
     @property

@@ -3,7 +3,6 @@
 writes its own folder and returns a record, and a killed run goes on with the stage that has none."""
 
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,27 +17,26 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import manifest
-from yolo_ext.core.config import as_plain, changes
+from yolo_ext.core.config import changes
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import let_go, logged
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
-from yolo_ext.pipeline.compare import compare, timed
+from yolo_ext.pipeline.compare import compare
 from yolo_ext.pipeline.int8 import onnx_accuracy, ptq, qat, verify
+from yolo_ext.pipeline.report import contents, pictures
 from yolo_ext.pipeline.run import FINETUNE, Run, finetuning, measure, open_run, train
 from yolo_ext.pruning.masks import eligible, packed_mb, sparsity, zero_weights
 from yolo_ext.pruning.plan import layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import TOLERANCE
-from yolo_ext.reporting.figures import plot_channels, plot_stages, side_by_side
 from yolo_ext.reporting.pages import write_report
-from yolo_ext.reporting.tables import conclude, moved, write_summary
+from yolo_ext.reporting.tables import ABSENT, comparison_rows, conclude, write_summary
 from yolo_ext.runs import Record
 from yolo_ext.training.prune import budget_checks, make_probes
 
 T = TypeVar("T")
-PICTURED = ("detect", "segment", "pose")  # tasks whose boxes are drawn side by side
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
     {"torch": "base torch", "ort": "base FP32"},
     {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
@@ -61,8 +59,9 @@ def compress(
     Raises: `UsageError`: If the input is wrong; nothing has been written then.
     """
     stock.check_stock()
-    stock.tell_busy()
+    busy = stock.tell_busy()
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])
+    run.busy = busy
     todo = [stage for stage in STAGES if stage.wanted(run) or (run.folder / stage.name / "stage.json").exists()]
     kept = False  # what a training has made
     for i, stage in enumerate(todo, 1):
@@ -85,10 +84,12 @@ def compress(
 
 def _line(run: Run, name: str, record: Record) -> str:
     """Return in one line what a stage did, which figures it changed, the outcome of its checks and its seconds."""
-    earlier = next((d.metrics for d in reversed(run.done.values()) if d.metrics), {})
-    passed = [c["passed"] for c in record.checks or []]
+    earlier = next((d.metrics for d in reversed(run.done.values()) if d.metrics), None)
+    rows, passed = comparison_rows(earlier, record.metrics), [c["passed"] for c in record.checks or []]
+    moved = ", ".join(f"{r.label} {r.before} -> {r.after}" for r in rows if r.after not in (ABSENT, r.before))
+    moved = f"{moved.replace(f'{ABSENT} -> ', '')} at {run.imgsz} px" if moved else ""
     proved = f"{sum(passed)} of {len(passed)} checks passed" if passed else ""
-    told = [record.skipped, record.said, moved(earlier, record.metrics or {}), proved, f"{record.seconds or 0:.0f} s"]
+    told = [record.skipped, record.said, moved, proved, f"{record.seconds or 0:.0f} s"]
     return f"{colorstr('bold', f'{name}: ')}{'; '.join(part for part in told if part)}"
 
 
@@ -240,7 +241,8 @@ def finish(run: Run) -> dict[str, Any]:
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
     checks = [c for d in run.done.values() for c in d.checks or []] + _budgets(run, before, after)
     summary = write_summary(run.folder, before, after, stages, checks=checks, **_told(run))
-    LOGGER.info(f"Report: {write_report(run.folder, _report(run, summary, checks))}")
+    drawn = _extra(run, "The comparison of pictures", partial(pictures, run)) if run.data else []
+    LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
     return {**summary, "run_dir": str(run.folder)}
 
@@ -252,24 +254,13 @@ def _budgets(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[di
     return budget_checks(run.prune, before, found, ratios.get("compressed FP32"), run.max_drop)
 
 
-def _delivered(run: Run) -> dict[str, str | None]:
-    """Return which file of the run is to be deployed, and what to do with it next."""
-    if run.quant:
-        words = ["predict", f"model={run.folder / 'onnx' / 'int8.onnx'}", f"compare={run.base}",
-                 f"source={Path(run.info['images']['val'][0]).parent}"]  # fmt: skip
-        return {"deploy": "onnx/int8.onnx", "next": shlex.join(["yolo-ext", *words]) if run.task in PICTURED else None}
-    if run.weights() == run.base:
-        return {"deploy": None, "next": None}
-    words = ["quantize", f"model={run.folder / 'weights' / 'best.pt'}", f"data={run.data or 'data.yaml'}"]
-    return {"deploy": "weights/best.pt", "next": shlex.join(["yolo-ext", *words])}
-
-
 def _told(run: Run) -> dict[str, Any]:
     """Return what the summary tells besides figures: settings, seconds by stage, and what was done."""
     settings = {"model": run.base.name, "data": Path(run.data).name, "imgsz": run.imgsz, **run.native}
     seconds = {name: d.seconds for name, d in run.done.items()}
     layers = next((d.layers for d in run.done.values() if d.layers), [])
-    wide = sum(r["before"] for r in layers)
+    wide, file = sum(r["before"] for r in layers), "onnx/int8.onnx" if run.quant else "weights/best.pt"
+    use = f"predict source=images compare={run.base}" if run.quant else f"quantize data={run.data or 'data.yaml'}"
     how = {
         "sparsity": run.sparsity and run.sparsity.method,
         "prune": run.prune and (manifest(run.load()[0]).prune.get("config", {}).get("method") or run.prune.kind),
@@ -277,75 +268,12 @@ def _told(run: Run) -> dict[str, Any]:
         "quant": run.quant and run.quantized()[0],
     }
     return {
-        "settings": settings | changes(run.configs), "seconds": seconds, **_delivered(run),
+        "settings": settings | changes(run.configs), "seconds": seconds,
+        "deploy": file if run.quant or run.weights() != run.base else None,
+        "next": f"yolo-ext {use} model={run.folder / file}",
         "epochs": run.epochs if run.prune or run.distill else None,
         "qat": run.quant.epochs if run.quant and "qat" in run.done and not run.done["qat"].skipped else None,
         "method": ", ".join(f"{technique} {what}" for technique, what in how.items() if what),
         "ratio": round(1 - sum(r["after"] for r in layers) / wide, 4) if wide else None,
         "training_s": sum(seconds[s.name] or 0.0 for s in STAGES if s.trains and s.name in seconds),
     }  # fmt: skip
-
-
-def _report(run: Run, summary: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sections of the report, with figures and pictures drawn."""
-    layers = next((d.layers for d in run.done.values() if d.layers), [])
-    report = {
-        "title": f"Compression report: {run.base.name}",
-        "command": summary["command"],
-        # The report puts the base in front of the stages itself.
-        "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
-        "layers": layers,
-        "checks": checks,
-        "comparison": timed(run),
-        "notes": [note for d in run.done.values() for note in d.notes or []],
-        "plots": _plots(run, summary, layers),
-        "pictures": (_extra(run, "The comparison of pictures", partial(_pictures, run)) or []) if run.data else [],
-        "plan": {k: v for k, v in as_plain(run.configs).items() if v},
-    }
-    if "latency" in run.done:
-        record = run.done["latency"]
-        name, r = list((record.ratios or {}).items())[-1]  # what INT8 gains, or else pruning
-        note = (
-            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} against "
-            f"base FP32 (10 to 90 %): {r['words']}."
-        )
-        report["latency"] = {"rows": record.rows, "note": note}
-    report["notes"] += run.left_out
-    if run.quant:
-        record = run.quantized()[1]
-        counts = {k: (record.metrics or {})[k] for k in ("convs", "int8_convs")}
-        told = {k: getattr(record, k) for k in ("float", "f1", "profile", "calibration")}
-        report["quantization"] = {**counts, **told, "parity": run.done["verify"].parity}
-    return report
-
-
-def _plots(run: Run, summary: dict[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Draw figures by stage and channels by layer, and return path and caption of these and of the training curves."""
-    folder = run.folder / "plots"
-    folder.mkdir(exist_ok=True)
-    plots = {plot_stages(summary["stages"], folder / "stages.png"): "Stage by stage"}
-    if layers:
-        plots[plot_channels(layers, folder / "channels.png")] = "Channels before and after"
-    plots |= {run.folder / name / "results.png": f"Training curves: {name}" for name in run.done}
-    return [{"path": str(path), "caption": caption} for path, caption in plots.items() if path.exists()]
-
-
-def _pictures(run: Run) -> list[dict[str, str]]:
-    """Draw base and compressed detections side by side on the first val images."""
-    from ultralytics import YOLO
-
-    made: list[dict[str, str]] = []
-    new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
-    if run.task not in PICTURED or new == run.base:
-        return made
-    with stock.quiet():
-        models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, image in enumerate(run.info["images"]["val"][:4]):
-            found: list[Any] = []
-            for m in models:
-                boxes = m.predict(str(image), imgsz=run.imgsz, device="cpu", verbose=False, rect=False)[0].boxes
-                found.append([tuple(r) for r in boxes.data.tolist()] if boxes is not None else [])
-            path = run.folder / "plots" / f"detections_{i}.png"
-            missed, added = side_by_side(str(image), found[0], found[1], run.info["names"], path)
-            made.append({"path": str(path), "caption": f"{Path(image).name}: {missed} missed, {added} added"})
-    return made

@@ -14,7 +14,6 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext import runs
 
 NOISE = 0.04  # of the mAP on one image; it falls with the root of their number: 0.005 on the 72 images of BCCD
-EPOCHS = 30  # of a fine-tuning, where there was none
 ABSENT = "-"
 METRIC = {"map_onnx.int8": "mAP50-95", "map": "mAP50-95", "top1": "top-1"}  # accuracy that a verdict is about
 Verdict = Literal["better", "worse", "same", ""]
@@ -81,7 +80,11 @@ def comparison_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
     """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
     rows, ratios = [], (after or {}).get("latency_ratio") or {}
     for field in FIELDS:
-        old, new, label = _pair(field, before, after)
+        old, new, label = figure(before, field.key), figure(after, field.key), field.label
+        if old is None and new is not None:
+            others = [(value, n) for k, n in field.fallback if (value := figure(before, k)) is not None]
+            if others:
+                old, label = others[0][0], f"{label}, before: {others[0][1]}"
         if old is not None or new is not None:
             if field.kind == "latency":  # medians of two measurements are never divided
                 delta, verdict = speed(ratios.get(field.key.removeprefix("latency_ms.")) if old and new else None)
@@ -91,14 +94,9 @@ def comparison_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
     return rows
 
 
-def _pair(field: Field, before: Any, after: Any) -> tuple[float | None, float | None, str]:
-    """Return a figure of base and result, and its label, which names what stands in for that of the base."""
-    old, new = figure(before, field.key), figure(after, field.key)
-    if old is None and new is not None:
-        for key, name in field.fallback:
-            if (old := figure(before, key)) is not None:
-                return old, new, f"{field.label}, before: {name}"
-    return old, new, field.label
+def judged(rows: Sequence[Row]) -> Row | None:
+    """Return the accuracy that counts, of the INT8 file, else of the model; None where there is none."""
+    return next((r for k in ("map_onnx.int8", "top1", "map") for r in rows if r.key == k and r.after != ABSENT), None)
 
 
 def noise(measured: Mapping[str, Any] | None, key: str) -> float:
@@ -142,36 +140,14 @@ def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
     return align(cells, ("", "Before", "After", "Delta"))
 
 
-def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Return the figures that a stage changed in one line, latencies aside, and what they were before it."""
-    told = []
-    for f in (f for f in FIELDS if f.kind != "latency"):
-        old, new = figure(before, f.key), figure(after, f.key)
-        if new is not None and new != old:
-            told.append(f"{f.label} {'' if old is None else f'{old:{f.spec}} -> '}{new:{f.spec}}")
-    size = figure(after, "imgsz")
-    return f"{', '.join(told)} at {size:.0f} px" if told and size else ", ".join(told)
-
-
 def note(after: Mapping[str, Any] | None) -> str:
     """Return on what the figures of a comparison were measured, and which of their differences mean nothing."""
-    key = "top1" if figure(after, "top1") is not None else "map"
-    size, images, told = figure(after, "imgsz"), figure(after, "images"), list[str]()
-    if size:
-        told.append(f"GFLOPs{f' and {METRIC[key]}' if images else ''} at {size:.0f} px (square images).")
-    if images:
-        within = f"up to {noise(after, key):g} are within the noise of these {images:.0f} images"
-        told.append(f"{METRIC[key]} differences {within}.")
-    if any(((after or {}).get("latency_ratio") or {}).values()):
-        told.append("Speed: base and result in turns, median (10 to 90 %) of the ratio of each round.")
-    return "\n".join(told)
-
-
-def delivered(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, Any, Any]:
-    """Return key and values before and after of the accuracy that counts: of the INT8 file, else of the model."""
-    fields = {f.key: f for f in FIELDS}
-    key = next((k for k in ("map_onnx.int8", "top1") if figure(after, k) is not None), "map")
-    return (key, *_pair(fields[key], before, after)[:2])
+    size, images, key = figure(after, "imgsz"), figure(after, "images"), "map" if (after or {}).get("map") else "top1"
+    said = f"Measured at {size:.0f} px (square images)." if size else ""
+    if not images:
+        return said
+    within = f"{METRIC[key]} differences up to {noise(after, key):g} are within the noise"
+    return f"{said} On these {images:.0f} images, {within}.".strip()
 
 
 # The summary of a run ------------------------------------------------------------------------------------------------
@@ -185,10 +161,10 @@ def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any
         before: Figures of the base, see `runs.METRICS`.
         after: Figures of the result.
         stages: Figures by stage.
-        table: Whether anything changed that a table could show.
-        told: `checks` (name, value, limit, passed), `settings`, `seconds` (by stage) and `deploy`, the file of the
-            result in the folder, which go into the file; `epochs` of fine-tuning and of QAT (`qat`) and the `next`
-            command, for the headline; `method`, `ratio` and `training_s`, for the row in a table of several runs.
+        table: Whether anything changed, which table and headline are about.
+        told: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `deploy`, the file of the result
+            in the folder, and a command `next` for it; `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio` and
+            `training_s` for a table of several runs.
     """
     summary = runs.summary(before, after, stages)
     summary |= {k: told.get(k) or {} for k in ("settings", "seconds")} | {"checks": told.get("checks") or []}
@@ -208,75 +184,62 @@ def conclude(root: Path, summary: Mapping[str, Any]) -> None:
 
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return what a result is, what it cost and what to do next, a failed check first; and the next command."""
-    before, after, checks = summary["before"], summary["after"], summary["checks"]
-    rows, (key, old, new) = {r.key: r for r in comparison_rows(before, after)}, delivered(before, after)
+    """Return what a result is, what it cost and what to do next, a failed check first; and the command for a good one.
+
+    A loss of accuracy leads to the command of the same run with more epochs, if it was a command line.
+    """
+    after, checks, rows = summary["after"], summary["checks"], comparison_rows(summary["before"], summary["after"])
+    accuracy, by_key = judged(rows), {r.key: r for r in rows}
     failed = [f"{c['name']} {c['value']:.4g} (limit {c['limit']:.4g})" for c in checks if not c["passed"]]
+    said = f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. " if failed else ""
     size = f"{after['size_mb']:.2f} MB" if after.get("size_mb") else ""
-    said = ", ".join(part for part in (_speed(rows), size, _accuracy(key, old, new, after)) if part) + "."
-    if failed:
-        said = f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. {said}"
-    if told.get("epochs") == 0:
-        said += " Nothing was fine-tuned."
-    if str(told.get("deploy")).endswith(".onnx") and key != "map_onnx.int8":
-        said += " The accuracy of the INT8 file was not measured."
-    lost = {k for k, row in rows.items() if row.verdict == "worse"}
-    if key in lost or "max_drop" in "".join(failed) or (told.get("epochs") == 0 and new is None):
-        words, options = _advice(key == "map_onnx.int8" and "map" not in lost, told)
-        options = options if new is not None else {"data": "data.yaml", **options}
-        command = _again(summary["command"], options)
-        return f"{said} {words}: {command or ' '.join(f'{k}={v}' for k, v in options.items())}", command
-    if failed or not told.get("deploy"):
-        return f"{said} Look at the failed checks first." if failed else said, told.get("next")
-    return f"{said} Deploy {told['deploy']}.", told.get("next")
+    said += ", ".join(part for part in (_speed(by_key), size, _accuracy(accuracy, after)) if part) + "."
+    deploy, untrained = told.get("deploy"), told.get("epochs") == 0
+    said += " Nothing was fine-tuned." if untrained else ""
+    int8 = accuracy is not None and accuracy.key == "map_onnx.int8"
+    said += " The accuracy of the INT8 file was not measured." if str(deploy).endswith(".onnx") and not int8 else ""
+    if (accuracy is None and untrained) or (accuracy and accuracy.verdict == "worse") or "max_drop" in "".join(failed):
+        by_int8 = int8 and by_key["map"].verdict != "worse"
+        return f"{said} {_advice(by_int8, told, {} if accuracy else {'data': 'data.yaml'}, summary['command'])}", None
+    return (said, None) if failed or not deploy else (f"{said} Deploy {deploy}.", told.get("next"))
 
 
 def _speed(rows: Mapping[str, Row]) -> str:
     """Return the speed-up of the file nearest to use in words, else the change of FLOPs."""
     for key, name in {"ort_int8": "ONNX Runtime INT8", "ort": "ONNX Runtime", "torch": "PyTorch"}.items():
-        row = rows.get(f"latency_ms.{key}")
-        if row and row.verdict:
+        if (row := rows.get(f"latency_ms.{key}")) and row.verdict:
             return f"{row.delta.replace('same', 'as fast as the base')} in {name}"
     flops = rows.get("gflops")
     return f"GFLOPs {flops.delta}" if flops and flops.verdict in ("better", "worse") else ""
 
 
-def _accuracy(key: str, old: float | None, new: float | None, after: Mapping[str, Any]) -> str:
+def _accuracy(row: Row | None, after: Mapping[str, Any]) -> str:
     """Return what became of the accuracy in words."""
-    if new is None:
+    if row is None:
         return "accuracy not measured"
-    metric, size, within = METRIC[key], figure(after, "imgsz"), noise(after, key)
-    at = f" at {size:.0f} px" if size else ""
-    if old is None:
-        return f"{metric} {new:.4f}{at}"
-    (text, verdict), moved = compare(old, new, "score", within), f"{old:.4f} -> {new:.4f}{at}"
-    if verdict == "worse":
-        return f"{metric} fell by {text[1:]} ({moved})"
-    same = f"same within {within:g}" if within else "same"
-    return f"{metric} {moved} ({same if verdict == 'same' else text})"
+    metric, size, within = METRIC[row.key], figure(after, "imgsz"), noise(after, row.key)
+    moved = (f"{row.before} -> " if row.before != ABSENT else "") + row.after + (f" at {size:.0f} px" if size else "")
+    if row.verdict == "worse":
+        return f"{metric} fell by {row.delta[1:]} ({moved})"
+    change = f"same within {within:g}" if row.verdict == "same" and within else row.delta
+    return f"{metric} {moved} ({change})" if row.verdict else f"{metric} {moved}"
 
 
-def _advice(by_int8: bool, told: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return what to do about an accuracy that INT8 or pruning lost, and the options of the run that does it."""
+def _advice(by_int8: bool, told: Mapping[str, Any], options: dict[str, Any], command: str) -> str:
+    """Return what to do about an accuracy that INT8 or pruning lost, and the command that does it."""
     epochs, qat = told.get("epochs") or 0, told.get("qat") or 0
-    if by_int8 and qat:
-        return "Train the INT8 model longer", {"quant.epochs": 2 * qat}
-    if by_int8:
-        return "Train the INT8 model", {"quant.mode": "qat"}
-    return "Fine-tune longer" if epochs else "Fine-tune", {"epochs": 2 * epochs or EPOCHS}
-
-
-def _again(command: str, options: Mapping[str, Any]) -> str | None:
-    """Return a command line of ours with other options; None where a script was run."""
+    options |= {"quant.mode": "qat", "quant.epochs": 2 * qat or 10} if by_int8 else {"epochs": 2 * epochs or 30}
     program, *words = shlex.split(command)
     kept = [w for w in words if w.lstrip("-").partition("=")[0] not in (*options, "resume")]
-    return shlex.join([program, *kept, *(f"{k}={v}" for k, v in options.items())]) if program == "yolo-ext" else None
+    words = [*([program, *kept] if program == "yolo-ext" else []), *(f"{k}={v}" for k, v in options.items())]
+    what = "Train the INT8 model" if by_int8 else "Fine-tune"
+    return f"{what}{' longer' if (qat if by_int8 else epochs) else ''}: {shlex.join(words)}"
 
 
 def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a run in a table of several runs: settings, what was done, figures with changes, conclusion."""
     after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
-    score, _, _ = delivered(summary["before"], after)
+    score = accuracy.key if (accuracy := judged([*rows.values()])) else "map"
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}") is not None), "torch")
     change = {k: None if r.delta == ABSENT else r.delta for k, r in rows.items()}
     return {

@@ -26,7 +26,7 @@ from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.plan import read_sensitivity
 from yolo_ext.pruning.prune import check_plan, decide, prune_with_plan, remember_dense
 from yolo_ext.pruning.surgery import apply_plan, cut_run
-from yolo_ext.reporting.tables import delivered
+from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import quiet, recalibrate, replaced
 from yolo_ext.stock.load import as_exported, float_model, labelled_dataset
@@ -255,12 +255,10 @@ def labelled_batches(
 
 
 def check_budget(max_drop: Any, measured: Any) -> None:
-    """Refuse a budget of the accuracy in total that is none, or where base and result are not both `measured`."""
-    if max_drop is not None and (isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or max_drop <= 0):
-        raise UsageError(f"'max_drop={max_drop}' is illegal. Give a loss of accuracy above 0, such as max_drop=0.01.")
-    if max_drop is not None and not measured:
-        lacks = f"'max_drop={max_drop}' compares with the accuracy of the model as it is, which cannot be measured here"
-        raise UsageError(f"{lacks}. Give a trained .pt and data= that fit it, or leave max_drop out.")
+    """Refuse a budget of the accuracy in total that is none, or where that of the base is not `measured`."""
+    if max_drop is not None and not (measured and max_drop > 0):
+        needs = "give a loss above 0, such as 0.01, with a trained .pt and data= that fit it"
+        raise UsageError(f"'max_drop={max_drop}' limits the accuracy lost against the model as it is: {needs}.")
 
 
 def budget_checks(
@@ -269,9 +267,9 @@ def budget_checks(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return how a result holds budgets: those of its pruning, `speed` in ORT among them, and the accuracy in total."""
     checks = []
-    _, base, result = delivered(before, after)
-    if max_drop and base is not None and result is not None:
-        lost = base - result
+    row = judged(comparison_rows(before, after))
+    if max_drop and row and row.before != ABSENT:
+        lost = round(float(row.before) - float(row.after), 4)
         checks.append(("Accuracy lost in total (max_drop)", lost, max_drop, lost <= max_drop + 1e-6))
     was, now = score(before), score(after)
     if cfg and cfg.max_drop and was is not None and now is not None:

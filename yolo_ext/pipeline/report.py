@@ -1,0 +1,118 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""What the report of a run of `compress` shows, gathered from the records of its stages and the files they left."""
+
+import csv
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+import yolo_ext
+from yolo_ext import stock
+from yolo_ext.core.config import CONFIGS
+from yolo_ext.pipeline.compare import timed
+from yolo_ext.pipeline.run import FINETUNE, Run
+from yolo_ext.reporting.figures import side_by_side
+
+PICTURED = ("detect", "segment", "pose")  # tasks whose boxes are drawn side by side
+
+
+def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> dict[str, Any]:
+    """Return what `write_report` takes; `drawn` are the paths and captions of pictures."""
+    result = run.quantized()[1] if run.quant else [d for d in run.done.values() if d.metrics][-1]
+    ends = {"before": run.done["base"], "after": result}
+    classes = {k: (d.metrics or {}).get("classes") for k, d in ends.items()}
+    report = {
+        "title": f"Compression report: {run.base.name}",
+        "about": _about(run, summary["env"]),
+        "command": summary["command"],
+        # The report puts the base in front of the stages itself.
+        "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
+        "files": _files(run),
+        "classes": classes if all(classes.values()) else {},
+        "layers": next((d.layers for d in run.done.values() if d.layers), []),
+        "checks": summary["checks"],
+        "comparison": timed(run),
+        "notes": [note for d in run.done.values() for note in d.notes or []] + run.left_out,
+        "curves": [{"name": n, "columns": c} for n in run.done if (c := curves(run.folder / n / "results.csv"))],
+        "pictures": drawn,
+        "options": _options(summary["settings"]),
+    }
+    if "latency" in run.done:
+        record = run.done["latency"]
+        name, r = list((record.ratios or {}).items())[-1]  # what INT8 gains, or else pruning
+        note = (
+            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} against "
+            f"base FP32 (10 to 90 %): {r['words']}."
+        )
+        report["latency"] = {"rows": record.rows, "note": note}
+    if run.quant:
+        counts = {k: (result.metrics or {})[k] for k in ("convs", "int8_convs")}
+        told = {k: getattr(result, k) for k in ("float", "f1", "profile", "calibration")}
+        report["quantization"] = {**counts, **told, "parity": run.done["verify"].parity}
+    return report
+
+
+def _about(run: Run, env: dict[str, Any]) -> dict[str, str]:
+    """Return the facts in the header of a report."""
+    images = {split: len(files) for split, files in run.info.get("images", {}).items()}
+    cpu = [env["cpu"], f"{env['threads']} threads", *(k.upper() for k in ("avx2", "vnni") if env[k])]
+    others = {k: env[k] for k in ("ultralytics", "torch", "onnx", "onnxruntime", "python")}
+    return {
+        "Model": f"{run.base.name} ({run.task}, {len(run.load()[0].names)} classes)",
+        "Data": Path(run.data).name or "none",
+        "Images": ", ".join(f"{n:,} {split}" for split, n in images.items()) or "none",
+        "Image size": f"{run.imgsz} px",
+        "Date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "Machine": ", ".join(cpu),
+        "Load": f"others used {100 * run.busy:.0f} % of the processors when the run began",
+        "Versions": ", ".join(f"{k} {v}" for k, v in {"yolo_ext": yolo_ext.__version__, **others}.items()),
+    }
+
+
+def _files(run: Run) -> dict[str, str | None]:
+    """Return which file the size is of, by stage, and `before` and `after`."""
+    made = {n: f"{n}/int8.onnx" if d.profile else d.weights for n, d in run.done.items() if d.metrics}
+    made["base"] = "base/fp32.onnx" if run.quant else run.base.name
+    after = f"{run.quantized()[0]}/int8.onnx" if run.quant else list(made.values())[-1]
+    return {**made, "before": made["base"], "after": after}
+
+
+def _options(settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return value and default of each setting that is not at its default, by name."""
+    ours = {f"{t}.{name}": value for t, cls in CONFIGS.items() for name, value in asdict(cls()).items()}
+    known = {**DEFAULT_CFG_DICT, **FINETUNE, **ours}
+    return {k: (v, known.get(k)) for k, v in settings.items() if v != known.get(k) and k not in ("model", "data")}
+
+
+def curves(file: Path) -> dict[str, list[float]]:
+    """Return losses and metrics of a `results.csv` by column, without those that were never computed."""
+    if not file.is_file():
+        return {}
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(text)]
+    found = {k: [float(r[k]) for r in rows if r[k]] for k in (rows[0] if rows else ()) if "loss" in k or "metrics" in k}
+    return {k: values for k, values in found.items() if any(values)}
+
+
+def pictures(run: Run) -> list[dict[str, str]]:
+    """Draw base and compressed detections side by side on the first val images."""
+    from ultralytics import YOLO
+
+    made: list[dict[str, str]] = []
+    new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
+    if run.task not in PICTURED or new == run.base:
+        return made
+    with stock.quiet():
+        models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
+        for i, image in enumerate(run.info["images"]["val"][:4]):
+            found: list[Any] = []
+            for m in models:
+                boxes = m.predict(str(image), imgsz=run.imgsz, device="cpu", verbose=False, rect=False)[0].boxes
+                found.append([tuple(r) for r in boxes.data.tolist()] if boxes is not None else [])
+            path = run.folder / "plots" / f"detections_{i}.png"
+            missed, added = side_by_side(str(image), found[0], found[1], run.info["names"], path)
+            made.append({"path": str(path), "caption": f"{Path(image).name}: {missed} missed, {added} added"})
+    return made
