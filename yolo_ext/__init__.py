@@ -16,10 +16,10 @@ if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and 
     from yolo_ext.commands.data import convert, split
     from yolo_ext.commands.deploy import export, verify
     from yolo_ext.commands.help import (
-        list_criteria, list_losses, list_observers, list_penalties, list_profiles, list_schedules,
+        checks, list_criteria, list_losses, list_observers, list_penalties, list_profiles, list_schedules,
     )
     from yolo_ext.commands.label import label, predict
-    from yolo_ext.commands.measure import analyze, bench, checks, sensitivity
+    from yolo_ext.commands.measure import analyze, bench, sensitivity
     from yolo_ext.core.config import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
     from yolo_ext.core.errors import CheckFailed, UsageError, YoloExtError
     from yolo_ext.pruning.pruner import on_yolo, save_pruned

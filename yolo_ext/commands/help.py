@@ -1,19 +1,20 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The commands that explain: help, recipes, cfg, version; and the lists of methods for Python."""
+"""The commands that explain: help, recipes, cfg, version, checks; and the lists of methods for Python."""
 
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module, metadata
 from itertools import takewhile
 from typing import Any
 
 from yolo_ext import __version__
-from yolo_ext.commands import COMMANDS, HELP, command, keys, needed
+from yolo_ext.commands import COMMANDS, HELP, LOGGER, command, keys, needed
 from yolo_ext.core.config import CONFIGS, cfg_dir, default_yaml, help_lines
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
 WIDTH = 100  # most columns of a help
@@ -26,8 +27,8 @@ FORWARDED = {  # commands of Ultralytics: what they do, examples
 STOCK = ("predict", *FORWARDED)  # whose keys Ultralytics reads; predict is ours where it compares
 STOCK_HELP = """The words go to `yolo {0}` of Ultralytics as they are, with any model, ours too. Its keys:
 https://docs.ultralytics.com/modes/{0}. Besides, modules=mypkg.layers names Python modules with layers of your own."""
-GROUPS = {"Compress": ("compress",), "Deploy and measure": ("deploy", "measure"), "Data": ("data", "label"),
-          "Help": ("help",)}  # commands on the first page, by the module of their function  # fmt: skip
+GROUPS = {"compress": "Compress", "data": "Data", "label": "Data", "help": "Help"}  # of modules of commands
+MEASURE = "Deploy and measure"  # the group of all others
 TOPICS = {"quantize": ("quant",), **dict.fromkeys(("compress", "train"), tuple(CONFIGS)), **{t: (t,) for t in CONFIGS}}
 TABLES = {  # of methods, by technique
     "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
@@ -45,16 +46,11 @@ OPTIONS = {  # headings in the help of a technique, each by the first option bel
               "epochs": "QAT"},
 }  # fmt: skip
 FURTHER = {"native": "and also", "place": "run folder"}  # what stands for several keys
-USAGE = """yolo-ext {version}: makes a trained Ultralytics YOLO smaller and faster, and proves it
-
-Usage: yolo-ext COMMAND key=value ...
-All about a command: yolo-ext COMMAND --help
-
-  yolo-ext demo
-  yolo-ext compress model=best.pt data=data.yaml prune.speedup=2 epochs=30
-  yolo-ext quantize model=best.pt data=data.yaml
-  yolo-ext bench models=best.pt,best_int8.onnx
-"""
+ABOUT = f"yolo-ext {__version__}: makes a trained Ultralytics YOLO smaller and faster, and proves it"
+USAGE = """Usage: yolo-ext COMMAND key=value ...
+All about a command: yolo-ext COMMAND --help"""
+FIRST = ("demo", "compress model=best.pt data=data.yaml prune.speedup=2 epochs=30",
+         "quantize model=best.pt data=data.yaml", "bench models=best.pt,best_int8.onnx")  # fmt: skip
 SOURCES = """Keys of Ultralytics (batch, lr0, device ...) stand beside ours. recipe=NAME or FILE.yaml reads keys from a
 file, YOLO_EXT_PRUNE__SPEEDUP=2 in the environment stands for prune.speedup=2. The command line wins over the recipe,
 the recipe over the environment."""
@@ -65,7 +61,7 @@ def recipes() -> None:
     """Print each bundled recipe with what it is for and a command that uses it."""
     rows = [*bundled()]
     told = _aligned([(name, about) for name, about, _ in rows])
-    commands = "\n".join(_command(words) for *_, words in rows)
+    commands = _commands(words.removeprefix("yolo-ext ") for *_, words in rows)
     print(f"Usage: yolo-ext COMMAND recipe=NAME key=value ...\n\nRecipes:\n{told}\n\nCommands:\n{commands}")
 
 
@@ -79,6 +75,31 @@ def cfg() -> None:
 def version() -> None:
     """Print the version of yolo_ext."""
     print(__version__)
+
+
+@command("Check the installation")
+def checks() -> dict[str, Any]:
+    """Print versions and the state of the installation; return ``problems``, and whether it has ``passed``."""
+    from yolo_ext import stock
+    from yolo_ext.quantization.spec import resolve_profile
+    from yolo_ext.stock.model import THOP
+
+    for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
+        LOGGER.info(f"{key:<14}{'not known' if value is None else value}")
+    problems = []
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version("thop")
+        clash = "overwrites 'ultralytics-thop': FLOPs lack what attention takes, and Ultralytics may report 0.0 GFLOPs"
+        problems.append(f"PyPI's 'thop' {clash}. Run: {THOP}")
+    try:
+        stock.check_stock()
+        stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
+    except YoloExtError as e:
+        problems.append(str(e))
+    for p in problems:
+        LOGGER.error(p)
+    LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed. Next: yolo-ext demo")
+    return {"passed": not problems, "problems": problems}
 
 
 @command("Print the help of a command or technique: prune, sparsity, distill, quant", examples=("quantize", "sparsity"))
@@ -145,13 +166,15 @@ def help_text(topic: str | None) -> str:
 
 def _overview() -> str:
     """Return the first page: usage, and the commands by what they are for."""
-    rows = {r.name: (r.fn.__module__.rpartition(".")[2], r.summary) for r in COMMANDS}
-    groups = {title: [(name, text) for name, (module, text) in rows.items() if module in modules and name not in STOCK]
-              for title, modules in GROUPS.items()}  # fmt: skip
-    forwarded = [(name, FORWARDED[name][0] if name in FORWARDED else rows[name][1]) for name in STOCK]
+    titles = ("Compress", MEASURE, "Data", "Help", "Ultralytics")
+    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+    for r in COMMANDS:
+        title = "Ultralytics" if r.name in STOCK else GROUPS.get(r.fn.__module__.rpartition(".")[2], MEASURE)
+        groups[title].append((r.name, r.summary))
+    groups["Ultralytics"] += [(name, summary) for name, (summary, *_) in FORWARDED.items()]
     left = max(map(len, [*COMMANDS.names(), *FORWARDED]))
-    parts = [f"{title}:\n{_aligned(found, left)}" for title, found in {**groups, "Ultralytics": forwarded}.items()]
-    return "\n\n".join([USAGE.format(version=__version__).rstrip(), *parts, _filled(SOURCES)])
+    parts = [f"{title}:\n{_aligned(rows, left)}" for title, rows in groups.items()]
+    return "\n\n".join([_filled(ABOUT), USAGE, _commands(FIRST), *parts, _filled(SOURCES)])
 
 
 def command_help(name: str) -> str:
@@ -160,11 +183,10 @@ def command_help(name: str) -> str:
     required, others = ([], []) if name in FORWARDED else _keys(name)
     more = "key=value ..." if others or name in FORWARDED else ""
     usage = ["Usage: yolo-ext", name, *(f"{key}=..." for key, _ in required), more]
-    shown = "\n".join(_command(f"yolo-ext {name} {words}".rstrip()) for words in examples)
     parts = [_filled(" ".join(usage).rstrip()), _filled(f"{summary}.")]
     parts += [f"{title}:\n{_aligned(rows)}" for title, rows in {"Required": required, "Keys": others}.items() if rows]
     parts += [_filled(STOCK_HELP.format(name))] if name in STOCK else []
-    return "\n\n".join([*parts, f"Examples:\n{shown}"])
+    return "\n\n".join([*parts, "Examples:\n" + _commands(f"{name} {words}" for words in examples)])
 
 
 def _keys(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -224,10 +246,12 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, max(_width(), 30), break_on_hyphens=False)
 
 
-def _command(words: str) -> str:
-    """Return a command line, indented; where it is too long, in several lines that a shell takes as one."""
-    lines = textwrap.wrap(words, max(_width() - 4, 30), subsequent_indent="    ", break_on_hyphens=False)
-    return " \\\n".join(f"  {line}" for line in lines)
+def _commands(given: Iterable[str]) -> str:
+    """Return command lines, indented; what is too long, in several lines that a shell takes as one."""
+    width = max(_width() - 4, 30)
+    wrapped = [textwrap.wrap(f"yolo-ext {words}", width, subsequent_indent="    ", break_on_hyphens=False)
+               for words in given]  # fmt: skip
+    return "\n".join(" \\\n".join(f"  {line}" for line in lines) for lines in wrapped)
 
 
 def _aligned(rows: Sequence[tuple[str, str]], least: int = 0) -> str:

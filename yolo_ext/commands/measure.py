@@ -1,16 +1,14 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The commands that measure: models side by side, what each layer of a model is worth, and the installation."""
+"""The commands that measure: models side by side, and what each layer of a model is worth."""
 
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from yolo_ext.commands import LOGGER, Count, Technique, Weights, command, numbers, tell_idle
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
-from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.core.errors import UsageError
 
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
 UNUSED = {  # options that an analysis of sensitivity does not look at
@@ -347,28 +345,3 @@ def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, f
         int8 = Path(folder) / "int8.onnx"
         quantization.write_qdq(fp32, int8, quantized["state"], profile)
         return saved_ms(fp32, int8, quantized["state"], imgsz)
-
-
-@command("Check the installation")
-def checks() -> dict[str, Any]:
-    """Print versions and the state of the installation; return ``problems``, and whether it has ``passed``."""
-    from yolo_ext import stock
-    from yolo_ext.quantization.spec import resolve_profile
-    from yolo_ext.stock.model import THOP
-
-    for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
-        LOGGER.info(f"{key:<14}{value}")
-    problems = []
-    with suppress(PackageNotFoundError):
-        version("thop")
-        clash = "overwrites 'ultralytics-thop': FLOPs lack what attention takes, and Ultralytics may report 0.0 GFLOPs"
-        problems.append(f"PyPI's 'thop' {clash}. Run: {THOP}")
-    try:
-        stock.check_stock()
-        stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
-    except YoloExtError as e:
-        problems.append(str(e))
-    for p in problems:
-        LOGGER.error(p)
-    LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed")
-    return {"passed": not problems, "problems": problems}
