@@ -10,11 +10,10 @@ from yolo_ext.core.errors import UsageError
 
 # Options are imported from here, declared there
 from yolo_ext.core.options import (  # noqa: F401  isort: skip
-    CONFIGS, TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig, misspelt, option_names, read_options,
-    refuse,
+    CONFIGS, TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig, listed, misspelt, option_names,
+    read_options, refuse,
 )  # fmt: skip
 from yolo_ext.core.registry import suggest
-from yolo_ext.core.values import listed
 
 
 def cfg_dir() -> Path:
