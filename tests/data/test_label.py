@@ -255,7 +255,7 @@ def test_a_rotated_image_is_labelled_upright(run, source):
 
 def test_a_new_picture_under_an_old_name_is_predicted_again(run, source, tmp_path):
     run()
-    preview = tmp_path / "out/previews/a.jpg.jpg"
+    preview = tmp_path / "out/previews/a.jpg"
     before = preview.read_bytes()
     (source / "a.jpg").write_bytes(cv2.imencode(".jpg", np.full((60, 80, 3), 7, np.uint8))[1].tobytes())
     assert run(model=fail).kept == ["a.jpg"]  # its label is no longer sure to be the model's
@@ -329,7 +329,7 @@ def test_the_source_folder_is_only_written_when_asked(source):
     with pytest.raises(UsageError, match="lies inside the source"):
         find_images(source, source / "out")
     (source / "previews").mkdir()
-    shutil.copy(source / "a.jpg", source / "previews/a.jpg.jpg")
+    shutil.copy(source / "a.jpg", source / "previews/a.jpg")
     assert len(find_images(source, source)[1]) == 4  # what an earlier run drew is no source
 
 

@@ -22,6 +22,7 @@ from yolo_ext.cli import main
 from yolo_ext.commands.label import label
 from yolo_ext.data.check import check_label
 from yolo_ext.data.formats import read_voc
+from yolo_ext.data.label import preview_of
 from yolo_ext.stock.load import load_model
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -65,7 +66,7 @@ def test_command_writes_everything_and_nothing_twice(place, capsys):
     assert {"detections.jsonl", "label.json", "review.html", "data.yaml"} < found.keys()
     images = sorted(before)
     for name in images:
-        assert {f"images/{name}", f"labels/{Path(name).stem}.txt", f"previews/{name}.jpg"} < found.keys()
+        assert {f"images/{name}", f"labels/{Path(name).stem}.txt", preview_of(name)} < found.keys()
         check_label(place / f"out/labels/{Path(name).stem}.txt", 3)
     assert main(words) == 0
     assert tree(place / "out") == found

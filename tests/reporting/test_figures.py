@@ -25,41 +25,9 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def layer(i: int, before: int, after: int) -> dict:
-    return {"name": f"model.{i}.$conv_{i}", "before": before, "after": after, "reason": "Detect output"}
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [
-        pytest.param([layer(0, 16, 8)], id="one"),
-        pytest.param([layer(0, 16, 16)], id="none pruned"),
-        pytest.param([{"name": "a", "before": 4, "after": 2}], id="no reason"),
-        pytest.param([layer(i, 64, 32 if i % 3 else 64) for i in range(50)], id="many"),
-    ],
-)
-def test_channels_height_follows_the_number_of_layers(layers: list[dict], tmp_path: Path) -> None:
-    image = cv2.imread(str(figures.plot_channels(layers, tmp_path / "new" / "channels.png")))
-    assert image.shape[0] == pytest.approx(150 * (1.1 + 0.19 * len(layers)), abs=2)
-    assert image.std() > 5
-
-
-@pytest.mark.parametrize(
-    "stages",
-    [
-        pytest.param({"base": {"map": 0.6, "latency_ms": {"ort": 9.0}}, "prune": {"map": 0.2}}, id="some"),
-        pytest.param({"prune": {}, "export": None}, id="nothing measured"),
-    ],
-)
-def test_stages_are_drawn(stages: dict, tmp_path: Path) -> None:
-    assert cv2.imread(str(figures.plot_stages(stages, tmp_path / "stages.png"))).std() > 5
-
-
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda d: figures.plot_channels([], d / "x.png"), id="channels"),
-        pytest.param(lambda d: figures.plot_stages({}, d / "x.png"), id="stages"),
         pytest.param(lambda d: figures.side_by_side(d / "none.jpg", [], [], NAMES, d / "x.png"), id="no picture"),
         pytest.param(lambda d: figures.side_by_side(d, [], [], NAMES, d / "x.png"), id="folder"),
     ],

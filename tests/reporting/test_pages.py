@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -16,8 +18,9 @@ import pytest
 from yolo_ext.reporting.figures import imwrite
 from yolo_ext.reporting.pages import render, write_report
 
-SECTIONS = ("Before and after", "Notes", "Stages", "Checks", "Detections", "Latency", "For comparison",
-            "Channels per layer", "Quantization", "Plots", "Options", "Reproduce")  # fmt: skip
+SECTIONS = ("Before and after", "Notes", "Stages", "Accuracy against latency", "Accuracy per class", "Checks",
+            "Detections", "Latency", "For comparison", "Channels per layer", "Quantization", "Training curves",
+            "Options", "Reproduce")  # fmt: skip
 BEFORE = {
     **{"params": 3_000_000, "gflops": 8.2, "size_mb": 6.2, "map50": 0.9, "map": 0.6, "convs": 64, "int8_convs": 0},
     **{"latency_ms": {"torch": 20.0, "ort": 10.0, "ort_int8": None}, "map_onnx": {"fp32": 0.6, "int8": None}},
@@ -25,8 +28,9 @@ BEFORE = {
 AFTER = {
     **{"params": 1_500_000, "gflops": 4.1, "size_mb": 3.1, "map50": 0.9, "map": 0.5912, "convs": 64, "int8_convs": 61},
     **{"latency_ms": {"torch": 25.0, "ort": 8.0, "ort_int8": 4.0}, "map_onnx": {"fp32": 0.59, "int8": 0.58}},
+    "latency_ratio": {"ort_int8": {"ratio": 2.5, "p10": 2.4, "p90": 2.6, "significant": True}},
 }
-VOID = {"meta", "img", "circle", "line", "polyline"}
+VOID = {"meta", "img", "circle", "line", "polyline", "rect", "path"}
 HOSTILE = "<script>alert(1)</script>\"'&"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -55,7 +59,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data if self.open and self.open[-1] != "style" else ""
+        self.text += data if self.open and self.open[-1] not in ("style", "script") else ""
 
 
 @pytest.fixture
@@ -83,9 +87,17 @@ def report(tmp_path: Path) -> dict:
             {"name": "mAP drop", "value": 0.02, "limit": 0.01, "passed": False},
         ],
         "pictures": [{"path": "side.jpg", "caption": "1 missed"}, {"path": "gone.jpg", "caption": "lost"}],
-        "plots": [{"path": str(tmp_path / "side.jpg"), "caption": "channels"}],
+        "about": {"Model": "base.pt (detect, 2 classes)", "Images": "160 train, 40 val", "Image size": "192 px"},
+        "files": {"before": "base/fp32.onnx", "after": "ptq/int8.onnx", "prune": "prune/pruned.pt"},
+        "classes": {"before": {"cell": 0.61, "rare": 0.2}, "after": {"cell": 0.6, "rare": 0.25}},
+        "curves": [{"name": "finetune", "columns": {"train/box_loss": [2.0, 1.5], "metrics/mAP50(B)": [0.0, 0.5]}}],
         "latency": {
-            "rows": [{"name": "base", "median": 10.0, "p10": 9.0, "p90": 12.0}, {"name": "int8", "median": None}],
+            "rows": [
+                {"name": "base FP32", "median": 10.0, "p10": 9.0, "p90": 12.0},
+                {"name": "compressed FP32", "median": 12.0, "p10": 9.0, "p90": 13.0},
+                {"name": "compressed INT8", "median": 4.0, "p10": 3.5, "p90": 4.5},
+                {"name": "int8", "median": None},
+            ],
             "note": "1 thread, 200 runs",
         },
         "quantization": {
@@ -104,7 +116,7 @@ def report(tmp_path: Path) -> dict:
             "f1": {"fp32": {"f1": 0.835, "f1_conf": 0.287}, "int8": {"f1": 0.834, "f1_conf": None}},
             "parity": {"torch": {"box_mean": 0.1077, "score_max": 0.0368}, "simulation": {"box_max": 0.3826}},
         },
-        "plan": {"model.0.conv": [1, 5]},
+        "options": {"prune.speedup": [2.0, None], "prune.at": [[1, 5], []], "epochs": [20, 30]},
         "notes": ["PTQ missed the budget, so QAT ran."],
         "comparison": [
             {"name": "pruned", "params": 1_500_000, "gflops": 4.1, "map": 0.5912, "ort": 8.0},
@@ -120,14 +132,17 @@ def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) 
         *SECTIONS,
         *("yolov8n width 0.16", "8.51", "1,300,000"),
         *("YOLOv8n, twice as fast", "-50.0%", "-0.0088", "2.50x faster", "Latency ORT INT8 (ms), before: ORT FP32"),
-        *("model.22.cv3", "Detect output", "1 of 2 layers pruned, 80 → 72 output channels", "model.0.conv: [1, 5]"),
+        *("model.22.cv3", "Detect output", "1 of 2 layers pruned, 80 → 72 output channels", "[1, 5]"),
+        *("base.pt (detect, 2 classes)", "160 train, 40 val", "File sizes are of base/fp32.onnx and ptq/int8.onnx"),
+        *("rare", "+0.0500", "prune.speedup", "train/box_loss", "epoch 1: 2"),
         *("run in INT8: 61 of 64", "constant weights", "1 thread, 200 runs", "PTQ missed the budget"),
         *("ort-x86", "292 images of 192 px, seed 0, hash ef53", "mse; of weights max"),
         *("0.835 at 0.287 (FP32), 0.834 at not measured (INT8)", "Fake-quantized PyTorch", "0.108", "0.037", "0.383"),
         *("yolo-ext compress model=base.pt", "lost: picture gone.jpg not found"),
     ):
         assert text in page.text, text
-    assert page.tags.count("svg") == 2  # GFLOPs and mAP: latency was measured at one stage only
+    bars, curves = 4 + 2 + 2, 2  # bars of latency, channels and classes
+    assert page.tags.count("svg") == bars + curves + 3  # accuracy against latency, and GFLOPs and mAP by stage
 
 
 def test_markdown_has_the_same_sections_and_figures(report: dict, tmp_path: Path) -> None:
@@ -157,24 +172,38 @@ def test_markdown_has_the_same_sections_and_figures(report: dict, tmp_path: Path
 
 def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path) -> None:
     page = Page(render(report, tmp_path))
-    assert "✗ 1 of 2 checks did not pass: mAP drop" in page.text
-    strip = re.search(r"▼ Worse than the base model: ([^▼]*)", page.text)
-    assert strip and "mAP50-95 -0.0088" in strip[1] and "Latency PyTorch (ms) 1.25x slower" in strip[1]
+    assert page.text.count("✗ 1 of 2 checks did not pass: mAP drop") == 2  # there is no headline, so it is that, too
     assert "▼\xa0-0.0088 worse" in page.text and "✓ pass" in page.text and "✗ fail" in page.text
+
+
+@pytest.mark.parametrize(("passed", "tone"), [(True, '"verdict"'), (False, '"verdict bad"')])
+def test_there_is_one_headline(passed: bool, tone: str, report: dict, tmp_path: Path) -> None:
+    report["summary"] |= {"headline": "2.5x faster. Deploy onnx/int8.onnx.", "passed": passed}
+    html = render(report, tmp_path)
+    assert html.count("Deploy onnx/int8.onnx") == html.count('class="verdict') == 1 and f"<p class={tone}>" in html
+    assert html.count("checks did not pass") == 1  # with the checks
 
 
 def test_a_better_model_is_not_called_worse(report: dict, tmp_path: Path) -> None:
     report["summary"]["after"] = report["summary"]["before"] | {"map": 0.7}
+    report["classes"]["after"]["cell"] = 0.7
     report["checks"].pop()
     text = Page(render(report, tmp_path)).text
     assert "worse" not in text.lower() and "✓ 1 of 1 checks passed" in text
+
+
+def test_files_on_the_front_and_beaten_ones(report: dict, tmp_path: Path) -> None:
+    html = render(report, tmp_path)
+    chart = html[html.index('class="wide"') : html.index("</svg>", html.index('class="wide"'))]
+    assert re.findall(r'<circle class="(\w*)"', chart) == ["", "beaten", ""]
+    assert re.search(r'<path class="front" d="M[\d. V]+ H[\d.]+ V[\d.]+ H624"/>', chart)
 
 
 @pytest.mark.parametrize(
     "content",
     [
         pytest.param({}, id="empty"),
-        pytest.param({"summary": None, "layers": None, "latency": None, "plan": None, "notes": None}, id="nulls"),
+        pytest.param({"summary": None, "layers": None, "latency": None, "options": None, "notes": None}, id="nulls"),
         pytest.param({"summary": {"before": None, "after": {}, "stages": {}, "env": None}, "layers": []}, id="hollow"),
         pytest.param({"summary": {"before": BEFORE}}, id="only before"),
         pytest.param({"summary": {"stages": {"prune": {"map": 0.5}}}, "quantization": {"convs": 3}}, id="one stage"),
@@ -222,7 +251,9 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
             "layers": [{"name": "n", "before": 2, "after": 1, "reason": "r"}],
             "checks": [{"name": "n", "value": "v", "limit": "l", "passed": False}],
             "pictures": [{"path": "p", "caption": "c"}],
-            "plots": [{"path": "p"}],
+            "about": {"Model": "m"},
+            "files": {"before": "b", "after": "a"},
+            "curves": [{"name": "n", "columns": {"a": [1.0]}}],
             "latency": {"rows": [{"name": "n", "median": 1.0}], "note": "n"},
             "quantization": {
                 "convs": "1",
@@ -237,10 +268,13 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
         }
     )
     assert isinstance(hostile, dict)
-    hostile["plan"] = hostile["summary"]["env"] = hostile["quantization"]["float"] = {HOSTILE: HOSTILE}
+    hostile["about"] = hostile["summary"]["env"] = hostile["quantization"]["float"] = {HOSTILE: HOSTILE}
+    hostile["options"] = {HOSTILE: [HOSTILE, HOSTILE]}
+    hostile["classes"] = {"before": {HOSTILE: 0.5, "b": 0.5}, "after": {HOSTILE: 0.5}}
+    hostile["curves"][0]["columns"][HOSTILE] = [2.0]
     hostile["summary"]["stages"] = {HOSTILE: BEFORE, "b": AFTER}
     page = Page(render(hostile, tmp_path))
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # ours
     assert page.text.count("alert(1)") > 15
 
 
@@ -249,8 +283,11 @@ def test_page_refers_to_nothing_outside_itself(report: dict, tmp_path: Path) -> 
     html = render(report, tmp_path)
     page = Page(html)
     assert page.references
-    assert all(ref.startswith(("#", "data:image/jpeg;base64,")) for ref in page.references)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert all(ref.startswith(("#", "data:image/webp;base64,")) for ref in page.references)
+    script = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256("".join(script).encode()).digest()).decode()
+    assert len(script) == 1 and f"script-src 'sha256-{digest}'" in html
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
 
 
@@ -261,7 +298,7 @@ def test_same_report_gives_the_same_bytes(report: dict, tmp_path: Path) -> None:
 
 def test_json_is_strict_and_round_trips(report: dict, tmp_path: Path) -> None:
     report["summary"]["after"] = {"map": float("nan"), "params": np.int64(7), "gflops": np.float32(0.5)}
-    report["plan"] = {"model.0.conv": np.array([1, 5]), "file": Path("a")}
+    report["options"] = {"prune.at": np.array([[1, 5], [0, 0]]), "quant.source": (Path("a"), None)}
     page = Page(write_report(tmp_path, report).read_text(encoding="utf-8"))
 
     def refuse(name: str) -> None:
@@ -269,8 +306,8 @@ def test_json_is_strict_and_round_trips(report: dict, tmp_path: Path) -> None:
 
     data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert data["summary"]["after"] == {"map": None, "params": 7, "gflops": 0.5}
-    assert data["plan"] == {"model.0.conv": [1, 5], "file": "a"}
-    assert data["layers"] == report["layers"] and "model.0.conv: [1, 5]" in page.text
+    assert data["options"] == {"prune.at": [[1, 5], [0, 0]], "quant.source": ["a", None]}
+    assert data["layers"] == report["layers"] and "[1, 5]" in page.text
 
 
 @pytest.mark.parametrize(("count", "folded"), [(16, False), (17, True)])
@@ -289,7 +326,8 @@ def test_report_opens_in_a_browser(report: dict, tmp_path: Path, width: int) -> 
     command = [BROWSER, *flags, "--enable-logging=stderr", *sizes, "--dump-dom", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     page = Page(done.stdout)
-    assert page.tags.count("section") == len(SECTIONS) and page.tags.count("img") == 2
+    assert page.tags.count("section") == len(SECTIONS) and page.tags.count("img") == 1
+    assert page.tags.count("button") > 20  # the script runs: columns can be sorted
     assert not re.search("CONSOLE.*(Refused|violates|ERR_)", done.stderr)
 
 
@@ -298,7 +336,7 @@ def test_a_classifier_is_judged_by_top_1(report, tmp_path):
     for part in (report["summary"]["before"], report["summary"]["after"], *report["summary"]["stages"].values()):
         part |= {"top1": 0.75, "map": None, "map50": None, "map_onnx": {}}
     report["comparison"] = [{"name": "base", "params": 3, "gflops": 8.2, "top1": 0.75, "ort": 1.0}]
-    report["checks"] = []
+    report["checks"], report["curves"] = [], []
     page = Page(render(report, tmp_path))
     assert "mAP" not in page.text
     assert page.text.count("Top-1 accuracy") >= 3 and "0.7500" in page.text

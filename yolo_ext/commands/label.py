@@ -58,7 +58,7 @@ def label(
     from ultralytics import YOLO
 
     from yolo_ext.data.formats import FORMATS
-    from yolo_ext.data.label import PREVIEWS, find_images, label_images, update
+    from yolo_ext.data.label import find_images, label_images, preview_of, update
     from yolo_ext.reporting.pages import render_review
     from yolo_ext.stock import no_autoinstall
 
@@ -84,8 +84,9 @@ def label(
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]
     records = [*done.records.values()]
+    drawn = {name: preview_of(name) for name in images if previews}
     page = render_review(f"Review of {len(records)} labelled images", records, images, names, notes=notes,
-                         skipped=done.skipped, previews=PREVIEWS if previews else "", limit=review)  # fmt: skip
+                         skipped=done.skipped, previews=drawn, limit=review)  # fmt: skip
     update(folder / "review.html", page)
     _report(found, told, done, folder)
     return {**found, "run_dir": str(folder)}

@@ -84,6 +84,11 @@ def find_images(source: Any, out: Path) -> tuple[Path, dict[str, Path]]:
     return root, {f.relative_to(root).as_posix(): f for f in files if not f.is_relative_to(own)}
 
 
+def preview_of(image: str) -> str:
+    """Return where the preview of an image lies in the output, a JPEG whatever the image is."""
+    return f"{PREVIEWS}/{image}" if image.lower().endswith((".jpg", ".jpeg")) else f"{PREVIEWS}/{image}.jpg"
+
+
 def _start(source: Path) -> Path | None:
     """Return the folder where a source starts, None for a text file of paths."""
     if source.is_file():
@@ -134,7 +139,7 @@ def _label(job: _Job, name: str, path: Path) -> None:
     """Label one image, from the journal where it was seen before."""
     existing = job.store.read(name)
     stamp, problem = attempt(lambda p: [(s := p.stat()).st_size, s.st_mtime_ns], path)
-    record, image, preview = job.known.get(name), None, job.out / PREVIEWS / f"{name}.jpg"
+    record, image, preview = job.known.get(name), None, job.out / preview_of(name)
     new = not problem and (record is None or record["stamp"] != stamp)
     if new and existing is not None and not job.overwrite:
         job.done.kept.append(name)

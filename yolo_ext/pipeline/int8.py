@@ -27,7 +27,7 @@ from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.pipeline.run import QAT, Run, measure, train
 from yolo_ext.quantization import search
 from yolo_ext.quantization.calibrate import findings, inspect
-from yolo_ext.quantization.fake_quant import insert_plan, load_state
+from yolo_ext.quantization.fake_quant import insert_state
 from yolo_ext.quantization.plan import table
 from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
@@ -271,8 +271,7 @@ def verify(run: Run) -> Record:
         shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
     model = run.load(Path(record.chosen))[0]
     fake, state = deepcopy(model), json.loads((run.folder / stage / "quant.json").read_text(encoding="utf-8"))["state"]
-    insert_plan(fake, plan_of(state))
-    load_state(fake, state)  # the quantizers that the INT8 file was written from
+    insert_state(fake, state)  # the quantizers that the INT8 file was written from
     found = deployed.verify(
         model, files["fp32"], run.info["images"]["val"][:LOOKED_AT], run.imgsz, int8_onnx=files["int8"], data=run.data,
         fake_quant=fake,

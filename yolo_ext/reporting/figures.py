@@ -1,7 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Figures of models: channels per layer, stages, accuracy against latency, detections of two side by side."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from ultralytics.utils.patches import imread, imwrite
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.reporting.tables import FIELDS, figure
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
 Names = Mapping[int, str] | Sequence[str]
@@ -30,58 +28,6 @@ MAX_LABELS = 15  # more boxes than this are drawn without class labels, which wo
 def pictured(size: int) -> Callable[[Any], Any]:
     """Draw by the decorated function in a font of `size` points, names as they are: two $ would begin a formula."""
     return plt_settings({"font.size": size, "text.parse_math": False})
-
-
-@pictured(9)
-def plot_channels(layers: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Plot the channels of layers (`name`, `before`, `after`, `reason` if kept) before and after pruning."""
-    if not layers:
-        raise UsageError("No layers to plot: the list of layers is empty. Pass at least one layer.")
-    rows = np.arange(len(layers))
-    before, after = (np.array([layer[side] for layer in layers]) for side in ("before", "after"))
-    drawn, ax = subplots(figsize=(9, 1.1 + 0.19 * len(layers)))
-    pruned = after < before
-    ax.barh(rows, before, 0.72, color=BEFORE, label=f"before ({before.sum():,} channels)")
-    ax.barh(rows[pruned], after[pruned], 0.72, color=AFTER, label=f"after ({after.sum():,} channels)")
-    ax.barh(rows[~pruned], after[~pruned], 0.72, color=KEPT, label=f"not pruned ({(~pruned).sum()} layers)")
-    for row, layer in enumerate(layers):
-        same = layer["after"] == layer["before"]
-        text = f"  {layer.get('reason') or ''}" if same else f" → {layer['after']}  "
-        text = f" {layer['before']}{text}"
-        ax.text(layer["before"], row, text, va="center", fontsize=6.5, color="#475569")
-    ax.set_yticks(rows, [str(layer["name"]) for layer in layers], fontsize=7)
-    ax.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, before.max() * 1.3), xlabel="output channels")
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0)
-    drawn.legend(loc="outside upper center", ncols=3, frameon=False)
-    return save(drawn, path)
-
-
-@pictured(10)
-def plot_stages(stages: Mapping[str, dict[str, Any] | None], path: str | Path) -> Path:
-    """Plot accuracy and, where it was measured, latency after each stage (name: measurement, in order)."""
-    if not stages:
-        raise UsageError("No stages to plot: the dict of stages is empty. Pass at least one stage.")
-    timed = any(figure(m, f.key) is not None for m in stages.values() for f in FIELDS if f.kind == "latency")
-    panels = [("accuracy", "score"), ("latency (ms)", "latency")][: 1 + timed]
-    drawn, grid = subplots(1, len(panels), figsize=(5.5 * len(panels), 3.8), squeeze=False)
-    for ax, (title, kind) in zip(grid[0], panels):
-        for field in (f for f in FIELDS if f.kind == kind):
-            # NaN leaves a gap: a line across a stage would show a value that was never measured there.
-            values = [math.nan if (v := figure(m, field.key)) is None else v for m in stages.values()]
-            if not np.isnan(values).all():
-                ax.plot(values, marker="o", label=field.column.removesuffix(" (ms)"))
-        ax.set_xticks(range(len(stages)), list(stages), rotation=20)
-        ax.set(title=title, xlim=(-0.4, len(stages) - 0.6))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.3)
-        if ax.lines:
-            ax.legend(frameon=False)
-        else:
-            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#64748b")
-        if kind == "latency":
-            ax.set_ylim(bottom=0)
-    return save(drawn, path)
 
 
 def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:

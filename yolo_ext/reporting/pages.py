@@ -1,10 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Pages that open offline, without scripts: the report of a run, and the review sheet of auto-labelling."""
+"""Pages that open offline: the report of a run, and the review sheet of auto-labelling."""
 
 import base64
+import hashlib
 import json
 import math
-import mimetypes
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -14,16 +14,21 @@ from urllib.parse import quote
 
 import cv2
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import colors
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, comparison_rows, figure, stage_rows
+from yolo_ext.reporting.figures import pareto
+from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, compare, comparison_rows, figure, note, stage_rows
 
 MISSING = "not measured"
 LONG_LIST = 16  # rows; a longer list starts folded
 LOW = 0.5  # boxes below this confidence are marked
-THUMB = 360  # px
+THUMB, WIDE = 360, 1400  # px; of the pictures of a review sheet and of a report
+HEAVY = 800_000  # bytes that all pictures of a report may have
+QUALITIES = (80, 60, 40, 20)  # of WebP, as far as it takes to stay below
+TEMPLATES = Path(__file__).with_name("templates")
 Report = Mapping[str, Any]
 Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), `objects` (`class`, `confidence`, `box`)
 
@@ -31,8 +36,10 @@ Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), 
 def write_report(run_dir: str | Path, report: Report) -> Path:
     """Write `report.json`, `report.md` and `report.html` into the folder of a run, and return the path of the latter.
 
-    All of `report` is optional: `title`, `command`, `summary` (the contents of `summary.json`), `layers`, `checks`,
-    `comparison`, `pictures`, `plots`, `latency`, `quantization`, `plan` and `notes`. Paths are relative to the folder.
+    All of `report` is optional: `title`, `about` (facts for the header), `command`, `summary` (the contents of
+    `summary.json`), `files` (whose size is given, by stage, `before` and `after`), `classes` (AP by name, `before` and
+    `after`), `layers`, `checks`, `comparison`, `pictures`, `curves` (of each training, its columns), `latency`,
+    `quantization`, `options` (value and default by name) and `notes`. Paths are relative to the folder.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,31 +61,32 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     summary = report.get("summary") or {}
     before, after, stages, env = (summary.get(k) or {} for k in ("before", "after", "stages", "env"))
     command, checks, layers = (report.get(k) or [] for k in ("command", "checks", "layers"))
-    command, rows = command or summary.get("command"), comparison_rows(before, after)
+    command, rows, files = command or summary.get("command"), comparison_rows(before, after), report.get("files") or {}
+    failed = [str(c.get("name")) for c in checks if not c.get("passed")]
+    passes = f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}" if failed else ""
+    passes = passes or f"✓ {len(checks)} of {len(checks)} checks passed"
     sections = {  # an empty one is left out
         "Before and after": rows,
         "Notes": report.get("notes"),
-        "Stages": stages and _stages(before, stages, summary.get("seconds") or {}),
-        "Checks": checks,
+        "Stages": stages and _stages(before, stages, summary.get("seconds") or {}, files),
+        "Accuracy against latency": _tradeoff(before, after, report.get("latency") or {}),
+        "Accuracy per class": _classes(report.get("classes") or {}),
+        "Checks": checks and {"rows": checks, "passes": passes, "failed": failed},
         "Detections": _embed(report.get("pictures"), run_dir),
-        "Latency": _latency(report.get("latency") or {}),
+        "Latency": report.get("latency"),
         "For comparison": report.get("comparison"),
         "Channels per layer": layers and {"layers": layers, "pruned": sum(x["after"] < x["before"] for x in layers)},
         "Quantization": report.get("quantization"),
-        "Plots": _embed(report.get("plots"), run_dir),
-        "Options": report.get("plan"),
+        "Training curves": report.get("curves"),
+        "Options": report.get("options"),
         "In a table of runs": summary.get("comparison"),
         "Reproduce": {"command": command, "env": env} if command or env else None,
     }
     sections = {name: part for name, part in sections.items() if part}
     cards, int8_note = _cards(after, rows)
-    failed = [str(c.get("name")) for c in checks if not c.get("passed")]
-    worse = [f"{r.label} {r.delta}" for r in rows if r.verdict == "worse"]
-    verdicts = [("", f"✓ {len(checks)} of {len(checks)} checks passed")] if checks else []
-    if failed:
-        verdicts = [("bad", f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}")]
-    verdicts += [("warn", f"▼ Worse than the base model: {' · '.join(worse)}")] if worse else []
-    shown = {"verdicts": verdicts, "cards": cards, "int8_note": int8_note, "sections": sections}
+    headline = summary.get("headline") or (passes if checks else "")
+    shown = {"headline": headline, "passed": summary.get("passed", not failed), "about": report.get("about") or {}}
+    shown |= {"cards": cards, "int8_note": int8_note, "sections": sections, "files": files, "remarks": note(after)}
     return {"title": str(report.get("title") or "Compression report"), **shown}
 
 
@@ -96,40 +104,41 @@ def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
     return [{**empty, **known}[key] for key in keys], note
 
 
-def _stages(before: Report, stages: Report, seconds: Report) -> dict[str, Any]:
-    """Return the table of stages, the base in front, and the charts of GFLOPs, accuracy and one latency."""
+def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> dict[str, Any]:
+    """Return the table of stages, the base in front, and what the charts of GFLOPs, accuracy and one latency show."""
     if before and not {"base", "before"} & stages.keys():
         stages = {"base": before, **stages}
     latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
-    fields = [f for f in FIELDS if f.key in ("gflops", "map", "top1", latency.key)]
-    charts = [_chart(f.label, {n: figure(m, f.key) for n, m in stages.items()}, f.spec) for f in fields]
+    charts = []
+    for f in (f for f in FIELDS if f.key in ("gflops", "map", "top1", latency.key)):
+        points = [(name, v) for name, m in stages.items() if (v := figure(m, f.key)) is not None]
+        charts += [{"title": f.label, "points": points, "spec": f.spec}] if len(points) > 1 else []
     header, rows = stage_rows(stages)
     if seconds:
         header, rows = [*header, "Seconds"], [[*row, cell(seconds.get(row[0]), ",.1f")] for row in rows]
-    return {"header": header, "rows": rows, "charts": [c for c in charts if c]}
+    if files:
+        header, rows = [*header, "Size is of"], [[*row, files.get(row[0], ABSENT)] for row in rows]
+    return {"header": header, "rows": rows, "charts": charts}
 
 
-def _chart(title: str, points: Mapping[str, float | None], spec: str) -> dict[str, Any]:
-    """Place one figure over the stages in a chart of 360 x 200; nothing where fewer than two were measured."""
-    measured = {name: v for name, v in points.items() if v is not None}
-    if len(measured) < 2:
-        return {}
-    low, high = min(measured.values()), max(measured.values())
-    spots = []
-    for i, (name, v) in enumerate(measured.items()):
-        x = 40 + 280 * i / (len(measured) - 1)
-        y = 130 - 80 * ((v - low) / (high - low) if high > low else 0.5)
-        places = {"x": f"{x:.1f}", "y": f"{y:.1f}", "above": f"{y - 9:.1f}", "right": f"{x + 4:.1f}"}
-        spots.append({**places, "name": name, "value": format(v, spec)})
-    return {"title": title, "spots": spots}
+def _tradeoff(before: Report, after: Report, latency: Report) -> list[dict[str, Any]]:
+    """Return files with known latency and accuracy in ONNX Runtime, and whether each is on the Pareto front."""
+    measured = {"base FP32": (before, ("map_onnx.fp32", "map", "top1")), "compressed INT8": (after, ("map_onnx.int8",)),
+                "compressed FP32": (after, ("map_onnx.fp32", "map", "top1"))}  # fmt: skip
+    points = []
+    for row in latency.get("rows") or []:
+        m, keys = measured.get(str(row.get("name")), ({}, ()))
+        score = next((v for k in keys if (v := figure(dict(m), k)) is not None), None)
+        times = {k: figure(dict(row), k) for k in ("median", "p10", "p90")}
+        points += [{"name": row["name"], **times, "map": score}] if None not in (score, *times.values()) else []
+    return [p | {"front": best} for p, best in zip(points, pareto(points))] if len(points) > 1 else []
 
 
-def _latency(latency: Report) -> dict[str, Any]:
-    """Return names with median, p10 and p90 in ms, and the longest of them, which the bars are drawn against."""
-    rows = [(r.get("name"), *(figure(r, k) for k in ("median", "p10", "p90"))) for r in latency.get("rows") or []]
-    longest = max((v for _, median, _, high in rows for v in (median, high) if v is not None), default=1.0)
-    return {"rows": rows, "longest": longest, "note": latency.get("note")} if rows or latency.get("note") else {}
+def _classes(found: Report) -> list[dict[str, Any]]:
+    """Return the AP of each class before and after, and how far it moved."""
+    rows = [(name, found["before"].get(name), found["after"].get(name)) for name in found.get("before", ())]
+    return [{"name": n, "before": b, "after": a, "change": compare(b, a, "score")} for n, b, a in rows]
 
 
 def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, str]]:
@@ -137,16 +146,26 @@ def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, s
     read = []
     for picture in pictures or []:
         path = run_dir / str(picture["path"])
-        kind = mimetypes.guess_type(path.name)[0] or ""
-        data = _data_url(kind, path.read_bytes()) if path.is_file() and kind.startswith("image/") else ""
         place = quote((path.relative_to(run_dir) if path.is_relative_to(run_dir) else path).as_posix())
         named = {"name": path.name, "caption": _text(picture.get("caption") or path.name), "path": place}
-        read.append({**named, "data": data})
+        read.append({**named, "data": _data_url(path, WIDE, HEAVY // len(pictures or []))})
     return read
 
 
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _data_url(file: Path, side: int, limit: float = math.inf) -> str:
+    """Return a copy of an image of at most `side` pixels and about `limit` bytes as a data URL; "" where it is gone."""
+    image = imread(str(file)) if file.is_file() else None
+    if image is None:
+        return ""
+    scale = side / max(image.shape[:2])
+    if scale < 1:
+        size = [max(1, round(n * scale)) for n in (image.shape[1], image.shape[0])]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    for quality in QUALITIES:
+        data = cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
+        if len(data) < limit:
+            break
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
 
 def _plain(value: Any) -> Any:
@@ -172,8 +191,12 @@ def lowest(record: Record) -> float | None:
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """Sort images by their least certain object; those in which nothing was found come last."""
-    return sorted(records, key=lambda r: (2.0 if (low := lowest(r)) is None else low, r["image"]))
+    """Sort images by the work that they are likely to need: boxes below `LOW` by how many are wrong, then no boxes."""
+
+    def need(record: Record) -> float:
+        return sum(1 - o["confidence"] for o in record["objects"] if o["confidence"] < LOW)
+
+    return sorted(records, key=lambda r: (-need(r), LOW if (low := lowest(r)) is None else low, r["image"]))
 
 
 def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
@@ -189,51 +212,36 @@ def class_counts(records: Iterable[Record], names: Mapping[int, str]) -> dict[st
 
 
 def render_review(title: str, records: Sequence[Record], files: Mapping[str, Path], names: Mapping[int, str], *,
-                  notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None, previews: str = "",
-                  limit: int = 500) -> str:  # fmt: skip
-    """Return the review sheet of `files` by name, the least certain first, with links to `previews`, a folder."""
+                  notes: Sequence[str] = (), skipped: Mapping[str, str] | None = None,
+                  previews: Mapping[str, str] | None = None, limit: int = 500) -> str:  # fmt: skip
+    """Return the review sheet of `files` by name, what needs most work first, with links to `previews` by name."""
     shown = in_order(records)[:limit]
     seen = Counter(c for r in shown for c in {o["class"] for o in r["objects"]})
     filters = [{"name": "All", "key": "", "color": "", "count": len(shown)}]
     filters += [{"name": names[c], "key": f"c{c}", "color": _color(c), "count": n} for c, n in sorted(seen.items())]
     if empty := sum(not r["objects"] for r in shown):
         filters.append({"name": "Nothing found", "key": "none", "color": "", "count": empty})
-    shots = [_shot(r, files[r["image"]], names, previews) for r in shown]
+    shots = [_shot(r, files[r["image"]], names, (previews or {}).get(r["image"], "")) for r in shown]
     counts, known = class_counts(records, names), {"names": names, "low": LOW, "skipped": skipped or {}}
     page = {"title": title, "notes": notes, "counts": counts, "filters": filters, "shots": shots, **known}
     return _page("review.html.j2", **page, total=len(records))
 
 
-def _shot(record: Record, file: Path, names: Mapping[int, str], previews: str) -> dict[str, Any]:
+def _shot(record: Record, file: Path, names: Mapping[int, str], preview: str) -> dict[str, Any]:
     """Return what is shown of one image: boxes as SVG stay sharp and can be filtered."""
-    objects, low = record["objects"], lowest(record)
-    counts = sorted(Counter(o["class"] for o in objects).items())
-    least: dict[int, float] = {}
-    for o in objects:
-        least[o["class"]] = min(o["confidence"], least.get(o["class"], 1.0))
+    low, found = lowest(record), sorted({o["class"] for o in record["objects"]})
+    ranges = {c: [o["confidence"] for o in record["objects"] if o["class"] == c] for c in found}
     tone, word = ("none", "nothing found") if low is None else ("warn" if low < LOW else "", f"lowest {low:.2f}")
-    link = quote(f"{previews}/{record['image']}.jpg", errors="replace") if previews else ""
-    classes = " ".join(f"c{c}" for c, _ in counts) or "none"
-    order = ";".join(f"--c{c}:{round(1e4 * p)}" for c, p in least.items())
-    text = " · ".join(f"{n} {names[c]}" for c, n in counts)
-    marks = {"classes": classes, "order": order, "text": text, "tone": tone, "word": word}
-    return {**record, "thumbnail": _thumbnail(file), "link": link, **marks}
+    return {
+        **record, "thumbnail": _data_url(file, THUMB), "link": quote(preview, errors="replace"), "tone": tone,
+        "word": word, "classes": " ".join(f"c{c}" for c in found) or "none",
+        "order": ";".join(f"--c{c}:{round(1e4 * min(v))}" for c, v in ranges.items()),
+        "text": " · ".join(f"{len(v)} {names[c]} from {min(v):.2f}" for c, v in ranges.items()),
+    }  # fmt: skip
 
 
 def _color(index: int) -> str:
     return "rgb({},{},{})".format(*colors(index))
-
-
-def _thumbnail(file: Path) -> str:
-    """Return a reduced copy of an image as a data URL, empty where it is gone."""
-    image = imread(file)
-    if image is None:
-        return ""
-    scale = THUMB / max(image.shape[:2])
-    if scale < 1:
-        size = [max(1, round(side * scale)) for side in (image.shape[1], image.shape[0])]
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return _data_url("image/jpeg", cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
 
 
 def _text(value: object) -> str:
@@ -248,16 +256,19 @@ def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
+SCRIPT = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))
 ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
+    loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-ENVIRONMENT.globals.update(absent=ABSENT, missing=MISSING, long_list=LONG_LIST)
+ENVIRONMENT.globals.update(
+    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT,
+    script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+)  # fmt: skip
 ENVIRONMENT.filters.update(
     text=_text, number=_number, figure=figure, cell=cell, color=_color, json=json.dumps,
     fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
     anchor=lambda name: name.lower().replace(" ", "-"),
-    percent=lambda value, longest: f"{100 * value / longest if longest else 0:.2f}%",
     thousands=lambda value: f"{value:,}",
 )  # fmt: skip
 
