@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_ext.commands import (  # isort: skip
-    EXPORTS, PLACE, Count, Natural, Technique, Weights, check_native, command, need, tell_idle,
+    EXPORTS, PLACE, Count, Natural, Share, Technique, Weights, check_native, command, need, tell_idle,
 )  # fmt: skip
 from yolo_ext.core.config import TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
 def compress(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
-    resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a trained YOLO and prove the result; a technique is switched off by None.
 
@@ -35,6 +35,8 @@ def compress(
         sparsity: Options of a sparsity training that comes first.
         prune: Options of pruning; True removes half of the FLOPs.
         distill: Options of the distillation while fine-tuning.
+        max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
+            where it lost more.
         resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
         save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
@@ -42,7 +44,7 @@ def compress(
     Raises: `UsageError` if the input is wrong; nothing has been written then.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
     return _compress("compress", model, data, techniques, own, native)
 
 
@@ -53,7 +55,7 @@ def compress(
 def train(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
-    resume: bool | str = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a YOLO with our trainer of its task.
 
@@ -66,6 +68,8 @@ def train(
         prune: Options of pruning while training.
         distill: Options of distillation.
         quant: Options of quantization-aware training.
+        max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
+            where it lost more.
         resume: Go on with a training that was stopped.
         save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
@@ -79,7 +83,7 @@ def train(
     check_native("train", model, native)
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
     tell_idle(without_effect(parse(techniques), stages=False))
-    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "resume": resume or None,
+    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "max_drop": max_drop, "resume": resume or None,
              "save_optimizer": save_optimizer or None, **techniques}  # fmt: skip
     return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
 
@@ -90,7 +94,7 @@ def train(
 def prune(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
-    resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
 
@@ -99,7 +103,7 @@ def prune(
         data: Dataset YAML; may be left out with ``epochs=0``.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
     return _compress("prune", model, data, techniques, own, native)
 
 
@@ -110,7 +114,7 @@ def prune(
 def distill(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
-    resume: bool | str = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: bool | str = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `train` does, whose keys these are, with distillation on by default.
 
@@ -121,8 +125,8 @@ def distill(
     if not resume:
         need("distill", {"data": data}, "data")
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    return train(model, data, imgsz=imgsz, epochs=epochs, resume=resume, save_optimizer=save_optimizer, **techniques,
-                 **{"name": "distill", **native})  # fmt: skip
+    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer)
+    return train(model, data, **own, **techniques, **{"name": "distill", **native})
 
 
 @command("INT8 by PTQ or QAT, as ONNX", like=compress, examples=(
@@ -131,7 +135,7 @@ def distill(
 def quantize(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
-    resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but quantization on by default.
 
@@ -141,7 +145,7 @@ def quantize(
         epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
     """
     techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = {"imgsz": imgsz, "epochs": epochs, "resume": resume, "save_optimizer": save_optimizer or None}
+    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
     return _compress("quantize", model, data, techniques, own, native)
 
 
