@@ -15,7 +15,15 @@ from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
-for _module in ("compress", "deploy", "measure", "data", "label", "help"):  # fill the table, in the order of the help
+for _module in (
+    "compress",
+    "deploy",
+    "measure",
+    "compare",
+    "data",
+    "label",
+    "help",
+):  # fill the table, in the order of the help
     import_module(f"yolo_ext.commands.{_module}")
 
 from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS  # noqa: E402
@@ -84,9 +92,11 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
 def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """Split words into the command and its options, dotted keys nested; the words override those of a recipe."""
     if HELP_WORDS & {*argv}:
-        others = [word for word in argv if "=" not in word and word not in HELP_WORDS]
-        topic = next((word for word in others if word in (*COMMANDS.names(), *FORWARDED, *TOPICS)), *others[:1])
-        return "help", {"topic": topic} if others else {}
+        asked = [word.removeprefix("topic=") for word in argv]
+        others = [word for word in asked if "=" not in word and word not in HELP_WORDS]
+        known = [word for word in others if word in (*COMMANDS.names(), *FORWARDED, *TOPICS)]
+        known += ["help"] if sum(word in HELP_WORDS for word in asked) > 1 else []
+        return "help", {"topic": (known or others)[0]} if known or others else {}
     command, flat, problems = "", dict[str, Any](), list[str]()
     words, names = plain_words(argv), [*COMMANDS.names(), *FORWARDED]
     for word in words:
@@ -121,14 +131,14 @@ def plain_words(argv: list[str]) -> list[str]:
     fixed = {*names, *_tasks()}
     while queue:
         given = queue.popleft().rstrip(",")
-        word = given.lstrip("-")
-        first = word in names and not names & {*words}  # the command
-        named = word in legal if word == given else word in legal or word not in fixed
-        if "=" not in word and named and (given != word or not (first or word in _tasks())) and queue:
-            after = queue[0]
-            free = after.partition("=")[0].lstrip("-") not in legal if "=" in after else not re.match("-+[a-z]", after)
-            if free and not (word in switches and after in {*fixed, *legal}):
-                word += f"={queue.popleft()}"
+        word, after = given.lstrip("-"), queue[0].rstrip(",") if queue else ""
+        dashed, chosen = word != given, names & {*words}  # the command, once it is there
+        is_key = (word in legal and (dashed or chosen or word not in names)) or (dashed and word not in fixed)
+        another = re.match("-+[a-z]", after) or ("=" in after and after.partition("=")[0] in legal)
+        another = another or (word in switches and after in fixed | legal)
+        if is_key and after and not another and "=" not in word and word not in _tasks():
+            word += f"={after}"
+            queue.popleft()
         words.append(word)
     return words
 

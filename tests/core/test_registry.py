@@ -86,7 +86,8 @@ def test_user_function_that_cannot_be_had(table, path, message, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("alpha", " Did you mean 'alphas'?"), ("", ""), (3, ""), ("nothing like it", "")]
+    ("name", "near"),
+    [("alpha", "alphas"), ("alphsa", "alphas"), ("modle", "model"), ("", ""), (3, ""), ("nothing like it", "")],
 )
-def test_suggest(name, expected):
-    assert suggest(name, ["alphas", "beta"]) == expected
+def test_suggest(name, near):
+    assert suggest(name, ["alphas", "beta", "modules", "model"]) == (f" Did you mean '{near}'?" if near else "")

@@ -14,7 +14,7 @@ from ultralytics.utils import SETTINGS, YAML
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.core.config import CONFIGS, cfg_dir
+from yolo_ext.core.config import CONFIGS, cfg_dir, parse
 from yolo_ext.stock.load import load_model
 
 B = ["model=m.pt", "data=d.yaml"]
@@ -55,6 +55,69 @@ def test_equal_ways_to_write_options(words):
 )  # fmt: skip
 def test_values_are_read_as_ultralytics_reads_them(word, key, value):
     assert parsed(word)[key] == value
+
+
+FORMS = ["{}={}", "--{} {}", "--{}={}", "-{} {}", "-{}={}", "{} {}", "{} = {}", "--{} = {}", "--{}= {}"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_are_understood_as_other_programs_write_them(form):
+    given = {"model": "x.pt", "data": "d.yaml", "epochs": "3", "prune.speedup": "2", "name": "prune", "save": "True"}
+    words = " ".join(form.format(key, value) for key, value in given.items()).split()
+    expected = {
+        "model": "x.pt",
+        "data": "d.yaml",
+        "epochs": 3,
+        "prune": {"speedup": 2},
+        "name": "prune",
+        "resume": True,
+    }
+    assert cli.parse_args(["compress", *words]) == ("compress", expected)
+    if form != "{} {}":  # a bare `data` is the command
+        assert cli.parse_args([*words, "compress"]) == ("compress", expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("label --overwrite --model m.pt", {"overwrite": True, "model": "m.pt"}),
+        ("label overwrite model m.pt", {"overwrite": True, "model": "m.pt"}),
+        ("train --save --model m.pt", {"save": True, "model": "m.pt"}),
+        ("train --resume runs/last.pt", {"resume": "runs/last.pt"}),
+        ("train --resume False segment", {"resume": False, "task": "segment"}),
+        ("train --lr0 -1 --task segment", {"lr0": -1, "task": "segment"}),
+        ("predict --source rtsp://host?a=b", {"source": "rtsp://host?a=b"}),
+        ("data --check data", {"check": "data"}),
+        ("bench --models a.pt,b.onnx, threads=1", {"models": "a.pt,b.onnx", "threads": 1}),
+        ("export --imgsz [480, 640]", {"imgsz": [480, 640]}),
+        ("compress --modle x.pt", {"modle": "x.pt"}),  # refused later, with the nearest key
+    ],
+)
+def test_switches_and_unusual_values(words, options):
+    assert cli.parse_args(words.split())[1] == options
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("compress best.pt data.yaml", ["Did you mean 'model=best.pt'?", "Did you mean 'data=data.yaml'?"]),
+        ("bench a.pt", ["'a.pt' is no key=value pair. Did you mean 'models=a.pt'?"]),
+        ("data data.yaml", ["Did you mean 'check=data.yaml'?"]),
+        ("val best.pt", ["Did you mean 'model=best.pt'?"]),
+        ("best.pt", ["Did you mean 'model=best.pt'?"]),
+        ("train --model a.pt --data", ["'data' has no value. Write data=..."]),
+        ("train --model --data d.yaml", ["'model' has no value. Write model=..."]),
+        ("compres model=a.pt", ["Did you mean 'compress'?"]),
+        ("compress --modle x.pt", ["Unknown key 'modle' for 'compress'. Did you mean 'model'?"]),
+        ("compress", ["Missing: model=...", "Example: yolo-ext compress model=best.pt data=data.yaml"]),
+        ("distill model=a.pt", ["Missing: data=...", "Example: yolo-ext distill model=yolov8n.pt data=data.yaml"]),
+        ("verify model=a.pt", ["Missing: onnx=...", "Example: yolo-ext verify model=best.pt onnx=best.onnx"]),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_form(capsys, words, answer):
+    assert cli.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert [part for part in answer if part not in error] == [] and "See `yolo-ext help" in error
 
 
 def test_words_override_the_recipe_key_by_key(tmp_path):
@@ -108,7 +171,7 @@ def test_commands_switch_their_techniques_on(monkeypatch, words, techniques):
     seen = {}
     monkeypatch.setattr("yolo_ext.pipeline.compress", lambda **o: seen.update(o) or {"checks": []})
     assert cli.main([*words, *B]) == 0
-    assert {k: seen.get(k) for k in CONFIGS} == {**dict.fromkeys(CONFIGS), **techniques}
+    assert parse({k: seen.get(k) for k in CONFIGS}) == parse(techniques)
     assert seen.get("epochs") == (0 if words[0] == "quantize" or "epochs=0" in words else None)
     assert seen["mode"] == words[0]
 
@@ -118,7 +181,8 @@ def test_distill_is_a_training_with_a_teacher(monkeypatch, words, distill):
     seen = {}
     monkeypatch.setattr("yolo_ext.training.train", lambda **o: seen.update(o))
     assert cli.main(["distill", *B, *words]) == 0
-    assert seen == {"distill": distill, "name": "distill", "model": "m.pt", "data": "d.yaml"}
+    assert parse({"distill": seen.pop("distill")}) == parse({"distill": distill})
+    assert seen == {"name": "distill", "model": "m.pt", "data": "d.yaml"}
 
 
 def test_a_missed_budget_is_exit_status_1(monkeypatch, capsys):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 COMMANDS = Table("command")
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
-MODELS = ("model", "models", "compare", "distill")  # keys that take a YOLO where others take a path
+MODELS = ("model", "models", "other", "compare", "distill")  # keys that take a YOLO where others take a path
 PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
 # Keys of Ultralytics: prediction and no training reads them, both read them, only exports do, nothing does.
 PREDICTS = ("source", "vid_stride", "stream_buffer", "retina_masks", "show", "save_frames", "save_crop", "show_boxes",
@@ -78,7 +78,12 @@ def command(
                     raise UsageError(f"'{key}={value}' is illegal{legal}")
             with logged():
                 given.arguments |= {k: _as_files(v) for k, v in given.arguments.items() if k in MODELS}
-                return _result(fn(*given.args, **given.kwargs))
+                found = fn(*given.args, **given.kwargs)
+                if found is None:  # what only prints
+                    return found
+                from yolo_ext.reporting.result import Result
+
+                return Result({"run_dir": log_folder(), **found})
 
         checked.__dict__["like"] = like
         checked.__dict__["__signature__"] = signature.replace(return_annotation="Result")
@@ -98,16 +103,6 @@ def _as_files(given: Any) -> Any:
     from yolo_ext.checkpoint import file_of
 
     return str(file_of(given))
-
-
-def _result(found: Any) -> Any:
-    """Return what a command found as a `Result` that knows the run folder; None of one that only prints."""
-    if found is None:
-        return None
-    from yolo_ext.reporting.result import Result
-
-    folder = log_folder()
-    return Result({**({"run_dir": str(folder)} if folder else {}), **found})
 
 
 def check_keys(command: str, options: Mapping[str, Any]) -> None:

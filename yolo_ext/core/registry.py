@@ -14,8 +14,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def suggest(name: str, legal: list[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest legal name, one with the same last part first; else nothing."""
+    """Return `` Did you mean 'x'?`` for the nearest legal name, of same last part or letters first; else nothing."""
     same = [n for n in legal if n.rpartition(".")[2] == str(name).rpartition(".")[2]]
+    same = same or [n for n in legal if sorted(n) == sorted(str(name))]
     near = difflib.get_close_matches(str(name), same or legal, n=1, cutoff=0.0 if same else 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
