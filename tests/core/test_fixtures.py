@@ -24,8 +24,7 @@ from yolo_ext.data.shapes import make_shapes
 from yolo_ext.deployment.runtime import conv_report, predictor
 from yolo_ext.distillation.teacher import kept_channels
 from yolo_ext.pruning.masks import capture
-from yolo_ext.quantization.fake_quant import get_state
-from yolo_ext.quantization.qat import replay
+from yolo_ext.quantization.fake_quant import get_state, insert_state
 from yolo_ext.quantization.spec import convert, resolve_profile
 from yolo_ext.stock.load import load_model
 
@@ -96,7 +95,7 @@ def test_ranges_replay_and_convert(name):
     source = resolve_profile(record["profile"])
     for target, state in EXPECTED[name]["converted"].items():
         assert json.loads(json.dumps(convert(record["state"], source, resolve_profile(target)))) == state
-    replay(model, record)
+    insert_state(model, record["state"])
     with torch.no_grad():
         close([model.eval()(image())[0]], EXPECTED[name]["quantized"], rtol=1e-3, atol=5e-2)
     assert json.loads(json.dumps(get_state(model))) == json.loads(json.dumps(record["state"]))

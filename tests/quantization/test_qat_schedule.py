@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from yolo_ext.quantization import qat
-from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, quantized_layers, quantizers
+from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, insert_state, quantized_layers, quantizers
 from yolo_ext.quantization.spec import resolve_profile
 
 
@@ -57,5 +57,5 @@ def test_strip_and_replay_are_exact(model, images):
     state, out = get_state(model), model(images)[0]
     qat.strip(model)
     assert not list(quantized_layers(model)) and model.yolo_ext["quant"]["state"] == state
-    qat.replay(model, model.yolo_ext["quant"])
+    insert_state(model, model.yolo_ext["quant"]["state"])
     assert get_state(model) == state and torch.equal(model(images)[0], out)

@@ -6,7 +6,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization.plan import UNLISTED, listed_sites, make_plan, rows, table
+from yolo_ext.quantization.plan import UNLISTED, listed_sites, make_plan, table
 from yolo_ext.quantization.spec import PROFILES, SITES, Spec
 from yolo_ext.stock import matches
 
@@ -356,12 +356,12 @@ def test_branches_are_refused_by_name_before_they_are_merged(build):
 def test_resolved_rows(net):
     entries = [{"default": "all"}, {"op_names": [A], "granularity": "per_tensor"}]
     plan, reasons = make_plan(net, PROFILES["tensorrt"], config_list=entries)
-    resolved = rows(plan, reasons)
-    assert len(resolved) == len(plan) + len(reasons) and {len(row) for row in resolved} == {len(SITES) + 2}
-    found = {row[0]: row[1:] for row in resolved}
-    assert found["model.0.conv"] == ["8s", "8sc", "-", "-", "-", "-", ""]
-    assert found[A] == ["8s", "8s", "-", "-", "-", "-", ""]
-    assert found["model.2.m.0"] == ["-", "-", "-", "-", "8s", "-", ""]
-    assert found[DFL] == ["-"] * 6 + [reasons[DFL]]
-    lines = table(plan, reasons).splitlines()
-    assert lines[0].split(" | ")[1:4] == ["input", "weight", "residual"] and len(lines) == len(found) + 3
+    header, _, *lines, _ = [[c.strip() for c in line.split("|")] for line in table(plan, reasons).splitlines()]
+    assert header == ["Layer", "input", "weight", "residual", "Float because"] and len(lines) == len(plan) + len(
+        reasons
+    )
+    found = {row[0]: row[1:] for row in lines}
+    assert found["model.0.conv"] == ["8s", "8sc", "-", ""]
+    assert found[A] == ["8s", "8s", "-", ""]
+    assert found["model.2.m.0"] == ["-", "-", "8s", ""]
+    assert found[DFL] == ["-"] * 3 + [reasons[DFL]]

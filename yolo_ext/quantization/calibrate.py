@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER, TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Row
+from yolo_ext.data.records import quote
 from yolo_ext.quantization.fake_quant import get_state, insert_plan, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import channel_axis, weight_rows
 from yolo_ext.quantization.observers import Histogram, observers, weight_observers
@@ -33,18 +34,7 @@ def calibrate(
     model: nn.Module, batches: Iterable[torch.Tensor], observer: str = "mse", weight_observer: str | None = "max",
     total: int | None = None,
 ) -> State:  # fmt: skip
-    """Set the ranges of a model and switch its fake quantization on; memory does not grow with the number of images.
-
-    Args:
-        model: A model with fake quantizers; its train or eval mode is left as it was.
-        batches: Images of shape (batch, channels, height, width), 0 to 1.
-        observer: Name of the observer, or `package.module:function`; a tensor with one of its own uses that.
-        weight_observer: The same for weights; None keeps their ranges, as after AdaRound.
-        total: Number of batches, for the progress bar; None where it is not known.
-    Returns: The specs and ranges, as `get_state` gives them.
-    Raises: `UsageError`: If there is no such observer, no quantizer or no image, or a tensor never held a finite
-        value.
-    """
+    """Set all ranges by images (B, C, H, W), 0 to 1, and return the state; weight observer None keeps theirs."""
     sites = list(quantizers(model))
     layers = [layer for _, layer, _ in quantized_layers(model) if layer.weight_spec]
     if not sites and not layers:
@@ -64,12 +54,12 @@ def calibrate(
             repaired.append(f"{path} ({site})")
     if broken:
         remedy = "The float model is broken there: predict with it, or keep the layers float with quant.exclude."
-        raise UsageError(f"Calibration saw nothing but NaN or infinite values in {_some(broken)}. {remedy}")
+        raise UsageError(f"Calibration saw nothing but NaN or infinite values in {quote(broken, SHOWN)}. {remedy}")
     if repaired:
         now = "It was replaced by the smallest and largest finite value, or by 0 to 1 where there were only zeros."
-        LOGGER.warning(f"Calibration found an empty or infinite range in {_some(repaired)}. {now}")
+        LOGGER.warning(f"Calibration found an empty or infinite range in {quote(repaired, SHOWN)}. {now}")
     if ignored:
-        LOGGER.warning(f"Calibration left out NaN and infinite values in {_some(ignored)}.")
+        LOGGER.warning(f"Calibration left out NaN and infinite values in {quote(ignored, SHOWN)}.")
     return get_state(model)
 
 
@@ -115,10 +105,6 @@ def _set_range(q: Any, h: Histogram, rule: Row, transform: Callable | None) -> b
     usable = math.isfinite(lo) and math.isfinite(hi) and lo <= hi and max(-lo, hi) >= EMPTY
     q.set_range(*((lo, hi) if usable else (h.lo, h.hi) if max(-h.lo, h.hi) >= EMPTY else (0.0, 1.0)))
     return usable
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _numpy(act: nn.Module | None) -> Callable | None:
@@ -233,5 +219,5 @@ def findings(rows: Sequence[Found]) -> list[str]:
     for what, found, key, figure, advice in problems:
         worst = sorted(found, key=lambda r: -r[key])
         names = [f"{r['path']} {r['site']}{figure.format(**r)}" for r in worst]
-        said += [f"{what} {_some(names)}. {advice}"] if found else []
+        said += [f"{what} {quote(names, SHOWN)}. {advice}"] if found else []
     return said

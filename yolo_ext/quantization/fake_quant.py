@@ -16,7 +16,7 @@ from yolo_ext.checkpoint import note, set_tripwire
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization.layers import STOCK, SWAPS, QuantAct, QuantLayer, RangeQuantizer, channel_axis
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State
+from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State, plan_of
 from yolo_ext.stock.context import evaluating
 
 MODES = ("float", "off", "observe", "on")  # off: weights only; observe: float, collecting calibration statistics
@@ -129,6 +129,12 @@ def insert_plan(model: nn.Module, plan: Plan) -> None:
                 made["input"].set_range(0.0, 1.0)
                 made["input"].fixed = True
             _swap(layer, sites.get("weight"), made, block)
+
+
+def insert_state(model: nn.Module, state: State) -> None:
+    """Insert fake quantizers in place with the specs and ranges of a state, made for this model."""
+    insert_plan(model, plan_of(state))
+    load_state(model, state)
 
 
 def _swap(layer: Any, weight: Spec | None, made: dict[str, RangeQuantizer], block: Any) -> None:

@@ -335,19 +335,15 @@ def _trace(model: nn.Module, plan: Plan) -> tuple[dict[str, str], set[str]]:
 
 
 # Output --------------------------------------------------------------------------------------------------------------
-def rows(plan: Plan, reasons: Mapping[str, str]) -> list[list[str]]:
-    """Return the resolved table: layer, and for each site bits and scheme, or why the layer stays float."""
+def table(plan: Plan, reasons: Mapping[str, str]) -> str:
+    """Return plan and reasons (path -> why a layer stays float) as text, without sites that are nowhere quantized."""
 
     def cell(spec: Spec | None) -> str:
         return f"{spec.bits}{'s' if spec.symmetric else 'u'}{'c' if spec.per_channel else ''}" if spec else "-"
 
-    table = [[path, *(cell(sites.get(s)) for s in SITES), ""] for path, sites in plan.items()]
-    return table + [[path, *("-" for _ in SITES), reason] for path, reason in reasons.items()]
-
-
-def table(plan: Plan, reasons: Mapping[str, str]) -> str:
-    """Return plan and reasons (path -> why a layer stays float) as text, without sites that are nowhere quantized."""
-    columns = list(zip(["Layer", *SITES, "Float because"], *rows(plan, reasons)))
+    rows = [[path, *(cell(sites.get(s)) for s in SITES), ""] for path, sites in plan.items()]
+    rows += [[path, *("-" for _ in SITES), reason] for path, reason in reasons.items()]
+    columns = list(zip(["Layer", *SITES, "Float because"], *rows))
     header, *body = zip(*(c for c in columns if c[0] not in SITES or set(c[1:]) - {"-"}))
     legend = "Bits; s: zero in the middle, u: zero anywhere, c: a scale for each channel, -: float"
     return f"{align(body, header)}\n{legend}"

@@ -42,7 +42,7 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
     before = manifest(model).quant
     options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
     if before and before["profile"] == profile.name and before["options"] == options:
-        replay(model, before)
+        fq.insert_state(model, before["state"])
         return before["float"]
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
     batches = partial(letterbox_batches, images, imgsz, BATCH, **seen_by(model))
@@ -61,20 +61,12 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
         correct_bias(model, batches())
     if cfg.adaround or cfg.bn or cfg.bias_correction:
         calibrate(model, batches(), cfg.observer, None)  # another weight range would lose the roundings
-    fq.set_mode(model, "on")
     calibration = {
         "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,
         "weights": cfg.weight_observer, "imgsz": imgsz,
     }  # fmt: skip
     note(model, quant={"profile": profile.name, "options": options, "float": kept_float, "calibration": calibration})
     return kept_float
-
-
-def replay(model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Insert what the entry `quant` of a manifest describes into the float model that carries it, exactly as it was."""
-    fq.insert_plan(model, plan_of(record["state"]))
-    fq.load_state(model, record["state"])
-    fq.set_mode(model, "on")
 
 
 def strip(model: nn.Module) -> nn.Module:
@@ -150,7 +142,7 @@ def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable
     """Insert what `import_state` returned as the profile wants it, and calibrate on images where that lacks a range."""
     if not profile.output:
         done = convert(state, PROFILES["tensorrt"], profile)  # by whose rules ModelOpt trains
-        replay(model, {"state": done})
+        fq.insert_state(model, done)
         return done
     others = [path for path in make_plan(model, profile)[0] if path not in state and path.endswith(".conv")]
     plan, _ = make_plan(model, profile, others)
@@ -161,7 +153,6 @@ def complete(model: nn.Module, state: State, profile: Profile, batches: Iterable
         plan[path] |= plan_of({path: sites})[path]
     done = calibrate_rest(model, plan, given, batches)
     fq.load_state(model, done)
-    fq.set_mode(model, "on")
     return done
 
 

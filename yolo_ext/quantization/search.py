@@ -20,9 +20,9 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import tell_time
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.quantization.calibrate import calibrate_rest, known
-from yolo_ext.quantization.fake_quant import insert_plan, load_state, strip_fake_quant
+from yolo_ext.quantization.fake_quant import insert_state, strip_fake_quant
 from yolo_ext.quantization.plan import make_plan
-from yolo_ext.quantization.spec import Profile, State, plan_of
+from yolo_ext.quantization.spec import Profile, State
 from yolo_ext.reporting.curves import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
 from yolo_ext.runs import write_csv
@@ -137,9 +137,8 @@ class _Reference:
 def _measure(net: nn.Module, state: State, paths: list[str], reference: Any, score: Score | None) -> dict[str, float]:
     """Return the errors with only these layers quantized."""
     part = {path: state[path] for path in paths}
-    insert_plan(net, plan_of(part))
+    insert_state(net, part)
     try:
-        load_state(net, part)
         return {**reference.compared(net), **({"map": score(net)} if score else {})}
     finally:
         strip_fake_quant(net)
@@ -182,11 +181,7 @@ def order(found: Mapping[str, Any]) -> list[list[str]]:
 def fewest_float(
     order: Sequence[Sequence[str]], evaluate: Callable[[list[str]], float], budget: float
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the layers of the first groups that must stay float to hold a budget, and trials (groups `float`, `drop`).
-
-    `evaluate` gives the loss of a model whose layers of these paths are float. The number of groups is doubled until
-    the budget holds, then the gap is halved. If no trial holds it, the one that lost least counts.
-    """
+    """Return the layers of the fewest first groups whose loss, as `evaluate` says, holds a budget, and all trials."""
     trace: list[dict[str, float]] = []
 
     def layers(k: int) -> list[str]:

@@ -17,8 +17,8 @@ from yolo_ext.checkpoint import manifest, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import DistillConfig
 from yolo_ext.data.check import check_calibration
+from yolo_ext.quantization import fake_quant as fq
 from yolo_ext.quantization import qat
-from yolo_ext.quantization.fake_quant import insert_fake_quant, load_state, quantized_layers, quantizers, set_mode
 from yolo_ext.quantization.layers import ADDED
 from yolo_ext.quantization.observers import observers, weight_observers
 from yolo_ext.quantization.spec import resolve_profile
@@ -70,7 +70,7 @@ class Quant(Technique):
         check_calibration(cfg.source or info, cfg.calib, cfg.seed)
         observers[cfg.observer]
         weight_observers[cfg.weight_observer]
-        insert_fake_quant(model, resolve_profile(cfg.profile), cfg.exclude, cfg.config_list)
+        fq.insert_fake_quant(model, resolve_profile(cfg.profile), cfg.exclude, cfg.config_list)
 
     def put_in(self, trainer: Any, model: nn.Module, weights: nn.Module | None) -> nn.Module:
         """Return the float student fake-quantized, with the ranges that it has or else calibrated ones."""
@@ -91,7 +91,7 @@ class Quant(Technique):
         model, own, found = deepcopy(trainer.ema.ema), trainer.validator, {}
         with undisturbed(trainer.device):  # on several GPUs all take part, and one knows
             for name, mode in (("ptq", "on"), ("base", "float")):
-                set_mode(model, mode)
+                fq.set_mode(model, mode)
                 found[name] = score(accuracy(model, like=own, loader=own.dataloader)) or 0.0
         if RANK in {-1, 0}:
             for m in (live(trainer), trainer.ema.ema):
@@ -102,7 +102,7 @@ class Quant(Technique):
     def before_epoch(self, trainer: Any) -> None:
         """Let ranges follow the data, or fix them."""
         for model in (live(trainer), trainer.ema.ema):
-            set_mode(model, "on", momentum=qat.MOMENTUM if trainer.epoch < self.cfg.observe_epochs else 0.0)
+            fq.set_mode(model, "on", momentum=qat.MOMENTUM if trainer.epoch < self.cfg.observe_epochs else 0.0)
 
     def train_mode(self, trainer: Any) -> None:
         """Fix the statistics of BatchNorm when it is time."""
@@ -125,13 +125,13 @@ class Quant(Technique):
     def inexact(self, ema: nn.Module) -> set[str]:
         """Return the weights, which are rounded to codes, and the ranges, which are in the manifest."""
         added = {name for name in ema.state_dict() if name.endswith(ADDED)}
-        return added | {f"{path}.weight" for path, *_ in quantized_layers(ema)}
+        return added | {f"{path}.weight" for path, *_ in fq.quantized_layers(ema)}
 
     def reload(self, trainer: Any, ckpt: dict[str, Any]) -> None:
         """Set the ranges from the manifest of a checkpoint."""
         if ckpt.get("ema") and (record := manifest(ckpt["ema"]).quant):
             for model in (live(trainer), trainer.ema.ema):
-                load_state(model, record["state"])
+                fq.load_state(model, record["state"])
 
     def final(self, path: Path) -> nn.Module:
         """Return the model of a checkpoint as its INT8 file computes."""
@@ -151,14 +151,14 @@ def without_labels(given: DistillConfig | None) -> DistillConfig:
 def quantized(path: Path) -> nn.Module:
     """Return the model of a checkpoint as its INT8 file computes."""
     model = load_model(path)[0]
-    qat.replay(model, manifest(model).quant)
+    fq.insert_state(model, manifest(model).quant["state"])
     return model
 
 
 @torch.no_grad()
 def mean_of_ranks(model: nn.Module, ranks: int) -> None:
     """Replace every range by its mean over all processes."""
-    ends = [v for *_, q, _ in quantizers(model) for v in (q.lo, q.hi)]
+    ends = [v for *_, q, _ in fq.quantizers(model) for v in (q.lo, q.hi)]
     mean = torch.stack(ends)
     dist.all_reduce(mean)
     torch._foreach_copy_(ends, list((mean / ranks).unbind()))
