@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time a name is imported on its first use: torch and Ultralytics take seconds
+    from yolo_ext.commands.compare import compare
     from yolo_ext.commands.compress import compress, demo, distill, prune, quantize, train
     from yolo_ext.commands.data import convert, split
     from yolo_ext.commands.deploy import export, verify
@@ -33,13 +34,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckFailed", "ClassificationTrainer", "CompressionMixin", "DetectionTrainer", "DistillConfig", "OBBTrainer",
     "PoseTrainer", "PruneConfig", "QuantConfig", "Result", "SegmentationTrainer", "SparsityConfig", "UsageError",
-    "YoloExtError", "__version__", "analyze", "attach", "bench", "checks", "compress", "convert", "demo", "distill",
-    "export", "label", "list_criteria", "list_losses", "list_observers", "list_penalties", "list_profiles",
+    "YoloExtError", "__version__", "analyze", "attach", "bench", "checks", "compare", "compress", "convert", "demo",
+    "distill", "export", "label", "list_criteria", "list_losses", "list_observers", "list_penalties", "list_profiles",
     "list_schedules", "on_yolo", "predict", "prune", "quantize", "save_pruned", "sensitivity", "split", "train",
     "trainer_for", "verify",
 ]
 _HOMES = ("core.errors", "core.config", "commands.compress", "commands.deploy", "commands.measure", "commands.data",
-          "commands.help", "commands.label", "reporting.result", "pruning.pruner",
+          "commands.help", "commands.label", "commands.compare", "reporting.result", "pruning.pruner",
           "training.trainer")  # the lightest first
 
 

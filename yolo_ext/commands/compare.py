@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, Count, Natural, Share, command
+from yolo_ext.commands import LOGGER, Count, Natural, Share, Weights, command
 from yolo_ext.core.errors import UsageError
 
 
@@ -15,7 +15,7 @@ from yolo_ext.core.errors import UsageError
                    "model=best.pt other=pruned.pt data=data.yaml contract.recall.person=-0.02 confidence=0.95",
                    "model=run/base.npz other=run/other.npz"))  # fmt: skip
 def compare(
-    model: str, other: str, data: str | None = None, imgsz: Count | None = None, conf: Share | None = None,
+    model: Weights, other: Weights, data: str | None = None, imgsz: Count | None = None, conf: Share | None = None,
     within: Share = 0.005, contract: Any = None, confidence: Share | None = None, resamples: Count = 1000,
     seed: Natural = 0, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip

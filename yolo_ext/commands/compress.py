@@ -8,7 +8,7 @@ from typing import Any
 from yolo_ext.commands import (  # isort: skip
     EXPORTS, PLACE, Count, Natural, Share, Technique, Weights, check_native, command, need, tell_idle,
 )  # fmt: skip
-from yolo_ext.core.config import TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
+from yolo_ext.core.config import CONFIGS, TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
 
 AIM = {"speedup": 2.0}  # of pruning where no target is given
@@ -43,9 +43,7 @@ def compress(
     Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
     Raises: `UsageError` if the input is wrong; nothing has been written then.
     """
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
-    return _compress("compress", model, data, techniques, own, native)
+    return _compress("compress", **locals())
 
 
 @command("Train with any technique in the loop", examples=(
@@ -76,16 +74,14 @@ def train(
     Returns: The contents of ``summary.json``.
     Raises: `UsageError` if the input is wrong.
     """
+    given = dict(locals())
     from yolo_ext.training import train as run
 
     if not resume:
-        need("train", {"data": data}, "data")
-    check_native("train", model, native)
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    tell_idle(without_effect(parse(techniques), stages=False))
-    given = {"data": data, "imgsz": imgsz, "epochs": epochs, "max_drop": max_drop, "resume": resume or None,
-             "save_optimizer": save_optimizer or None, **techniques}  # fmt: skip
-    return run(model=model, **{k: v for k, v in given.items() if v is not None}, **native)
+        need("train", given, "data")
+    check_native("train", model, given.pop("native"))
+    tell_idle(without_effect(parse({k: given[k] for k in CONFIGS}), stages=False))
+    return run(**_asked(given), **native)
 
 
 @command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress, examples=(
@@ -102,9 +98,7 @@ def prune(
         model: Base ``.pt``; with ``epochs=0`` a ``.yaml`` will do.
         data: Dataset YAML; may be left out with ``epochs=0``.
     """
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
-    return _compress("prune", model, data, techniques, own, native)
+    return _compress("prune", **locals())
 
 
 @command("Train a student with a teacher", like=train, examples=(
@@ -122,11 +116,10 @@ def distill(
         model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
         distill: Options of distillation, such as `distill.teacher`.
     """
+    given = dict(locals())
     if not resume:
-        need("distill", {"data": data}, "data")
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer)
-    return train(model, data, **own, **techniques, **{"name": "distill", **native})
+        need("distill", given, "data")
+    return train(**{"name": "distill", **given.pop("native"), **given})
 
 
 @command("INT8 by PTQ or QAT, as ONNX", like=compress, examples=(
@@ -144,9 +137,7 @@ def quantize(
         data: Dataset YAML, for calibration, accuracy and QAT.
         epochs: Fine-tune epochs of the float model; those of QAT are `quant.epochs`.
     """
-    techniques = {"sparsity": sparsity, "prune": prune, "distill": distill, "quant": quant}
-    own = dict(imgsz=imgsz, epochs=epochs, max_drop=max_drop, resume=resume, save_optimizer=save_optimizer or None)
-    return _compress("quantize", model, data, techniques, own, native)
+    return _compress("quantize", **locals())
 
 
 @command("Generate data, train a small YOLO and compress it; needs no network", examples=("", "project=out name=demo"))
@@ -176,16 +167,20 @@ def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
     return found
 
 
-def _compress(mode: str, model: Any, data: Any, techniques: Any, own: Any, native: dict[str, Any]) -> dict[str, Any]:
+def _compress(mode: str, native: dict[str, Any], **given: Any) -> dict[str, Any]:
     """Run the pipeline under the name of a command; pruning without a target halves the FLOPs."""
     from yolo_ext.pipeline import compress as run
 
-    techniques = {**techniques, "prune": _aimed(techniques["prune"])}
-    configs = parse(techniques)
-    check_native(mode, model, native, also=EXPORTS if configs["quant"] else ())
-    tell_idle([*without_effect(configs), *_untrained(configs, own["epochs"], native)])
-    given = {k: v for k, v in {**techniques, **own}.items() if v is not None}
-    return run(model=model, data=data, **{**native, **given, "mode": mode})
+    given["prune"] = _aimed(given["prune"])
+    configs = parse({k: given[k] for k in CONFIGS})
+    check_native(mode, given["model"], native, also=EXPORTS if configs["quant"] else ())
+    tell_idle([*without_effect(configs), *_untrained(configs, given["epochs"], native)])
+    return run(**{**native, **_asked(given), "mode": mode})
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that are not off."""
+    return {k: v for k, v in given.items() if v is not None and v is not False}
 
 
 def _untrained(configs: Mapping[str, Any], epochs: int | None, native: Mapping[str, Any]) -> list[str]:
