@@ -58,7 +58,7 @@ def test_int8_of_a_float_model_is_calibrated_and_verified(place, shapes, caplog)
     assert re.search(r"[1-9]\d* of 3\d convolutions run as INT8", caplog.text)
     assert cli.main(["verify", "model=tiny.pt", "onnx=tiny.onnx", "int8=tiny_int8.onnx", data, "save_dir=run"]) == 0
     found = json.loads((place / "run/verify.json").read_text())
-    assert {"map", "int8_box_mean", "weight_max"} <= {c["name"] for c in found["checks"]}
+    assert {"map", "int8_box_mean", "weight_max"} <= {c["key"] for c in found["checks"]}
     assert YOLO("tiny_int8.onnx", task="detect").predict(str(shapes.parent / "images/val"), imgsz=64, verbose=False)
 
 

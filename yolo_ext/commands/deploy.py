@@ -97,12 +97,14 @@ def export(
     idle = {f"device={device} (exports run on the CPU)": device != "cpu"}
     idle["data (only INT8 is calibrated)"] = bool(data) and not (job.precision == "int8" or _ranges(job, format))
     tell_idle([key for key, there in idle.items() if there])
-    for file in files:
-        LOGGER.info(f"Export saved as {file} ({runs.size_mb(file):.1f} MB)")
     figures = runs.model_figures(net, Path(model), _side(job.imgsz))
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
-    before = {**figures, "size_mb": None}  # fp16 in a .pt against fp32 in ONNX would compare nothing
-    write_summary(folder, before, {**figures, "size_mb": runs.size_mb(files[-1])})
+    write_summary(folder, figures, {**figures, "size_mb": runs.size_mb(files[-1])}, table=False)
+    more = f" int8={files[1]}" if files[1:] else ""
+    checked = f"verify model={model} onnx={files[0]}{more} data={data or 'data.yaml'}"
+    timed = f"bench models={model},{files[0]} imgsz={_side(job.imgsz)}"
+    told = ", ".join(f"{file} ({runs.size_mb(file):.1f} MB)" for file in files)
+    runs.saved(told, f"yolo-ext {checked if format == 'onnx' else timed}")
     return {"files": files}
 
 
@@ -293,6 +295,7 @@ def verify(
     from yolo_ext.data.records import list_images
     from yolo_ext.deployment.compare import describe_difference
     from yolo_ext.deployment.runtime import describe
+    from yolo_ext.deployment.verify import WORDS
     from yolo_ext.deployment.verify import verify as run
     from yolo_ext.reporting.tables import align, write_summary
 
@@ -306,19 +309,24 @@ def verify(
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
+    found["checks"] = [{**c, "key": c["name"], "name": WORDS[c["name"]]} for c in found["checks"]]
     rows = [[c["name"], *(f"{c[k]:.3g}" for k in ("value", "limit")), "ok" if c["passed"] else "FAILED"]
             for c in found["checks"]]  # fmt: skip
-    LOGGER.info(align(rows, ["Check", "Value", "Limit", "Result"]))
+    LOGGER.info("\n" + align(rows, ["Check", "Value", "Limit", "Result"]))
     if counts := found.get("int8"):
         say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
         say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")
     if "first_difference" in found:
         LOGGER.info(describe_difference(found["first_difference"]))
+    passed, of = sum(c["passed"] for c in found["checks"]), f"of {len(rows)} checks on {len(images[:32])} images"
+    LOGGER.info(f"Equal within the limits: {passed} {of}" if found["passed"] else f"FAILED: {len(rows) - passed} {of}")
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
     base, ours = ((found.get("map") or {}).get(k) or {} for k in ("torch", "onnx"))
     figures = runs.model_figures(net, Path(model), _side(size))
     fp32 = ours.get("map") if found["precision"] == "fp32" else None
     after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": fp32}, **ours}
-    write_summary(folder, {**figures, "size_mb": None, **base}, after)  # sizes as in `export`
+    write_summary(folder, {**figures, **base}, after, table=False)
+    models = ",".join(file for file in (model, onnx, int8) if file)
+    runs.saved(folder, f"yolo-ext bench models={models} imgsz={_side(size)}" if found["passed"] else "")
     return found

@@ -1,13 +1,15 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Proof that an exported file does what the model does: raw tensors, detections, INT8 against its simulation, mAP."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from ultralytics.utils import TQDM
 from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from yolo_ext.core.errors import UsageError
@@ -40,6 +42,7 @@ WORDS = {  # the checks in words
 }
 MATCH_IOU = {"fp32": 0.99, "fp16": 0.9}
 BOXES = {"detect", "segment", "pose", "obb"}  # tasks with detections
+LACKS = {"classify": ("box_max", "extra_max"), "detect": ("extra_max",)}  # what the outputs of a task do not hold
 MOVED, FRAGILE = 1e-6, 2.0
 CONFIDENT = 0.1  # anchors below this score never become detections, and their boxes are noise
 
@@ -155,30 +158,37 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
     if precision == "int8":
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
     bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {}), **(limits or {})}
-    result: dict[str, Any] = {"precision": precision, "tensors": verify_tensors(weights, onnx_path, images, imgsz)}
-    worst = result["tensors"].pop("worst")
-    result["weights"] = compare_weights(weights, onnx_path, meta["end2end"], bounds["weight_max"])
+    result: dict[str, Any] = {"precision": precision}
+    todo: dict[str, Callable[[], dict[str, Any]]] = {
+        "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz),
+        "weights": partial(compare_weights, weights, onnx_path, meta["end2end"], bounds["weight_max"]),
+    }
     if meta["task"] in BOXES:
-        result["detections"] = verify_detections(weights, onnx_path, images, imgsz, match_iou=MATCH_IOU[precision])
+        match = MATCH_IOU[precision]
+        todo["detections"] = partial(verify_detections, weights, onnx_path, images, imgsz, match_iou=match)
     # A classifier has no boxes, the threshold of embedded NMS cuts the curve of precision.
     if data is not None and meta["task"] != "classify" and not meta["nms"] and height == width:
-        of_torch = accuracy(weights, data, width, end2end=meta["end2end"])
-        result["map"] = {"torch": of_torch, "onnx": accuracy(onnx_path, data, width)}
+        of_torch = partial(accuracy, weights, data, width, end2end=meta["end2end"])
+        todo["map"] = lambda: {"torch": of_torch(), "onnx": accuracy(onnx_path, data, width)}
     if int8_onnx is not None:
-        result["int8"] = verify_int8(onnx_path, int8_onnx, images, imgsz, fake_quant)
-        for figure, value in result["int8"].get("rounding", {}).items():
-            for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS) - set(limits or ()):
-                bounds[name] = max(bounds[name], FRAGILE * value)
-    checks = _checks(result, bounds)
+        todo["int8"] = partial(verify_int8, onnx_path, int8_onnx, images, imgsz, fake_quant)
+    for name, work in TQDM(todo.items(), desc="Verifying"):
+        result[name] = work()
+    worst = result["tensors"].pop("worst")
+    for figure, value in result.get("int8", {}).get("rounding", {}).items():
+        for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS) - set(limits or ()):
+            bounds[name] = max(bounds[name], FRAGILE * value)
+    checks = _checks(result, bounds, meta["task"])
     failed = {c["name"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:
         result["first_difference"] = first_difference(weights, onnx_path, worst, result["weights"]["different"])
     return {"passed": not failed, "checks": checks, **result}
 
 
-def _checks(result: dict[str, Any], bounds: dict[str, float]) -> list[dict[str, Any]]:
+def _checks(result: dict[str, Any], bounds: dict[str, float], task: str) -> list[dict[str, Any]]:
     """Return the table of checks: each figure that was measured with its limit."""
-    values = {name: result["tensors"][name] for name in ("score_max", "box_max", "extra_max")}
+    names = [name for name in ("score_max", "box_max", "extra_max") if name not in LACKS.get(task, ())]
+    values = {name: result["tensors"][name] for name in names}
     if result["weights"]["compared"]:
         values["weight_max"] = result["weights"]["weight_max"]
     if "detections" in result:

@@ -20,7 +20,7 @@ import psutil
 import torch
 import ultralytics
 from torch import nn
-from ultralytics import cfg
+from ultralytics import cfg, utils
 from ultralytics.cfg import TASKS, cfg2dict, get_cfg, get_save_dir, merge_equals_args, parse_key_value_pair
 from ultralytics.data import augment, build_yolo_dataset
 from ultralytics.data import utils as data_utils
@@ -120,6 +120,25 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
             yield
     finally:
         LOGGER.setLevel(level)
+
+
+@contextmanager
+def brief(wanted: bool) -> Iterator[None]:
+    """Keep Ultralytics' own lines, but no warnings, and all bars off the console for as long as a block runs."""
+    consoles = [h for h in LOGGER.handlers if type(h) is logging.StreamHandler and wanted]  # not the log of a run
+    own = str(Path(__file__).parents[1])
+
+    def ours(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or record.pathname.startswith(own)
+
+    for handler in consoles:
+        handler.addFilter(ours)
+    try:
+        with replaced(utils, VERBOSE=utils.VERBOSE and not wanted):
+            yield
+    finally:
+        for handler in consoles:
+            handler.removeFilter(ours)
 
 
 @contextmanager
