@@ -2,12 +2,15 @@
 """What a command returns: a dict of what it found, with the files and figures that a script or a notebook looks for."""
 
 import json
-from collections.abc import Iterable, Sized
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.reporting.tables import comparison_rows, comparison_table
+from yolo_ext.reporting.tables import align, comparison_rows, note
+
+FILES = ("best", "onnx", "int8", "report", "run_dir")
+HEAD = ("", "Before", "After", "Delta")
+SHOWN = ("headline", "before", "after", "checks", "run_dir")  # by themselves
 
 
 class Result(dict[str, Any]):
@@ -63,34 +66,26 @@ class Result(dict[str, Any]):
         files += [self.run_dir / place] if self.run_dir else []
         return next((f for f in files if f.is_file()), None)
 
-    def _lines(self) -> Iterable[tuple[str, str]]:
-        """Yield names and values of what is not in the table."""
-        if not self._compared():
-            plain = {k: v for k, v in self.items() if k not in ("run_dir", "headline", "before", "after", "checks")}
-            for key, value in plain.items():
-                many = isinstance(value, Sized) and not isinstance(value, str)
-                yield key, f"{len(value)} entries" if many else str(value)
-        for name in ("best", "onnx", "int8", "report", "run_dir"):
-            if path := getattr(self, name):
-                yield name, str(path)
-        if failed := [c["name"] for c in self.checks if not c["passed"]]:
-            yield "failed", ", ".join(failed)
-
-    def _compared(self) -> bool:
-        """Tell whether there are figures from before and after that differ."""
-        return bool(self.get("after")) and self.get("before") != self["after"]
+    def _told(self) -> tuple[str, list[tuple[str, ...]], list[tuple[str, str]]]:
+        """Return the headline, rows Before | After | Delta where figures changed, and names and values of the rest."""
+        before, after = self.get("before"), self.get("after")
+        compared = comparison_rows(before, after) if before != after else []
+        rows = [(r.label, r.before, r.after, r.delta) for r in compared]
+        told = {"measured": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
+        told |= {name: getattr(self, name) for name in FILES}
+        told["failed"] = ", ".join(c["name"] for c in self.checks if not c["passed"])
+        told = {k: v for k, v in told.items() if v not in (None, "")}
+        counted = {k: f"{len(v)} entries" if isinstance(v, (list, dict)) else str(v) for k, v in told.items()}
+        return self.get("headline") or "Result", rows, [*counted.items()]
 
     def __repr__(self) -> str:
         """Show the headline, Before | After | Delta, and where the files lie."""
-        table = [comparison_table(self["before"], self["after"])] if self._compared() else []
-        lines = [f"{name}: {value}" for name, value in self._lines()]
-        return "\n".join([self.get("headline") or "Result", *table, *lines])
+        headline, rows, told = self._told()
+        return "\n".join([headline, *([align(rows, HEAD)] if rows else []), *(f"{k}: {v}" for k, v in told)])
 
     def _repr_html_(self) -> str:
         """Show the same in a notebook."""
-        found = comparison_rows(self["before"], self["after"]) if self._compared() else []
-        rows = [("", "Before", "After", "Delta")] if found else []
-        rows += [(r.label, r.before, r.after, r.delta) for r in found]
-        cells = [*rows, *((name, value) for name, value in self._lines())]
+        headline, rows, told = self._told()
+        cells = [*([HEAD, *rows] if rows else []), *told]
         table = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells)
-        return f"<p>{escape(self.get('headline') or 'Result')}</p><table>{table}</table>"
+        return f"<p>{escape(headline)}</p><table>{table}</table>"
