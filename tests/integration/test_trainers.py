@@ -168,7 +168,9 @@ def test_kd_losses_are_logged_and_plotted(fit, tiny, tmp_path):
     for name in KD:
         column = table[f"train/{name}"]
         assert (column > 0).all()
-        assert (table[f"val/{name}"] == 0).all()  # the EMA has the task's criterion only
+    # Every loss has something to show, in a panel of results.png as in TensorBoard: the EMA has no losses of ours.
+    losses = [c for c in table.columns if "loss" in c]
+    assert all((table[c] > 0).any() for c in losses) and {f"train/{name}" for name in KD} < set(losses)
     assert (tmp_path / "run/results.png").stat().st_size > 10_000
 
 

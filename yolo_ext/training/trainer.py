@@ -14,20 +14,21 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.core.log import log_to, logged
+from yolo_ext.core.log import log_to, logged, resumes
 from yolo_ext.stock import trainer as engine
-from yolo_ext.stock.context import cfg2dict, replaced
+from yolo_ext.stock.context import brief, cfg2dict, replaced
 from yolo_ext.stock.load import images_only_read
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant
-from yolo_ext.training.resume import Exact, Trained, clear
+from yolo_ext.training.resume import SIDECAR, Exact, Trained, clear
 from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
 OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers
     "save_optimizer": False, "modules": None,
 }  # fmt: skip
+OURS = ("kd_", "sparsity_")  # how names of our losses begin
 BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
 TECHNIQUES: tuple[type[Technique], ...] = (Prune, Sparse, Distill, Quant)  # in the order in which they act
 
@@ -61,7 +62,11 @@ class CompressionMixin(BEHIND):
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
-        super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
+        # A run that goes on may say less or more than before, which Ultralytics would warn of.
+        verbose = overrides.pop("verbose", None) if overrides.get("resume") else overrides.get("verbose")
+        with brief(verbose is False):
+            super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
+        self.args.verbose = self.args.verbose if verbose is None else verbose
         stock.register_layers(getattr(self.args, "modules", None))  # which a run of yolo_ext 0.1 has not
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
@@ -116,9 +121,10 @@ class CompressionMixin(BEHIND):
 
     def train(self) -> Any:
         """Train as usual, with a log in the run folder."""
-        with logged(), engine.plain_labels():
+        with logged(), engine.plain_labels(), brief(self.args.verbose is False):
             if RANK in {-1, 0}:
                 log_to(self.save_dir)
+                resumes("train", self.save_dir, f"weights/{SIDECAR.format('*')}")
             return super().train()
 
     def _do_train(self) -> None:
@@ -222,7 +228,18 @@ class CompressionMixin(BEHIND):
         """Write the row of an epoch, with what techniques have to show."""
         found = {k: v for t in self.techniques for k, v in t.columns(self).items()}
         self.metrics = {**self.metrics, **found}
-        super().save_metrics({**metrics, **found})
+        row = {**metrics, **found}
+        if self.csv.exists():  # perhaps begun by a version with columns for what validation does not compute
+            columns = self.csv.read_text(encoding="utf-8").partition("\n")[0].split(",")[2:]
+            row = {k: row.get(k, 0) for k in columns}
+        super().save_metrics(row)
+
+    def label_loss_items(self, loss_items: Any = None, prefix: str = "train") -> Any:
+        """Name losses as usual, but not ours in validation, which does not compute them: no column is all zero."""
+        own = tuple(f"val/{start}" for start in OURS)
+        found = super().label_loss_items(loss_items, prefix)
+        kept = [k for k in found if not k.startswith(own)]
+        return {k: found[k] for k in kept} if isinstance(found, dict) else kept
 
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
@@ -234,8 +251,7 @@ class CompressionMixin(BEHIND):
 
     def progress_string(self) -> str:
         """Return the header of the progress bar, in whose 11 columns our loss names need their short form."""
-        ours = ("kd_", "sparsity_")
-        short = tuple(n.removesuffix("_loss") if n.startswith(ours) else n for n in self.loss_names)
+        short = tuple(n.removesuffix("_loss") if n.startswith(OURS) else n for n in self.loss_names)
         with replaced(self, loss_names=short):
             return super().progress_string()
 
