@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.export import compiled, export_openvino
+from yolo_ext.deployment.export import export_openvino
 from yolo_ext.deployment.latency import bench
-from yolo_ext.deployment.runtime import run, session
+from yolo_ext.deployment.runtime import compiled, conv_report, run, session
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
 
 def test_without_openvino_its_package_is_named(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openvino", None)  # which makes its import fail
     with pytest.raises(UsageError, match="pip install openvino"):
         export_openvino(exported("yolov8n")[1], tmp_path / "a_openvino_model")
     assert not list(tmp_path.iterdir())
@@ -33,6 +34,10 @@ def test_openvino_gives_the_same_and_is_measured(half, limit, exported, tmp_path
     y = compiled(out, 1, {"INFERENCE_PRECISION_HINT": "f32"})([x])[0]  # else BF16 on processors that have it
     assert np.abs(y - run(session(path), x)[0]).max() < limit
     assert bench({"ov": out}, 96, rounds=2, warmup=1)["ov"]["runtime"] == "openvino"
+    found = conv_report(out)
+    assert (found["runtime"], found["convs"], found["int8_convs"]) == ("OpenVINO", 64, 0)
+    told = {f"OpenVINO runs it in {kind} on this CPU" for kind in ("f32", "bf16", "f16")}
+    assert set(found["float_convs"].values()) <= told
 
 
 @needs_openvino

@@ -64,6 +64,24 @@ def test_a_file_for_another_runtime_is_not_proven(place, call, profile):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entries", "count", "told"),
+    [
+        pytest.param("", "30 of 36", "", id="all"),
+        pytest.param(f"quant.config_list={WEIGHTS}", "0 of 36", "30 of 30 convolutions that should", id="none"),
+    ],
+)
+def test_openvino_counts_its_own_convolutions(place, call, entries, count, told):
+    pytest.importorskip("openvino")
+    words = EXPORT.replace("quant.profile=ort-x86", f"format=openvino {entries}")
+    status, text = call(words)
+    assert status == 0 and f"{count} convolutions run as INT8 in OpenVINO" in text and told in text
+    assert call(f"{words} quant.strict=True")[0] == bool(told)
+    status, text = call("bench models=tiny_int8_openvino_model rounds=1 imgsz=64 memory=False save_dir=bench")
+    assert status == 0 and count in text
+
+
+@pytest.mark.slow
 def test_a_checkpoint_with_ranges_is_exported_strictly_without_data(place, call, quick):
     assert call(f"{QUANTIZE} quant.profile=tensorrt save_dir=q")[0] == 0
     status, text = call("export model=q/ptq/weights/ptq.pt out=a.onnx quant.strict=True imgsz=64 save_dir=run")

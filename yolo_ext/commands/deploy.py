@@ -167,9 +167,7 @@ def _graph(given: dict[str, Any]) -> dict[str, Any]:
 
 def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
     """Write the float file and, for a quantized model or if asked, its INT8 file."""
-    from yolo_ext.checkpoint import manifest
     from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.pipeline.int8 import prove, shortfall, told
     from yolo_ext.quantization.qdq import write_qdq
 
     half = job.precision == "half"
@@ -180,14 +178,23 @@ def _onnx(model: Path, job: Job, out: Any) -> list[Path]:
     fp32 = export_onnx(net, target, job.imgsz, **job.graph)
     int8 = target.with_name(f"{target.stem}_int8.onnx")
     written = write_qdq(fp32, int8, state, profile)
-    quant = {"float": {}, **manifest(net).quant, "state": state, "profile": profile.name}
-    told([shortfall(prove(int8, written["convs"], quant), profile.name)], bool(job.quant.get("strict")))
+    _prove(job, int8, written["convs"], net, state, profile)
     return [fp32, int8]
+
+
+def _prove(job: Job, file: Path, convs: dict[str, str], net: Any, state: Any, profile: Any) -> None:
+    """Count the convolutions that run as INT8; with `quant.strict` those that do not against the plan fail."""
+    from yolo_ext.checkpoint import manifest
+    from yolo_ext.pipeline.int8 import prove, shortfall, told
+
+    quant = {"float": {}, **manifest(net).quant, "state": state, "profile": profile.name}
+    told([shortfall(prove(file, convs, quant), profile.name)], bool(job.quant.get("strict")))
 
 
 def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
     """Convert our ONNX file with OpenVINO's own converter."""
-    from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino, need_openvino
+    from yolo_ext.deployment.export import SUFFIX, export_onnx, export_openvino
+    from yolo_ext.deployment.runtime import need_openvino
     from yolo_ext.quantization.qdq import write_qdq
 
     need_openvino()
@@ -195,13 +202,16 @@ def _openvino(model: Path, job: Job, out: Any) -> list[Path]:
     net, int8 = job.net, job.precision == "int8"
     if int8:
         net, state, profile = _quantized(job, "openvino")
+    target = out or model.with_name(f"{model.stem}{kind}{SUFFIX}")
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(net, Path(folder) / "fp32.onnx", job.imgsz, **job.graph)
-        if int8:
-            fp32, file = file, Path(folder) / "int8.onnx"
-            write_qdq(fp32, file, state, replace(profile, fuse_silu=False))
-        target = out or model.with_name(f"{model.stem}{kind}{SUFFIX}")
-        return [export_openvino(file, target, half=job.precision == "half")]
+        fp32, file = (Path(folder) / f"{name}.onnx" for name in ("fp32", "int8"))
+        export_onnx(net, fp32, job.imgsz, **job.graph)
+        if not int8:
+            return [export_openvino(fp32, target, half=job.precision == "half")]
+        written = write_qdq(fp32, file, state, replace(profile, fuse_silu=False))
+        made = export_openvino(file, target)
+    _prove(job, made, written["convs"], net, state, profile)
+    return [made]
 
 
 def _quantized(job: Job, default: str) -> tuple[Any, Any, Any]:

@@ -149,7 +149,7 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
     from yolo_ext.stock.accuracy import accuracy, score
 
     path = Path(file)
-    convs = conv_report(path) if path.suffix == ".onnx" else {}
+    convs = conv_report(path) if path.suffix != ".pt" else {}
     counts = {k: convs[k] for k in ("convs", "int8_convs") if convs}
     measured = accuracy(path, data, size) if data else {}
     return {"imgsz": size, "size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
@@ -242,7 +242,7 @@ def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[st
 def sensitivity(
     model: Weights, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
     prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
-    map: bool = False, imgsz: Count | None = None, **place: Any,
+    map: bool = False, imgsz: Count | None = None, resume: Resume = False, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure what each layer is worth to pruning or loses by quantization, and write json, csv and a picture.
 
@@ -262,6 +262,7 @@ def sensitivity(
     Returns: The contents of ``sensitivity.json``, which `prune.sensitivity` takes, or of ``quant_sensitivity.json``.
     Raises: `UsageError` if the input is wrong.
     """
+    given = {k: v for k, v in locals().items() if k not in ("place", "resume")}
     from yolo_ext import pruning, runs, stock
     from yolo_ext.data.check import check_data
 
@@ -282,6 +283,8 @@ def sensitivity(
     info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
     stock.check_fit(net, info, (model, data))
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
+    runs.record(folder / "args.yaml", given)
+    resumes("sensitivity", folder, "sensitivity.json")
     try:
         if kind == "prune":
             table, files, found = _of_pruning(net, cfg, info, size, tuple(sorted(shares)), folder)

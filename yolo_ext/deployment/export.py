@@ -2,7 +2,6 @@
 """Export to ONNX, and from there by OpenVINO's own converter to its intermediate representation."""
 
 import ast
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from ultralytics.utils import LOGGER, YAML
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import NMS, Source, consumers_of, metadata, run, session
+from yolo_ext.deployment.runtime import NMS, Source, consumers_of, metadata, need_openvino, run, session
 from yolo_ext.stock.load import export_file, float_model, head_args
 
 SIMPLIFY_TOLERANCE = 1e-5
@@ -134,13 +133,6 @@ def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | N
     return out
 
 
-def need_openvino() -> Any:
-    """Return the module of OpenVINO, and refuse to go on where it is not installed."""
-    if importlib.util.find_spec("openvino") is None:
-        raise UsageError("OpenVINO is not installed. Run `pip install openvino`, or give format=onnx.")
-    return importlib.import_module("openvino")
-
-
 def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = False) -> Path:
     """Convert an ONNX file, float or with Q/DQ, into a folder that ``YOLO(out)`` and OpenVINO load.
 
@@ -168,13 +160,3 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
             shutil.rmtree(out)
         made.rename(out)
     return out
-
-
-def compiled(folder: str | Path, threads: int, options: dict[str, str] | None = None) -> Any:
-    """Return the model of an OpenVINO folder compiled for the CPU, with more properties of OpenVINO."""
-    openvino = need_openvino()
-    file = next(Path(folder).glob("*.xml"), None)
-    if file is None:
-        raise UsageError(f"'{folder}' holds no OpenVINO model (.xml). Export one with format=openvino.")
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **(options or {})}
-    return openvino.Core().compile_model(str(file), "CPU", settings)

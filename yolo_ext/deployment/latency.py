@@ -15,9 +15,9 @@ from ultralytics.utils import TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.export import SUFFIX, compiled
+from yolo_ext.deployment.export import SUFFIX
 from yolo_ext.deployment.footprint import torch_runner
-from yolo_ext.deployment.runtime import describe, postprocess, predictor, preprocess, run, session
+from yolo_ext.deployment.runtime import compiled, describe, postprocess, predictor, preprocess, run, session
 from yolo_ext.reporting.tables import speed
 from yolo_ext.stock import module_path
 

@@ -168,8 +168,33 @@ def full_batches(x: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], -len(x) % size, 0)])
 
 
+def need_openvino() -> Any:
+    """Return the module of OpenVINO, and refuse to go on where it is not installed."""
+    try:
+        import openvino
+    except ImportError as error:
+        told = "OpenVINO is not installed. Run `pip install openvino`, or give an ONNX file (format=onnx)."
+        raise UsageError(told) from error
+    return openvino
+
+
+def compiled(folder: str | Path, threads: int = 1, options: dict[str, str] | None = None) -> Any:
+    """Return the model of an OpenVINO folder compiled for the CPU, with more properties of OpenVINO."""
+    openvino = need_openvino()
+    file = next(Path(folder).glob("*.xml"), None)
+    if file is None:
+        raise UsageError(f"'{folder}' holds no OpenVINO model (.xml). Export one with format=openvino.")
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **(options or {})}
+    return openvino.Core().compile_model(str(file), "CPU", settings)
+
+
 def conv_report(path: str | Path) -> dict[str, Any]:
-    """Count the convolutions that ONNX Runtime runs in integers on this CPU, and say by name why others stay float."""
+    """Count the convolutions that the runtime of an ONNX file or OpenVINO folder runs in integers on this CPU.
+
+    Returns: Its name as `runtime`, how many `convs` and `int8_convs`, the names of these, and why the others are float.
+    """
+    if Path(path).is_dir():
+        return _openvino_report(path)
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS | INTEGER_CONVS or DFL in n.name]
@@ -184,9 +209,24 @@ def conv_report(path: str | Path) -> dict[str, Any]:
         optimized = onnx.load(options.optimized_model_filepath).graph
     integer = {n.name for n in (*optimized.node, *convs) if n.op_type in INTEGER_CONVS}
     reason = _reasons(model.graph)
-    floats = {n.name: reason(n) for n in convs if n.name not in integer}
-    done = [n.name for n in convs if n.name in integer]
-    return {"convs": len(convs), "int8_convs": len(done), "int8": done, "float_convs": floats}
+    return _counted("ONNX Runtime", {n.name: "" if n.name in integer else reason(n) for n in convs})
+
+
+def _openvino_report(folder: str | Path) -> dict[str, Any]:
+    convs: dict[str, str] = {}
+    for node in compiled(folder).get_runtime_model().get_ordered_ops():
+        kind, precision = (node.get_rt_info()[k].astype(str) for k in ("layerType", "runtimePrecision"))
+        if kind in ("Convolution", "Deconvolution"):
+            why = "" if precision in ("i8", "u8") else f"OpenVINO runs it in {precision} on this CPU"
+            convs[node.get_friendly_name().removesuffix("/WithoutBiases")] = why
+    return _counted("OpenVINO", convs)
+
+
+def _counted(runtime: str, reasons: dict[str, str]) -> dict[str, Any]:
+    """Return the report of convolutions by name, each with the reason why it is float."""
+    floats = {name: why for name, why in reasons.items() if why}
+    done = [name for name in reasons if name not in floats]
+    return {"runtime": runtime, "convs": len(reasons), "int8_convs": len(done), "int8": done, "float_convs": floats}
 
 
 def consumers_of(graph: onnx.GraphProto) -> defaultdict[str, list[Any]]:

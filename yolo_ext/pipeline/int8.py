@@ -31,7 +31,7 @@ from yolo_ext.quantization.fake_quant import insert_state
 from yolo_ext.quantization.plan import table
 from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
-from yolo_ext.quantization.spec import plan_of, resolve_profile
+from yolo_ext.quantization.spec import Profile, plan_of, resolve_profile
 from yolo_ext.runs import Record
 from yolo_ext.stock.accuracy import accuracy
 
@@ -116,32 +116,38 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
 
 
 def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dict[str, Any]:
-    """Count the convolutions that ONNX Runtime runs in integers, and say how many those are and what the others are.
+    """Count the convolutions that a runtime runs in integers, and say how many those are and what the others are.
 
     Args:
-        int8: File that was written from an FP32 one and from `quant`: `state` and `profile` and, where known, `float`.
+        int8: File, or OpenVINO folder, that was written from an FP32 one and from `quant`: `state` and `profile` and,
+            where known, `float`.
         convs: Path of each convolution of the FP32 file by the name of its node, as `write_qdq` returns it.
-    Returns: `convs`, `int8_convs`, how many were `planned`, and by path the reason of each of these that is float.
+    Returns: `runtime`, `convs`, `int8_convs`, how many were `planned`, and by path why each of these that is float is.
     """
     report, profile, state = conv_report(int8), resolve_profile(quant["profile"]), quant["state"]
     planned = [node for node, path in convs.items() if path in state]
-    failed = {n: _reason(state[convs[n]], why) for n, why in report["float_convs"].items() if n in planned}
+    failed = {n: _reason(state[convs[n]], why, profile) for n, why in report["float_convs"].items() if n in planned}
     reasons = {path: reason.partition(":")[0] for path, reason in quant.get("float", {}).items()}
     floats = Counter(reasons.get(path, "without ranges") for path in convs.values() if path not in state)
-    floats.update({"planned as INT8": len(failed)} if failed and profile.output else {})
+    if not _shown(report, profile):
+        planned, failed = [], {}
+    floats.update({"planned as INT8": len(failed)} if failed else {})
     left = "; float: " + ", ".join(f"{n} {reason}" for reason, n in floats.most_common()) if floats else ""
-    LOGGER.info(f"{SAYS}{report['int8_convs']} of {report['convs']} convolutions run as INT8 in ONNX Runtime{left}")
-    # Files for TensorRT and OpenVINO have no Q behind a convolution, which ONNX Runtime needs to run it in integers.
-    planned, failed = (planned, failed) if profile.output else ([], {})
-    accidents = {convs[node]: reason for node, reason in failed.items()}
-    counts = {k: report[k] for k in ("convs", "int8_convs")}
-    return {**counts, "planned": len(planned), "accidents": accidents}
+    done = f"{report['int8_convs']} of {report['convs']} convolutions run as INT8 in {report['runtime']}"
+    LOGGER.info(f"{SAYS}{done}{left}")
+    counts = {k: report[k] for k in ("runtime", "convs", "int8_convs")}
+    return {**counts, "planned": len(planned), "accidents": {convs[node]: why for node, why in failed.items()}}
 
 
-def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str) -> str:
+def _shown(report: Mapping[str, Any], profile: Profile) -> bool:
+    """Tell whether this runtime shows what is float: ONNX Runtime runs none in integers without Q behind it."""
+    return profile.output or report.get("runtime") == "OpenVINO"
+
+
+def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str, profile: Profile) -> str:
     """Return why a planned layer is float: what its own sites lack, else what was seen in the file."""
     wide, kernel = max(entry["bits"] for entry in sites.values()), seen.startswith("ONNX Runtime has no")
-    missing = [site for site in ("weight", "output") if site not in sites]
+    missing = [site for site in ("weight", "output")[: 1 + bool(profile.output)] if site not in sites]
     missing += ["input"] if sites.keys() <= {"weight"} else []  # elsewhere it may arrive quantized
     lacks = f"no {' and no '.join(missing)}" if missing else f"ranges, but {seen}" if kernel else ""
     lacks = f"{wide} bits, for which ONNX Runtime has no integer convolution" if wide > 8 else lacks
@@ -150,7 +156,7 @@ def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str) -> str:
 
 def shortfall(found: Mapping[str, Any], profile: str) -> str:
     """Return how many convolutions are no integer ones against the plan, and why; "" where all are."""
-    if not resolve_profile(profile).output:
+    if not _shown(found, resolve_profile(profile)):
         return (
             f"Profile '{profile}' is for another runtime, which alone can show how many convolutions it runs as INT8: "
             f"in ONNX Runtime {found['int8_convs']} of {found['convs']} are. For ONNX Runtime: quant.profile=auto."
@@ -160,7 +166,8 @@ def shortfall(found: Mapping[str, Any], profile: str) -> str:
         reasons.setdefault(reason, []).append(path)
     told = "; ".join(f"{len(paths)} such as '{paths[0]}': {reason}" for reason, paths in reasons.items())
     count = f"{len(found['accidents'])} of {found['planned']} convolutions that should run as INT8 are float"
-    return f"{count} in ONNX Runtime ({told}). See quant.config_list and quant.profile." if told else ""
+    where = f"in {found.get('runtime', 'ONNX Runtime')}"
+    return f"{count} {where} ({told}). See quant.config_list and quant.profile." if told else ""
 
 
 def told(problems: Iterable[str], strict: bool) -> list[str]:
