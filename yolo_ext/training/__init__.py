@@ -1,7 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """`yolo-ext train`: one training run with any technique in the loop, checked beforehand, and its summary."""
 
-import shlex
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -62,12 +61,10 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     best = trainer.best if trainer.best.exists() else trainer.last
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz)
     checks = budget_checks(trainer.compression["prune"], before, after, max_drop=budget)
-    use = ["export", "int8=True"] if configs["quant"] else ["quantize"]
-    use = ["yolo-ext", use[0], f"model={best}", f"data={trainer.args.data}", *use[1:]]
+    use = f"yolo-ext {'export int8=True' if configs['quant'] else 'quantize'} model={best} data={trainer.args.data}"
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
             "seconds": {"train": seconds}, "method": ", ".join(t for t, cfg in configs.items() if cfg),
-            "checks": checks, "epochs": trainer.args.epochs, "next": shlex.join(use),
-            "deploy": str(best.relative_to(trainer.save_dir))}  # fmt: skip
+            "checks": checks, "epochs": trainer.args.epochs, "next": use, "deploy": f"weights/{best.name}"}  # fmt: skip
     summary = write_summary(Path(trainer.save_dir), before, after, {"train": after}, **told)
     conclude(trainer.save_dir, summary)
     return summary
