@@ -154,17 +154,10 @@ def note(after: Mapping[str, Any] | None) -> str:
 def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
                   stages: Mapping[str, Mapping[str, Any]] | None = None, *, table: bool = True,
                   **told: Any) -> dict[str, Any]:  # fmt: skip
-    """Write `summary.json` into a run folder, print it as one table Before | After | Delta, and return it.
+    """Write `summary.json` into a run folder, and print it as one table Before | After | Delta if anything changed.
 
-    Args:
-        root: Run folder.
-        before: Figures of the base, see `runs.METRICS`.
-        after: Figures of the result.
-        stages: Figures by stage.
-        table: Whether anything changed, which table and headline are about.
-        told: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `deploy`, the file of the result
-            in the folder, and a command `next` for it; `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio` and
-            `training_s` for a table of several runs.
+    `told`: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `deploy`, the file of the result in
+    the folder, and a command `next` for it; `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio`, `training_s`.
     """
     summary = runs.summary(before, after, stages)
     summary |= {k: told.get(k) or {} for k in ("settings", "seconds")} | {"checks": told.get("checks") or []}
@@ -184,10 +177,7 @@ def conclude(root: Path, summary: Mapping[str, Any]) -> None:
 
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return what a result is, what it cost and what to do next, a failed check first; and the command for a good one.
-
-    A loss of accuracy leads to the command of the same run with more epochs, if it was a command line.
-    """
+    """Return what a result is, what it cost and what to do next, a failed check first; and the next command if good."""
     after, checks, rows = summary["after"], summary["checks"], comparison_rows(summary["before"], summary["after"])
     accuracy, by_key = judged(rows), {r.key: r for r in rows}
     failed = [f"{c['name']} {c['value']:.4g} (limit {c['limit']:.4g})" for c in checks if not c["passed"]]
