@@ -1,7 +1,10 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+import logging
+import logging.handlers
 import random
+import sys
 from copy import deepcopy
 
 import numpy as np
@@ -9,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils.checks import print_args
 
 from yolo_ext.checkpoint import fingerprint
-from yolo_ext.stock.context import cpu_info, evaluating, quiet, recalibrate, undisturbed
+from yolo_ext.runs import saved
+from yolo_ext.stock.context import brief, cpu_info, evaluating, quiet, recalibrate, undisturbed
 
 CPU = torch.device("cpu")
 
@@ -100,3 +105,19 @@ def test_weights_and_gradients_are_not_touched(dense):
     recalibrate(model, batches(1))
     assert fingerprint(model) == fingerprint(dense)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_brief_keeps_warnings_ours_and_the_log(wanted, capsys, monkeypatch):
+    log, console = logging.handlers.BufferingHandler(99), logging.StreamHandler(sys.stdout)
+    monkeypatch.setattr(LOGGER, "handlers", [console, log])
+    monkeypatch.setattr(LOGGER, "level", logging.INFO)
+    with brief(wanted):
+        print_args({"a": 1}, show_file=False)  # a line of Ultralytics
+        saved("ours")
+        list(TQDM(range(2), desc="Bar"))
+    print_args({"b": 2}, show_file=False)
+    said = capsys.readouterr().out
+    assert "ours" in said and "b=2" in said
+    assert ("a=1" in said) == ("Bar" in said) == (not wanted)
+    assert len(log.buffer) == 3
