@@ -1,9 +1,11 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from dataclasses import FrozenInstanceError, asdict, fields
+import pickle
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import yaml
@@ -220,6 +222,39 @@ def test_on_with_defaults(on):
 @pytest.mark.parametrize("on", [{"speedup": 2}, PruneConfig(speedup=2.0)])
 def test_dicts_and_dataclasses_are_alike(on):
     assert parse({"prune": on})["prune"] == PruneConfig(speedup=2.0)
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {"prune": {"speedup": 0.5}},
+        {"prune": {"metod": "l1"}},
+        {"prune": {"spedup": 2, "scope": "globl", "seed": None}},
+        {"quant": {"mode": "x"}},
+        {"quant": {"config_list": "nowhere.yaml"}},
+        {"distill": {"teacher": 3}},
+        {"sparsity": {"final": 2}},
+    ],
+    ids=str,
+)
+def test_a_dataclass_says_what_the_command_line_says(given_):
+    (technique, options) = next(iter(given_.items()))
+    with pytest.raises(UsageError) as made:
+        CONFIGS[technique](**options)
+    with pytest.raises(UsageError) as read:
+        parse(given_)
+    assert str(made.value) == str(read.value)
+
+
+def test_a_dataclass_holds_values_in_their_type():
+    cfg = PruneConfig("l1", speedup=2, exclude=3, include=("a",))
+    assert (cfg.method, cfg.speedup, cfg.exclude, cfg.include) == ("l1", 2.0, ["3"], ["a"])
+    assert isinstance(cfg.speedup, float) and parse({"prune": cfg})["prune"] is cfg
+    assert replace(cfg, ratio=0.5, speedup=None).ratio == 0.5 and pickle.loads(pickle.dumps(cfg)) == cfg
+    with pytest.raises(UsageError, match=r"'prune\.speedup=1' is out of range"):
+        replace(cfg, speedup=1)
+    for wrong in (PruneConfig, QuantConfig):
+        assert list(inspect.signature(wrong).parameters) == [f.name for f in fields(wrong)]
 
 
 def test_configs_cannot_be_changed():

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pydoc
 import re
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_torch_pruning_is_touched_in_three_files_only():
     [
         pytest.param("import yolo_ext", (*SLOW, "cv2"), id="package"),
         pytest.param("from yolo_ext import PruneConfig, UsageError", SLOW, id="options"),
+        pytest.param("from yolo_ext import bench, compress, convert", SLOW, id="commands"),
         pytest.param("from yolo_ext import DetectionTrainer, attach", HEAVY, id="trainer"),
         pytest.param("import yolo_ext.pruning.surgery, yolo_ext.reporting.pages", HEAVY, id="pruning and pages"),
         pytest.param("import yolo_ext.cli", SLOW, id="cli"),
@@ -125,6 +127,9 @@ def test_public_names_are_what_type_checkers_see():
         assert getattr(yolo_ext, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = yolo_ext.Nothing
+    assert set(yolo_ext.__all__) <= set(dir(yolo_ext))
+    assert not set(yolo_ext.__all__) & ROOMS, "a package of this name would take the place of the function"
+    assert "compress(model:" in (told := pydoc.plain(pydoc.render_doc(yolo_ext))) and "class PruneConfig" in told
 
 
 def test_house_rules_of_a_file():
@@ -141,7 +146,7 @@ def test_the_house_stays_small():
     for node in (n for t in texts for n in ast.walk(ast.parse(t)) if isinstance(n, ast.FunctionDef)):
         doc = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
         sizes.append(node.end_lineno - node.lineno + 1 - doc)
-    assert sum(t.count("\n") for t in texts) <= 19_000 and len(texts) <= 100
+    assert sum(t.count("\n") for t in texts) <= 19_500 and len(texts) <= 106
     assert median(sizes) <= 8 and sorted(sizes)[int(0.99 * len(sizes))] <= 40
 
 
