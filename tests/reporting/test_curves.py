@@ -97,3 +97,11 @@ def test_heat_map_is_grey_where_a_layer_was_not_prunable(figures, tmp_path):
     plot_layers(history(record(0, layers={"a": 0.2, "b": 0.4}), record(1, layers={"b": 0.6})), tmp_path / "layers.png")
     table = figures[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(np.ma.filled(table, np.nan), [[0.2, np.nan], [0.4, 0.6]])
+
+
+def test_scores_are_written_as_numbers(figures, tmp_path):
+    """A logarithmic axis writes formulas, which are not drawn as such, as names may hold a $."""
+    plot_ridge(history(record(0)), tmp_path / "ridge.png")
+    figures[0].canvas.draw()
+    labels = [t.get_text() for t in figures[0].axes[1].get_xticklabels(which="both") if t.get_text()]
+    assert len(labels) > 1 and all(float(label) > 0 for label in labels)

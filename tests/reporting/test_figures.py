@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting import figures
@@ -128,11 +129,22 @@ def test_the_fastest_and_the_best_are_never_both_beaten(points):
     assert max(p["map"] for p in points) in [p["map"] for p in front]
 
 
-def test_tradeoff(tmp_path):
+NEAR = [*(A, B, C), {"median": 2.01, "map": 0.5001}, {"median": 2.02, "map": 0.4999}, B]
+
+
+def test_tradeoff(tmp_path, monkeypatch):
+    """Names of points that lie on each other do not, and the front is a staircase, each point of it once."""
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
     points = [{"name": f"m{i}_$.onnx", **p, "p10": 0.9 * p["median"], "p90": 1.2 * p["median"]} for i, p in
-              enumerate((A, B, C))]  # fmt: skip
+              enumerate(NEAR)]  # fmt: skip
     file = figures.plot_tradeoff(points, tmp_path / "plots" / "t.png", "96 px", "top-1")
     assert file.read_bytes()[:4] == b"\x89PNG"
+    (ax,) = drawn[0].axes
+    boxes = [Text.get_window_extent(t) for t in ax.texts]  # without the lines to the points
+    assert len(boxes) == len(points) and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    front = ax.lines[0]
+    assert front.get_drawstyle() == "steps-post" and front.get_xdata().tolist() == [1.0, 2.0, 2.01]
 
 
 def test_no_models_to_plot(tmp_path):

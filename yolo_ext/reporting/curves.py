@@ -48,7 +48,7 @@ def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def _height(rows: int) -> float:
-    return min(max(4.0, 1.6 + 0.17 * rows), 26.0)  # inches
+    return min(max(4.0, 1.6 + 0.19 * rows), 26.0)  # inches
 
 
 def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **bar: Any) -> Any:
@@ -56,7 +56,7 @@ def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **ba
     image = ax.imshow(table, aspect="auto", cmap="YlOrRd", vmin=0, vmax=top, interpolation="nearest")
     ax.set_facecolor("#e2e8f0")  # not measured
     every = max(1, math.ceil(len(names) / LABELLED))
-    ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=6.5)
+    ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=7.5)
     return ax.figure.colorbar(image, ax=ax, pad=0.02, **bar)
 
 
@@ -65,12 +65,12 @@ def _drops(ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[fl
     top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
     _heat_map(ax, table, names, top)
     ax.set_xticks(range(len(ratios)), [f"{r:.0%}" for r in ratios])
-    ax.set_xlabel("channels removed")
+    ax.set_xlabel("channels removed" + " (grey: the layer is too narrow)" * bool(np.isnan(table).any()))
     if len(names) <= LABELLED:
         for (row, column), value in np.ndenumerate(table):
             if not math.isnan(value):
                 color = "white" if value > 0.6 * top else "#334155"
-                ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6, color=color)
+                ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base: float) -> None:
@@ -85,13 +85,15 @@ def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=7.5)
+    ax.set_box_aspect(1)
+    ax.set_anchor("N")
+    ax.legend(frameon=False, fontsize=8)
 
 
 @pictured(9)
 def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot box error, score error and, where it was measured, ms saved of each layer, the worst on top."""
-    groups = found["groups"][:BARS][::-1]
+    groups, total = found["groups"][:BARS][::-1], len(found["groups"])
     bars = [("box_mean", "box error (px)", "tab:blue"), ("score_mean", "score error", "tab:orange")]
     bars += [("ms", "ms saved by INT8", "tab:green")] if any("ms" in g for g in groups) else []
     height = min(max(3.0, 1.4 + 0.18 * len(groups)), 12.0)
@@ -101,8 +103,10 @@ def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
         ax.set_xlabel(label)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7)
-    figure.suptitle(f"Error with one {found['by']} quantized, {found['images']} images")
+        ax.margins(y=0.01)
+    axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7.5)
+    which = f" (the {BARS} worst of {total})" if total > BARS else ""
+    figure.suptitle(f"Error with one {found['by']} quantized, {found['images']} images{which}")
     return save(figure, path)
 
 
@@ -151,6 +155,8 @@ def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edges: np.
     left, right = min(LEFT, used.min(initial=LEFT) / 2), used.max(initial=LEFT * 10)
     scores, threshold = shown[-1]["scores"], shown[-1]["threshold"]
     ax.set(xscale="log", xlim=(max(left, edges[0]), right * 1.3), yticks=[], xlabel=f"{scores} of a channel")
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.xaxis.set_minor_formatter(lambda v, _: "")
     if scores != "|gamma|":  # where that of gamma lies depends on the group
         ax.axvline(threshold, color="#475569", lw=0.9, ls="--", zorder=len(shown))
         ax.text(threshold, -OVERLAP, " threshold", va="top", fontsize=7, color="#475569")
@@ -192,7 +198,8 @@ def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
         if name in records[-1]["collapsed"]:
             ax.text(len(records) - 0.45, row, "◂", va="center", fontsize=7, color="#475569", clip_on=False)
     note = " (◂ collapsed: only a few channels left)" if records[-1]["collapsed"] else ""
-    ax.set(xlabel="epoch", title=f"Channels below the threshold{note}")
+    grey = " (grey: could not be pruned then)" * bool(np.isnan(table).any())
+    ax.set(xlabel=f"epoch{grey}", title=f"Channels below the threshold{note}")
     return save(figure, path)
 
 
