@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_ext import stock
-from yolo_ext.checkpoint import fingerprint, manifest, note, set_tripwire
+from yolo_ext.checkpoint import fingerprint, manifest, note, save_model, set_tripwire
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import prune_epochs, pruned_share
@@ -29,7 +29,7 @@ from yolo_ext.pruning.surgery import apply_plan, cut_run
 from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import quiet, recalibrate, replaced
-from yolo_ext.stock.load import as_exported, float_model, labelled_dataset
+from yolo_ext.stock.load import labelled_dataset
 from yolo_ext.stock.trainer import agreed, forget_best
 from yolo_ext.training.technique import Technique, input_size, live
 
@@ -210,9 +210,7 @@ def make_probes(
     that are in the val split too are taken as training takes them.
     """
 
-    def speed(dense: nn.Module, pruned: nn.Module) -> float:
-        return (_speed_ort if cfg.runtime == "ort" else _speed_torch)(dense, pruned, imgsz)
-
+    speed = partial(_speed, imgsz=imgsz, runtime=cfg.runtime)
     if not info:
         return Probes(speed=speed)
 
@@ -220,8 +218,7 @@ def make_probes(
 
     @cache
     def labelled() -> list[dict[str, Any]]:
-        moved = lambda v: v.to(device) if isinstance(v, torch.Tensor) else v  # noqa: E731
-        return [{k: moved(v) for k, v in b.items()} for b in read(cfg.images)]
+        return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in read(cfg.images)]
 
     def images() -> Iterator[torch.Tensor]:
         n = cfg.recalibrate or cfg.images
@@ -283,30 +280,16 @@ def budget_checks(
     return [dict(zip(("name", "value", "limit", "passed"), c)) for c in checks]
 
 
-def _speed_torch(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
-    """Return the latency ratio of two models in torch, fused, on one thread, taking turns."""
-    from yolo_ext.deployment.latency import measure, speedup
-
-    x = torch.rand(1, stock.input_channels(dense), imgsz, imgsz, generator=torch.Generator().manual_seed(0))
-    models = {"dense": dense, "pruned": pruned}
-    runners: dict[str, Any] = {k: partial(as_exported(stock.deployed(float_model(m))), x) for k, m in models.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(), quiet():
-            found = measure(runners, rounds=ROUNDS, seconds=SECONDS)
-    finally:
-        torch.set_num_threads(threads)
-    return speedup(found["dense"], found["pruned"])["ratio"]
-
-
-def _speed_ort(dense: nn.Module, pruned: nn.Module, imgsz: int) -> float:
-    """Return the latency ratio of two models in ONNX Runtime, on one thread, taking turns."""
+def _speed(dense: nn.Module, pruned: nn.Module, imgsz: int, runtime: str) -> float:
+    """Return the latency ratio of two models in a runtime, on one thread, taking turns."""
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.latency import bench, speedup
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         models = {"dense": dense, "pruned": pruned}
-        files = {name: export_onnx(model, Path(folder) / f"{name}.onnx", imgsz) for name, model in models.items()}
+        if runtime == "ort":
+            files = {name: export_onnx(model, Path(folder) / f"{name}.onnx", imgsz) for name, model in models.items()}
+        else:
+            files = {name: save_model(model, Path(folder) / f"{name}.pt") for name, model in models.items()}
         found = bench(files, imgsz, rounds=ROUNDS, seconds=SECONDS)
     return speedup(found["dense"], found["pruned"])["ratio"]
