@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from ultralytics.utils import YAML
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.errors import UsageError
 from yolo_ext.pipeline import compress, stages
+from yolo_ext.reporting.tables import comparison_rows
 from yolo_ext.runs import METRICS, Record
 from yolo_ext.stock.load import load_model
 
@@ -44,7 +47,9 @@ def test_run_folder_holds_what_is_promised(folder, name):
 
 def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, compressed):
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary) == {"before", "after", "stages", "env", "command", "settings", "seconds", "comparison"}
+    told = {"headline", "passed", "checks", "deploy", "next", "settings", "seconds", "comparison"}
+    assert set(summary) == {"before", "after", "stages", "env", "command", *told}
+    assert summary["deploy"] == "onnx/int8.onnx" and summary["passed"] is all(c["passed"] for c in summary["checks"])
     assert list(summary["seconds"]) == [s.name for s in stages.STAGES if s.name in summary["seconds"]]
     row = summary["comparison"]
     assert row["training_s"] == sum(summary["seconds"][k] for k in ("finetune", "qat")) > 0
@@ -53,7 +58,10 @@ def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, co
     )
     assert 0.2 < row["ratio"] < 0.8 and row["method"].startswith("prune taylor, distill self, quant ")
     assert "prune.speedup=2.0" in row["settings"] and "quant.mode=qat" in row["settings"]
-    assert row["conclusion"].startswith("Parameters -") and row["params_change"] in row["conclusion"]
+    assert row["conclusion"] == summary["headline"]
+    assert (
+        summary["after"]["latency_ratio"]["ort_int8"]["p10"] <= summary["after"]["latency_ratio"]["ort_int8"]["ratio"]
+    )
     for m in (summary["before"], summary["after"], *summary["stages"].values()):
         assert set(m) == FIGURES
     assert list(summary["stages"]) == ["base", "prune", "finetune", "ptq", "qat"]
@@ -62,6 +70,27 @@ def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, co
     assert summary["after"]["latency_ms"]["ort_int8"] > 0
     assert summary["stages"]["base"] == summary["before"]  # latencies too, though they are measured at the end
     assert summary["after"] in (summary["stages"]["ptq"], summary["stages"]["qat"])
+
+
+def test_one_run_has_one_number_for_each_figure(folder, compressed):
+    """Console, summary.json, report.html and report.md of one run say the same."""
+    summary = json.loads((folder / "summary.json").read_text())
+    texts = {f: re.sub(r"<[^>]+>", " ", (folder / f).read_text()) for f in ("compress.log", "report.html", "report.md")}
+    for row in comparison_rows(summary["before"], summary["after"]):
+        for place, text in texts.items():
+            for shown in {row.before, row.after, row.delta.partition(" (")[0]} - {"-"}:
+                assert shown in text, (place, row)
+    assert all(summary["headline"] in html.unescape(text) for text in texts.values())
+    log = texts["compress.log"]
+    assert log.splitlines()[-1].endswith(f"{folder}/onnx/int8.onnx. Next: {summary['next']}")
+    for name in summary["seconds"]:
+        (line,) = re.findall(rf"^\S+ \S+ {name}: (.*) \d+ s$", log, re.MULTILINE)
+        assert f"{(summary['stages'].get(name) or {}).get('map') or 0:.4f}".replace("0.0000", "") in line
+    measured = [*summary["stages"].values(), summary["before"]]
+    maps = {f"{v:.4f}" for m in measured for v in (m["map"], *m["map_onnx"].values()) if v is not None}
+    assert set(re.findall(r"mAP50-95(?: ONNX \w+)? (?:\S+ -> )?(\d\.\d{4})", log)) <= maps
+    ratios = {f"{r['ratio']:.2f}" for r in summary["after"]["latency_ratio"].values() if r}
+    assert set(re.findall(r"(\d+\.\d\d)x (?:faster|as fast)", "".join(texts.values()))) <= ratios
 
 
 def test_result_is_smaller_and_integer(compressed):

@@ -41,10 +41,12 @@ def test_max_drop_holds_against_the_base_as_it_is(base, data, tmp_path):
 
 def test_a_drop_beside_another_target_is_checked(base, data, tmp_path):
     options = {"speedup": 2.0, "max_drop": 0.001, **FEW}
-    summary = compress(base, data, epochs=0, prune=options, save_dir=str(tmp_path / "run"), **SMALL)
+    summary = compress(base, data, epochs=0, prune=options, max_drop=0.9, save_dir=str(tmp_path / "run"), **SMALL)
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(2.0, rel=0.02)
     lost = summary["before"]["map"] - summary["after"]["map"]
-    assert [c["passed"] for c in summary["checks"] if "prune.max_drop" in c["name"]] == [lost <= 0.001]
+    assert [c["passed"] for c in summary["checks"] if "max_drop" in c["name"]] == [True, lost <= 0.001]
+    assert summary["passed"] is (lost <= 0.001) and "Nothing was fine-tuned." in summary["headline"]
+    assert f"fell by {lost:.4f}" in summary["headline"] and "epochs=30" in summary["headline"]
 
 
 @pytest.mark.parametrize("runtime", ["ort", "torch"])
@@ -164,7 +166,7 @@ def compared(base, data, tmp_path_factory) -> dict[str, Any]:
         def killed(*args, **kwargs):
             raise SystemExit("power cut")  # not an Exception: the comparison is an extra, whose errors are logged
 
-        m.setattr("yolo_ext.pipeline.compare.bench", killed)
+        m.setattr("yolo_ext.pipeline.compare.export_onnx", killed)
         with pytest.raises(SystemExit, match="power cut"):
             compress(base, data, **options)
     stamp = (folder / "finetune" / "stage.json").stat().st_mtime_ns
@@ -175,7 +177,9 @@ def compared(base, data, tmp_path_factory) -> dict[str, Any]:
 
 def test_the_random_baseline_and_a_narrower_model_stand_beside_the_result(compared):
     folder = Path(compared["run_dir"])
-    rows = {r["name"]: r for r in record(folder, "compare")["rows"]}
+    rows = {r["name"]: r for r in json.loads((folder / "report.json").read_text())["comparison"]}
+    times = {r["name"]: r["median"] for r in record(folder, "latency")["rows"]}
+    assert [r["ort"] for r in rows.values()] == [times[r["timed"]] for r in rows.values()], "each file is timed once"
     dense, pruned, narrow, random = rows.values()
     assert list(rows)[:2] == ["base", "pruned"] and " width " in narrow["name"] and "random" in random["name"]
     for row in (pruned, random):
@@ -192,3 +196,4 @@ def test_the_report_shows_the_comparison(compared):
         assert row["name"] in page and f"{row['params']:,}" in page
     for side in ("before", "after"):
         assert compared[side]["latency_ms"]["ort"] > 0
+    assert compared["deploy"] == "weights/best.pt" and compared["next"].startswith("yolo-ext quantize ")

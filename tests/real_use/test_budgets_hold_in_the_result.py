@@ -35,6 +35,34 @@ def test_budgets(cfg, after, speed, passed):
     assert [c["passed"] for c in budget_checks(cfg, BASE, after, speed)] == passed
 
 
+TOTAL = {  # base, result, limit, outcome
+    "held": ({"map": 0.5}, {"map": 0.49}, 0.01, [True]),
+    "missed": ({"map": 0.5}, {"map": 0.4898}, 0.01, [False]),
+    "gained": ({"map": 0.5}, {"map": 0.6}, 0.01, [True]),
+    "the INT8 file is what counts": ({"map": 0.5}, {"map": 0.5, "map_onnx": {"int8": 0.4}}, 0.01, [False]),
+    "against the ONNX of the base": (
+        {"map": 0.5, "map_onnx": {"fp32": 0.45}}, {"map_onnx": {"int8": 0.445}}, 0.01, [True],
+    ),
+    "top-1": ({"top1": 0.9}, {"top1": 0.85}, 0.01, [False]),
+    "nothing to compare": ({"map": None}, {"map": 0.1}, 0.01, []),
+    "no budget": ({"map": 0.5}, {"map": 0.1}, None, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "after", "limit", "passed"), TOTAL.values(), ids=TOTAL)
+def test_a_budget_in_total(base, after, limit, passed):
+    found = budget_checks(PruneConfig(speedup=2), base, after, max_drop=limit)
+    assert [c["passed"] for c in found] == passed and all("(max_drop)" in c["name"] for c in found)
+
+
+@pytest.mark.parametrize("words", ["max_drop=0", "max_drop=2", "max_drop=x", "max_drop=0.01 epochs=0"])
+def test_a_budget_in_total_that_cannot_be_held(place, call, words):
+    data = "" if "epochs" in words else "data=shapes/data.yaml"
+    for command in ("compress", "prune", "quantize") if data else ("prune",):
+        status, text = call(f"{command} model=tiny.pt {data} imgsz=64 {words}")
+        assert status == 2 and "'max_drop=" in text and not Path("runs").exists(), text
+
+
 def test_a_drop_limits_another_target():
     for target in ("speedup=2", "ratio=0.3", "size_mb=3"):
         name, value = target.split("=")
