@@ -3,9 +3,11 @@
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,15 +17,7 @@ from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
-for _module in (
-    "compress",
-    "deploy",
-    "measure",
-    "compare",
-    "data",
-    "label",
-    "help",
-):  # fill the table, in the order of the help
+for _module in ("compress", "deploy", "measure", "compare", "data", "label", "help"):  # in the order of the help
     import_module(f"yolo_ext.commands.{_module}")
 
 from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS  # noqa: E402
@@ -39,9 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own methods lie in the working folder
     words = ["version" if word in ("--version", "-v") else word for word in words]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # is Ctrl-C
     try:
         command, options = parse_args(words or ["help"])
-        return _stock(command, plain_words(words), options) if command in STOCK else _run(command, options)
+        found = _stock(command, plain_words(words), options) if command in STOCK else COMMANDS[command].fn(**options)
+        return 0 if found is None or found.passed else 1
     except YoloExtError as e:
         sys.stderr.write(f"yolo-ext: {e}\n")
         return e.exit_status
@@ -49,20 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"yolo-ext: {str(e).strip().splitlines()[0]}\n")
         return UsageError.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("yolo-ext: stopped. What is finished is kept; go on with resume=True (label: same command).\n")
+        sys.stderr.write("yolo-ext: stopped\n")  # how to go on has been said, where there is a run to go on with
         return 130
 
 
-def _run(command: str, options: dict[str, Any]) -> int:
-    """Run a command of ours and return the exit status."""
-    found = COMMANDS[command].fn(**options)
-    for c in found.checks if found else ():
-        if not c["passed"]:
-            print(f"Check failed: {c['name']}: {c['value']} (limit {c['limit']})")
-    return 0 if found is None or found.passed else 1
-
-
-def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
+def _stock(command: str, words: list[str], options: dict[str, Any]) -> Any:
     """Hand the words on to Ultralytics, unless two models are to be compared."""
     from yolo_ext.stock import register_layers
     from yolo_ext.stock.context import yolo_entrypoint
@@ -70,7 +58,7 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
 
     try:
         if command == "predict" and "compare" in options:
-            return _run(command, options)
+            return COMMANDS[command].fn(**options)
         register_layers(options.pop("modules", None))
         words = [word for word in words if not word.startswith(("modules=", "recipe="))]
         given = {word.partition("=")[0] for word in words}
@@ -86,7 +74,7 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> int:
             raise
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UsageError(f"yolo {command}: '{file}' does not work as a YOLO ({why}). Give an exported one.") from e
-    return 0
+    return None
 
 
 def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
@@ -98,15 +86,15 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         known += ["help"] if sum(word in HELP_WORDS for word in asked) > 1 else []
         return "help", {"topic": (known or others)[0]} if known or others else {}
     command, flat, problems = "", dict[str, Any](), list[str]()
-    words, names = plain_words(argv), [*COMMANDS.names(), *FORWARDED]
-    for word in words:
+    names, (_, switches, tasks) = [*COMMANDS.names(), *FORWARDED], _legal()
+    for word in plain_words(argv):
         if "=" in word:
             problems += _read_pair(word, flat)
         elif not command and word in names:
             command = word
-        elif word in _tasks():
+        elif word in tasks:
             flat["task"] = word
-        elif word in _legal()[1]:
+        elif word in switches:
             flat[word] = True
         else:
             problems.append(_misplaced(word, command, flat))
@@ -116,7 +104,11 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         raise UsageError("\n".join(problems) + f"\nSee `yolo-ext help{f' {command}' if command else ''}`.")
     outside = _environment(command)
     recipe = flat.pop("recipe", outside.pop("recipe", None))
-    return command, _nest({**outside, **(load_recipe(recipe) if recipe else {}), **flat})
+    given = {**(load_recipe(recipe) if recipe else {}), **flat}
+    outside = {k: v for k, v in outside.items() if _is_on(k.split(".")[0], command, given)}
+    if outside:
+        LOGGER.info(f"From the environment: {', '.join(map(_variable, outside))}")
+    return command, _nest({**outside, **given})
 
 
 def plain_words(argv: list[str]) -> list[str]:
@@ -127,16 +119,15 @@ def plain_words(argv: list[str]) -> list[str]:
         queue = deque(merge_equals_args(argv))
     except (SyntaxError, IndexError) as e:  # unmatched brackets
         raise UsageError(f"Cannot read the command line '{' '.join(argv)}': check its brackets and '=' signs.") from e
-    (legal, switches), names, words = _legal(), {*COMMANDS.names(), *FORWARDED}, list[str]()
-    fixed = {*names, *_tasks()}
+    (legal, switches, tasks), names, words = _legal(), {*COMMANDS.names(), *FORWARDED}, list[str]()
     while queue:
         given = queue.popleft().rstrip(",")
         word, after = given.lstrip("-"), queue[0].rstrip(",") if queue else ""
         dashed, chosen = word != given, names & {*words}  # the command, once it is there
-        is_key = (word in legal and (dashed or chosen or word not in names)) or (dashed and word not in fixed)
+        is_key = (word in legal and (dashed or chosen or word not in names)) or (dashed and word not in names | tasks)
         another = re.match("-+[a-z]", after) or ("=" in after and after.partition("=")[0] in legal)
-        another = another or (word in switches and after in fixed | legal)
-        if is_key and after and not another and "=" not in word and word not in _tasks():
+        another = another or (word in switches and after in names | tasks | legal)
+        if is_key and after and not another and "=" not in word and word not in tasks:
             word += f"={after}"
             queue.popleft()
         words.append(word)
@@ -156,22 +147,17 @@ def _misplaced(word: str, command: str, flat: dict[str, Any]) -> str:
     return f"'{word}' is no command, task or key=value pair.{suggest(word, [*names, *legal])}"
 
 
-def _tasks() -> Collection[str]:
-    """Return the tasks of Ultralytics, which may stand for themselves."""
-    from yolo_ext.stock.context import TASKS
-
-    return TASKS
-
-
 @cache
-def _legal() -> tuple[set[str], set[str]]:
-    """Return the keys of all commands, and those of them that may be given without a value, which is True then."""
+def _legal() -> tuple[set[str], set[str], set[str]]:
+    """Return the keys of all commands, those of them that are True where no value is given, and Ultralytics' tasks."""
     from ultralytics.utils import DEFAULT_CFG_DICT
+
+    from yolo_ext.stock.context import TASKS
 
     own = [p for row in COMMANDS for p in keys(row.fn).values()]
     switches = {k for k, v in DEFAULT_CFG_DICT.items() if isinstance(v, bool)}
     switches |= {p.name for p in own if "bool" in str(p.annotation)}
-    return {*DEFAULT_CFG_DICT, *option_names(), *CONFIGS, "recipe", *(p.name for p in own)}, switches
+    return {*DEFAULT_CFG_DICT, *option_names(), *CONFIGS, "recipe", *(p.name for p in own)}, switches, {*TASKS}
 
 
 def _environment(command: str) -> dict[str, Any]:
@@ -182,7 +168,7 @@ def _environment(command: str) -> dict[str, Any]:
     if command in PLAIN or not names:
         return {}
     legal = _legal()[0] - {"mode"}  # which is the command
-    shown = [VARIABLE + key.upper().replace(".", "__") for key in sorted(legal)]
+    shown = [_variable(key) for key in sorted(legal)]
     unknown = [f"Unknown environment variable '{v}'.{suggest(v, shown)}" for k, v in names.items() if k not in legal]
     own = [*(DEFAULT_CFG_DICT if command in STOCK or takes_native(COMMANDS[command].fn) else ()), "recipe"]
     own += keys(COMMANDS[command].fn) if command in COMMANDS.names() else []
@@ -192,9 +178,18 @@ def _environment(command: str) -> dict[str, Any]:
             unknown += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
     if unknown:
         raise UsageError("\n".join(unknown))
-    if found:
-        LOGGER.info(f"From the environment: {', '.join(names[k] for k in found)}")
     return found
+
+
+def _is_on(key: str, command: str, given: Mapping[str, Any]) -> bool:
+    """Tell whether a technique is on without variables, by default or as given; other keys are."""
+    values = [value for k, value in given.items() if k.split(".")[0] == key]
+    default = key not in CONFIGS or keys(COMMANDS[command].fn)[key].default is True
+    return any(value not in (None, False) for value in values) if key in CONFIGS and values else default
+
+
+def _variable(key: str) -> str:
+    return VARIABLE + key.upper().replace(".", "__")
 
 
 def _read_pair(word: str, flat: dict[str, Any]) -> list[str]:

@@ -125,10 +125,10 @@ def _lister(kind: str, *places: str) -> Callable[[], dict[str, str]]:
 
     def listed() -> dict[str, str]:
         found: dict[str, str] = {}
-        for of, rows in map(_methods, places):
-            for row in rows:
-                text = row.summary if len(places) == 1 else f"{of}: {row.summary}"
-                found[row.name] = f"{found[row.name]}; {text}" if row.name in found else text
+        for of, lines in map(_table, places):
+            for name, line in lines.items():
+                text = line if len(places) == 1 else f"{of}: {line}"
+                found[name] = f"{found[name]}. {text}" if name in found else text
         return found
 
     listed.__doc__ = f"Return the names of all {kind}, each with one line."
@@ -143,11 +143,12 @@ list_schedules = _lister("schedules", "core.schedules:removals", "core.schedules
 list_profiles = _lister("quantization profiles, for `quant.profile`", "quantization.spec:ROWS")
 
 
-def _methods(place: str) -> tuple[str, Sequence[Any]]:
-    """Return what a table, given as `module:name`, is of, and its rows."""
+def _table(place: str) -> tuple[str, dict[str, str]]:
+    """Return what the table `module:name` is of, and for each of its methods what it does, what it needs, its paper."""
     module, _, name = place.partition(":")
     table = getattr(import_module(f"yolo_ext.{module}"), name)
-    return getattr(table, "kind", "quantization profile"), [*table]
+    lines = {r.name: "; ".join(filter(None, [r.summary, *(n.value for n in r.needs), r.paper])) for r in table}
+    return getattr(table, "kind", "quantization profile"), lines
 
 
 def help_text(topic: str | None) -> str:
@@ -181,9 +182,9 @@ def command_help(name: str) -> str:
     """Return usage, purpose, keys and examples of a command."""
     summary, *examples = FORWARDED[name] if name in FORWARDED else (COMMANDS[name].summary, *COMMANDS[name].examples)
     required, others = ([], []) if name in FORWARDED else _keys(name)
-    more = "key=value ..." if others or name in FORWARDED else ""
-    usage = ["Usage: yolo-ext", name, *(f"{key}=..." for key, _ in required), more]
-    parts = [_filled(" ".join(usage).rstrip()), _filled(f"{summary}.")]
+    usage = [f"Usage: yolo-ext {name}", *(f"{key}=..." for key, _ in required)]
+    usage += ["key=value ..."] if others or name in FORWARDED else []
+    parts = [_filled(" ".join(usage)), _filled(f"{summary}.")]
     parts += [f"{title}:\n{_aligned(rows)}" for title, rows in {"Required": required, "Keys": others}.items() if rows]
     parts += [_filled(STOCK_HELP.format(name))] if name in STOCK else []
     return "\n\n".join([*parts, "Examples:\n" + _commands(f"{name} {words}" for words in examples)])
@@ -192,16 +193,16 @@ def command_help(name: str) -> str:
 def _keys(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return the keys that a command needs and the others, each with its help."""
     function = COMMANDS[name].fn
-    about, required = documented(function), [k for k in needed(function) if name not in STOCK or k != "compare"]
-    parameters = dict(inspect.signature(function).parameters)
-    several = {k: parameters.pop(k) for k in FURTHER if k in parameters}
+    about, required, others = documented(function), list[tuple[str, str]](), list[tuple[str, str]]()
     modules = {k: p for k, p in keys(function).items() if k == "modules"}
-    rows: dict[str, tuple[str, str]] = {}
-    for key, parameter in {**parameters, **modules, **several}.items():
-        more = f" (yolo-ext help {key})" if key in CONFIGS and key not in TOPICS.get(name, ()) else ""
-        default = "" if parameter.default is inspect.Parameter.empty else parameter.default
-        rows[key] = FURTHER.get(key) or _pair(key, default), f"{about.get(key) or HELP[key]}{more}"
-    return [(k, rows[k][1]) for k in required], [row for k, row in rows.items() if k not in required]
+    for key, parameter in {**inspect.signature(function).parameters, **modules}.items():
+        text = about.get(key) or HELP[key]
+        text += f" (yolo-ext help {key})" if key in CONFIGS and key not in TOPICS.get(name, ()) else ""
+        if key in needed(function) and (name, key) != ("predict", "compare"):
+            required.append((key, text))
+        else:
+            others.append((FURTHER.get(key) or _pair(key, parameter.default), text))
+    return required, others
 
 
 def documented(function: Callable[..., Any]) -> dict[str, str]:
@@ -224,16 +225,13 @@ def technique_help(technique: str, methods: bool = True) -> str:
         groups.setdefault(title, []).append((_pair(key, default), text))
     parts = [_filled(f"{technique}.*  {CONFIGS[technique].__doc__}")]
     parts += [f"{technique}, {title}:\n{_aligned(rows)}" for title, rows in groups.items()]
-    for kind, rows in map(_methods, TABLES[technique] if methods else ()):
-        told = [(r.name, [n.value for n in getattr(r, "needs", ())], getattr(r, "paper", ""), r.summary) for r in rows]
-        parts.append(f"{kind}:\n" + _aligned([(name, "; ".join(filter(None, [text, *needs, paper])))
-                                              for name, needs, paper, text in told]))  # fmt: skip
-    return "\n\n".join(parts)
+    tables = map(_table, TABLES[technique] if methods else ())
+    return "\n\n".join([*parts, *(f"{kind}:\n{_aligned([*lines.items()])}" for kind, lines in tables)])
 
 
 def _pair(key: str, default: Any) -> str:
     """Return a key as it is given, with its default where that says something."""
-    return key if str(default) in ("", "None", "[]", "{}") else f"{key}={default}"
+    return key if default is inspect.Parameter.empty or str(default) in ("None", "[]", "{}") else f"{key}={default}"
 
 
 def _width() -> int:
