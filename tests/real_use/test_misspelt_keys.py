@@ -64,6 +64,22 @@ def test_what_is_for_other_commands_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        pytest.param("quantize", None, id="off by default"),
+        pytest.param("train", None, id="none is on by default"),
+        pytest.param("compress", {"speedup": 2}, id="on by default"),
+        pytest.param("compress prune=False", False, id="switched off"),
+        pytest.param("quantize prune.method=l1", {"speedup": 2, "method": "l1"}, id="switched on"),
+    ],
+)
+def test_a_variable_does_not_switch_a_technique_on(monkeypatch, caplog, words, found):
+    given(monkeypatch, PRUNE__SPEEDUP="2")
+    assert cli.parse_args([*words.split(), "model=a.pt"])[1].get("prune") == found
+    assert ("From the environment: YOLO_EXT_PRUNE__SPEEDUP" in caplog.text) == isinstance(found, dict)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("PRUNE__SPEDUP", "2", "'YOLO_EXT_PRUNE__SPEDUP'. Did you mean 'YOLO_EXT_PRUNE__SPEEDUP'?"),
