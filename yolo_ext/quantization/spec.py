@@ -81,6 +81,7 @@ class Profile:
     fuse_silu: bool = True  # write SiLU as one `com.microsoft.QuickGelu` node
     transpose_dfl: bool = True  # softmax of the box distances over the last axis, the fast one in ONNX Runtime
     int32_bias: bool = True  # write biases as INT32 with a scale; otherwise they stay float
+    needs, paper = (), ""  # as a row of a table of methods has them
 
     @property
     def activation(self) -> Spec:
