@@ -65,7 +65,6 @@ class Group(tp.dependency.Group):
     """A torch-pruning group that knows its channels by number, so that it can still be pruned after others were."""
 
     def __init__(self, owner: "DependencyGraph", place: Place, channels: Sequence[int]) -> None:
-        """Take the channels, by number, as they lie at one place."""
         super().__init__()
         self._DG, self.place, self.channels = owner, place, channels
 

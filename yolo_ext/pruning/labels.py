@@ -96,7 +96,6 @@ class Tracer(TorchFunctionMode):
     """Follows labels through every torch function that is called outside the modules that have a rule."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare to trace a model."""
         super().__init__()
         self.labels = Labels()
         self.of: dict[int, tuple[list[int], str]] = {}  # id of a tensor -> labels of its channels, why it is lifted

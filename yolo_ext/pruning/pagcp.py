@@ -58,11 +58,7 @@ def pagcp(job: Job) -> list[int]:
 def search(
     allowed: Sequence[Sequence[int]], losses: Losses, flops: Flops, cfg: PruneConfig
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Walk over the groups once, in the order of FLOPs sensitivity, and keep the best bargains.
-
-    `allowed` are the legal numbers of kept units of each, descending. Returned are the kept units, and a plain row for
-    each, whose `limit` is the task whose loss forbade the next step (empty at the floor).
-    """
+    """Walk once over the groups, of which these numbers of units may stay, and return what stays and a row of each."""
     start = [a[0] for a in allowed]
     probes = [min(a[1:] or a, key=lambda u: abs(u - a[0] * (1 - PROBE))) for a in allowed]
     drops = [flops(start) - flops(_with(start, i, u)) for i, u in enumerate(probes)]

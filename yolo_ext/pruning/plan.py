@@ -103,10 +103,7 @@ def by_rank(ties: Sequence[TiedGroups], classes: Sequence[Hashable]) -> Steps:
 
 # Sensitivity ---------------------------------------------------------------------------------------------------------
 def by_sensitivity(ties: Sequence[TiedGroups], curves: dict[str, Any]) -> Steps:
-    """Return steps that prune each as far as its mAP drop, linear between measured ratios, stays below one tolerance.
-
-    The share 0..1 counts through all drops in the file of `yolo-ext sensitivity`, from none to the largest.
-    """
+    """Return steps that prune each as far as its mAP drop stays below one tolerance; shares count through all drops."""
     groups = {g["name"]: g for g in curves["groups"]}
     lines = [_line(t, groups, curves["base"]["map"]) for t in ties]
     drops = sorted(d for line in lines for _, d in line) or [0.0]

@@ -175,12 +175,9 @@ def _unrowed(rows: torch.Tensor, layer: Any) -> torch.Tensor:
 
 
 def adaround(model: Any, batches: Iterable[torch.Tensor], steps: int) -> dict[str, tuple[float, float]]:
-    """Learn the rounding of all quantized weights in so many steps per block, and write it into the float weights.
-
-    Each block is made to give what it gives in the float model, for inputs from the quantized blocks before it (Nagel
-    et al., arXiv:2004.10568; Li et al., arXiv:2102.05426), unless nearest rounding is better. Nearest rounding then
-    finds the learned codes. Returned is path -> mean squared error with nearest and with learned rounding.
-    """
+    """Learn in so many steps how to round the weights of each block; return path -> squared error before and after."""
+    # So that a block gives what it gives in the float model, for inputs from the quantized blocks before it (Nagel et
+    # al., arXiv:2004.10568; Li et al., arXiv:2102.05426). Nearest rounding then finds the learned codes.
     images = [*islice(chain.from_iterable(batches), IMAGES)]
     if not images:
         raise UsageError("AdaRound got no images.")

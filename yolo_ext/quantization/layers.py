@@ -88,7 +88,6 @@ class RangeQuantizer(_Float32, nn.Module):
     """Per-tensor fake quantizer of a range, whose ends `lo` <= 0 <= `hi` are float32 scalar buffers."""
 
     def __init__(self, spec: Spec, lower: float = -math.inf) -> None:
-        """Make an uncalibrated quantizer."""
         super().__init__()
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
@@ -145,7 +144,6 @@ class QuantAct(nn.Module):
     """The activation of a block between the quantizers of the convolution's output and of its own."""
 
     def __init__(self, act: nn.Module, output: RangeQuantizer | None, activation: RangeQuantizer | None) -> None:
-        """Wrap `act`."""
         super().__init__()
         self.act, self.output_quantizer, self.activation_quantizer = act, output, activation
 

@@ -41,7 +41,6 @@ class Distill(Technique):
     key = "distill"
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
-        """Look up whether the student is going to lose channels."""
         super().__init__(configs, args)
         self.shrinks = bool(pruning_epochs(configs, args))
         self.alone = not any(configs[key] for key in ("prune", "sparsity", "quant"))  # nothing else changes the student

@@ -49,7 +49,6 @@ class Prune(Technique):
     key = "prune"
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
-        """Work out at which epochs to prune."""
         super().__init__(configs, args)
         self.epochs = pruning_epochs(configs, args)  # that start with a pruning
         self.ready = not configs["sparsity"]  # or the run makes the model sparse first

@@ -38,7 +38,6 @@ class Quant(Technique):
     key = "quant"
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
-        """Take the options."""
         super().__init__(configs, args)
         self.needs_labels = self.cfg.supervision != "features"
 
