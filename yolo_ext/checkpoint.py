@@ -170,29 +170,21 @@ def file_of(model: Any) -> str | Path:
     net = model.model if hasattr(model, "ckpt_path") else model
     if isinstance(net, (str, Path)):  # a YOLO of an exported file
         return net
-    if not isinstance(net, nn.Module) or not hasattr(net, "yaml"):
+    if not hasattr(net, "yaml"):
         raise UsageError(f"A '{type(model).__name__}' is no model. Give a path, a YOLO, or its `.model`.")
-    file = getattr(model, "ckpt_path", None) or getattr(net, "pt_path", None)
-    if file and Path(file).is_file() and _holds(file, net):
-        return file
-    if net.is_fused():
+    file, fused = Path(getattr(net, "pt_path", None) or net.yaml.get("yaml_file", "model.yaml")), net.is_fused()
+    if file.suffix == ".pt" and file.is_file():
+        stored: Any = load_model(file)[0]
+        stored, near = (stored.fuse(verbose=False), 1e-3) if fused else (stored, 0.0)  # predict() and val() fuse
+        ours, theirs = ({k: v.cpu().half().float() for k, v in m.state_dict().items()} for m in (net, stored))
+        alike = [(m.names, [(k, v.shape) for k, v in m.state_dict().items()]) for m in (net, stored)]
+        if alike[0] == alike[1] and all(torch.allclose(theirs[k], v, near, near) for k, v in ours.items()):
+            return file
+    if fused:
         raise UsageError("The model is fused, as predict() and val() leave it, and has no file. Save it before these.")
-    name = f"{Path(file or net.yaml.get('yaml_file', 'model')).stem}_in_memory.pt"
-    new = save_model(net, Path(tempfile.mkdtemp(prefix="yolo_ext_")) / name)
+    new = save_model(net, Path(tempfile.mkdtemp(prefix="yolo_ext_")) / f"{file.stem}_in_memory.pt")
     LOGGER.info(f"The weights in memory are not those of a file. They are written to {new}")
     return new
-
-
-def _holds(file: str | Path, net: Any) -> bool:
-    """Tell whether a file has the weights of a model, which predict() and val() may have fused."""
-    stored: Any = load_model(file)[0]
-    near = 1e-3 if net.is_fused() else 0.0  # what fusing on another device may differ by
-    stored = stored.fuse(verbose=False) if near else stored
-    ours, theirs = ({k: v.cpu().half().float() for k, v in m.state_dict().items()} for m in (net, stored))
-    alike = net.names == stored.names and {k: v.shape for k, v in ours.items()} == {
-        k: v.shape for k, v in theirs.items()
-    }
-    return alike and all(torch.allclose(theirs[k], v, near, near) for k, v in ours.items())
 
 
 def finalize(path: Path) -> None:
