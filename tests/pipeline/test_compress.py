@@ -81,7 +81,7 @@ def test_one_run_has_one_number_for_each_figure(folder, compressed):
             for shown in {row.before, row.after, row.delta.partition(" (")[0]} - {"-"}:
                 assert shown in text, (place, row)
     assert all(summary["headline"] in html.unescape(text) for text in texts.values())
-    log = texts["compress.log"]
+    log = re.sub(r".*PTQ start.*", "", texts["compress.log"])  # as Ultralytics validates each epoch
     assert log.splitlines()[-1].endswith(f"{folder}/onnx/int8.onnx. Next: {summary['next']}")
     for name in summary["seconds"]:
         (line,) = re.findall(rf"^\S+ \S+ {name}: (.*) \d+ s$", log, re.MULTILINE)

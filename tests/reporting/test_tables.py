@@ -167,7 +167,8 @@ SPEEDS = {
     "none": (None, "-", ""),
     "faster": (ratio(2.74, 2.58, 2.98), "2.74x faster (2.58 to 2.98)", "better"),
     "slower": (ratio(0.61, 0.58, 0.65), "0.61x as fast (0.58 to 0.65)", "worse"),
-    "within the spread": (ratio(1.2, 0.98, 1.5, False), "same (0.98 to 1.50x)", "same"),
+    "within the spread": (ratio(1.03, 0.98, 1.2, False), "same (0.98 to 1.20x)", "same"),
+    "a spread that shows nothing": (ratio(1.9, 0.98, 3.1, False), "unclear (0.98 to 3.10x)", "same"),
     "no more than its rounding": (ratio(1.004, 1.001, 1.01), "same (1.00 to 1.01x)", "same"),
 }
 
@@ -290,7 +291,7 @@ HEADLINES = {
     "no faster, better, INT8 accuracy unknown": (
         {"map": 0.7, "latency_ms": {"ort_int8": 9.0}, "latency_ratio": {"ort_int8": ratio(1, 0.9, 1.1, False)}},
         {"deploy": "onnx/int8.onnx"}, [],
-        "as fast as the base (0.90 to 1.10x) in ONNX Runtime INT8, mAP50-95 0.6000 -> 0.7000 (+0.1000). The accuracy "
+        "as fast (0.90 to 1.10x) in ONNX Runtime INT8, mAP50-95 0.6000 -> 0.7000 (+0.1000). The accuracy "
         "of the INT8 file was not measured. Deploy onnx/int8.onnx.",
     ),
 }  # fmt: skip

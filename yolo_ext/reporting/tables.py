@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER, colorstr
 from yolo_ext import runs
 
 NOISE = 0.04  # of the mAP on one image; it falls with the root of their number: 0.005 on the 72 images of BCCD
+UNCLEAR = 1.25  # rounds that name no faster model and spread further than this do not show that both are as fast
 ABSENT = "-"
 METRIC = {"map_onnx.int8": "mAP50-95", "map": "mAP50-95", "top1": "top-1"}  # accuracy that a verdict is about
 Verdict = Literal["better", "worse", "same", ""]
@@ -113,7 +114,8 @@ def speed(found: Mapping[str, Any] | None) -> tuple[str, Verdict]:
         return ABSENT, ""
     ratio, spread = found["ratio"], f"{found['p10']:.2f} to {found['p90']:.2f}"
     if not found["significant"] or round(ratio, 2) == 1:
-        return f"same ({spread}x)", "same"
+        alike = found["p10"] > 1 / UNCLEAR and found["p90"] < UNCLEAR
+        return f"{'same' if alike else 'unclear'} ({spread}x)", "same"
     return (f"{ratio:.2f}x faster ({spread})", "better") if ratio > 1 else (f"{ratio:.2f}x as fast ({spread})", "worse")
 
 
@@ -198,7 +200,7 @@ def _speed(rows: Mapping[str, Row]) -> str:
     """Return the speed-up of the file nearest to use in words, else the change of FLOPs."""
     for key, name in {"ort_int8": "ONNX Runtime INT8", "ort": "ONNX Runtime", "torch": "PyTorch"}.items():
         if (row := rows.get(f"latency_ms.{key}")) and row.verdict:
-            return f"{row.delta.replace('same', 'as fast as the base')} in {name}"
+            return f"{row.delta.replace('same', 'as fast').replace('unclear', 'speed unclear')} in {name}"
     flops = rows.get("gflops")
     return f"GFLOPs {flops.delta}" if flops and flops.verdict in ("better", "worse") else ""
 

@@ -198,7 +198,7 @@ def tell_busy() -> float:
     """Return which share of the processors others use now, with a warning where that slows measurements down."""
     share = psutil.cpu_percent(interval=0.2) / 100  # while this process waits; a load average counts its own past
     if share > BUSY:
-        LOGGER.warning(f"The machine is busy ({100 * share:.0f} %): ratios are fair, times in ms are too long.")
+        LOGGER.warning(f"The machine is busy ({100 * share:.0f} %): times in ms are too long, ratios may be unclear.")
     return share
 
 
