@@ -95,8 +95,8 @@ class Quant(Technique):
         if RANK in {-1, 0}:
             for m in (live(trainer), trainer.ema.ema):
                 note(m, quant={**manifest(m).quant, **found})
-            metric = stock.metric(trainer.args.task)
-            LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {metric} {found['ptq']:.4f} (float {found['base']:.4f})")
+            said = f"{stock.metric(trainer.args.task)} {found['ptq']:.4f} (float {found['base']:.4f})"
+            LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {said} at {own.args.imgsz} px, validated as the epochs will be")
 
     def before_epoch(self, trainer: Any) -> None:
         """Let ranges follow the data, or fix them."""
