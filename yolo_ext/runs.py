@@ -10,26 +10,36 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
 from torch import nn
 from ultralytics.utils import LOGGER
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.core.config import CONFIGS, read_options
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, let_go, log_to
-from yolo_ext.stock.context import cpu_info, get_save_dir
+from yolo_ext.stock.context import TASKS, cpu_info, get_save_dir
 
 METRICS = ("params", "gflops", "size_mb", "map50", "map", "top1", "latency_ms", "latency_batch32_ms", "latency_ratio",
            "map_onnx", "convs", "int8_convs", "imgsz", "images")  # fmt: skip
 NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"), ("torch", "ort", "ort_int8")),
           "map_onnx": ("fp32", "int8")}  # fmt: skip
 Rows = list[dict[str, Any]]
+TRAININGS = ("train", "distill")
+OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "detections.jsonl"}  # else compress.yaml
+PLACE = ("project", "name", "exist_ok", "save_dir", "out")
+FREE = ("device", "workers", "verbose", "modules", "max_drop", "mode")  # may be other ones when a run goes on
+AT_ONCE = {"args.yaml", "weights", FILE}  # what is there before a run has done anything
+RESULTS = ("summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
+           "onnx/int8.onnx", "plots/stages.*", "plots/channels.*", "plots/detections_*")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Record:
     skipped: str | None = None  # why a stage had nothing to do
     parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
     seconds: Any = None  # a number: what the stage took
+    files: list[str] | None = None  # what it wrote, relative to its folder
 
     def write(self, path: Path) -> None:
         """Write what the stage has to say."""
@@ -67,21 +78,113 @@ class Record:
         return cls(**{f.name: found.get(f.name) for f in fields(cls)})
 
 
-def folder(place: Mapping[str, Any], *, task: str, mode: str, resume: bool = False) -> Path:
-    """Make the run folder of the user's `place`, by default `mode`, as Ultralytics would, or `resume` in one."""
-    args = SimpleNamespace(task=task, mode=mode, project=place.get("project"), name=place.get("name"),
-                           save_dir=place.get("save_dir"), exist_ok=bool(place.get("exist_ok")) or resume)  # fmt: skip
-    path = Path(get_save_dir(args))
-    if resume and not (path / "compress.yaml").exists():
-        raise UsageError(f"Nothing to resume in '{path}'. Give the name= (and project=) of an unfinished compress run.")
+def located(place: Mapping[str, Any], task: str, mode: str) -> Path:
+    """Return the run folder of the user's `place`, by default `mode`, as Ultralytics would choose it."""
+    given = {k: place.get(k) for k in ("project", "name", "exist_ok", "save_dir")}
+    return Path(get_save_dir(SimpleNamespace(task=task, mode=mode, **given)))
+
+
+def folder(place: Mapping[str, Any], *, task: str, mode: str) -> Path:
+    """Make the run folder of the user's `place`, and write the log there."""
+    path = located(place, task, mode)
     path.mkdir(parents=True, exist_ok=True)
     log_to(path)
     return path
 
 
+def make_way(root: Path, stages: Iterable[str], again: bool) -> None:
+    """Refuse a folder that is not empty, unless a run starts over there: what that one wrote goes, and nothing else."""
+    if not root.exists() or {p.name for p in root.iterdir()} <= AT_ONCE:
+        return
+    if not (root / "compress.yaml").exists():
+        raise UsageError(f"'{root}' holds files that are not those of such a run. Give another name= or save_dir=.")
+    if not again:
+        raise UsageError(f"'{root}' holds a run: add resume=True to go on with it, or exist_ok=True to start over.")
+    gone = [file for name in RESULTS for file in root.glob(name)]
+    for stage in map(root.joinpath, stages):
+        if (file := stage / "stage.json").exists():
+            gone += [*(stage / name for name in Record.read(file).files or ()), file]
+        gone += [file for name in ("last.pt", "best.pt") for file in stage.rglob(f"weights/{name}")]
+    for file in gone:
+        if file.resolve().is_relative_to(root):
+            file.unlink(missing_ok=True)
+    for path in sorted((p for stage in stages for p in (root / stage).rglob("**/")), reverse=True):
+        with suppress(OSError):  # not empty
+            path.rmdir()
+
+
+def record(file: Path, options: Mapping[str, Any]) -> None:
+    """Write the options of a run, from where `resumed` reads them."""
+    atomic_write(file, yaml.safe_dump(plain(options), sort_keys=False))
+
+
+def plain(given: Any) -> Any:
+    """Return plain values, each file that exists by its whole path."""
+    if isinstance(given, Mapping):
+        return {k: plain(v) for k, v in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [*map(plain, given)]
+    if given is None or isinstance(given, (int, float)):
+        return given
+    text = str(given)
+    return str(Path(text).resolve()) if Path(text).suffix and Path(text).exists() else text
+
+
+def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the run to go on with, which its folder tells; refuse to mix them with other ones.
+
+    The folder is `resume` itself, or where `project` and `name` (or `save_dir`, `out`) say. Of a training, `model` and
+    `resume` come back as its last.pt, which may also be given as `resume` or, without a place, as `model`.
+    """
+    given = {k: v for k, v in options.items() if k not in (*PLACE, "resume") and v not in (None, "")}
+    trains, resume = command in TRAININGS, options["resume"]
+    if trains and resume is True and not {*PLACE} & {*options}:
+        resume = given.get("model", True)
+    if trains and Path(str(resume)).suffix == ".pt":
+        return {**options, "model": str(resume), "resume": str(resume)}
+    path = _stopped(command, options)
+    text = (path / OPTIONS.get(command, "compress.yaml")).read_text(encoding="utf-8")
+    before = json.loads(text.splitlines()[0])["options"] if command == "label" else yaml.safe_load(text) or {}
+    for k in (k for k in CONFIGS if isinstance(before.get(k), dict)):  # options that came or went since do not count
+        before[k] = {f.name: before[k][f.name] for f in fields(CONFIGS[k]) if f.name in before[k]}
+    counts = CONFIGS if trains else {*given} - {*FREE}  # Ultralytics says itself what it ignores
+    if changed := sorted(k for k, v in given.items() if k in counts and _differs(k, before.get(k), v)):
+        found = f"'{path}' holds a run with other options ({', '.join(changed)} changed)"
+        raise UsageError(f"{found}. Leave them out to go on with it, or give another name=.")
+    if trains:
+        own = dict.fromkeys(("model", "resume"), str(path / "weights" / "last.pt"))
+        more = {k: v for k, v in given.items() if k not in CONFIGS}
+        return {"modules": before.get("modules"), **more, **own, "save_dir": str(path)}
+    free = {k: v for k, v in given.items() if k in FREE}
+    return {**before, **free, "resume": True, "out" if command == "label" else "save_dir": str(path)}
+
+
+def _stopped(command: str, options: Mapping[str, Any]) -> Path:
+    """Return the only folder with a run of a command that `resume` or the place can mean."""
+    told = options.get("out") if options["resume"] is True else options["resume"]
+    where = {Path(str(told)).resolve()} if told else {located({**options, "exist_ok": True}, t, command) for t in TASKS}
+    sign = "weights/last.pt" if command in TRAININGS else OPTIONS.get(command, "compress.yaml")
+    found = [path for path in where if (path / sign).exists()]
+    if len(found) != 1:
+        what = f"'{told or options.get('name') or command}' is {'more than one run' if found else 'no stopped run'}"
+        raise UsageError(f"Nothing to resume: {what} of '{command}'. Give the folder of one: resume=FOLDER.")
+    return found[0]
+
+
+def _differs(key: str, told: Any, given: Any) -> bool:
+    """Tell whether an option is given otherwise than before; of a technique only the options that are given count."""
+    if key not in CONFIGS:
+        return plain(given) != plain(told)
+    if isinstance(given, bool) or not told:
+        return bool(given) != bool(told)
+    now, was = (read_options(key, v if isinstance(v, Mapping) else asdict(v))[0] for v in (given, told))
+    was = {**asdict(CONFIGS[key]()), **was}
+    return plain({**was, **now}) != plain(was)
+
+
 def discard(folder: Path) -> None:
     """Remove the folder of a run that was refused, unless it holds more than Ultralytics puts there at once."""
-    if {p.name for p in folder.rglob("*")} <= {"args.yaml", "weights", FILE}:
+    if {p.name for p in folder.rglob("*")} <= AT_ONCE:
         let_go()
         shutil.rmtree(folder)
 
@@ -110,7 +213,9 @@ def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
         LOGGER.info(f"{name}: done already, not repeated")
     else:
         start = time.monotonic()
-        replace(work(), seconds=round(time.monotonic() - start, 1)).write(file)
+        done = replace(work(), seconds=round(time.monotonic() - start, 1))
+        written = sorted(str(f.relative_to(file.parent)) for f in file.parent.rglob("*") if f.is_file())
+        replace(done, files=written).write(file)
     return Record.read(file)
 
 

@@ -36,6 +36,7 @@ NEITHER = ("mode", "tracker", "embed")
 HELP = {  # of keys that a command does not explain itself
     "imgsz": "Side of the square input in pixels; that of the training by default",
     "quant": "Options of quantization",
+    "resume": "Go on with a stopped run: its folder, or True with its name; its options need not be given",
     "modules": "Python modules whose layers the model or its YAML names, such as mypkg.layers",
     "place": f"{', '.join(PLACE)} for the run folder",
     "native": f"{', '.join(PLACE)} for the run folder, and any training argument of Ultralytics",
@@ -46,6 +47,7 @@ Count = Annotated[int, 1]
 Natural = Annotated[int, 0]
 Share = Annotated[float, "0 to 1"]
 Weights = str | Path | Any  # a path, a YOLO, or the module of one, which stand for their file
+Resume = bool | str | Path  # True or the folder of a run
 Technique = Any  # options as a dict or a dataclass, True for the defaults, None or False for off
 
 
@@ -59,37 +61,48 @@ def command(
     """
 
     def add(fn: Callable[P, Any]) -> Callable[P, "Result"]:
-        signature = inspect.signature(fn)
+        call: Callable[..., Any] = fn
 
         @functools.wraps(fn)
         def checked(*args: P.args, **options: P.kwargs) -> "Result":
-            check_keys(fn.__name__, options)
-            if modules := options.pop("modules", None):
-                from yolo_ext import stock
-
-                stock.register_layers(modules)
-                if "epochs" in signature.parameters:  # a training hands them on to its processes
-                    options["modules"] = modules
-            given = signature.bind_partial(*args, **options)
-            need(fn.__name__, given.arguments, *needed(fn))
-            kinds = typing.get_type_hints(fn, include_extras=True)
-            for key, value in given.arguments.items():
-                if value is not None and (legal := _legal(kinds.get(key, Any), value)):
-                    raise UsageError(f"'{key}={value}' is illegal{legal}")
             with logged():
-                given.arguments |= {k: _as_files(v) for k, v in given.arguments.items() if k in MODELS}
-                found = fn(*given.args, **given.kwargs)
+                found = call(**_given(fn, args, options))
                 if found is None:  # what only prints
                     return found
                 from yolo_ext.reporting.result import Result
 
                 return Result({"run_dir": log_folder(), **found})
 
-        checked.__dict__["like"] = like
-        checked.__dict__["__signature__"] = signature.replace(return_annotation="Result")
+        signature = inspect.signature(fn).replace(return_annotation="Result")
+        checked.__dict__.update(like=like, __signature__=signature)
         return COMMANDS.row(fn.__name__, summary, examples=examples)(checked)
 
     return add
+
+
+def _given(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a function is called with, by key, models as files; those of a run that is gone on with are added."""
+    name, signature = fn.__name__, inspect.signature(fn)
+    check_keys(name, options)
+    signature.bind_partial(*args, **options)  # too many or doubled arguments are Python's own errors
+    given = {**dict(zip(signature.parameters, args)), **options}
+    given = {k: _as_files(v) if k in MODELS else v for k, v in given.items()}
+    if given.get("resume"):
+        from yolo_ext.runs import resumed
+
+        given = resumed(name, given)
+    if modules := given.pop("modules", None):
+        from yolo_ext import stock
+
+        stock.register_layers(modules)
+        if "epochs" in signature.parameters:  # a training hands them on to its processes
+            given["modules"] = modules
+    need(name, given, *needed(fn))
+    kinds = typing.get_type_hints(fn, include_extras=True)
+    for key, value in given.items():
+        if value is not None and (legal := _legal(kinds.get(key, Any), value)):
+            raise UsageError(f"'{key}={value}' is illegal{legal}")
+    return given
 
 
 def _as_files(given: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_ext.commands import (  # isort: skip
-    EXPORTS, PLACE, Count, Natural, Share, Technique, Weights, check_native, command, need, tell_idle,
+    EXPORTS, PLACE, Count, Natural, Resume, Share, Technique, Weights, check_native, command, need, tell_idle,
 )  # fmt: skip
 from yolo_ext.core.config import CONFIGS, TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
 def compress(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
-    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a trained YOLO and prove the result; a technique is switched off by None.
 
@@ -37,7 +37,6 @@ def compress(
         distill: Options of the distillation while fine-tuning.
         max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
             where it lost more.
-        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
         save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
@@ -53,13 +52,13 @@ def compress(
 def train(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, resume: bool | str = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a YOLO with our trainer of its task.
 
     Args:
-        model: ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
-        data: Dataset YAML; not needed with ``resume=True``.
+        model: ``.pt`` or ``.yaml``.
+        data: Dataset YAML.
         imgsz: Side of the images in pixels, rounded up to the stride; that of the training of the model by default.
         epochs: Epochs of the training; 100 by default.
         sparsity: Options of sparsity training.
@@ -68,7 +67,6 @@ def train(
         quant: Options of quantization-aware training.
         max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
             where it lost more.
-        resume: Go on with a training that was stopped.
         save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json``.
@@ -90,7 +88,7 @@ def train(
 def prune(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
 
@@ -108,12 +106,12 @@ def prune(
 def distill(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
-    max_drop: Share | None = None, resume: bool | str = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `train` does, whose keys these are, with distillation on by default.
 
     Args:
-        model: Student, ``.pt`` or ``.yaml``; with ``resume=True`` the ``last.pt`` to go on with.
+        model: Student, ``.pt`` or ``.yaml``.
         distill: Options of distillation, such as `distill.teacher`.
     """
     given = dict(locals())
@@ -128,7 +126,7 @@ def distill(
 def quantize(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
-    max_drop: Share | None = None, resume: bool = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but quantization on by default.
 

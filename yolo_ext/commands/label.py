@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from yolo_ext.commands import (  # isort: skip
-    BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Share, Weights, command, refuse_unread, tell_idle,
+    BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Resume, Share, Weights, command, refuse_unread, tell_idle,
 )  # fmt: skip
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import resumes
 from yolo_ext.core.registry import suggest
 
 TASKS = ("detect", "segment")
@@ -30,7 +31,7 @@ def label(
     model: Weights, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
     conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Any = None, beside: bool = False,
     overwrite: bool = False, save_conf: bool = False, previews: bool = True,
-    files: Literal["link", "copy", "none"] | None = "link", review: Natural = 500,
+    files: Literal["link", "copy", "none"] | None = "link", review: Natural = 500, resume: Resume = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Label images with a trained model and write what a person needs to review the labels.
 
@@ -55,11 +56,13 @@ def label(
     Returns: The contents of `label.json`.
     Raises: `UsageError` if the model, an image source or an option is not usable.
     """
+    given = {k: v for k, v in locals().items() if k != "resume"}
     from ultralytics import YOLO
 
     from yolo_ext.data.formats import FORMATS
-    from yolo_ext.data.label import find_images, label_images, preview_of, update
+    from yolo_ext.data.label import JOURNAL, find_images, label_images, preview_of, update
     from yolo_ext.reporting.pages import render_review
+    from yolo_ext.runs import plain
     from yolo_ext.stock import no_autoinstall
 
     if format not in FORMATS:
@@ -74,12 +77,14 @@ def label(
     settings = {"model": digest, "imgsz": size, "conf": conf, "iou": iou, "classes": wanted,
                 "names": list(names.values())}  # fmt: skip
     options: dict[str, Any] = {"imgsz": size, "conf": conf, "iou": iou, "classes": wanted, "device": device}
+    resumes("label", folder, JOURNAL)
     with no_autoinstall():
         yolo = YOLO(str(model), task=task)
         done = label_images(
             images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
-            names, settings, format=format, beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf,
-            previews=previews, files=files or "none", channels=channels)  # fmt: skip
+            names, {**settings, "options": plain(given)}, format=format, beside=beside or folder == root,
+            overwrite=overwrite, save_conf=save_conf, previews=previews, files=files or "none", channels=channels,
+        )  # fmt: skip
     found, told = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]

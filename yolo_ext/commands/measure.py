@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Technique, Weights, command, numbers, tell_idle
+from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_idle
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import resumes
 
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
 UNUSED = {  # options that an analysis of sensitivity does not look at
@@ -283,7 +284,8 @@ def sensitivity(
     info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
     stock.check_fit(net, info, (model, data))
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
-    runs.record(folder / "args.yaml", given)
+    if not (folder / "sensitivity.json").exists():
+        runs.record(folder / "args.yaml", given)
     resumes("sensitivity", folder, "sensitivity.json")
     try:
         if kind == "prune":

@@ -3,7 +3,9 @@
 
 import logging
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler, RotatingFileHandler
@@ -17,6 +19,8 @@ COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 class RunLog(MemoryHandler):
     """Lines that wait for the folder of their run."""
+
+    stopped: tuple[str, Path, str] | None = None  # how a stopped run goes on: command, folder, what has to be in it
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record with date and time, without colours."""
@@ -45,6 +49,11 @@ def logged() -> Iterator[None]:
         yield
     except BaseException as e:
         handler.handle(logging.makeLogRecord({"msg": f"{type(e).__name__}: {e}", "levelno": logging.ERROR}))
+        if handler.stopped:
+            command, folder, files = handler.stopped
+            if any(folder.glob(files)):
+                near = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+                LOGGER.info(f"What is finished is kept. Go on with: yolo-ext {command} resume={shlex.quote(near)}")
         raise
     finally:
         let_go()
@@ -63,6 +72,12 @@ def log_folder() -> Path | None:
     """Return the folder that the log of the block around is written into."""
     handler = _open()
     return Path(handler.target.baseFilename).parent if handler and handler.target else None
+
+
+def resumes(command: str, folder: Path, files: str) -> None:
+    """Have the block around say how its run goes on, should it stop with such files there; the outermost counts."""
+    if (handler := _open()) and not handler.stopped:
+        handler.stopped = command, folder, files
 
 
 def let_go() -> None:

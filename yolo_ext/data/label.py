@@ -251,7 +251,7 @@ def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> d
             lines.append(json.loads(line))
     if not lines:
         return {}
-    if changed := [k for k in settings if lines[0].get(k) != settings[k]]:
+    if changed := [k for k in settings if k != "options" and lines[0].get(k) != settings[k]]:
         if overwrite:
             return {}
         before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)

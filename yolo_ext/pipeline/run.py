@@ -1,20 +1,20 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """One run of `compress`: what it was asked for, its folder, and how its models are loaded, measured and trained."""
 
-import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, YAML
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import save_model
-from yolo_ext.core.config import CONFIGS, EXT_DEFAULTS, as_plain, parse
+from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import resumes
 from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.data.check import check_data
@@ -24,6 +24,7 @@ from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
 from yolo_ext.training.prune import check_budget
+from yolo_ext.training.resume import clear
 from yolo_ext.training.trainer import trainer_for
 
 # Defaults of the trainings, below what the user gives. The model is trained already: low rate, short warm-up.
@@ -119,9 +120,12 @@ class Run:
         return name, self.done[name]
 
 
-def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stages: Iterable[str]) -> Run:
-    """Check all that can be checked, then make the folder; one that may be written again loses its `stages`."""
+def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages: Iterable[str]) -> Run:
+    """Check all that can be checked, then make the folder, or find that of the run to resume with its options."""
     mode = str(options.pop("mode", None) or "compress")
+    if resume:
+        options = runs.resumed(mode, {**options, "model": model, "data": data, "resume": resume})
+        model, data, _ = (options.pop(k) for k in ("model", "data", "resume"))
     place, imgsz = {k: options.pop(k, None) for k in PLACE}, options.pop("imgsz", None)
     budget = options.pop("max_drop", None)
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
@@ -133,16 +137,15 @@ def open_run(model: str, data: str, resume: bool, options: dict[str, Any], stage
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
     _check_graph(run)
-    run.folder = runs.folder(place, task=run.task, mode=mode, resume=resume)
+    if not resume:
+        place["save_dir"] = runs.located(place, run.task, mode)
+        runs.make_way(place["save_dir"], stages, bool(place["exist_ok"]))
+    run.folder = runs.folder(place, task=run.task, mode=mode)
     run.fresh = not any(run.folder.iterdir())
     plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **({"max_drop": budget} if budget else {})}
-    if resume:
-        _check_resume(run, plain)
-    elif (run.folder / "compress.yaml").exists():  # an earlier run, which `exist_ok=True` gives up
-        for stage in stages:
-            shutil.rmtree(run.folder / stage, ignore_errors=True)
-    YAML.save(run.folder / "compress.yaml", {**plain, **as_plain(configs)})
-    YAML.save(run.folder / "args.yaml", plain)
+    runs.record(run.folder / "args.yaml", plain)
+    runs.record(run.folder / "compress.yaml", {**plain, **as_plain(configs)})
+    resumes(mode, run.folder, "compress.yaml")
     return run
 
 
@@ -199,20 +202,6 @@ def _check_graph(run: Run) -> None:
         raise UsageError(f"'opset={run.graph['opset']}': per-channel Q/DQ needs {OLDEST} or later. Leave opset out.")
 
 
-def _check_resume(run: Run, plain: dict[str, Any]) -> None:
-    """Refuse to mix stages of different options in one folder; options that came or went since do not count."""
-    before = YAML.load(run.folder / "compress.yaml")
-    changed = []
-    for k, config in run.configs.items():
-        if told := before.pop(k, None):
-            told = CONFIGS[k](**{f.name: told[f.name] for f in fields(CONFIGS[k]) if f.name in told})
-        changed += [k] if told != config else []
-    changed += [k for k in {*before, *plain} - {"max_drop"} if before.get(k) != plain.get(k)]
-    if changed:
-        found = f"'{run.folder}' holds a run with other options ({', '.join(sorted(changed))} changed)"
-        raise UsageError(f"{found}. Give another name=, or the options of that run to go on with it.")
-
-
 def measure(run: Run, weights: Path) -> dict[str, Any]:
     """Return params, GFLOPs, size and, where there are data, mAP (top-1 of a classifier) of float weights."""
     model, _ = run.load(weights)
@@ -228,30 +217,30 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
     from ultralytics import YOLO
 
     folder = run.folder / stage
-    last = folder / "weights" / "last.pt"
-    args: dict[str, Any] = {"resume": True}
-    if _unfinished(last):
+    last, best = (folder / "weights" / f"{name}.pt" for name in ("last", "best"))
+    epoch = _epoch(last)
+    if epoch == -1:  # trained to the end by a run that was killed behind it
+        clear(last.parent)
+        return best if best.exists() else last
+    args: dict[str, Any] = {"resume": True, **{k: native[k] for k in ("device", "workers", "verbose") if k in native}}
+    if epoch is not None:
         weights = last
     else:
-        if folder.exists():
-            shutil.rmtree(folder)
         args = {"data": run.data, "imgsz": run.imgsz, **native, **options}
         if isinstance(args.get("batch"), int) and args["batch"] > 0:
             # With Ultralytics' nominal batch of 64, a small dataset gives a handful of optimizer steps per epoch.
             args.setdefault("nbs", args["batch"])
     yolo = YOLO(str(weights or run.weights()))
     yolo.train(trainer=trainer_for(run.task), save_dir=str(folder), exist_ok=True, **args)
-    best = folder / "weights" / "best.pt"
     return best if best.exists() else last
 
 
-def _unfinished(last: Path) -> bool:
-    """Tell whether there is a training checkpoint, and it still holds the state to go on."""
+def _epoch(last: Path) -> int | None:
+    """Return the epoch, counted from 0, of a training's last.pt, -1 behind its end; None where there is none."""
     try:
-        ckpt = torch.load(last, map_location="cpu", weights_only=False)
-        return ckpt.get("epoch", -1) >= 0 and ckpt.get("optimizer") is not None
-    except Exception:  # a file of a killed writer is no checkpoint
-        return False
+        return int(torch.load(last, map_location="cpu", weights_only=False)["epoch"])
+    except Exception:  # not there, or a file of a killed writer
+        return None
 
 
 def finetuning(run: Run) -> dict[str, Any]:
