@@ -6,17 +6,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from yolo_ext.reporting.figures import imwrite
-from yolo_ext.reporting.pages import render, write_report
+from yolo_ext.reporting.pages import TEMPLATES, render, render_review, write_report
 
 SECTIONS = ("Before and after", "Notes", "Stages", "Accuracy against latency", "Accuracy per class", "Checks",
             "Detections", "Latency", "For comparison", "Channels per layer", "Quantization", "Training curves",
@@ -316,15 +319,94 @@ def test_long_lists_are_folded(count: int, folded: bool, tmp_path: Path) -> None
     assert ("details" in Page(render({"layers": layers}, tmp_path)).tags) is folded
 
 
+@pytest.fixture
+def sheet(tmp_path: Path) -> str:
+    """A review sheet."""
+    imwrite(tmp_path / "a.jpg", np.zeros((48, 64, 3), np.uint8))
+    found = [{"class": 0, "confidence": p, "box": [1.0, 2.0, 20.0, 30.0]} for p in (0.4, 0.9)]
+    records = [{"image": "a.jpg", "size": [64, 48], "objects": o} for o in (found, [])]
+    return render_review("Review", records, {"a.jpg": tmp_path / "a.jpg"}, {0: "cell"}, previews={"a.jpg": "p/a.jpg"})
+
+
+# Accessibility -------------------------------------------------------------------------------------------------------
+def test_what_a_screen_reader_needs_is_there(report: dict, sheet: str, tmp_path: Path) -> None:
+    for html in (render(report, tmp_path), sheet):
+        assert '<html lang="en">' in html
+        assert [html.count(f"<{tag}") - html.count(f"<{tag}er") for tag in ("main", "h1")] == [1, 1]
+        ids = re.findall(r'\bid="([^"]+)"', html)
+        assert len(ids) == len(set(ids)) and set(re.findall(r'(?:labelledby|for)="([^"]+)"', html)) <= set(ids)
+        assert all('scope="' in th for th in re.findall(r"<th[ >][^>]*", html))
+        assert html.count("<table") == html.count("<caption>") == html.count("<thead>") > 0
+        assert all('alt="' in img for img in re.findall(r"<img[^>]*", html))
+        assert all("aria-label=" in svg or "aria-hidden=" in svg for svg in re.findall(r"<svg[^>]*", html))
+        levels = [int(n) for n in re.findall(r"<h(\d)", html)]
+        assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
+        labels = re.findall(r'role="region" aria-label="([^"]+)"', html) + re.findall(r"<h2[^>]*>([^<]+)", html)
+        assert len(labels) == len(set(labels)), "landmarks are told apart by their names"
+
+
+def luminance(color: str) -> float:
+    """Return the relative luminance of a colour of a style sheet, as WCAG 2 defines it."""
+    digits = color.removeprefix("#")
+    channels = [int(d * (6 // len(digits)), 16) / 255 for d in re.findall("." * (len(digits) // 3), digits)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+TEXT = [(ink, paper) for ink in ("ink", "soft", "accent", "good", "bad") for paper in ("page", "card")]
+TEXT += [("good", "good-bg"), ("bad", "bad-bg"), ("warn", "warn-bg"), ("on", "accent"), ("soft", "line")]
+SHAPES = [(shape, paper) for shape in ("accent", "kept") for paper in ("page", "card")]
+
+
+@pytest.mark.parametrize("scheme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_colours_can_be_told_apart(scheme: int) -> None:
+    found = re.findall(r":root \{(.*?)\}", (TEMPLATES / "report.css").read_text(), re.DOTALL)[scheme]
+    light = {k: luminance(v) for k, v in re.findall(r"--([\w-]+): (#\w+)", found)}
+    for pairs, least in ((TEXT, 4.5), (SHAPES, 3.0)):
+        for pair in pairs:
+            low, high = sorted(light[k] for k in pair)
+            assert (high + 0.05) / (low + 0.05) >= least, pair
+
+
+def axe() -> Path | None:
+    """Return axe-core, https://github.com/dequelabs/axe-core, where it is installed; nothing is fetched."""
+    places = [Path(os.environ.get("AXE_CORE", "axe.min.js"))]
+    places += [folder / "node_modules/axe-core/axe.min.js" for folder in Path(__file__).resolve().parents]
+    return next((file for file in places if file.is_file()), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None or axe() is None, reason="needs Chromium, and axe-core (npm) or AXE_CORE=its file")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["report", "sheet"])
+def test_axe_finds_no_violation(name: str, scheme: str, report: dict, sheet: str, tmp_path: Path) -> None:
+    script = axe()
+    assert script is not None
+    html = {"report": render(report, tmp_path), "sheet": sheet}[name]
+    html = html.replace("(prefers-color-scheme: dark)", "all") if scheme == "dark" else html
+    html = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace("<details>", "<details open>")
+    found = "JSON.stringify(r.violations.map(v => [v.id, v.nodes[0].html]))"
+    run = f"axe.run().then(r => document.body.dataset.axe = {found})"
+    (tmp_path / "page.html").write_text(
+        html.replace("</body>", f"<script>{script.read_text()}</script><script>{run}</script></body>")
+    )
+    dom = browse(tmp_path / "page.html", "--virtual-time-budget=60000").stdout
+    told = re.search(r'<body data-axe="([^"]*)"', dom)
+    assert told and json.loads(unescape(told[1])) == []
+
+
+def browse(page: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Open a page in a browser and return what it logged and what has become of the page."""
+    assert BROWSER is not None
+    common = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+    command = [BROWSER, *common, "--enable-logging=stderr", *flags, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="Chromium or Chrome is not installed")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_report_opens_in_a_browser(report: dict, tmp_path: Path, width: int) -> None:
-    path = write_report(tmp_path, report)
-    assert BROWSER is not None
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    sizes = [f"--window-size={width},1600", f"--screenshot={tmp_path / 'page.png'}", "--hide-scrollbars"]
-    command = [BROWSER, *flags, "--enable-logging=stderr", *sizes, "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = browse(write_report(tmp_path, report), f"--window-size={width},1600")
     page = Page(done.stdout)
     assert page.tags.count("section") == len(SECTIONS) and page.tags.count("img") == 1
     assert page.tags.count("button") > 20  # the script runs: columns can be sorted
