@@ -15,7 +15,7 @@ from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import kept_of, spare_units
 from yolo_ext.pruning.surgery import apply_plan
-from yolo_ext.sparsity.monitor import EDGES, History, columns, observe
+from yolo_ext.sparsity.monitor import EDGES, History, columns, conclusion, observe
 
 PRUNE = PruneConfig(speedup=2.0)
 
@@ -164,3 +164,19 @@ def test_history_draws_its_pictures(tmp_path, dense, planted):
     history.append({**look(planted, dense[1]), "epoch": 1})
     assert [p.name for p in history.plot()] == ["sparsity.png", "sparsity_layers.png"]
     assert all(p.stat().st_size > 10_000 for p in history.plot())
+
+
+@pytest.mark.parametrize(
+    ("last", "held", "hint"),
+    [
+        pytest.param({"speedup": 1.01, "fitness": 0.5}, [], "give more epochs or a larger", id="too-little"),
+        pytest.param({"speedup": 1.8, "fitness": 0.3}, list("abcd"), "holds a, b, c and 1 more: lower", id="too-much"),
+        pytest.param({"speedup": 1.8, "fitness": 0.49}, ["a"], "", id="held-without-harm"),
+        pytest.param({"speedup": 1.8, "fitness": 0.3}, [], "", id="lost-by-something-else"),
+        pytest.param({"speedup": 1.8}, ["a"], "", id="no-validation"),
+    ],
+)
+def test_hints_are_given_where_they_apply_and_only_one(last, held, hint):
+    told = conclusion([{"fitness": 0.5 if "fitness" in last else 0.0}, {"share": 0.4, **last}], held, 0.05)
+    assert told.startswith(f"40.0% of the channels are near zero, which is worth FLOPs / {last['speedup']:.2f}")
+    assert hint in told and told.count("sparsity.coefficient") == bool(hint)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from ultralytics.utils import LOGGER
 
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
@@ -154,17 +153,6 @@ def test_the_strongest_channels_stay(fresh, method):
     for g, v in zip(s.groups, norms(s, model)):
         assert int((v > 0.01 * v.max()).sum()) >= min(g.size, max(FEWEST, round(0.25 * g.size))), g.name
     assert set(s.protected) == {g.name for g in s.groups}
-
-
-def test_protection_is_reported_once(fresh, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(LOGGER, "warning", said.append)
-    model = fresh()
-    s = make(model, coefficient=200.0)
-    for epoch in range(3):
-        s.set_epoch(epoch)
-        s.shrink(model, 1.0)
-    assert len(said) == 1 and "model.0.conv" in said[0]
 
 
 @pytest.mark.parametrize(("batches", "momentum"), [(10, 0.2), (40, 0.1), (1000, 0.03)])

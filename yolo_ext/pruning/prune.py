@@ -184,6 +184,7 @@ def readiness(job: Job, units: Sequence[int]) -> dict[str, Any]:
             in_use += max(0, goes - int(near_zero(v, threshold).sum()))  # the lowest scores go first
     return {
         "method": job.cfg.method, "trained": trained.get("method"), "threshold": threshold,
+        "held": trained.get("held"),
         "channels": sum(t.channels for t in job.ties), "share": near_zero_share(job.ties, threshold),
         "speedup": figures({})[0] / figures(job.widths(spare_units(job.ties, threshold)))[0],
         "removed": removed, "in_use": in_use / max(removed, 1),
@@ -212,10 +213,13 @@ def check_readiness(job: Job, units: Sequence[int]) -> None:
         f"{found['in_use']:.0%} are still in use. The model was trained {trained_how}: "
         f"{found['share']:.0%} of its channels are near zero."
     )
-    longer = ", for more epochs or with a larger sparsity.coefficient" if trained == method else ""
     realistic = floor(found["speedup"] * 100) / 100
-    lower = f", lower the target to prune.speedup={realistic:g}" if realistic > 1.01 else ""
-    remedy = f"Train with sparsity.method={method} first{longer}{lower}, take prune.method=taylor or lamp"
+    ways = [] if trained == method else [f"train with sparsity.method={method} first"]
+    if trained == method and not found["held"]:  # or the pull has taken all that it could
+        ways.append("train for more epochs or with a larger sparsity.coefficient")
+    ways += [f"lower the target to prune.speedup={realistic:g}"] if realistic > 1.01 else []
+    remedy = ", ".join([*ways, "take prune.method=taylor or lamp"])
+    remedy = remedy[0].upper() + remedy[1:]
     if found["in_use"] > REFUSE and not cfg.force:
         raise UsageError(f"{problem} {remedy}, or prune all the same with prune.force=True.")
     LOGGER.warning(f"{colorstr('prune: ')}{problem} {remedy}.")

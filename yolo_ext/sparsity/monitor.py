@@ -28,6 +28,7 @@ from yolo_ext.reporting.curves import plot_layers, plot_ridge
 from yolo_ext.sparsity.sparsifier import FEWEST
 
 FILE = "sparsity.json"
+LITTLE = 1.05  # FLOPs before / after below which sparsity training has changed nothing
 RELATIVE = ("group_sl", "group_reg")  # criteria that give shares of the largest score of a group
 # The first bin holds what is zero for all that it matters, the last one also what is larger.
 EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]  # 1e-4 .. 10, twenty to the decade
@@ -79,6 +80,20 @@ def _collapsed(rows: Sequence[tuple[str, torch.Tensor]], cfg: SparsityConfig) ->
         return few or float(v.max()) <= negligible
 
     return list(dict.fromkeys(name for name, v in rows if gone(v)))
+
+
+def conclusion(epochs: Sequence[dict[str, Any]], held: Sequence[str], max_drop: float) -> str:
+    """Say what records have come to and, where that is too much or too little, what to do; `held` is protected."""
+    first, last = epochs[0], epochs[-1]
+    said = f"{last['share']:.1%} of the channels are near zero, which is worth FLOPs / {last['speedup']:.2f}"
+    lost = (first.get("fitness") or 0.0) - (last.get("fitness") or 0.0)
+    if held and lost > max_drop:
+        names = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if held[3:] else "")
+        why = f"The fitness fell by {lost:.4f} and only sparsity.protect holds {names}"
+        return f"{said}. {why}: lower sparsity.coefficient"
+    if not held and last["speedup"] < LITTLE:
+        return f"{said}. For more, give more epochs or a larger sparsity.coefficient"
+    return said
 
 
 def columns(record: dict[str, Any]) -> dict[str, float]:

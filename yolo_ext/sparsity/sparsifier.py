@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext.core.config import PruneConfig, SparsityConfig
 from yolo_ext.core.errors import UsageError
@@ -87,7 +86,6 @@ class Sparsifier:
         self.held = torch.zeros_like(norms, dtype=torch.bool)
         self._floor: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
-        self._told: set[str] = set()
 
     @property
     def protected(self) -> list[str]:
@@ -99,12 +97,6 @@ class Sparsifier:
         """Set the pull of an epoch, counted from 0, and choose anew which channels are protected."""
         self.pull = self.pulls[epoch] * (self.controller.gain if self.controller else 1.0)
         self._floor = self._value = None
-        if new := [name for name in self.protected if name not in self._told]:
-            self._told.update(new)
-            LOGGER.warning(
-                f"{colorstr('sparsity: ')}nothing holds the channels of {', '.join(new)} against the pull; the "
-                f"strongest {FEWEST} or {self.cfg.protect:.0%} of each stay. If mAP drops, lower sparsity.coefficient"
-            )
 
     def keep_up(self, model: nn.Module, batches: int) -> None:
         """Let the statistics of BatchNorm follow scales that shrink fast, or validation sees a model of long ago."""

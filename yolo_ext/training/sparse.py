@@ -82,16 +82,22 @@ class Sparse(Technique):
             ema, cfg, self.prune, epoch=trainer.epoch, coefficient=sparsifier.coefficient,
             penalty=float(sparsifier.penalty(ema)), imgsz=input_size(trainer, ema), pull=sparsifier.pull,
         )  # fmt: skip
+        record["fitness"] = float(trainer.fitness or 0.0)
         if cfg.auto:
-            sparsifier.steer(record["share"], float(trainer.fitness))
+            sparsifier.steer(record["share"], record["fitness"])
+        held = sparsifier.protected
         summary = {"method": cfg.method, "coefficient": sparsifier.coefficient, "epochs": trainer.epoch + 1,
-                   "threshold": cfg.threshold, "share": record["share"], "speedup": record["speedup"]}  # fmt: skip
+                   "threshold": cfg.threshold, "share": record["share"], "speedup": record["speedup"],
+                   "held": bool(held)}  # fmt: skip
         for model in (live(trainer), ema):
             note(model, sparsity=summary)
         history = monitor.History(trainer.save_dir)
         history.append(record)
         for picture in history.plot():
             trainer.on_plot(picture)
+        if trainer.epoch + 1 == trainer.epochs:
+            told = monitor.conclusion(history.read()["epochs"], held, cfg.max_drop)
+            LOGGER.info(f"{colorstr('sparsity: ')}{told}")
         return monitor.columns(record)
 
     def state(self) -> dict[str, Any]:
