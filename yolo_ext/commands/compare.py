@@ -63,12 +63,14 @@ def compare(
         evidence.write(folder / f"{name}.npz")
     told |= {"changes": [{**asdict(c), "change": c.change} for c in found], "checks": checks}
     LOGGER.info(f"{len(base.images)} images: {verdict}")
+    for c in (c for c in checks if not c["passed"]):
+        LOGGER.warning(f"{c['name']}: {c['value']:+.4f} (limit {c['limit']:g})")
     runs.write_json(folder / "compare.json", told)
     runs.saved(folder)
     return told
 
 
-def _evidence(model: str, data: str | None, imgsz: int | None) -> Any:
+def _evidence(model: str | Path, data: str | None, imgsz: int | None) -> Any:
     """Return the evidence of a model, measured now or as it lies in a file."""
     from yolo_ext import stock
     from yolo_ext.stock.accuracy import accuracy
