@@ -64,7 +64,7 @@ def command(
         call: Callable[..., Any] = fn
 
         @functools.wraps(fn)
-        def checked(*args: P.args, **options: P.kwargs) -> "Result":
+        def checked(*args: P.args, **options: P.kwargs) -> Any:
             with logged():
                 found = call(**_given(fn, args, options))
                 if found is None:  # what only prints

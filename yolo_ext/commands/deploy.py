@@ -337,6 +337,6 @@ def verify(
     fp32 = ours.get("map") if found["precision"] == "fp32" else None
     after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": fp32}, **ours}
     write_summary(folder, {**figures, **base}, after, table=False)
-    models = ",".join(file for file in (model, onnx, int8) if file)
+    models = ",".join(str(file) for file in (model, onnx, int8) if file)
     runs.saved(folder, f"yolo-ext bench models={models} imgsz={_side(size)}" if found["passed"] else "")
     return found

@@ -71,7 +71,7 @@ def log_to(folder: Path) -> None:
 def log_folder() -> Path | None:
     """Return the folder that the log of the block around is written into."""
     handler = _open()
-    return Path(handler.target.baseFilename).parent if handler and handler.target else None
+    return Path(handler.target.baseFilename).parent if handler and handler.target else None  # type: ignore[attr-defined]
 
 
 def resumes(command: str, folder: Path, files: str) -> None:

