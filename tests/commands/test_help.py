@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -106,15 +107,40 @@ EXAMPLES += [(name, words) for name, (_, *examples) in FORWARDED.items() for wor
 SHOWN = [words.partition(" ")[::2] for words in FIRST]
 
 
+def take(words: list[str]) -> set[str]:
+    """Read a command and check its keys and options as the command line does; return its keys."""
+    command, options = cli.parse_args(words)
+    if command not in STOCK:
+        check_keys(command, options)
+    if command != "sensitivity":  # which needs no target
+        parse({t: options[t] for t in CONFIGS if isinstance(options.get(t), dict)})
+    return {*options}
+
+
 @pytest.mark.parametrize(("name", "words"), [*EXAMPLES, *SHOWN])
 def test_examples_are_legal(name, words):
-    command, options = cli.parse_args([name, *words.split()])
-    assert command == name
-    if name not in STOCK:
-        check_keys(command, options)
-        told = {t: options[t] for t in CONFIGS if isinstance(options.get(t), dict)}
-        assert name == "sensitivity" or parse(told)  # which needs no target
-        assert {*needed(COMMANDS[name].fn)} <= {*options}
+    given = take([name, *words.split()])
+    assert name in STOCK or {*needed(COMMANDS[name].fn)} <= given
+
+
+def written(page) -> list[str]:
+    """Return the commands that stand in the code of a page, without those that leave something out."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found = [line for block in blocks for line in block.splitlines() if line.startswith("yolo-ext ")]
+    found += re.findall(r"`(yolo-ext \w+ [^`\n]*=[^`\n]*)`", text)
+    return [line for line in found if "..." not in line and "<" not in line and "FOLDER" not in line]
+
+
+ROOT = cfg_dir().parent
+PAGES_ON_DISK = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, id=f"{page.stem}: {line[9:50]}") for page in PAGES_ON_DISK for line in written(page)]
+)
+def test_commands_in_readme_and_docs_are_legal(line):
+    take(shlex.split(line, comments=True)[1:])
 
 
 def test_commands_that_take_keys_have_three_examples():
@@ -134,13 +160,10 @@ def test_recipes_are_listed_with_a_line_and_a_command_each(capsys):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_legal_in_its_command_and_says_nothing_twice(name):
+def test_a_recipe_is_legal_in_its_command_and_keeps_the_criterion(name):
     program, *words = RECIPES[name][1].split()
-    command, options = cli.parse_args(words)
-    assert program == "yolo-ext" and command == words[0] and "recipe" not in options
-    check_keys(command, options)
-    assert any(parse({t: options.get(t) for t in CONFIGS}).values())
-    assert load_recipe(name) == load_recipe(f"{name}.yaml")
+    assert program == "yolo-ext" and CONFIGS.keys() & take(words)
+    assert load_recipe(name) == load_recipe(f"{name}.yaml") and load_recipe(name)
     assert "prune.method" not in load_recipe(name)  # the default is the best one measured
 
 
