@@ -91,11 +91,23 @@ def test_commands_return_what_they_found(tmp_path, monkeypatch):
 def test_latency_at_batch_32_has_a_place_of_its_own():
     settings = [(t, b, m) for t in (1, 2) for b in (1, 32) for m in "ab"]
     rows = [
-        {"model": m, "runtime": "ort", "threads": t, "batch": b, "median": 10.0 * t + b, "significant": m == "a"}
+        {
+            "model": m,
+            "runtime": "ort",
+            "threads": t,
+            "batch": b,
+            "median": 10.0 * t + b,
+            "significant": m == "a",
+            "speedup": 2.0,
+            "speedup_p10": 1.9,
+            "speedup_p90": t,
+        }
         for t, b, m in settings
     ]
     found = _figures(rows, {"a": {"int8_convs": 3}, "b": {"size_mb": 2.0}})
-    assert found["a"]["latency_ms"] == {"ort_int8": 11.0, "unsure": []}  # of the first setting
-    assert found["b"]["latency_ms"] == {"ort": 11.0, "unsure": ["ort"]} and found["b"]["size_mb"] == 2.0
+    assert found["a"]["latency_ms"] == {"ort_int8": 11.0}  # of the first setting
+    assert found["b"]["latency_ms"] == {"ort": 11.0} and found["b"]["size_mb"] == 2.0
+    ratio = {"ratio": 2.0, "p10": 1.9, "p90": 1, "significant": False}
+    assert found["b"]["latency_ratio"] == {"ort": ratio}
     assert found["b"]["latency_batch32_ms"]["ort"] == 42.0
     assert "latency_ms" not in _figures(rows[2:4], {"a": {}, "b": {}})["a"]

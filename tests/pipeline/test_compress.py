@@ -30,7 +30,7 @@ CONTRACT = (
     "compress.yaml", "args.yaml", "summary.json", "report.html", "report.json", "weights/best.pt", "onnx/fp32.onnx",
     "onnx/int8.onnx", "prune/plan.json", "prune/weights/pruned.pt", "finetune/results.csv", "ptq/int8.onnx",
     "ptq/quant.json",
-    "ptq/weights/ptq.pt", "qat/int8.onnx", "verify/verify.json", "plots/channels.png", "plots/detections_0.png",
+    "ptq/weights/ptq.pt", "qat/int8.onnx", "verify/verify.json", "plots/detections_0.png",
 )  # fmt: skip
 FIGURES = set(METRICS)
 
