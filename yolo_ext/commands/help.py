@@ -29,7 +29,8 @@ STOCK_HELP = """The words go to `yolo {0}` of Ultralytics as they are, with any 
 https://docs.ultralytics.com/modes/{0}. Besides, modules=mypkg.layers names Python modules with layers of your own."""
 GROUPS = {"compress": "Compress", "data": "Data", "label": "Data", "help": "Help"}  # of modules of commands
 MEASURE = "Deploy and measure"  # the group of all others
-TOPICS = {"quantize": ("quant",), **dict.fromkeys(("compress", "train"), tuple(CONFIGS)), **{t: (t,) for t in CONFIGS}}
+ALL = ("prune", "distill", "quant", "sparsity")
+TOPICS = {"compress": ALL, "train": ALL, "quantize": ("quant",), **{technique: (technique,) for technique in ALL}}
 TABLES = {  # of methods, by technique
     "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
     "sparsity": ("sparsity.penalties:penalties",),
