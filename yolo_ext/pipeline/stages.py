@@ -239,19 +239,15 @@ def finish(run: Run) -> dict[str, Any]:
     if run.weights() != run.base:
         (run.folder / "weights").mkdir(exist_ok=True)
         shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
-    checks = [c for d in run.done.values() for c in d.checks or []] + _budgets(run, before, after)
+    result = {**after, "size_mb": runs.size_mb(run.weights())}  # the float one, whose budgets the trials have held
+    speed = (after.get("latency_ratio") or {}).get("ort")
+    checks = [c for d in run.done.values() for c in d.checks or []]
+    checks += budget_checks(run.prune, before, result, speed, run.max_drop)
     summary = write_summary(run.folder, before, after, stages, checks=checks, **_told(run))
     drawn = _extra(run, "The comparison of pictures", partial(pictures, run)) if run.data else []
     LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
     return {**summary, "run_dir": str(run.folder)}
-
-
-def _budgets(run: Run, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return how the float result holds the budgets of pruning, which its trials have held, and the total one."""
-    found = {**after, "size_mb": runs.size_mb(run.weights())}
-    ratios = (run.done["latency"].ratios or {}) if "latency" in run.done else {}
-    return budget_checks(run.prune, before, found, ratios.get("compressed FP32"), run.max_drop)
 
 
 def _told(run: Run) -> dict[str, Any]:
