@@ -62,7 +62,7 @@ FIELDS = (
 )
 
 
-def figure(measurement: dict[str, Any] | None, key: str) -> float | None:
+def figure(measurement: Mapping[str, Any] | None, key: str) -> float | None:
     """Return the figure at a dotted path of a measurement, such as `latency_ms.ort`; None where it is not finite."""
     value: Any = measurement
     for part in key.split("."):
