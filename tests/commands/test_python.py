@@ -16,7 +16,7 @@ from ultralytics.utils import YAML
 import yolo_ext
 from yolo_ext import cli
 from yolo_ext.checkpoint import file_of
-from yolo_ext.commands import COMMANDS, _as_files, needed
+from yolo_ext.commands import COMMANDS, _as_files, keys, needed
 from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting.result import Result
 
@@ -100,6 +100,12 @@ def test_a_call_without_options_is_the_command_without_options(run, tiny, tmp_pa
         assert 0 < found.metrics[key] < found["before"][key]
     assert YOLO(found.best).model is not None and found.onnx is None and found.report.name == "report.html"
     assert f"best: {found.best}" in repr(found) and "Before" in repr(found)
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS.names() if "modules" in keys(COMMANDS[n].fn)])
+def test_modules_are_a_key_of_all_that_load_models(name):
+    given = dict.fromkeys(needed(COMMANDS[name].fn), "gone.pt")
+    assert "Cannot import 'modules=gone_package'" in refused(COMMANDS[name].fn, {**given, "modules": "gone_package"})
 
 
 # YOLO objects --------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _given(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     """Return what a function is called with, by key, models as files; those of a run that is gone on with are added."""
     name, signature = fn.__name__, inspect.signature(fn)
     check_keys(name, options)
-    signature.bind_partial(*args, **options)  # too many or doubled arguments are Python's own errors
+    signature.bind_partial(*args, **{k: v for k, v in options.items() if k in signature.parameters})  # Python's errors
     given = {**dict(zip(signature.parameters, args)), **options}
     given = {k: _as_files(v) if k in MODELS else v for k, v in given.items()}
     if given.get("resume"):
