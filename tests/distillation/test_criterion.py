@@ -40,7 +40,7 @@ def setup(build, saved):
         model.args = get_cfg()
         model.requires_grad_(True).train()
         distiller = Distiller(model, DistillConfig(teacher=str(saved(teacher, seed)), **options), CPU)
-        model.criterion = DistillationLoss(model.init_criterion(), distiller)
+        model.criterion = DistillationLoss(model.init_criterion(), distiller=distiller)
         return model, distiller
 
     return make
@@ -196,7 +196,7 @@ class Base:
 def wrapped() -> DistillationLoss:
     found = {"kd_cls_loss": torch.tensor(0.25, requires_grad=True)}
     fixed = SimpleNamespace(cfg=DistillConfig(), losses=lambda p, x, gains, task: found)
-    return DistillationLoss(Base(), fixed)
+    return DistillationLoss(Base(), distiller=fixed)
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

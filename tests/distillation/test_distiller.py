@@ -48,7 +48,7 @@ def setup(build, saved):
         ]
         cfg = parse({"distill": {"teacher": files[0] if isinstance(teacher, str) else files, **options}})["distill"]
         distiller = Distiller(model, cfg, CPU, shrinks=shrinks)
-        model.criterion = DistillationLoss(model.init_criterion(), distiller)
+        model.criterion = DistillationLoss(model.init_criterion(), distiller=distiller)
         return model, distiller
 
     return make
@@ -274,7 +274,7 @@ def test_classifiers_are_distilled_as_means_over_images(classifiers, name):
     student, file = classifiers
     student.args = get_cfg()
     cfg = parse({"distill": {"teacher": file, "features": None, "logits": name}})["distill"]
-    student.criterion = DistillationLoss(student.init_criterion(), Distiller(student, cfg, CPU))
+    student.criterion = DistillationLoss(student.init_criterion(), distiller=Distiller(student, cfg, CPU))
     x = {"img": torch.rand(2, 3, 32, 32), "cls": torch.tensor([0, 2])}
     loss, items = student.train()(x)
     loss.sum().backward()

@@ -138,7 +138,7 @@ def test_equal_models_have_no_loss_and_no_gradient(twin, batch, name):
 def test_the_share_of_the_task_loss_does_not_depend_on_the_batch_size(rig, batch, name):
     """The images of a batch are repeated, so that statistics of BatchNorm stay what they are."""
     found = rig()
-    criterion = DistillationLoss(found.model.init_criterion(), found.distiller)
+    criterion = DistillationLoss(found.model.init_criterion(), distiller=found.distiller)
     shares, values = [], []
     for times in (1, 2, 4):
         x = repeated(batch, times)

@@ -9,7 +9,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.schedules import loss_factor
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.distillation.teacher import make_guide
-from yolo_ext.distillation.terms import Facts, doubts, noise, student_seconds, table, teacher_cost, terms, title
+from yolo_ext.distillation.terms import Facts, doubts, student_seconds, table, teacher_cost, terms, title
 
 CPU = torch.device("cpu")
 
@@ -170,14 +170,14 @@ def test_a_teacher_that_sees_another_size_teaches(build, saved, teacher, options
 def test_timing_a_step_leaves_the_student_as_it_is(build):
     student = build("yolov8n.yaml").requires_grad_(True).train()
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    took = student_seconds(student, noise((2, 3, 64, 64), CPU), amp=False)
+    took = student_seconds(student, torch.rand(2, 3, 64, 64), amp=False)
     assert took > 0 and student.training
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert all(p.grad is None for p in student.parameters())
 
 
 def test_costs_grow_with_the_teacher(build, saved):
-    student, images = build("yolov8n.yaml", 3), noise((2, 3, 160, 160), CPU)
+    student, images = build("yolov8n.yaml", 3), torch.rand(2, 3, 160, 160)
     guides = [make_guide(str(saved(f"{t}.yaml")), student, CPU) for t in ("yolov8n", "yolov8s")]
     small, large = (min(teacher_cost(guide, images) for _ in range(3)) for guide in guides)
     assert 0 < small[0] < large[0]  # the fastest of three: another process may take the cores meanwhile

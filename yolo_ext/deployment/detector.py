@@ -18,7 +18,6 @@ from yolo_ext.deployment.decode import Detections, Image
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 GREY = 114  # of the border
-NO_METADATA = "ONNX model '{}' carries no Ultralytics metadata. Export it with yolo-ext or Ultralytics."
 PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
 
 
@@ -262,7 +261,7 @@ def read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
     """Return Ultralytics' metadata: task, names, stride, imgsz, kpt_shape, and how the output is to be read."""
     found: dict[str, Any] = dict(session.get_modelmeta().custom_metadata_map)
     if not found.get("names") or not found.get("task"):
-        raise UsageError(NO_METADATA.format(path))
+        raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
     if found["task"] not in TASKS:
         raise UsageError(f"Task '{found['task']}' of '{path}' is not supported. Legal: {', '.join(TASKS)}.")
     try:

@@ -229,10 +229,6 @@ def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:
 class DistillationLoss(CriterionProxy):
     """The task's criterion plus the losses of a distiller."""
 
-    def __init__(self, base: Any, distiller: Distiller) -> None:
-        """Wrap the task's criterion `base`."""
-        super().__init__(base, distiller=distiller)
-
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss vector, times batch size as all Ultralytics losses are, and the detached items."""
         loss, items = self.base(predictions, batch)

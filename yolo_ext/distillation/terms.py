@@ -189,12 +189,9 @@ def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
     """Return in sentences why a teacher may not help (Cho & Hariharan, 2019, ICCV; Mirzadeh et al., 2020, AAAI)."""
     found = []
     if teacher.accuracy is not None and student.accuracy is not None and teacher.accuracy <= student.accuracy:
-        text = (
-            f"{metric} {teacher.accuracy:.4f} against {student.accuracy:.4f} on the val split. Train it on these data"
-        )
-        found.append(
-            f"'{teacher.name}' is no better than the student: {text} first, give a better one, or leave it out"
-        )
+        worth = f"{metric} {teacher.accuracy:.4f} against {student.accuracy:.4f} on the val split"
+        advice = "Train it on these data first, give a better one, or leave it out"
+        found.append(f"'{teacher.name}' is no better than the student: {worth}. {advice}")
     if teacher.gflops > TOO_BIG * student.gflops:
         text = f"'{teacher.name}' has {teacher.gflops / student.gflops:.0f} times the FLOPs of the student. "
         found.append(f"{text}Beyond {TOO_BIG:g} times, one of middle size usually teaches more (Mirzadeh et al., 2020)")
@@ -236,8 +233,3 @@ def teacher_cost(guide: Guide, images: torch.Tensor) -> tuple[float, float]:
     if device.type == "cuda":
         held += torch.cuda.max_memory_allocated(device)
     return took, held / 1e6
-
-
-def noise(shape: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
-    """Return (B, C, H, W) noise as images, the same in each run."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -16,7 +16,7 @@ from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
-from yolo_ext.distillation.terms import Facts, doubts, noise, student_seconds, table, teacher_cost
+from yolo_ext.distillation.terms import Facts, doubts, student_seconds, table, teacher_cost
 from yolo_ext.pruning.surgery import follow
 from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import undisturbed
@@ -91,7 +91,7 @@ class Distill(Technique):
         if not trainer.resume:  # which has seen all this
             with undisturbed(trainer.device):
                 self._preflight(trainer)
-        return DistillationLoss(base, self.distiller)
+        return DistillationLoss(base, distiller=self.distiller)
 
     def before_epoch(self, trainer: Any) -> None:
         """Set the weights of this epoch."""
@@ -159,7 +159,7 @@ class Distill(Technique):
         """Return in words how long a step takes with and without teachers, and what memory they hold."""
         model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
         batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
-        images = noise((batch, stock.input_channels(model), size, size), trainer.device)
+        images = torch.rand(batch, stock.input_channels(model), size, size, device=trainer.device)
         plain = student_seconds(model, images, torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp)
         taught, held = map(sum, zip(*(teacher_cost(guide, images) for guide in guides)))
         return (
