@@ -197,15 +197,8 @@ def test_a_tensor_without_any_finite_value_is_refused_by_name():
         (None, [], "mse", "max", "no images"),
         (None, [], "mes", "max", "Unknown observer 'mes'.*Did you mean 'mse'"),
         (None, [], "mse", "maxx", "Unknown weight observer 'maxx'.*Did you mean 'max'"),
-        (
-            None,
-            [torch.zeros(2, 3, 16, 16), torch.ones(1, 3, 16, 16)],
-            "mse",
-            "max",
-            "3 calibration images has a single",
-        ),
     ],
-    ids=["not inserted", "no batches", "observer", "weight observer", "black and white"],
+    ids=["not inserted", "no batches", "observer", "weight observer"],
 )
 def test_usage_errors(net, batches, observer, weights, message):
     with pytest.raises(UsageError, match=message):

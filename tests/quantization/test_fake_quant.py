@@ -79,24 +79,27 @@ def test_gradients_flow_through_the_model(net, images, profile):
     assert not [n for n, _ in net.named_parameters() if n.endswith((".lo", ".hi", ".weight_ratio"))]
 
 
+def weights_alone(model):
+    for *_, q, _ in fq.quantizers(model):
+        q.mode = "float"
+
+
 @pytest.mark.parametrize("profile", EACH)
 def test_modes(net, images, profile):
     stock = output(net, images)
     fq.insert_fake_quant(net, profile)
     fill(net)
     on = output(net, images)
-    results = {}
-    for mode in ("float", "observe", "off", "on"):
+    for mode, expected in (("float", stock), ("on", on)):
         fq.set_mode(net, mode)
-        results[mode] = output(net, images)
-    assert torch.equal(results["float"], stock) and torch.equal(results["observe"], stock)
-    assert not torch.equal(results["off"], stock) and not torch.equal(results["off"], on)
-    assert torch.equal(results["on"], on)
-    fq.set_mode(net, "off")
+        assert torch.equal(output(net, images), expected)
+    weights_alone(net)
+    found = output(net, images)
+    assert not torch.equal(found, stock) and not torch.equal(found, on)
     weights_only = fq.strip_fake_quant(copy.deepcopy(net))
     for path, layer, _ in fq.quantized_layers(net):
         weights_only.get_submodule(path).weight.data = layer.quantized_weight().detach()
-    assert torch.equal(output(weights_only, images), results["off"])
+    assert torch.equal(output(weights_only, images), found)
 
 
 @pytest.mark.parametrize("profile", EACH)
@@ -208,7 +211,7 @@ def test_fuse_keeps_quantizers_and_weight_codes(net, images, profile, granularit
     fused = copy.deepcopy(net).fuse(verbose=False)
     assert fq.get_state(fused) == state
     for model in (before, fused):
-        fq.set_mode(model, "off")
+        weights_alone(model)
     a, b = output(before, images), output(fused, images)
     assert (a - b).abs().max() < 1e-3 * a.abs().max()
     after = output(fused, images)
@@ -297,14 +300,13 @@ def test_named_layers_without_a_block(build, images):
     ("action", "message"),
     [
         (lambda n: fq.insert_fake_quant(n, PROFILE), "Strip them first"),
-        (lambda n: fq.set_mode(n, "of"), "Legal: float, off, observe, on"),
         (lambda n: fq.load_state(n, {"model.99.conv": {"input": Spec().as_dict()}}), "model.99.conv"),
         (lambda n: fq.load_state(n, {"model.1.conv": {"activation": Spec().as_dict()}}), "model.1.conv"),
         (lambda n: fq.insert_plan(fq.strip_fake_quant(n), {"model.99.conv": {"input": Spec()}}), "model.99.conv"),
         (lambda n: fq.insert_fake_quant(fq.strip_fake_quant(n), PROFILE, ("(",)), "not a regular expression"),
         (lambda n: fq.insert_fake_quant(fq.strip_fake_quant(n), PROFILE, ("modle",)), "matches no layer"),
     ],
-    ids=["twice", "mode", "path of a state", "site of a state", "plan", "regex", "no match"],
+    ids=["twice", "path of a state", "site of a state", "plan", "regex", "no match"],
 )
 def test_usage_errors(quantized, action, message):
     with pytest.raises(UsageError, match=message):

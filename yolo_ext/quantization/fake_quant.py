@@ -19,7 +19,6 @@ from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec, State, plan_of
 from yolo_ext.stock.context import evaluating
 
-MODES = ("float", "off", "observe", "on")  # off: weights only; observe: float, collecting calibration statistics
 # Before SiLU, codes below SiLU(-6) = -0.015 cost more than they bring; behind it, there is no smaller value.
 SILU_LOWER = {"output": -6.0, "activation": -0.27846456}
 
@@ -192,9 +191,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, str, RangeQuantizer, Any
 
 
 def set_mode(model: nn.Module, mode: str, momentum: float | None = None) -> None:
-    """Set what the quantizers of a model do, and how much of a range is that of the current batch while training."""
-    if mode not in MODES:
-        raise UsageError(f"Unknown fake-quant mode '{mode}'. Legal: {', '.join(MODES)}.")
+    """Switch quantization on, or to float, and set how much of a range is that of the current batch while training."""
     for _, layer, _ in quantized_layers(model):
         layer.mode = mode
     for *_, q, _ in quantizers(model):

@@ -99,10 +99,8 @@ class RangeQuantizer(_Float32, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize `x` (any shape and float type), or pass it on as the mode says."""
-        if self.mode == "observe":
-            if self.histogram is not None and not self.fixed:
-                self.histogram.update(x)
-            return x
+        if self.histogram is not None and not self.fixed:
+            self.histogram.update(x)
         if self.mode != "on":
             return x
         if self.training and self.momentum and not self.fixed:
@@ -176,7 +174,7 @@ class QuantLayer(_Float32):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute with `x`, of the shape that the layer takes, as the INT8 kernel does."""
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        y = self._compute(x, self.quantized_weight() if self.mode in ("off", "on") else self.weight)
+        y = self._compute(x, self.quantized_weight() if self.mode == "on" else self.weight)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def quantized_weight(self) -> torch.Tensor:
