@@ -10,12 +10,11 @@ import pytest
 from ultralytics.utils import YAML
 from ultralytics.utils.metrics import ConfusionMatrix, plot_pr_curve
 
-from yolo_ext.reporting.figures import plot_boxes, plot_channels, plot_stages, plot_tradeoff
+from yolo_ext.reporting.figures import plot_boxes, plot_tradeoff
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.stock.trainer import plain_labels
 
 NAME = r"US$ and \frac{$"
-LAYER = {"name": NAME, "before": 8, "after": 4, "reason": NAME}
 POINT = {"name": NAME, "median": 1.0, "p10": 0.9, "p90": 1.1, "map": 0.5}
 COUNTS = {"classes": {NAME: {"train": 3}}, "sizes": {"8": 3}, "splits": {"train": {}}}
 
@@ -23,8 +22,6 @@ COUNTS = {"classes": {NAME: {"train": 3}}, "sizes": {"8": 3}, "splits": {"train"
 @pytest.mark.parametrize(
     "draw",
     [
-        pytest.param(lambda path: plot_channels([LAYER], path), id="channels"),
-        pytest.param(lambda path: plot_stages({NAME: {"map": 0.5}}, path), id="stages"),
         pytest.param(lambda path: plot_tradeoff([POINT], path, NAME), id="tradeoff"),
         pytest.param(lambda path: plot_boxes(COUNTS, path), id="boxes"),
     ],
@@ -55,8 +52,9 @@ def test_a_whole_run(run, place):
 def test_reports_take_any_name(tmp_path):
     odd = [NAME, "{{ 7 * 7 }}", "{% raise %}", "</td>", "a|b", "items", "None", "\udcff", "\x00", "", 7]
     layers = [{"name": n, "before": 8, "after": 4, "reason": n, "coupled": [n]} for n in odd]
-    plan = {str(n): [n] for n in odd}
-    report = {"title": NAME, "layers": layers, "plan": plan, "notes": [str(n) for n in odd], "command": NAME,
+    options = {str(n): [n, n] for n in odd}
+    report = {"title": NAME, "layers": layers, "options": options, "about": options,
+              "notes": [str(n) for n in odd], "command": NAME,
               "checks": [{"name": n, "value": n, "limit": n, "passed": True} for n in odd],
               "comparison": [{"name": n, "params": 1} for n in odd],
               "quantization": {"convs": 1, "int8_convs": 1, "float": {str(n): n for n in odd}},
