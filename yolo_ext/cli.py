@@ -80,11 +80,9 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> Any:
 def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """Split words into the command and its options, dotted keys nested; the words override those of a recipe."""
     if HELP_WORDS & {*argv}:
-        asked = [word.removeprefix("topic=") for word in argv]
-        others = [word for word in asked if "=" not in word and word not in HELP_WORDS]
+        others = [w for word in argv if "=" not in (w := word.removeprefix("topic=")) and w not in HELP_WORDS]
         known = [word for word in others if word in (*COMMANDS.names(), *FORWARDED, *TOPICS)]
-        known += ["help"] if sum(word in HELP_WORDS for word in asked) > 1 else []
-        return "help", {"topic": (known or others)[0]} if known or others else {}
+        return "help", {"topic": (known or others)[0]} if others else {}
     command, flat, problems = "", dict[str, Any](), list[str]()
     names, (_, switches, tasks) = [*COMMANDS.names(), *FORWARDED], _legal()
     for word in plain_words(argv):
