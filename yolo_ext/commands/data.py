@@ -114,7 +114,7 @@ def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[s
     folder = runs.folder(place, task="detect", mode="data")
     runs.write_json(folder / "data.json", found)
     plot_boxes(found, folder / "boxes.png")
-    LOGGER.info(f"Results saved to {folder}")
+    runs.saved(folder, f"yolo-ext compress model=best.pt data={check}" if found["passed"] else "")
     return found
 
 

@@ -22,6 +22,7 @@ from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_im
 from yolo_ext.data.records import (  # isort: skip
     Object, Size, Source, Splits, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
 )  # fmt: skip
+from yolo_ext.runs import saved
 
 Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
 NOTES = {  # what may be changed or left out, and how it is told
@@ -231,13 +232,13 @@ def _splits(listed: Splits, kinds: Mapping[str, Collection[str]], o: Options) ->
 
 def _report(s: Summary) -> None:
     counts = ", ".join(f"{n} {split}" for split, n in s.images.items())
-    where = s.data[0] if len(s.data) == 1 else s.out
-    LOGGER.info(f"Converted {counts} images, {sum(s.boxes.values())} boxes in {len(s.names)} classes to '{where}'")
+    LOGGER.info(f"Converted {counts} images, {sum(s.boxes.values())} boxes in {len(s.names)} classes")
     for kind, counted in s.notes.items():
         named = [f"{i} ({n})" if n > 1 else i for i, n in counted.items()]
         LOGGER.warning(f"{sum(counted.values())} {NOTES[kind]}: {quote(named)}")
     if s.notes:
         LOGGER.info(f"All of them are named in '{s.out / RECORD}'")
+    saved(s.data[0] if len(s.data) == 1 else s.out, f"yolo-ext data check={s.data[0]}" if s.data else "")
 
 
 def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str]) -> Tally:

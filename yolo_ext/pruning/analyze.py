@@ -27,7 +27,7 @@ from yolo_ext.pruning.evidence import Probes, collect, task_losses
 from yolo_ext.pruning.graph import Graph, Group, build_graph
 from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.labels import layer_channels
-from yolo_ext.pruning.plan import Job
+from yolo_ext.pruning.plan import Job, in_words
 from yolo_ext.pruning.solve import group_shares, layer_flops
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align, cell
@@ -114,7 +114,8 @@ def table(rows: Sequence[Mapping[str, Any]], imgsz: int) -> str:
         more = f"[{r['part']}]" if r["part"] else ""
         more += f" +{len(r['layers']) - 1}" if len(r["layers"]) > 1 else ""
         cost = [f"{r['flops_share']:.1%}", *([cell(r["latency_share"], ".1%")] if timed else [])]
-        lines.append([r["name"] + more, r["channels"], *cost, "yes" if r["prunable"] else r["reason"]])
+        answer = "yes" if r["prunable"] else f"no: {in_words(r['reason'])}"
+        lines.append([r["name"] + more, r["channels"], *cost, answer])
     text = align(lines, ["Group", "Channels", "FLOPs", *(["Latency"] if timed else []), "Prunable"])
     if unsure := len(rows) - len(timed):
         which = f"of these {unsure} groups is not known" if timed else "of no group is known"

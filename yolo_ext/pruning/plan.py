@@ -259,11 +259,19 @@ def layer_report(model: nn.Module) -> list[dict[str, Any]]:
     for r in rows:
         gave = 1 - r["after"] / r["before"]
         low = gave == 0 or gave < LITTLE * (1 - share)
-        r["reason"] = _in_words(found, [width[p] for p in (r["name"], *r["coupled"])], r["name"]) if low else ""
+        r["reason"] = _few_because(found, [width[p] for p in (r["name"], *r["coupled"])], r["name"]) if low else ""
     return rows
 
 
-def _in_words(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], path: str) -> str:
+def in_words(reason: str, method: str = "", floors: str = "", **_: Any) -> str:
+    """Return a reason of the graph in the words of KEPT; `method` and `floors` are of the pruning."""
+    own = reason.removeprefix(TIED)
+    hit, words = next((hit, words) for shape, words in KEPT if (hit := re.search(shape, own)))
+    tied = "coupled with a part that cannot change: " if own != reason else ""
+    return tied + words.format(*hit.groups(), method=method, floors=floors)
+
+
+def _few_because(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], path: str) -> str:
     """Return why a layer gave none or few channels; `widths` before and after are its own and of coupled ones."""
     cfg, (before, after) = {**asdict(PruneConfig()), **found.get("config", {})}, widths[0]
     cfg["floors"] = ", ".join(f"prune.{k}={cfg[k]:g}" for k in ("min_channels", "round_to", "max_ratio"))
@@ -272,10 +280,7 @@ def _in_words(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], path:
     if before == 1:
         return f"{start}it has one channel"
     if after == before and (reason := found["frozen"].get(path)):
-        own = reason.removeprefix(TIED)
-        hit, words = next((hit, words) for shape, words in KEPT if (hit := re.search(shape, own)))
-        start += "coupled with a part that cannot change: " if own != reason else ""
-        return start + words.format(*hit.groups(), **cfg)
+        return start + in_words(reason, **cfg)
     if floored:
         return f"{start}it is at the floor ({cfg['floors']})"
     scope = f"'{cfg['sensitivity']}' shows that accuracy falls sooner" if cfg["sensitivity"] else SPARED[cfg["scope"]]
