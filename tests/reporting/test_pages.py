@@ -179,11 +179,21 @@ def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path)
     assert "▼\xa0-0.0088 worse" in page.text and "✓ pass" in page.text and "✗ fail" in page.text
 
 
-@pytest.mark.parametrize(("passed", "tone"), [(True, '"verdict"'), (False, '"verdict bad"')])
-def test_there_is_one_headline(passed: bool, tone: str, report: dict, tmp_path: Path) -> None:
-    report["summary"] |= {"headline": "2.5x faster. Deploy onnx/int8.onnx.", "passed": passed}
+@pytest.mark.parametrize(
+    ("told", "after", "tone"),
+    [
+        pytest.param({"passed": True}, {"map": 0.61}, "", id="good"),
+        pytest.param({"passed": True}, {"map": 0.5}, "warn", id="accuracy fell"),
+        pytest.param({"passed": True, "settings": {"epochs": 0}}, {"map": 0.61}, "warn", id="not fine-tuned"),
+        pytest.param({"passed": False}, {"map": 0.61}, "bad", id="a check failed"),
+    ],
+)
+def test_there_is_one_headline(told: dict, after: dict, tone: str, report: dict, tmp_path: Path) -> None:
+    report["summary"] |= {"headline": "2.5x faster. Deploy onnx/int8.onnx.", **told}
+    report["summary"]["after"] = BEFORE | after
     html = render(report, tmp_path)
-    assert html.count("Deploy onnx/int8.onnx") == html.count('class="verdict') == 1 and f"<p class={tone}>" in html
+    assert html.count("Deploy onnx/int8.onnx") == html.count('class="verdict') == 1
+    assert f'<p class="verdict {tone}">' in html
     assert html.count("checks did not pass") == 1  # with the checks
 
 

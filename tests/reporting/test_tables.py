@@ -217,6 +217,11 @@ def test_accuracies_within_the_noise_are_the_same(old, new, images, delta, verdi
     assert (row.delta, row.verdict) == (delta, verdict)
 
 
+@pytest.mark.parametrize(("after", "verdict"), [(3.94, "same"), (3.96, "worse"), (3.0, "better")])
+def test_notes_beside_the_weights_are_no_growth(after, verdict):
+    assert comparison_rows({"size_mb": 3.91}, {"size_mb": after, "images": 72})[0].verdict == verdict
+
+
 def test_an_image_of_a_classifier_is_noise():
     (row,) = comparison_rows({"top1": 0.75}, {"top1": 0.75 - 1 / 72, "images": 72})
     assert row.verdict == "same"

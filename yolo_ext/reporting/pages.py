@@ -84,8 +84,10 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     }
     sections = {name: part for name, part in sections.items() if part}
     cards, int8_note = _cards(after, rows)
-    headline = summary.get("headline") or (passes if checks else "")
-    shown = {"headline": headline, "passed": summary.get("passed", not failed), "about": report.get("about") or {}}
+    headline, good = summary.get("headline") or (passes if checks else ""), summary.get("passed", not failed)
+    doubt = any(r.verdict == "worse" for r in rows) or (summary.get("settings") or {}).get("epochs") == 0
+    tone = "" if good and not doubt else "warn" if good else "bad"
+    shown = {"headline": headline, "tone": tone, "about": report.get("about") or {}}
     shown |= {"cards": cards, "int8_note": int8_note, "sections": sections, "files": files, "remarks": note(after)}
     return {"title": str(report.get("title") or "Compression report"), **shown}
 
