@@ -53,7 +53,7 @@ def test_pruned_self_is_compared_on_kept_channels(build, saved):
     dense, _ = load_model(saved("yolov8n.yaml"))
     student = prune_model(dense, PruneConfig(ratio=0.3))
     distiller = Distiller(student, DistillConfig(teacher=str(saved("yolov8n.yaml"))), CPU)
-    assert distiller.direct and not list(distiller.adapters.parameters())
+    assert distiller.guides[0].kept and not list(distiller.adapters.parameters())
     assert all(a.kept is not None for a in distiller.aligns.values())
 
 
@@ -61,7 +61,7 @@ def test_pruned_self_is_compared_on_kept_channels(build, saved):
 def test_other_teacher_of_a_pruned_student_gets_adapters(build, saved):
     student = prune_model(build("yolov8n.yaml"), PruneConfig(ratio=0.3))
     distiller = Distiller(student, DistillConfig(teacher=str(saved("yolov8n.yaml", 9))), CPU)
-    assert not distiller.direct and len(list(distiller.adapters.parameters())) == 3
+    assert distiller.guides[0].kept is None and len(list(distiller.adapters.parameters())) == 3
 
 
 PAIRS = [("yolov8n", "yolov8s", True), ("yolov8n", "yolov8n", False), ("yolo11n", "yolov8n", False),

@@ -36,7 +36,7 @@ def test_a_run_ends_with_the_target_and_a_best_that_is_pruned(fit, tiny):
         assert record["steps"][0]["gflops"] > record["steps"][1]["gflops"]
         assert YOLO(str(trainer.save_dir / "weights" / name)).predict(torch.zeros(1, 3, 64, 64), verbose=False)
     # the unpruned self is compared on the kept channels to the end
-    assert trainer.technique("distill").distiller.direct
+    assert trainer.technique("distill").distiller.guides[0].kept
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_sparsify_prune_and_fine_tune_in_one_training_with_its_own_teacher(fit, 
     model = load_model(trainer.save_dir / "weights" / "best.pt")[0]
     assert manifest(model).prune["config"]["method"] == "slim"  # the criterion that goes with the penalty
     assert stock.gflops(load_model(tiny)[0]) / stock.gflops(model) == pytest.approx(1.5, rel=0.05)
-    assert trainer.technique("distill").distiller.direct and trainer.technique("sparsity").sparsifier.pull == 0
+    assert trainer.technique("distill").distiller.guides[0].kept and trainer.technique("sparsity").sparsifier.pull == 0
 
 
 @pytest.mark.slow

@@ -164,18 +164,16 @@ class Detector:
 
 def letterbox(image: np.ndarray, size: tuple[int, int], stride: int | None = None) -> np.ndarray:
     """Scale a picture (H, W, C), uint8, into a grey frame (height, width), which a stride cuts to its multiples."""
-    h, w = image.shape[:2]
-    gain = min(size[0] / h, size[1] / w)
-    inner = max(round(w * gain), 1), max(round(h * gain), 1)
-    dw, dh = size[1] - inner[0], size[0] - inner[1]
-    if stride:
-        dw, dh = dw % stride, dh % stride
-    if (w, h) != inner:
-        image = cv2.resize(image, inner, interpolation=cv2.INTER_LINEAR)
-    top, bottom, left, right = (round(side / 2 + shift) for side in (dh, dw) for shift in (-0.1, 0.1))
+    gain = min(side / own for side, own in zip(size, image.shape))
+    h, w = (max(round(side * gain), 1) for side in image.shape[:2])
+    spare = [side - own for side, own in zip(size, (h, w))]
+    dh, dw = (side % stride for side in spare) if stride else spare
+    if image.shape[:2] != (h, w):
+        image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
     image = np.atleast_3d(image)
-    frame = np.full((top + inner[1] + bottom, left + inner[0] + right, image.shape[2]), GREY, np.uint8)
-    frame[top : top + inner[1], left : left + inner[0]] = image
+    frame = np.full((h + dh, w + dw, image.shape[2]), GREY, np.uint8)
+    top, left = (round(side / 2 - 0.1) for side in (dh, dw))
+    frame[top : top + h, left : left + w] = image
     return frame
 
 

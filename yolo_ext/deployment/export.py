@@ -16,6 +16,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.runtime import NMS, Source, consumers_of, metadata, need_openvino, run, session
+from yolo_ext.stock import input_channels
 from yolo_ext.stock.load import export_file, float_model, head_args
 
 SIMPLIFY_TOLERANCE = 1e-5
@@ -123,7 +124,7 @@ def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | N
     if embedded:  # kept so that `verify` can suppress the same way; Ultralytics reads only its own keys
         metadata["args"] = str({**ast.literal_eval(metadata["args"]), **embedded})
     if simplify:
-        channels = model.yaml.get("channels", 3)
+        channels = input_channels(model)
         other = (batch if embedded else batch + 2, channels, h + stride, w)
         proto = simplify_checked(proto, (batch, channels, h, w), *([other] if dynamic else []))
     proto = to_half(proto) if half else proto

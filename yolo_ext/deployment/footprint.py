@@ -57,15 +57,14 @@ def torch_runner(path: Path, imgsz: int | Sequence[int], threads: int, batch: in
     """Return a function that runs a ``.pt`` once in torch, fused, and give torch that many threads."""
     import torch
 
-    from yolo_ext.stock import load, quiet
+    from yolo_ext.stock import input_channels, load, quiet
 
     torch.set_num_threads(threads)
     ready()
     with quiet():
         model = load.as_exported(load.float_model(path).fuse())
     size = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
-    shape = (batch, model.yaml.get("channels", 3), *size)
-    x = torch.from_numpy(np.random.default_rng(0).random(shape, dtype=np.float32))
+    x = torch.from_numpy(np.random.default_rng(0).random((batch, input_channels(model), *size), dtype=np.float32))
     return torch.inference_mode()(lambda: model(x))
 
 

@@ -36,7 +36,6 @@ class Distiller:
         self.terms = terms(self.cfg)
         for guide in self.guides:
             check(self.terms, guide, student, shrinks=shrinks)
-        self.direct = any(g.kept is not None for g in self.guides)
         self.sites = [(g, t, site) for g, guide in enumerate(self.guides) for t, term in enumerate(self.terms)
                       if term.kind == "features" for site in sites(term.layers, student, guide)]  # fmt: skip
         self.aligns: dict[tuple[int, Site], Align] = {}

@@ -98,8 +98,8 @@ def teachers(cfg: DistillConfig) -> list[str]:
 
 def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *, compiled: bool = False) -> list[Guide]:
     """Load the teachers of a run and match each with the student, as `make_guide` does."""
-    how: dict[str, Any] = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits), "compiled": compiled}
-    return [make_guide(name, student, device, **how) for name in teachers(cfg)]
+    return [make_guide(name, student, device, imgsz=cfg.imgsz, compiled=compiled, half=cfg.half,
+                       classes=bool(cfg.logits)) for name in teachers(cfg)]  # fmt: skip
 
 
 def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
