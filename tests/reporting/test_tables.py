@@ -205,6 +205,7 @@ ACCURACIES = {
     "at the noise": (0.55, 0.545, 72, "-0.0050 (same)", "same"),
     "beyond it": (0.55, 0.5449, 72, "-0.0051", "worse"),
     "better": (0.55, 0.5651, 72, "+0.0151", "better"),
+    "of the figures that are shown": (0.02704, 0.01216, 16, "-0.0148", "worse"),
     "equal": (0.55, 0.55, 72, "0.0000", "same"),
     "more images show more": (0.55, 0.547, 5000, "-0.0030", "worse"),
     "how many images is not known": (0.55, 0.5499, None, "-0.0001", "worse"),

@@ -102,6 +102,8 @@ def judged(rows: Sequence[Row]) -> Row | None:
 
 def noise(measured: Mapping[str, Any] | None, key: str) -> float:
     """Return up to which difference a split cannot tell two accuracies apart; 0 where its images are not known."""
+    if key == "size_mb":
+        return 1.0  # %, which what we note beside the weights may take
     if not (images := figure(measured, "images")):
         return 0.0
     least = round(1 / images, 4) if key == "top1" else 0.0  # one image
@@ -124,12 +126,14 @@ def compare(before: float | None, after: float | None, kind: str, noise: float =
     if before is None or after is None or (kind == "share" and min(before, after) <= 0):
         return ABSENT, ""
     digits = {"share": 1, "score": 4, "count": 0}[kind]
+    if kind == "score":  # the difference of what is shown
+        before, after = round(before, digits), round(after, digits)
     change = round(100 * (after - before) / before if kind == "share" else after - before, digits)
     unit = "%" if kind == "share" else ""
     text = f"{change:+,.{digits}f}{unit}" if change else f"{0:.{digits}f}{unit}"
     if kind == "count":
         return text, ""
-    if not change or (kind == "score" and abs(change) <= noise):
+    if abs(change) <= noise:
         return f"{text} (same)" if change else text, "same"
     return text, "better" if (change > 0) == (kind == "score") else "worse"
 
