@@ -94,7 +94,7 @@ def folder(place: Mapping[str, Any], *, task: str, mode: str) -> Path:
 
 def make_way(root: Path, stages: Iterable[str], again: bool) -> None:
     """Refuse a folder that is not empty, unless a run starts over there: what that one wrote goes, and nothing else."""
-    if not root.exists() or {p.name for p in root.iterdir()} <= AT_ONCE:
+    if not root.exists() or {p.name for p in root.iterdir() if p.name[0] != "."} <= AT_ONCE:
         return
     if not (root / "compress.yaml").exists():
         raise UsageError(f"'{root}' holds files that are not those of such a run. Give another name= or save_dir=.")
@@ -118,16 +118,16 @@ def record(file: Path, options: Mapping[str, Any]) -> None:
     atomic_write(file, yaml.safe_dump(plain(options), sort_keys=False))
 
 
-def plain(given: Any) -> Any:
-    """Return plain values, each file that exists by its whole path."""
+def plain(given: Any, place: bool = False) -> Any:
+    """Return plain values, each file that exists by its whole path; one without a suffix where a `place` is meant."""
     if isinstance(given, Mapping):
-        return {k: plain(v) for k, v in given.items()}
+        return {k: plain(v, k in ("data", "source", "out")) for k, v in given.items()}
     if isinstance(given, (list, tuple)):
-        return [*map(plain, given)]
+        return [plain(v, place) for v in given]
     if given is None or isinstance(given, (int, float)):
         return given
-    text = str(given)
-    return str(Path(text).resolve()) if Path(text).suffix and Path(text).exists() else text
+    path = Path(str(given))
+    return str(path.resolve() if (place or path.suffix) and path.exists() else given)
 
 
 def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _stopped(command: str, options: Mapping[str, Any]) -> Path:
 def _differs(key: str, told: Any, given: Any) -> bool:
     """Tell whether an option is given otherwise than before; of a technique only the options that are given count."""
     if key not in CONFIGS:
-        return plain(given) != plain(told)
+        return plain({key: given}) != plain({key: told})
     if isinstance(given, bool) or not told:
         return bool(given) != bool(told)
     now, was = (read_options(key, v if isinstance(v, Mapping) else asdict(v))[0] for v in (given, told))

@@ -68,8 +68,10 @@ def test_command_writes_everything_and_nothing_twice(place, capsys):
     for name in images:
         assert {f"images/{name}", f"labels/{Path(name).stem}.txt", preview_of(name)} < found.keys()
         check_label(place / f"out/labels/{Path(name).stem}.txt", 3)
-    assert main(words) == 0
-    assert tree(place / "out") == found
+    for again in (words, ["label", "resume=out"], ["label", "resume=True", "out=out", f"conf={CONF}"]):
+        assert main(again) == 0
+        assert tree(place / "out") == found
+    assert main(["label", "resume=out", "conf=0.9"]) == 2
     assert tree(place / "shots") == before
     assert sorted(p.name for p in place.iterdir()) == ["out", "shots", "tiny.pt"]
     summary = json.loads((place / "out/label.json").read_text())

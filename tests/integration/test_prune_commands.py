@@ -211,7 +211,7 @@ def test_sensitivity_goes_on_where_it_was_killed(place, prune, monkeypatch):
     assert len(part["groups"]) == 4 and not part["complete"]
     calls.clear()
     monkeypatch.setattr(curves, "_measure", lambda *args: calls.append(1) or measure(*args))
-    assert cli.main(again) == 0
+    assert cli.main(["sensitivity", f"resume={place / 'part'}"]) == 0
     assert len(calls) == 1 + len(whole["groups"]) - 4
     assert json.loads((place / "part/sensitivity.json").read_text()) == whole
 

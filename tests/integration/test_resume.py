@@ -59,7 +59,7 @@ def widths(path: Path) -> dict[str, tuple[int, ...]]:
 
 def go_on(last: Path, way: str, **options) -> None:
     if way == "cli":
-        assert cli.main(["train", "resume=True", f"model={last}"]) == 0
+        assert cli.main(["train", f"resume={last.parents[1]}"]) == 0
     elif way == "attach":
         yolo_ext.attach(YOLO(str(last)), **options).train(resume=True)
     else:

@@ -14,7 +14,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 
 import yolo_ext
-from yolo_ext.checkpoint import atomic_write, finalize
+from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock import trainer as stock
 from yolo_ext.training.resume import Exact
@@ -70,6 +70,13 @@ def test_an_event_that_is_gone_is_named(make, monkeypatch, event):
         make()
 
 
+@pytest.mark.parametrize("strip", [None, lambda f: {}], ids=["gone", "other arguments"])
+def test_final_files_finished_in_another_way_are_named(make, monkeypatch, strip):
+    monkeypatch.setattr(engine, "strip_optimizer", strip)
+    with pytest.raises(UsageError, match=r"strip_optimizer\(\)"):
+        make()
+
+
 def test_attach_that_comes_too_late_says_what_to_do():
     late = SimpleNamespace(args=SimpleNamespace(), model=nn.Identity())
     with pytest.raises(UsageError, match=r"comes too late.*trainer_for"):
@@ -96,14 +103,6 @@ def test_checkpoints_written_in_another_way_are_told(tmp_path, warned):
     with stock.saved_whole(trainer, atomic_write):
         trainer.last.touch()
     assert len(warned) == 1 and "may leave a broken last.pt" in warned[0] and vars(trainer) == files
-
-
-@pytest.mark.parametrize("strip", [None, lambda f: {}], ids=["gone", "other arguments"])
-def test_final_files_finished_in_another_way_are_told(monkeypatch, warned, strip):
-    monkeypatch.setattr(engine, "strip_optimizer", strip)
-    with stock.whole_final_files(finalize):
-        assert engine.strip_optimizer is strip
-    assert len(warned) == 1 and "is not repeated beside it" in warned[0]
 
 
 # Resume goes on ------------------------------------------------------------------------------------------------------

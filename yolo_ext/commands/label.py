@@ -82,9 +82,9 @@ def label(
         yolo = YOLO(str(model), task=task)
         done = label_images(
             images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
-            names, {**settings, "options": plain(given)}, format=format, beside=beside or folder == root,
-            overwrite=overwrite, save_conf=save_conf, previews=previews, files=files or "none", channels=channels,
-        )  # fmt: skip
+            names, {**settings, "options": plain({**given, "out": folder})}, format=format,
+            beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf, previews=previews,
+            files=files or "none", channels=channels)  # fmt: skip
     found, told = _summary(Path(model).name, format, settings, len(images), done, names)
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]

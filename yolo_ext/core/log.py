@@ -20,7 +20,7 @@ COLOUR = re.compile(r"\x1b\[[\d;]*m")
 class RunLog(MemoryHandler):
     """Lines that wait for the folder of their run."""
 
-    stopped: tuple[str, Path, str] | None = None  # how a stopped run goes on: command, folder, what has to be in it
+    stopped: tuple[str, Path, str] | None = None  # the words that go on with a run, its folder, what has to be in it
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record with date and time, without colours."""
@@ -49,11 +49,8 @@ def logged() -> Iterator[None]:
         yield
     except BaseException as e:
         handler.handle(logging.makeLogRecord({"msg": f"{type(e).__name__}: {e}", "levelno": logging.ERROR}))
-        if handler.stopped:
-            command, folder, files = handler.stopped
-            if any(folder.glob(files)):
-                near = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-                LOGGER.info(f"What is finished is kept. Go on with: yolo-ext {command} resume={shlex.quote(near)}")
+        if handler.stopped and any(handler.stopped[1].glob(handler.stopped[2])):
+            LOGGER.info(f"What is finished is kept. Go on with: {handler.stopped[0]}")
         raise
     finally:
         let_go()
@@ -77,7 +74,7 @@ def log_folder() -> Path | None:
 def resumes(command: str, folder: Path, files: str) -> None:
     """Have the block around say how its run goes on, should it stop with such files there; the outermost counts."""
     if (handler := _open()) and not handler.stopped:
-        handler.stopped = command, folder, files
+        handler.stopped = f"yolo-ext {command} resume={shlex.quote(os.path.relpath(folder))}", folder, files
 
 
 def let_go() -> None:

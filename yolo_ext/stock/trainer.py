@@ -37,7 +37,8 @@ EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_sta
 def check_trainer(stock: Any) -> None:
     """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
     lacking = [f"the method {m}()" for m, n in METHODS.items() if not callable_with(getattr(stock, m, None), n)]
-    if lacking := lacking + [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]:
+    lacking += [f"the event {e}" for e in EVENTS if e not in get_default_callbacks()]
+    if lacking := lacking + ["strip_optimizer()"] * (not callable_with(getattr(engine, "strip_optimizer", None), 3)):
         what = f"The trainer of Ultralytics {__version__} lacks what yolo_ext extends, or has changed it"
         raise UsageError(f"{what}: {', '.join(lacking)}. {MEND}, and look at your own trainer class.")
 
@@ -135,15 +136,7 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
 
     The first, last.pt, is replaced behind all else: as long as it holds an epoch, the run can be gone on with.
     """
-    stock: Any = getattr(engine, "strip_optimizer", None)
-    if not callable_with(stock, 3):
-        LOGGER.warning(
-            f"Ultralytics {__version__} finishes checkpoints in a way that yolo_ext does not know: "
-            "the manifest stays with the model in best.pt and last.pt, and is not repeated beside it"
-        )
-        yield
-        return
-
+    stock: Any = engine.strip_optimizer
     first: list[tuple[Path, Path]] = []
 
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
