@@ -308,7 +308,7 @@ def test_wrong_words(tmp_path, monkeypatch, capsys, words, expected):
 
 
 def test_ratio_may_be_a_list(tmp_path):
-    assert commands.split(make_yolo(tmp_path / "y"), tmp_path / "s", ratio=[0.5, 0.5]).images == {
+    assert commands.split(make_yolo(tmp_path / "y"), tmp_path / "s", ratio=[0.5, 0.5])["images"] == {
         "train": 4,
         "val": 4,
     }

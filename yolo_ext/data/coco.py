@@ -3,13 +3,11 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryFile
 from typing import Any
 
 from ultralytics.utils import LOGGER
@@ -215,21 +213,17 @@ def _area(polygon: Sequence[float]) -> float:
 
 
 def write_coco(file: Path, names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], list[Any]]]) -> None:
-    """Write a COCO file from (file name, (width, height), annotations), so that no split is ever whole in memory."""
+    """Write a COCO file from (file name, (width, height), annotations), whose annotations are never all in memory."""
     categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does
-    ids = count(1)
-    with file.open("w", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as boxes:
-        out.write(f'{{"categories": {json.dumps(categories, ensure_ascii=False)},\n"images": [')
+    ids, content = count(1), {"categories": categories, "images": list[dict[str, Any]]()}
+    with file.open("w", encoding="utf-8") as out:
+        out.write('{"annotations": [')
         for i, (name, (w, h), objects) in enumerate(images, 1):
-            image = {"id": i, "file_name": name, "width": w, "height": h}
-            out.write(("," if i > 1 else "") + "\n" + json.dumps(image, ensure_ascii=False))
+            content["images"].append({"id": i, "file_name": name, "width": w, "height": h})
             for o in objects:
-                number = {"id": next(ids), "image_id": i}
-                boxes.write(("," if number["id"] > 1 else "") + "\n" + json.dumps({**number, **o}))
-        out.write('\n],\n"annotations": [')
-        boxes.seek(0)
-        shutil.copyfileobj(boxes, out)
-        out.write("\n]}\n")
+                row = {"id": next(ids), "image_id": i, **o}
+                out.write(("," if row["id"] > 1 else "") + "\n" + json.dumps(row))
+        out.write("\n],\n" + json.dumps(content, ensure_ascii=False).removeprefix("{") + "\n")
 
 
 def detected(record: Mapping[str, Any], names: Mapping[int, str]) -> list[Object]:

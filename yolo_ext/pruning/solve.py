@@ -248,17 +248,21 @@ def _nearest(
     target: Target, steps: Steps, ties: Sequence[TiedGroups], figure: Callable[[list[int]], float]
 ) -> list[int]:
     """Return the kept units of each whose figure is nearest to a goal that lies within reach."""
-    low, high = _bisect(target, lambda share: figure(steps(share)))
-    if target.cap:
-        return steps(low)
+    low, high = 0.0, 1.0
 
     def miss(units: list[int]) -> float:
         return target.miss(figure(units))
 
+    for _ in range(target.trials):
+        found = min(steps(low), steps(high), key=miss)
+        if not target.cap and miss(found) <= target.tolerance / 2:
+            return found
+        middle = (low + high) / 2
+        low, high = (low, middle) if target.passed(figure(steps(middle))) else (middle, high)
+    if target.cap:
+        return steps(low)
     found = min(steps(low), steps(high), key=miss)
-    if target.noisy or miss(found) <= target.tolerance / 2:
-        return found
-    return _polish(steps(low), steps(high), target, ties, miss)
+    return found if target.noisy else _polish(steps(low), steps(high), target, ties, miss)
 
 
 def _figure(name: str, target: Target, whole: int, seen: dict[tuple[int, ...], float], units: list[int]) -> float:
@@ -269,17 +273,6 @@ def _figure(name: str, target: Target, whole: int, seen: dict[tuple[int, ...], f
             done = f"trial {len(seen)}: {sum(units) / whole:.1%} of the channels"
             LOGGER.info(f"{colorstr('prune: ')}{done}, {name} {seen[key]:.4g} (target {target.goal:g})")
     return seen[key]
-
-
-def _bisect(target: Target, figure: Callable[[float], float]) -> tuple[float, float]:
-    """Return shares on both sides of the goal, from a function of the share to the figure."""
-    low, high = 0.0, 1.0
-    for _ in range(target.trials):
-        if not target.cap and min(target.miss(figure(low)), target.miss(figure(high))) <= target.tolerance / 2:
-            break
-        middle = (low + high) / 2
-        low, high = (low, middle) if target.passed(figure(middle)) else (middle, high)
-    return low, high
 
 
 def _unreachable(name: str, target: Target, most: list[int], job: Job, figure: Callable[[list[int]], float]) -> str:
