@@ -39,7 +39,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
         raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
-    measured, budget = bool(ckpt) and not resume, options.pop("max_drop", None)
+    measured, told = bool(ckpt) and not resume, (ckpt.get("train_args") or {}) if resume else options
     if resume:
         _check_moved(ckpt, options.get("data"), task)
     elif options.get("data"):
@@ -47,10 +47,13 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         args = {**own, **options, "model": str(model), "task": task}
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits
-    check_budget(budget, measured)
-    before = _figures(base, Path(model), options.get("data") if measured else None, imgsz)
+    check_budget(told.get("max_drop"), measured or resume)
+    before = _figures(base, None if resume else Path(model), options.get("data") if measured else None, imgsz)
+    worth = told.get("base_accuracy") if resume else score(before)  # of a run that goes on, whose base may be gone
+    before["top1" if task == "classify" else "map"] = worth
     yolo, start = YOLO(str(model), task=task), time.monotonic()
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
+    options |= {} if resume else {"base_accuracy": worth}
     try:
         yolo.train(trainer=trainer_for(task), **options)
     except UsageError:  # such as a size that turns out to be out of reach
@@ -60,7 +63,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     trainer, seconds = cast(Any, yolo.trainer), round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
     after = _figures(load_model(best)[0], best, trainer.args.data, imgsz)
-    checks = budget_checks(trainer.compression["prune"], before, after, max_drop=budget)
+    checks = budget_checks(trainer.compression["prune"], before, after, max_drop=told.get("max_drop"))
     use = f"yolo-ext {'export int8=True' if configs['quant'] else 'quantize'} model={best} data={trainer.args.data}"
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
             "seconds": {"train": seconds}, "method": ", ".join(t for t, cfg in configs.items() if cfg),
@@ -107,7 +110,7 @@ def _check_moved(ckpt: Mapping[str, Any], given: Any, task: str) -> None:
         raise UsageError(f"{e} Where the data of a stopped training have moved, add data=.") from e
 
 
-def _figures(model: Any, path: Path, data: Any, imgsz: int) -> dict[str, Any]:
+def _figures(model: Any, path: Any, data: Any, imgsz: int) -> dict[str, Any]:
     """Return size figures, and mAP (top-1 of a classifier) where there are data."""
     found = runs.model_figures(model, path, imgsz)
     if data:

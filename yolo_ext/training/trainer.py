@@ -25,8 +25,8 @@ from yolo_ext.training.resume import SIDECAR, Exact, Trained, clear
 from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
-OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers
-    "save_optimizer": False, "modules": None,
+OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers, and
+    "save_optimizer": False, "modules": None, "max_drop": None, "base_accuracy": None,  # what a result is held to
 }  # fmt: skip
 OURS = ("kd_", "sparsity_")  # how names of our losses begin
 BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
@@ -64,7 +64,7 @@ class CompressionMixin(BEHIND):
         overrides.update({k: v for k, v in given.items() if v is not None})
         # A run that goes on may say less or more than before, which Ultralytics would warn of.
         verbose = overrides.pop("verbose", None) if overrides.get("resume") else overrides.get("verbose")
-        with brief(verbose is False):
+        with brief(verbose):
             super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
         self.args.verbose = self.args.verbose if verbose is None else verbose
         stock.register_layers(getattr(self.args, "modules", None))  # which a run of yolo_ext 0.1 has not
@@ -95,7 +95,8 @@ class CompressionMixin(BEHIND):
             lost = f"'pretrained=False' would build '{self.args.model}' anew and without its pruned widths"
             raise UsageError(f"{lost}. Leave it out, or train the YAML of the dense model.")
         else:
-            model = super().get_model(cfg, weights, verbose)
+            with brief(self.args.verbose):
+                model = super().get_model(cfg, weights, verbose)
             if weights is not None:
                 hand_on(weights, model)
         if not self.compression["quant"] or (self.compression["prune"] and not self.resume):
@@ -121,7 +122,7 @@ class CompressionMixin(BEHIND):
 
     def train(self) -> Any:
         """Train as usual, with a log in the run folder."""
-        with logged(), engine.plain_labels(), brief(self.args.verbose is False):
+        with logged(), engine.plain_labels(), brief(self.args.verbose):
             if RANK in {-1, 0}:
                 log_to(self.save_dir)
                 resumes("train", self.save_dir, f"weights/{SIDECAR.format('*')}")
