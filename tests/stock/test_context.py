@@ -107,17 +107,17 @@ def test_weights_and_gradients_are_not_touched(dense):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_brief_keeps_warnings_ours_and_the_log(wanted, capsys, monkeypatch):
+@pytest.mark.parametrize("verbose", [True, None, False])
+def test_brief_keeps_warnings_ours_and_the_log(verbose, capsys, monkeypatch):
     log, console = logging.handlers.BufferingHandler(99), logging.StreamHandler(sys.stdout)
     monkeypatch.setattr(LOGGER, "handlers", [console, log])
     monkeypatch.setattr(LOGGER, "level", logging.INFO)
-    with brief(wanted):
+    with brief(verbose):
         print_args({"a": 1}, show_file=False)  # a line of Ultralytics
         saved("ours")
         list(TQDM(range(2), desc="Bar"))
     print_args({"b": 2}, show_file=False)
     said = capsys.readouterr().out
     assert "ours" in said and "b=2" in said
-    assert ("a=1" in said) == ("Bar" in said) == (not wanted)
+    assert ("a=1" in said) == ("Bar" in said) == (verbose is not False)
     assert len(log.buffer) == 3

@@ -46,7 +46,7 @@ NO_PROBES = Probes()
 def collect(model: nn.Module, method: str, batches: Iterable[Batch]) -> Evidence:
     """Return how much the task's loss depends on each weight, and for ``obd`` on each output of each layer."""
     copy = _observed(model).requires_grad_(True)
-    batches = TQDM(_single(batches, copy) if method == "hessian" else batches, desc=f"Measuring {method}")
+    batches = TQDM(_single(batches, copy) if method == "hessian" else batches, desc=f"Criterion {method}")
     with torch.enable_grad():
         return {name: t.cpu() for name, t in COLLECTORS[method](copy, batches).items()}
 

@@ -54,7 +54,7 @@ ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
     (tasks.DetectionModel, ("end2end",)),
     (Conv, ("forward", "forward_fuse")),
     (checks, ("AUTOINSTALL", "check_yolov5u_filename")),
-    (data_utils, ("YAML", "check_font", "check_image")),  # what is replaced for a while
+    (data_utils, ("YAML", "check_font", "check_image")), (exporter, ("SETTINGS",)),  # what is replaced for a while
 ]
 
 
@@ -123,10 +123,10 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
 
 
 @contextmanager
-def brief(wanted: bool) -> Iterator[None]:
-    """Keep Ultralytics' own lines, but no warnings, and all bars off the console for as long as a block runs."""
-    consoles = [h for h in LOGGER.handlers if type(h) is logging.StreamHandler and wanted]  # not the log of a run
-    own = str(Path(__file__).parents[1])
+def brief(verbose: Any) -> Iterator[None]:
+    """Where `verbose` is False, keep Ultralytics' own lines, but no warnings, and all bars off the console."""
+    silent, own = verbose is False, str(Path(__file__).parents[1])
+    consoles = [h for h in LOGGER.handlers if type(h) is logging.StreamHandler and silent]  # not the log of a run
 
     def ours(record: logging.LogRecord) -> bool:
         return record.levelno > logging.INFO or record.pathname.startswith(own)
@@ -134,7 +134,7 @@ def brief(wanted: bool) -> Iterator[None]:
     for handler in consoles:
         handler.addFilter(ours)
     try:
-        with replaced(utils, VERBOSE=utils.VERBOSE and not wanted):
+        with replaced(utils, VERBOSE=utils.VERBOSE and not silent):
             yield
     finally:
         for handler in consoles:
