@@ -54,7 +54,8 @@ ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
     (tasks.DetectionModel, ("end2end",)),
     (Conv, ("forward", "forward_fuse")),
     (checks, ("AUTOINSTALL", "check_yolov5u_filename")),
-    (data_utils, ("YAML", "check_font", "check_image")), (exporter, ("SETTINGS",)),  # what is replaced for a while
+    (data_utils, ("YAML", "check_font", "check_image")),
+    (exporter, ("SETTINGS",)),  # what is replaced for a while
 ]
 
 

@@ -24,13 +24,14 @@ from ultralytics.data.converter import merge_multi_segment
 from ultralytics.data.utils import (  # isort: skip
     IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
-from ultralytics.engine.exporter import Exporter, NMSModel, export_formats
+from ultralytics.engine import exporter
+from ultralytics.engine.exporter import export_formats
 from ultralytics.engine.results import Results
 from ultralytics.nn import tasks
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT, checks, patches
+from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT, SETTINGS, checks, patches
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.config import comma_list
@@ -244,14 +245,15 @@ def as_exported(model: Any) -> Any:
 def with_nms(model: Any, nms: dict[str, Any]) -> nn.Module:
     """Wrap a model as the exporter does to embed NMS with these options."""
     model.model[-1].xyxy = True
-    return NMSModel(model, get_cfg(overrides={"format": "onnx", "dynamic": False, "batch": 1, **nms}))
+    return exporter.NMSModel(model, get_cfg(overrides={"format": "onnx", "dynamic": False, "batch": 1, **nms}))
 
 
 def export_file(model: Any, folder: Path, **args: Any) -> Path:
     """Export a float model into a folder, so that nothing appears beside the user's weights, and return the file."""
     model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
-    with quiet(), no_autoinstall():
-        return Path(Exporter(overrides={"device": "cpu", "mode": "export", **args})(model))
+    unread = {**SETTINGS, "openvino_msg": False}  # or it would note down that it has recommended OpenVINO
+    with quiet(), no_autoinstall(), replaced(exporter, SETTINGS=unread):
+        return Path(exporter.Exporter(overrides={"device": "cpu", "mode": "export", **args})(model))
 
 
 def labelled_dataset(
