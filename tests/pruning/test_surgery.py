@@ -14,7 +14,7 @@ from yolo_ext.checkpoint import fingerprint, manifest, note
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.pruning.labels import layer_channels
-from yolo_ext.pruning.plan import _in_words, layer_report
+from yolo_ext.pruning.plan import _few_because, layer_report
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.pruning.surgery import apply_plan, check_trainable, cut_layer
 
@@ -238,13 +238,13 @@ FLOORS = "prune.min_channels=8, prune.round_to=8, prune.max_ratio=0.5"
 )
 def test_a_reason_is_in_plain_words(frozen, config, words):
     found = {"frozen": {"a": frozen}, "config": {"max_ratio": 0.5, **config}}
-    assert _in_words(found, [(64, 64)], "a").startswith(f"kept whole: {words}")
+    assert _few_because(found, [(64, 64)], "a").startswith(f"kept whole: {words}")
 
 
 def test_few_channels_at_a_floor_say_so():
     found = {"frozen": {}, "config": {"max_ratio": 0.1}}
-    assert _in_words(found, [(80, 72)], "a").startswith("kept most: it is at the floor (prune.min_channels=8")
-    assert "ranks its channels" in _in_words(found, [(160, 152)], "a")
+    assert _few_because(found, [(80, 72)], "a").startswith("kept most: it is at the floor (prune.min_channels=8")
+    assert "ranks its channels" in _few_because(found, [(160, 152)], "a")
 
 
 def test_layer_report_of_a_stock_model_is_empty(dense):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from yolo_ext.reporting.figures import imwrite
-from yolo_ext.reporting.pages import TEMPLATES, render, render_review, write_report
+from yolo_ext.reporting.pages import TEMPLATES, render_review, write_report
 
 SECTIONS = ("Before and after", "Notes", "Stages", "Accuracy against latency", "Accuracy per class", "Checks",
             "Detections", "Latency", "For comparison", "Channels per layer", "Quantization", "Training curves",
@@ -63,6 +63,10 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data if self.open and self.open[-1] not in ("style", "script") else ""
+
+
+def render(report: dict, folder: Path) -> str:
+    return write_report(folder, report).read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -41,13 +41,8 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
         "options": _options(summary["settings"]),
     }
     if "latency" in run.done:
-        record = run.done["latency"]
-        name, r = list((record.ratios or {}).items())[-1]  # what INT8 gains, or else pruning
-        note = (
-            f"1 thread unless said otherwise, batch 1, {run.imgsz} px, interleaved. In ONNX Runtime, {name} against "
-            f"base FP32 (10 to 90 %): {r['words']}."
-        )
-        report["latency"] = {"rows": record.rows, "note": note}
+        timed_in_turns = f"One image of {run.imgsz} px, models in turns, one thread unless said otherwise; "
+        report["latency"] = {"rows": run.done["latency"].rows, "note": f"{timed_in_turns}{run.done['latency'].said}."}
     if run.quant:
         counts = {k: (result.metrics or {})[k] for k in ("convs", "int8_convs")}
         told = {k: getattr(result, k) for k in ("float", "f1", "profile", "calibration")}

@@ -225,10 +225,7 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
 
 
 KEPT = (  # what a reason of the graph looks like, and what it means to a reader of the report
-    (
-        r"\(head output\)|output of the (model|head)",
-        "it is an output of the model: classes and box values set its width",
-    ),
+    (r"head output|output of the", "it is an output of the model: classes and box values set its width"),
     (r"^(is coupled with .*|is excluded by .*|is not in .*)", "it {0}"),
     (r"^has \d+ channels, which the floors", "it is at the floor ({floors})"),
     (r"ranks by", "'{method}' finds nothing to rank its channels by"),

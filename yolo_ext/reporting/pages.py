@@ -47,13 +47,8 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
     atomic_write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     shown = _content(report, folder)
     atomic_write(folder / "report.md", MARKDOWN.get_template("report.md.j2").render(**shown))
-    atomic_write(folder / "report.html", _page("report.html.j2", **shown))
+    atomic_write(folder / "report.html", ENVIRONMENT.get_template("report.html.j2").render(**shown))
     return folder / "report.html"
-
-
-def render(report: Report, run_dir: Path) -> str:
-    """Return a report (see `write_report`) as one page, pictures with relative paths taken from `run_dir`."""
-    return _page("report.html.j2", **_content(report, run_dir))
 
 
 def _content(report: Report, run_dir: Path) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
         "Notes": report.get("notes"),
         "Stages": stages and _stages(before, stages, summary.get("seconds") or {}, files),
         "Accuracy against latency": _tradeoff(before, after, report.get("latency") or {}),
-        "Accuracy per class": _classes(report.get("classes") or {}),
+        "Accuracy per class": report.get("classes"),
         "Checks": checks and {"rows": checks, "passes": passes, "failed": failed},
         "Detections": _embed(report.get("pictures"), run_dir),
         "Latency": report.get("latency"),
@@ -83,27 +78,21 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
         "Reproduce": {"command": command, "env": env} if command or env else None,
     }
     sections = {name: part for name, part in sections.items() if part}
-    cards, int8_note = _cards(after, rows)
     headline, good = summary.get("headline") or (passes if checks else ""), summary.get("passed", not failed)
     doubt = any(r.verdict == "worse" for r in rows) or (summary.get("settings") or {}).get("epochs") == 0
     tone = "" if good and not doubt else "warn" if good else "bad"
     shown = {"headline": headline, "tone": tone, "about": report.get("about") or {}}
-    shown |= {"cards": cards, "int8_note": int8_note, "sections": sections, "files": files, "remarks": note(after)}
+    shown |= {"cards": _cards(after, rows), "int8": next((r.delta for r in rows if r.key == "map_onnx.int8"), ABSENT)}
+    shown |= {"sections": sections, "files": files, "remarks": note(after)}
     return {"title": str(report.get("title") or "Compression report"), **shown}
 
 
-def _cards(after: dict[str, Any], rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Return the five key figures, the latency of INT8 where it was measured, and the note on INT8 mAP it calls for."""
-    known = {row.key: row for row in rows}
+def _cards(after: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Return the five key figures, with the latency of INT8 where it was measured."""
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}")), "torch")
-    int8 = known.get("map_onnx.int8")
-    note = f"; INT8 {int8.delta}" if int8 and int8.delta != ABSENT else ""
-    if speed == "ort_int8" and not note:
-        note = f"; INT8 {MISSING}"
-    empty = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS}
-    accuracy = "top1" if "top1" in known else "map"
-    keys = ("params", "gflops", "size_mb", accuracy, f"latency_ms.{speed}")
-    return [{**empty, **known}[key] for key in keys], note
+    known = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS} | {row.key: row for row in rows}
+    accuracy = "map" if figure(after, "top1") is None else "top1"
+    return [known[key] for key in ("params", "gflops", "size_mb", accuracy, f"latency_ms.{speed}")]
 
 
 def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> dict[str, Any]:
@@ -135,12 +124,6 @@ def _tradeoff(before: Report, after: Report, latency: Report) -> list[dict[str, 
         times = {k: figure(dict(row), k) for k in ("median", "p10", "p90")}
         points += [{"name": row["name"], **times, "map": score}] if None not in (score, *times.values()) else []
     return [p | {"front": best} for p, best in zip(points, pareto(points))] if len(points) > 1 else []
-
-
-def _classes(found: Report) -> list[dict[str, Any]]:
-    """Return the AP of each class before and after, and how far it moved."""
-    rows = [(name, found["before"].get(name), found["after"].get(name)) for name in found.get("before", ())]
-    return [{"name": n, "before": b, "after": a, "change": compare(b, a, "score")} for n, b, a in rows]
 
 
 def _embed(pictures: Sequence[Report] | None, run_dir: Path) -> list[dict[str, str]]:
@@ -226,7 +209,7 @@ def render_review(title: str, records: Sequence[Record], files: Mapping[str, Pat
     shots = [_shot(r, files[r["image"]], names, (previews or {}).get(r["image"], "")) for r in shown]
     counts, known = class_counts(records, names), {"names": names, "low": LOW, "skipped": skipped or {}}
     page = {"title": title, "notes": notes, "counts": counts, "filters": filters, "shots": shots, **known}
-    return _page("review.html.j2", **page, total=len(records))
+    return ENVIRONMENT.get_template("review.html.j2").render(**page, total=len(records))
 
 
 def _shot(record: Record, file: Path, names: Mapping[int, str], preview: str) -> dict[str, Any]:
@@ -264,7 +247,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(
-    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT,
+    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, compare=compare,
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
@@ -279,7 +262,3 @@ ENVIRONMENT.filters.update(
 MARKDOWN = ENVIRONMENT.overlay(
     autoescape=False, finalize=lambda v: " ".join(str(v).split("\n")).replace("|", "\\|").replace("<", "&lt;")
 )
-
-
-def _page(template: str, **values: Any) -> str:
-    return ENVIRONMENT.get_template(template).render(**values)
