@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,10 +38,14 @@ def test_a_stopped_training_whose_data_have_moved(place, call, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(DetectionTrainer, "final_eval", stop)
-        assert call(f"train {B} save_dir=run")[0] == 130
+        assert call(f"train {B} save_dir=run max_drop=0.9")[0] == 130
     last = "run/weights/last.pt"
     shutil.move("shapes", "moved")
     YAML.save("moved/data.yaml", {**YAML.load("moved/data.yaml"), "path": str(place / "moved")})
     for resume in ("resume=True", f"resume={last}"):
         status, text = call(f"train model={last} {resume}")
         assert status == 2 and "shapes/data.yaml' does not exist" in text and "add data=" in text
+    assert call(f"train model={last} resume=True data=moved/data.yaml")[0] == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert [c["name"] for c in summary["checks"]] == ["Accuracy lost in total (max_drop)"], "a budget is not forgotten"
+    assert summary["before"]["map"] is not None and summary["before"]["size_mb"] is None
