@@ -89,16 +89,12 @@ def test_a_long_log_rotates(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "counts", "said"),
-    [
-        (1.0, (63, "groups", 3, "shares"), "sensitivity: about 3 min: 63 groups x 3 shares"),
-        (0.001, (7, "layers", 1, "shares"), "sensitivity: about 1 s: 7 layers x 1 share"),
-        (70.0, (100, "blocks"), "sensitivity: about 2 h: 100 blocks"),
-    ],
+    ("seconds", "said"),
+    [(189.0, ["sensitivity: about 3 min: 63 groups"]), (7.1, ["sensitivity: about 7 s: 63 groups"]), (0.0, [])],
 )
-def test_time_that_measurements_are_going_to_take(tmp_path, seconds, counts, said):
+def test_time_that_something_is_going_to_take(tmp_path, seconds, said):
     with logged():
         log_to(tmp_path)
-        tell_time("sensitivity", seconds, *counts)
-        tell_time("sensitivity", seconds, 0, "groups")  # nothing is left to measure
-    assert lines(tmp_path) == [said]
+        LOGGER.info("first")
+        tell_time("sensitivity", seconds, "63 groups")
+    assert lines(tmp_path) == ["first", *said]

@@ -32,8 +32,9 @@ def test_times_are_milliseconds():
     assert 5 <= entry["p10"] <= entry["median"] <= entry["p90"] < 500
 
 
-def test_time_limit_keeps_ten_rounds():
-    assert measure({"nap": lambda: time.sleep(0.001)}, rounds=500, warmup=0, seconds=0.0)["nap"]["n"] == 10
+def test_time_limit_keeps_ten_rounds_and_ends_the_bar(capsys):
+    found = measure({"nap": lambda: time.sleep(0.001)}, rounds=500, warmup=0, seconds=0.0, name="Naps")
+    assert found["nap"]["n"] == 10 and "Naps: 100%" in capsys.readouterr().out
 
 
 def test_collector_is_restored_after_a_failure():
@@ -92,15 +93,15 @@ def test_bench_opens_a_session_more_behind_the_others(files, monkeypatch):
     stock = latency.RUNNERS["ort"]
     monkeypatch.setitem(latency.RUNNERS, "ort", lambda path, *args: opened.append(path) or stock(path, *args))
     onnx, pt = files["ort"], files["torch"]
-    assert list(bench({"a": onnx, "b": onnx, "c": pt}, 64, rounds=2, warmup=0)) == ["a", "b", "c"]
+    assert list(bench({"a": onnx, "b": onnx, "c": pt}, 64, rounds=2)) == ["a", "b", "c"]
     assert opened == [onnx] * 3  # the one that is opened last is faster than copies of it
-    bench({"c": pt}, 64, rounds=2, warmup=0)
+    bench({"c": pt}, 64, rounds=2)
     assert len(opened) == 3
 
 
 def test_bench_both_runtimes(files):
     threads = torch.get_num_threads()
-    found = bench(files, 64, rounds=3, warmup=1, threads=1)
+    found = bench(files, 64, rounds=3, threads=1)
     assert {n: e["runtime"] for n, e in found.items()} == {"torch": "torch", "ort": "ort"}
     assert all(e["median"] > 0 and e["threads"] == 1 and e["batch"] == 1 and e["imgsz"] == 64 for e in found.values())
     assert torch.get_num_threads() == threads

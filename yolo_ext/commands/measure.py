@@ -76,7 +76,9 @@ def bench(
     image, name = _image(data, source, size, channels)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
-    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about}
+    metric = stock.metric("classify" if any("top1" in a for a in about.values()) else "detect")
+    found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about,
+                             "metric": metric}  # fmt: skip
     _print(found)
     folder = runs.folder(place, task="detect", mode="bench")
     if profile:
@@ -87,7 +89,7 @@ def bench(
         points = [{**r, "name": Path(r["model"]).name, "map": about[r["model"]]["score"]}
                   for r in rows if (r["threads"], r["batch"]) == first]  # fmt: skip
         note = f"{size} px, batch {first[1]}, threads {first[0]}"
-        plot_tradeoff(points, folder / "tradeoff.png", note, _metric(about))
+        plot_tradeoff(points, folder / "tradeoff.png", note, found["metric"])
     figures = _figures(rows, about)
     stages = {Path(f).name: figures[f] for f in files}
     write_summary(folder, figures[files[0]], figures[files[-1]], stages, table=False)
@@ -99,14 +101,11 @@ def bench(
 def _size(file: str, given: int | None) -> int:
     """Return the side of the input in pixels that the user asks for, else that of the file."""
     from yolo_ext import stock
+    from yolo_ext.deployment.runtime import describe
 
     if file.endswith(".pt"):
         return stock.image_size(*stock.load_model(file), given)
-    if given is None and file.endswith(".onnx"):
-        from yolo_ext.deployment.runtime import describe
-
-        return describe(file)["imgsz"][0]
-    return given or 640
+    return given or (describe(file)["imgsz"][0] if file.endswith(".onnx") else 640)
 
 
 def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int) -> list[dict[str, Any]]:
@@ -130,15 +129,11 @@ def _image(data: str | None, source: str | None, size: int, channels: int) -> tu
     if not data and not source:
         noise = np.random.default_rng(0).integers(0, 255, (size * 3 // 4, size, channels), dtype=np.uint8)
         return noise, "noise, on which NMS has little to do: give source=image"
-    for file in list_images(source) if source else check_data(str(data), task=_task(data))["images"]["val"]:
+    task = "classify" if Path(str(data)).is_dir() else "detect"  # by the form of the data
+    for file in list_images(source) if source else check_data(str(data), task=task)["images"]["val"]:
         if (image := read_image(file, channels)) is not None:
             return image, str(file)
     raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
-
-
-def _task(data: Any) -> str:
-    """Return the task whose form a dataset has: a folder is one for classifiers."""
-    return "classify" if Path(data).is_dir() else "detect"
 
 
 def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool) -> dict[str, Any]:
@@ -172,15 +167,8 @@ def _print(found: Mapping[str, Any]) -> None:
     LOGGER.info(f"\nLatency {at}, {found['rounds']} rounds in which the models take turns\n{align(cells, head)}")
     shown = {k: v for k, v in EXTRAS.items() if any(a.get(k) is not None for a in about.values())}
     cells = [[f, *(cell(a.get(k), spec) for k, (_, spec) in shown.items())] for f, a in about.items()]
-    head = ["Model", *(title or f"{_metric(about)} {at}" for title, _ in shown.values())]
+    head = ["Model", *(title or f"{found['metric']} {at}" for title, _ in shown.values())]
     LOGGER.info(f"\nLetterbox and NMS of {found['image']}\n{align(cells, head)}\n")
-
-
-def _metric(about: Mapping[str, Any]) -> str:
-    """Return the name of the figure that these models are judged by."""
-    from yolo_ext.stock import metric
-
-    return metric("classify" if any("top1" in a for a in about.values()) else "detect")
 
 
 def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
@@ -302,11 +290,8 @@ def sensitivity(
     return found
 
 
-Analysis = tuple[str, list[Path], dict[str, Any]]  # table, files and contents of the first of them
-
-
-def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], folder: Path) -> Analysis:
-    """Measure mAP and losses with each group pruned by each share, and write what was found."""
+def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], folder: Path) -> Any:
+    """Measure mAP and losses with each group pruned by each share; return table, files and contents of the first."""
     from yolo_ext import pruning, stock
     from yolo_ext.pruning.analyze import losses_table, write
     from yolo_ext.training.prune import make_probes
@@ -318,8 +303,8 @@ def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, .
 
 def _of_quantization(
     net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, folder: Path
-) -> Analysis:
-    """Calibrate a model, compare its layers in INT8 one by one, and write what was found."""
+) -> Any:
+    """Calibrate a model, compare its layers in INT8 one by one, and return the same."""
     from yolo_ext import quantization, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.check import calibration_images, letterbox_batches

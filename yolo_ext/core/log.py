@@ -2,7 +2,6 @@
 """compress.log: what Ultralytics' logger says from the start of a command on, once there is a run folder."""
 
 import logging
-import math
 import os
 import re
 import shlex
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
-from typing import Any
 
 FILE, MOST, OLD = "compress.log", 5_000_000, 3  # name, bytes, and how many older ones are kept
 LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
@@ -28,13 +26,10 @@ class RunLog(MemoryHandler):
         return f"{when} {COLOUR.sub('', record.getMessage()).strip()}"
 
 
-def tell_time(what: str, seconds: float, *counts: Any) -> None:
-    """Say how long measurements of so many seconds each are going to take; `counts` are numbers and their words."""
-    if not (whole := seconds * math.prod(counts[::2])):
-        return
-    size, unit = next(((n, u) for n, u in ((3600, "h"), (60, "min")) if whole >= n), (1, "s"))
-    each = " x ".join(f"{n} {word if n > 1 else word[:-1]}" for n, word in zip(counts[::2], counts[1::2]))
-    LOGGER.info(f"{what}: about {max(1, round(whole / size))} {unit}: {each}")
+def tell_time(what: str, seconds: float, each: str) -> None:
+    """Say how long something is going to take, and what."""
+    if seconds:
+        LOGGER.info(f"{what}: about {f'{seconds / 60:.0f} min' if seconds > 99 else f'{seconds:.0f} s'}: {each}")
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def runtime_of(path: str | Path) -> str:
 
 
 def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, batch: int = 1, rounds: int = 60,
-          warmup: int = 10, seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+          seconds: float | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Measure files side by side on the CPU.
 
     ``.onnx`` runs in ONNX Runtime, ``.pt`` in torch (fused, eval, inference mode), ``*_openvino_model`` in OpenVINO.
@@ -127,7 +127,6 @@ def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, ba
         threads: Threads within an operator, for every runtime.
         batch: Images per call; a static ONNX file has a fixed one.
         rounds: Timed calls of each model.
-        warmup: Untimed calls of each beforehand.
         seconds: Time after which the measurement ends, though not before 10 rounds.
     Returns: By name ``median, p10, p90`` in ms per call, ``n`` rounds, ``samples`` (ms of each), ``runtime``
         ("ort", "torch" or "openvino"), ``threads``, ``batch`` and ``imgsz``.
@@ -142,7 +141,7 @@ def bench(models: Mapping[str, str | Path], imgsz: Size, *, threads: int = 1, ba
         spare = RUNNERS["ort"](Path(last), imgsz, threads, batch) if last else None
         setting = {"threads": threads, "batch": batch, "imgsz": imgsz}
         name = f"Latency ({', '.join(dict.fromkeys(runtimes.values()))}, {threads=}, {batch=})"
-        found = measure(runners, rounds=rounds, warmup=warmup, seconds=seconds, name=name)
+        found = measure(runners, rounds=rounds, seconds=seconds, name=name)
         del spare
     finally:
         torch.set_num_threads(threads_before)

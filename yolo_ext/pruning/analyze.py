@@ -162,7 +162,8 @@ def measure_sensitivity(
     seconds, found["groups"] = time.monotonic() - start, _earlier(folder, found)
     measured = {g["name"] for g in found["groups"]}
     todo = [tied for tied in ties if tied.name not in measured]
-    tell_time("sensitivity", seconds, len(todo), "groups", len(found["ratios"]), "shares")
+    points = len(todo) * len(ratios)
+    tell_time("sensitivity", seconds * points, f"{len(todo)} groups x {len(ratios)} shares")
     job, flops = Job(model, graph, ties, cfg, probes), layer_flops(model, graph)
     shares = {id(g): s for g, s in zip(graph.groups, group_shares(graph, flops, sum(flops.values())))}
     for tied in TQDM(todo, desc="Pruning sensitivity"):

@@ -62,7 +62,7 @@ def sensitivity(
         raise UsageError("Sensitivity needs images and at least one quantized layer. Give data=, check quant.exclude.")
     reference, base, start = _Reference(net, images), score(model) if score else None, time.monotonic()
     whole, groups = _measure(net, state, list(state), reference, score), []
-    tell_time("sensitivity", time.monotonic() - start, len(made), f"{by}s")
+    tell_time("sensitivity", (time.monotonic() - start) * len(made), f"{len(made)} {by}s")
     for name, paths in TQDM(made.items(), desc="Quantization sensitivity"):
         errors = _measure(net, state, paths, reference, score)
         shares = [errors[k] / whole[k] for k in ("box_mean", "score_mean") if whole[k] > 0]
