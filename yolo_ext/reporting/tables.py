@@ -148,7 +148,8 @@ def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] 
 
 def note(after: Mapping[str, Any] | None) -> str:
     """Return on what the figures of a comparison were measured, and which of their differences mean nothing."""
-    size, images, key = figure(after, "imgsz"), figure(after, "images"), "map" if (after or {}).get("map") else "top1"
+    size, images = figure(after, "imgsz"), figure(after, "images")
+    key = "map" if figure(after, "top1") is None else "top1"
     said = f"Measured at {size:.0f} px (square images)." if size else ""
     if not images:
         return said
