@@ -74,8 +74,8 @@ def test_text_and_page_show_the_figures_of_the_table(folder):
 @pytest.mark.parametrize("same", [{}, {"before": AFTER, "after": AFTER}], ids=["no figures", "figures that stay"])
 def test_without_a_change_there_is_no_table(same):
     found = Result({"files": ["a.onnx", "b.onnx"], "passed": False, "data": None, **same})
-    assert repr(found) == "Result\nfiles: 2 entries\npassed: False"
-    assert "<td>files</td><td>2 entries</td>" in found._repr_html_() and "Before" not in found._repr_html_()
+    assert repr(found) == "Result\nfiles: 2 in all\npassed: False"
+    assert "<p>files: 2 in all<br>passed: False</p>" in found._repr_html_() and "Before" not in found._repr_html_()
 
 
 def test_it_is_a_dict_that_copies_pickles_and_is_json():

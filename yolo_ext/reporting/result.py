@@ -66,26 +66,24 @@ class Result(dict[str, Any]):
         files += [self.run_dir / place] if self.run_dir else []
         return next((f for f in files if f.is_file()), None)
 
-    def _told(self) -> tuple[str, list[tuple[str, ...]], list[tuple[str, str]]]:
-        """Return the headline, rows Before | After | Delta where figures changed, and names and values of the rest."""
+    def _told(self) -> tuple[str, list[tuple[str, ...]], list[str]]:
+        """Return the headline, rows Before | After | Delta where figures changed, and lines on the rest."""
         before, after = self.get("before"), self.get("after")
         compared = comparison_rows(before, after) if before != after else []
         rows: list[tuple[str, ...]] = [(r.label, r.before, r.after, r.delta) for r in compared]
-        told = {"measured": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
+        told = {"note": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
         told |= {name: getattr(self, name) for name in FILES}
         told["failed"] = ", ".join(c["name"] for c in self.checks if not c["passed"])
-        told = {k: v for k, v in told.items() if v not in (None, "")}
-        counted = {k: f"{len(v)} entries" if isinstance(v, (list, dict)) else str(v) for k, v in told.items()}
-        return self.get("headline") or "Result", rows, [*counted.items()]
+        counted = {k: f"{len(v)} in all" if isinstance(v, (list, dict)) else v for k, v in told.items()}
+        return self.get("headline") or "Result", rows, [f"{k}: {v}" for k, v in counted.items() if v not in (None, "")]
 
     def __repr__(self) -> str:
         """Show the headline, Before | After | Delta, and where the files lie."""
         headline, rows, told = self._told()
-        return "\n".join([headline, *([align(rows, HEAD)] if rows else []), *(f"{k}: {v}" for k, v in told)])
+        return "\n".join([headline, *([align(rows, HEAD)] if rows else []), *told])
 
     def _repr_html_(self) -> str:
         """Show the same in a notebook."""
         headline, rows, told = self._told()
-        cells = [*([HEAD, *rows] if rows else []), *told]
-        table = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells)
-        return f"<p>{escape(headline)}</p><table>{table}</table>"
+        lines = [f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in ([HEAD, *rows] if rows else [])]
+        return f"<p>{escape(headline)}</p><table>{''.join(lines)}</table><p>{'<br>'.join(map(escape, told))}</p>"
