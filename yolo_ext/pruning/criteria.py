@@ -273,8 +273,9 @@ def score(
         values = _foreign(model, group, row, generator)
     else:
         values = row.fn(group_weights(model, group, generator, evidence))
-    if isinstance(values, torch.Tensor) and values.isnan().all() and _dead(model, group):
-        values = torch.zeros(group.size)  # torch-pruning divides by what such channels sum up to
+    if isinstance(values, torch.Tensor) and values.isnan().all():  # torch-pruning divides by what dead ones sum up to
+        dead = not any(w.any() for w in group_weights(model, group, generator).out)
+        values = torch.zeros(group.size) if dead else values
     if values is None:
         return None
     if not isinstance(values, torch.Tensor) or values.shape != (group.size,) or not values.isfinite().all():
@@ -296,8 +297,3 @@ def _foreign(model: nn.Module, group: Group, row: Row, generator: torch.Generato
             return _ask(row.fn, _as_they_are(dict(model.named_modules()), group))
         except Exception as e:  # whatever it does with layers and options
             raise UsageError(f"'prune.method={row.name}' fails on '{group.name}' ({type(e).__name__}: {e}).") from e
-
-
-def _dead(model: nn.Module, group: Group) -> bool:
-    """Tell whether no layer gives the channels of a group any weight."""
-    return not sum(float(w.square().sum()) for w in group_weights(model, group, torch.Generator()).out)
