@@ -8,13 +8,15 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import ultralytics
@@ -30,23 +32,24 @@ SCHEMA = 1  # raise when the meaning of a field changes, and translate the older
 TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path`, which is made; behind the block its file is put in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a whole file (text as UTF-8) or none: temporary file in the same folder, which is made, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp makes private files; a result is an ordinary file
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole(Path(path)) as part, part.open("xb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def as_bytes(found: Any) -> bytes:

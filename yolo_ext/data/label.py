@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
-from uuid import uuid4
 
 import cv2
 import numpy as np
 from ultralytics.utils import TQDM, YAML
 from ultralytics.utils.plotting import Annotator, colors
 
-from yolo_ext.checkpoint import atomic_write
+from yolo_ext.checkpoint import atomic_write, whole
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import attempt, class_names, image_probe
 from yolo_ext.data.coco import coco_store
@@ -164,8 +163,10 @@ def _label(job: _Job, name: str, path: Path) -> None:
         job.store.write(name, text)
         job.done.written += 1
     job.done.records[name] = record
-    if job.files != "none":
-        _put(path, job.out / job.format.images / name, link=job.files == "link")
+    target = job.out / job.format.images / name
+    if job.files != "none" and not target.exists():
+        with whole(target) as part:
+            link_or_copy(path, part, job.files == "link")
     if job.previews and not preview.exists():
         atomic_write(preview, draw(read_image(path) if image is None else image, record["objects"], job.names))
 
@@ -193,19 +194,6 @@ def draw(image: np.ndarray, objects: list[dict[str, Any]], names: Names) -> byte
         shape = [[x, y] for x, y in zip(flat[::2], flat[1::2])] if o.get("polygon") else flat
         annotator.box_label(shape, f"{names[o['class']]} {o['confidence']:.2f}", colors(o["class"], bgr=True))
     return cv2.imencode(".jpg", annotator.result(), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-
-
-def _put(source: Path, target: Path, link: bool) -> None:
-    """Put an image into the dataset, whole or not at all."""
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
-    try:
-        link_or_copy(source, part, link)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _sweep(images: Mapping[str, Path], out: Path) -> None:
