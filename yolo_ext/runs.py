@@ -241,7 +241,8 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
 def summary(before: Mapping[str, Any], after: Mapping[str, Any],
             stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
     """Return what `summary.json` always holds: figures before, after and by stage, environment and command."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    command = shlex.join(["yolo-ext" if program.parent.name == "yolo_ext" else program.name, *sys.argv[1:]])
     by_stage = {k: metrics(v) for k, v in (stages or {}).items()}
     compared = {"before": metrics(before), "after": metrics(after), "stages": by_stage}
     return {**compared, "env": cpu_info(), "command": command}

@@ -155,7 +155,7 @@ def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
     cfg, folder, notes = run.prune, run.folder / stage, list[str]()
     assert cfg
-    asked = " ".join(f"{k}={v}" for k, v in changes({"prune": cfg}).items())
+    asked = " ".join(f"{k}={v}" for k, v in changes({"prune": cfg}).items() if k != "prune.method")
     if cfg.kind == "structured":
         plan = manifest(pruned).prune
         runs.write_json(folder / "plan.json", plan)
