@@ -140,7 +140,7 @@ class Detector:
             rows, boxes, extra["masks"] = rows[seen], boxes[seen], masks[seen]
         return Detections(boxes, rows[:, 4].copy(), rows[:, 5].astype(np.int64), self.names, shape, **extra)
 
-    def _rows(self, output: np.ndarray, masks: Sequence[Any] = ()) -> np.ndarray:
+    def _rows(self, output: np.ndarray, *protos: np.ndarray) -> np.ndarray:
         """Return one image's detections (N, 6 + extras) in input pixels: box, score, class, extras."""
         rotated = self.task == "obb"
         if final := self._meta["final"] or output.shape[-1] == 6:
@@ -148,7 +148,7 @@ class Detector:
             rows = rows[rows[:, 4] > self.conf]
             self._check_names(max(len(self.names), int(rows[:, 5].max(initial=0)) + 1))
         else:
-            extras = {"obb": 1, "pose": int(np.prod(self._meta["kpt_shape"] or 0)), "segment": len(masks)}
+            extras = {"obb": 1, "pose": int(np.prod(self._meta["kpt_shape"] or 0)), "segment": sum(map(len, protos))}
             nc = len(output) - 4 - extras.get(self.task, 0)
             self._check_names(nc)
             rows = decode.dense(output, nc, self.conf, rotated=rotated)

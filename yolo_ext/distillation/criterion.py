@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
-from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.ops import xywh2xyxy, xywhr2xyxyxyxy
 
 from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
@@ -217,12 +217,9 @@ def _branches(raw: Any) -> Branches:
 def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:
     """Return (N, 5) image index and x1, y1, x2, y2 from 0 to 1 of the objects; rotated ones with their upright box."""
     boxes = batch["bboxes"].float()
-    if boxes.shape[1] == 5:
-        (w, h), angle = boxes[:, 2:4].unbind(1), boxes[:, 4]
-        cos, sin = angle.cos().abs(), angle.sin().abs()
-        boxes = torch.stack((boxes[:, 0], boxes[:, 1], w * cos + h * sin, w * sin + h * cos), 1)
-    corners = xywh2xyxy(boxes[:, :4]).clamp(0.0, 1.0)
-    return torch.cat((batch["batch_idx"].float().view(-1, 1).to(corners), corners), 1)
+    turned = boxes.shape[1] == 5
+    corners = torch.cat(xywhr2xyxyxyxy(boxes).aminmax(dim=1), 1) if turned else xywh2xyxy(boxes)
+    return torch.cat((batch["batch_idx"].float().view(-1, 1).to(corners), corners.clamp(0.0, 1.0)), 1)
 
 
 class DistillationLoss(CriterionProxy):
