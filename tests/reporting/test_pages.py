@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from yolo_ext.pipeline.report import curves
 from yolo_ext.reporting.figures import imwrite
-from yolo_ext.reporting.pages import TEMPLATES, render_review, write_report
+from yolo_ext.reporting.pages import TEMPLATES, _data_url, render_review, write_report
 
 SECTIONS = ("Before and after", "Notes", "Stages", "Accuracy against latency", "Accuracy per class", "Checks",
             "Detections", "Latency", "For comparison", "Channels per layer", "Quantization", "Training curves",
@@ -306,6 +307,21 @@ def test_page_refers_to_nothing_outside_itself(report: dict, tmp_path: Path) -> 
     assert len(script) == 1 and f"script-src 'sha256-{digest}'" in html
     assert not {"link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
+
+
+def test_pictures_are_as_small_as_they_have_to_be(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 600, 3), dtype=np.uint8)
+    imwrite(tmp_path / "noise.png", noise)
+    sizes = [len(_data_url(tmp_path / "noise.png", 400, limit)) for limit in (10**6, 40_000, 1)]
+    assert sizes[0] > sizes[1] > sizes[2] > 1000 and sizes[1] < 4 / 3 * 40_000 + 50
+    assert _data_url(tmp_path / "none.png", 400) == ""
+
+
+def test_curves_are_what_was_computed(tmp_path: Path) -> None:
+    file = tmp_path / "results.csv"
+    assert curves(file) == {}
+    file.write_text("epoch,time,train/box_loss, val/kd_loss,metrics/mAP50(B),lr/pg0\n1,2,1.5,0,0,1\n2,3,1.25,0,0.5,1\n")
+    assert curves(file) == {"train/box_loss": [1.5, 1.25], "metrics/mAP50(B)": [0.0, 0.5]}
 
 
 def test_same_report_gives_the_same_bytes(report: dict, tmp_path: Path) -> None:
