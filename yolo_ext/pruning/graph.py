@@ -174,7 +174,7 @@ def _watch(t: Tracer, m: nn.Module, path: str, whole: Collection[type[nn.Module]
         t.depth -= silent
         if t.depth or not silent:
             return
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         if fuses:  # CBFuse adds one part of each cut map, resized, to the last map
             parts = [x[i] for x, i in zip(args[0], m.idx)] + [args[0][-1]]
             if tracked := [p for p in parts if t.get(p) is not None]:

@@ -6,13 +6,14 @@ labels with the reason. A tensor is `lifted` when a channel that is zero before 
 after a sigmoid: such a channel cannot be removed from the input of a layer without changing the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from yolo_ext import stock
 
@@ -134,8 +135,8 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run a torch function and move the labels of its inputs to its outputs."""
         out = func(*args, **(kwargs or {}))
-        if self.depth == 0 and any(True for _ in tensors_in(out)):
-            inputs = list(tensors_in((args, kwargs)))
+        if self.depth == 0 and tensors_in(out):
+            inputs = tensors_in((args, kwargs))
             self.touched.update(self.owner[id(t)] for t in inputs if id(t) in self.owner)
             if tracked := [t for t in inputs if id(t) in self.of]:
                 self._propagate(func, tracked, args, kwargs or {}, out)
@@ -169,7 +170,7 @@ class Tracer(TorchFunctionMode):
         self, name: str, tracked: list[torch.Tensor], call: tuple[tuple, dict], out: Any, func: Callable
     ) -> None:
         """Apply the rule of functions that work on each channel by itself, and couple their `tracked` tensors."""
-        labels, outs, through = self.get(tracked[0]) or [], list(tensors_in(out)), f"goes through '{name}'"
+        labels, outs, through = self.get(tracked[0]) or [], tensors_in(out), f"goes through '{name}'"
         shapes = {(t.ndim, t.shape[1] if t.ndim > 1 else 0) for t in [*tracked, *outs]}
         if len({self.get(t) is not None and len(self.get(t) or []) for t in tracked}) > 1 or len(shapes) > 1:
             return self.freeze(tracked, f"{through} with broadcasting over channels{self.where()}")
@@ -191,7 +192,7 @@ class Tracer(TorchFunctionMode):
         def zero(t: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(t) if id(t) in self.of and not self.lifted(t) else t.clone()
 
-        args, kwargs = _replace(call, zero)
+        args, kwargs = tree_map_only(torch.Tensor, zero, call)
         return any(bool((o != 0).any()) for o in tensors_in(func(*args, **kwargs)) if o.is_floating_point())
 
     def _cut(self, name: str, x: torch.Tensor, out: Any) -> None:
@@ -211,22 +212,9 @@ class Tracer(TorchFunctionMode):
         self.labels.ties.append(parts)
 
 
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of nested lists, tuples and dicts."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for v in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors_in(v)
-
-
-def _replace(tree: Any, swap: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return nested lists, tuples and dicts with their tensors swapped."""
-    if isinstance(tree, torch.Tensor):
-        return swap(tree)
-    if isinstance(tree, dict):
-        return {k: _replace(v, swap) for k, v in tree.items()}
-    return type(tree)(_replace(v, swap) for v in tree) if type(tree) in (list, tuple) else tree
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested lists, tuples and dicts."""
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def _keeps_channels(func: Callable, x: torch.Tensor, call: tuple[tuple, dict], out: Any) -> bool:
@@ -240,7 +228,7 @@ def _keeps_channels(func: Callable, x: torch.Tensor, call: tuple[tuple, dict], o
         return all(d % x.ndim > 1 for d in dims)
     if name in MOVES | PICKS:  # by trying where a number for each image and channel comes out
         numbers = torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], *[1] * (x.ndim - 2))
-        args, kwargs = _replace(call, lambda t: numbers.expand(x.shape) if t is x else t)
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: numbers.expand(x.shape) if t is x else t, call)
         return torch.equal(func(*args, **kwargs), numbers.view(*x.shape[:2], *[1] * (out.ndim - 2)).expand(out.shape))
     return name in RESHAPES and out.numel() == x.shape[0] * x.shape[1]
 
