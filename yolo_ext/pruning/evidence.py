@@ -58,7 +58,7 @@ def task_losses(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     total, images = defaultdict[str, float](float), 0
     for batch in batches:
         if size := len(batch["img"]):
-            for name, value in copy.loss(_on(batch, copy))[1].items():
+            for name, value in copy.loss(batch)[1].items():
                 total[name] += float(value) * size
             images += size
     _counted(images)
@@ -81,12 +81,6 @@ def _observed(model: nn.Module) -> nn.Module:
         if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             m.eval()
     return copy
-
-
-def _on(batch: Batch, model: nn.Module) -> Batch:
-    """Return a batch on the device of the model."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def _single(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
@@ -112,7 +106,7 @@ def _backward(model: nn.Module, batch: Batch) -> int:
     size = len(batch["img"])
     model.zero_grad(set_to_none=True)
     if size:
-        loss = model.loss(_on(batch, model))[0]
+        loss = model.loss(batch)[0]
         (loss.sum() if loss.ndim else loss * size).backward()  # a scalar is the mean over the images
     return size
 
