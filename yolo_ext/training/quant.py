@@ -60,7 +60,6 @@ class Quant(Technique):
             configs["distill"] = without_labels(configs["distill"])
         if str(args.optimizer).lower() == "auto":  # which chooses a rate for training from scratch
             args.optimizer, args.lr0 = "AdamW", cfg.lr0
-            LOGGER.info(f"{colorstr(PREFIX)}optimizer=auto means AdamW with quant.lr0={cfg.lr0:g} here")
         args.warmup_bias_lr = min(args.warmup_bias_lr, args.lr0)  # 0.1 throws a trained model far off
 
     def check(self, model: nn.Module, info: dict[str, Any], imgsz: int) -> None:
@@ -95,8 +94,9 @@ class Quant(Technique):
         if RANK in {-1, 0}:
             for m in (live(trainer), trainer.ema.ema):
                 note(m, quant={**manifest(m).quant, **found})
-            said = f"{stock.metric(trainer.args.task)} {found['ptq']:.4f} (float {found['base']:.4f})"
-            LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {said} at {own.args.imgsz} px, validated as the epochs will be")
+            args, said = trainer.args, f"{found['ptq']:.4f} (float {found['base']:.4f}) at {own.args.imgsz} px"
+            how = f"validated as the epochs will be; {args.optimizer} with lr0={args.lr0:g}"
+            LOGGER.info(f"{colorstr(PREFIX)}PTQ start: {stock.metric(args.task)} {said}, {how}")
 
     def before_epoch(self, trainer: Any) -> None:
         """Let ranges follow the data, or fix them."""
