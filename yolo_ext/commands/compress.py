@@ -11,7 +11,7 @@ from yolo_ext.commands import (  # isort: skip
 from yolo_ext.core.config import CONFIGS, TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
 
-AIM = {"speedup": 2.0}  # of pruning where no target is given
+SPEEDUP = 2.0  # by pruning where no target is given
 SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
 BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
                         "close_mosaic": 15, "plots": False, **SHAPES}  # fmt: skip
@@ -169,9 +169,16 @@ def _compress(mode: str, native: dict[str, Any], **given: Any) -> dict[str, Any]
     """Run the pipeline under the name of a command; pruning without a target halves the FLOPs."""
     from yolo_ext.pipeline import compress as run
 
-    given["prune"] = _aimed(given["prune"])
+    options = {} if given["prune"] is True else given["prune"]
+    options = changed(options) if isinstance(options, PruneConfig) else options
+    aimed = not isinstance(options, Mapping) or options.get("scope") == "pagcp"
+    aimed = aimed or any(options.get(k) not in (None, {}, "structured") for k in (*TARGETS, "ratios", "kind"))
+    if not aimed:
+        given["prune"] = {**options, "speedup": SPEEDUP}
     configs = parse({k: given[k] for k in CONFIGS})
     check_native(mode, given["model"], native, also=EXPORTS if configs["quant"] else ())
+    if not aimed:
+        LOGGER.info(f"prune: no target given: prune.speedup={SPEEDUP:g}")
     tell_idle([*without_effect(configs), *_untrained(configs, given["epochs"], native)])
     return run(**{**native, **_asked(given), "mode": mode})
 
@@ -194,15 +201,3 @@ def _untrained(configs: Mapping[str, Any], epochs: int | None, native: Mapping[s
         "no training to distill in": () if taught or not distill else [f"distill.{k}" for k in changed(distill)],
     }
     return [f"{', '.join(keys)} ({why})" for why, keys in found.items() if keys]
-
-
-def _aimed(given: Technique) -> Technique:
-    """Return options of pruning, with a target, which is told, where the user gave none."""
-    options = {} if given is True else changed(given) if isinstance(given, PruneConfig) else given
-    if not isinstance(options, Mapping):
-        return options
-    aims = (*TARGETS, "ratios", "kind")  # how far to prune
-    if options.get("scope") == "pagcp" or any(options.get(k) not in (None, {}, "structured") for k in aims):
-        return options
-    LOGGER.info(f"prune: no target given: {', '.join(f'prune.{k}={v:g}' for k, v in AIM.items())}")
-    return {**options, **AIM}

@@ -283,18 +283,12 @@ def _entries(key: str, value: Any) -> list[dict[str, Any]]:
     import yaml  # Ultralytics' YAML.load reads .yaml files only
 
     hint = "a list of dicts such as [{'op_types': ['Conv2d'], 'quant_bits': 4}], or a YAML or JSON file with one"
-    items = [value] if isinstance(value, Mapping) else value
     try:
-        if isinstance(value, str):
-            if not Path(value).is_file():
-                raise FileNotFoundError(f"there is no file '{value}'")
-            items = yaml.safe_load(Path(value).read_text())
-    except OSError as e:
-        raise UsageError(f"'{key}={value}' is illegal: {str(e).splitlines()[0]}. Give {hint}.") from e
+        items = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) else value
     except Exception as e:  # YAML has exceptions of its own
-        raise UsageError(f"'{key}={value}' is illegal: the file is not valid YAML or JSON. Give {hint}.") from e
-    if isinstance(items, Mapping):
-        items = items.get("config_list")
+        why = "there is no file of this name" if isinstance(e, OSError) else "the file is not valid YAML or JSON"
+        raise UsageError(f"'{key}={value}' is illegal: {why}. Give {hint}.") from e
+    items = items.get("config_list", [items]) if isinstance(items, Mapping) else items
     if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):
         raise UsageError(f"'{key}={value}' is illegal: give {hint}.")
     return [dict(v) for v in items]
