@@ -245,6 +245,7 @@ def test_few_channels_at_a_floor_say_so():
     found = {"frozen": {}, "config": {"max_ratio": 0.1}}
     assert _few_because(found, [(80, 72)], "a").startswith("kept most: it is at the floor (prune.min_channels=8")
     assert "ranks its channels" in _few_because(found, [(160, 152)], "a")
+    assert "queries and keys" in _few_because(found, [(256, 240)], "model.10.m.0.attn.qkv.conv")
 
 
 def test_layer_report_of_a_stock_model_is_empty(dense):

@@ -278,6 +278,8 @@ def _few_because(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], pa
         return f"{start}it has one channel"
     if after == before and (reason := found["frozen"].get(path)):
         return start + in_words(reason, **cfg)
+    if path.endswith("qkv.conv"):
+        return f"{start}attention keeps the channels of queries and keys"
     if floored:
         return f"{start}it is at the floor ({cfg['floors']})"
     scope = f"'{cfg['sensitivity']}' shows that accuracy falls sooner" if cfg["sensitivity"] else SPARED[cfg["scope"]]
