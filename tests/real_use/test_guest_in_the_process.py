@@ -121,15 +121,15 @@ for name, words in steps.items():
         ultralytics.YOLO("tiny.pt").train(trainer=yolo_ext.DetectionTrainer, prune=prune, **options)
     elif words:
         sys.path.insert(0, "") if "" not in sys.path else None
-        assert cli.main(words.split()) == 0, name
+        assert cli.main(words.split()) < 2, name  # 1: a check of the result failed, as it may
     after = seen()
     print("CHANGED", name, changed(before, after))
     before |= {k: after.get(k) for k in before}
 """
 STEPS = """check: data check=shapes/data.yaml
 trainer: trainer
-prune: prune model=tiny.pt epochs=0 prune.ratio=0.2 prune.round_to=1
-quantize: quantize model=tiny.pt data=shapes/data.yaml imgsz=64 quant.mode=ptq quant.calib=4 quant.max_drop=1
+compress: compress model=tiny.pt data=shapes/data.yaml imgsz=64 epochs=0 device=cpu prune.ratio=0.2 prune.round_to=1 \
+quant.mode=ptq quant.calib=4 quant.max_drop=1
 val, which is Ultralytics' own: val model=tiny.pt data=shapes/data.yaml imgsz=64 device=cpu workers=0 plots=False"""
 
 
@@ -138,5 +138,5 @@ def test_nothing_is_changed_from_the_import_on(place):
     words = [sys.executable, "-c", SEEN + WHOLE]
     said = subprocess.run(words, input=STEPS, text=True, capture_output=True, check=False)
     found = [line for line in said.stdout.splitlines() if line.startswith("CHANGED")]
-    assert len(found) == 6, said.stderr[-2000:]
+    assert len(found) == 5, said.stderr[-2000:]
     assert [line for line in found if not line.endswith("[]")] == []
