@@ -42,7 +42,7 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
     }
     if "latency" in run.done:
         timed_in_turns = f"One image of {run.imgsz} px, models in turns, one thread unless said otherwise; "
-        report["latency"] = {"rows": run.done["latency"].rows, "note": f"{timed_in_turns}{run.done['latency'].said}."}
+        report["latency"] = {"rows": run.done["latency"].rows, "note": f"{timed_in_turns}{run.done['latency'].said or ''}."}
     if run.quant:
         counts = {k: (result.metrics or {})[k] for k in ("convs", "int8_convs")}
         told = {k: getattr(result, k) for k in ("float", "f1", "profile", "calibration")}
