@@ -118,11 +118,8 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
 def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dict[str, Any]:
     """Count the convolutions that a runtime runs in integers, and say how many those are and what the others are.
 
-    Args:
-        int8: File, or OpenVINO folder, that was written from an FP32 one and from `quant`: `state` and `profile` and,
-            where known, `float`.
-        convs: Path of each convolution of the FP32 file by the name of its node, as `write_qdq` returns it.
-    Returns: `runtime`, `convs`, `int8_convs`, how many were `planned`, and by path why each of these that is float is.
+    `convs` are the paths of the convolutions by node that `write_qdq` returned when it wrote `int8`, a file or OpenVINO
+    folder, from `quant`. `accidents` says by path why each that was planned is float.
     """
     report, profile, state = conv_report(int8), resolve_profile(quant["profile"]), quant["state"]
     planned = [node for node, path in convs.items() if path in state]

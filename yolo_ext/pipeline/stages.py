@@ -44,20 +44,8 @@ LATENCIES = (  # figures of `summary.json` before and after by what was measured
 
 
 @logged()
-def compress(
-    model: str | Path, data: str | Path | None = None, *, resume: bool = False, **options: Any
-) -> dict[str, Any]:
-    """Compress a trained YOLO and prove the result.
-
-    Args:
-        model: Base ``.pt`` (a ``.yaml`` is taken when nothing is trained).
-        data: Dataset YAML; may be left out only when there is no training and no quantization.
-        resume: Go on with the run folder that `project` and `name` say; finished stages are not repeated.
-        options: `sparsity`, `prune`, `distill`, `quant` (dicts, dataclasses or None) and any Ultralytics training
-            argument; `epochs` counts fine-tune epochs, `sparsity.epochs` and `quant.epochs` those of their stages.
-    Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
-    Raises: `UsageError`: If the input is wrong; nothing has been written then.
-    """
+def compress(model: Any, data: Any = None, *, resume: bool = False, **options: Any) -> dict[str, Any]:
+    """Compress a trained YOLO and prove the result, as the command of this name does; returned is ``summary.json``."""
     stock.check_stock()
     busy = stock.tell_busy()
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])
