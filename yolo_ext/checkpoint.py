@@ -178,13 +178,12 @@ def file_of(model: Any) -> str | Path:
     file, fused = Path(getattr(net, "pt_path", None) or net.yaml.get("yaml_file", "model.yaml")), net.is_fused()
     if file.suffix == ".pt" and file.is_file():
         stored: Any = load_model(file)[0]
-        stored, near = (stored.fuse(verbose=False), 1e-3) if fused else (stored, 0.0)  # predict() and val() fuse
-        ours, theirs = ({k: v.cpu().half().float() for k, v in m.state_dict().items()} for m in (net, stored))
-        alike = [(m.names, [(k, v.shape) for k, v in m.state_dict().items()]) for m in (net, stored)]
-        if alike[0] == alike[1] and all(torch.allclose(theirs[k], v, near, near) for k, v in ours.items()):
+        ours, theirs = net.state_dict(), (stored.fuse(verbose=False) if fused else stored).state_dict()
+        same = net.names == stored.names and ours.keys() == theirs.keys()
+        if same and all(torch.equal(v.cpu().half(), theirs[k].half()) for k, v in ours.items()):
             return file
     if fused:
-        raise UsageError("The model is fused, as predict() and val() leave it, and has no file. Save it before these.")
+        raise UsageError("The model is fused, as predict() and val() leave it, and not that of a file. Save it before.")
     new = save_model(net, Path(tempfile.mkdtemp(prefix="yolo_ext_")) / f"{file.stem}_in_memory.pt")
     LOGGER.info(f"The weights in memory are not those of a file. They are written to {new}")
     return new

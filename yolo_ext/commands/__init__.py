@@ -120,20 +120,16 @@ def _as_files(given: Any) -> Any:
 
 def check_keys(command: str, options: Mapping[str, Any]) -> None:
     """Refuse keys that a command does not know, all in one message."""
-    fn = COMMANDS[command].fn
-    own, native = [*keys(fn)], takes_native(fn)
-    unknown = [k for k in options if k not in own]
-    if unknown and native:
-        from ultralytics.utils import DEFAULT_CFG_DICT
+    from ultralytics.utils import DEFAULT_CFG_DICT
 
-        own += DEFAULT_CFG_DICT
-        unknown = [k for k in options if k not in own]
-    if unknown:
-        near = [k for k in own if k != "mode"] + [n for n in option_names() if n.split(".")[0] in own]
+    fn = COMMANDS[command].fn
+    own, native = [*keys(fn)], [*(DEFAULT_CFG_DICT if takes_native(fn) else ())]
+    if unknown := [k for k in options if k not in own + native]:
+        near = own + [k for k in native if k != "mode"] + [n for n in option_names() if n.split(".")[0] in own]
         lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, near)}" for k in unknown]
         for technique in (t for t in CONFIGS if t in own and isinstance(options.get(t), Mapping)):
             lines += misspelt(technique, options[technique])
-        told = f" Legal: {', '.join(keys(fn))}" + (" and all Ultralytics keys." if native else ".") if own else ""
+        told = f" Legal: {', '.join(own)}" + (" and all Ultralytics keys." if native else ".") if own else ""
         raise UsageError("\n".join(lines) + told + f"\nSee `yolo-ext help {command}`.")
 
 
