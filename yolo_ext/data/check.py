@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML
 from ultralytics.utils.checks import check_file
-from ultralytics.utils.patches import imread
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.records import SPLITS, is_image, list_images, quote
@@ -290,7 +289,7 @@ def calibration_images(
 def check_calibration(source: Any, n: int | None = None, seed: int = 0) -> None:
     """Refuse what `calibration_images` and `letterbox_batches` refuse; in most cases one image is read."""
     images = calibration_images(source, n, seed)
-    if not any((image := imread(path)) is not None and image.min() < image.max() for path in images):
+    if not any((image := load.read_image(path)) is not None and image.min() < image.max() for path in images):
         for _ in letterbox_batches(images, 32):  # says what is wrong
             pass
 

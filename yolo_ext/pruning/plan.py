@@ -42,11 +42,6 @@ class Job:
     probes: Probes = NO_PROBES
     imgsz: int = 640  # side of the image in pixels, for the FLOPs
 
-    @property
-    def whole(self) -> list[int]:
-        """Units of each before pruning."""
-        return [t.units for t in self.ties]
-
     def widths(self, units: Sequence[int]) -> Widths:
         """Return the widths of the layers when these units stay."""
         return widths_of(self.graph, self.ties, units)
@@ -226,13 +221,9 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
 
 KEPT = (  # what a reason of the graph looks like, and what it means to a reader of the report
     (r"head output|output of the", "it is an output of the model: classes and box values set its width"),
-    (r"^(is coupled with .*|is excluded by .*|is not in .*)", "it {0}"),
     (r"^has \d+ channels, which the floors", "it is at the floor ({floors})"),
-    (r"ranks by", "'{method}' finds nothing to rank its channels by"),
-    (r"^meets the grouped convolution (.*)", "coupled with the grouped convolution {0}, whose channels go together"),
     (r"tokens|enters AIFI|in AIFI|[Aa]tt", "its channels are split into attention heads"),
     (r"^is reshaped (.*)", "its channels are reshaped ({0}), after which they cannot be told apart"),
-    (r"^is cut (.*)", "its channels are cut {0}, so their number is fixed"),
     (r"^(.*)", "it {0}"),
 )
 SPARED = {  # by scope: why what can be pruned gave little
@@ -260,12 +251,12 @@ def layer_report(model: nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
-def in_words(reason: str, method: str = "", floors: str = "", **_: Any) -> str:
-    """Return a reason of the graph in the words of KEPT; `method` and `floors` are of the pruning."""
+def in_words(reason: str, floors: str = "") -> str:
+    """Return a reason of the graph in the words of KEPT; `floors` are those of the pruning."""
     own = reason.removeprefix(TIED)
     hit, words = next((hit, words) for shape, words in KEPT if (hit := re.search(shape, own)))
     tied = "coupled with a part that cannot change: " if own != reason else ""
-    return tied + words.format(*hit.groups(), method=method, floors=floors)
+    return tied + words.format(*hit.groups(), floors=floors)
 
 
 def _few_because(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], path: str) -> str:
@@ -277,7 +268,7 @@ def _few_because(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], pa
     if before == 1:
         return f"{start}it has one channel"
     if after == before and (reason := found["frozen"].get(path)):
-        return start + in_words(reason, **cfg)
+        return start + in_words(reason, cfg["floors"])
     if path.endswith("qkv.conv"):
         return f"{start}attention keeps the channels of queries and keys"
     if floored:

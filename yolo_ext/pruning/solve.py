@@ -177,7 +177,7 @@ def latency(job: Job) -> Target:
     """Aim at a latency ratio, measured for each trial."""
     if (speed := job.probes.speed) is None:
         raise UsageError("'prune.latency' is measured on this machine, which needs data=... or imgsz=... to run with.")
-    whole = job.whole
+    whole = [t.units for t in job.ties]
     figure = lambda units: 1.0 if units == whole else speed(job.model, job.pruned(units))  # noqa: E731
     return Target(figure, job.cfg.latency or 1.0, tolerance=0.05, trials=8, slow=True, noisy=True)
 
@@ -188,7 +188,7 @@ def max_drop(job: Job) -> Target:
     score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
     if score is None or images is None:
         raise UsageError("'prune.max_drop' measures mAP, which needs data. Give data=data.yaml, or another target.")
-    whole, base = job.whole, score(job.model)
+    whole, base = [t.units for t in job.ties], score(job.model)
     if base <= allowed:
         has = f"{stock.metric(stock.task_of(job.model))} {base:.4f}"
         why = f"the model itself has {has} on these data. Train it first, or give a smaller drop."
@@ -207,8 +207,8 @@ def max_drop(job: Job) -> Target:
 
 def solve(name: str, target: Target, steps: Steps, job: Job) -> list[int]:
     """Return the kept units of each whose figure is nearest to the goal (within it, if it is a cap)."""
-    seen: dict[tuple[int, ...], float] = {}
-    figure = partial(_figure, name, target, sum(job.whole), seen)
+    whole, seen = [t.units for t in job.ties], dict[tuple[int, ...], float]()
+    figure = partial(_figure, name, target, sum(whole), seen)
     least, most = steps(0.0), steps(1.0)
     if target.settle and not target.passed(figure(most)):
         target.settle(most)
@@ -226,7 +226,7 @@ def solve(name: str, target: Target, steps: Steps, job: Job) -> list[int]:
         if target.settle is None or target.miss(target.settle(found)) <= target.tolerance / 2:
             break
         seen.update({units: target.figure([*units]) for units in seen})
-    if target.cap and found == job.whole:
+    if target.cap and found == whole:
         mildest = f"the mildest of {len(seen)} trials loses {min(f for f in seen.values() if f > target.goal):.4f}"
         remedy = f"Raise prune.{name}, or prune to another target and fine-tune."
         raise UsageError(f"'prune.{name}={target.goal:g}' cannot be met: {mildest}. {remedy}")
