@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -241,17 +240,17 @@ def test_checkpoint_works_where_yolo_ext_is_missing(pruned, tmp_path):
 
 def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     file = tmp_path / "weights" / "last.pt"
-    trainer = SimpleNamespace(wdir=file.parent, last=file, best=file.with_name("best.pt"))
-    with saved_whole(trainer, atomic_write):
-        trainer.last.write_bytes(b"old")
+    own = Path.write_bytes
+    with saved_whole(atomic_write):
+        file.write_bytes(b"old")
 
     def killed(fd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("yolo_ext.checkpoint.os.fsync", killed)
-    with pytest.raises(KeyboardInterrupt), saved_whole(trainer, atomic_write):
-        trainer.last.write_bytes(b"new but never finished")
-    assert type(trainer.last) is type(file)
+    with pytest.raises(KeyboardInterrupt), saved_whole(atomic_write):
+        file.write_bytes(b"new but never finished")
+    assert Path.write_bytes is own
     assert file.read_bytes() == b"old"
     assert [p.name for p in file.parent.iterdir()] == ["last.pt"]
 
@@ -259,7 +258,9 @@ def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_all_checkpoints_of_a_run_are_written_atomically(fit, tiny, tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr("yolo_ext.training.trainer.atomic_write", lambda p, d: (names.append(p.name), p.write_bytes(d)))
+    monkeypatch.setattr(
+        "yolo_ext.training.trainer.atomic_write", lambda p, d: (names.append(p.name), atomic_write(p, d))
+    )
     fit(tiny, yolo_ext.DetectionTrainer, epochs=1, save_period=1)
     assert set(names) == {"last.pt", "best.pt", "epoch0.pt"}
 

@@ -103,27 +103,19 @@ def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> AbstractConte
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
-class _AtomicPath(type(Path())):  # type: ignore[misc]
-    """A path whose `write_bytes` leaves a whole file or the old one."""
+@contextmanager
+def saved_whole(write: Callable[[Path, bytes], Any]) -> Iterator[None]:
+    """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
+    written: list[Path] = []
 
-    write: Callable[[Path, bytes], Any]
-    written = 0
-
-    def write_bytes(self, data: Any) -> int:
-        """Write all bytes or none."""
-        _AtomicPath.written += 1
-        _AtomicPath.write(Path(str(self)), bytes(data))
+    def write_bytes(path: Path, data: Any) -> int:
+        write(path, bytes(data))
+        written.append(path)
         return len(data)
 
-
-@contextmanager
-def saved_whole(trainer: Any, write: Callable[[Path, bytes], Any]) -> Iterator[None]:
-    """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
-    own, before = {name: _AtomicPath(getattr(trainer, name)) for name in ("wdir", "last", "best")}, _AtomicPath.written
-    _AtomicPath.write = staticmethod(write)  # type: ignore[assignment]  # as paths take no attributes of their own
-    with replaced(trainer, **own):
+    with replaced(Path, write_bytes=write_bytes):
         yield
-    if _AtomicPath.written == before:
+    if not written:
         LOGGER.warning(
             f"Ultralytics {__version__} writes checkpoints in a way that yolo_ext does not know: "
             "a run that is killed meanwhile may leave a broken last.pt"
