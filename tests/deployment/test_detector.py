@@ -497,6 +497,12 @@ def test_wrong_model_or_option(meta, options, text, tmp_path):
         Detector(stub(tmp_path / "m.onnx", ROWS, **meta), **options)
 
 
+@pytest.mark.parametrize("path", [None, 5, ".", b"x"], ids=str)
+def test_what_is_no_file(path):
+    with pytest.raises(UsageError, match=r"(does not exist|cannot load)"):
+        Detector(path)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"nothing"], ids=["missing", "empty", "broken"])
 def test_wrong_file(content, tmp_path):
     if content is not None:

@@ -82,6 +82,7 @@ def test_conv_report(parts, reason, named, tmp_path):
     found = conv_report(conv_graph(tmp_path, named=named, **parts))
     expected = {} if reason is None else {"conv0" if named else "c": reason}
     done = [] if expected else ["conv0" if named else "c"]
+    assert found.pop("runtime") == "ONNX Runtime"
     assert found == {"convs": 1, "int8_convs": len(done), "int8": done, "float_convs": expected}
 
 

@@ -50,8 +50,8 @@ class Detector:
         for key, count in (("threads", threads), ("max_det", max_det)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
-        self._path, self._threads = Path(path).absolute(), threads
         self._session = open_session(path, session_options(threads))
+        self._path, self._threads = Path(path).absolute(), threads
         self._meta = read_metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
         self.conf, self.iou, self.max_det = conf, iou, max_det

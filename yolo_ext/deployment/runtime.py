@@ -107,7 +107,7 @@ def describe(source: Source) -> dict[str, Any]:
         "stretch": meta["stretch"], "channels": shape[1] if isinstance(shape[1], int) else 3,
         "nms": {**NMS, **{k: given[k] for k in NMS if k in given}} if given.get("nms") is True else None,
         "shape": [n if isinstance(n, int) else None for n in shape],
-        "outputs": [o.name for o in opened.get_outputs()], "imgsz": height_width(meta["imgsz"] or 640),
+        "imgsz": height_width(meta["imgsz"] or 640),
         "batch": int(meta.get("batch") or 1), "stride": int(meta["stride"]),
         "opset": next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
         "precision": "int8" if quantized else "fp16" if half else "fp32",
@@ -193,8 +193,14 @@ def conv_report(path: str | Path) -> dict[str, Any]:
 
     Returns: Its name as `runtime`, how many `convs` and `int8_convs`, the names of these, and why the others are float.
     """
-    if Path(path).is_dir():
-        return _openvino_report(path)
+    runtime, reasons = ("OpenVINO", _openvino_convs(path)) if Path(path).is_dir() else ("ONNX Runtime", _convs(path))
+    floats = {name: why for name, why in reasons.items() if why}
+    done = [name for name in reasons if name not in floats]
+    return {"runtime": runtime, "convs": len(reasons), "int8_convs": len(done), "int8": done, "float_convs": floats}
+
+
+def _convs(path: str | Path) -> dict[str, str]:
+    """Return why each convolution of an ONNX file is float, by name, "" for integer ones."""
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
     convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS | INTEGER_CONVS or DFL in n.name]
@@ -209,24 +215,17 @@ def conv_report(path: str | Path) -> dict[str, Any]:
         optimized = onnx.load(options.optimized_model_filepath).graph
     integer = {n.name for n in (*optimized.node, *convs) if n.op_type in INTEGER_CONVS}
     reason = _reasons(model.graph)
-    return _counted("ONNX Runtime", {n.name: "" if n.name in integer else reason(n) for n in convs})
+    return {n.name: "" if n.name in integer else reason(n) for n in convs}
 
 
-def _openvino_report(folder: str | Path) -> dict[str, Any]:
+def _openvino_convs(folder: str | Path) -> dict[str, str]:
     convs: dict[str, str] = {}
     for node in compiled(folder).get_runtime_model().get_ordered_ops():
         kind, precision = (node.get_rt_info()[k].astype(str) for k in ("layerType", "runtimePrecision"))
         if kind in ("Convolution", "Deconvolution"):
             why = "" if precision in ("i8", "u8") else f"OpenVINO runs it in {precision} on this CPU"
             convs[node.get_friendly_name().removesuffix("/WithoutBiases")] = why
-    return _counted("OpenVINO", convs)
-
-
-def _counted(runtime: str, reasons: dict[str, str]) -> dict[str, Any]:
-    """Return the report of convolutions by name, each with the reason why it is float."""
-    floats = {name: why for name, why in reasons.items() if why}
-    done = [name for name in reasons if name not in floats]
-    return {"runtime": runtime, "convs": len(reasons), "int8_convs": len(done), "int8": done, "float_convs": floats}
+    return convs
 
 
 def consumers_of(graph: onnx.GraphProto) -> defaultdict[str, list[Any]]:
