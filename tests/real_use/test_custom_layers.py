@@ -14,7 +14,7 @@ from ultralytics.nn import tasks
 from ultralytics.utils import YAML
 
 import yolo_ext
-from yolo_ext import cli, stock
+from yolo_ext import stock
 from yolo_ext.commands.help import help_text
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.load import load_model
