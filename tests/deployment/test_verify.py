@@ -65,8 +65,7 @@ def test_a_sound_export_passes(name, end2end, exported, images):
     assert found["detections"]["detections"] > 10  # the comparison is not empty
     assert found["weights"]["compared"] > 30 and "first_difference" not in found
     more = {"extra_max"} if name.endswith("-seg") else set()
-    assert {c["name"] for c in found["checks"]} == {"weight_max", "score_max", "box_max", "matched", *more}
-    assert all(o["mean"] <= o["max"] for o in found["tensors"]["outputs"])
+    assert {c["key"] for c in found["checks"]} == {"weight_max", "score_max", "box_max", "matched", *more}
 
 
 FAMILIES = ("yolov5n", "yolov6n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")
@@ -124,7 +123,7 @@ def test_classification(exported, images):
     model, path = exported("yolov8n-cls")
     found = verify(model, path, images, SIZE)
     assert found["passed"] and "detections" not in found
-    assert {c["name"] for c in found["checks"]} == {"weight_max", "score_max"}  # there are no boxes
+    assert {c["key"] for c in found["checks"]} == {"weight_max", "score_max"}  # there are no boxes
 
 
 @pytest.mark.slow
@@ -158,7 +157,7 @@ def test_one_weight_off_by_a_percent_is_caught(name, end2end, weight, exported, 
 def test_one_value_off_by_a_percent_is_caught(name, weight, exported, images, spoil, tmp_path):
     model, path = exported(name)
     found = verify(model, spoil(path, tmp_path / "bad.onnx", weight, 1.01, value=1), images, SIZE)
-    assert not next(c for c in found["checks"] if c["name"] == "weight_max")["passed"]
+    assert not next(c for c in found["checks"] if c["key"] == "weight_max")["passed"]
     different = found["weights"]["different"]
     assert list(different) == [weight] and different[weight]["values"] == 1
     assert different[weight]["error"] == pytest.approx(0.01, rel=0.2)
@@ -169,7 +168,7 @@ def test_one_value_off_by_a_percent_is_caught(name, weight, exported, images, sp
 def test_nan_fails(exported, images, spoil, tmp_path):
     model, path = exported("yolov8n")
     bad = spoil(path, tmp_path / "bad.onnx", "model.0.conv.weight", float("nan"))
-    checks = {c["name"]: c["passed"] for c in verify(model, bad, images, SIZE)["checks"]}
+    checks = {c["key"]: c["passed"] for c in verify(model, bad, images, SIZE)["checks"]}
     assert not checks["score_max"] and not checks["matched"]
 
 
@@ -182,7 +181,7 @@ def test_another_model_is_caught_by_its_detections(build, exported, images, tmp_
 def test_no_detections_on_either_side_is_agreement(exported, images):
     model, path = exported("yolov8n")
     found = verify_detections(model, path, images, SIZE, conf=0.999)
-    assert found["matched"] == 1.0 and found["detections"] == 0 and found["mean_iou"] is None
+    assert found["matched"] == 1.0 and found["detections"] == 0
 
 
 @pytest.mark.slow
@@ -208,7 +207,7 @@ def test_int8_runs_as_its_graph_says(exported, quantized, images):
 def test_int8_limits_decide(exported, quantized, images):
     model, fp32 = exported("yolov8n")
     found = verify(model, fp32, images, SIZE, int8_onnx=quantized, limits={"int8_box_mean": 1e-9})
-    checks = {c["name"]: c for c in found["checks"]}
+    checks = {c["key"]: c for c in found["checks"]}
     assert not found["passed"] and not checks["int8_box_mean"]["passed"] and checks["box_max"]["passed"]
 
 
@@ -231,7 +230,7 @@ def test_torch_simulation_and_int8_agree(exported, three, images):
     before = get_state(net)
     model, fp32 = exported("yolov8n")
     found = verify(model, fp32, images, SIZE, int8_onnx=int8, fake_quant=net)
-    checks = {c["name"]: c for c in found["checks"]}
+    checks = {c["key"]: c for c in found["checks"]}
     assert found["passed"], found["checks"]
     assert {"torch_box_mean", "torch_score_max", "int8_box_mean", "int8_score_max"} <= set(checks)
     gap = found["int8"]["torch"]
@@ -253,7 +252,7 @@ def test_a_file_with_another_range_than_torch_is_caught(exported, three, images,
     load_state(net, state)
     model, fp32 = exported("yolov8n")
     found = verify(model, fp32, images, SIZE, int8_onnx=int8, fake_quant=net)
-    assert {c["name"] for c in found["checks"] if not c["passed"]} & {"torch_box_mean", "torch_score_max"}
+    assert {c["key"] for c in found["checks"] if not c["passed"]} & {"torch_box_mean", "torch_score_max"}
 
 
 @pytest.mark.parametrize(

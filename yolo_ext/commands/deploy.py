@@ -305,7 +305,6 @@ def verify(
     from yolo_ext.data.records import list_images
     from yolo_ext.deployment.compare import describe_difference
     from yolo_ext.deployment.runtime import describe
-    from yolo_ext.deployment.verify import WORDS
     from yolo_ext.deployment.verify import verify as run
     from yolo_ext.reporting.tables import align, write_summary
 
@@ -319,7 +318,6 @@ def verify(
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
-    found["checks"] = [{**c, "key": c["name"], "name": WORDS[c["name"]]} for c in found["checks"]]
     rows = [[c["name"], *(f"{c[k]:.3g}" for k in ("value", "limit")), "ok" if c["passed"] else "FAILED"]
             for c in found["checks"]]  # fmt: skip
     LOGGER.info("\n" + align(rows, ["Check", "Value", "Limit", "Result"]))

@@ -56,14 +56,13 @@ def _aligned(a: np.ndarray, b: np.ndarray, floor: float) -> tuple[np.ndarray, np
     return a, matched
 
 
-def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, float, list[Any]]:
-    """Return for an image box error (px), score error, top score of `a` (N, 3), the rest's error, and each output's."""
+def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """Return for an image box error (px), score error and top score of `a` (N, 3), and the error of the rest."""
     final = is_final(meta)
     p, q = (y if final or y.ndim == 1 else y.T for y in (a[0], b[0]))
-    rest, others = max_relative_error(a[1:], b[1:]), [np.abs(y - z) for y, z in zip(a[1:], b[1:])]
+    rest = max_relative_error(a[1:], b[1:])
     if p.ndim == 1:  # classification: one row of probabilities, no boxes
-        error = np.abs(p - q)
-        return np.array([[0.0, error.max(), p.max()]]), rest, [error, *others]
+        return np.array([[0.0, np.abs(p - q).max(), p.max()]]), rest
     ranked = np.zeros((0, 3))
     if final and not meta["nms"]:  # always full and sorted: scores also compare rank by rank, whatever their rows are
         ranked = np.array([[0.0, np.abs(p[:, 4] - q[:, 4]).max(), 0.0]])
@@ -75,14 +74,13 @@ def _differences(a: list[np.ndarray], b: list[np.ndarray], meta: dict[str, Any])
         rest = max(rest, max_relative_error([p[:, extras:]], [q[:, extras:]], floor))
     error = np.abs(p - q)
     rows = np.stack([error[:, :4].max(1), error[:, scores].max(1), p[:, scores].max(1)], 1)
-    return np.concatenate([rows, ranked]), rest, [error, *others]
+    return np.concatenate([rows, ranked]), rest
 
 
 def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[str, Any]) -> dict[str, Any]:
     """Compare the raw outputs of two models, ``rows`` as of `_differences`, over batches (B, C, H, W) in 0..1."""
     rows, rest, worst = [], 0.0, (-1.0, np.zeros(0))
     shapes: list[list[int]] = []
-    errors: list[list[tuple[float, float, int]]] = []
     for x in batches:
         ya, yb = a(x), b(x)
         mine, other = ([y.shape for y in outputs] for outputs in (ya, yb))
@@ -90,16 +88,12 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
             raise UsageError(f"The two models give outputs of shapes {mine} and {other}.")
         shapes += [list(x.shape)] if list(x.shape) not in shapes else []
         for i in range(len(x)):
-            found, extra, each = _differences([y[i] for y in ya], [y[i] for y in yb], meta)
+            found, extra = _differences([y[i] for y in ya], [y[i] for y in yb], meta)
             rows.append(found)
             rest = max(rest, extra)
-            errors.append([(float(e.max(initial=0)), float(e.sum()), e.size) for e in each])
             size = float(np.nan_to_num(found[:, :2] * [0.01, 1.0], nan=np.inf).max(initial=extra))
             worst = (size, x) if size > worst[0] else worst
-    figures = [[*zip(*output)] for output in zip(*errors)]  # for each output: maxima, sums, numbers of values
-    outputs = [{"max": max(peak), "mean": sum(total) / max(1, sum(n))} for peak, total, n in figures]
-    return {"rows": np.concatenate(rows), "rest": rest, "outputs": outputs,
-            "inputs": len(rows), "shapes": shapes, "worst": worst[1]}  # fmt: skip
+    return {"rows": np.concatenate(rows), "rest": rest, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:

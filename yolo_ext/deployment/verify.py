@@ -54,10 +54,9 @@ def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | 
         raise UsageError(f"'{onnx_path}' is a static graph of shape {meta['shape']}; imgsz={imgsz} does not fit it.")
     pair = predictor(model, end2end=meta["end2end"], nms=meta["nms"]), predictor(onnx_path)
     found = compare(*pair, inputs(images, imgsz, meta), meta)
-    outputs = [{"name": name, **errors} for name, errors in zip(meta["outputs"], found["outputs"])]
     more = {k: found[k] for k in ("inputs", "shapes", "worst")}
     rows = found["rows"] if meta["precision"] == "fp32" or meta["task"] == "classify" else _confident(found["rows"])
-    return {**summary(rows), "extra_max": found["rest"], "outputs": outputs, **more}
+    return {**summary(rows), "extra_max": found["rest"], **more}
 
 
 def _images(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
@@ -70,14 +69,14 @@ def _confident(rows: np.ndarray) -> np.ndarray:
     return rows[rows[:, 2] >= np.append(np.sort(rows[:, 2])[-100:], CONFIDENT).min()]
 
 
-def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) -> list[tuple[int, int, float]]:
-    """Pair detections of one class greedily from the highest IoU down; return (row of a, row of b, IoU)."""
+def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) -> list[tuple[int, int]]:
+    """Pair detections of one class greedily from the highest IoU down; return (row of a, row of b)."""
     turned = [torch.cat([d[:, :4], d[:, -1:]], 1) for d in (a, b)]
     overlap = batch_probiou(*turned) if rotated else box_iou(a[:, :4], b[:, :4])
     overlap, pairs = overlap * (a[:, None, 5] == b[None, :, 5]), []
     while overlap.numel() and overlap.max() >= match_iou:
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
-        pairs.append((i, j, float(overlap[i, j])))
+        pairs.append((i, j))
         overlap[i], overlap[:, j] = -1, -1
     return pairs
 
@@ -89,19 +88,15 @@ def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz:
     rotated = metas[0]["task"] == "obb"
     images = list(images)
     total = partnered = 0
-    agreed: list[tuple[float, float]] = []  # IoU and difference of the scores of each pair
     for path in images:
         x = load_image(path, imgsz, metas[0]["channels"])
         da, db = (postprocess(p(x)[0], m, max(conf - margin, 0.0), NMS["iou"]) for p, m in zip(predicts, metas))
         pairs = _match(da, db, match_iou, rotated)
-        agreed += [(overlap, abs(float(da[i, 4] - db[j, 4]))) for i, j, overlap in pairs]
-        for detections, partners in ((da, [i for i, _, _ in pairs]), (db, [j for _, j, _ in pairs])):
+        for detections, partners in ((da, [i for i, _ in pairs]), (db, [j for _, j in pairs])):
             sure = detections[:, 4] > conf + margin
             total += int(sure.sum())
             partnered += int(sure[partners].sum())
-    iou, difference = [float(np.mean(values)) for values in zip(*agreed)] or (None, None)
-    found = {"matched": partnered / total if total else 1.0, "mean_iou": iou, "mean_score_diff": difference}
-    return {**found, "detections": total, "images": len(images)}
+    return {"matched": partnered / total if total else 1.0, "detections": total, "images": len(images)}
 
 
 def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[str, Any]], float]:
@@ -179,7 +174,7 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS) - set(limits or ()):
             bounds[name] = max(bounds[name], FRAGILE * value)
     checks = _checks(result, bounds, meta["task"])
-    failed = {c["name"] for c in checks if not c["passed"]}
+    failed = {c["key"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:
         result["first_difference"] = first_difference(weights, onnx_path, worst, result["weights"]["different"])
     return {"passed": not failed, "checks": checks, **result}
@@ -200,4 +195,5 @@ def _checks(result: dict[str, Any], bounds: dict[str, float], task: str) -> list
         values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}
     rows = [(name, value, bounds[name]) for name, value in values.items()]
     passed = [value >= limit if name == "matched" else value <= limit for name, value, limit in rows]  # a NaN: neither
-    return [{"name": n, "value": v, "limit": b, "passed": bool(ok)} for (n, v, b), ok in zip(rows, passed)]
+    return [{"key": n, "name": WORDS[n], "value": v, "limit": b, "passed": bool(ok)}
+            for (n, v, b), ok in zip(rows, passed)]  # fmt: skip

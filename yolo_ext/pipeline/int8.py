@@ -282,14 +282,14 @@ def verify(run: Run) -> Record:
     )  # fmt: skip
     lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
     asked = sum(reason.startswith(LISTED) for reason in (record.accidents or {}).values())  # a warning has told
-    checks = [{**c, "name": deployed.WORDS[c["name"]]} for c in found["checks"]]
+    checks = [*found["checks"]]
     least = max(planned - asked, 1) if planned else 0
     checks.append({"name": PLANNED, "value": convs, "limit": least, "passed": convs >= least})
     if lost is not None:
         checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
-    unsound = any(not c["passed"] for c in found["checks"] if c["name"].startswith("int8_"))
+    unsound = any(not c["passed"] for c in found["checks"] if c["key"].startswith("int8_"))
     notes = [SATURATES] if unsound and resolve_profile(record.profile or "").weight_bits >= 8 else []
     for sentence in notes:
         LOGGER.warning(f"quantize: {sentence}")
