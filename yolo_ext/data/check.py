@@ -18,6 +18,7 @@ from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAM
 from ultralytics.utils.checks import check_file
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import listed
 from yolo_ext.data.records import SPLITS, is_image, list_images, quote
 from yolo_ext.stock import load
 
@@ -174,7 +175,7 @@ def keypoints(info: dict[str, Any], data: str) -> tuple[int, int]:
 
 def split_places(split: str, info: Mapping[str, Any], data: Any) -> list[Path]:
     """Return the folders and list files of a split, which must be there."""
-    places = [Path(p) for p in (info[split] if isinstance(info[split], list) else [info[split]])]
+    places = [Path(p) for p in listed(info[split])]
     if missing := [p for p in places if not p.exists()]:
         raise UsageError(f"Split '{split}' of '{data}' points to '{missing[0]}', which does not exist. Mend the path.")
     return places

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from yolo_ext import stock
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import listed
 from yolo_ext.core.registry import suggest
 from yolo_ext.quantization.observers import observers
 from yolo_ext.quantization.spec import SITES, Plan, Profile, Spec
@@ -124,11 +125,6 @@ def _sites(profile: Profile, block: Any) -> dict[str, Spec]:
 
 
 # Entries of a `config_list` ------------------------------------------------------------------------------------------
-def _listed(value: Any) -> list[Any]:
-    """Return what an entry gives once or several times as a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
 def _layers(model: nn.Module, selector: str, layers: Mapping[str, nn.Module], option: str) -> set[str]:
     """Return the paths of the layers that a selector means, at least one."""
     if not (found := stock.matches(model, selector, option) & layers.keys()):
@@ -138,7 +134,7 @@ def _layers(model: nn.Module, selector: str, layers: Mapping[str, nn.Module], op
 
 def listed_sites(entry: Mapping[str, Any], profile: Profile) -> tuple[list[str], bool]:
     """Return the sites that an entry lists, and whether the output is one because integer convolutions need it."""
-    sites = [TARGETS.get(t, t) for t in _listed(entry.get("quant_types", entry.get("target_names")))]
+    sites = [TARGETS.get(t, t) for t in listed(entry.get("quant_types", entry.get("target_names")) or ())]
     added = profile.output and {"input", "weight"} <= set(sites) and "output" not in sites
     return [*sites, "output"] if added else sites, added
 
@@ -195,10 +191,10 @@ def _selected(
             roots.update(stock.select(model, name))
         picked = stock.within(model, roots)
     if "op_types" in entry:
-        picked &= _of_types(_listed(entry["op_types"]), model, layers)
+        picked &= _of_types(listed(entry["op_types"] or ()), model, layers)
     for name in _names(entry, "exclude_op_names"):
         picked -= _layers(model, name, layers, "exclude_op_names")
-    picked -= _of_types(_listed(entry.get("exclude_op_types")), model, layers)
+    picked -= _of_types(listed(entry.get("exclude_op_types") or ()), model, layers)
     if not (chosen := [path for path in layers if path in picked]):
         raise UsageError(f"it picks no layer of this model: {dict(entry)}.")
     return chosen, {path for path in chosen if {path, path.removesuffix(".conv")} & roots}
@@ -206,7 +202,8 @@ def _selected(
 
 def _names(entry: Mapping[str, Any], key: str) -> list[str]:
     """Return the selectors that an entry gives as names and, under `<key>_re`, as expressions found anywhere."""
-    return [*map(str, _listed(entry.get(key))), *(f"re:{e}" for e in _listed(entry.get(f"{key}_re")))]
+    expressions = listed(entry.get(f"{key}_re") or ())
+    return [*map(str, listed(entry.get(key) or ())), *(f"re:{e}" for e in expressions)]
 
 
 def _of_types(kinds: Sequence[str], model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
