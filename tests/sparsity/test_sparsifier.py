@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_to_the_same_bits(fresh, method):
                 for p in model.parameters():
                     p.grad = torch.randn_like(p)
                 s.shrink(model, 1 / 3)
-            s.steer(0.1, 0.5)
+            s.controller.update(0.1, 0.5)
         return model.state_dict(), s.protected
 
     (one, held), (other, kept) = run(None), run(3)

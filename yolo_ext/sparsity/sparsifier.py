@@ -104,11 +104,6 @@ class Sparsifier:
         for name, own in self._momenta.items():
             model.get_submodule(name).momentum = max(own, least)
 
-    def steer(self, share: float, fitness: float) -> None:
-        """Tell `sparsity.auto` which share of channels is below the threshold, and the fitness, after an epoch."""
-        if self.controller:
-            self.controller.update(share, fitness)
-
     @torch.no_grad()
     def shrink(self, model: nn.Module, fraction: float) -> None:
         """Pull once for this fraction of the batches of an epoch, after an optimizer step or at the end of one."""

@@ -83,8 +83,8 @@ class Sparse(Technique):
             penalty=float(sparsifier.penalty(ema)), imgsz=input_size(trainer, ema), pull=sparsifier.pull,
         )  # fmt: skip
         record["fitness"] = float(trainer.fitness or 0.0)
-        if cfg.auto:
-            sparsifier.steer(record["share"], record["fitness"])
+        if sparsifier.controller:  # of `sparsity.auto`
+            sparsifier.controller.update(record["share"], record["fitness"])
         held = sparsifier.protected
         summary = {"method": cfg.method, "coefficient": sparsifier.coefficient, "epochs": trainer.epoch + 1,
                    "threshold": cfg.threshold, "share": record["share"], "speedup": record["speedup"],
