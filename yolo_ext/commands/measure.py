@@ -271,41 +271,43 @@ def sensitivity(
     info = check_data(data, task=stock.task_of(net))
     info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
     stock.check_fit(net, info, (model, data))
+    if kind == "prune":
+        table, files, found = _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place, given)
+        use = f"compress model={model} data={data} prune.sensitivity={files[0]}"
+    else:
+        table, files, found = _of_quantization(net, cfg, info, size, by, images, map, place)
+        use = f"quantize model={model} data={data} quant.max_drop=0.005"
+    LOGGER.info(f"\n{table}\n")
+    runs.saved(files[0].parent, f"yolo-ext {use}")
+    return found
+
+
+def _of_pruning(
+    net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], place: Any, given: dict[str, Any]
+) -> Any:
+    """Measure mAP and losses with each group pruned by each share; return table, files and contents of the first."""
+    from yolo_ext import pruning, runs, stock
+    from yolo_ext.pruning.analyze import losses_table, write
+    from yolo_ext.training.prune import make_probes
+
+    probes = make_probes(info, size, cfg, stock.task_of(net), net)
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     if not (folder / "sensitivity.json").exists():
         runs.record(folder / "args.yaml", given)
     resumes("sensitivity", folder, "sensitivity.json")
     try:
-        if kind == "prune":
-            table, files, found = _of_pruning(net, cfg, info, size, tuple(sorted(shares)), folder)
-            use = f"compress model={model} data={data} prune.sensitivity={files[0]}"
-        else:
-            table, files, found = _of_quantization(net, cfg, info, size, by, images, map, folder)
-            use = f"quantize model={model} data={data} quant.max_drop=0.005"
+        found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
     except UsageError:
         runs.discard(folder)
         raise
-    LOGGER.info(f"\n{table}\n")
-    runs.saved(folder, f"yolo-ext {use}")
-    return found
-
-
-def _of_pruning(net: Any, cfg: Any, info: Any, size: int, shares: tuple[float, ...], folder: Path) -> Any:
-    """Measure mAP and losses with each group pruned by each share; return table, files and contents of the first."""
-    from yolo_ext import pruning, stock
-    from yolo_ext.pruning.analyze import losses_table, write
-    from yolo_ext.training.prune import make_probes
-
-    probes = make_probes(info, size, cfg, stock.task_of(net), net)
-    found = pruning.measure_sensitivity(net, pruning.build_graph(net), cfg, probes, shares, folder=folder)
     return losses_table(found, size), write(found, folder), found
 
 
 def _of_quantization(
-    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, folder: Path
+    net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, place: Any
 ) -> Any:
     """Calibrate a model, compare its layers in INT8 one by one, and return the same."""
-    from yolo_ext import quantization, stock
+    from yolo_ext import quantization, runs, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.check import calibration_images, letterbox_batches
     from yolo_ext.quantization.search import table, write
@@ -319,6 +321,7 @@ def _of_quantization(
     found = {"profile": quantized["profile"]}
     found |= quantization.sensitivity(net, quantized["state"], batches, by, score, _ms_saved(net, quantized, size))
     head = f"Errors with one {by} alone in INT8 (1: with all), {found['images']} train images at {size} px"
+    folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     return f"{head}\n{table(found)}", write(found, folder), found
 
 
