@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.text import Text
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting import figures
@@ -133,7 +132,7 @@ NEAR = [*(A, B, C), {"median": 2.01, "map": 0.5001}, {"median": 2.02, "map": 0.4
 
 
 def test_tradeoff(tmp_path, monkeypatch):
-    """Names of points that lie on each other do not, and the front is a staircase, each point of it once."""
+    """All points are named, those that are beaten are hollow, and the front is a staircase, each point of it once."""
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
     points = [{"name": f"m{i}_$.onnx", **p, "p10": 0.9 * p["median"], "p90": 1.2 * p["median"]} for i, p in
@@ -141,8 +140,9 @@ def test_tradeoff(tmp_path, monkeypatch):
     file = figures.plot_tradeoff(points, tmp_path / "plots" / "t.png", "96 px", "top-1")
     assert file.read_bytes()[:4] == b"\x89PNG"
     (ax,) = drawn[0].axes
-    boxes = [Text.get_window_extent(t) for t in ax.texts]  # without the lines to the points
-    assert len(boxes) == len(points) and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["Pareto front", *(p["name"] for p in points)]
+    hollow = [c.lines[0].get_markerfacecolor() == "white" for c in ax.containers]
+    assert hollow == [not best for best in figures.pareto(points)] and any(hollow)
     front = ax.lines[0]
     assert front.get_drawstyle() == "steps-post" and front.get_xdata().tolist() == [1.0, 2.0, 2.01]
 

@@ -18,11 +18,10 @@ from yolo_ext.core.errors import UsageError
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
 Names = Mapping[int, str] | Sequence[str]
 Mark = tuple[str, tuple[int, int, int]]  # word, colour in BGR
-AFTER, KEPT = "#2563eb", "#94a3b8"
+AFTER = "#2563eb"
 MISSED, ADDED = (40, 40, 230), (0, 140, 255)  # BGR
 MIN_WIDTH = 640  # px; narrower pictures are enlarged so that captions and labels fit
 LEAST_RANGE = 0.02  # of mAP; a finer axis would blow up noise of the validation set
-LINE = 12  # points between the names of two
 MAX_LABELS = 15  # more boxes than this are drawn without class labels, which would hide the objects
 
 
@@ -45,12 +44,13 @@ def plot_tradeoff(
     if not points:
         raise UsageError("No models to plot: nothing has both a latency and a mAP. Pass at least one model.")
     front = pareto(points)
-    drawn, ax = subplots(figsize=(8, 4.8))
+    drawn, ax = subplots(figsize=(9, 4.8))
     line = sorted({(p["median"], p["map"]) for p, best in zip(points, front) if best})
     ax.step(*zip(*line), where="post", color=AFTER, linewidth=1, alpha=0.5, label="Pareto front")
-    for p, best in zip(points, front):
+    for i, (p, best) in enumerate(zip(points, front)):
         spread = [[p["median"] - p["p10"]], [p["p90"] - p["median"]]]
-        ax.errorbar(p["median"], p["map"], xerr=spread, fmt="o", color=AFTER if best else KEPT, capsize=3)
+        ax.errorbar(p["median"], p["map"], xerr=spread, fmt="osD^v"[i // 10 % 5], capsize=3, label=str(p["name"]),
+                    markerfacecolor=None if best else "white")  # fmt: skip
     ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel=metric)
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.15)
@@ -59,23 +59,8 @@ def plot_tradeoff(
     ax.set_ylim(low - room, high + room)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, loc="lower right")
-    _name_points(ax, points)
+    drawn.legend(frameon=False, loc="outside right upper", title="hollow: another is better")
     return save(drawn, path)
-
-
-def _name_points(ax: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write the names of points beside them, from the top down, each lower than those that it would cover."""
-    ax.figure.draw_without_rendering()  # now it is known where they lie
-    point, taken = 72 / ax.figure.dpi, list[tuple[float, float, float]]()  # left and right end of a name, its height
-    for p in sorted(points, key=lambda p: -p["map"]):
-        x, y = ax.transData.transform((p["median"], p["map"])) * point
-        left, right, height = x + 6, x + 6 + 6.2 * len(str(p["name"])), y + 8
-        while any(abs(height - h) < LINE and left < r and right > a for a, r, h in taken):
-            height -= 1
-        taken.append((left, right, height))
-        ax.annotate(str(p["name"]), (p["median"], p["map"]), (6, height - y), textcoords="offset points", va="center",
-                    arrowprops={"arrowstyle": "-", "color": KEPT, "lw": 0.6, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
 
 
 @pictured(10)
