@@ -22,9 +22,9 @@ def files(tmp_path) -> str:
     hits = np.repeat(rng.random((400, 1)) < 0.9, 10, axis=1)
     base = Evidence(about, names, image, cls, conf, area, image, cls, area, {"box": hits})
     gone = hits & ~((cls == 1) & (rng.random(400) < 0.8))[:, None]
-    base.write(tmp_path / "base.npz")
-    replace(base, hits={"box": gone}).write(tmp_path / "new.npz")
-    replace(base, about={**about, "labels_hash": "m"}).write(tmp_path / "other.npz")
+    (tmp_path / "base.npz").write_bytes(base.data())
+    (tmp_path / "new.npz").write_bytes(replace(base, hits={"box": gone}).data())
+    (tmp_path / "other.npz").write_bytes(replace(base, about={**about, "labels_hash": "m"}).data())
     return f"compare model={tmp_path}/base.npz other={tmp_path}/new.npz save_dir={tmp_path}/run resamples=100"
 
 

@@ -75,7 +75,7 @@ def test_top1_of_a_classifier(tmp_path):
     net = ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False).eval()
     net.names = {0: "a", 1: "b"}
     found = accuracy(net, tmp_path, 32)
-    assert found == {"top1": 0.5} and score(found) == 0.5  # an untrained one gives all images one class
+    assert found == {"top1": 0.5, "images": 2} and score(found) == 0.5  # an untrained one gives all images one class
 
 
 def test_nothing_on_other_ranks_is_no_figure():
@@ -99,16 +99,14 @@ def test_what_cannot_be_measured_is_refused(model, data, tmp_path):
     model.task = "detect"
 
 
-def test_the_evidence_gives_the_figures_of_ultralytics(model, data, tmp_path):
-    found = accuracy(model, data, SIZE, keep=tmp_path / "kept.npz")
-    kept = Evidence.read(tmp_path / "kept.npz")
-    again = figures(kept, resamples(len(kept.images), 0), 0.5)
+def test_the_evidence_gives_the_figures_of_ultralytics(model, data):
+    kept: list[Evidence] = []
+    found = accuracy(model, data, SIZE, keep=kept.append)
+    accuracy(model, data, 2 * SIZE, keep=kept.append)
+    small, large = kept
+    again = figures(small, resamples(len(small.images), 0), 0.5)
     assert again["map"][0] == pytest.approx(found["map"], abs=1e-9)
-    assert kept.images == [f"{i}.png" for i in range(6)] and kept.about["task"] == "detect"
-    assert kept.target_cls.tolist() == [0, 1] * 3
-    np.testing.assert_allclose(kept.target_area, 0.9**2 * 48 * 64, rtol=0.02)  # pixels of the original image
-    other = accuracy(model, data, 2 * SIZE, keep=tmp_path / "large.npz")
-    large = Evidence.read(tmp_path / "large.npz")
-    assert other and {k: large.about[k] for k in ("images_hash", "labels_hash")} == {
-        k: kept.about[k] for k in ("images_hash", "labels_hash")
-    }
+    assert small.images == [f"{i}.png" for i in range(6)] and small.about["task"] == "detect"
+    assert small.target_cls.tolist() == [0, 1] * 3
+    np.testing.assert_allclose(small.target_area, 0.9**2 * 48 * 64, rtol=0.02)  # pixels of the original image
+    assert [small.about[k] == large.about[k] for k in ("images_hash", "labels_hash", "settings")] == [True, True, False]

@@ -1,7 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """The command compare: any two models over the same images, by class and size, with intervals and limits."""
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ def compare(
     Raises: `UsageError` if the two were not measured on the same images and labels, or a limit names no figure.
     """
     from yolo_ext import runs
+    from yolo_ext.checkpoint import atomic_write
     from yolo_ext.deployment import contract as judge
     from yolo_ext.reporting.tables import align
 
@@ -60,7 +60,7 @@ def compare(
         LOGGER.info(f"Recall and precision at confidence {conf:.3f} and IoU 0.5{moved}.")
     folder = runs.folder(place, task=base.about["task"], mode="compare")
     for name, evidence in (("base", base), ("other", new)):
-        evidence.write(folder / f"{name}.npz")
+        atomic_write(folder / f"{name}.npz", evidence.data())
     told |= {"changes": [{**asdict(c), "change": c.change} for c in found], "checks": checks}
     LOGGER.info(f"{len(base.images)} images: {verdict}")
     for c in (c for c in checks if not c["passed"]):
@@ -81,9 +81,9 @@ def _evidence(model: str | Path, data: str | None, imgsz: int | None) -> Any:
     if not data:
         raise UsageError(f"'data' is missing, which measuring '{model}' needs. Give data=path/to/data.yaml.")
     size = stock.image_size(*stock.load_model(model), imgsz) if Path(model).suffix == ".pt" else imgsz
-    with tempfile.TemporaryDirectory() as folder:
-        accuracy(model, data, size, keep=Path(folder) / "found.npz")
-        return Evidence.read(Path(folder) / "found.npz")
+    found: list[Evidence] = []
+    accuracy(model, data, size, keep=found.append)
+    return found[0]
 
 
 def _limits(given: Any) -> dict[str, float]:

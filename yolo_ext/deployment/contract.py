@@ -77,7 +77,7 @@ def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, 
         right = drawn[:, at].cumsum(1)
         precision = right / np.maximum(seen[:, at], 1)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        reached = np.searchsorted(GRID, right / (targets[:, None] + EPS))  # grid points below each recall
+        reached: np.ndarray = np.searchsorted(GRID, right / (targets[:, None] + EPS))  # grid points below each recall
         points = np.diff(reached, axis=1, prepend=0)
         first = envelope[np.arange(len(envelope)), (reached > 0).argmax(1)] * (reached[:, -1] > 0)
         found[:, t] = ((envelope * points).sum(1) - first / 2) / 100  # by trapezoids, and nothing at a recall of 1
@@ -127,7 +127,7 @@ def _of_classes(e: Evidence, weights: np.ndarray) -> dict[str, np.ndarray]:
     def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
         return weights @ (right & of) / np.maximum(weights @ of, 1)
 
-    every = np.ones(len(e.target_cls), bool)
+    every: np.ndarray = np.ones(len(e.target_cls), bool)
     found = {"top1": share(e.hits["top"][:, 0], every), "top5": share(e.hits["top"][:, 1], every)}
     for c in np.unique(e.target_cls):
         found[f"top1.{e.about['names'][c]}"] = share(e.hits["top"][:, 0], e.target_cls == c)

@@ -28,7 +28,7 @@ VALIDATORS: dict[str, Any] = {
 
 def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
-    end2end: bool = False, like: Any = None, loader: Any = None, keep: Path | None = None, **options: Any,
+    end2end: bool = False, like: Any = None, loader: Any = None, keep: Any = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model on the val split: boxes as `map50`, `map`, `f1`, its `f1_conf` and `classes`, others as `top1`.
 
@@ -36,7 +36,8 @@ def accuracy(
 
     A model, or ``.pt``, runs without rectangular batches (`end2end`: by its NMS-free head), so that its static export
     (``.onnx``, ``*_openvino_model``) sees the same pixels. `data` is a YAML, or the folder of a classification set;
-    nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead.
+    nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead. `keep` is
+    called with the evidence (see `stock.evidence`).
     """
     net = _net(model)
     with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
@@ -51,8 +52,8 @@ def accuracy(
         validator = cls(dataloader=loader, save_dir=Path(folder), args=args)
         made = collected(validator) if keep else None
         found = _figures(validator, validator(model=net))
-        if made and keep:
-            made().write(keep)
+        if made:
+            keep(made())
         return found
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 
 KINDS = {"tp": "box", "tp_m": "mask", "tp_p": "pose"}  # what Ultralytics' validators match, by our name
@@ -37,19 +36,17 @@ class Evidence:
     target_area: np.ndarray  # (T,)
     hits: dict[str, np.ndarray] = field(default_factory=dict)  # by kind (D, 10): right at IoU or OKS 0.50 to 0.95
 
-    def write(self, path: Path) -> Path:
-        """Write the evidence into one compressed file and return its path."""
+    def data(self) -> bytes:
+        """Return the content of one compressed file, from which `read` makes the evidence again."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("about", "images", "hits")}
         arrays |= {f"hits.{kind}": hit for kind, hit in self.hits.items()}
-        text = json.dumps({"about": self.about, "images": self.images})
-        data = BytesIO()
-        np.savez_compressed(data, text=np.frombuffer(text.encode(), np.uint8), **arrays)
-        atomic_write(path, data.getvalue())
-        return path
+        text, made = json.dumps({"about": self.about, "images": self.images}), BytesIO()
+        np.savez_compressed(made, text=np.frombuffer(text.encode(), np.uint8), **arrays)
+        return made.getvalue()
 
     @classmethod
     def read(cls, path: str | Path) -> "Evidence":
-        """Read the evidence that `write` has written.
+        """Read the file of an evaluation.
 
         Raises: `UsageError` if the file is missing or holds something else; nothing in it is run.
         """
@@ -122,7 +119,8 @@ def _of_classifier(validator: Any, about: dict[str, Any]) -> Evidence:
     pred, true = (torch.cat(found).numpy() for found in (validator.pred, validator.targets))
     files = [Path(s[0]).name for s in validator.dataloader.dataset.samples]
     right = pred == true[:, None]
-    n, zero = np.arange(len(true), dtype=np.int32), np.zeros(len(true), np.float32)
+    n: np.ndarray = np.arange(len(true), dtype=np.int32)
+    zero: np.ndarray = np.zeros(len(true), np.float32)
     hits = {"top": np.stack([right[:, 0], right.any(1)], axis=1)}
     return Evidence(about, files, n, pred[:, 0].astype(np.int32), zero + 1, zero, n, true.astype(np.int32), zero, hits)
 
