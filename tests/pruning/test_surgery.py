@@ -225,9 +225,6 @@ FLOORS = "prune.min_channels=8, prune.round_to=8, prune.max_ratio=0.5"
             "coupled with a part that cannot change: its channels are reshaped (by 'view'), after which they",
             id="tied",
         ),
-        pytest.param(
-            "has no layer that 'slim' ranks by", {"method": "slim"}, "'slim' finds nothing to rank", id="rank"
-        ),
         pytest.param("goes through 'x' with {y}", {}, "it goes through 'x' with {y}", id="any other"),
         pytest.param("", {"method": "lamp"}, "'lamp' ranks its channels above those of other layers", id="global"),
         pytest.param("", {"scope": "local"}, "each layer gives the same share", id="local"),
