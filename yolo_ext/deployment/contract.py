@@ -77,7 +77,7 @@ def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, 
         right = drawn[:, at].cumsum(1)
         precision = right / np.maximum(seen[:, at], 1)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        reached: np.ndarray = np.searchsorted(GRID, right / (targets[:, None] + EPS))  # grid points below each recall
+        reached = np.asarray(np.searchsorted(GRID, right / (targets[:, None] + EPS)))  # grid points below each recall
         points = np.diff(reached, axis=1, prepend=0)
         first = envelope[np.arange(len(envelope)), (reached > 0).argmax(1)] * (reached[:, -1] > 0)
         found[:, t] = ((envelope * points).sum(1) - first / 2) / 100  # by trapezoids, and nothing at a recall of 1
