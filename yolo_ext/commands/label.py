@@ -184,6 +184,7 @@ def _summary(
 
 def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     """Print what was labelled."""
+    from yolo_ext import runs
     from yolo_ext.data.records import quote
     from yolo_ext.reporting.pages import LOW
     from yolo_ext.reporting.tables import align
@@ -194,7 +195,7 @@ def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     if done.skipped:
         LOGGER.warning(f"Not read: {quote([f'{name} ({why})' for name, why in done.skipped.items()])}")
     LOGGER.info(f"{done.predicted} images predicted, {done.written} labels written in this run")
-    LOGGER.info(f"Results saved to {folder}; review {folder / 'review.html'}")
+    runs.saved(folder, f"open {folder / 'review.html'} in a browser")
 
 
 @command("Run a model on images; compare=base.pt marks what the base finds differently", examples=(
@@ -235,7 +236,8 @@ def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dic
     total = {k: sum(row[k] for row in rows) for k in COUNTS}
     found = {"model": model, "compare": compare, "iou": IOU, "total": total, "images": rows}
     runs.write_json(folder / "compare.json", found)
-    LOGGER.info(f"Total of {len(rows)} images: {WORDS.format(**total)}. Pictures saved to {folder / 'compare'}")
+    LOGGER.info(f"Total of {len(rows)} images: {WORDS.format(**total)}")
+    runs.saved(folder / "compare")
     return {**found, "run_dir": str(folder)}
 
 
