@@ -69,7 +69,8 @@ def log_folder() -> Path | None:
 def resumes(command: str, folder: Path, files: str) -> None:
     """Have the block around say how its run goes on, should it stop with such files there; the outermost counts."""
     if (handler := _open()) and not handler.stopped:
-        handler.stopped = f"yolo-ext {command} resume={shlex.quote(os.path.relpath(folder))}", folder, files
+        shorter = min(str(folder), os.path.relpath(folder), key=len)
+        handler.stopped = f"yolo-ext {command} resume={shlex.quote(shorter)}", folder, files
 
 
 def let_go() -> None:
