@@ -19,8 +19,9 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import colors
 
 from yolo_ext.checkpoint import atomic_write
+from yolo_ext.reporting import tables
 from yolo_ext.reporting.figures import pareto
-from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, compare, comparison_rows, figure, note, stage_rows
+from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, compare, comparison_rows, figure, stage_rows
 
 MISSING = "not measured"
 LONG_LIST = 16  # rows; a longer list starts folded
@@ -83,7 +84,8 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     tone = "" if good and not doubt else "warn" if good else "bad"
     shown = {"headline": headline, "tone": tone, "about": report.get("about") or {}}
     shown |= {"cards": _cards(after, rows), "int8": next((r.delta for r in rows if r.key == "map_onnx.int8"), ABSENT)}
-    shown |= {"sections": sections, "files": files, "remarks": note(after)}
+    shown |= {"sections": sections, "files": files, "remarks": tables.note(after)}
+    shown["noise"] = tables.noise(after, "map")
     return {"title": str(report.get("title") or "Compression report"), **shown}
 
 
