@@ -35,6 +35,7 @@ MASKS = [  # in this order
     (r"(?m)^(\w+) {2,}[^|\n]*$", r"\1 ..."),
     (r"(?m)^ *\d+-\d+ +\d+ #*$", "# to # #####"),
     (r"PLACE/out/run-\d", "PLACE/out/run"),
+    (r"model=tiny\w*.onnx imgsz", "model=FASTEST imgsz"),
     (r"(speed )?(same|unclear|[\d.]+x faster|([\d.]+x )?as fast( as the base)?) \([\d.]+ to [\d.]+x?\)", "SPEED"),
     (r"\bmodel\.\d[\w.]*(\[\d+:\d+\])?( \+\d+)?", "LAYER"),
     (r"about \d+ (s|min)", "about # s"),
