@@ -124,7 +124,7 @@ def plain(given: Any, place: bool = False) -> Any:
         return {k: plain(v, k in ("data", "source", "out")) for k, v in given.items()}
     if isinstance(given, (list, tuple)):
         return [plain(v, place) for v in given]
-    if given is None or isinstance(given, (int, float)):
+    if given in (None, "") or isinstance(given, (int, float)):
         return given
     path = Path(str(given))
     return str(path.resolve() if (place or path.suffix) and path.exists() else given)
