@@ -36,6 +36,7 @@ from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import as_exported
 
 RUNS, WARMUP = 15, 3
+REASON = 71  # columns, from the left
 FILE = "sensitivity.json"
 RATIOS = (0.25, 0.5, 0.75)
 CHANGES = ("method", "include", "exclude", "images", "recalibrate", "seed")  # options that the curves depend on
@@ -115,8 +116,8 @@ def table(rows: Sequence[Mapping[str, Any]], imgsz: int) -> str:
         more += f" +{len(r['layers']) - 1}" if len(r["layers"]) > 1 else ""
         cost = [f"{r['flops_share']:.1%}", *([cell(r["latency_share"], ".1%")] if timed else [])]
         answer = "yes" if r["prunable"] else f"no: {in_words(r['reason'])}"
-        lines.append([r["name"] + more, r["channels"], *cost, answer])
-    text = align(lines, ["Group", "Channels", "FLOPs", *(["Latency"] if timed else []), "Prunable"])
+        lines.append([r["name"] + more, r["channels"], *cost, f"{answer:<{REASON}}"])
+    text = align(lines, ["Group", "Channels", "FLOPs", *(["Latency"] if timed else []), f"{'Prunable':<{REASON}}"])
     if unsure := len(rows) - len(timed):
         which = f"of these {unsure} groups is not known" if timed else "of no group is known"
         text += f"\n{ABSENT} The latency {which}: it differs from pass to pass by more than it is"
