@@ -39,7 +39,7 @@ def test_every_way_to_ask_gives_the_same_help(capsys, name):
 def test_the_first_page_names_every_command(capsys, words):
     page = said(capsys, *words)
     assert all(f"\n  {name} " in page for name in NAMES)
-    assert all(f"\n{title}:\n" in page for title in GROUPS.values())
+    assert all(f"\n{title}:\n" in page for title in GROUPS)
     assert len(page.splitlines()) < 60
 
 

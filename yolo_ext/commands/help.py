@@ -5,10 +5,11 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module, metadata
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from yolo_ext import __version__
@@ -18,17 +19,16 @@ from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
 WIDTH = 100  # most columns of a help
-LEFT = 28  # most columns of names; the text of a longer one starts on a line of its own
 FORWARDED = {  # commands of Ultralytics: what they do, examples
     "val": ("Validate a model", "model=best.pt data=data.yaml", "model=int8.onnx data=data.yaml imgsz=640"),
     "track": ("Track objects in a video", "model=best.pt source=video.mp4"),
     "benchmark": ("Benchmark export formats", "model=best.pt data=data.yaml imgsz=640"),
 }  # fmt: skip
 STOCK = ("predict", *FORWARDED)  # whose keys Ultralytics reads; predict is ours where it compares
-STOCK_HELP = """The words go to `yolo {0}` of Ultralytics as they are, with any model, ours too. Its keys:
-https://docs.ultralytics.com/modes/{0}. Besides, modules=mypkg.layers names Python modules with layers of your own."""
-GROUPS = {"compress": "Compress", "data": "Data", "label": "Data", "help": "Help"}  # of modules of commands
-MEASURE = "Deploy and measure"  # the group of all others
+GROUPS = {  # modules of commands by what those are for
+    "Compress": ("compress",), "Deploy and measure": ("deploy", "measure", "compare"), "Data": ("data", "label"),
+    "Help": ("help",),
+}  # fmt: skip
 ALL = ("prune", "distill", "quant", "sparsity")
 TOPICS = {"compress": ALL, "train": ALL, "quantize": ("quant",), **{technique: (technique,) for technique in ALL}}
 TABLES = {  # of methods, by technique
@@ -47,23 +47,16 @@ OPTIONS = {  # headings in the help of a technique, each by the first option bel
               "epochs": "QAT"},
 }  # fmt: skip
 FURTHER = {"native": "and also", "place": "run folder"}  # what stands for several keys
-ABOUT = f"yolo-ext {__version__}: makes a trained Ultralytics YOLO smaller and faster, and proves it"
-USAGE = """Usage: yolo-ext COMMAND key=value ...
-All about a command: yolo-ext COMMAND --help"""
 FIRST = ("demo", "compress model=best.pt data=data.yaml prune.speedup=2 epochs=30",
          "quantize model=best.pt data=data.yaml", "bench models=best.pt,best_int8.onnx")  # fmt: skip
-SOURCES = """Keys of Ultralytics (batch, lr0, device ...) stand beside ours. recipe=NAME or FILE.yaml reads keys from a
-file, YOLO_EXT_PRUNE__SPEEDUP=2 in the environment stands for prune.speedup=2. The command line wins over the recipe,
-the recipe over the environment."""
 
 
 @command("List the bundled recipes, which are keys for a purpose: recipe=NAME")
 def recipes() -> None:
     """Print each bundled recipe with what it is for and a command that uses it."""
     rows = [*bundled()]
-    told = _aligned([(name, about) for name, about, _ in rows])
-    commands = _commands(words.removeprefix("yolo-ext ") for *_, words in rows)
-    print(f"Usage: yolo-ext COMMAND recipe=NAME key=value ...\n\nRecipes:\n{told}\n\nCommands:\n{commands}")
+    words = [words.removeprefix("yolo-ext ") for *_, words in rows]
+    print(_page(recipes=[(name, about) for name, about, _ in rows], words=words))
 
 
 @command("Print all options with their defaults as YAML, from which to write a recipe")
@@ -153,42 +146,39 @@ def _table(place: str) -> tuple[str, dict[str, str]]:
 
 
 def help_text(topic: str | None) -> str:
-    """Return the help for a command or technique, or the overview."""
+    """Return the help for a command or technique, or the first page: the commands by what they are for."""
     if topic is None:
-        return _overview()
+        ours = [(r.fn.__module__.rpartition(".")[2], r.name, r.summary) for r in COMMANDS]
+        groups = {k: [(n, text) for m, n, text in ours if m in of and n not in STOCK] for k, of in GROUPS.items()}
+        groups["Ultralytics"] = [(n, COMMANDS[n].summary if n in COMMANDS.names() else FORWARDED[n][0]) for n in STOCK]
+        return _page(groups=groups, version=__version__, first=FIRST)
     names = [*COMMANDS.names(), *FORWARDED]
-    if topic not in names and topic not in TOPICS:
-        legal = [*dict.fromkeys([*names, *TOPICS])]
+    legal = [*dict.fromkeys([*names, *TOPICS])]
+    if topic not in legal:
         raise UsageError(f"There is no help on '{topic}'.{suggest(topic, legal)} Legal: {', '.join(legal)}.")
-    parts = [command_help(topic)] if topic in names else []
-    methods = topic not in ("compress", "train")  # which have all techniques: too much for one page
-    parts += [technique_help(t, methods) for t in TOPICS.get(topic, ())]
-    return "\n\n".join(parts) + ("" if methods else "\n\nMethods by name: yolo-ext help prune, and so on.")
+    brief = topic in ("compress", "train")  # which have all techniques: too much for one page
+    techniques = {t: _technique(t, brief) for t in TOPICS.get(topic, ())}
+    return _page(**(_command(topic) if topic in names else {}), techniques=techniques, brief=brief)
 
 
-def _overview() -> str:
-    """Return the first page: usage, and the commands by what they are for."""
-    titles = ("Compress", MEASURE, "Data", "Help", "Ultralytics")
-    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
-    for r in COMMANDS:
-        title = "Ultralytics" if r.name in STOCK else GROUPS.get(r.fn.__module__.rpartition(".")[2], MEASURE)
-        groups[title].append((r.name, r.summary))
-    groups["Ultralytics"] += [(name, summary) for name, (summary, *_) in FORWARDED.items()]
-    left = max(map(len, [*COMMANDS.names(), *FORWARDED]))
-    parts = [f"{title}:\n{_aligned(rows, left)}" for title, rows in groups.items()]
-    return "\n\n".join([_filled(ABOUT), USAGE, _commands(FIRST), *parts, _filled(SOURCES)])
+def _page(**shown: Any) -> str:
+    """Return what the template of help shows, in lines of the width of the terminal."""
+    from jinja2 import Environment, FileSystemLoader
+
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns or WIDTH, WIDTH)
+    folder = Path(__file__).parents[1] / "reporting" / "templates"
+    environment = Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("help.txt.j2").render(width=width, **shown).strip()
 
 
-def command_help(name: str) -> str:
+def _command(name: str) -> dict[str, Any]:
     """Return usage, purpose, keys and examples of a command."""
     summary, *examples = FORWARDED[name] if name in FORWARDED else (COMMANDS[name].summary, *COMMANDS[name].examples)
     required, others = ([], []) if name in FORWARDED else _keys(name)
-    usage = [f"Usage: yolo-ext {name}", *(f"{key}=..." for key, _ in required)]
-    usage += ["key=value ..."] if others or name in FORWARDED else []
-    parts = [_filled(" ".join(usage)), _filled(f"{summary}.")]
-    parts += [f"{title}:\n{_aligned(rows)}" for title, rows in {"Required": required, "Keys": others}.items() if rows]
-    parts += [_filled(STOCK_HELP.format(name))] if name in STOCK else []
-    return "\n\n".join([*parts, "Examples:\n" + _commands(f"{name} {words}" for words in examples)])
+    usage = [*(f"{key}=..." for key, _ in required), *(["key=value ..."] if others or name in FORWARDED else [])]
+    keys = {"Required": required, "Keys": others}
+    shown = {"name": name, "summary": summary, "usage": usage, "keys": keys, "stock": name in STOCK}
+    return {**shown, "examples": [f"{name} {words}" for words in examples]}
 
 
 def _keys(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -217,51 +207,17 @@ def documented(function: Callable[..., Any]) -> dict[str, str]:
     return {**others, **{name: text.rstrip(".") for name, text in found.items()}}
 
 
-def technique_help(technique: str, methods: bool = True) -> str:
-    """Return the options of a technique in their groups, and its tables of methods."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+def _technique(technique: str, brief: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return what a technique is, its options below their headings, and its tables of methods unless in brief."""
+    options: dict[str, list[tuple[str, str]]] = {}
     for key, default, text in help_lines(technique):
-        title = OPTIONS[technique].get(key.partition(".")[2]) or next(reversed(groups))
-        text = re.sub("[Ss]ee `yolo-ext help [a-z]+`", "see below", text) if methods else text
-        groups.setdefault(title, []).append((_pair(key, default), text))
-    parts = [_filled(f"{technique}.*  {CONFIGS[technique].__doc__}")]
-    parts += [f"{technique}, {title}:\n{_aligned(rows)}" for title, rows in groups.items()]
-    tables = map(_table, TABLES[technique] if methods else ())
-    return "\n\n".join([*parts, *(f"{kind}:\n{_aligned([*lines.items()])}" for kind, lines in tables)])
+        title = OPTIONS[technique].get(key.partition(".")[2]) or next(reversed(options))
+        text = text if brief else re.sub("[Ss]ee `yolo-ext help [a-z]+`", "see below", text)
+        options.setdefault(title, []).append((_pair(key, default), text))
+    methods = {kind: [*lines.items()] for kind, lines in map(_table, () if brief else TABLES[technique])}
+    return str(CONFIGS[technique].__doc__), options, methods
 
 
 def _pair(key: str, default: Any) -> str:
     """Return a key as it is given, with its default where that says something."""
     return key if default is inspect.Parameter.empty or str(default) in ("None", "[]", "{}") else f"{key}={default}"
-
-
-def _width() -> int:
-    """Return the columns that there are for a help."""
-    return min(shutil.get_terminal_size((WIDTH, 24)).columns or WIDTH, WIDTH)
-
-
-def _filled(text: str) -> str:
-    """Return a paragraph in lines of the width of the terminal."""
-    return textwrap.fill(text, max(_width(), 30), break_on_hyphens=False)
-
-
-def _commands(given: Iterable[str]) -> str:
-    """Return command lines, indented; what is too long, in several lines that a shell takes as one."""
-    width = max(_width() - 4, 30)
-    wrapped = [textwrap.wrap(f"yolo-ext {words}", width, subsequent_indent="    ", break_on_hyphens=False)
-               for words in given]  # fmt: skip
-    return "\n".join(" \\\n".join(f"  {line}" for line in lines) for lines in wrapped)
-
-
-def _aligned(rows: Sequence[tuple[str, str]], least: int = 0) -> str:
-    """Align names, and texts that are wrapped beside them; `least` is how many columns names have at least."""
-    width = _width()
-    left = max(least, min(max((len(name) for name, _ in rows), default=0), LEFT, width // 3))
-    lines = []
-    for name, text in rows:
-        wrapped = textwrap.wrap(text, max(width - left - 4, 20), break_on_hyphens=False)
-        if len(name) > left:
-            lines.append(f"  {name}")
-            name = ""
-        lines += [f"  {head:<{left}}  {line}".rstrip() for head, line in zip([name] + [""] * len(wrapped), wrapped)]
-    return "\n".join(lines)
