@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import Environment, FileSystemLoader
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
@@ -18,6 +19,7 @@ UNCLEAR = 1.25  # rounds that name no faster model and spread further than this 
 ABSENT = "-"
 METRIC = {"map_onnx.int8": "mAP50-95", "map": "mAP50-95", "top1": "top-1"}  # accuracy that a verdict is about
 Verdict = Literal["better", "worse", "same", ""]
+TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass(frozen=True)
@@ -185,41 +187,17 @@ def conclude(root: Path, summary: Mapping[str, Any]) -> None:
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return what a result is, what it cost and what to do next, a failed check first; and the next command if good."""
-    after, checks, rows = summary["after"], summary["checks"], comparison_rows(summary["before"], summary["after"])
-    accuracy, by_key = judged(rows), {r.key: r for r in rows}
-    failed = [f"{c['name']} {c['value']:.4g} (limit {c['limit']:.4g})" for c in checks if not c["passed"]]
-    said = f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}. " if failed else ""
-    size = f"{after['size_mb']:.2f} MB" if after.get("size_mb") else ""
-    said += ", ".join(part for part in (_speed(by_key), size, _accuracy(accuracy, after)) if part) + "."
-    deploy, untrained = told.get("deploy"), told.get("epochs") == 0
-    said += " Nothing was fine-tuned." if untrained else ""
-    int8 = accuracy is not None and accuracy.key == "map_onnx.int8"
-    said += " The accuracy of the INT8 file was not measured." if str(deploy).endswith(".onnx") and not int8 else ""
-    if (accuracy is None and untrained) or (accuracy and accuracy.verdict == "worse") or "max_drop" in "".join(failed):
-        by_int8 = int8 and by_key["map"].verdict != "worse"
+    after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
+    failed, accuracy = [c for c in summary["checks"] if not c["passed"]], judged([*rows.values()])
+    shown = {"rows": rows, "accuracy": accuracy, "failed": failed, "checks": summary["checks"], "after": after,
+             "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}  # fmt: skip
+    shown |= {"metric": METRIC[accuracy.key], "within": noise(after, accuracy.key)} if accuracy else {}
+    said = TEXT.get_template("headline.txt.j2").render(shown).strip()
+    lost = accuracy.verdict == "worse" if accuracy else shown["untrained"]
+    if lost or any("max_drop" in c["name"] for c in failed):
+        by_int8 = accuracy is not None and accuracy.key == "map_onnx.int8" and rows["map"].verdict != "worse"
         return f"{said} {_advice(by_int8, told, {} if accuracy else {'data': 'data.yaml'}, summary['command'])}", None
-    return (said, None) if failed or not deploy else (f"{said} Deploy {deploy}.", told.get("next"))
-
-
-def _speed(rows: Mapping[str, Row]) -> str:
-    """Return the speed-up of the file nearest to use in words, else the change of FLOPs."""
-    for key, name in {"ort_int8": "ONNX Runtime INT8", "ort": "ONNX Runtime", "torch": "PyTorch"}.items():
-        if (row := rows.get(f"latency_ms.{key}")) and row.verdict:
-            return f"{row.delta.replace('same', 'as fast').replace('unclear', 'speed unclear')} in {name}"
-    flops = rows.get("gflops")
-    return f"GFLOPs {flops.delta}" if flops and flops.verdict in ("better", "worse") else ""
-
-
-def _accuracy(row: Row | None, after: Mapping[str, Any]) -> str:
-    """Return what became of the accuracy in words."""
-    if row is None:
-        return "accuracy not measured"
-    metric, size, within = METRIC[row.key], figure(after, "imgsz"), noise(after, row.key)
-    moved = (f"{row.before} -> " if row.before != ABSENT else "") + row.after + (f" at {size:.0f} px" if size else "")
-    if row.verdict == "worse":
-        return f"{metric} fell by {row.delta[1:]} ({moved})"
-    change = f"same within {within:g}" if row.verdict == "same" and within else row.delta
-    return f"{metric} {moved} ({change})" if row.verdict else f"{metric} {moved}"
+    return (said, None) if failed or not shown["deploy"] else (f"{said} Deploy {shown['deploy']}.", told.get("next"))
 
 
 def _advice(by_int8: bool, told: Mapping[str, Any], options: dict[str, Any], command: str) -> str:
