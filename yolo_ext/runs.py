@@ -36,7 +36,7 @@ Rows = list[dict[str, Any]]
 TRAININGS = ("train", "distill")
 OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "detections.jsonl"}  # else compress.yaml
 PLACE = ("project", "name", "exist_ok", "save_dir", "out")
-FREE = ("device", "workers", "verbose", "modules", "max_drop", "mode")  # may be other ones when a run goes on
+FREE = ("device", "workers", "verbose", "modules", "max_drop", "mode", "task")  # may be other ones when a run goes on
 AT_ONCE = {"args.yaml", "weights", FILE}  # what is there before a run has done anything
 RESULTS = ("summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
            "onnx/int8.onnx", "plots/stages.*", "plots/channels.*", "plots/detections_*")  # fmt: skip

@@ -36,7 +36,7 @@ def stopped(tmp_path, monkeypatch) -> Path:
         ({}, {}),
         (ASKED, {}),
         ({"model": "./tiny.pt", "lr0": 1e-2, "freeze": (1, 2)}, {}),
-        ({"verbose": False, "device": "cpu"}, {"verbose": False, "device": "cpu"}),
+        ({"verbose": False, "device": "cpu", "task": "detect"}, {"verbose": False, "device": "cpu", "task": "detect"}),
         ({"prune": {"speedup": 2}, "quant": {"config_list": "./list.yaml"}, "distill": None}, {}),
         ({"prune": True, "distill": False}, {}),
         ({"prune": {"speedup": 3}}, "prune changed"),
