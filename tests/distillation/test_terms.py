@@ -125,7 +125,7 @@ def test_both_doubts_are_said():
 
 
 def test_what_was_not_measured_is_absent_from_the_table():
-    lines = table(facts("student", 0.5, 0.25), [facts("t.pt", 3.0, None)], "top-1").splitlines()
+    lines = table([facts("student", 0.5, 0.25), facts("t.pt", 3.0, None)], "top-1").splitlines()
     assert [c.strip() for c in lines[0].split("|")] == ["", "Pixels", "Parameters", "GFLOPs", "top-1"]
     assert [c.strip() for c in lines[2].split("|")] == ["student", "64", "1,000", "0.50", "0.2500"]
     assert lines[3].endswith("-") and len(lines) == 4

@@ -45,7 +45,7 @@ class Guide:
         model, size = self.model, self.size(images)
         head, resized = stock.detection_head(model), size != images.shape[2:]
         seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True) if resized else images
-        with replaced(head, training=True):  # the average of the student decodes where it is validated
+        with replaced(head, training=True):  # its flag alone: raw outputs, and all layers stay in eval mode
             raw = _run(model, seen.to(next(model.parameters()).dtype))
         if not resized or not self.levels:
             return raw
@@ -136,7 +136,7 @@ def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool
     cuda = device.type == "cuda"  # float16 there; on a CPU bfloat16, by default where the processor computes in it
     if cuda or (stock.native_bf16() if half is None else half):
         teacher = teacher.to(torch.float16 if cuda else torch.bfloat16)
-    return stock.raw_outputs(teacher), parent
+    return teacher.eval(), parent
 
 
 def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:

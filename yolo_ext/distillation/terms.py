@@ -178,9 +178,8 @@ class Facts:
     accuracy: float | None = None  # mAP50-95, or top-1 of a classifier, on the val split from 0 to 1 where measured
 
 
-def table(student: Facts, teachers: list[Facts], metric: str) -> str:
+def table(models: list[Facts], metric: str) -> str:
     """Return the facts as an aligned table; `metric` is the title of the accuracy."""
-    models = (student, *teachers)
     rows = [[f.name, f.imgsz, f"{f.params:,}", f"{f.gflops:.2f}", cell(f.accuracy, ".4f")] for f in models]
     return align(rows, ["", "Pixels", "Parameters", "GFLOPs", metric])
 

@@ -17,6 +17,6 @@ from yolo_ext.stock.model import (
     ACTIVATIONS, ATTENTION, BRANCHED, DFL, FREE_CUTS, FUSIONS, OPAQUE, SUMS, WIDEST_BRANCH, WIDTH_ATTRIBUTES,
     branched, branches, deployed, deployed_layers, detection_head, freeze, fuse_blocks, gflops, head_prefix,
     image_size, input_channels, level_inputs, level_widths, matches, max_stride, merge_block, metric,
-    module_path, natural_key, probe_size, raw_outputs, refresh_widths, restart_ema, returned_tensors, rewrap, select,
+    module_path, natural_key, probe_size, refresh_widths, restart_ema, returned_tensors, rewrap, select,
     single_conv, task_of, within,
 )

@@ -250,13 +250,6 @@ def merge_block(m: Any) -> bool:
     return not kept
 
 
-def raw_outputs(model: nn.Module) -> nn.Module:
-    """Put a model in eval mode, with a head that returns raw outputs instead of decoding them."""
-    model.eval()
-    detection_head(model).training = True  # the flag of the head only: all its layers stay in eval mode
-    return model
-
-
 def branches(raw: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """Return the raw outputs by branch; a head with one branch has the key ``""``."""
     return {k: raw[k] for k in ("one2many", "one2one")} if "one2many" in raw else {"": raw}

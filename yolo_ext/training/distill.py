@@ -117,11 +117,11 @@ class Distill(Technique):
 
     def _preflight(self, trainer: Any) -> None:
         """Say what teachers and student are worth and cost, and warn of teachers that will hardly help."""
-        student, *found = self._facts(trainer)
+        facts = student, *found = self._facts(trainer)
         if RANK not in {-1, 0}:
             return
         metric = stock.metric(trainer.args.task)
-        LOGGER.info("\n" + table(student, found, metric))
+        LOGGER.info("\n" + table(facts, metric))
         for teacher in found:
             if Path(teacher.name).resolve() == Path(str(trainer.args.model)).resolve():
                 teacher = replace(teacher, accuracy=None)  # teaches what the student is going to lose
