@@ -67,6 +67,7 @@ def export(
     Returns: ``files``, those written, the INT8 file last.
     Raises: `UsageError` if the model or an option is wrong, `CheckFailed` if the exporter failed.
     """
+    asked = {k: v for k, v in locals().items() if k not in ("model", "format", "out", "native")}
     from yolo_ext import runs, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.quantization.qat import is_modelopt
@@ -77,9 +78,6 @@ def export(
     if format not in formats:
         raise UsageError(f"Unknown export format '{format}'.{suggest(format, formats)} Legal: {', '.join(formats)}.")
     net, ckpt = _open(model)
-    asked = {"imgsz": imgsz, "batch": batch, "dynamic": dynamic, "opset": opset, "simplify": simplify, "half": half,
-             "int8": int8, "quantize": quantize, "data": data, "quant": quant, "nms": nms, "conf": conf, "iou": iou,
-             "max_det": max_det, "agnostic_nms": agnostic_nms}  # fmt: skip
     given = {k: v for k, v in asked.items() if v is not None}
     if format not in ("onnx", "openvino"):
         if quant:
@@ -100,11 +98,10 @@ def export(
     figures = runs.model_figures(net, Path(model), _side(job.imgsz))
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     write_summary(folder, figures, {**figures, "size_mb": runs.size_mb(files[-1])}, table=False)
-    more = f" int8={files[1]}" if files[1:] else ""
-    checked = f"verify model={model} onnx={files[0]}{more} data={data or 'data.yaml'}"
-    timed = f"bench models={model},{files[0]} imgsz={_side(job.imgsz)}"
     told = ", ".join(f"{file} ({runs.size_mb(file):.1f} MB)" for file in files)
-    runs.saved(told, f"yolo-ext {checked if format == 'onnx' else timed}")
+    written = " ".join(f"{key}={file}" for key, file in zip(("onnx", "int8"), files))
+    use = f"verify model={model} {written} data={data or 'data.yaml'}"
+    runs.saved(told, f"yolo-ext {use if format == 'onnx' else f'bench models={model},{files[0]}'}")
     return {"files": files}
 
 
@@ -332,8 +329,7 @@ def verify(
     runs.write_json(folder / "verify.json", found)
     base, ours = ((found.get("map") or {}).get(k) or {} for k in ("torch", "onnx"))
     figures = runs.model_figures(net, Path(model), _side(size))
-    fp32 = ours.get("map") if found["precision"] == "fp32" else None
-    after = {**figures, "size_mb": runs.size_mb(Path(int8 or onnx)), "map_onnx": {"fp32": fp32}, **ours}
+    after = {**figures, "size_mb": runs.size_mb(Path(onnx)), **ours}
     write_summary(folder, {**figures, **base}, after, table=False)
     models = ",".join(str(file) for file in (model, onnx, int8) if file)
     runs.saved(folder, f"yolo-ext bench models={models} imgsz={_side(size)}" if found["passed"] else "")

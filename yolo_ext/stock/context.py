@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -127,19 +127,16 @@ def quiet(least: int = logging.WARNING) -> Iterator[None]:
 def brief(verbose: Any) -> Iterator[None]:
     """Where `verbose` is False, keep Ultralytics' own lines, but no warnings, and all bars off the console."""
     silent, own = verbose is False, str(Path(__file__).parents[1])
-    consoles = [h for h in LOGGER.handlers if type(h) is logging.StreamHandler and silent]  # not the log of a run
 
     def ours(record: logging.LogRecord) -> bool:
         return record.levelno > logging.INFO or record.pathname.startswith(own)
 
-    for handler in consoles:
-        handler.addFilter(ours)
-    try:
-        with replaced(utils, VERBOSE=utils.VERBOSE and not silent):
-            yield
-    finally:
-        for handler in consoles:
-            handler.removeFilter(ours)
+    with ExitStack() as held:
+        held.enter_context(replaced(utils, VERBOSE=utils.VERBOSE and not silent))
+        for handler in LOGGER.handlers:
+            if silent and type(handler) is logging.StreamHandler:  # not the log of a run
+                held.enter_context(replaced(handler, filters=[*handler.filters, ours]))
+        yield
 
 
 @contextmanager
