@@ -141,18 +141,16 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
 
 
 def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
-           int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None, data: str | Path | None = None,
-           limits: dict[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Compare a float file, an INT8 file made from it, and, on ``data``, mAP, with their `LIMITS` or ``limits``."""
-    if unknown := set(limits or ()) - set(LIMITS):
-        raise UsageError(f"Unknown limits {sorted(unknown)}. Legal: {', '.join(LIMITS)}.")
+           int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None,
+           data: str | Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """Compare a float file, an INT8 file made from it, and, on ``data``, mAP, with their `LIMITS`."""
     meta, images, (height, width) = describe(onnx_path), list(images), height_width(imgsz)
     precision = meta["precision"]
     if not images:
         raise UsageError("No images to verify on. Give at least one, better 16 or more, from the validation set.")
     if precision == "int8":
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
-    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {}), **(limits or {})}
+    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
     result: dict[str, Any] = {"precision": precision}
     todo: dict[str, Callable[[], dict[str, Any]]] = {
         "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz),
@@ -171,7 +169,7 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         result[name] = work()
     worst = result["tensors"].pop("worst")
     for figure, value in result.get("int8", {}).get("rounding", {}).items():
-        for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS) - set(limits or ()):
+        for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS):
             bounds[name] = max(bounds[name], FRAGILE * value)
     checks = _checks(result, bounds, meta["task"])
     failed = {c["key"] for c in checks if not c["passed"]}
