@@ -9,19 +9,16 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from typing import Any
 
+from yolo_ext.commands import compare, compress, data, deploy, label, measure  # noqa: F401  isort: skip
 from yolo_ext.commands import COMMANDS, LOGGER, keys, takes_native
+from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS
 from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
-for _module in ("compress", "deploy", "measure", "compare", "data", "label", "help"):  # in the order of the help
-    import_module(f"yolo_ext.commands.{_module}")
-
-from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS  # noqa: E402
-
+NAMES = (*COMMANDS.names(), *FORWARDED)
 VARIABLE = "YOLO_EXT_"  # start of a variable that holds an option: YOLO_EXT_MODEL, YOLO_EXT_PRUNE__SPEEDUP
 HELP_WORDS = {"help", "-h", "--help"}
 PLAIN = ("help", "recipes", "cfg", "version", "checks")  # commands that take nothing from the environment
@@ -81,14 +78,14 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """Split words into the command and its options, dotted keys nested; the words override those of a recipe."""
     if HELP_WORDS & {*argv}:
         others = [w for word in argv if "=" not in (w := word.removeprefix("topic=")) and w not in HELP_WORDS]
-        known = [word for word in others if word in (*COMMANDS.names(), *FORWARDED, *TOPICS)]
+        known = [word for word in others if word in (*NAMES, *TOPICS)]
         return "help", {"topic": (known or others)[0]} if others else {}
     command, flat, problems = "", dict[str, Any](), list[str]()
-    names, (_, switches, tasks) = [*COMMANDS.names(), *FORWARDED], _legal()
+    _, switches, tasks = _legal()
     for word in plain_words(argv):
         if "=" in word:
             problems += _read_pair(word, flat)
-        elif not command and word in names:
+        elif not command and word in NAMES:
             command = word
         elif word in tasks:
             flat["task"] = word
@@ -97,7 +94,7 @@ def parse_args(argv: list[str]) -> tuple[str, dict[str, Any]]:
         else:
             problems.append(_misplaced(word, command, flat))
     if not command and not problems:
-        problems.append(f"The command is missing. Legal: {', '.join(names)}.")
+        problems.append(f"The command is missing. Legal: {', '.join(NAMES)}.")
     if problems:
         raise UsageError("\n".join(problems) + f"\nSee `yolo-ext help{f' {command}' if command else ''}`.")
     outside = _environment(command)
@@ -117,7 +114,7 @@ def plain_words(argv: list[str]) -> list[str]:
         queue = deque(merge_equals_args(argv))
     except (SyntaxError, IndexError) as e:  # unmatched brackets
         raise UsageError(f"Cannot read the command line '{' '.join(argv)}': check its brackets and '=' signs.") from e
-    (legal, switches, tasks), names, words = _legal(), {*COMMANDS.names(), *FORWARDED}, list[str]()
+    (legal, switches, tasks), names, words = _legal(), {*NAMES}, list[str]()
     while queue:
         given = queue.popleft().rstrip(",")
         word, after = given.lstrip("-"), queue[0].rstrip(",") if queue else ""
@@ -134,15 +131,14 @@ def plain_words(argv: list[str]) -> list[str]:
 
 def _misplaced(word: str, command: str, flat: dict[str, Any]) -> str:
     """Say what a word without a meaning may have meant; a file is noted as the value of the next free key."""
-    names, legal = [*COMMANDS.names(), *FORWARDED], _legal()[0]
-    if word in legal:
+    if word in (legal := _legal()[0]):
         return f"'{word}' has no value. Write {word}=..."
     order = keys(COMMANDS[command].fn) if command in COMMANDS.names() else ("model", "data")
     key = next((k for k in order if k not in flat), "")
     if key and {".", "/"} & {*word}:
         flat[key] = word
         return f"'{word}' is no key=value pair. Did you mean '{key}={word}'?"
-    return f"'{word}' is no command, task or key=value pair.{suggest(word, [*names, *legal])}"
+    return f"'{word}' is no command, task or key=value pair.{suggest(word, [*NAMES, *legal])}"
 
 
 @cache

@@ -120,10 +120,12 @@ def _as_files(given: Any) -> Any:
 
 def check_keys(command: str, options: Mapping[str, Any]) -> None:
     """Refuse keys that a command does not know, all in one message."""
-    from ultralytics.utils import DEFAULT_CFG_DICT
+    fn, native = COMMANDS[command].fn, list[str]()
+    own = [*keys(fn)]
+    if takes_native(fn):
+        from ultralytics.utils import DEFAULT_CFG_DICT
 
-    fn = COMMANDS[command].fn
-    own, native = [*keys(fn)], [*(DEFAULT_CFG_DICT if takes_native(fn) else ())]
+        native = [*DEFAULT_CFG_DICT]
     if unknown := [k for k in options if k not in own + native]:
         near = own + [k for k in native if k != "mode"] + [n for n in option_names() if n.split(".")[0] in own]
         lines = [f"Unknown key '{k}' for '{command}'.{suggest(k, near)}" for k in unknown]

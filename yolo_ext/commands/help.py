@@ -148,8 +148,9 @@ def _table(place: str) -> tuple[str, dict[str, str]]:
 def help_text(topic: str | None) -> str:
     """Return the help for a command or technique, or the first page: the commands by what they are for."""
     if topic is None:
-        ours = [(r.fn.__module__.rpartition(".")[2], r.name, r.summary) for r in COMMANDS]
-        groups = {k: [(n, text) for m, n, text in ours if m in of and n not in STOCK] for k, of in GROUPS.items()}
+        ours = [(r.fn.__module__.rpartition(".")[2], r.name, r.summary) for r in COMMANDS if r.name not in STOCK]
+        groups = {title: [(name, text) for module in modules for of, name, text in ours if of == module]
+                  for title, modules in GROUPS.items()}  # fmt: skip
         groups["Ultralytics"] = [(n, COMMANDS[n].summary if n in COMMANDS.names() else FORWARDED[n][0]) for n in STOCK]
         return _page(groups=groups, version=__version__, first=FIRST)
     names = [*COMMANDS.names(), *FORWARDED]
