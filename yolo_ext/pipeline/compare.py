@@ -48,13 +48,6 @@ def compare(run: Run) -> runs.Record:
     return runs.Record(rows=found, said=f"{stock.metric(run.task)} at {run.imgsz} px: {', '.join(worth)}")
 
 
-def timed(run: Run) -> list[dict[str, Any]]:
-    """Return the models beside the result, with the times of the one measurement of all files."""
-    rows = (run.done["compare"].rows or []) if "compare" in run.done else []
-    times = {r["name"]: r["median"] for r in run.done["latency"].rows or []} if "latency" in run.done else {}
-    return [{**r, "ort": times.get(r.get("timed"), r.get("ort"))} for r in rows]
-
-
 def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     """Prune the base by the random criterion to the same FLOPs and train it as the delivered model was."""
     assert run.prune

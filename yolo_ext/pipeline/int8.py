@@ -54,9 +54,7 @@ def ptq(run: Run) -> Record:
     images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
     batches = partial(letterbox_batches, images, run.imgsz, **stock.seen_by(model))
     prepare(model, cfg, run.info, run.imgsz)
-    notes = findings(inspect(model, batches()))
-    for sentence in notes:
-        LOGGER.warning(f"quantize: {sentence}")
+    notes = told(findings(inspect(model, batches())), strict=False)
     strip(model)
     if cfg.config_list:
         LOGGER.info(table(plan_of(manifest(model).quant["state"]), manifest(model).quant["float"]))
@@ -97,8 +95,8 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     maps = {name: f["map"] for name, f in found.items()}
     proof = prove(int8, written["convs"], quant)
     m = measure(run, weights)
-    m.update(size_mb=runs.size_mb(int8), map_onnx=maps, convs=proof["convs"], int8_convs=proof["int8_convs"])
-    m["classes"] = found["int8"].get("classes")
+    m |= {"size_mb": runs.size_mb(int8), "map_onnx": maps, "classes": found["int8"].get("classes")}
+    m |= {k: proof[k] for k in ("convs", "int8_convs")}
     f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
     notes = []
@@ -119,26 +117,21 @@ def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dic
     """Count the convolutions that a runtime runs in integers, and say how many those are and what the others are.
 
     `convs` are the paths of the convolutions by node that `write_qdq` returned when it wrote `int8`, a file or OpenVINO
-    folder, from `quant`. `accidents` says by path why each that was planned is float.
+    folder, from `quant`. `accidents` says by path why each that was `planned` is float; None are where only another
+    runtime can show it.
     """
     report, profile, state = conv_report(int8), resolve_profile(quant["profile"]), quant["state"]
-    planned = [node for node, path in convs.items() if path in state]
+    shown = profile.output or report["runtime"] == "OpenVINO"  # ONNX Runtime runs none in integers without Q behind it
+    planned = [node for node, path in convs.items() if shown and path in state]
     failed = {n: _reason(state[convs[n]], why, profile) for n, why in report["float_convs"].items() if n in planned}
     reasons = {path: reason.partition(":")[0] for path, reason in quant.get("float", {}).items()}
     floats = Counter(reasons.get(path, "without ranges") for path in convs.values() if path not in state)
-    if not _shown(report, profile):
-        planned, failed = [], {}
     floats.update({"planned as INT8": len(failed)} if failed else {})
     left = "; float: " + ", ".join(f"{n} {reason}" for reason, n in floats.most_common()) if floats else ""
     done = f"{report['int8_convs']} of {report['convs']} convolutions run as INT8 in {report['runtime']}"
     LOGGER.info(f"{SAYS}{done}{left}")
-    counts = {k: report[k] for k in ("runtime", "convs", "int8_convs")}
-    return {**counts, "planned": len(planned), "accidents": {convs[node]: why for node, why in failed.items()}}
-
-
-def _shown(report: Mapping[str, Any], profile: Profile) -> bool:
-    """Tell whether this runtime shows what is float: ONNX Runtime runs none in integers without Q behind it."""
-    return profile.output or report.get("runtime") == "OpenVINO"
+    found = {k: report[k] for k in ("runtime", "convs", "int8_convs")} | {"planned": len(planned) if shown else None}
+    return {**found, "accidents": {convs[node]: why for node, why in failed.items()}}
 
 
 def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str, profile: Profile) -> str:
@@ -153,7 +146,7 @@ def _reason(sites: Mapping[str, Mapping[str, Any]], seen: str, profile: Profile)
 
 def shortfall(found: Mapping[str, Any], profile: str) -> str:
     """Return how many convolutions are no integer ones against the plan, and why; "" where all are."""
-    if not _shown(found, resolve_profile(profile)):
+    if found["planned"] is None:
         return (
             f"Profile '{profile}' is for another runtime, which alone can show how many convolutions it runs as INT8: "
             f"in ONNX Runtime {found['int8_convs']} of {found['convs']} are. For ONNX Runtime: quant.profile=auto."
@@ -282,15 +275,12 @@ def verify(run: Run) -> Record:
     )  # fmt: skip
     lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
     asked = sum(reason.startswith(LISTED) for reason in (record.accidents or {}).values())  # a warning has told
-    checks = [*found["checks"]]
     least = max(planned - asked, 1) if planned else 0
-    checks.append({"name": PLANNED, "value": convs, "limit": least, "passed": convs >= least})
+    checks = [*found["checks"], {"name": PLANNED, "value": convs, "limit": least, "passed": convs >= least}]
     if lost is not None:
         checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
     unsound = any(not c["passed"] for c in found["checks"] if c["key"].startswith("int8_"))
-    notes = [SATURATES] if unsound and resolve_profile(record.profile or "").weight_bits >= 8 else []
-    for sentence in notes:
-        LOGGER.warning(f"quantize: {sentence}")
-    return Record(checks=checks, parity=parity, notes=notes)
+    saturates = unsound and resolve_profile(record.profile or "").weight_bits >= 8
+    return Record(checks=checks, parity=parity, notes=told([SATURATES] if saturates else [], strict=False))

@@ -12,7 +12,6 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 import yolo_ext
 from yolo_ext import stock
 from yolo_ext.core.config import CONFIGS
-from yolo_ext.pipeline.compare import timed
 from yolo_ext.pipeline.run import FINETUNE, Run
 from yolo_ext.reporting.figures import side_by_side
 
@@ -23,26 +22,26 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
     """Return what `write_report` takes; `drawn` are the paths and captions of pictures."""
     result = run.quantized()[1] if run.quant else [d for d in run.done.values() if d.metrics][-1]
     ends = {"before": run.done["base"], "after": result}
+    times = {r["name"]: r["median"] for r in run.rows("latency")}
     classes = {k: (d.metrics or {}).get("classes") for k, d in ends.items()}
     report = {
         "title": f"Compression report: {run.base.name}",
         "about": _about(run, summary["env"]),
         "command": summary["command"],
-        # The report puts the base in front of the stages itself.
-        "summary": {**summary, "stages": {k: v for k, v in summary["stages"].items() if k != "base"}},
+        "summary": summary,
         "files": _files(run),
         "classes": classes if all(classes.values()) else {},
         "layers": next((d.layers for d in run.done.values() if d.layers), []),
         "checks": summary["checks"],
-        "comparison": timed(run),
+        "comparison": [{**r, "ort": times.get(r["timed"])} for r in run.rows("compare")],
         "notes": [note for d in run.done.values() for note in d.notes or []] + run.left_out,
         "curves": [{"name": n, "columns": c} for n in run.done if (c := curves(run.folder / n / "results.csv"))],
         "pictures": drawn,
         "options": _options(summary["settings"]),
     }
     if "latency" in run.done:
-        timed_in_turns = f"One image of {run.imgsz} px, models in turns, one thread unless said otherwise; "
-        report["latency"] = {"rows": run.done["latency"].rows, "note": f"{timed_in_turns}{run.done['latency'].said or ''}."}
+        how = f"One image of {run.imgsz} px, models in turns, one thread unless said otherwise"
+        report["latency"] = {"rows": run.rows("latency"), "note": f"{how}; {run.done['latency'].said or ''}."}
     if run.quant:
         counts = {k: (result.metrics or {})[k] for k in ("convs", "int8_convs")}
         told = {k: getattr(result, k) for k in ("float", "f1", "profile", "calibration")}

@@ -33,7 +33,6 @@ FINETUNE: dict[str, Any] = {**COMMON, "epochs": 30, "lr0": 0.001, "warmup_epochs
 QAT: dict[str, Any] = {**COMMON, "warmup_epochs": 0.5, "mosaic": 0.0, "close_mosaic": 0}
 ELSEWHERE = ("half", "int8", "nms", "format", "optimize", "workspace")  # of Ultralytics, for exports
 OLDEST = 13  # opset with Q/DQ per channel
-PLACE = ("project", "name", "exist_ok", "save_dir")
 Loaded = tuple[nn.Module, dict[str, Any]]
 
 
@@ -114,6 +113,10 @@ class Run:
         """Return a file of the run as its records name it."""
         return str(file.relative_to(self.folder))
 
+    def rows(self, stage: str) -> runs.Rows:
+        """Return the measurements of a stage, none where it was not done."""
+        return (self.done[stage].rows or []) if stage in self.done else []
+
     def quantized(self) -> tuple[str, runs.Record]:
         """Return the stage whose INT8 file is delivered, and its record."""
         name = "qat" if "qat" in self.done and self.done["qat"].better else "ptq"
@@ -126,7 +129,7 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
     if resume:
         options = runs.resumed(mode, {**options, "model": model, "data": data, "resume": resume})
         model, data, _ = (options.pop(k) for k in ("model", "data", "resume"))
-    place, imgsz = {k: options.pop(k, None) for k in PLACE}, options.pop("imgsz", None)
+    place, imgsz = {k: options.pop(k, None) for k in runs.PLACE}, options.pop("imgsz", None)
     budget = options.pop("max_drop", None)
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
     base, ckpt = load_model(model)

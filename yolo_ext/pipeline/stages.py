@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
@@ -36,7 +36,6 @@ from yolo_ext.reporting.tables import ABSENT, comparison_rows, conclude, write_s
 from yolo_ext.runs import Record
 from yolo_ext.training.prune import budget_checks, make_probes
 
-T = TypeVar("T")
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
     {"torch": "base torch", "ort": "base FP32"},
     {"torch": "compressed torch", "ort": "compressed FP32", "ort_int8": "compressed INT8"},
@@ -81,7 +80,7 @@ def _line(run: Run, name: str, record: Record) -> str:
     return f"{colorstr('bold', f'{name}: ')}{'; '.join(part for part in told if part)}"
 
 
-def _extra(run: Run, name: str, work: Callable[[], T]) -> T | None:
+def _extra(run: Run, name: str, work: Callable[[], Any]) -> Any:
     """Return what work gives that a result is complete without; None, with a warning, where it fails."""
     try:
         return work()
@@ -174,16 +173,15 @@ def latency(run: Run) -> Record:
         else:  # such a run delivers none
             models = {"base FP32": run.base, "compressed FP32": run.weights()}
             onnx = {k: export_onnx(run.load(m)[0], Path(tmp) / f"{k}.onnx", run.imgsz) for k, m in models.items()}
-        compared = (run.done["compare"].rows or []) if "compare" in run.done else []
-        beside = {r["name"]: run.folder / r["file"] for r in compared if r.get("file")}
+        beside = {r["name"]: run.folder / r["file"] for r in run.rows("compare") if r.get("file")}
         times = bench(onnx | beside, run.imgsz, threads=1, rounds=rounds, seconds=seconds)
     ratios = {name: speedup(times["base FP32"], times[name]) for name in list(onnx)[1:]}
     if run.quant:
         torch = {"base torch": run.base, "compressed torch": run.weights()}
         times.update(bench(torch, run.imgsz, threads=1, rounds=100, seconds=15))
         ratios = {"compressed torch": speedup(*(times[name] for name in torch)), **ratios}
-    if run.quant and (threads := os.cpu_count() or 1) > 1:
-        wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10)
+        threads = os.cpu_count() or 1
+        wide = bench(onnx, run.imgsz, threads=threads, rounds=100, seconds=10) if threads > 1 else {}
         times.update({f"{name}, {threads} threads": found for name, found in wide.items()})
     rows = [{"name": k, **{f: v[f] for f in ("median", "p10", "p90", "n")}} for k, v in times.items()]
     said = ", ".join(f"{name} {r['words']}" for name, r in ratios.items())
@@ -219,7 +217,7 @@ def finish(run: Run) -> dict[str, Any]:
     stages = {name: dict(d.metrics) for name, d in run.done.items() if d.metrics}
     before, after = stages["base"], stages[run.quantized()[0] if run.quant else list(stages)[-1]]
     if "latency" in run.done:
-        times = {r["name"]: r["median"] for r in run.done["latency"].rows or []}
+        times = {r["name"]: r["median"] for r in run.rows("latency")}
         for figures, names in zip((before, after), LATENCIES):
             figures["latency_ms"] = {k: times.get(name) for k, name in names.items()}
         ratios = run.done["latency"].ratios or {}
