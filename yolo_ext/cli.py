@@ -158,20 +158,18 @@ def _environment(command: str) -> dict[str, Any]:
     """Return the options of a command that stand in environment variables, flat; refuse names of no command."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    names = {v.removeprefix(VARIABLE).lower().replace("__", "."): v for v in os.environ if v.startswith(VARIABLE)}
-    if command in PLAIN or not names:
-        return {}
-    legal = _legal()[0] - {"mode"}  # which is the command
-    shown = [_variable(key) for key in sorted(legal)]
-    unknown = [f"Unknown environment variable '{v}'.{suggest(v, shown)}" for k, v in names.items() if k not in legal]
-    own = [*(DEFAULT_CFG_DICT if command in STOCK or takes_native(COMMANDS[command].fn) else ()), "recipe"]
-    own += keys(COMMANDS[command].fn) if command in COMMANDS.names() else []
-    found: dict[str, Any] = {}
-    for key, variable in names.items():
-        if key.split(".")[0] in own:  # others are for other commands
-            unknown += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
-    if unknown:
-        raise UsageError("\n".join(unknown))
+    legal, problems, found = _legal()[0] - {"mode"}, list[str](), dict[str, Any]()  # `mode` is the command
+    own = ["recipe", *(keys(COMMANDS[command].fn) if command in COMMANDS.names() else ())]
+    own += DEFAULT_CFG_DICT if command in STOCK or takes_native(COMMANDS[command].fn) else []
+    for variable in (v for v in os.environ if v.startswith(VARIABLE) and command not in PLAIN):
+        key = variable.removeprefix(VARIABLE).lower().replace("__", ".")
+        if key not in legal:
+            near = suggest(variable, [*map(_variable, sorted(legal))])
+            problems.append(f"Unknown environment variable '{variable}'.{near}")
+        elif key.split(".")[0] in own:  # others are for other commands
+            problems += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
+    if problems:
+        raise UsageError("\n".join(problems))
     return found
 
 

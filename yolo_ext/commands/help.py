@@ -25,10 +25,6 @@ FORWARDED = {  # commands of Ultralytics: what they do, examples
     "benchmark": ("Benchmark export formats", "model=best.pt data=data.yaml imgsz=640"),
 }  # fmt: skip
 STOCK = ("predict", *FORWARDED)  # whose keys Ultralytics reads; predict is ours where it compares
-GROUPS = {  # modules of commands by what those are for
-    "Compress": ("compress",), "Deploy and measure": ("deploy", "measure", "compare"), "Data": ("data", "label"),
-    "Help": ("help",),
-}  # fmt: skip
 ALL = ("prune", "distill", "quant", "sparsity")
 TOPICS = {"compress": ALL, "train": ALL, "quantize": ("quant",), **{technique: (technique,) for technique in ALL}}
 TABLES = {  # of methods, by technique
@@ -47,8 +43,6 @@ OPTIONS = {  # headings in the help of a technique, each by the first option bel
               "epochs": "QAT"},
 }  # fmt: skip
 FURTHER = {"native": "and also", "place": "run folder"}  # what stands for several keys
-FIRST = ("demo", "compress model=best.pt data=data.yaml prune.speedup=2 epochs=30",
-         "quantize model=best.pt data=data.yaml", "bench models=best.pt,best_int8.onnx")  # fmt: skip
 
 
 @command("List the bundled recipes, which are keys for a purpose: recipe=NAME")
@@ -148,11 +142,12 @@ def _table(place: str) -> tuple[str, dict[str, str]]:
 def help_text(topic: str | None) -> str:
     """Return the help for a command or technique, or the first page: the commands by what they are for."""
     if topic is None:
-        ours = [(r.fn.__module__.rpartition(".")[2], r.name, r.summary) for r in COMMANDS if r.name not in STOCK]
-        groups = {title: [(name, text) for module in modules for of, name, text in ours if of == module]
-                  for title, modules in GROUPS.items()}  # fmt: skip
-        groups["Ultralytics"] = [(n, COMMANDS[n].summary if n in COMMANDS.names() else FORWARDED[n][0]) for n in STOCK]
-        return _page(groups=groups, version=__version__, first=FIRST)
+        modules: dict[str, list[tuple[str, str]]] = {}
+        for r in COMMANDS:
+            module = "stock" if r.name in STOCK else r.fn.__module__.rpartition(".")[2]
+            modules.setdefault(module, []).append((r.name, r.summary))
+        modules["stock"] += [(name, FORWARDED[name][0]) for name in FORWARDED]
+        return _page(modules=modules, version=__version__)
     names = [*COMMANDS.names(), *FORWARDED]
     legal = [*dict.fromkeys([*names, *TOPICS])]
     if topic not in legal:

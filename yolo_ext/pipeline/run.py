@@ -221,7 +221,10 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
 
     folder = run.folder / stage
     last, best = (folder / "weights" / f"{name}.pt" for name in ("last", "best"))
-    epoch = _epoch(last)
+    try:
+        epoch = int(torch.load(last, map_location="cpu", weights_only=False)["epoch"])
+    except Exception:  # not there, or a file of a killed writer
+        epoch = None
     if epoch == -1:  # trained to the end by a run that was killed behind it
         clear(last.parent)
         return best if best.exists() else last
@@ -236,14 +239,6 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
     yolo = YOLO(str(weights or run.weights()))
     yolo.train(trainer=trainer_for(run.task), save_dir=str(folder), exist_ok=True, **args)
     return best if best.exists() else last
-
-
-def _epoch(last: Path) -> int | None:
-    """Return the epoch, counted from 0, of a training's last.pt, -1 behind its end; None where there is none."""
-    try:
-        return int(torch.load(last, map_location="cpu", weights_only=False)["epoch"])
-    except Exception:  # not there, or a file of a killed writer
-        return None
 
 
 def finetuning(run: Run) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 """What a command returns: a dict of what it found, with the files and figures that a script or a notebook looks for."""
 
 import json
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.reporting.tables import align, comparison_rows, note
+from yolo_ext.reporting.tables import TEXT, Row, comparison_rows, comparison_table, note
 
 FILES = ("best", "onnx", "int8", "report", "run_dir")
-HEAD = ("", "Before", "After", "Delta")
 SHOWN = ("headline", "before", "after", "checks", "run_dir")  # by themselves
 
 
@@ -66,11 +64,10 @@ class Result(dict[str, Any]):
         files += [self.run_dir / place] if self.run_dir else []
         return next((f for f in files if f.is_file()), None)
 
-    def _told(self) -> tuple[str, list[tuple[str, ...]], list[str]]:
-        """Return the headline, rows Before | After | Delta where figures changed, and lines on the rest."""
+    def _told(self) -> tuple[str, list[Row], list[str]]:
+        """Return the headline, the compared figures where some changed, and lines on the rest."""
         before, after = self.get("before"), self.get("after")
-        compared = comparison_rows(before, after) if before != after else []
-        rows: list[tuple[str, ...]] = [(r.label, r.before, r.after, r.delta) for r in compared]
+        rows = comparison_rows(before, after) if before != after else []
         told = {"note": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
         told |= {name: getattr(self, name) for name in FILES}
         told["failed"] = ", ".join(c["name"] for c in self.checks if not c["passed"])
@@ -80,10 +77,10 @@ class Result(dict[str, Any]):
     def __repr__(self) -> str:
         """Show the headline, Before | After | Delta, and where the files lie."""
         headline, rows, told = self._told()
-        return "\n".join([headline, *([align(rows, HEAD)] if rows else []), *told])
+        table = [comparison_table(self.get("before"), self.get("after"))] if rows else []
+        return "\n".join([headline, *table, *told])
 
     def _repr_html_(self) -> str:
         """Show the same in a notebook."""
         headline, rows, told = self._told()
-        lines = [f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in ([HEAD, *rows] if rows else [])]
-        return f"<p>{escape(headline)}</p><table>{''.join(lines)}</table><p>{'<br>'.join(map(escape, told))}</p>"
+        return TEXT.get_template("result.html.j2").render(headline=headline, rows=rows, told=told)
