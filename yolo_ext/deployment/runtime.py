@@ -27,7 +27,7 @@ Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
 FLOAT_CONVS = {"Conv", "FusedConv", "ConvTranspose"}
-DFL = "dfl/conv/Conv"  # the end of a name that our INT8 files keep for a convolution which has become a MatMul
+DFL = "dfl/conv/Conv"  # end of the name of a convolution that our INT8 files hold as a MatMul
 INTEGER_CONVS = {"QLinearConv", "QLinearConvTranspose", "ConvInteger"}
 INTEGER_OPS = {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QGemm", *INTEGER_CONVS}
 
@@ -203,7 +203,8 @@ def _convs(path: str | Path) -> dict[str, str]:
     """Return why each convolution of an ONNX file is float, by name, "" for integer ones."""
     session(path)  # reports a missing or broken file
     model = onnx.load(path)
-    convs = [n for n in model.graph.node if n.op_type in FLOAT_CONVS | INTEGER_CONVS or DFL in n.name]
+    kinds = FLOAT_CONVS | INTEGER_CONVS
+    convs = [n for n in model.graph.node if n.op_type in kinds or (n.op_type == "MatMul" and n.name.endswith(DFL))]
     for node in convs:
         node.name = node.name or node.output[0]
     options = session_options(1)
