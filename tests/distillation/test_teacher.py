@@ -1,17 +1,14 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
-import logging
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ultralytics.nn.tasks import ClassificationModel, DetectionModel
+from ultralytics.nn.tasks import ClassificationModel
 
-from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.teacher import class_map, kept_channels, load_teacher, make_guide, with_classes
@@ -151,73 +148,7 @@ def test_outputs_come_back_on_the_grid_of_the_student(build, saved, yaml):
         assert torch.allclose(near[..., : 8 * 12] * 2, mean(far), atol=1e-3)
 
 
-# Compiled ----------------------------------------------------------------------------------------------------------
-TINY = {
-    "nc": 3,
-    "scales": {"n": [0.33, 0.125, 512]},
-    "backbone": [[-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [128, 3, 2]], [-1, 1, "Conv", [256, 3, 2]]],
-    "head": [[[2], 1, "Detect", ["nc"]]],
-}
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """Return a function that gives a teacher as it is and one to be compiled, with the same weights."""
-
-    def make():
-        torch.manual_seed(0)
-        model = DetectionModel({**TINY, "scale": "n"}, verbose=False)
-        file = str(save_model(model, tmp_path / "tiny.pt"))
-        return [make_guide(file, model, CPU, compiled=c) for c in (False, True)]
-
-    return make
-
-
-def assert_equal(a, b, x):
-    for left, right in zip(*(g.ask(x).items() for g in (a, b))):
-        pairs = zip(left[1], right[1]) if left[0] == "feats" else [(left[1], right[1])]
-        assert all(torch.allclose(u, v, atol=1e-5) for u, v in pairs), left[0]
-
-
-def test_a_compiled_teacher_gives_the_same_raw_outputs(pair, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced; no compiler needed
-    plain, compiled = pair()
-    assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
-    assert compiled.model._compiled_call_impl is not None and plain.model._compiled_call_impl is None
-
-
-@pytest.mark.slow
-def test_the_compiler_of_this_machine_is_used_if_there_is_one(pair):
-    plain, compiled = pair()
-    assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:
-        assert compiled.model._compiled_call_impl is None
-    else:
-        assert compiled.model._compiled_call_impl is not None
-
-
-def test_without_a_compiler_a_teacher_runs_as_it_is_and_says_so_once(pair, monkeypatch, caplog):
-    def broken(*args, **kwargs):
-        raise RuntimeError("No working C++ compiler found\nand a long trace")
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
-    plain, compiled = pair()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert_equal(plain, compiled, torch.rand(2, 3, 64, 64))
-    (line,) = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
-    assert "No working C++ compiler found" in line and "\n" not in line
-
-
-def test_what_fails_without_a_compiler_too_is_raised(pair):
-    with pytest.raises(RuntimeError, match="channels"):
-        pair()[0].ask(torch.rand(1, 4, 64, 64))
-
-
+# Precision -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("half", [False, True])
 def test_precision_of_the_teacher(saved, build, half):
     """Half precision on a CPU only when asked; its outputs stay close to the full ones."""

@@ -169,7 +169,6 @@ class DistillConfig:
     )
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
     imgsz: int | None = option(None, "Longer side in pixels of the teacher's images; None: as they are", low=32)
-    compile: bool = option(False, "Compile the teacher (torch.compile); without a compiler it runs as it is")
     half: bool | None = option(None, "Teacher in bfloat16 on a CPU; None: where it computes in it. On a GPU: float16")
     preflight: bool = option(True, "Measure teacher and student on the val split, and time a step, before training")
 
@@ -211,7 +210,7 @@ class QuantConfig:
 
 CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 # Options that are gone, with the values that change nothing: runs that yolo_ext 0.1 saved name them.
-RETIRED: dict[str, tuple[Any, ...]] = {"quant.learned": (False,), "quant.cache": (True, False)}
+RETIRED: dict[str, tuple] = {"quant.learned": (False,), "quant.cache": (True, False), "distill.compile": (False,)}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

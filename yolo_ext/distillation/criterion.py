@@ -19,7 +19,7 @@ from yolo_ext.distillation.features import Align, modules
 from yolo_ext.distillation.logits import HeadOutput, resized
 from yolo_ext.distillation.teacher import Guide, Site, Taps, make_guides, sites
 from yolo_ext.distillation.terms import Balance, Term, check, terms, title, with_logits
-from yolo_ext.stock.trainer import CriterionProxy
+from yolo_ext.stock.trainer import Proxy
 
 Branches = dict[str, dict[str, Any]]  # raw outputs by branch of the head
 Maps = dict[Any, torch.Tensor]  # (B, C, H, W) by level of the head or path of a layer
@@ -31,7 +31,7 @@ class Distiller:
 
     def __init__(self, student: nn.Module, cfg: DistillConfig, device: torch.device, *, shrinks: bool = False) -> None:
         """Load the teachers and build adapters from the live widths of a student that may be going to shrink."""
-        self.guides = make_guides(cfg, student, device, compiled=cfg.compile)
+        self.guides = make_guides(cfg, student, device)
         self.student, self.cfg = student, with_logits(cfg, student, self.guides)
         self.terms = terms(self.cfg)
         for guide in self.guides:
@@ -222,7 +222,7 @@ def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:
     return torch.cat((batch["batch_idx"].float().view(-1, 1).to(corners), corners.clamp(0.0, 1.0)), 1)
 
 
-class DistillationLoss(CriterionProxy):
+class DistillationLoss(Proxy):
     """The task's criterion plus the losses of a distiller."""
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -3,12 +3,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ultralytics.utils.metrics import bbox_iou
-from ultralytics.utils.tal import make_anchors
+from ultralytics.utils.tal import dist2bbox, make_anchors
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
@@ -18,7 +18,6 @@ LOGITS = "of logits and of box distances where the teacher sees objects"
 L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
 KL_PAPER = "Hinton et al., 2015, arXiv:1503.02531"
 Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
-Weight: TypeAlias = torch.Tensor | None  # (B, A) of the anchors; None for `foreground`
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class HeadOutput:
     def boxes(self) -> torch.Tensor:
         """Return (B, A, 4) corner boxes x1, y1, x2, y2 in units of the stride."""
         # A head without bins may give negative distances, with which GIoU is unbounded.
-        left_top, right_bottom = self.ltrb.float().clamp(min=0).chunk(2, -1)
-        return torch.cat((self.anchors - left_top, self.anchors + right_bottom), -1)
+        return dist2bbox(self.ltrb.float().clamp(min=0), self.anchors, xywh=False)
 
 
 def decode(raw: dict[str, Any], stride: torch.Tensor, reg_max: int, classes: torch.Tensor | None = None) -> HeadOutput:
@@ -61,8 +59,7 @@ def regrid(raw: dict[str, Any], stride: torch.Tensor, grids: list[tuple[int, int
     shapes = [f.shape[2:] for f in raw["feats"]]
     sizes = [h * w for h, w in shapes]
     out = decode(raw, stride, raw["boxes"].shape[1] // 4)
-    left_top, right_bottom = out.ltrb.chunk(2, -1)  # may be negative, unlike in `HeadOutput.boxes`
-    corners = torch.cat((out.anchors - left_top, out.anchors + right_bottom), -1).transpose(1, 2).split(sizes, -1)
+    corners = dist2bbox(out.ltrb, out.anchors, xywh=False).transpose(1, 2).split(sizes, -1)  # not of clamped distances
     boxes, scores = [], []
     for box, score, (h, w), (new_h, new_w) in zip(corners, raw["scores"].split(sizes, -1), shapes, grids):
         scores.append(resized(score.unflatten(-1, (h, w)), (new_h, new_w)).flatten(2))
@@ -93,18 +90,18 @@ norms: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def average(loss: torch.Tensor, teacher: HeadOutput, norm: str, weight: Weight) -> torch.Tensor:
-    """Average a loss (B, A) over anchors by a row of `norms`."""
+def average(loss: torch.Tensor, weight: torch.Tensor, norm: str) -> torch.Tensor:
+    """Average a loss (B, A) over anchors of some weight (B, A) by a row of `norms`."""
     if norm not in norms:
         raise UsageError(f"Unknown norm '{norm}'.{suggest(norm, list(norms))} Legal: {', '.join(norms)}.")
-    return norms[norm](loss, foreground(teacher) if weight is None else weight.float())
+    return norms[norm](loss, weight)
 
 
-def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str, weight: Weight) -> Parts:
+def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str) -> Parts:
     """Compute the mean |difference|^power of logits, and of decoded distances: bins have a free constant per side."""
     cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
     box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
-    return average(cls, teacher, norm, weight), average(box, teacher, norm, weight)
+    return average(cls, foreground(teacher), norm), average(box, foreground(teacher), norm)
 
 
 def _divergence(student: torch.Tensor, teacher: torch.Tensor, dim: int, temperature: float) -> torch.Tensor:
@@ -127,61 +124,56 @@ def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.T
 
 
 @logit_losses.row("l1", f"Absolute difference {LOGITS}", paper=L2_PAPER)
-def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
+def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight") -> Parts:
     """Compute the mean absolute difference; `foreground` stands in for the objectness of the paper."""
-    return _lp(student, teacher, 1, norm, weight)
+    return _lp(student, teacher, 1, norm)
 
 
 @logit_losses.row("l2", f"Squared difference {LOGITS}", paper=L2_PAPER)
-def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight", weight: Weight = None) -> Parts:
+def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight") -> Parts:
     """Compute the mean squared difference; otherwise as `l1`."""
-    return _lp(student, teacher, 2, norm, weight)
+    return _lp(student, teacher, 2, norm)
 
 
 @logit_losses.row("kl", "KL between the softmax over classes", paper=KL_PAPER, needs=[Need.SEVERAL_CLASSES])
-def kl(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
-       weight: Weight = None) -> Parts:  # fmt: skip
+def kl(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight") -> Parts:
     """Compute T^2 KL(teacher || student) over classes, with norm ``mean`` in the paper; 0 for the boxes."""
     loss = _divergence(student.scores, teacher.scores, 1, temperature)
-    return average(loss, teacher, norm, weight).clamp(min=0.0), student.scores.new_zeros((), dtype=torch.float32)
+    return average(loss, foreground(teacher), norm).clamp(min=0.0), student.scores.new_zeros((), dtype=torch.float32)
 
 
 @logit_losses.row("kl_binary", "KL between the sigmoid of each class", paper=f"{KL_PAPER}, per class")
-def kl_binary(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight",
-              weight: Weight = None) -> Parts:  # fmt: skip
+def kl_binary(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 2.0, norm: str = "weight") -> Parts:
     """Compute T^2 times the binary cross entropy less the teacher's entropy, summed over classes; 0 for the boxes."""
     s, t = (x.scores.float() / temperature for x in (student, teacher))
     p = t.sigmoid()
     loss = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1.0 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
-    loss = average(temperature**2 * loss.sum(1), teacher, norm, weight)
+    loss = average(temperature**2 * loss.sum(1), foreground(teacher), norm)
     return loss.clamp(min=0.0), student.scores.new_zeros((), dtype=torch.float32)
 
 
 @logit_losses.row("bckd", "Binary class distillation weighted by disagreement, and GIoU of the boxes",
                   paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
-def bckd(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos",
-         weight: Weight = None) -> Parts:  # fmt: skip
-    """Compute |p_t - p_s|^beta BCE and 4 |p_t - p_s| (1 - GIoU), over `foreground`, or the positives as `weight`."""
+def bckd(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos") -> Parts:
+    """Compute |p_t - p_s|^beta BCE and 4 |p_t - p_s| (1 - GIoU), over `foreground` where the paper has positives."""
     cls, gap = _disagreement(student, teacher, beta)
     box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
-    return average(cls.sum(1), teacher, norm, weight), 4.0 * average(box, teacher, norm, weight)
+    return average(cls.sum(1), foreground(teacher), norm), 4.0 * average(box, foreground(teacher), norm)
 
 
 @logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
                   paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
-def ast(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean",
-        weight: Weight = None) -> Parts:  # fmt: skip
+def ast(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean") -> Parts:
     """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller."""
     cls, _ = _disagreement(student, teacher, beta)
     box = _iou_loss(student, teacher, CIoU=True)
-    return average(cls.mean(1), teacher, norm, weight), average(box, teacher, norm, weight)
+    return average(cls.mean(1), foreground(teacher), norm), average(box, foreground(teacher), norm)
 
 
 @logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",
                   paper="Zheng et al., 2022, arXiv:2102.12252", needs=[Need.EQUAL_BINS])  # fmt: skip
-def ld(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight",
-       weight: Weight = None) -> Parts:  # fmt: skip
-    """Compute T^2 KL(teacher || student) over bins, mean of the four sides; `weight` takes the regions of the paper."""
+def ld(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 10.0, norm: str = "weight") -> Parts:
+    """Compute T^2 KL(teacher || student) over bins, mean of the four sides."""
     assert student.bins is not None and teacher.bins is not None  # as `terms.check` has seen to
     loss = _divergence(student.bins, teacher.bins, 2, temperature).mean(1)
-    return student.scores.new_zeros((), dtype=torch.float32), average(loss, teacher, norm, weight).clamp(min=0.0)
+    return student.scores.new_zeros((), dtype=torch.float32), average(loss, foreground(teacher), norm).clamp(min=0.0)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest
@@ -32,7 +31,6 @@ class Guide:
     classes: tuple[list[int], list[int]]  # indices of the shared ones, of the student and of the teacher
     levels: list[tuple[int, int]]  # shared ones, of the student and of the teacher; empty for classifiers
     imgsz: int | None = None  # longer side in pixels of the images as the teacher sees them; None: as in the batch
-    compiled: bool = False  # whether it was asked to be
 
     @property
     def model(self) -> nn.Module:
@@ -46,7 +44,7 @@ class Guide:
         head, resized = stock.detection_head(model), size != images.shape[2:]
         seen = F.interpolate(images.float(), size, mode="bilinear", antialias=True) if resized else images
         with replaced(head, training=True):  # its flag alone: raw outputs, and all layers stay in eval mode
-            raw = _run(model, seen.to(next(model.parameters()).dtype))
+            raw: Any = model(seen.to(next(model.parameters()).dtype))
         if not resized or not self.levels:
             return raw
         grids = [(-(-images.shape[2] // s), -(-images.shape[3] // s)) for s in head.stride.int().tolist()]
@@ -79,38 +77,24 @@ class Guide:
         return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
 
 
-def _run(model: nn.Module, images: torch.Tensor) -> Any:
-    try:
-        return model(images)
-    except Exception as error:
-        if model._compiled_call_impl is None or isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        model._compiled_call_impl = None
-        reason = str(error).strip().splitlines()[0]
-        LOGGER.warning(f"{colorstr('distill: ')}the teacher cannot be compiled and runs as it is ({reason})")
-        return model(images)
-
-
 def teachers(cfg: DistillConfig) -> list[str]:
     """Return the teachers of a run by name, in the order of the user."""
     return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
 
 
-def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device, *, compiled: bool = False) -> list[Guide]:
+def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device) -> list[Guide]:
     """Load the teachers of a run and match each with the student, as `make_guide` does."""
-    return [make_guide(name, student, device, imgsz=cfg.imgsz, compiled=compiled, half=cfg.half,
-                       classes=bool(cfg.logits)) for name in teachers(cfg)]  # fmt: skip
+    options = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
+    return [make_guide(name, student, device, **options) for name in teachers(cfg)]
 
 
-def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None, compiled: bool = False,
+def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None,
                half: bool | None = False, classes: bool = True) -> Guide:  # fmt: skip
     """Load a teacher, or take the student for `ema` until `get` is set, and match levels and, if compared, classes."""
     teacher, kept = student, None
     if name != "ema":
         teacher, parent = load_teacher(name, student, device, half)
         kept = kept_channels(student, parent)
-        if compiled:
-            teacher.compile()
     levels: list[tuple[int, int]] = []
     if stock.task_of(student) != "classify":
         ours, theirs = ([int(s) for s in stock.detection_head(m).stride] for m in (student, teacher))
@@ -118,7 +102,7 @@ def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: in
         if not levels:
             raise UsageError(f"Teacher '{name}' has strides {theirs}, the student {ours}. Give one with one in common.")
     shared = class_map(teacher, student.names, name) if classes else ([], [])
-    return Guide(name, lambda: teacher, kept, shared, levels, imgsz, compiled)
+    return Guide(name, lambda: teacher, kept, shared, levels, imgsz)
 
 
 def load_teacher(path: str, student: nn.Module, device: torch.device, half: bool | None = False) -> tuple[Any, str]:
@@ -144,11 +128,8 @@ def kept_channels(student: nn.Module, parent: str) -> list[list[int]] | None:
     record = manifest(student).prune or {"parent": manifest(student).parent, "kept": {}}
     if record["parent"] != parent or stock.task_of(student) == "classify":
         return None
-    levels = []
-    for path in stock.level_inputs(student):
-        width = dict(student.named_modules())[path].in_channels
-        levels.append(record["kept"].get(path, {}).get("in", list(range(width))))
-    return levels
+    widths = zip(stock.level_inputs(student), stock.level_widths(student))
+    return [record["kept"].get(path, {}).get("in", [*range(width)]) for path, width in widths]
 
 
 def class_map(teacher: nn.Module, names: Mapping[int, str], path: str) -> tuple[list[int], list[int]]:

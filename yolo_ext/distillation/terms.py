@@ -22,7 +22,7 @@ from yolo_ext.distillation.teacher import Guide
 from yolo_ext.reporting.tables import align, cell
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
-GIVEN = {"student", "teacher", "module", "boxes", "random", "weight"}  # not for the user to set
+GIVEN = {"student", "teacher", "module", "boxes", "random"}  # not for the user to set
 AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
 MEMORY = 0.95  # of the running means, so that they follow the last 20 batches or so
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
@@ -147,8 +147,6 @@ def _problem(term: Term, guide: Guide, student: nn.Module, shrinks: bool) -> str
     inner = set(term.layers) - {"neck"}
     if not guide.levels and term.kind == "logits" and term.row.name not in CLASSIFY and ":" not in term.row.name:
         return f"a classifier has no boxes. Legal for 'distill.logits': {', '.join(CLASSIFY)}."
-    if guide.compiled and inner:
-        return "it reads layers inside of a model, which 'distill.compile' hides. Leave one of them out."
     if guide.imgsz and term.needs(Need.EQUAL_BINS):
         return f"'distill.imgsz={guide.imgsz}' gives the teacher another grid. Leave it out, or use 'bckd'."
     if term.needs(Need.SEVERAL_CLASSES) and len(guide.classes[0]) == 1:
