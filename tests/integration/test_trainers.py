@@ -26,8 +26,8 @@ from yolo_ext.checkpoint import MANIFEST, TRIPWIRE, atomic_write, save_model
 from yolo_ext.core.config import DistillConfig, PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss
+from yolo_ext.stock.context import replaced
 from yolo_ext.stock.load import load_model
-from yolo_ext.stock.trainer import saved_whole
 from yolo_ext.training.resume import SIDECAR
 from yolo_ext.training.trainer import TRAINERS
 
@@ -241,14 +241,14 @@ def test_checkpoint_works_where_yolo_ext_is_missing(pruned, tmp_path):
 def test_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     file = tmp_path / "weights" / "last.pt"
     own = Path.write_bytes
-    with saved_whole(atomic_write):
+    with replaced(Path, write_bytes=atomic_write):
         file.write_bytes(b"old")
 
     def killed(fd):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("yolo_ext.checkpoint.os.fsync", killed)
-    with pytest.raises(KeyboardInterrupt), saved_whole(atomic_write):
+    with pytest.raises(KeyboardInterrupt), replaced(Path, write_bytes=atomic_write):
         file.write_bytes(b"new but never finished")
     assert Path.write_bytes is own
     assert file.read_bytes() == b"old"

@@ -185,7 +185,6 @@ def test_gradient_mode_is_the_subgradient(fresh, method, momentum, lr):
         p.grad = torch.ones_like(p)
     s = make(model, method, coefficient=0.4, mode="gradient", epochs=1)
     s.set_epoch(0)
-    s.shrink(model, 0.5)  # does nothing in this mode
     s.gradient(model, 0.5, optimizer)
     name, index = next((g.gammas[0][0], g.gammas[0][1]) for g in s.groups if len(g.gammas) == 1)
     p = model.get_parameter(name).detach()

@@ -14,7 +14,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 
 import yolo_ext
-from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock import trainer as stock
 from yolo_ext.training.resume import Exact
@@ -95,12 +94,6 @@ def test_a_scan_that_insists_on_labels_says_what_to_do(monkeypatch):
     with pytest.raises(UsageError, match=match), stock.labels_optional(True):
         YOLODataset.cache_labels(dataset)
     assert dataset.augment and YOLODataset.cache_labels is scan
-
-
-def test_checkpoints_written_in_another_way_are_told(tmp_path, warned):
-    with stock.saved_whole(atomic_write):
-        (tmp_path / "last.pt").touch()
-    assert len(warned) == 1 and "may leave a broken last.pt" in warned[0]
 
 
 # Resume goes on ------------------------------------------------------------------------------------------------------

@@ -38,11 +38,7 @@ def observe(
     model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epoch: int, coefficient: float, penalty: float,
     imgsz: int = 640, *, pull: float = 0.0, graph: Graph | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Describe the sparsity of a model, best the EMA, after an epoch, counted from 0, in a plain record.
-
-    `speedup` and `params` are before / after if the channels near zero were pruned now; `collapsed` are the groups with
-    no more channels in use than protection leaves (if that is less than half), or whose largest score is negligible.
-    """
+    """Describe the sparsity of a model, best the EMA, after an epoch (from 0), and what pruning it now would save."""
     graph, threshold = graph or build_graph(model), cfg.threshold
     criterion = cfg.method if cfg.method in criteria.names() else "slim"  # for a penalty of the user's own
     ties = tied_groups(model, graph, replace(prune_cfg, method=criterion, ratios={}))
@@ -74,7 +70,7 @@ def _collapsed(rows: Sequence[tuple[str, torch.Tensor]], cfg: SparsityConfig) ->
     """Return the names of groups that have nothing left to give, in the order of the model."""
     negligible = cfg.threshold * median(float(v.max()) for _, v in rows) if rows else 0.0
 
-    def gone(v: torch.Tensor) -> bool:
+    def gone(v: torch.Tensor) -> bool:  # no more in use than protection leaves
         used = int((~near_zero(v, cfg.threshold)).sum())
         few = used < len(v) / 2 and used <= max(FEWEST, ceil(cfg.protect * len(v)))
         return few or float(v.max()) <= negligible

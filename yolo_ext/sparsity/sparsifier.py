@@ -42,24 +42,11 @@ class Controller:
 
 
 class Sparsifier:
-    """The penalty of one run. Lives outside the model and is never part of a saved one.
+    """The penalty of one run, never part of a saved model: `coefficient` pulls in all epochs, `pull` in this one."""
 
-    `coefficient` says how far the whole run pulls what the loss does not defend, `pull` how far this epoch does.
-
-    Args:
-        model: The model that is trained, in the layout in which training starts.
-        cfg: Sparsity options.
-        prune_cfg: Pruning options, which say what pruning could remove.
-        epochs: Epochs of the run.
-        prune_epochs: Epochs that start with a pruning; the pull ends at the first of them.
-    Raises: `UsageError`: If the model has nothing to pull on, or an option does not fit.
-    """
-
-    def __init__(
-        self, model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epochs: int,
-        prune_epochs: Sequence[int] = (),
-    ) -> None:  # fmt: skip
-        """Find what pruning with these options could remove."""
+    def __init__(self, model: nn.Module, cfg: SparsityConfig, prune_cfg: PruneConfig, epochs: int,
+                 prune_epochs: Sequence[int] = ()) -> None:  # fmt: skip
+        """Find what pruning with these options could remove; the pull ends at the first of the epochs that prune."""
         self.cfg, self.prune_cfg = cfg, prune_cfg
         self.row = penalties[cfg.method]
         self.scales = Need.SCALES in self.row.needs
@@ -107,7 +94,7 @@ class Sparsifier:
     @torch.no_grad()
     def shrink(self, model: nn.Module, fraction: float) -> None:
         """Pull once for this fraction of the batches of an epoch, after an optimizer step or at the end of one."""
-        if self.pull and fraction and self.cfg.mode == "proximal":
+        if self.pull and fraction:
             if self.cfg.adaptive:
                 self._watch(model)
             factors = self._factors(model, self.pull * fraction)
@@ -118,7 +105,7 @@ class Sparsifier:
     def gradient(self, model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer) -> None:
         """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping."""
         # A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
-        if not (self.pull and fraction and self.cfg.mode == "gradient"):
+        if not (self.pull and fraction):
             return
         settings = {p: group for group in optimizer.param_groups for p in group["params"]}
         kept = layout.join_slots(model, self.layout, self._factors(model, self.pull * fraction))
@@ -176,11 +163,7 @@ class Sparsifier:
         self.state["squares"] = mean.lerp(squares, 1 - MEMORY)
 
     def _ease(self) -> torch.Tensor | float:
-        """Return (C,) ease of each channel: median over own root mean square of the gradient of its scales.
-
-        The proximal step in the metric of adaptive optimizers (ProxGen, Yun et al., 2020, arXiv:2007.07484): a squared
-        gradient tells how much the loss needs a scale, which magnitudes after normal training do not.
-        """
+        """Return (C,) median over own RMS of the gradient of scales: the metric of ProxGen (2020, arXiv:2007.07484)."""
         if "squares" not in self.state:
             return 1.0
         rms = layout.scale_norms(self.state["squares"].sqrt(), self.layout)

@@ -104,32 +104,10 @@ def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> AbstractConte
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
 @contextmanager
-def saved_whole(write: Callable[[Path, bytes], Any]) -> Iterator[None]:
-    """Have the trainer write each checkpoint by `write`, as a whole or not at all."""
-    written: list[Path] = []
-
-    def write_bytes(path: Path, data: Any) -> int:
-        write(path, bytes(data))
-        written.append(path)
-        return len(data)
-
-    with replaced(Path, write_bytes=write_bytes):
-        yield
-    if not written:
-        LOGGER.warning(
-            f"Ultralytics {__version__} writes checkpoints in a way that yolo_ext does not know: "
-            "a run that is killed meanwhile may leave a broken last.pt"
-        )
-
-
-@contextmanager
 def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = False) -> Iterator[None]:
-    """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole.
-
-    The first, last.pt, is replaced behind all else: as long as it holds an epoch, the run can be gone on with.
-    """
+    """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
     stock: Any = engine.strip_optimizer
-    first: list[tuple[Path, Path]] = []
+    first: list[tuple[Path, Path]] = []  # last.pt, replaced behind all else: while it holds an epoch, the run can go on
 
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
         part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
@@ -154,13 +132,11 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
         part.replace(result)
 
 
-@contextmanager
-def plain_labels() -> Iterator[None]:
+def plain_labels() -> AbstractContextManager[None]:
     """Have pictures show names as they are: Matplotlib takes what is between two $ for a formula."""
     import matplotlib
 
-    with matplotlib.rc_context({"text.parse_math": False}):
-        yield
+    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def forget_best(trainer: Any) -> None:
@@ -178,11 +154,7 @@ def order_of(loader: Any) -> tuple[torch.Tensor, bool] | None:
 
 
 def continue_order(loader: Any, order: torch.Tensor, mid_run: bool, resets: bool) -> bool:
-    """Make the next iterator of a loader without workers go on with the order of images, and tell whether it can.
-
-    Mid-run, the uninterrupted run keeps its iterator, which has then ended an epoch, instead of making a new one.
-    `resets` tells that the training loop may reset the loader before it is used; that depends on the version.
-    """
+    """Make the next iterator of a loader without workers, which may be reset before, go on with an order, if it can."""
     make = getattr(loader, "_get_iterator", None)
     if order_of(loader) is None or not callable(make):
         return False
@@ -233,15 +205,7 @@ class Proxy:
         setattr(self.base, name, value)
 
 
-class CriterionProxy(Proxy):
-    """Criterion in front of the task's own one."""
-
-    def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return loss vector and items of the task's criterion."""
-        return self.base(predictions, batch)
-
-
-class LoggedLoss(CriterionProxy):
+class LoggedLoss(Proxy):
     """The task's criterion with more for results.csv: `items()` returns detached scalars by the same names."""
 
     def __call__(self, predictions: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -245,7 +245,7 @@ class CompressionMixin(BEHIND):
     def save_model(self) -> bool:
         """Save checkpoints of stock classes only, and beside them what an exact resume needs."""
         self.exact.save(self)
-        with replaced(self.ema, ema=self.as_stock(self.ema.ema)), engine.saved_whole(atomic_write):
+        with replaced(self.ema, ema=self.as_stock(self.ema.ema)), replaced(Path, write_bytes=atomic_write):
             saved = super().save_model()
         clear(self.wdir, keep=self.exact.path)
         return saved
