@@ -30,22 +30,14 @@ def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
     end2end: bool = False, like: Any = None, loader: Any = None, keep: Any = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a model on the val split: boxes as `map50`, `map`, `f1`, its `f1_conf` and `classes`, others as `top1`.
-
-    `classes` holds the AP50-95 of each class of which the split has objects, by name; `images` is how many there are.
-
-    A model, or ``.pt``, runs without rectangular batches (`end2end`: by its NMS-free head), so that its static export
-    (``.onnx``, ``*_openvino_model``) sees the same pixels. `data` is a YAML, or the folder of a classification set;
-    nothing is downloaded. `like` is the validator of a trainer, whose class and arguments count instead. `keep` is
-    called with the evidence (see `stock.evidence`).
-    """
+    """Return `map50`, `map`, `f1`, `f1_conf`, AP50-95 by `classes` (or `top1`) and `images` of the val split."""
     net = _net(model)
     with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
-        if like is not None:
+        if like is not None:  # the validator of a trainer
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:
             cls, args = validator_of(model, data, net)
-            args |= {"imgsz": imgsz, "rect": False}
+            args |= {"imgsz": imgsz, "rect": False}  # or a static export would see other pixels
             args |= {"model": str(model), "batch": 1} if net is None else {"batch": batch, **head_args(end2end)}
             args |= {"device": "cpu", "mode": "val"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}

@@ -46,10 +46,7 @@ class Evidence:
 
     @classmethod
     def read(cls, path: str | Path) -> "Evidence":
-        """Read the file of an evaluation.
-
-        Raises: `UsageError` if the file is missing or holds something else; nothing in it is run.
-        """
+        """Read the file of an evaluation, in which nothing is run."""
         try:
             with np.load(path, allow_pickle=False) as found:
                 arrays = {k: found[k] for k in found.files}

@@ -26,16 +26,7 @@ REMEDIES = {
 
 
 def check_fit(model: Given, info: Mapping[str, Any], said: tuple[Any, Any], *, rebuilt: bool = False) -> str:
-    """Hold a model against the data that it is to be used with.
-
-    Args:
-        model: The model; or a dict with the `names` of its classes, and more of what `info` holds, of an exported one.
-        info: Data as `data.check.check_data` returns them.
-        said: The model and the data as the user calls them.
-        rebuilt: Whether the model is built anew for the data, as a training does with one that is not pruned.
-    Returns: With `rebuilt`, why the model as it is cannot be measured on these data; "" where it can.
-    Raises: `UsageError`: If the model cannot be used with the data; the message says what to do.
-    """
+    """Refuse data, `said` as the user calls both, that do not fit a model; one that is `rebuilt` for them: say why."""
     found = next(differences(model, info), None)
     if found is None:
         return ""

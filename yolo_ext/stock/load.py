@@ -86,13 +86,7 @@ def no_autoinstall() -> AbstractContextManager[None]:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a YOLO or RT-DETR from a ``.pt`` or build one from a ``.yaml``.
-
-    Args:
-        path: Checkpoint or model YAML. Only official weights that are not there are downloaded; nothing is installed.
-    Returns: The float32 model in eval mode with gradients enabled, and the checkpoint dict (empty for a YAML).
-    Raises: `UsageError`: If the file is missing, is not a YOLO, or needs classes that are not there.
-    """
+    """Return a YOLO or RT-DETR of a ``.pt`` or YAML, in float32 and eval mode, and the dict of its checkpoint or {}."""
     check_stock()
     p = Path(path)
     refuse_renamed(p)

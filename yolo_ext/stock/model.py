@@ -33,11 +33,8 @@ FUSIONS = _classes(block, "CBFuse")  # add parts of several cut outputs
 SUMS = _classes(block, "Bottleneck", "CIB", "SPPF")  # return their input plus what they made of it, if `add` says so
 DFL = _classes(block, "DFL")
 BRANCHED = (*_classes(conv, "Conv2", "RepConv"), *_classes(block, "RepVGGDW"))  # several branches until they are fused
-
 SECTIONS = ("backbone", "neck", "head")  # of a model YAML
-
 THOP = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
-
 # Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
 WIDEST_BRANCH = {"RepConv": "conv1.conv", "RepVGGDW": "conv.conv"}
 
