@@ -65,14 +65,17 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
 def smaller(model: nn.Module, target: float, imgsz: int) -> tuple[str, nn.Module]:
     """Build the model of `smaller_yaml` with random weights; return its name, such as ``yolov8n width 0.17``, too."""
     yaml = smaller_yaml(model, target, imgsz)
-    return f"{Path(str(yaml.get('yaml_file', 'model'))).stem} width {_width(yaml):.2f}", _build(model, yaml)
+    width = yaml["scales"][yaml["scale"]][1]
+    return f"{Path(str(yaml.get('yaml_file', 'model'))).stem} width {width:.2f}", _build(model, yaml)
 
 
 def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
     """Return the YAML of the same family and depth whose GFLOPs at `imgsz` pixels are nearest to `target`."""
     full: dict[str, Any] = dict(deepcopy(manifest(model).yaml or model.yaml))
-    full["nc"] = len(model.names)  # of a classifier the YAML may be out of date
-    widest = _width(full)
+    scales = full.get("scales") or {"n": [full.get("depth_multiple", 1.0), full.get("width_multiple", 1.0), math.inf]}
+    scale = full.get("scale") if full.get("scale") in scales else next(iter(scales))
+    full |= {"nc": len(model.names), "scale": scale, "scales": {scale: scales[scale]}}  # its nc may be out of date
+    widest = scales[scale][1]
     widths = [*(k * STEP for k in range(1, math.ceil(widest / STEP))), widest]
     found: dict[float, float] = {}
     low, middle, high = -1, len(widths) - 1, len(widths) - 1
@@ -90,22 +93,11 @@ def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
     return _scaled(full, min(found, key=lambda w: abs(found[w] - target)))
 
 
-def _scale(yaml: dict[str, Any]) -> str:
-    return yaml.get("scale") or next(iter(yaml["scales"]))
-
-
-def _width(yaml: dict[str, Any]) -> float:
-    return float(yaml["scales"][_scale(yaml)][1] if yaml.get("scales") else yaml.get("width_multiple", 1.0))
-
-
 def _scaled(full: dict[str, Any], width: float) -> dict[str, Any]:
     """Return a copy of a model dict with another width multiple."""
-    yaml, share, most = deepcopy(full), width / _width(full), float("inf")
-    if yaml.get("scales"):
-        depth, _, most = yaml["scales"][_scale(yaml)]
-        yaml["scales"] = {_scale(yaml): [depth, width, most]}
-    else:
-        yaml["width_multiple"] = width
+    yaml = deepcopy(full)
+    depth, widest, most = yaml["scales"][yaml["scale"]]
+    yaml["scales"], share = {yaml["scale"]: [depth, width, most]}, width / widest
     for _, _, module, args in yaml["backbone"] + yaml["head"]:
         for i in UNSCALED.get(module, ()):
             narrow = [make_divisible(c * share, 8) for c in (args[i] if isinstance(args[i], list) else [args[i]])]
