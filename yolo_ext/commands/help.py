@@ -25,8 +25,7 @@ FORWARDED = {  # commands of Ultralytics: what they do, examples
     "benchmark": ("Benchmark export formats", "model=best.pt data=data.yaml imgsz=640"),
 }  # fmt: skip
 STOCK = ("predict", *FORWARDED)  # whose keys Ultralytics reads; predict is ours where it compares
-ALL = ("prune", "distill", "quant", "sparsity")
-TOPICS = {"compress": ALL, "train": ALL, "quantize": ("quant",), **{technique: (technique,) for technique in ALL}}
+TOPICS = {"compress": (*CONFIGS,), "train": (*CONFIGS,), "quantize": ("quant",), **{t: (t,) for t in CONFIGS}}
 TABLES = {  # of methods, by technique
     "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
     "sparsity": ("sparsity.penalties:penalties",),

@@ -217,21 +217,17 @@ def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str,
     score = accuracy.key if (accuracy := judged([*rows.values()])) else "map"
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}") is not None), "torch")
     change = {k: None if r.delta == ABSENT else r.delta for k, r in rows.items()}
-    return {
+    row = {
         "settings": " ".join(f"{k}={v}" for k, v in summary["settings"].items() if v not in (None, "")),
         "method": told.get("method"), "ratio": told.get("ratio"),
         "params": after.get("params"), "params_change": change.get("params"),
-        "gflops": _rounded(after, "gflops"), "gflops_change": change.get("gflops"),
-        "size_mb": _rounded(after, "size_mb"), "accuracy": _rounded(after, score), "accuracy_change": change.get(score),
-        "latency_ms": _rounded(after, f"latency_ms.{speed}"),
-        "latency_batch32_ms": _rounded(after, f"latency_batch32_ms.{speed}"),
+        "gflops": figure(after, "gflops"), "gflops_change": change.get("gflops"), "size_mb": figure(after, "size_mb"),
+        "accuracy": figure(after, score), "accuracy_change": change.get(score),
+        "latency_ms": figure(after, f"latency_ms.{speed}"),
+        "latency_batch32_ms": figure(after, f"latency_batch32_ms.{speed}"),
         "training_s": told.get("training_s"), "conclusion": summary["headline"],
     }  # fmt: skip
-
-
-def _rounded(measurement: dict[str, Any], key: str) -> float | None:
-    """Return a figure of a measurement with four decimals."""
-    return None if (value := figure(measurement, key)) is None else round(value, 4)
+    return {k: round(value, 4) if isinstance(value, float) else value for k, value in row.items()}
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
