@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.deployment.decode import Size, height_width
+from yolo_ext.deployment.decode import Size, full_batches, height_width
 from yolo_ext.deployment.export import export_onnx, max_relative_error
-from yolo_ext.deployment.runtime import Predict, Source, describe, full_batches, is_final, load_image, run, session
+from yolo_ext.deployment.runtime import Predict, Source, describe, is_final, load_image, run, session
 from yolo_ext.stock import deployed, module_path, quiet
 from yolo_ext.stock.load import as_exported, choose_head, float_model
 
@@ -200,9 +200,8 @@ def _gap(a: np.ndarray | None, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return float("inf")
     finite = np.isfinite(a)
-    scale = float(np.abs(a[finite]).max(initial=0.0)) + 1e-12
-    error = np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)).max(initial=0.0)
-    return float("inf") if np.isnan(error) else float(error) / scale
+    a, b = (np.where(finite, x, 0) for x in (a, b))
+    return max_relative_error([a], [b], floor=float(np.abs(a).max(initial=0.0)) + 1e-12)
 
 
 def _tensors(proto: onnx.ModelProto, names: list[str], x: np.ndarray) -> dict[str, np.ndarray]:

@@ -57,15 +57,7 @@ def resamples(images: int, n: int, seed: int = 0) -> np.ndarray:
 
 
 def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the average precision of one class, as Ultralytics interpolates it, in each resample of the images.
-
-    Args:
-        hits: (D, 10), right at each IoU, by falling confidence.
-        image: (D,) index of the image of each detection.
-        targets: (R,) targets in each resample.
-        weights: (R, N), how often each image is drawn.
-    Returns: (R, 10); NaN where a resample has no target.
-    """
+    """Return AP (R, 10) of (D, 10) `hits` by falling confidence, of (R, N) `weights` of images and (R,) `targets`."""
     found = np.zeros((len(weights), hits.shape[1]))
     end = int(np.flatnonzero(hits.any(1))[-1]) + 1 if hits.any() else 0  # what comes behind the last hit counts nothing
     drawn = weights[:, image[:end]]
@@ -174,20 +166,7 @@ def calibration_error(e: Evidence, bins: int = 10) -> float:
 
 def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within: float = 0.005, n: int = 1000,
             confidence: float = 0.95, seed: int = 0) -> list[Change]:  # fmt: skip
-    """Compare two models figure by figure, with intervals.
-
-    Args:
-        base: Evidence of the model that is the reference.
-        new: Evidence of the other one over the same images.
-        conf: Confidence that is deployed; by default that with the best F1 of the base.
-        within: Difference that matters; what is surely smaller is the same.
-        n: Resamples of the images.
-        confidence: Of the intervals. Those of classes and sizes hold for all of them together.
-        seed: Of the resamples.
-
-    Returns: One change for each figure, the overall ones first.
-    Raises: `UsageError` if the two were not measured on the same images and labels.
-    """
+    """Compare two models at the deployed `conf` figure by figure, the overall ones first, by `n` resamples."""
     check_same(base, new)
     weights = resamples(len(base.images), n, seed)
     conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
@@ -229,10 +208,7 @@ def check_same(base: Evidence, new: Evidence) -> None:
 
 
 def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = False) -> list[dict[str, Any]]:
-    """Return the checks of a contract: by figure, the lowest change that is allowed, such as ``{"recall.car": -0.02}``.
-
-    With `sure` the lower end of the interval has to hold the limit, else the change itself.
-    """
+    """Return the checks of the lowest changes that are allowed, for `sure` by the lower ends of their intervals."""
     known = {c.name: c for c in found}
     checks = []
     for name, limit in limits.items():

@@ -90,6 +90,12 @@ def height_width(imgsz: Size) -> tuple[int, int]:
     return int(h), int(w)
 
 
+def full_batches(x: np.ndarray, size: int) -> np.ndarray:
+    """Return images (B, C, H, W), the last one repeated until they fill batches of a static graph's size."""
+    missing = -len(x) % size
+    return np.concatenate([x, np.repeat(x[-1:], missing, 0)]) if missing else x
+
+
 def fit(inside: Sequence[int], image: Sequence[int]) -> tuple[float, float, int, int]:
     """Return scale in x and y, left and top border in px of a letterboxed picture, from (height, width) of both."""
     gain = min(inside[0] / image[0], inside[1] / image[1])

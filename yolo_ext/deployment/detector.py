@@ -93,9 +93,7 @@ class Detector:
     def _detect(self, sources: Sequence[Image]) -> list[Detections]:
         """Return what is found in at most a batch of pictures."""
         images = [_read(source, self._channels) for source in sources]
-        x = np.stack([self._prepare(image) for image in images])
-        if self._batch > len(x):  # a graph of fixed batch size takes no fewer
-            x = np.concatenate([x, np.zeros((self._batch - len(x), *x.shape[1:]), x.dtype)])
+        x = decode.full_batches(np.stack([self._prepare(image) for image in images]), self._batch)
         outputs = [y.astype(np.float32, copy=False) for y in self._session.run(None, {self._name: x})]
         found = [self._decode([y[i] for y in outputs], x.shape[2:], image) for i, image in enumerate(images)]
         return [replace(one, source=source) for one, source in zip(found, sources)]

@@ -18,10 +18,10 @@ from ultralytics.utils.nms import non_max_suppression
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment import decode
-from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.detector import open_session, read_metadata, session_options
+from yolo_ext.deployment.decode import Size, full_batches, height_width
+from yolo_ext.deployment.detector import letterbox, open_session, read_metadata, session_options
 from yolo_ext.stock import OPAQUE, input_channels
-from yolo_ext.stock.load import LetterBox, as_exported, choose_head, float_model, planes, read_image, with_nms
+from yolo_ext.stock.load import as_exported, choose_head, float_model, planes, read_image, with_nms
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
@@ -42,8 +42,7 @@ def load_image(path: str | Path, imgsz: Size, channels: int = 3) -> np.ndarray:
 
 def preprocess(image: np.ndarray, imgsz: Size) -> np.ndarray:
     """Letterbox a picture (height, width, C), BGR, 0..255, to (1, C, height, width), RGB, float32 in 0..1."""
-    boxed: Any = LetterBox(height_width(imgsz), auto=False)(image=image)
-    return np.ascontiguousarray(planes(boxed)[None], dtype=np.float32) / 255
+    return np.ascontiguousarray(planes(letterbox(image, height_width(imgsz)))[None], dtype=np.float32) / 255
 
 
 def is_final(meta: dict[str, Any]) -> bool:
@@ -163,11 +162,6 @@ def _in_px(predict: Predict) -> Predict:
     return forward
 
 
-def full_batches(x: np.ndarray, size: int) -> np.ndarray:
-    """Return images (B, C, H, W), the last one repeated until they fill batches of a static graph's size."""
-    return np.concatenate([x, np.repeat(x[-1:], -len(x) % size, 0)])
-
-
 def need_openvino() -> Any:
     """Return the module of OpenVINO, and refuse to go on where it is not installed."""
     try:
@@ -189,10 +183,7 @@ def compiled(folder: str | Path, threads: int = 1, options: dict[str, str] | Non
 
 
 def conv_report(path: str | Path) -> dict[str, Any]:
-    """Count the convolutions that the runtime of an ONNX file or OpenVINO folder runs in integers on this CPU.
-
-    Returns: Its name as `runtime`, how many `convs` and `int8_convs`, the names of these, and why the others are float.
-    """
+    """Count the convolutions of an ONNX file or OpenVINO folder and those run in integers on this CPU, or why not."""
     runtime, reasons = ("OpenVINO", _openvino_convs(path)) if Path(path).is_dir() else ("ONNX Runtime", _convs(path))
     floats = {name: why for name, why in reasons.items() if why}
     done = [name for name in reasons if name not in floats]

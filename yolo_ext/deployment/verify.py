@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Proof that an exported file does what the model does: raw tensors, detections, INT8 against its simulation, mAP."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,13 @@ CONFIDENT = 0.1  # anchors below this score never become detections, and their b
 def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size) -> dict[str, Any]:
     """Compare the raw outputs of a torch model and of its float export (in FP16: of confident anchors only)."""
     meta = describe(onnx_path)
-    if len(meta["shape"]) == 4 and None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
+    if None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
         raise UsageError(f"'{onnx_path}' is a static graph of shape {meta['shape']}; imgsz={imgsz} does not fit it.")
     pair = predictor(model, end2end=meta["end2end"], nms=meta["nms"]), predictor(onnx_path)
     found = compare(*pair, inputs(images, imgsz, meta), meta)
     more = {k: found[k] for k in ("inputs", "shapes", "worst")}
     rows = found["rows"] if meta["precision"] == "fp32" or meta["task"] == "classify" else _confident(found["rows"])
     return {**summary(rows), "extra_max": found["rest"], **more}
-
-
-def _images(images: Iterable[str | Path], imgsz: Size, meta: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield images (1, C, H, W) with the channels of a model."""
-    yield from (load_image(path, imgsz, meta["channels"]) for path in images)
 
 
 def _confident(rows: np.ndarray) -> np.ndarray:
@@ -133,7 +128,8 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
         pairs |= {"torch": (simulated, torch_one), "rounding": (torch_one, moved)}
     result: dict[str, Any] = {}
     for name, (reference, other) in pairs.items():
-        rows = _confident(compare(reference, other, _images(images, imgsz, meta), meta)["rows"])
+        batches = (load_image(path, imgsz, meta["channels"]) for path in images)
+        rows = _confident(compare(reference, other, batches, meta)["rows"])
         result |= {name: {**summary(rows), "score_p99": float(np.quantile(rows[:, 1], 0.99))}, "anchors": len(rows)}
     if meta["task"] in BOXES:
         result["detections"] = verify_detections(fp32_onnx, int8_onnx, images, imgsz, match_iou=0.5, margin=0.05)
