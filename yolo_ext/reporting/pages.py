@@ -208,23 +208,11 @@ def render_review(title: str, records: Sequence[Record], files: Mapping[str, Pat
     filters += [{"name": names[c], "key": f"c{c}", "color": _color(c), "count": n} for c, n in sorted(seen.items())]
     if empty := sum(not r["objects"] for r in shown):
         filters.append({"name": "Nothing found", "key": "none", "color": "", "count": empty})
-    shots = [_shot(r, files[r["image"]], names, (previews or {}).get(r["image"], "")) for r in shown]
+    links = {name: quote(preview, errors="replace") for name, preview in (previews or {}).items()}
+    shots = [{**r, "thumbnail": _data_url(files[r["image"]], THUMB), "link": links.get(r["image"])} for r in shown]
     counts, known = class_counts(records, names), {"names": names, "low": LOW, "skipped": skipped or {}}
     page = {"title": title, "notes": notes, "counts": counts, "filters": filters, "shots": shots, **known}
     return ENVIRONMENT.get_template("review.html.j2").render(**page, total=len(records))
-
-
-def _shot(record: Record, file: Path, names: Mapping[int, str], preview: str) -> dict[str, Any]:
-    """Return what is shown of one image: boxes as SVG stay sharp and can be filtered."""
-    low, found = lowest(record), sorted({o["class"] for o in record["objects"]})
-    ranges = {c: [o["confidence"] for o in record["objects"] if o["class"] == c] for c in found}
-    tone, word = ("none", "nothing found") if low is None else ("warn" if low < LOW else "", f"lowest {low:.2f}")
-    return {
-        **record, "thumbnail": _data_url(file, THUMB), "link": quote(preview, errors="replace"), "tone": tone,
-        "word": word, "classes": " ".join(f"c{c}" for c in found) or "none",
-        "order": ";".join(f"--c{c}:{round(1e4 * min(v))}" for c, v in ranges.items()),
-        "text": " · ".join(f"{len(v)} {names[c]} from {min(v):.2f}" for c, v in ranges.items()),
-    }  # fmt: skip
 
 
 def _color(index: int) -> str:
