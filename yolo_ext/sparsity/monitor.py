@@ -8,7 +8,7 @@ pruning options leave prunable count.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, isfinite
 from pathlib import Path
 from statistics import median
@@ -92,29 +92,15 @@ def conclusion(epochs: Sequence[dict[str, Any]], held: Sequence[str], max_drop: 
     return said
 
 
-def columns(record: dict[str, Any]) -> dict[str, float]:
-    """Return what of a record goes into results.csv and to loggers; the keys are the same at each epoch."""
-    return {f"sparsity/{k}": record[k] for k in ("share", "speedup", "coefficient", "pull")}
+def noted(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Add the record of an epoch to `sparsity.json`, in place of what a killed run left behind, and return the file."""
+    path = folder / FILE
+    history = json.loads(path.read_text()) if path.is_file() else {"edges": EDGES, "epochs": []}
+    history["epochs"] = [r for r in history["epochs"] if r["epoch"] < record["epoch"]] + [record]
+    atomic_write(path, json.dumps(history))
+    return history
 
 
-@dataclass(frozen=True)
-class History:
-    """The records of a run, in `sparsity.json` of its folder: `edges` of the histograms, and `epochs`, the records."""
-
-    folder: Path
-
-    def read(self) -> dict[str, Any]:
-        """Return what the file holds; without a file there are no epochs yet."""
-        path = Path(self.folder) / FILE
-        return json.loads(path.read_text()) if path.is_file() else {"edges": EDGES, "epochs": []}
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add the record of an epoch; those of this and later epochs, which a killed run left behind, go."""
-        history = self.read()
-        history["epochs"] = [r for r in history["epochs"] if r["epoch"] < record["epoch"]] + [record]
-        atomic_write(Path(self.folder) / FILE, json.dumps(history))
-
-    def plot(self) -> list[Path]:
-        """Draw `sparsity.png` and `sparsity_layers.png`, and return their paths."""
-        history, folder = self.read(), Path(self.folder)
-        return [plot_ridge(history, folder / "sparsity.png"), plot_layers(history, folder / "sparsity_layers.png")]
+def plot(history: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw `sparsity.png` and `sparsity_layers.png` of the content of `sparsity.json`, and return their paths."""
+    return [plot_ridge(history, folder / "sparsity.png"), plot_layers(history, folder / "sparsity_layers.png")]

@@ -20,17 +20,13 @@ DEFAULTS = {"slim": 2.0, "group_slim": 2.0, "group_sl": 8.0, "group_reg": 4.0}
 
 @dataclass
 class Channels:
-    """All C channels of all prunable groups, numbered through, as they are at this step.
-
-    `norms` is the root mean square of the scales of a channel for a penalty that needs scales, else the norm of all
-    coupled weights, with BatchNorm folded in.
-    """
+    """All C channels of all prunable groups, numbered through, as they are at this step."""
 
     group: torch.Tensor  # (C,) number of the group of each channel
     groups: int  # their number
     gammas: torch.Tensor  # (m,) BatchNorm scales over them
     owner: torch.Tensor  # (m,) channel of each scale
-    norms: torch.Tensor  # (C,) strength of each channel
+    norms: torch.Tensor  # (C,) RMS of the scales of each, or norm of all coupled weights with BatchNorm folded in
     coefficient: float  # pull over the whole run
     ease: torch.Tensor | float = 1.0  # (C,) how easily each moves, 1 for the median; 1.0 where nothing is known
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # kept between steps and saved with the run
@@ -77,10 +73,7 @@ def group_sl(channels: Channels, pull: float) -> torch.Tensor:
 @penalties.row("group_reg", "L2 on all coupled weights that grows for the channels that stay weak",
                needs=[Need.WEIGHTS], paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243")  # fmt: skip
 def group_reg(channels: Channels, pull: float) -> torch.Tensor:
-    """Return (C,) factors whose decay grows with the weakness so far; over a run they come to exp(-coefficient * rank).
-
-    Its decay over the run is the integral of 2 * grown / coefficient over the pull, in the middle of each step.
-    """
+    """Return (C,) factors whose decay grows with the weakness so far; in all they come to exp(-coefficient * rank)."""
     grown = channels.state.setdefault("grown", torch.zeros_like(channels.norms))
     more = pull * channels.weakness()
     decay = 2 * channels.drawn(pull) * (grown + more / 2) / channels.coefficient

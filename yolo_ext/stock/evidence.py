@@ -19,18 +19,14 @@ KINDS = {"tp": "box", "tp_m": "mask", "tp_p": "pose"}  # what Ultralytics' valid
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Detections and targets of the images of a split; of a classifier one detection and one target by image.
-
-    Areas are in pixels of the original image; a detection that hits a target has the area of the target, so that the
-    detections of a bin of sizes are those that COCO's evaluation counts there.
-    """
+    """Detections and targets of the images of a split; of a classifier one detection and one target by image."""
 
     about: dict[str, Any]  # task, names (by index), and hashes of images, labels, model and settings
     images: list[str]  # names of the N images
     image: np.ndarray  # (D,) index of the image of each detection
     cls: np.ndarray  # (D,) its class
     conf: np.ndarray  # (D,) its confidence
-    area: np.ndarray  # (D,)
+    area: np.ndarray  # (D,) in pixels of the original image, or that of the target that is hit, as COCO bins sizes
     target_image: np.ndarray  # (T,) index of the image of each target
     target_cls: np.ndarray  # (T,)
     target_area: np.ndarray  # (T,)

@@ -33,7 +33,6 @@ METHODS = {
 EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
 
-# Premises -----------------------------------------------------------------------------------------------------------
 def check_trainer(stock: Any) -> None:
     """Refuse a trainer that lacks what ours extends, seen through `super()`: its method would just never be called."""
     lacking = [f"the method {m}()" for m, n in METHODS.items() if not callable_with(getattr(stock, m, None), n)]
@@ -54,7 +53,6 @@ def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
     trainer.__class__ = known.get(stock) or type(f"Compression{stock.__name__}", (mixin, stock), {})
 
 
-# Several devices ----------------------------------------------------------------------------------------------------
 def agreed(decide: Callable[[], Any]) -> Any:
     """Return what rank 0 decides; on several devices the others receive it as data, or its error."""
     dist = torch.distributed
@@ -72,7 +70,6 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return box[0]
 
 
-# Data and batch size ------------------------------------------------------------------------------------------------
 @contextmanager
 def labels_optional(wanted: bool) -> Iterator[None]:
     """Have Ultralytics take a train split without any labels, where training needs none."""
@@ -102,7 +99,6 @@ def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> AbstractConte
     return model.register_forward_hook(hook)
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------
 @contextmanager
 def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = False) -> Iterator[None]:
     """Have Ultralytics strip final checkpoints beside the old ones, which are then finalized and replaced whole."""
@@ -145,7 +141,6 @@ def forget_best(trainer: Any) -> None:
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
 
 
-# Order of images ----------------------------------------------------------------------------------------------------
 def order_of(loader: Any) -> tuple[torch.Tensor, bool] | None:
     """Return the state of a loader's generator and whether it has begun; None where the loader shows neither."""
     if getattr(loader, "generator", None) is None or not hasattr(loader, "iterator"):
@@ -178,7 +173,6 @@ def continue_order(loader: Any, order: torch.Tensor, mid_run: bool, resets: bool
     return True
 
 
-# In front of criterion and validator ----------------------------------------------------------------------------------
 class Proxy:
     """Object with the interface of the one that it wraps; a copy of it is the plain one."""
 

@@ -91,14 +91,13 @@ class Sparse(Technique):
                    "held": bool(held)}  # fmt: skip
         for model in (live(trainer), ema):
             note(model, sparsity=summary)
-        history = monitor.History(trainer.save_dir)
-        history.append(record)
-        for picture in history.plot():
+        history = monitor.noted(trainer.save_dir, record)
+        for picture in monitor.plot(history, trainer.save_dir):
             trainer.on_plot(picture)
         if trainer.epoch + 1 == trainer.epochs:
-            told = monitor.conclusion(history.read()["epochs"], held, cfg.max_drop)
+            told = monitor.conclusion(history["epochs"], held, cfg.max_drop)
             LOGGER.info(f"{colorstr('sparsity: ')}{told}")
-        return monitor.columns(record)
+        return {f"sparsity/{k}": record[k] for k in ("share", "speedup", "coefficient", "pull")}
 
     def state(self) -> dict[str, Any]:
         """Return the state of the sparsifier."""
