@@ -45,7 +45,7 @@ def compress(
     return _compress("compress", **locals())
 
 
-@command("Train with any technique in the loop", examples=(
+@command("Train with any technique in the loop", like=compress, examples=(
     "model=yolov8n.pt data=data.yaml epochs=100 distill.teacher=bigger.pt",
     "model=best.pt data=data.yaml epochs=40 prune.speedup=3 prune.steps=4 prune.every=3",
     "model=best.pt data=data.yaml epochs=10 quant.mode=qat"))  # fmt: skip
@@ -65,9 +65,6 @@ def train(
         prune: Options of pruning while training.
         distill: Options of distillation.
         quant: Options of quantization-aware training.
-        max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
-            where it lost more.
-        save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json``.
     Raises: `UsageError` if the input is wrong.

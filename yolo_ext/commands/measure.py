@@ -69,11 +69,13 @@ def bench(
         [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
         for k, v in {"threads": threads, "batch": batch}.items()
     )
-    first, size, env = (counts[0], batches[0]), _size(files[0], imgsz), stock.cpu_info()
+    first, env = (counts[0], batches[0]), stock.cpu_info()
+    about = {} if Path(files[0]).is_dir() else describe(files[0])
+    given = stock.image_size(*stock.load_model(files[0]), imgsz) if files[0].endswith(".pt") else imgsz
+    size = given or about.get("imgsz", (640,))[0]
     LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items() if v is not None))
     env["load"] = stock.tell_busy()
-    channels = 3 if Path(files[0]).is_dir() else describe(files[0])["channels"]
-    image, name = _image(data, source, size, channels)
+    image, name = _image(data, source, size, about.get("channels", 3))
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
     metric = stock.metric("classify" if any("top1" in a for a in about.values()) else "detect")
@@ -96,16 +98,6 @@ def bench(
     best = min(rows[: len(files)], key=lambda r: r["median"])["model"]
     runs.saved(folder, f"yolo predict model={best} imgsz={size} source=image.jpg")
     return found
-
-
-def _size(file: str, given: int | None) -> int:
-    """Return the side of the input in pixels that the user asks for, else that of the file."""
-    from yolo_ext import stock
-    from yolo_ext.deployment.runtime import describe
-
-    if file.endswith(".pt"):
-        return stock.image_size(*stock.load_model(file), given)
-    return given or (describe(file)["imgsz"][0] if file.endswith(".onnx") else 640)
 
 
 def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int) -> list[dict[str, Any]]:

@@ -62,12 +62,9 @@ class PruneConfig:
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
     params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
-    runtime: str = option("ort", "What prune.latency is measured on, one thread", choices=("ort", "torch"),
-                          only="latency")  # fmt: skip
+    runtime: str = option("ort", "What measures prune.latency, one thread", choices=("ort", "torch"), only="latency")
     size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
-    max_drop: float | None = option(
-        None, "Target: as far as mAP50-95 drops by no more; beside another target, checked", above=0.0
-    )
+    max_drop: float | None = option(None, "Target: mAP50-95 drops by no more; beside another one, a check", above=0.0)
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
     scope: str = option(
         "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
@@ -89,21 +86,16 @@ class PruneConfig:
     steps: int | None = option(None, "While training: largest number of prunings", low=1)
     schedule: str = option("cubic", "While training: how the target grows by step", choices=("cubic", "linear"),
                            only="at or every or steps")  # fmt: skip
-    images: int = option(
-        128, "Train images for criteria, budgets and trials that need data", low=1, only="kind=structured"
-    )
+    images: int = option(128, "Train images for criteria, budgets and trials with data", low=1, only="kind=structured")
     recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0,
                               only="kind=structured/2:4")  # fmt: skip
-    force: bool = option(False, "Prune by a sparsity criterion although the model was not trained for it",
-                         only="kind=structured")  # fmt: skip
+    force: bool = option(False, "Prune by a sparsity criterion without sparsity training", only="kind=structured")
     compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
                            only="kind=structured", stages=True)  # fmt: skip
     seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
     budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0, only="scope=pagcp")
     total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0, only="scope=pagcp")
-    topk: float = option(
-        0.8, "PAGCP: share of layers that are pruned in the end", above=0.0, high=1.0, only="scope=pagcp"
-    )
+    topk: float = option(0.8, "PAGCP: share of layers pruned in the end", above=0.0, high=1.0, only="scope=pagcp")
 
 
 TARGETS = ("speedup", "params", "latency", "size_mb", "ratio", "max_drop")  # of pruning; the last may limit another
@@ -121,18 +113,15 @@ class SparsityConfig:
     adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)",
                             only="mode=proximal")  # fmt: skip
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
-    final: float = option(0.1, "Share of the pull that is left at the end", low=0.0, high=1.0,
-                          only="schedule=linear/cosine")  # fmt: skip
+    final: float = option(0.1, "Share of the pull left at the end", low=0.0, high=1.0, only="schedule=linear/cosine")
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
     end: int | None = option(None, "First epoch without a pull; None pulls to the end or to the first pruning", low=1)
     warmup: int = option(1, "Epochs over which the pull rises", low=0)
     epochs: int = option(15, "Epochs of the sparsify stage of `yolo-ext compress` and `prune`", low=1, stages=True)
     threshold: float = option(0.01, "Channels below this (of the largest of their group) count as gone", above=0.0)
     auto: bool = option(False, "Raise the pull until `target` is reached or mAP drops by `max_drop`, then lower it")
-    target: float = option(0.5, "Share of channels below the threshold that `auto` aims at", above=0.0, below=1.0,
-                           only="auto")  # fmt: skip
-    max_drop: float = option(0.05, "Largest drop of the fitness during sparsity training that `auto` allows", above=0.0,
-                             only="auto")  # fmt: skip
+    target: float = option(0.5, "Share of channels to bring below the threshold", above=0.0, below=1.0, only="auto")
+    max_drop: float = option(0.05, "Largest drop of the fitness that `auto` allows", above=0.0, only="auto")
     protect: float = option(0.1, "Strongest share of each group, at least 8, that never goes", low=0.0, high=1.0)
 
 
@@ -151,9 +140,7 @@ class DistillConfig:
     feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0, only="features")
     logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0, only="logits")
     temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)
-    layers: list[str] = option(
-        [], "Feature maps: neck (default), backbone, index, name; 'student:teacher' where unlike"
-    )
+    layers: list[str] = option([], "Feature maps: neck (default), backbone, index, name; 'student:teacher' if unlike")
     schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
     start: int = option(0, "First epoch with distillation, counted from 0", low=0)
@@ -164,9 +151,7 @@ class DistillConfig:
     beta: float = option(1.0, "Weight of all distillation losses together (soft targets)", low=0.0)
     balance: str = option("fixed", "fixed: weights as given; auto: keep distillation at `share` of the task loss",
                           choices=("fixed", "auto"))  # fmt: skip
-    share: float = option(
-        0.3, "Distillation loss / task loss that is kept, times the schedule", above=0.0, only="balance=auto"
-    )
+    share: float = option(0.3, "Distillation loss / task loss, times the schedule", above=0.0, only="balance=auto")
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
     imgsz: int | None = option(None, "Longer side in pixels of the teacher's images; None: as they are", low=32)
     half: bool | None = option(None, "Teacher in bfloat16 on a CPU; None: where it computes in it. On a GPU: float16")
@@ -192,12 +177,10 @@ class QuantConfig:
     bn: bool = option(False, "PTQ: re-estimate BatchNorm of the quantized model")
     bias_correction: bool = option(False, "PTQ: take the mean error of each channel out of its bias")
     adaround: int = option(0, "PTQ: steps per block that learn the rounding of the weights (AdaRound); 0 is off", low=0)
-    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX against its float self", low=0.0,
-                             stages=True)  # fmt: skip
+    max_drop: float = option(0.01, "Budget: largest mAP50-95 loss of the INT8 ONNX", low=0.0, stages=True)
     mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried",
                          only="mode=auto/ptq", stages=True)  # fmt: skip
-    strict: bool = option(False, "Fail when a convolution that should run as INT8 does not, or when mAP collapses",
-                          stages=True)  # fmt: skip
+    strict: bool = option(False, "Fail when a convolution that should be INT8 is not, or mAP collapses", stages=True)
     epochs: int = option(10, "QAT epochs", low=1, only="mode=auto/qat", stages=True)
     lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0, only="mode=auto/qat")
     observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0, only="mode=auto/qat")
