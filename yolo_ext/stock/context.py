@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import psutil
 import torch
 import ultralytics
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from ultralytics import cfg, utils
 from ultralytics.cfg import TASKS, cfg2dict, get_cfg, get_save_dir, merge_equals_args, parse_key_value_pair
 from ultralytics.data import augment, build_yolo_dataset
@@ -165,26 +167,19 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-@torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
     """Re-estimate BatchNorm from images (B, C, H, W) in 0..1 (EagleEye, arXiv:2007.02491), and return their number."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    momenta, training, seen = [m.momentum for m in norms], model.training, 0
-    device = next(model.parameters()).device
-    model.train()
-    try:
-        for x in batches:
-            if not seen:  # not before: without any image the old statistics stay
-                for m in norms:
-                    m.reset_running_stats()
-                    m.momentum = None  # cumulative average over all batches
-            model(x.to(device))
-            seen += len(x)
-    finally:
-        for m, momentum in zip(norms, momenta):
-            m.momentum = momentum
-        model.train(training)
-    return seen
+    waiting, sizes = iter(batches), list[int]()
+    if (first := next(waiting, None)) is None:  # the old statistics stay
+        return 0
+
+    def counted() -> Iterator[torch.Tensor]:
+        for x in chain([first], waiting):
+            sizes.append(len(x))
+            yield x
+
+    update_bn(counted(), model, next(model.parameters()).device)
+    return sum(sizes)
 
 
 def native_bf16() -> bool:
