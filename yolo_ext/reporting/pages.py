@@ -5,9 +5,7 @@ import base64
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -155,21 +153,11 @@ def _data_url(file: Path, side: int, limit: float = math.inf) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
 
-def _plain(value: Any) -> Any:
-    """Reduce a value to what JSON holds: NaN and infinity become null, paths and unknown objects text."""
-    if isinstance(value, Mapping):
-        return {_plain(str(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, str):  # half of a character, as file names may hold, cannot be written
-        return value.encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays
-        return _plain(value.tolist())
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
+def _plain(report: Report) -> Any:
+    """Reduce a report to what JSON holds: NaN and infinity become null, arrays lists, unknown objects text."""
+    text = json.dumps(report, ensure_ascii=False, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    whole = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold, cannot be written
+    return json.loads(whole, parse_constant=lambda _: None)
 
 
 def lowest(record: Record) -> float | None:
@@ -203,20 +191,11 @@ def render_review(title: str, records: Sequence[Record], files: Mapping[str, Pat
                   previews: Mapping[str, str] | None = None, limit: int = 500) -> str:  # fmt: skip
     """Return the review sheet of `files` by name, what needs most work first, with links to `previews` by name."""
     shown = in_order(records)[:limit]
-    seen = Counter(c for r in shown for c in {o["class"] for o in r["objects"]})
-    filters = [{"name": "All", "key": "", "color": "", "count": len(shown)}]
-    filters += [{"name": names[c], "key": f"c{c}", "color": _color(c), "count": n} for c, n in sorted(seen.items())]
-    if empty := sum(not r["objects"] for r in shown):
-        filters.append({"name": "Nothing found", "key": "none", "color": "", "count": empty})
     links = {name: quote(preview, errors="replace") for name, preview in (previews or {}).items()}
     shots = [{**r, "thumbnail": _data_url(files[r["image"]], THUMB), "link": links.get(r["image"])} for r in shown]
-    counts, known = class_counts(records, names), {"names": names, "low": LOW, "skipped": skipped or {}}
-    page = {"title": title, "notes": notes, "counts": counts, "filters": filters, "shots": shots, **known}
-    return ENVIRONMENT.get_template("review.html.j2").render(**page, total=len(records))
-
-
-def _color(index: int) -> str:
-    return "rgb({},{},{})".format(*colors(index))
+    page = {"title": title, "notes": notes, "counts": class_counts(records, names), "total": len(records)}
+    page |= {"shots": shots, "names": names, "low": LOW, "skipped": skipped or {}}
+    return ENVIRONMENT.get_template("review.html.j2").render(page)
 
 
 def _text(value: object) -> str:
@@ -241,7 +220,8 @@ ENVIRONMENT.globals.update(
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
-    text=_text, number=_number, figure=figure, cell=cell, color=_color, json=json.dumps,
+    text=_text, number=_number, figure=figure, cell=cell, json=json.dumps,
+    color=lambda index: "rgb({},{},{})".format(*colors(index)),
     fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
     anchor=lambda name: name.lower().replace(" ", "-"),
     thousands=lambda value: f"{value:,}",
