@@ -167,7 +167,10 @@ def calibration_error(e: Evidence, bins: int = 10) -> float:
 def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within: float = 0.005, n: int = 1000,
             confidence: float = 0.95, seed: int = 0) -> list[Change]:  # fmt: skip
     """Compare two models at the deployed `conf` figure by figure, the overall ones first, by `n` resamples."""
-    check_same(base, new)
+    for what in ("task", "images_hash", "labels_hash", "names"):
+        if base.about.get(what) != new.about.get(what):
+            told = f"The two evaluations are over different {what.removesuffix('_hash')}"
+            raise UsageError(f"{told}. Measure both models on the same split.")
     weights = resamples(len(base.images), n, seed)
     conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
     old, now = (figures(e, weights, conf) for e in (base, new))
@@ -197,14 +200,6 @@ def verdict(low: float, high: float, within: float) -> str:
     if -within <= low and high <= within:
         return "same"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
-
-
-def check_same(base: Evidence, new: Evidence) -> None:
-    """Refuse to compare what was measured on other images or labels."""
-    for what in ("task", "images_hash", "labels_hash", "names"):
-        if base.about.get(what) != new.about.get(what):
-            told = "images" if what == "images_hash" else "labels" if what == "labels_hash" else what
-            raise UsageError(f"The two evaluations are over different {told}. Measure both models on the same split.")
 
 
 def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = False) -> list[dict[str, Any]]:

@@ -55,7 +55,11 @@ class Detector:
         self._meta = read_metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
         self.conf, self.iou, self.max_det = conf, iou, max_det
-        self.classes = None if classes is None else [_class_index(c, self.names) for c in classes]
+        wanted = [] if classes is None else [*classes]
+        if unknown := [c for c in wanted if c not in (*self.names, *self.names.values())]:
+            legal = ", ".join(f"{i} {n}" for i, n in self.names.items())
+            raise UsageError(f"Unknown class '{unknown[0]}'. Legal: {legal}.")
+        self.classes = None if classes is None else [i for i, n in self.names.items() if i in wanted or n in wanted]
         entry = self._session.get_inputs()[0]
         batch, self._channels, *size = entry.shape
         self._name, self._half = entry.name, entry.type == "tensor(float16)"
@@ -287,11 +291,3 @@ def _input_size(fixed: list[int] | None, given: int | Sequence[int] | None, meta
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % step == 0 for side in sides):
         raise UsageError(f"imgsz={wanted} is illegal. Legal: one or two sides in pixels, multiples of {step}.")
     return sides[0], sides[1]
-
-
-def _class_index(given: int | str, names: dict[int, str]) -> int:
-    """Return the index of a class given by index or name."""
-    for i, name in names.items():
-        if given in (i, name):
-            return i
-    raise UsageError(f"Unknown class '{given}'. Legal: {', '.join(f'{i} {n}' for i, n in names.items())}.")

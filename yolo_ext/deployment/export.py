@@ -74,16 +74,6 @@ def decode_nodes(graph: onnx.GraphProto) -> list[str]:
     return sorted(decoding)
 
 
-def _trace(model: Any, args: dict[str, Any]) -> onnx.ModelProto:
-    """Export through Ultralytics without its simplification."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return onnx.load(export_file(model, Path(folder), format="onnx", simplify=False, **args))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[:1] or [""]
-            raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {reason[0]}).") from error
-
-
 def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None:
     if out.suffix != ".onnx":
         raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
@@ -119,7 +109,13 @@ def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | N
     _check(out, (h, w), stride, nms is not None and model.task == "classify")
     args: dict[str, Any] = {"imgsz": [h, w], "batch": batch, "dynamic": dynamic, "opset": opset, **head_args(end2end)}
     embedded = {**NMS, **nms} if nms is not None else {}
-    proto = _trace(model, {**args, **embedded, **({"nms": True} if embedded else {})})
+    args |= {**embedded, "nms": True} if embedded else {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            proto = onnx.load(export_file(model, Path(folder), format="onnx", simplify=False, **args))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckFailed(f"Export to ONNX failed ({type(error).__name__}: {reason}).") from error
     metadata = {p.key: p.value for p in proto.metadata_props}
     if embedded:  # kept so that `verify` can suppress the same way; Ultralytics reads only its own keys
         metadata["args"] = str({**ast.literal_eval(metadata["args"]), **embedded})

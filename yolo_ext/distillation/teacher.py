@@ -232,7 +232,6 @@ class Taps:
     """Keeps what layers return: by one hook of the process, as those of layers are copied into EMA and checkpoint."""
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
-        """Listen to these layers."""
         self.found: dict[str, torch.Tensor] = {}
         if not paths:
             return

@@ -109,7 +109,6 @@ class Balance(nn.Module):
     means: torch.Tensor  # a buffer, so that it is resumed with the adapters
 
     def __init__(self) -> None:
-        """Start without a mean; the first batch sets it."""
         super().__init__()
         self.register_buffer("means", torch.zeros(2))
 

@@ -70,8 +70,7 @@ def agreed(decide: Callable[[], Any]) -> Any:
     return box[0]
 
 
-@contextmanager
-def labels_optional(wanted: bool) -> Iterator[None]:
+def labels_optional(wanted: bool) -> AbstractContextManager[None]:
     """Have Ultralytics take a train split without any labels, where training needs none."""
     stock = YOLODataset.cache_labels
 
@@ -85,8 +84,7 @@ def labels_optional(wanted: bool) -> Iterator[None]:
         finally:
             dataset.augment = augment
 
-    with replaced(YOLODataset, cache_labels=scan if wanted else stock):
-        yield
+    return replaced(YOLODataset, cache_labels=scan if wanted else stock)
 
 
 def along(model: nn.Module, run: Callable[[torch.Tensor], Any]) -> AbstractContextManager[Any]:
