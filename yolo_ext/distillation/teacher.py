@@ -84,7 +84,7 @@ def teachers(cfg: DistillConfig) -> list[str]:
 
 def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device) -> list[Guide]:
     """Load the teachers of a run and match each with the student, as `make_guide` does."""
-    options = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
+    options: Any = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
     return [make_guide(name, student, device, **options) for name in teachers(cfg)]
 
 

@@ -95,7 +95,7 @@ def conclusion(epochs: Sequence[dict[str, Any]], held: Sequence[str], max_drop: 
 def noted(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Add the record of an epoch to `sparsity.json`, in place of what a killed run left behind, and return the file."""
     path = folder / FILE
-    history = json.loads(path.read_text()) if path.is_file() else {"edges": EDGES, "epochs": []}
+    history: Any = json.loads(path.read_text()) if path.is_file() else {"edges": EDGES, "epochs": []}
     history["epochs"] = [r for r in history["epochs"] if r["epoch"] < record["epoch"]] + [record]
     atomic_write(path, json.dumps(history))
     return history
