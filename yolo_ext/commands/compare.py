@@ -61,7 +61,7 @@ def compare(
     folder = runs.folder(place, task=base.about["task"], mode="compare")
     for name, evidence in (("base", base), ("other", new)):
         atomic_write(folder / f"{name}.npz", evidence.data())
-    told |= {"changes": [{**asdict(c), "change": c.change} for c in found], "checks": checks}
+    told |= {"changes": [asdict(c) for c in found], "checks": checks}
     LOGGER.info(f"{len(base.images)} images: {verdict}")
     for c in (c for c in checks if not c["passed"]):
         LOGGER.warning(f"{c['name']}: {c['value']:+.4f} (limit {c['limit']:g})")

@@ -29,14 +29,10 @@ class Change:
     name: str  # such as map, map.person, recall.person, map.small
     before: float
     after: float
+    change: float
     low: float
     high: float
     verdict: str  # better, same, worse or undecided
-
-    @property
-    def change(self) -> float:
-        """Result minus base."""
-        return self.after - self.before
 
     def words(self, within: float, images: int) -> str:
         """Say the verdict; `within` is the difference that matters, `images` how many there are."""
@@ -183,7 +179,8 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
         low, high = gaps[k][0] - factor * spread[k], gaps[k][0] + factor * spread[k]
         if k in JUDGED:
             low, high = np.nanquantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
-        found.append(Change(k, float(old[k][0]), float(now[k][0]), float(low), float(high), verdict(low, high, within)))
+        values = (float(x) for x in (old[k][0], now[k][0], gaps[k][0], low, high))
+        found.append(Change(k, *values, verdict(low, high, within)))
     return found
 
 

@@ -187,7 +187,6 @@ def _checks(result: dict[str, Any], bounds: dict[str, float], task: str) -> list
     for prefix, name in (("int8", "simulation"), ("torch", "torch")):
         gap = result.get("int8", {}).get(name, {})
         values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}
-    rows = [(name, value, bounds[name]) for name, value in values.items()]
-    passed = [value >= limit if name == "matched" else value <= limit for name, value, limit in rows]  # a NaN: neither
-    return [{"key": n, "name": WORDS[n], "value": v, "limit": b, "passed": bool(ok)}
-            for (n, v, b), ok in zip(rows, passed)]  # fmt: skip
+    passed = {k: v >= bounds[k] if k == "matched" else v <= bounds[k] for k, v in values.items()}  # a NaN: neither
+    return [{"key": k, "name": WORDS[k], "value": v, "limit": bounds[k], "passed": bool(passed[k])}
+            for k, v in values.items()]  # fmt: skip

@@ -3,6 +3,7 @@
 
 import inspect
 import time
+import timeit
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -195,15 +196,12 @@ def doubts(student: Facts, teacher: Facts, metric: str) -> list[str]:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(1 + STEPS):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return min(timeit.repeat(run, timer=clock, repeat=1 + STEPS, number=1)[1:])
 
 
 def student_seconds(student: nn.Module, images: torch.Tensor, amp: bool | torch.dtype) -> float:

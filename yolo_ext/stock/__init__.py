@@ -1,10 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Every touch of Ultralytics internals; nothing else in this package imports them.
-
-`context` is the Ultralytics that is there and what surrounds a model that runs, `model` knows blocks and heads, `load`
-reads models and data and exports, `fit` tells whether a model fits data, `accuracy` runs validators, and `trainer` is
-what trainers are extended at.
-"""
+"""Every touch of Ultralytics internals; nothing else in this package imports them."""
 
 # fmt: off
 # isort: off

@@ -1,9 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Ultralytics' trainers from outside: what they must offer, and where and for how long their course is changed.
-
-Every change is put back behind its block. What cannot be asked for by name is checked when a run starts; where only
-exactness would be lost, the run goes on and says so.
-"""
+"""Ultralytics' trainers from outside: what they must offer, and where and for how long their course is changed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
