@@ -88,12 +88,13 @@ def export(
     modelopt = ckpt if is_modelopt(ckpt) else None
     job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, {} if quant is True else quant or {},
               _graph(given), modelopt, bool(modelopt or manifest(net).quant))  # fmt: skip
-    if job.quant and not _ranges(job, format) and job.precision != "int8":
+    int8 = job.precision == "int8" or (format == "onnx" and job.quantized and job.precision != "half")
+    if job.quant and not int8:
         raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
     files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
     device = "cpu" if native.get("device") is None else str(native["device"])
     idle = {f"device={device} (exports run on the CPU)": device != "cpu"}
-    idle["data (only INT8 is calibrated)"] = bool(data) and not (job.precision == "int8" or _ranges(job, format))
+    idle["data (only INT8 is calibrated)"] = bool(data) and not int8
     tell_idle([key for key, there in idle.items() if there])
     figures = runs.model_figures(net, Path(model), _side(job.imgsz))
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
@@ -103,11 +104,6 @@ def export(
     use = f"verify model={model} {written} data={data or 'data.yaml'}"
     runs.saved(told, f"yolo-ext {use if format == 'onnx' else f'bench models={model},{files[0]}'}")
     return {"files": files}
-
-
-def _ranges(job: Job, format: str) -> bool:
-    """Tell whether an INT8 file is written because the model carries ranges."""
-    return format == "onnx" and job.quantized and job.precision != "half"
 
 
 def _open(model: str | Path) -> tuple[Any, dict[str, Any]]:

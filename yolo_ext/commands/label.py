@@ -97,36 +97,31 @@ def label(
     return {**found, "run_dir": str(folder)}
 
 
-def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], int, int]:
+def _about(model: str | Path, imgsz: int | None) -> tuple[str, dict[int, str], Any, int]:
     """Return task, class names, image size and channels of a model after checking that it finds boxes or polygons."""
     from yolo_ext import stock
-
-    if Path(model).suffix == ".onnx":
-        task, names, size, channels = _about_onnx(model, imgsz)
-    elif Path(model).suffix == ".pt":
-        net, ckpt = stock.load_model(model)
-        task, names, size = stock.task_of(net), net.names, stock.image_size(net, ckpt, imgsz)
-        channels = stock.input_channels(net)
-    else:
-        raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
-    if task not in TASKS:
-        raise UsageError(f"'{model}' is a '{task}' model. Labelling takes {' and '.join(TASKS)} models.")
-    return task, {int(i): str(n) for i, n in names.items()}, size, channels
-
-
-def _about_onnx(model: str | Path, imgsz: int | None) -> tuple[Any, dict[Any, Any], Any, int]:
-    """Return task, class names, image size and channels from the metadata of an ONNX file."""
     from yolo_ext.deployment.detector import read_metadata
     from yolo_ext.deployment.runtime import session
 
-    opened = session(model)
-    meta = read_metadata(opened, model)
-    batch, channels, *size = opened.get_inputs()[0].shape
-    if isinstance(batch, int) and batch != 1:
-        raise UsageError(f"'{model}' is fixed to batch {batch}; labelling runs one image at a time. Export it anew.")
-    if imgsz and all(isinstance(s, int) for s in size) and [imgsz, imgsz] != size:
-        raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {size}. Leave imgsz out.")
-    return meta["task"], meta["names"], imgsz or meta["imgsz"] or 640, channels
+    suffix = Path(model).suffix
+    if suffix not in (".pt", ".onnx"):
+        raise UsageError(f"Model '{model}' cannot label images. Legal: a trained .pt or an .onnx.")
+    if suffix == ".pt":
+        net, ckpt = stock.load_model(model)
+        task, names, channels = stock.task_of(net), net.names, stock.input_channels(net)
+        size = stock.image_size(net, ckpt, imgsz)
+    else:
+        opened = session(model)
+        meta = read_metadata(opened, model)
+        task, names, size = meta["task"], meta["names"], imgsz or meta["imgsz"] or 640
+        batch, channels, *fixed = opened.get_inputs()[0].shape
+        if isinstance(batch, int) and batch != 1:
+            raise UsageError(f"'{model}' is fixed to batch {batch}; labelling takes images one by one. Export it anew.")
+        if imgsz and all(isinstance(s, int) for s in fixed) and [imgsz, imgsz] != fixed:
+            raise UsageError(f"'imgsz={imgsz}' is illegal: '{model}' is fixed to {fixed}. Leave imgsz out.")
+    if task not in TASKS:
+        raise UsageError(f"'{model}' is a '{task}' model. Labelling takes {' and '.join(TASKS)} models.")
+    return task, {int(i): str(n) for i, n in names.items()}, size, channels
 
 
 def _choose(classes: Any, names: dict[int, str]) -> list[int] | None:

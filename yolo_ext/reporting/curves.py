@@ -83,8 +83,7 @@ def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base
     ax.axhline(base, color="#94a3b8", lw=0.8, ls="--")
     ax.set(xlabel="channels removed", title=f"The {len(worst)} most sensitive layers")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.3)
+    ax.grid()
     ax.set_box_aspect(1)
     ax.set_anchor("N")
     ax.legend(frameon=False, fontsize=8)
@@ -101,8 +100,7 @@ def plot_quant_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     for ax, (key, label, color) in zip(axes, bars):
         ax.barh(range(len(groups)), [g.get(key, 0.0) for g in groups], color=color)
         ax.set_xlabel(label)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="x", alpha=0.3)
+        ax.grid(axis="x")
         ax.margins(y=0.01)
     axes[0].set_yticks(range(len(groups)), [g["name"] for g in groups], fontsize=7.5)
     which = f" (the {BARS} worst of {total})" if total > BARS else ""
@@ -125,7 +123,7 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     _progress(curves, records)
     for ax in (zero, ridges):
         ax.set_ylim(len(shown) - 0.5, -OVERLAP)
-        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.spines["left"].set_visible(False)
     figure.suptitle(f"Sparsity training with '{last['method']}': {sum(last['histogram']):,} prunable channels")
     return save(figure, path)
 
@@ -171,14 +169,12 @@ def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     ax.set_ylabel("channels below the threshold", color=SHARE)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
+    ax.grid()
     other = ax.twinx()
     other.plot(epochs, [r["speedup"] for r in records], color=SPEEDUP, marker=marker, ms=3.5)
     other.set_ylim(1, max(2.0, 1.1 * max(r["speedup"] for r in records)))
     other.yaxis.set_major_formatter(lambda v, _: f"{v:g}x")
     other.set_ylabel("FLOPs before / after if pruned now", color=SPEEDUP)
-    for axis in (ax, other):
-        axis.spines["top"].set_visible(False)
 
 
 @pictured(9)

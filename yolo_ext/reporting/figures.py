@@ -27,7 +27,8 @@ MAX_LABELS = 15  # more boxes than this are drawn without class labels, which wo
 
 def pictured(size: int) -> Callable[[Any], Any]:
     """Draw by the decorated function in a font of `size` points, names as they are: two $ would begin a formula."""
-    return plt_settings({"font.size": size, "text.parse_math": False})
+    frame = {f"axes.spines.{side}": False for side in ("top", "right")}
+    return plt_settings({"font.size": size, "text.parse_math": False, "grid.alpha": 0.3, **frame})
 
 
 def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -57,8 +58,7 @@ def plot_tradeoff(
     low, high = ax.get_ylim()
     room = max(0.0, LEAST_RANGE - (high - low)) / 2
     ax.set_ylim(low - room, high + room)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.3)
+    ax.grid()
     drawn.legend(frameon=False, loc="outside right upper", title="hollow: another is better")
     return save(drawn, path)
 
