@@ -74,17 +74,6 @@ def decode_nodes(graph: onnx.GraphProto) -> list[str]:
     return sorted(decoding)
 
 
-def _check(out: Path, size: tuple[int, int], stride: int, boxless: bool) -> None:
-    if out.suffix != ".onnx":
-        raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
-    for side in size:
-        if side < stride or side % stride:
-            near = max(stride, round(side / stride) * stride)
-            raise UsageError(f"imgsz={side} is not a multiple of the model's stride {stride}. Try imgsz={near}.")
-    if boxless:
-        raise UsageError("nms=True is illegal for a classification model, which has no boxes. Leave it out.")
-
-
 def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True,
                 batch: int = 1, dynamic: bool = False, end2end: bool = False, nms: Mapping[str, Any] | None = None,
                 half: bool = False) -> Path:  # fmt: skip
@@ -106,7 +95,14 @@ def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | N
     """
     out, (h, w), model = Path(out), height_width(imgsz), float_model(weights)
     stride = int(max(model.stride))
-    _check(out, (h, w), stride, nms is not None and model.task == "classify")
+    if out.suffix != ".onnx":
+        raise UsageError(f"Output '{out}' does not end in '.onnx'. Give a file name such as 'model.onnx'.")
+    for side in (h, w):
+        if side < stride or side % stride:
+            near = max(stride, round(side / stride) * stride)
+            raise UsageError(f"imgsz={side} is not a multiple of the model's stride {stride}. Try imgsz={near}.")
+    if nms is not None and model.task == "classify":
+        raise UsageError("nms=True is illegal for a classification model, which has no boxes. Leave it out.")
     args: dict[str, Any] = {"imgsz": [h, w], "batch": batch, "dynamic": dynamic, "opset": opset, **head_args(end2end)}
     embedded = {**NMS, **nms} if nms is not None else {}
     args |= {**embedded, "nms": True} if embedded else {}
