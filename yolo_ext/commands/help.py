@@ -111,12 +111,11 @@ def _lister(kind: str, *places: str) -> Callable[[], dict[str, str]]:
     """Make the public function that lists the methods of tables."""
 
     def listed() -> dict[str, str]:
-        found: dict[str, str] = {}
+        found: dict[str, list[str]] = {}
         for of, lines in map(_table, places):
             for name, line in lines.items():
-                text = line if len(places) == 1 else f"{of}: {line}"
-                found[name] = f"{found[name]}. {text}" if name in found else text
-        return found
+                found.setdefault(name, []).append(line if len(places) == 1 else f"{of}: {line}")
+        return {name: ". ".join(lines) for name, lines in found.items()}
 
     listed.__doc__ = f"Return the names of all {kind}, each with one line."
     return listed
