@@ -18,11 +18,6 @@ UNUSED = {  # options that an analysis of sensitivity does not look at
     "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
 }  # fmt: skip
 RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}
-EXTRAS = {"size_mb": ("Size MB", ".2f"), "int8": ("INT8 convs", ""), "pre_ms": ("Letterbox ms", ".2f"),
-          "post_ms": ("NMS ms", ".2f"), "detections": ("Objects", "d"), "peak_mb": ("Peak MB", ".0f"),
-          "runtime_mb": ("of it runtime", ".0f"), "score": ("", ".4f")}  # fmt: skip
-PROFILE = (("ops", "time by operator", {"op": "Operator", "count": "Nodes"}),
-           ("nodes", "slowest nodes", {"name": "Node", "op": "Operator"}))  # fmt: skip
 
 
 @command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side", examples=(
@@ -52,10 +47,10 @@ def bench(
     from ultralytics.utils import TQDM
 
     from yolo_ext import runs, stock
-    from yolo_ext.deployment.latency import runtime_of
+    from yolo_ext.deployment.latency import operators, runtime_of
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.reporting.figures import plot_tradeoff
-    from yolo_ext.reporting.tables import write_summary
+    from yolo_ext.reporting.tables import TEXT, write_summary
     from yolo_ext.stock.accuracy import validator_of
 
     files = comma_list(models)
@@ -81,10 +76,12 @@ def bench(
     metric = stock.metric("classify" if any("top1" in a for a in about.values()) else "detect")
     found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about,
                              "metric": metric}  # fmt: skip
-    _print(found)
-    folder = runs.folder(place, task="detect", mode="bench")
     if profile:
-        found["profile"] = _profile(files, size, *first)
+        found["profile"] = {
+            f: operators(f, size, threads=first[0], batch=first[1]) for f in files if f.endswith(".onnx")
+        }
+    LOGGER.info(TEXT.get_template("bench.txt.j2").render(found))
+    folder = runs.folder(place, task="detect", mode="bench")
     runs.write_json(folder / "bench.json", found)
     runs.write_csv(folder / "bench.csv", [{**r, **about[r["model"]]} for r in rows])
     if data:
@@ -144,36 +141,6 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
             **counts, "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
             **((memory and peak_memory(path, size, *setting)) or {}), "score": score(measured),
             **{k: v for k, v in measured.items() if k != "classes"}}  # fmt: skip
-
-
-def _print(found: Mapping[str, Any]) -> None:
-    """Print the times, and below them what is measured once for each model, columns without a figure left out."""
-    from yolo_ext.reporting.tables import align, cell
-
-    rows, about, at = found["rows"], found["models"], f"at {found['imgsz']} px"
-    cells = []
-    for r in rows:
-        words = "reference" if r["model"] == rows[0]["model"] else r["speed"]
-        cells.append([r["model"], r["threads"], r["batch"], *(f"{r[k]:.2f}" for k in ("median", "p10", "p90")), words])
-    head = ["Model", "Threads", "Batch", "Median ms", "p10", "p90", "Speed (10 to 90 % of the rounds)"]
-    LOGGER.info(f"\nLatency {at}, {found['rounds']} rounds in which the models take turns\n{align(cells, head)}")
-    shown = {k: v for k, v in EXTRAS.items() if any(a.get(k) is not None for a in about.values())}
-    cells = [[f, *(cell(a.get(k), spec) for k, (_, spec) in shown.items())] for f, a in about.items()]
-    head = ["Model", *(title or f"{found['metric']} {at}" for title, _ in shown.values())]
-    LOGGER.info(f"\nLetterbox and NMS of {found['image']}\n{align(cells, head)}\n")
-
-
-def _profile(files: list[str], size: int, threads: int, batch: int) -> dict[str, Any]:
-    """Return and print the time of each operator inside ONNX Runtime, by file."""
-    from yolo_ext.deployment.latency import operators
-    from yolo_ext.reporting.tables import align
-
-    found = {f: operators(f, size, threads=threads, batch=batch) for f in files if f.endswith(".onnx")}
-    for file, each in found.items():
-        for key, title, head in PROFILE:
-            cells = [[*(r[k] for k in head), f"{r['ms']:.3f}", f"{100 * r['share']:.1f} %"] for r in each[key][:10]]
-            LOGGER.info(f"{file}: {title}\n{align(cells, [*head.values(), 'ms', 'Share'])}\n")
-    return found
 
 
 def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dict[str, Any]]:

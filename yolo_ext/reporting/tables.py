@@ -245,3 +245,6 @@ def align(rows: Sequence[Sequence[object]], header: Sequence[object]) -> str:
     places = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     lines = [" | ".join(put(c, w) for put, c, w in zip(places, row, widths)).rstrip() for row in cells]
     return "\n".join([lines[0], "-+-".join("-" * w for w in widths), *lines[1:]])
+
+
+TEXT.filters.update(cell=cell, align=align)
