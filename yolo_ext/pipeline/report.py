@@ -20,7 +20,12 @@ PICTURED = ("detect", "segment", "pose")  # tasks whose boxes are drawn side by 
 
 def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> dict[str, Any]:
     """Return what `write_report` takes; `drawn` are the paths and captions of pictures."""
-    result = run.quantized()[1] if run.quant else [d for d in run.done.values() if d.metrics][-1]
+    made = {n: f"{n}/int8.onnx" if d.profile else d.weights for n, d in run.done.items() if d.metrics}
+    made["base"] = "base/fp32.onnx" if run.quant else run.base.name
+    stage, result = run.quantized() if run.quant else ([*made][-1], run.done[[*made][-1]])
+    ours = {f"{t}.{name}": value for t, cls in CONFIGS.items() for name, value in asdict(cls()).items()}
+    known = {**DEFAULT_CFG_DICT, **FINETUNE, **ours}
+    chosen = {k: v for k, v in summary["settings"].items() if v != known.get(k) and k not in ("model", "data")}
     ends = {"before": run.done["base"], "after": result}
     times = {r["name"]: r["median"] for r in run.rows("latency")}
     classes = {k: (d.metrics or {}).get("classes") for k, d in ends.items()}
@@ -29,7 +34,7 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
         "about": _about(run, summary["env"]),
         "command": summary["command"],
         "summary": summary,
-        "files": _files(run),
+        "files": {**made, "before": made["base"], "after": made[stage]},
         "classes": classes if all(classes.values()) else {},
         "layers": next((d.layers for d in run.done.values() if d.layers), []),
         "checks": summary["checks"],
@@ -37,7 +42,7 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
         "notes": [note for d in run.done.values() for note in d.notes or []] + run.left_out,
         "curves": [{"name": n, "columns": c} for n in run.done if (c := curves(run.folder / n / "results.csv"))],
         "pictures": drawn,
-        "options": _options(summary["settings"]),
+        "options": {k: (v, known.get(k)) for k, v in chosen.items()},
     }
     if "latency" in run.done:
         how = f"One image of {run.imgsz} px, models in turns, one thread unless said otherwise"
@@ -66,27 +71,10 @@ def _about(run: Run, env: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _files(run: Run) -> dict[str, str | None]:
-    """Return which file the size is of, by stage, and `before` and `after`."""
-    made = {n: f"{n}/int8.onnx" if d.profile else d.weights for n, d in run.done.items() if d.metrics}
-    made["base"] = "base/fp32.onnx" if run.quant else run.base.name
-    after = f"{run.quantized()[0]}/int8.onnx" if run.quant else list(made.values())[-1]
-    return {**made, "before": made["base"], "after": after}
-
-
-def _options(settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return value and default of each setting that is not at its default, by name."""
-    ours = {f"{t}.{name}": value for t, cls in CONFIGS.items() for name, value in asdict(cls()).items()}
-    known = {**DEFAULT_CFG_DICT, **FINETUNE, **ours}
-    return {k: (v, known.get(k)) for k, v in settings.items() if v != known.get(k) and k not in ("model", "data")}
-
-
 def curves(file: Path) -> dict[str, list[float]]:
     """Return losses and metrics of a `results.csv` by column, without those that were never computed."""
-    if not file.is_file():
-        return {}
-    with file.open(encoding="utf-8", newline="") as text:
-        rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(text)]
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(lines)]
     found = {k: [float(r[k]) for r in rows if r[k]] for k in (rows[0] if rows else ()) if "loss" in k or "metrics" in k}
     return {k: values for k, values in found.items() if any(values)}
 
