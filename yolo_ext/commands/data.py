@@ -122,21 +122,13 @@ def _show(found: Mapping[str, Any]) -> None:
     """Print what `summarise` found as tables, a histogram and warnings."""
     from yolo_ext.data.records import quote
     from yolo_ext.data.summary import AREAS, KINDS
-    from yolo_ext.reporting.tables import align
+    from yolo_ext.reporting.tables import TEXT
 
-    splits, classes, sizes = found["splits"], found["classes"], found["sizes"]
-    LOGGER.info(align([[s, *row.values()] for s, row in splits.items()], ["Split", *next(iter(splits.values()))]))
-    header = ["Boxes of class", *splits, *AREAS]
-    LOGGER.info("\n" + align([[n, *(row[k] for k in header[1:])] for n, row in classes.items()], header))
-    if sizes:
-        LOGGER.info("\nBoxes by square root of area in pixels")
-        width, most = max(map(len, sizes)), max(sizes.values())
-        for side, n in sizes.items():
-            LOGGER.info(f"{side:>{width}} {n:>8} {'#' * round(40 * n / most)}")
+    LOGGER.info(TEXT.get_template("data.txt.j2").render(found, areas=AREAS).rstrip())
     for kind, text in KINDS.items():
         if files := found[kind]:
             LOGGER.warning(f"{len(files)} {text}: {quote([f'{f} ({why})' for f, why in files.items()])}")
-    if absent := [n for n, row in classes.items() if not row.get("train")]:
+    if absent := [n for n, row in found["classes"].items() if not row.get("train")]:
         LOGGER.warning(f"{len(absent)} classes have no box in train: {quote(absent)}")
     for suffix, how in (("", "the same images"), ("_near", "images that look nearly the same, look at these")):
         for where, pairs in {"inside a split": found[f"duplicates{suffix}"], **found[f"leaks{suffix}"]}.items():

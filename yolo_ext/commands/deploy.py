@@ -296,10 +296,9 @@ def verify(
     from yolo_ext import runs, stock
     from yolo_ext.data.check import check_data
     from yolo_ext.data.records import list_images
-    from yolo_ext.deployment.compare import describe_difference
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.deployment.verify import verify as run
-    from yolo_ext.reporting.tables import align, write_summary
+    from yolo_ext.reporting.tables import TEXT, write_summary
 
     for key, file in (("onnx", onnx), ("int8", int8)):
         if file and Path(file).suffix != ".onnx":
@@ -311,16 +310,10 @@ def verify(
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
-    rows = [[c["name"], *(f"{c[k]:.3g}" for k in ("value", "limit")), "ok" if c["passed"] else "FAILED"]
-            for c in found["checks"]]  # fmt: skip
-    LOGGER.info("\n" + align(rows, ["Check", "Value", "Limit", "Result"]))
     if counts := found.get("int8"):
         say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
         say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")
-    if "first_difference" in found:
-        LOGGER.info(describe_difference(found["first_difference"]))
-    passed, of = sum(c["passed"] for c in found["checks"]), f"of {len(rows)} checks on {len(images[:32])} images"
-    LOGGER.info(f"Equal within the limits: {passed} {of}" if found["passed"] else f"FAILED: {len(rows) - passed} {of}")
+    LOGGER.info(TEXT.get_template("verify.txt.j2").render(found, images=len(images[:32])).rstrip())
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
     base, ours = ((found.get("map") or {}).get(k) or {} for k in ("torch", "onnx"))

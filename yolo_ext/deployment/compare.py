@@ -152,19 +152,6 @@ def first_difference(model: Source, onnx_path: str | Path, x: np.ndarray,
     return None
 
 
-def describe_difference(found: Mapping[str, Any] | None) -> str:
-    """Return what `first_difference` found as one sentence."""
-    if found is None:
-        return "No single node differs from a fresh export of the model: names, order of outputs or options differ."
-    text = f"First difference: node '{found['node']}' ({found['op']}) of module '{found['module']}'"
-    text += f", off by {100 * found['error']:.2g} % of its largest value"
-    for name, w in found["weights"].items():
-        text += f"; {w['values']} of {w['of']} values of '{name}' differ, by up to {100 * w['error']:.2g} %"
-    if not found["weights"] and found["between"]:
-        text += f"; or a node before it: {', '.join(found['between'][-3:])}"
-    return text + "."
-
-
 def _layer_outputs(model: Source, x: np.ndarray, end2end: bool) -> dict[str, np.ndarray]:
     """Run the fused model once and return the output of each convolution and linear layer by module path."""
     net = as_exported(_fused(model, end2end))
