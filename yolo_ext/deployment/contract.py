@@ -179,8 +179,8 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
         low, high = gaps[k][0] - factor * spread[k], gaps[k][0] + factor * spread[k]
         if k in JUDGED:
             low, high = np.nanquantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
-        values = (float(x) for x in (old[k][0], now[k][0], gaps[k][0], low, high))
-        found.append(Change(k, *values, verdict(low, high, within)))
+        before, after, change = (float(v[k][0]) for v in (old, now, gaps))
+        found.append(Change(k, before, after, change, float(low), float(high), verdict(low, high, within)))
     return found
 
 
