@@ -10,7 +10,6 @@ criterion by its name, `tp:LAMPImportance`, or as the user's class, and sees the
 
 import ast
 import inspect
-import random as python
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -290,9 +289,7 @@ def score(
 def _foreign(model: nn.Module, group: Group, row: Row, generator: torch.Generator) -> Any:
     """Return what an importance says of the layers of a group as they are; what is random in it follows the seed."""
     seed = int(torch.randint(2**31, (), generator=generator))
-    with undisturbed(next(model.parameters()).device):
-        torch.manual_seed(seed)
-        python.seed(seed)
+    with undisturbed(next(model.parameters()).device, seed):
         try:
             return _ask(row.fn, _as_they_are(dict(model.named_modules()), group))
         except Exception as e:  # whatever it does with layers and options

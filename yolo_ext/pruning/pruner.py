@@ -138,8 +138,7 @@ def by_pruner(model: nn.Module, graph: Graph, cfg: PruneConfig, imgsz: int = 640
 def _pruned_by(model: nn.Module, graph: Graph, cfg: PruneConfig, imgsz: int) -> Any:
     """Return a pruner of the user's, made for a copy of the model, after all its steps."""
     copy, make, device = deepcopy(model), imported("pruner", cfg.pruner or ""), next(model.parameters()).device
-    with undisturbed(device), on_yolo(graph):
-        torch.manual_seed(cfg.seed)  # for importances at random, and for the image
+    with undisturbed(device, cfg.seed), on_yolo(graph):  # for importances at random, and for the image
         pruner = make(copy, torch.rand(1, stock.input_channels(model), imgsz, imgsz, device=device), cfg)
         if _graph(pruner).model is not copy:
             made = f"'prune.pruner={cfg.pruner}' made a pruner of another model"

@@ -156,11 +156,15 @@ def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Put back every random generator afterwards, so that a run goes on as if nothing had been in between."""
+def undisturbed(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Put back every random generator afterwards; with a `seed`, all of them start from it meanwhile."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
             yield
         finally:
             random.setstate(python)
