@@ -163,7 +163,7 @@ def undisturbed(device: torch.device, seed: int | None = None) -> Iterator[None]
         try:
             if seed is not None:
                 random.seed(seed)
-                np.random.seed(seed)
+                np.random.seed(seed % 2**32)
                 torch.manual_seed(seed)
             yield
         finally:
