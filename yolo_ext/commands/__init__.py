@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 COMMANDS = Table("command")
+EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()  # of all commands
 OPTIMIZERS = ("auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSProp")
 MODELS = ("model", "models", "other", "compare", "distill")  # keys that take a YOLO where others take a path
 PLACE = ("project", "name", "exist_ok", "save_dir")  # what `**place` and `**native` of a command stand for
@@ -52,12 +53,11 @@ Technique = Any  # options as a dict or a dataclass, True for the defaults, None
 
 
 def command(
-    summary: str, *, like: Callable[..., Any] | None = None, examples: Sequence[str] = ("",)
+    summary: str, *, like: Callable[..., Any] | None = None
 ) -> Callable[[Callable[P, Any]], Callable[P, "Result"]]:
     """Make a command of a function: its keys and values are checked, models become files, and it returns a `Result`.
 
-    `like` explains the other keys; `examples` are the words after the name of the command, and the first one is shown
-    where a key is missing.
+    `like` explains the other keys.
     """
 
     def add(fn: Callable[P, Any]) -> Callable[P, "Result"]:
@@ -75,7 +75,8 @@ def command(
 
         signature = inspect.signature(fn).replace(return_annotation="Result")
         checked.__dict__.update(like=like, __signature__=signature)
-        return COMMANDS.row(fn.__name__, summary, examples=examples)(checked)
+        examples = [words for name, _, words in (line.partition(" ") for line in EXAMPLES) if name == fn.__name__]
+        return COMMANDS.row(fn.__name__, summary, examples=examples or [""])(checked)
 
     return add
 

@@ -9,10 +9,7 @@ from yolo_ext.commands import LOGGER, Count, Natural, Share, Weights, command
 from yolo_ext.core.errors import UsageError
 
 
-@command("Compare two models by class and size, with intervals; exit status 1 for a broken limit",
-         examples=("model=best.pt other=int8.onnx data=data.yaml",
-                   "model=best.pt other=pruned.pt data=data.yaml contract.recall.person=-0.02 confidence=0.95",
-                   "model=run/base.npz other=run/other.npz"))  # fmt: skip
+@command("Compare two models by class and size, with intervals; exit status 1 for a broken limit")
 def compare(
     model: Weights, other: Weights, data: str | None = None, imgsz: Count | None = None, conf: Share | None = None,
     within: Share = 0.005, contract: Any = None, confidence: Share | None = None, resamples: Count = 1000,

@@ -17,10 +17,7 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
                         "close_mosaic": 15, "plots": False, **SHAPES}  # fmt: skip
 
 
-@command("Prune, fine-tune with distillation, quantize, export, verify, measure and report", examples=(
-    "model=best.pt data=data.yaml",
-    "model=best.pt data=data.yaml imgsz=640 prune.speedup=3 epochs=60 distill.teacher=bigger.pt",
-    "model=best.pt data=data.yaml prune.max_drop=0.02 quant=None"))  # fmt: skip
+@command("Prune, fine-tune with distillation, quantize, export, verify, measure and report")
 def compress(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
@@ -45,10 +42,7 @@ def compress(
     return _compress("compress", **locals())
 
 
-@command("Train with any technique in the loop", like=compress, examples=(
-    "model=yolov8n.pt data=data.yaml epochs=100 distill.teacher=bigger.pt",
-    "model=best.pt data=data.yaml epochs=40 prune.speedup=3 prune.steps=4 prune.every=3",
-    "model=best.pt data=data.yaml epochs=10 quant.mode=qat"))  # fmt: skip
+@command("Train with any technique in the loop", like=compress)
 def train(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
@@ -79,9 +73,7 @@ def train(
     return run(**_asked(given), **native)
 
 
-@command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress, examples=(
-    "model=best.pt data=data.yaml prune.speedup=2 epochs=30", "model=best.pt epochs=0 prune.ratio=0.3",
-    "model=best.pt data=data.yaml sparsity.method=slim prune.params=3 distill=True"))  # fmt: skip
+@command("Prune and fine-tune; epochs=0 prunes without data or training", like=compress)
 def prune(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
@@ -96,10 +88,7 @@ def prune(
     return _compress("prune", **locals())
 
 
-@command("Train a student with a teacher", like=train, examples=(
-    "model=yolov8n.pt data=data.yaml distill.teacher=bigger.pt epochs=100",
-    "model=pruned.pt data=data.yaml distill.teacher=best.pt epochs=30",
-    "model=yolov8n.pt data=data.yaml distill.teacher=bigger.pt distill.logits=kl distill.features=None"))  # fmt: skip
+@command("Train a student with a teacher", like=train)
 def distill(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
@@ -117,9 +106,7 @@ def distill(
     return train(**{"name": "distill", **given.pop("native"), **given})
 
 
-@command("INT8 by PTQ or QAT, as ONNX", like=compress, examples=(
-    "model=best.pt data=data.yaml", "model=best.pt data=data.yaml quant.mode=ptq quant.profile=openvino",
-    "model=best.pt data=data.yaml quant.mode=qat quant.epochs=10"))  # fmt: skip
+@command("INT8 by PTQ or QAT, as ONNX", like=compress)
 def quantize(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
@@ -135,7 +122,7 @@ def quantize(
     return _compress("quantize", **locals())
 
 
-@command("Generate data, train a small YOLO and compress it; needs no network", examples=("", "project=out name=demo"))
+@command("Generate data, train a small YOLO and compress it; needs no network")
 def demo(seed: Natural = 0, **place: Any) -> dict[str, Any]:
     """Generate the `shapes` set, train a small YOLO on it and compress it.
 

@@ -14,9 +14,7 @@ SPLITS = ("train", "val", "test")
 Folds = Annotated[int, 2]
 
 
-@command("Convert a dataset between YOLO, Pascal VOC and COCO", examples=(
-    "source=VOC2012 out=voc_yolo train=trainval val=test", "source=instances.json out=coco ratio=0.8,0.2 stratify=True",
-    "source=data.yaml out=voc to=voc"))  # fmt: skip
+@command("Convert a dataset between YOLO, Pascal VOC and COCO")
 def convert(
     source: str | Path, out: str | Path, format: str = "auto", to: str = "yolo", *, train: Any = None, val: Any = None,
     test: Any = None, ratio: Any = None, folds: Folds | None = None, stratify: bool = False, seed: Natural = 0,
@@ -70,9 +68,7 @@ def convert(
     return asdict(done)
 
 
-@command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert, examples=(
-    "source=data.yaml out=new", "source=data.yaml out=new ratio=0.8,0.1,0.1 stratify=True",
-    "source=data.yaml out=new folds=5 files=list"))  # fmt: skip
+@command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)
 def split(
     source: str | Path, out: str | Path, ratio: Any = None, folds: Folds | None = None, *, stratify: bool = False,
     seed: Natural = 0, classes: Any = None, broken: str = "refuse", files: str = "link",
@@ -93,8 +89,7 @@ def split(
                    classes=classes, broken=broken, files=files)  # fmt: skip
 
 
-@command("Summarise a dataset; exit status 1 for leaks between splits or broken files", examples=(
-    "check=data.yaml", "check=data.yaml near=10", "check=folder project=runs name=mine"))  # fmt: skip
+@command("Summarise a dataset; exit status 1 for leaks between splits or broken files")
 def data(check: str | Path, near: Natural | None = None, **place: Any) -> dict[str, Any]:
     """Summarise a YOLO dataset: classes, box sizes, duplicates, leaks and broken files; print and write it.
 

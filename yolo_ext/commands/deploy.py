@@ -31,9 +31,7 @@ class Job:
     quantized: bool  # whether the model carries ranges of a quantization
 
 
-@command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format", examples=(
-    "model=best.pt imgsz=640", "model=best.pt int8=True data=data.yaml",
-    "model=best.pt format=openvino half=True"))  # fmt: skip
+@command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format")
 def export(
     model: Weights, format: str = "onnx", out: str | Path | None = None, *, imgsz: Any = None,
     batch: Count | None = None, dynamic: bool | None = None, opset: Count | None = None, simplify: bool | None = None,
@@ -273,9 +271,7 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
         raise CheckFailed(f"Ultralytics could not export '{format}' ({type(error).__name__}: {reason}).") from error
 
 
-@command("Compare an ONNX file with its .pt; exit status 1 when they differ", examples=(
-    "model=best.pt onnx=best.onnx data=data.yaml", "model=best.pt onnx=best.onnx source=images",
-    "model=best.pt onnx=best.onnx int8=best_int8.onnx data=data.yaml"))  # fmt: skip
+@command("Compare an ONNX file with its .pt; exit status 1 when they differ")
 def verify(
     model: Weights, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
     imgsz: Any = None, **place: Any,

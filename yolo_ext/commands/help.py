@@ -89,7 +89,7 @@ def checks() -> dict[str, Any]:
     return {"passed": not problems, "problems": problems}
 
 
-@command("Print the help of a command or technique: prune, sparsity, distill, quant", examples=("quantize", "sparsity"))
+@command("Print the help of a command or technique: prune, sparsity, distill, quant")
 def help(topic: str | None = None) -> None:
     """Print the help for a command or technique, or the overview.
 

@@ -24,9 +24,7 @@ OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
 
 
-@command("Label images with a model: labels, previews and a review sheet", examples=(
-    "model=best.pt source=shots out=labelled", "model=best.onnx source=shots out=labelled conf=0.4 classes=car,bus",
-    "model=best.pt source=shots out=labelled format=voc previews=False"))  # fmt: skip
+@command("Label images with a model: labels, previews and a review sheet")
 def label(
     model: Weights, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
     conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Any = None, beside: bool = False,
@@ -193,9 +191,7 @@ def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
     runs.saved(folder, f"open {folder / 'review.html'} in a browser")
 
 
-@command("Run a model on images; compare=base.pt marks what the base finds differently", examples=(
-    "model=best.pt source=shots", "model=best_int8.onnx source=shots compare=best.pt",
-    "model=best_int8.onnx source=shots conf=0.4 save_txt=True"))  # fmt: skip
+@command("Run a model on images; compare=base.pt marks what the base finds differently")
 def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dict[str, Any]:
     """Predict as `yolo predict` does, and draw the detections of a base model beside those of the model.
 

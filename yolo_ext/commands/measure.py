@@ -20,9 +20,7 @@ UNUSED = {  # options that an analysis of sensitivity does not look at
 RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}
 
 
-@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side", examples=(
-    "models=best.pt,best.onnx,best_int8.onnx", "models=best.onnx,best_int8.onnx threads=1,2 data=data.yaml",
-    "models=best_int8.onnx profile=True"))  # fmt: skip
+@command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
 def bench(
     models: str | list[Weights], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
     data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
@@ -156,8 +154,7 @@ def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dic
     return figures
 
 
-@command("Print every group of coupled channels: size, cost, prunable or the reason why not", examples=(
-    "model=best.pt", "model=yolo11n.yaml imgsz=320", "model=custom.yaml modules=mypkg.layers"))  # fmt: skip
+@command("Print every group of coupled channels: size, cost, prunable or the reason why not")
 def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[str, Any]:
     """Print and write every group of coupled channels: members, cost, prunable or the reason why not.
 
@@ -184,9 +181,7 @@ def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[st
     return {"rows": rows}
 
 
-@command("Measure what each group of channels is worth to pruning, or each layer loses by INT8", examples=(
-    "model=best.pt data=data.yaml", "model=best.pt data=data.yaml ratios=0.25,0.5 prune.method=lamp",
-    "kind=quant model=best.pt data=data.yaml by=block"))  # fmt: skip
+@command("Measure what each group of channels is worth to pruning, or each layer loses by INT8")
 def sensitivity(
     model: Weights, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
     prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
