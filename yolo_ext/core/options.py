@@ -193,7 +193,7 @@ class QuantConfig:
 
 CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 # Options that are gone, with the values that change nothing: runs that yolo_ext 0.1 saved name them.
-RETIRED: dict[str, tuple] = {"quant.learned": (False,), "quant.cache": (True, False), "distill.compile": (False,)}
+RETIRED: dict[str, tuple] = {"quant.learned": (False,), "quant.cache": (True, False), "distill.compile": (False, True)}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
