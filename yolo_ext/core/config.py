@@ -2,7 +2,7 @@
 """Reading options: the dataclasses of `options` are the one source of names, types, ranges and help."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,23 @@ def parse(options: Mapping[str, Any]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     problems: list[str] = []
     for technique, given in options.items():
-        if technique not in CONFIGS:
+        cls = CONFIGS.get(technique)
+        if cls is None:
             problems.append(f"Unknown technique '{technique}'.{suggest(technique, list(CONFIGS))}")
+        elif given is None or given is False or isinstance(given, cls):
+            parsed[technique] = given or None
+        elif given is True or isinstance(given, Mapping):
+            values, wrong = read_options(technique, {} if given is True else given)
+            problems += wrong
+            parsed[technique] = cls(**values)
         else:
-            parsed[technique] = None if given is None or given is False else _config(technique, given, problems)
+            hint = f"give options such as '{technique}.{fields(cls)[0].name}=...'"
+            problems.append(f"'{technique}={given}' is illegal: {hint}.")
     prune, sparsity = parsed.get("prune"), parsed.get("sparsity")
     if prune and sparsity and prune.method == "auto" and prune.kind == "structured":  # the criterion of the penalty
         parsed["prune"] = replace(prune, method=sparsity.method)
     refuse(problems or [*_conflicts(parsed)])
     return {**EXT_DEFAULTS, **parsed}
-
-
-def _config(technique: str, given: Any, problems: list[str]) -> Any:
-    """Return the config of a technique; what is wrong with its options is added to `problems`."""
-    cls = CONFIGS[technique]
-    given = {} if given is True else given
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, Mapping):
-        hint = f"give options such as '{technique}.{fields(cls)[0].name}=...'"
-        problems.append(f"'{technique}={given}' is illegal: {hint}.")
-        return None
-    values, wrong = read_options(technique, given)
-    problems += wrong
-    return cls(**values)
 
 
 def changed(cfg: Any) -> dict[str, Any]:
@@ -155,9 +148,9 @@ def as_plain(configs: Mapping[str, Any]) -> dict[str, Any]:
 
 def help_lines(technique: str) -> list[tuple[str, str, str]]:
     """Return (dotted key, default, help with the legal values) for every option of a technique."""
-    rows = []
-    for f in fields(CONFIGS[technique]):
-        default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
+    rows, defaults = [], CONFIGS[technique]()
+    for f in fields(defaults):
+        default = getattr(defaults, f.name)
         if isinstance(default, float) and "e" in str(default):  # YAML would read an exponent as a string
             default = f"{default:.8f}".rstrip("0")
         choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
