@@ -184,8 +184,3 @@ def test_table_of_losses_shows_the_worst_first() -> None:
 def test_plot_of_any_number_of_layers(tmp_path: Path, n: int) -> None:
     image = cv2.imread(str(plot_sensitivity(curves(n), tmp_path / "deep" / "plot.png")))
     assert 500 < image.shape[0] < 4200 and image.shape[1] == 1800
-
-
-def test_plot_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no groups"):
-        plot_sensitivity(curves(0), tmp_path / "plot.png")

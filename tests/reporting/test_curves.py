@@ -5,7 +5,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting import curves
 from yolo_ext.reporting.curves import plot_layers, plot_ridge
 
@@ -51,17 +50,6 @@ def test_draws(plot, found, tmp_path):
     assert plot(found, path) == path
     assert path.stat().st_size > 5_000 and plt.imread(path).std() > 0.01
     assert not plt.get_fignums()
-
-
-@pytest.mark.parametrize("plot", [plot_ridge, plot_layers])
-def test_no_epochs_is_refused(plot, tmp_path):
-    with pytest.raises(UsageError, match="holds no epochs"):
-        plot(history(), tmp_path / "picture.png")
-
-
-def test_no_layers_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="no layer that can be pruned"):
-        plot_layers(history(record(0, layers={})), tmp_path / "layers.png")
 
 
 def test_first_and_last_epoch_are_among_at_most_15_ridges(figures, tmp_path):

@@ -145,8 +145,3 @@ def test_tradeoff(tmp_path, monkeypatch):
     assert hollow == [not best for best in figures.pareto(points)] and any(hollow)
     front = ax.lines[0]
     assert front.get_drawstyle() == "steps-post" and front.get_xdata().tolist() == [1.0, 2.0, 2.01]
-
-
-def test_no_models_to_plot(tmp_path):
-    with pytest.raises(UsageError, match="No models"):
-        figures.plot_tradeoff([], tmp_path / "t.png")

@@ -55,10 +55,7 @@ Technique = Any  # options as a dict or a dataclass, True for the defaults, None
 def command(
     summary: str, *, like: Callable[..., Any] | None = None
 ) -> Callable[[Callable[P, Any]], Callable[P, "Result"]]:
-    """Make a command of a function: its keys and values are checked, models become files, and it returns a `Result`.
-
-    `like` explains the other keys.
-    """
+    """Have a function, with keys as `like`, check keys and values, take models as files, and return a `Result`."""
 
     def add(fn: Callable[P, Any]) -> Callable[P, "Result"]:
         call: Callable[..., Any] = fn
@@ -139,11 +136,9 @@ def check_keys(command: str, options: Mapping[str, Any]) -> None:
 def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of a command by key, those of the run folder one by one."""
     found = dict(inspect.signature(fn).parameters)
-    if {"model", "models"} & {*found}:
-        found["modules"] = inspect.Parameter("modules", inspect.Parameter.KEYWORD_ONLY, default=None)
-    if found.pop("native" if takes_native(fn) else "place", None):
-        found |= {k: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in PLACE}
-    return found
+    more = ["modules"] if {"model", "models"} & {*found} else []
+    more += PLACE if found.pop("native" if takes_native(fn) else "place", None) else []
+    return found | {k: inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in more}
 
 
 def takes_native(fn: Callable[..., Any]) -> bool:
@@ -208,10 +203,7 @@ def tell_idle(keys: Sequence[Any]) -> None:
 
 
 def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:
-    """Check the keys of Ultralytics before anything else happens; a task word, which is taken out, has to be right.
-
-    Those that no training reads are refused, but for those that the command reads `also`.
-    """
+    """Refuse keys of Ultralytics that no training and not the command `also` reads; a right task word is taken out."""
     from ultralytics.utils.torch_utils import select_device
 
     from yolo_ext import stock

@@ -20,11 +20,8 @@ Entries = list[Any]  # dicts that each say something of some layers; a YAML or J
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive).
-
-    `only` says which other option it needs for an effect (`scope=pagcp`), `stages=True` that only commands with stages
-    read it.
-    """
+    """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive), `only`
+    with another option (`scope=pagcp`) or, `stages=True`, only in commands with stages."""
     mutable = isinstance(default, (list, dict))
     how: dict[str, Any] = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
     return field(metadata={"help": help, **limits}, **how)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting.figures import pictured, save, subplots
 
 CURVES, BARS, RIDGES = 10, 40, 15  # more cannot be told apart or read
@@ -33,8 +32,6 @@ def drops(found: Mapping[str, Any]) -> np.ndarray:
 def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the mAP drop of every layer by the share of its channels that is removed."""
     groups = found["groups"]
-    if not groups:
-        raise UsageError("No layers to plot: the sensitivity analysis holds no groups. Analyse at least one.")
     table = drops(found)
     figure, (left, right) = subplots(1, 2, figsize=(12, _height(len(groups))))
     metric, base = found["metric"], found["base"]["map"]
@@ -113,7 +110,7 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the scores of prunable channels over the epochs of a `sparsity.json`, and what pruning them would save."""
     import matplotlib.pyplot as plt
 
-    records, last = _records(history), history["epochs"][-1]
+    records = history["epochs"]
     figure, (zero, ridges, curves) = subplots(1, 3, figsize=(12, 5.2), width_ratios=(0.75, 3, 2.6))
     figure.set_layout_engine("constrained", w_pad=0.12)
     shown = [records[i] for i in sorted({round(k) for k in np.linspace(0, len(records) - 1, RIDGES)})]
@@ -124,7 +121,9 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     for ax in (zero, ridges):
         ax.set_ylim(len(shown) - 0.5, -OVERLAP)
         ax.spines["left"].set_visible(False)
-    figure.suptitle(f"Sparsity training with '{last['method']}': {sum(last['histogram']):,} prunable channels")
+    figure.suptitle(
+        f"Sparsity training with '{records[-1]['method']}': {sum(records[-1]['histogram']):,} prunable channels"
+    )
     return save(figure, path)
 
 
@@ -180,11 +179,9 @@ def _progress(ax: Any, records: list[dict[str, Any]]) -> None:
 @pictured(9)
 def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the share of channels below the threshold of each layer over the epochs; where kept whole, grey."""
-    records = _records(history)
+    records = history["epochs"]
     names = list(dict.fromkeys(name for r in records for name in r["layers"]))
-    if not names:
-        raise UsageError("No layers to plot: the sparsity history holds no layer that can be pruned.")
-    table = np.array([[r["layers"].get(name, math.nan) for r in records] for name in names]).reshape(-1, len(records))
+    table = np.array([[r["layers"].get(name, math.nan) for r in records] for name in names])
     figure, ax = subplots(figsize=(8.5, _height(len(names))))
     bar = _heat_map(ax, table, names, 1, aspect=40)
     bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
@@ -197,9 +194,3 @@ def plot_layers(history: Mapping[str, Any], path: str | Path) -> Path:
     grey = " (grey: could not be pruned then)" * bool(np.isnan(table).any())
     ax.set(xlabel=f"epoch{grey}", title=f"Channels below the threshold{note}")
     return save(figure, path)
-
-
-def _records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not history["epochs"]:
-        raise UsageError("Nothing to plot: the sparsity history holds no epochs. Train at least one.")
-    return list(history["epochs"])

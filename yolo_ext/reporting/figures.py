@@ -42,8 +42,6 @@ def plot_tradeoff(
     points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "", metric: str = "mAP50-95"
 ) -> Path:
     """Plot a metric of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
-    if not points:
-        raise UsageError("No models to plot: nothing has both a latency and a mAP. Pass at least one model.")
     front = pareto(points)
     drawn, ax = subplots(figsize=(9, 4.8))
     line = sorted({(p["median"], p["map"]) for p, best in zip(points, front) if best})
