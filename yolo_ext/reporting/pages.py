@@ -80,11 +80,10 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     headline, good = summary.get("headline") or (passes if checks else ""), summary.get("passed", not failed)
     doubt = any(r.verdict == "worse" for r in rows) or (summary.get("settings") or {}).get("epochs") == 0
     tone = "" if good and not doubt else "warn" if good else "bad"
-    shown = {"headline": headline, "tone": tone, "about": report.get("about") or {}}
+    shown = {"title": report.get("title") or "Compression report", "headline": headline, "tone": tone}
     shown |= {"cards": _cards(after, rows), "int8": next((r.delta for r in rows if r.key == "map_onnx.int8"), ABSENT)}
-    shown |= {"sections": sections, "files": files, "remarks": tables.note(after)}
-    shown["noise"] = tables.noise(after, "map")
-    return {"title": str(report.get("title") or "Compression report"), **shown}
+    shown |= {"about": report.get("about") or {}, "sections": sections, "files": files}
+    return {**shown, "remarks": tables.note(after), "noise": tables.noise(after, "map")}
 
 
 def _cards(after: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
@@ -204,12 +203,6 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _number(value: object) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
-
-
 SCRIPT = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
@@ -220,11 +213,11 @@ ENVIRONMENT.globals.update(
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
-    text=_text, number=_number, figure=figure, cell=cell, json=json.dumps,
+    text=_text, figure=figure, cell=cell, json=json.dumps,
     color=lambda index: "rgb({},{},{})".format(*colors(index)),
     fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
+    number=lambda value: MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else _text(value),
     anchor=lambda name: name.lower().replace(" ", "-"),
-    thousands=lambda value: f"{value:,}",
 )  # fmt: skip
 
 
