@@ -57,10 +57,12 @@ def label(
     given = {k: v for k, v in locals().items() if k != "resume"}
     from ultralytics import YOLO
 
+    from yolo_ext import runs
     from yolo_ext.data.formats import FORMATS
     from yolo_ext.data.label import JOURNAL, find_images, label_images, preview_of, update
-    from yolo_ext.reporting.pages import render_review
-    from yolo_ext.runs import plain
+    from yolo_ext.data.records import quote
+    from yolo_ext.reporting.pages import LOW, render_review
+    from yolo_ext.reporting.tables import TEXT
     from yolo_ext.stock import no_autoinstall
 
     if format not in FORMATS:
@@ -80,10 +82,11 @@ def label(
         yolo = YOLO(str(model), task=task)
         done = label_images(
             images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
-            names, {**settings, "options": plain({**given, "out": folder})}, format=format,
+            names, {**settings, "options": runs.plain({**given, "out": folder})}, format=format,
             beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf, previews=previews,
             files=files or "none", channels=channels)  # fmt: skip
-    found, told = _summary(Path(model).name, format, settings, len(images), done, names)
+    found = _summary(Path(model).name, format, settings, len(images), done, names)
+    told = TEXT.get_template("labelled.txt.j2").render(found, low=LOW).strip()
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
     notes = [f"{found['model']} · {size} px · confidence from {conf} · {format} labels", told]
     records = [*done.records.values()]
@@ -91,7 +94,10 @@ def label(
     page = render_review(f"Review of {len(records)} labelled images", records, images, names, notes=notes,
                          skipped=done.skipped, previews=drawn, limit=review)  # fmt: skip
     update(folder / "review.html", page)
-    _report(found, told, done, folder)
+    if done.skipped:
+        LOGGER.warning(f"Not read: {quote([f'{name} ({why})' for name, why in done.skipped.items()])}")
+    LOGGER.info(TEXT.get_template("label.txt.j2").render(found, told=told, done=done, low=LOW).rstrip())
+    runs.saved(folder, f"open {folder / 'review.html'} in a browser")
     return {**found, "run_dir": str(folder)}
 
 
@@ -158,37 +164,16 @@ def _objects(result: Any) -> list[dict[str, Any]]:
 
 def _summary(
     model: str, format: str, settings: dict[str, Any], images: int, done: Any, names: dict[int, str]
-) -> tuple[dict[str, Any], str]:
-    """Return the contents of `label.json`, which tell nothing of this run only, and its counts in words."""
+) -> dict[str, Any]:
+    """Return the contents of `label.json`, which tell nothing of this run only."""
     from yolo_ext.reporting.pages import LOW, class_counts, in_order, lowest
 
     records = done.records.values()
     review = [{"image": r["image"], "lowest": low} for r in in_order(records) if (low := lowest(r)) and low < LOW]
     empty = sum(not r["objects"] for r in records)
-    found = {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
-             "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
-             "skipped": done.skipped}  # fmt: skip
-    counts = {f"with a box below {LOW}": len(review), "with nothing found": empty,
-              "keep a label that was there or was edited": len(done.kept),
-              "cannot be read": len(done.skipped)}  # fmt: skip
-    told = [f"{len(records)} of {images} images labelled", *(f"{n} {what}" for what, n in counts.items() if n)]
-    return found, ", ".join(told)
-
-
-def _report(found: dict[str, Any], told: str, done: Any, folder: Path) -> None:
-    """Print what was labelled."""
-    from yolo_ext import runs
-    from yolo_ext.data.records import quote
-    from yolo_ext.reporting.pages import LOW
-    from yolo_ext.reporting.tables import align
-
-    rows = [(n, c["boxes"], c["images"], f"{c['mean_confidence']:.2f}", c["low"]) for n, c in found["classes"].items()]
-    LOGGER.info("\n" + align(rows, ["Class", "Boxes", "Images", "Mean conf", f"Below {LOW}"]))
-    LOGGER.info(told)
-    if done.skipped:
-        LOGGER.warning(f"Not read: {quote([f'{name} ({why})' for name, why in done.skipped.items()])}")
-    LOGGER.info(f"{done.predicted} images predicted, {done.written} labels written in this run")
-    runs.saved(folder, f"open {folder / 'review.html'} in a browser")
+    return {"model": model, "format": format, "settings": settings, "images": images, "labelled": len(records),
+            "nothing_found": empty, "classes": class_counts(records, names), "review": review, "kept": done.kept,
+            "skipped": done.skipped}  # fmt: skip
 
 
 @command("Run a model on images; compare=base.pt marks what the base finds differently")
