@@ -77,7 +77,6 @@ def split(
 
     Args:
         source: data.yaml or folder of a YOLO dataset.
-        out: New folder.
         ratio: Shares of train, val and test; ``0.8,0.2`` by default.
         folds: Number of folds instead.
 

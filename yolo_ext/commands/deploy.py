@@ -54,7 +54,6 @@ def export(
         int8: INT8; needs `data` unless the model carries its ranges.
         quantize: What Ultralytics calls precision: 8, 16 or 32.
         data: Dataset YAML to calibrate on.
-        quant: Quantization options.
         nms: NMS inside the graph; False takes the NMS-free head of a model that has two.
         conf: Lowest confidence, for NMS inside the graph.
         iou: IoU above which the less certain object is dropped, for NMS inside the graph.
