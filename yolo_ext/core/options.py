@@ -54,8 +54,7 @@ class PruneConfig:
                          "others of torch-pruning, or package.module:name", only="kind=structured")  # fmt: skip
     kind: str = option("structured", "Remove channels, or zero single weights, which saves no time on today's runtimes",
                        choices=("structured", "unstructured", "2:4"))  # fmt: skip
-    pruner: str | None = option(None, "A pruner of torch-pruning instead: package.module:function, which makes it",
-                                only="kind=structured")  # fmt: skip
+    pruner: str | None = option(None, "A torch-pruning pruner instead: package.module:function", only="kind=structured")
     speedup: float | None = option(None, "Target: FLOPs before / FLOPs after, such as 2", above=1.0)
     params: float | None = option(None, "Target: parameters before / parameters after, such as 3", above=1.0)
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
@@ -70,12 +69,10 @@ class PruneConfig:
     exclude: list[str] = option([], "Keep these whole: layer index, name, type, backbone/neck/head, expression, re:")
     ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}",
                                       only="kind=structured")  # fmt: skip
-    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`: spares the layers that mAP depends on",
-                                     only="kind=structured")  # fmt: skip
+    sensitivity: str | None = option(None, "File of `yolo-ext sensitivity`, to spare layers", only="kind=structured")
     round_to: int = option(8, "Round kept channels to the nearest multiple of this", low=1, only="kind=structured")
     min_channels: int = option(8, "Floor: never fewer channels than this in a group", low=1, only="kind=structured")
-    max_ratio: float = option(0.8, "Floor: never remove a larger share of a group than this", low=0.0, below=1.0,
-                              only="kind=structured")  # fmt: skip
+    max_ratio: float = option(0.8, "Floor: largest share of a group to go", low=0.0, below=1.0, only="kind=structured")
     at: list[int] = option([], "While training: prune at the start of these epochs, counted from 0, such as [5,10,15]")
     every: int | None = option(None, "While training: prune every so many epochs", low=1)
     start: int | None = option(None, "While training: first epoch that prunes (0)", low=0)
@@ -107,8 +104,7 @@ class SparsityConfig:
     coefficient: float | None = option(None, "Pull towards zero, summed over the run; None: the method's", above=0.0)
     mode: str = option("proximal", "Shrink after each step, to exact zeros, or add the subgradient (slim, group_slim)",
                        choices=("proximal", "gradient"))  # fmt: skip
-    adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)",
-                            only="mode=proximal")  # fmt: skip
+    adaptive: bool = option(True, "Pull less on scales with larger root mean square gradients", only="mode=proximal")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull left at the end", low=0.0, high=1.0, only="schedule=linear/cosine")
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
@@ -146,8 +142,7 @@ class DistillConfig:
     mosaic: str = option("keep", "Distillation after mosaic is switched off (close_mosaic)", choices=("keep", "stop"))
     alpha: float = option(1.0, "Weight of the task's own loss (hard targets)", low=0.0)
     beta: float = option(1.0, "Weight of all distillation losses together (soft targets)", low=0.0)
-    balance: str = option("fixed", "fixed: weights as given; auto: keep distillation at `share` of the task loss",
-                          choices=("fixed", "auto"))  # fmt: skip
+    balance: str = option("fixed", "fixed: as given; auto: keep `share` of the task loss", choices=("fixed", "auto"))
     share: float = option(0.3, "Distillation loss / task loss, times the schedule", above=0.0, only="balance=auto")
     every: int = option(1, "Ask the teacher in every so many batches, with a weight as many times higher", low=1)
     imgsz: int | None = option(None, "Longer side in pixels of the teacher's images; None: as they are", low=32)
@@ -181,8 +176,7 @@ class QuantConfig:
     epochs: int = option(10, "QAT epochs", low=1, only="mode=auto/qat", stages=True)
     lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0, only="mode=auto/qat")
     observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0, only="mode=auto/qat")
-    freeze_bn: float = option(0.0, "Share of QAT epochs after which BatchNorm statistics freeze", low=0.0, high=1.0,
-                              only="mode=auto/qat")  # fmt: skip
+    freeze_bn: float = option(0.0, "Share of epochs until BatchNorm freezes", low=0.0, high=1.0, only="mode=auto/qat")
     supervision: str = option(
         "auto", "QAT learns from labels, or features of its float self; auto: from features unless distill.* is given",
         choices=("auto", "labels", "features"), only="mode=auto/qat")  # fmt: skip
