@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the user's own methods lie in the working folder
     words = ["version" if word in ("--version", "-v") else word for word in words]
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # is Ctrl-C
     try:
-        command, options = parse_args(words or ["help"])
-        found = _stock(command, plain_words(words), options) if command in STOCK else COMMANDS[command].fn(**options)
+        with _sigterm_is_ctrl_c():
+            command, options = parse_args(words or ["help"])
+            stock = command in STOCK
+            found = _stock(command, plain_words(words), options) if stock else COMMANDS[command].fn(**options)
         return 0 if found is None or found.passed else 1
     except YoloExtError as e:
         sys.stderr.write(f"yolo-ext: {e}\n")
@@ -45,6 +46,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("yolo-ext: stopped\n")  # how to go on has been said, where there is a run to go on with
         return 130
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Have SIGTERM stop this process as Ctrl-C does; one that it forks, such as a reader of images, just ends."""
+    owner, main_thread = os.getpid(), threading.current_thread() is threading.main_thread()
+
+    def stop(*_: Any) -> None:
+        if os.getpid() != owner:
+            os._exit(1)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop) if main_thread else None  # other threads must not ask for signals
+    try:
+        yield
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _stock(command: str, words: list[str], options: dict[str, Any]) -> Any:

@@ -20,6 +20,11 @@ NAMES = [*COMMANDS.names(), *FORWARDED]
 PAGES = [*dict.fromkeys([None, *NAMES, *TOPICS])]
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def said(capsys, *words: str) -> str:
     assert cli.main([*words]) == 0
     return capsys.readouterr().out

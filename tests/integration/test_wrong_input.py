@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -190,6 +191,18 @@ def test_a_command_that_is_terminated_stops_as_by_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr("yolo_ext.stock.check_stock", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(["checks"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_what_a_command_forks_ends_without_a_word_and_the_handler_goes(monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def forked() -> None:
+        with multiprocessing.get_context("fork").Pool(2) as pool:  # whose end is a SIGTERM
+            pool.map(abs, range(4))
+
+    monkeypatch.setattr("yolo_ext.stock.check_stock", forked)
+    cli.main(["checks"])
+    assert signal.getsignal(signal.SIGTERM) is before and "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 # Fuzz --------------------------------------------------------------------------------------------------------------
