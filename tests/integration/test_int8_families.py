@@ -83,8 +83,8 @@ def quantized(file: Path, profile: str, data: Path, folder: Path) -> tuple[Path,
 def check(name: str, profile: str, made, shapes, folder) -> None:
     fp32, int8, model, written = quantized(made(name), profile, shapes, folder)
     report = conv_report(int8)
-    accidents = {k: v for k, v in report["float_convs"].items() if not v.startswith("no Q/DQ")}
-    assert not accidents
+    known = ("no Q/DQ", "ONNX Runtime has no integer kernel for transposed")  # as the profile leaves them
+    assert not {k: v for k, v in report["float_convs"].items() if not v.startswith(known)}
     present = [path for path in written["quantized"] if isinstance(dict(model.named_modules())[path], nn.Conv2d)]
     assert report["int8_convs"] == len(present) >= 0.6 * report["convs"]
     assert report["convs"] == conv_report(fp32)["convs"] == len(written["convs"])
