@@ -122,6 +122,7 @@ def test_fields_of_a_newer_schema_are_kept_with_a_warning(model, tmp_path, monke
     assert len(said) == 1 and "yolo_ext 9.9" in said[0] and "pip install --upgrade" in said[0]
 
 
+@pytest.mark.slow
 def test_a_rebuilt_model_gets_the_manifest_as_a_copy(model):
     source, target = deepcopy(model), deepcopy(model)
     hand_on(source, target)

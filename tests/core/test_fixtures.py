@@ -121,6 +121,7 @@ def test_a_pruned_model_knows_its_dense_self():
     assert kept_channels(model, parent) is not None and kept_channels(model, "another") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_training_goes_on_with_the_same_widths(name, data, tmp_path):
     before = {n: p.shape for n, p in load_model(FILES / name)[0].named_parameters()}

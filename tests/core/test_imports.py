@@ -93,6 +93,7 @@ def test_reporting_reads_plain_data():
     assert not {s for s in plain if {n.split(".")[0] for n in imports(SOURCES[s])} & {"torch", "onnx", "onnxruntime"}}
 
 
+@pytest.mark.slow
 def test_torch_pruning_is_touched_in_three_files_only():
     users = {s for s, p in SOURCES.items() if "torch_pruning" in {n.split(".")[0] for n in imports(p)}}
     assert users <= {"pruning/depgraph", "pruning/pruner", "pruning/criteria"}

@@ -53,6 +53,7 @@ def test_families(name, end2end, shape, tmp_path):
     assert meta["names"] == {0: "0", 1: "1", 2: "2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SegmentationModel, ClassificationModel], ids=["segment", "classify"])
 def test_other_tasks(kind, tmp_path):
     name = {SegmentationModel: "yolov8n-seg.yaml", ClassificationModel: "yolov8n-cls.yaml"}[kind]
@@ -60,6 +61,7 @@ def test_other_tasks(kind, tmp_path):
     assert len(opened.get_outputs()) == (2 if kind is SegmentationModel else 1)
 
 
+@pytest.mark.slow
 def test_metadata_is_ultralytics_own_once_each(model, tmp_path):
     keys = [p.key for p in onnx.load(export_onnx(model, tmp_path / "m.onnx", 64)).metadata_props]
     assert len(keys) == len(set(keys))
@@ -75,6 +77,7 @@ def test_simplified_is_smaller_and_equal(model, tmp_path):
     assert max_relative_error(run(session(plain), x), run(session(small), x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_simplifier_that_changes_the_net_is_refused(model, tmp_path, monkeypatch, caplog):
     import onnxsim
 
@@ -94,6 +97,7 @@ def test_simplifier_that_changes_the_net_is_refused(model, tmp_path, monkeypatch
     assert "changed the outputs" in caplog.text
 
 
+@pytest.mark.slow
 def test_dynamic_graph_takes_other_shapes(model, tmp_path):
     opened = session(export_onnx(model, tmp_path / "m.onnx", 64, dynamic=True))
     assert run(opened, np.zeros((2, 3, 96, 64), np.float32))[0].shape == (2, 7, 126)

@@ -99,6 +99,7 @@ def test_bench_opens_a_session_more_behind_the_others(files, monkeypatch):
     assert len(opened) == 3
 
 
+@pytest.mark.slow
 def test_bench_both_runtimes(files):
     threads = torch.get_num_threads()
     found = bench(files, 64, rounds=3, threads=1)

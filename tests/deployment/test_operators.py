@@ -21,6 +21,7 @@ def test_profile_adds_up(exported):
     assert ops[0]["op"] == "Conv" and ops[0]["count"] == 64  # YOLOv8n has 64 convolutions, and they take the time
 
 
+@pytest.mark.slow
 def test_profile_refuses_another_size(exported):
     with pytest.raises(UsageError, match="static graph"):
         operators(exported("yolov8n")[1], 64)

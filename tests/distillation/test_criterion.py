@@ -47,6 +47,7 @@ def setup(build, saved):
 
 
 # What is built -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_pruned_self_is_compared_on_kept_channels(build, saved):
     from yolo_ext.stock.load import load_model
 
@@ -206,6 +207,7 @@ def test_copies_are_the_plain_criterion(wrapped, copy):
     assert type(other) is Base and other.updates == 7 and other is not wrapped.base
 
 
+@pytest.mark.slow
 def test_a_model_with_the_criterion_copies_and_saves_without_the_teacher(setup, batch):
     model, distiller = setup("yolov8n.yaml", "yolov8s.yaml")
     plain = io.BytesIO()

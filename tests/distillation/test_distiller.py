@@ -93,6 +93,7 @@ def test_combinations_learn(setup, batch, student, teacher, options):
     assert all(p.grad is not None for p in distiller.adapters.parameters())
 
 
+@pytest.mark.slow
 def test_a_stack_is_the_sum_and_several_teachers_the_mean(setup, batch):
     runs = [
         {"teacher": "yolov8s"},
@@ -162,6 +163,7 @@ def test_a_batch_with_a_loss_that_is_not_finite_is_trained_without(setup, batch,
     assert distiller.skipped == 0
 
 
+@pytest.mark.slow
 def test_every_so_many_batches_with_the_same_pull(setup, batch):
     expected = distilled(setup("yolov8n", "yolov8s", features=None)[0](batch)[1])
     model, distiller = setup("yolov8n", "yolov8s", features=None, every=3)

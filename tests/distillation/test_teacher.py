@@ -71,6 +71,7 @@ def test_classes_are_matched_by_name(teacher, student, expected):
     assert class_map(model, dict(enumerate(student)), "t.pt") == expected
 
 
+@pytest.mark.slow
 def test_kept_channels_tell_which_neck_channels_are_left(build):
     dense = build("yolov8n.yaml")
     pruned = prune_model(dense, PruneConfig(ratio=0.3))
@@ -128,6 +129,7 @@ def test_the_teacher_sees_images_at_its_size(build, saved, images, imgsz, size):
     assert guide.size(torch.zeros(1, 3, *images)) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("yaml", ["yolov8n.yaml", "yolo26n.yaml"])
 def test_outputs_come_back_on_the_grid_of_the_student(build, saved, yaml):
     student, x = build(yaml, 3), torch.rand(2, 3, 64, 96)

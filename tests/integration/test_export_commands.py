@@ -24,6 +24,7 @@ def place(tiny, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "file", "shape", "precision"),
     [

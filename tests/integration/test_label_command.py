@@ -97,6 +97,7 @@ def test_only_chosen_classes(place, classes):
     assert {row.split()[0] for f in Path("out/labels").iterdir() for row in f.read_text().splitlines()} == {"1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_onnx_labels_as_the_pt(place, capsys, dynamic):
     from yolo_ext.deployment.export import export_onnx

@@ -55,6 +55,7 @@ def run(place: Path, *words: Any, expect: int = 0) -> dict[str, Any]:
     return json.loads((place / "p/compare.json").read_text()) if (place / "p/compare.json").is_file() else {}
 
 
+@pytest.mark.slow
 def test_an_export_finds_what_its_model_finds(place, lively, lively_onnx, shapes, caplog, monkeypatch):
     monkeypatch.setattr(LOGGER, "propagate", True)
     source = shapes.parent / "images/val"

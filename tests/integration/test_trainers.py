@@ -129,6 +129,7 @@ def test_stock_training_of_a_pruned_checkpoint_trips(fit, pruned):
         fit(pruned, epochs=1)
 
 
+@pytest.mark.slow
 def test_pruned_checkpoint_predicts_and_validates_with_stock_code(pruned, shapes, tmp_path):
     yolo = YOLO(str(pruned))
     assert len(yolo.predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, device="cpu", verbose=False)) == 1

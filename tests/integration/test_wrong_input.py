@@ -160,6 +160,7 @@ def test_wrong_input(place, capsys, words, fragments):
     assert not left and before <= files(place), "wrong input must not leave anything behind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [[], ["note.txt"]], ids=["new folder", "folder in use"])
 def test_a_training_that_is_refused_late_takes_its_folder_along(place, capsys, kept):
     run = place / "mine"

@@ -83,6 +83,7 @@ def test_groups_are_those_of_torch_pruning_where_it_can_trace(name, yolo):
     assert atoms(theirs, fixed) == atoms(ours, fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_channel_that_can_go_is_in_one_group(name, yolo):
     graph = graph_of(yolo(name), yolo(name))
@@ -152,6 +153,7 @@ def test_any_place_of_a_channel_names_its_group(graph, model):
 
 
 # Cuts ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cuts_are_exact_and_widths_follow(name, yolo):
     dense, model = yolo(name), deepcopy(yolo(name))
@@ -178,6 +180,7 @@ def test_frozen_stays_frozen_and_gradients_follow(model, yolo):
     assert torch.equal(model.model[2].cv1.conv.weight.grad, grad[:, keep])
 
 
+@pytest.mark.slow
 def test_groups_in_a_list_may_be_pruned_one_after_the_other(yolo, graph, model):
     """Readers of a concatenation belong to several groups, whose positions move with every cut."""
     for group in [graph.get_pruning_group(g[0].dep.layer, g[0].dep.handler, [0, 1]) for g in graph.get_all_groups()]:
@@ -198,6 +201,7 @@ def test_asking_for_nothing_cuts_nothing(graph, model):
     assert graph.plan() == {} and model.model[0].conv.out_channels == 16
 
 
+@pytest.mark.slow
 def test_the_model_keeps_its_mode_and_gradient_flags(yolo):
     model = deepcopy(yolo("yolov8n")).train().requires_grad_(False)
     DependencyGraph().build_dependency(model, X)

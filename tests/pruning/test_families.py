@@ -76,6 +76,7 @@ def test_trains_fuses_and_copies(name, pruned):
     torch.testing.assert_close(fused(x)[0], expected, rtol=1e-3, atol=2e-2)  # float32; boxes in pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_path_of_cut_blocks(name, pruned):
     """The exporter swaps `forward` of C2f for `forward_split`, which reads the width from the attribute `c`."""

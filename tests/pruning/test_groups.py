@@ -82,6 +82,7 @@ def test_floors_count_from_the_first_width(yolo):
     assert len(tied_groups(model, build_graph(model), cfg)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolo11n"])
 def test_widths_are_those_of_the_cut_model(yolo, name):
     model = yolo(name)

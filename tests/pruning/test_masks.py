@@ -96,6 +96,7 @@ def test_pattern_holds_along_the_input_channels(yolo):
         assert (zero.unflatten(1, (-1, 4)).sum(2) >= 2).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cubic", "linear"])
 def test_gradual_pruning_only_adds_zeros(yolo, kind):
     model, before = deepcopy(yolo("yolov8n")), None

@@ -179,6 +179,7 @@ def test_a_task_that_has_no_loss_does_not_count() -> None:
     assert search([TEN], losses, flops(0.5), config())[0] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("probes", "options", "message"),
     [
@@ -193,6 +194,7 @@ def test_wrong_input_of_a_model(yolo, probes: Probes, options: dict, message: st
         pagcp(Job(model, graph, tied_groups(model, graph, config()), config(**options), probes))
 
 
+@pytest.mark.slow
 def test_trials_are_pruned_copies_and_shares_are_kept(yolo, monkeypatch: pytest.MonkeyPatch) -> None:
     model = yolo("yolov8n")
     before = deepcopy(model.state_dict())

@@ -61,6 +61,7 @@ def test_scopes_are_those_of_the_options():
     assert {*scopes.names(), "pagcp"} == set(choices)
 
 
+@pytest.mark.slow
 def test_isomorphic_groups_of_a_yolo(yolo):
     model = yolo("yolov8n")
     made = tied_groups(model, build_graph(model), PruneConfig())

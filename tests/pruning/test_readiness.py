@@ -91,6 +91,7 @@ def test_without_groups_nothing_is_near_zero():
     assert near_zero_share([], 0.01) == 0.0 and spare_units([], 0.01) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"round_to": 1, "min_channels": 1}, {}], ids=["exact", "rounded"])
 def test_the_predicted_speed_up_is_that_of_the_pruned_model(plant, traced, options):
     planted, graph = plant(0.5), traced[1]()
@@ -105,6 +106,7 @@ def test_the_predicted_speed_up_is_that_of_the_pruned_model(plant, traced, optio
     assert found["in_use"] == 0 and found["removed"] == pytest.approx(0.5 * found["channels"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_still_in_use_is_counted(plant, traced):
     """Of 3/4 that go, 1/2 was near zero: a third of them is in use."""
     planted, graph = plant(0.5), traced[1]()
@@ -134,6 +136,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "trained", "options", "expected"), TABLE)
 def test_warns_and_refuses(plant, traced, caplog, share, trained, options, expected):
     planted, graph = plant(share, trained), traced[1]()

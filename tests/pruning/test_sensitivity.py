@@ -108,6 +108,7 @@ def test_a_killed_analysis_goes_on(yolo, found, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,6 +145,7 @@ def test_wrong_input(yolo, given: Probes, ratios: tuple, message: str) -> None:
         measure_sensitivity(model, build_graph(model), CFG, given, ratios)
 
 
+@pytest.mark.slow
 def test_files(yolo, found, tmp_path: Path) -> None:
     files = write(found, tmp_path / "out")
     assert [f.name for f in files] == ["sensitivity.json", "sensitivity.csv", "sensitivity.png"]

@@ -84,6 +84,7 @@ def test_floors_and_rounding_hold_in_every_layer(traced, **options):
             assert n >= before[path] * (1 - cfg.max_ratio) - 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "local", "isomorphic"])
 def test_flops_fall_with_the_ratio(traced, scope):
     model, graph = traced
@@ -340,6 +341,7 @@ def test_a_drop_that_nothing_exceeds_ends_at_the_floors(traced):
 
 
 # Ways to share out ---------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     model, graph = traced
     groups = [

@@ -199,6 +199,7 @@ def test_layer_report_explains_every_layer_that_stays(dense):
     assert {n for n, r in rows.items() if r["reason"]} == {n for n, share in gave.items() if share < 0.5}
 
 
+@pytest.mark.slow
 def test_layer_report_gives_the_reason_to_all_layers_of_a_group(dense):
     """The layers of a residual stream share their fate: an excluded one keeps the others, which must say so too."""
     model = prune_model(dense, replace(CFG, exclude=[r"model\.4\.cv1\.conv"]))

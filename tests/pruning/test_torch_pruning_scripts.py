@@ -67,6 +67,7 @@ def proved(pruner, before: nn.Module) -> float:
 
 
 # Every model ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=QUICK.get(n, pytest.mark.matrix)) for n in (n.rstrip("*") for n in NAMES)]
 )
@@ -131,6 +132,7 @@ def test_importances(script, name, yolo):
         assert sum(r.out_channels % 8 == 0 for r in roots) > 0.8 * len(roots)  # parts of a cut are rounded together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ignored_layers_keep_what_they_produce(name, yolo):
     model = deepcopy(yolo(name))
@@ -177,6 +179,7 @@ def test_default_dicts_that_pruners_share_do_no_harm(yolo):
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*(f.values() for f in found)))
 
 
+@pytest.mark.slow
 def test_interactive_groups_may_be_left_out(yolo):
     model = deepcopy(yolo("yolo11n"))
     pruner = made(tp.pruner.MagnitudePruner, model, I.MagnitudeImportance(), of=yolo("yolo11n"), pruning_ratio=0.3)
@@ -262,6 +265,7 @@ def test_saving_twice_and_pruning_a_saved_model_counts_from_the_first(pruner, yo
     assert found.prune["parent"] == once.prune["parent"] and found.prune["shapes"] == once.prune["shapes"]
 
 
+@pytest.mark.slow
 def test_the_proof_sees_a_wrong_plan_also_after_training(pruner, yolo):
     """Negative control: weights that were trained on, and one input channel that is said to be another."""
     pruner.step()

@@ -86,6 +86,7 @@ def test_blocks_and_branches_of_the_head_are_units(learned):
     assert learned[2].keys() == {"model.1", "model.2", "model.3", *branches}
 
 
+@pytest.mark.slow
 def test_weights_move_by_one_code_at_most_and_nothing_else_moves(learned):
     before, after, _ = learned
     a, b = codes(before), codes(after)
@@ -130,6 +131,7 @@ def test_codes_survive_folding_of_batchnorm(learned):
     assert all(torch.equal(v * signs[p], codes(fused)[p]) for p, v in expected.items())
 
 
+@pytest.mark.slow
 def test_zeros_stay_zeros():
     net = tiny()
     for _, layer, _ in quantized_layers(net):

@@ -51,6 +51,7 @@ def batch(n: int = 2) -> torch.Tensor:
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("observer", observers.names())
 def test_calibrate_sets_ranges_and_restores_modes(build, images, observer):
     net = build("yolov8n.yaml").train()
@@ -66,6 +67,7 @@ def test_calibrate_sets_ranges_and_restores_modes(build, images, observer):
     assert all(q.histogram is None for q in net.modules() if hasattr(q, "histogram"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["ort-x86-full", "tensorrt"])
 def test_every_site_of_every_profile_gets_a_range(build, images, profile):
     net = build("yolo11n.yaml")

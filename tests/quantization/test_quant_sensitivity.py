@@ -73,6 +73,7 @@ def test_blocks_take_their_layers_together(found, images):
     assert {"model.2", "model.22.cv2", "model.22.cv3"} <= set(groups) and len(groups["model.2"]) == 4
 
 
+@pytest.mark.slow
 def test_order_prefers_layers_that_save_little_time(found):
     result, *_ = found
     slow = result["groups"][1]["name"]

@@ -42,6 +42,7 @@ def quantized(kind: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "QOperator", "QDQ"])
 def test_integer_convolutions_of_other_quantizers_count(place, kind):
     file = quantized(kind)
@@ -118,6 +119,7 @@ def test_the_commands_of_ultralytics_refuse_them_as_well(place, call, command, k
     assert status == 2 and len(lines) == 1 and "other.onnx" in lines[0], text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["onnx=tiny.pt", "onnx=tiny.onnx int8=tiny.pt", "onnx=tiny.onnx int8=tiny.onnx"])
 def test_verify_takes_onnx_files_only(place, call, words):
     export_onnx("tiny.pt", "tiny.onnx", 64)

@@ -43,6 +43,7 @@ def test_quantize_refuses_what_its_files_cannot_have(place, call, words, texts):
     assert set(place.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "text"),
     [

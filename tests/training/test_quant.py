@@ -46,6 +46,7 @@ def model() -> nn.Module:
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "moving"),
     [({}, 0), ({"observe_epochs": 1}, 1), ({"observe_epochs": 3}, 3)],
