@@ -104,8 +104,8 @@ def test_result_is_smaller_and_integer(compressed):
 
 def test_fp32_onnx_is_the_float_model(compressed):
     checks = {c["name"]: c for c in compressed["checks"]}
-    fp32 = [c for name, c in checks.items() if name.startswith("FP32 ONNX")]
-    assert len(fp32) == 6 and all(c["passed"] for c in fp32)
+    fp32 = [c for name, c in checks.items() if name.startswith("ONNX against PyTorch")]
+    assert len(fp32) == 5 and all(c["passed"] for c in fp32)
 
 
 def test_torch_simulation_and_int8_are_one_model(folder, compressed):
