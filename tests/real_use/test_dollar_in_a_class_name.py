@@ -40,10 +40,10 @@ def test_pictures_of_a_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_run(run, place):
+def test_a_whole_run(run, place, tiny_yaml):
     YAML.save("shapes/data.yaml", {**YAML.load("shapes/data.yaml"), "names": {0: NAME, 1: "$", 2: "c$$"}})
     status, folder, said = run(
-        "train model=tiny.yaml data=shapes/data.yaml imgsz=64 epochs=1 batch=4 device=cpu workers=0"
+        f"train model={tiny_yaml} data=shapes/data.yaml imgsz=64 epochs=1 batch=4 device=cpu workers=0"
     )
     assert status == 0, said
     assert list((folder).glob("*.png"))
