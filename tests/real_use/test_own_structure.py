@@ -37,11 +37,11 @@ def test_the_example_runs(quick, tmp_path, monkeypatch):
     Path("custom.yaml").write_text(block("yaml"))
     monkeypatch.setattr(tasks, "Fork", None, raising=False)
     monkeypatch.delattr(tasks, "Fork")
-    for words in block("bash").splitlines():
-        assert cli.main([*words.split()[1:], f"project={tmp_path / 'runs'}", "name=r", "exist_ok=True"]) == 0
-    prunable = {r["name"]: r["prunable"] for r in json.loads((tmp_path / "runs/r/groups.json").read_text())}
+    for i, words in enumerate(block("bash").splitlines()):
+        assert cli.main([*words.split()[1:], f"project={tmp_path / 'runs'}", f"name={i}"]) == 0
+    prunable = {r["name"]: r["prunable"] for r in json.loads((tmp_path / "runs/0/groups.json").read_text())}
     assert prunable["model.2.a.conv"] and prunable["model.2.b.conv"]
-    assert type(load_model(tmp_path / "runs/r/weights/best.pt")[0].model[2]).__name__ == "Fork"
+    assert type(load_model(tmp_path / "runs/1/weights/best.pt")[0].model[2]).__name__ == "Fork"
 
 
 @pytest.mark.parametrize(("code", "outcome", "reason"), ROWS, ids=[r[0] for r in ROWS])
