@@ -25,7 +25,8 @@ import PIL.Image, cv2, matplotlib, torch, ultralytics
 from ultralytics.utils import LOGGER, SETTINGS
 
 OTHERS = {"__warningregistry__", "__annotations__", "__abstractmethods__", "manual_seed",
-          "_initialized", "default_callbacks"}  # set by Python, torch._dynamo, Pillow and each training of Ultralytics
+          "_initialized", "default_callbacks",  # set by Python, torch._dynamo, Pillow and each training of Ultralytics
+          "variable PYTHONHASHSEED"}  # the seed of the last training, by init_seeds of Ultralytics
 
 def load(package):
     for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
