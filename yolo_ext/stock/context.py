@@ -42,6 +42,7 @@ MEND = f"Run: pip install 'ultralytics{LEGAL}'"
 CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
     (tasks.load_checkpoint, 1, ()), (tasks.torch_safe_load, 1, ()), (tasks.yaml_model_load, 1, ()),
     (tasks.BaseModel.fuse, 1, ("verbose",)), (torch_utils.fuse_conv_and_bn, 2, ()),
+    (torch_utils.select_device, 1, ("verbose",)),
     (cfg.get_cfg, 0, ("overrides",)), (cfg.cfg2dict, 1, ()), (cfg.get_save_dir, 1, ()), (cfg.entrypoint, 0, ()),
     (cfg.merge_equals_args, 1, ()), (cfg.parse_key_value_pair, 1, ()),
     (augment.LetterBox, 1, ("auto",)), (augment.CenterCrop, 1, ()), (data_utils.img2label_paths, 1, ()),
@@ -153,6 +154,19 @@ def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
             m.training = True
         for handle in handles:
             handle.remove()
+
+
+def device_of(given: Any = None) -> torch.device:
+    """Return the device that Ultralytics takes for `device=`, the first of several; None: a GPU where there is one."""
+    try:
+        with quiet(logging.ERROR):
+            found = torch_utils.select_device(given, verbose=False)
+    except (ValueError, RuntimeError) as e:
+        seen = torch.cuda.device_count()
+        legal = ", ".join(["cpu", *map(str, range(seen)), *["mps"] * torch.backends.mps.is_available()])
+        lacks = f"'device={given}' is no device of this machine, where torch sees {seen} CUDA devices"
+        raise UsageError(f"{lacks}. Legal: {legal}. Leave device out to take a GPU where there is one.") from e
+    return found if isinstance(found, torch.device) else torch.device("cpu")  # what OpenVINO and others run on
 
 
 @contextmanager
