@@ -36,7 +36,11 @@ EXPORTS = ("format", "optimize", "dynamic", "simplify", "opset", "workspace")
 NEITHER = ("mode", "tracker", "embed")
 HELP = {  # of keys that a command does not explain itself
     "imgsz": "Side of the square input in pixels; that of the training by default",
+    "device": "Device as Ultralytics takes it, such as cpu, 0 or 0,1; a GPU where there is one by default",
     "quant": "Options of quantization",
+    "contract": "Limits by figure, such as contract.recall.person=-0.02, or a YAML file of them; by default no class may "
+                "surely lose more than 0.05 of its recall or mAP50-95 (top-1), and the model no more than 0.02",
+    "confidence": "Hold budgets and limits with this confidence, such as 0.95; by the measured change itself by default",
     "resume": "Go on with a stopped run: its folder, or True with its name; its options need not be given",
     "modules": "Python modules whose layers the model or its YAML names, such as mypkg.layers",
     "place": f"{', '.join(PLACE)} for the run folder",
@@ -96,6 +100,10 @@ def _given(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
         if "epochs" in signature.parameters:  # a training hands them on to its processes
             given["modules"] = modules
     need(name, given, *needed(fn))
+    if given.get("device") is not None:
+        from yolo_ext import stock
+
+        stock.device_of(given["device"])
     kinds = typing.get_type_hints(fn, include_extras=True)
     for key, value in given.items():
         if value is not None and (legal := _legal(kinds.get(key, Any), value)):
@@ -204,8 +212,6 @@ def tell_idle(keys: Sequence[Any]) -> None:
 
 def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:
     """Refuse keys of Ultralytics that no training and not the command `also` reads; a right task word is taken out."""
-    from ultralytics.utils.torch_utils import select_device
-
     from yolo_ext import stock
     from yolo_ext.stock.context import get_cfg
 
@@ -213,7 +219,6 @@ def check_native(command: str, model: Any, native: dict[str, Any], also: Sequenc
     task = native.pop("task", None)
     try:
         get_cfg(overrides={k: v for k, v in native.items() if k != "modules"})
-        select_device(native.get("device"), verbose=False)
     except (SyntaxError, TypeError, ValueError) as e:
         raise UsageError(str(e).strip().splitlines()[0]) from e
     if native.get("cfg") and not Path(str(native["cfg"])).is_file():

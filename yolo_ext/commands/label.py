@@ -43,7 +43,6 @@ def label(
         conf: Lowest confidence of an object.
         iou: IoU above which the less certain of two objects of a class is dropped.
         imgsz: Image size in pixels; that of the training or of the ONNX file by default.
-        device: Device as Ultralytics takes it.
         beside: Write the labels where training looks for them, or next to the images (VOC), not into `out`.
         overwrite: Replace labels that are there.
         save_conf: Append the confidence to YOLO rows.
