@@ -18,6 +18,7 @@ from yolo_ext.deployment.decode import Detections, Image
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 GREY = 114  # of the border
+GPU = "CUDAExecutionProvider"
 PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
 
 
@@ -30,7 +31,7 @@ class Detector:
 
     def __init__(self, path: str | Path, conf: float = 0.25, iou: float = 0.7,
                  classes: Sequence[int | str] | None = None, threads: int | None = None, max_det: int = 300,
-                 imgsz: int | Sequence[int] | None = None) -> None:  # fmt: skip
+                 imgsz: int | Sequence[int] | None = None, gpu: int | None = None) -> None:  # fmt: skip
         """Open the file.
 
         Args:
@@ -42,6 +43,7 @@ class Detector:
             max_det: Largest number of boxes for one picture.
             imgsz: Input size in pixels, one side or height and width, of a file with dynamic size; None takes the size
                 of the export.
+            gpu: Number of the GPU, for ONNX Runtime's CUDA provider; None runs on the CPU, an INT8 file best.
         Raises: `UsageError`: The file or an option is not usable.
         """
         for key, value in (("conf", conf), ("iou", iou)):
@@ -50,8 +52,10 @@ class Detector:
         for key, count in (("threads", threads), ("max_det", max_det)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise UsageError(f"'{key}={count}' is illegal: give a whole number of at least 1.")
-        self._session = open_session(path, session_options(threads))
-        self._path, self._threads = Path(path).absolute(), threads
+        self._session = open_session(path, session_options(threads), gpu)
+        if gpu is not None and GPU not in self._session.get_providers():
+            raise UsageError(f"'gpu={gpu}': no {GPU} starts here. Install onnxruntime-gpu, or leave gpu out.")
+        self._path, self._threads, self._gpu = Path(path).absolute(), threads, gpu
         self._meta = read_metadata(self._session, path)
         self.task, self.names = self._meta["task"], self._meta["names"]
         self.conf, self.iou, self.max_det = conf, iou, max_det
@@ -69,7 +73,7 @@ class Detector:
 
     def __reduce__(self) -> Any:
         """Pickle what it was made of: the process that reads it opens the file again."""
-        given = (self.conf, self.iou, self.classes, self._threads, self.max_det, self.imgsz)
+        given = (self.conf, self.iou, self.classes, self._threads, self.max_det, self.imgsz, self._gpu)
         return type(self), (self._path, *given)
 
     @overload
@@ -234,15 +238,17 @@ def _read(source: Image, channels: int) -> np.ndarray:
     return image
 
 
-def open_session(model: str | Path | bytes, options: Any) -> Any:
-    """Return an ONNX Runtime session on the CPU of a file or a serialised model, every failure as one UsageError."""
+def open_session(model: str | Path | bytes, options: Any, gpu: int | None = None) -> Any:
+    """Return an ONNX Runtime session of a file or a serialised model, on the CPU where it has no provider of GPUs."""
     import onnxruntime as ort
 
     given = model if isinstance(model, bytes) else str(model)
     if isinstance(given, str) and not Path(given).is_file():
         raise UsageError(f"ONNX model '{given}' does not exist. Export one first.")
     try:
-        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        there = gpu is not None and GPU in ort.get_available_providers()
+        providers = [(GPU, {"device_id": gpu, "use_tf32": 0})] if there else []
+        return ort.InferenceSession(given, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         name = f"'{given}'" if isinstance(given, str) else "the model"
         raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error

@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Models as functions on the CPU, letterbox before and NMS after them, and what ONNX Runtime really runs in INT8."""
+"""Models as functions, letterbox before and NMS after them, and what ONNX Runtime really runs in INT8."""
 
 import ast
 import contextlib
@@ -21,9 +21,11 @@ from yolo_ext.deployment import decode
 from yolo_ext.deployment.decode import Size, full_batches, height_width
 from yolo_ext.deployment.detector import letterbox, open_session, read_metadata, session_options
 from yolo_ext.stock import OPAQUE, input_channels
+from yolo_ext.stock.context import replaced
 from yolo_ext.stock.load import as_exported, choose_head, float_model, planes, read_image, with_nms
 
 Source: TypeAlias = str | Path | nn.Module  # Ultralytics model, ``.pt`` file or ``.onnx`` file
+CPU = torch.device("cpu")
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # from images (B, C, H, W), float32 in 0..1, to raw outputs
 NMS = {"conf": 0.25, "iou": 0.7, "max_det": 300, "agnostic_nms": False}  # Ultralytics' defaults of embedded NMS
 FLOAT_CONVS = {"Conv", "FusedConv", "ConvTranspose"}
@@ -58,7 +60,7 @@ def postprocess(y: np.ndarray, meta: dict[str, Any], conf: float, iou: float) ->
 
 
 def session(model: str | Path | bytes, threads: int | None = None, *, simulate: bool = False,
-            profile: Path | None = None) -> ort.InferenceSession:  # fmt: skip
+            profile: Path | None = None, gpu: int | None = None) -> ort.InferenceSession:  # fmt: skip
     """Open a file or serialised model; `simulate` runs Q/DQ in float, `profile` is the prefix of the profile's file."""
     options = session_options(threads)
     # Idle workers would otherwise spin on and steal cores from the model that is measured next.
@@ -67,7 +69,7 @@ def session(model: str | Path | bytes, threads: int | None = None, *, simulate: 
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return open_session(model, options)
+    return open_session(model, options, gpu)
 
 
 def run(model: ort.InferenceSession, x: np.ndarray) -> list[np.ndarray]:
@@ -118,7 +120,7 @@ def _is_torch(source: Source) -> bool:
 
 
 def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
-              nms: dict[str, Any] | None = None) -> Predict:  # fmt: skip
+              nms: dict[str, Any] | None = None, device: torch.device = CPU) -> Predict:  # fmt: skip
     """Turn a model into a function from images to raw head outputs.
 
     Args:
@@ -126,20 +128,21 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
         end2end: Head of a dual-head torch model to run; an ONNX file has only one.
         simulate: ONNX only: run Q/DQ in float instead of in integer operators.
         nms: Torch only: suppress as an export with these options of embedded NMS does, see `describe`.
+        device: What the model runs on, in full float32; an ONNX file where ONNX Runtime has a provider for it.
     Returns: Function of images (B, C, H, W), any number, that gives the outputs: boxes and scores, then mask
         prototypes. RT-DETR's rows come as those of other heads without NMS: x1, y1, x2, y2 in px, score, class.
     """
     if _is_torch(source):
-        model = as_exported(choose_head(float_model(source), end2end))
+        model = as_exported(choose_head(float_model(source), end2end)).to(device)
         net = with_nms(model, nms) if nms else model
 
         def forward(x: np.ndarray) -> list[np.ndarray]:
-            with torch.inference_mode():
-                y = net(torch.from_numpy(x))
-            return [t.numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
+            with torch.inference_mode(), replaced(torch.backends.cudnn, allow_tf32=False):
+                y = net(torch.from_numpy(x).to(device))
+            return [t.cpu().numpy() for t in (y if isinstance(y, (tuple, list)) else [y])]
 
         return _in_px(forward) if isinstance(model.model[-1], OPAQUE) else forward
-    opened = session(source, simulate=simulate)
+    opened = session(source, simulate=simulate, gpu=device.index if device.type == "cuda" else None)
     size = opened.get_inputs()[0].shape[0]
 
     def batches(x: np.ndarray) -> list[np.ndarray]:

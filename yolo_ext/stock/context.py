@@ -156,6 +156,15 @@ def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def alone(validator: type) -> Iterator[None]:
+    """Have a class of validators measure in this process alone, without others of a training on several GPUs."""
+    with ExitStack() as held:
+        for module in {sys.modules[c.__module__] for c in validator.__mro__}:
+            held.enter_context(replaced(module, **{k: -1 for k in ("RANK", "LOCAL_RANK") if hasattr(module, k)}))
+        yield
+
+
 def device_of(given: Any = None) -> torch.device:
     """Return the device that Ultralytics takes for `device=`, the first of several; None: a GPU where there is one."""
     try:

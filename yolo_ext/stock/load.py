@@ -184,6 +184,16 @@ def float_model(weights: str | Path | nn.Module) -> Any:
     return model
 
 
+def gpu_runs(exported: Path) -> bool:
+    """Tell whether ONNX Runtime has a GPU for a file; INT8 is what the integer kernels of a CPU make of one."""
+    import onnx
+    import onnxruntime
+
+    if exported.suffix != ".onnx" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return False
+    return not any(n.op_type == "DequantizeLinear" for n in onnx.load(exported, load_external_data=False).graph.node)
+
+
 def read_image(path: str | Path, channels: int = 3) -> np.ndarray | None:
     """Return an image (H, W, C) as Ultralytics reads it for a model of C channels, three as BGR; None if it cannot."""
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
