@@ -27,16 +27,17 @@ from yolo_ext.core.config import CONFIGS, read_options
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.stock.context import TASKS, cpu_info, get_save_dir
+from yolo_ext.stock.model import METRIC
 
-METRICS = ("params", "gflops", "size_mb", "map50", "map", "top1", "latency_ms", "latency_batch32_ms", "latency_ratio",
-           "map_onnx", "convs", "int8_convs", "imgsz", "images")  # fmt: skip
 NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"), ("torch", "ort", "ort_int8")),
-          "map_onnx": ("fp32", "int8")}  # fmt: skip
+          **dict.fromkeys([f"{key}_onnx" for key in METRIC], ("fp32", "int8"))}  # fmt: skip
+METRICS = ("params", "gflops", "size_mb", "map50", *METRIC, *NESTED, "convs", "int8_convs", "imgsz", "images")
 Rows = list[dict[str, Any]]
 TRAININGS = ("train", "distill")
 OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "detections.jsonl"}  # else compress.yaml
 PLACE = ("project", "name", "exist_ok", "save_dir", "out")
-FREE = ("device", "workers", "verbose", "modules", "max_drop", "mode", "task")  # may be other ones when a run goes on
+# Keys that may be other ones when a run goes on.
+FREE = ("device", "workers", "verbose", "modules", "max_drop", "contract", "confidence", "mode", "task")
 AT_ONCE = {"args.yaml", "weights", FILE}  # what is there before a run has done anything
 RESULTS = ("summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
            "onnx/int8.onnx", "plots/stages.*", "plots/channels.*", "plots/detections_*")  # fmt: skip

@@ -31,7 +31,7 @@ def files(tmp_path) -> str:
 @pytest.mark.parametrize(
     ("more", "status", "says"),
     [("", 1, "contract recall.b"), ("contract.map.a=-0.05", 0, "worse"), ("contract.map.b=-0.05", 1, "contract map.b"),
-     ("contract.map=-0.9 confidence=0.95", 0, "worse"), ("contract.recall.c=-0.1", 2, "Legal: map, map.a"),
+     ("contract.map=-0.9 confidence=0.95", 0, "worse"), ("contract.recall.c=-0.1", 2, "Legal: map, recall"),
      ("contract.map.a=0.1", 2, "such as -0.01"), ("contract=none.yaml", 2, "does not exist"),
      ("other={}/other.npz", 2, "different labels"), ("other=best.pt", 2, "'data' is missing")],
     ids=["default contract", "held", "broken", "held surely", "unknown class", "wrong sign", "no file", "other labels",

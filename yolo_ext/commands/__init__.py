@@ -38,9 +38,9 @@ HELP = {  # of keys that a command does not explain itself
     "imgsz": "Side of the square input in pixels; that of the training by default",
     "device": "Device as Ultralytics takes it, such as cpu, 0 or 0,1; a GPU where there is one by default",
     "quant": "Options of quantization",
-    "contract": "Limits by figure, such as contract.recall.person=-0.02, or a YAML file of them; by default no class may "
-                "surely lose more than 0.05 of its recall or mAP50-95 (top-1), and the model no more than 0.02",
-    "confidence": "Hold budgets and limits with this confidence, such as 0.95; by the measured change itself by default",
+    "contract": "Limits by figure, such as contract.recall.person=-0.02, or a YAML file of them; by default no class "
+    "may surely lose more than 0.05 of its recall or mAP50-95 (top-1), and the model no more than 0.02",
+    "confidence": "Hold budgets and limits with this confidence, such as 0.95; by the measured change by default",
     "resume": "Go on with a stopped run: its folder, or True with its name; its options need not be given",
     "modules": "Python modules whose layers the model or its YAML names, such as mypkg.layers",
     "place": f"{', '.join(PLACE)} for the run folder",
@@ -208,6 +208,12 @@ def tell_idle(keys: Sequence[Any]) -> None:
     """Warn of keys without an effect, once for all; what is no text names none."""
     if idle := [k for k in keys if isinstance(k, str) and k]:
         LOGGER.warning(f"Without effect here: {', '.join(idle)}")
+
+
+def tell_broken(checks: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of the limits of a contract that do not hold."""
+    for c in (c for c in checks if not c["passed"]):
+        LOGGER.warning(f"{c['name']}: {c['value']:+.4f} (limit {c['limit']:g})")
 
 
 def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:

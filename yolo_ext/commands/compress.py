@@ -21,7 +21,8 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
 def compress(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
-    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a trained YOLO and prove the result; a technique is switched off by None.
 
@@ -32,8 +33,8 @@ def compress(
         sparsity: Options of a sparsity training that comes first.
         prune: Options of pruning; True removes half of the FLOPs.
         distill: Options of the distillation while fine-tuning.
-        max_drop: Accuracy (mAP50-95 or top-1) that the delivered file may lose against the base, above 0; exit status 1
-            where it lost more.
+        max_drop: Loss of any metric of the task (box, mask and keypoint mAP50-95, top-1, top-5) that the delivered file
+            may have against the base, above 0; exit status 1 where it lost more.
         save_optimizer: Keep the state of the optimizer in ``best.pt`` and ``last.pt``.
 
     Returns: The contents of ``summary.json`` plus ``run_dir`` and ``checks``.
@@ -46,7 +47,8 @@ def compress(
 def train(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a YOLO with our trainer of its task.
 
@@ -77,7 +79,8 @@ def train(
 def prune(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
 
@@ -92,7 +95,8 @@ def prune(
 def distill(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
-    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `train` does, whose keys these are, with distillation on by default.
 
@@ -110,7 +114,8 @@ def distill(
 def quantize(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
-    max_drop: Share | None = None, resume: Resume = False, save_optimizer: bool = False, **native: Any,
+    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but quantization on by default.
 

@@ -273,7 +273,7 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
 @command("Compare an ONNX file with its .pt; exit status 1 when they differ")
 def verify(
     model: Weights, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
-    imgsz: Any = None, **place: Any,
+    imgsz: Any = None, contract: Any = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare an ONNX file with the model that it came from, print the checks and write them.
 
@@ -281,7 +281,7 @@ def verify(
         model: ``.pt`` of the float model.
         onnx: Its FP32 or FP16 ONNX.
         int8: Its INT8 ONNX, checked against its own simulation.
-        data: Dataset YAML whose val images are used; adds a comparison of mAP.
+        data: Dataset YAML whose val images are used; adds a comparison of accuracy.
         source: Folder, glob or list of images instead of `data`.
         imgsz: Size of the input in pixels; by default that of the ONNX file.
 
@@ -291,6 +291,7 @@ def verify(
     from yolo_ext import runs, stock
     from yolo_ext.data.check import check_data
     from yolo_ext.data.records import list_images
+    from yolo_ext.deployment.contract import read_limits
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.deployment.verify import verify as run
     from yolo_ext.reporting.tables import TEXT, write_summary
@@ -304,7 +305,8 @@ def verify(
     tell_idle([data and source and "source (the val images of data are taken)"])
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
-    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data)
+    limits = read_limits(contract, stock.task_of(net), net.names, data=data)
+    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data, contract=limits)
     if counts := found.get("int8"):
         say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
         say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")

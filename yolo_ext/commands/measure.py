@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_idle
+from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_broken, tell_idle
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import resumes
@@ -23,7 +23,8 @@ RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "signif
 @command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
 def bench(
     models: str | list[Weights], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
-    data: str | None = None, source: str | None = None, profile: bool = False, memory: bool = True, **place: Any,
+    data: str | None = None, source: str | None = None, contract: Any = None, profile: bool = False,
+    memory: bool = True, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure files side by side, print the tables and write them.
 
@@ -34,12 +35,13 @@ def bench(
         threads: Threads of each runtime, one number or several to try.
         batch: Images per call, one number or several to try.
         rounds: Timed calls of each model.
-        data: Dataset YAML; adds mAP and a plot of mAP against latency.
+        data: Dataset YAML; adds accuracy, a plot of it against latency, and the contract of each with the first one.
         source: Image for which letterbox and NMS are timed, by default one of `data`, else noise.
         profile: Also print and write the time of each operator inside ONNX Runtime.
         memory: Also measure peak memory, each model in a process of its own.
 
-    Returns: The contents of ``bench.json``: ``rows`` (by model, threads and batch), ``models``, ``env``, ``profile``.
+    Returns: The contents of ``bench.json``: ``rows`` (by model, threads and batch), ``models``, ``env``, ``profile``,
+        and with `data` ``contract`` (by model, as of `compare`) and ``checks``.
     Raises: `UsageError` if a file is missing or does not fit.
     """
     from ultralytics.utils import TQDM
@@ -69,11 +71,12 @@ def bench(
     LOGGER.info(", ".join(f"{k} {v}" for k, v in env.items() if v is not None))
     env["load"] = stock.tell_busy()
     image, name = _image(data, source, size, about.get("channels", 3))
+    kept: list[Any] = []  # evidence of each model
+    about = {f: _about(f, image, size, first, data, memory, kept.append) for f in TQDM(files, desc="Models")}
+    judged = _judged(files, kept, contract)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
-    about = {f: _about(f, image, size, first, data, memory) for f in TQDM(files, desc="Models")}
-    metric = stock.metric("classify" if any("top1" in a for a in about.values()) else "detect")
     found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about,
-                             "metric": metric}  # fmt: skip
+                             "metric": stock.metric(kept[0].about["task"] if kept else "detect"), **judged}  # fmt: skip
     if profile:
         found["profile"] = {
             f: operators(f, size, threads=first[0], batch=first[1]) for f in files if f.endswith(".onnx")
@@ -90,6 +93,7 @@ def bench(
     figures = _figures(rows, about)
     stages = {Path(f).name: figures[f] for f in files}
     write_summary(folder, figures[files[0]], figures[files[-1]], stages, table=False)
+    tell_broken(found["checks"])
     best = min(rows[: len(files)], key=lambda r: r["median"])["model"]
     runs.saved(folder, f"yolo predict model={best} imgsz={size} source=image.jpg")
     return found
@@ -123,7 +127,20 @@ def _image(data: str | None, source: str | None, size: int, channels: int) -> tu
     raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
 
 
-def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool) -> dict[str, Any]:
+def _judged(files: list[str], kept: list[Any], contract: Any) -> dict[str, Any]:
+    """Return what the evidence of each model says against that of the first one, and the checks of a contract."""
+    from yolo_ext.deployment.contract import judged, read_limits
+
+    about = kept[0].about if kept else {"task": "detect", "names": {}}
+    limits = read_limits(contract, about["task"], about["names"], data=kept)
+    found = {f: judged(kept[0], evidence, limits) for f, evidence in zip(files[1:], kept[1:])}
+    checks = [{**c, "name": f"{f}: {c['name']}"} for f, judgement in found.items() for c in judgement["checks"]]
+    return {"contract": found, "checks": checks}
+
+
+def _about(
+    file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool, keep: Any
+) -> dict[str, Any]:
     """Return what is measured once for each model: size, surroundings, memory with (threads, batch), accuracy."""
     from yolo_ext import runs
     from yolo_ext.deployment.footprint import peak_memory
@@ -134,7 +151,7 @@ def _about(file: str, image: Any, size: int, setting: tuple[int, int], data: Any
     path = Path(file)
     convs = conv_report(path) if path.suffix != ".pt" else {}
     counts = {k: convs[k] for k in ("convs", "int8_convs") if convs}
-    measured = accuracy(path, data, size) if data else {}
+    measured = accuracy(path, data, size, keep=keep) if data else {}
     return {"imgsz": size, "size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
             **counts, "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
             **((memory and peak_memory(path, size, *setting)) or {}), "score": score(measured),
@@ -147,7 +164,7 @@ def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dic
     for row in reversed(rows):
         known = about[row["model"]]
         key = {"torch": "torch", "ort": "ort_int8" if known.get("int8_convs") else "ort"}.get(row["runtime"])
-        found = {k: known.get(k) for k in ("imgsz", "images", "size_mb", "map50", "map", "top1", "convs", "int8_convs")}
+        found = {**known}
         found["latency_batch32_ms" if row["batch"] == 32 else "latency_ms"] = {key: row["median"]} if key else {}
         found["latency_ratio"] = {key: {k: row[c] for k, c in RATIO.items()}} if key else {}
         figures[row["model"]] = {**figures.get(row["model"], {}), **found}

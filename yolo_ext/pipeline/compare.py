@@ -20,7 +20,7 @@ from yolo_ext.deployment.export import export_onnx
 from yolo_ext.pipeline.run import Run, finetuning, measure, train
 from yolo_ext.pruning.prune import prune_model
 from yolo_ext.reporting.tables import cell
-from yolo_ext.stock.accuracy import score
+from yolo_ext.stock.accuracy import METRICS, score
 from yolo_ext.training.prune import make_probes
 
 TIMED = {"base": "base FP32", "pruned": "compressed FP32"}  # files that the stage `latency` measures in any case
@@ -39,7 +39,7 @@ def compare(run: Run) -> runs.Record:
     found: list[dict[str, Any]] = []
     for name, m in models.items():
         figures = measure(run, m) if isinstance(m, Path) else runs.model_figures(m, None, run.imgsz)
-        row = {k: figures.get(k) for k in ("params", "gflops", "top1" if run.task == "classify" else "map")}
+        row = {k: figures.get(k) for k in ("params", "gflops", *METRICS[run.task])}
         found.append({"name": name, **row, "timed": TIMED.get(name, name)})
         if name not in TIMED:
             file = export_onnx(m, run.folder / "compare" / f"{len(found)}.onnx", run.imgsz)

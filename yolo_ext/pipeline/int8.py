@@ -33,11 +33,11 @@ from yolo_ext.quantization.qat import prepare, strip
 from yolo_ext.quantization.qdq import write_qdq
 from yolo_ext.quantization.spec import Profile, plan_of, resolve_profile
 from yolo_ext.runs import Record
-from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.stock.accuracy import METRICS
 
 LISTED = "quant.config_list gives it"  # start of the reason where that alone keeps a convolution float
-PLANNED, BUDGET = "INT8 convolutions as planned", "INT8 mAP50-95 loss (quant.max_drop)"
-COLLAPSE = 0.05  # mAP50-95 lost, or five budgets if that is more: no tuning of ranges brings this back
+PLANNED, BUDGET = "INT8 convolutions as planned", "Accuracy lost by INT8 (quant.max_drop)"
+COLLAPSE = 0.05  # accuracy lost, or five budgets if that is more: no tuning of ranges brings this back
 SHIFT = 0.1  # of the confidence with the best F1; its curve is flat there, and half as much is noise
 LOOKED_AT = 32  # images for sensitivity, detectors and parity
 SAYS = colorstr("quantize: ")
@@ -63,26 +63,25 @@ def ptq(run: Run) -> Record:
     file = run.save(model, args, *place)
     weights = file if changed else run.weights()
     record = _emit(run, "ptq", weights, manifest(model).quant)
-    lost = _loss(record, record)
-    if cfg.mixed and cfg.mode != "qat" and lost is not None and lost > cfg.max_drop:
+    lost = _loss(run, record, record)
+    if cfg.mixed and cfg.mode != "qat" and lost > cfg.max_drop:
         mixed, more = _mixed(run, cfg, model, batches, record, lost)
         if mixed:
             run.save(model, args, *place)
             record = _emit(run, "ptq", weights, manifest(model).quant)
         notes.append(more)
-    notes += [*(record.notes or []), *_problems(cfg, record)]
+    notes += [*(record.notes or []), *_problems(run, cfg, record)]
     return replace(record, notes=notes, weights=run.relative(file) if changed else None)
 
 
-def _loss(record: Record, reference: Record) -> float | None:
-    """Return how much mAP50-95 the INT8 file of a stage lost against the FP32 file of another; None without boxes."""
-    (int8, fp32) = ((r.metrics or {})["map_onnx"][k] for r, k in ((record, "int8"), (reference, "fp32")))
-    return None if int8 is None or fp32 is None else fp32 - int8
+def _loss(run: Run, record: Record, reference: Record) -> float:
+    """Return the largest loss of a metric of the task by the INT8 file of a stage against the FP32 file of another."""
+    return run.lost(_measured(reference, "fp32"), _measured(record, "int8"))
 
 
-def onnx_accuracy(run: Run, file: Path) -> dict[str, Any]:
-    """Return mAP50-95 (`map`) and best F1 of an ONNX file; a classifier has neither, and parity alone is checked."""
-    return {"map": None, "f1": None} if run.task == "classify" else accuracy(file, run.data, run.imgsz)
+def _measured(record: Record, kind: str) -> dict[str, Any]:
+    """Return the metrics of the task of the `fp32` or the `int8` file of a stage, and where their evidence lies."""
+    return {k.removesuffix("_onnx"): v[kind] for k, v in (record.metrics or {}).items() if k.endswith("_onnx")}
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -91,13 +90,13 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     model, int8 = run.load(weights)[0], run.folder / stage / "int8.onnx"
     fp32 = export_onnx(model, run.folder / stage / "fp32.onnx", run.imgsz, **run.graph)
     written = write_qdq(fp32, int8, quant["state"], resolve_profile(quant["profile"]))
-    found = {name: onnx_accuracy(run, file) for name, file in (("fp32", fp32), ("int8", int8))}
-    maps = {name: f["map"] for name, f in found.items()}
+    kept = {"fp32": f"{stage}/fp32.npz", "int8": f"{stage}/evidence.npz"}
+    found = {kind: run.accuracy(file, kept[kind]) for kind, file in (("fp32", fp32), ("int8", int8))}
     proof = prove(int8, written["convs"], quant)
     m = measure(run, weights)
-    m |= {"size_mb": runs.size_mb(int8), "map_onnx": maps, "classes": found["int8"].get("classes")}
+    m |= {"size_mb": runs.size_mb(int8), "classes": found["int8"].get("classes"), **onnx_figures(run, **found)}
     m |= {k: proof[k] for k in ("convs", "int8_convs")}
-    f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if f["f1"] is not None}
+    f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if "f1" in f}
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})
     notes = []
     if f1:
@@ -111,6 +110,11 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
         accidents=proof["accidents"], chosen=str(weights), calibration=quant.get("calibration"),
         profile=quant["profile"], notes=notes,
     )  # fmt: skip
+
+
+def onnx_figures(run: Run, **found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics of the task of ONNX files by kind, as `summary.json` holds them."""
+    return {f"{k}_onnx": {kind: f[k] for kind, f in found.items()} for k in (*METRICS[run.task], "evidence")}
 
 
 def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,15 +174,15 @@ def told(problems: Iterable[str], strict: bool) -> list[str]:
     return problems
 
 
-def _problems(cfg: QuantConfig, record: Record) -> list[str]:
-    """Warn of convolutions that are float against the plan and of mAP that collapsed; with `quant.strict` they fail."""
+def _problems(run: Run, cfg: QuantConfig, record: Record) -> list[str]:
+    """Warn of convolutions that are float against the plan and of a collapse; with `quant.strict` they fail."""
     found = {**(record.metrics or {}), "planned": record.planned, "accidents": record.accidents}
     problems = [shortfall(found, record.profile or "")]
-    lost, limit = _loss(record, record), max(5 * cfg.max_drop, COLLAPSE)
-    if lost is not None and lost > limit:
+    lost, limit = _loss(run, record, record), max(5 * cfg.max_drop, COLLAPSE)
+    if lost > limit:
         problems.append(
-            f"INT8 loses {lost:.4f} mAP50-95 (limit {limit:g}). Calibrate on more images like those of the val split, "
-            "or find the layer with `yolo-ext sensitivity kind=quant`."
+            f"INT8 loses {lost:.4f} {run.metrics} (limit {limit:g}). Calibrate on more images like those of the val "
+            "split, or find the layer with `yolo-ext sensitivity kind=quant`."
         )
     return told(problems, cfg.strict)
 
@@ -189,20 +193,21 @@ def _mixed(
     lost: float,
 ) -> tuple[bool, str]:  # fmt: skip
     """Leave layers float until the budget holds, write which, and put the state into the manifest if it is better."""
-    quant, folder, reference = manifest(model).quant, run.folder / "ptq", (plain.metrics or {})["map_onnx"]["fp32"]
+    quant, folder, reference = manifest(model).quant, run.folder / "ptq", _measured(plain, "fp32")
     profile, budget = resolve_profile(quant["profile"]), f"quant.max_drop={cfg.max_drop:g}"
-    LOGGER.info(f"{SAYS}PTQ loses {lost:.4f} mAP50-95, more than {budget}: looking for fewest layers to leave float")
+    LOGGER.info(f"{SAYS}PTQ loses {lost:.4f} {run.metrics}, more than {budget}: which layers are best left float?")
     ranked, states = _ranked(run, model, quant, batches()), {0: quant["state"]}
 
     def evaluate(excluded: list[str]) -> float:
         if not excluded:
             return lost
         states[len(excluded)] = search.leave_float(model, quant["state"], excluded, profile, cfg, batches)
-        file = folder / "trial.onnx"
-        write_qdq(folder / "fp32.onnx", file, states[len(excluded)], profile)
-        drop = reference - onnx_accuracy(run, file)["map"]
-        file.unlink()
-        LOGGER.info(f"{SAYS}layers left float: {len(excluded)}, loss {drop:.4f} mAP50-95")
+        trial, kept = folder / "trial.onnx", folder / "trial.npz"
+        write_qdq(folder / "fp32.onnx", trial, states[len(excluded)], profile)
+        drop = run.lost(reference, run.accuracy(trial, run.relative(kept)))
+        trial.unlink()
+        kept.unlink()
+        LOGGER.info(f"{SAYS}layers left float: {len(excluded)}, loss {drop:.4f} {run.metrics}")
         return drop
 
     most = len(ranked) if cfg.mode == "ptq" else len(ranked) // 2  # more would give away the speed; QAT comes next
@@ -215,7 +220,7 @@ def _mixed(
     floats = {**quant["float"], **dict.fromkeys(excluded, f"float to hold {budget}")}
     note(model, quant={**quant, "state": states[len(excluded)], "float": floats})
     layers = sum("weight" in sites for sites in quant["state"].values())
-    said = f"{len(excluded)} of {layers} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} mAP50-95"
+    said = f"{len(excluded)} of {layers} layers stay float: the loss falls from {lost:.4f} to {drop:.4f} {run.metrics}"
     LOGGER.info(f"{SAYS}{said}; use them again with quant.config_list={file}")
     return bool(excluded), f"{said} (config_list.yaml)."
 
@@ -236,23 +241,19 @@ def qat(run: Run) -> Record:
     """Train with fake-quant if PTQ misses the budget or QAT was asked for, and keep the better of both."""
     cfg, after_ptq = run.quant, run.done["ptq"]
     assert cfg
-    lost = _loss(after_ptq, after_ptq)
-    if cfg.mode == "auto" and (lost is None or lost <= cfg.max_drop):
-        reason = "No mAP tells whether PTQ is good enough: no QAT without quant.mode=qat"
-        if lost is not None:
-            change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f}"
-            reason = f"PTQ {change} mAP50-95, within quant.max_drop={cfg.max_drop:g}: no QAT"
-        return Record(skipped=reason)
+    lost = _loss(run, after_ptq, after_ptq)
+    if cfg.mode == "auto" and lost <= cfg.max_drop:
+        change = f"{'loses' if lost > 0 else 'gains'} {abs(lost):.4f} {run.metrics}"
+        return Record(skipped=f"PTQ {change}, within quant.max_drop={cfg.max_drop:g}: no QAT")
     options: dict[str, Any] = {"quant": cfg}
     # Distillation belongs to the fine-tuning, where there is one; QAT learns from its float self then.
     if run.teaching and (cfg.supervision == "labels" or (cfg.supervision == "auto" and not run.epochs)):
         options["distill"] = run.teaching
     best = train(run, "qat", options, {**QAT, **run.native, "epochs": cfg.epochs, "lr0": cfg.lr0})
     record = _emit(run, "qat", best, manifest(run.load(best)[0]).quant)
-    after = _loss(record, after_ptq)
-    better = after is None or lost is None or after < lost
+    better = _loss(run, record, after_ptq) < lost
     if better:
-        notes = [*(record.notes or []), *_problems(cfg, record)]
+        notes = [*(record.notes or []), *_problems(run, cfg, record)]
         record = replace(record, weights=run.relative(best), notes=notes)
     said = f"{record.said}, {cfg.epochs} epochs, {'better than PTQ' if better else 'no better than PTQ, which is kept'}"
     return replace(record, better=better, said=said)
@@ -273,12 +274,12 @@ def verify(run: Run) -> Record:
         model, files["fp32"], run.info["images"]["val"][:LOOKED_AT], run.imgsz, int8_onnx=files["int8"], data=run.data,
         fake_quant=fake,
     )  # fmt: skip
-    lost, convs, planned = _loss(record, run.done["ptq"]), (record.metrics or {})["int8_convs"], record.planned or 0
+    lost, planned = _loss(run, record, run.done["ptq"]), record.planned or 0
+    convs = (record.metrics or {})["int8_convs"]
     asked = sum(reason.startswith(LISTED) for reason in (record.accidents or {}).values())  # a warning has told
     least = max(planned - asked, 1) if planned else 0
     checks = [*found["checks"], {"name": PLANNED, "value": convs, "limit": least, "passed": convs >= least}]
-    if lost is not None:
-        checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
+    checks.append({"name": BUDGET, "value": lost, "limit": cfg.max_drop, "passed": lost <= cfg.max_drop})
     runs.write_json(run.folder / "verify" / "verify.json", {**found, "checks": checks})
     parity = {k: found["int8"][k] for k in ("torch", "rounding", "simulation", "float") if k in found["int8"]}
     unsound = any(not c["passed"] for c in found["checks"] if c["key"].startswith("int8_"))

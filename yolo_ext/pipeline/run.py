@@ -4,22 +4,24 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import save_model
+from yolo_ext.checkpoint import atomic_write, save_model
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import resumes
 from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.data.check import check_data
+from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.pruning.criteria import criteria
-from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.accuracy import METRIC, METRICS, accuracy, lost, score
+from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
@@ -53,6 +55,8 @@ class Run:
     info: dict[str, Any] = field(default_factory=dict)  # of the checked dataset
     imgsz: int = 0  # side of the square input in pixels
     max_drop: float | None = None  # accuracy that the result may lose against the base
+    limits: dict[str, float] = field(default_factory=dict)  # of the contract, by figure; none: the default contract
+    confidence: float | None = None  # with which budgets and limits hold; None: by the measured change itself
     fresh: bool = False  # whether the folder held nothing before
     done: dict[str, runs.Record] = field(default_factory=dict)  # by finished stage
     busy: float = 0.0  # share of the processors that others used when the run began
@@ -77,6 +81,11 @@ class Run:
     def prunes_later(self) -> bool:
         """Whether pruning is part of the fine-tuning instead of a stage of its own."""
         return bool(self.prune and (self.prune.at or self.prune.every or self.prune.steps))
+
+    @property
+    def metrics(self) -> str:
+        """The metrics of the task, in words."""
+        return " or ".join(METRIC[k] for k in METRICS[self.task])
 
     @property
     def cuts(self) -> bool:
@@ -109,6 +118,24 @@ class Run:
         self.models.pop(file, None)
         return file
 
+    def accuracy(self, model: nn.Module | Path, keep: str = "") -> dict[str, Any]:
+        """Measure a model over the val split; `keep` is where in the run folder the evidence of that goes."""
+
+        def kept(found: Evidence) -> None:
+            atomic_write(self.folder / keep, found.data())
+
+        device = self.native.get("device")
+        found = accuracy(model, self.data, self.imgsz, keep=kept if keep else None, device=device)
+        return {**found, "evidence": keep}
+
+    def lost(self, before: dict[str, Any], after: dict[str, Any]) -> float:
+        """Return the largest loss among the metrics of the task, with `confidence` the most that it may really be."""
+        if self.confidence is None:
+            return cast(float, lost(before, after))
+        base, new = (Evidence.read(self.folder / measured["evidence"]) for measured in (before, after))
+        found = judged(base, new, confidence=self.confidence)["changes"]
+        return -min(c["low"] for c in found if c["name"] in METRICS[self.task])
+
     def relative(self, file: Path) -> str:
         """Return a file of the run as its records name it."""
         return str(file.relative_to(self.folder))
@@ -130,13 +157,15 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
         options = runs.resumed(mode, {**options, "model": model, "data": data, "resume": resume})
         model, data, _ = (options.pop(k) for k in ("model", "data", "resume"))
     place, imgsz = {k: options.pop(k, None) for k in runs.PLACE}, options.pop("imgsz", None)
-    budget = options.pop("max_drop", None)
+    asked = {k: options.pop(k, None) for k in ("max_drop", "contract", "confidence")}
     configs = parse({k: options.pop(k, None) for k in EXT_DEFAULTS})
     base, ckpt = load_model(model)
     loaded = {Path(model): (base, dict(ckpt.get("train_args") or {}))}
-    run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded, max_drop=budget)
-    check_budget(budget, data and run.base.suffix == ".pt")
+    run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded)
+    run.max_drop, contract, run.confidence = asked.values()
+    check_budget(run.max_drop, data and run.base.suffix == ".pt")
     _check_data(run)
+    run.limits = asked["contract"] = read_limits(contract, run.task, base.names, run.confidence, data)
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
     _check_graph(run)
@@ -145,7 +174,7 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
         runs.make_way(place["save_dir"], stages, bool(place["exist_ok"]))
     run.folder = runs.folder(place, task=run.task, mode=mode)
     run.fresh = not any(run.folder.iterdir())
-    plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **({"max_drop": budget} if budget else {})}
+    plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **{k: v for k, v in asked.items() if v}}
     runs.record(run.folder / "args.yaml", plain)
     runs.record(run.folder / "compress.yaml", {**plain, **as_plain(configs)})
     resumes(mode, run.folder, "compress.yaml")
@@ -205,12 +234,12 @@ def _check_graph(run: Run) -> None:
         raise UsageError(f"'opset={run.graph['opset']}': per-channel Q/DQ needs {OLDEST} or later. Leave opset out.")
 
 
-def measure(run: Run, weights: Path) -> dict[str, Any]:
-    """Return params, GFLOPs, size and, where there are data, mAP (top-1 of a classifier) of float weights."""
+def measure(run: Run, weights: Path, stage: str = "") -> dict[str, Any]:
+    """Return params, GFLOPs, size and, where there are data, accuracy of float weights; a stage keeps the evidence."""
     model, _ = run.load(weights)
     found = runs.model_figures(model, weights, run.imgsz)
     if run.data:
-        found.update(accuracy(model, run.data, run.imgsz))
+        found.update(run.accuracy(model, f"{stage}/evidence.npz" if stage else ""))
         remember(model, run.data, run.imgsz, score(found))
     return found
 

@@ -20,11 +20,12 @@ from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import changes
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import let_go, logged
+from yolo_ext.deployment.contract import judged
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.latency import bench, speedup
 from yolo_ext.deployment.runtime import conv_report
 from yolo_ext.pipeline.compare import compare
-from yolo_ext.pipeline.int8 import onnx_accuracy, ptq, qat, verify
+from yolo_ext.pipeline.int8 import onnx_figures, ptq, qat, verify
 from yolo_ext.pipeline.report import contents, pictures
 from yolo_ext.pipeline.run import FINETUNE, Run, finetuning, measure, open_run, train
 from yolo_ext.pruning.masks import eligible, packed_mb, sparsity, zero_weights
@@ -34,6 +35,7 @@ from yolo_ext.pruning.surgery import TOLERANCE
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import ABSENT, comparison_rows, conclude, write_summary
 from yolo_ext.runs import Record
+from yolo_ext.stock.evidence import Evidence
 from yolo_ext.training.prune import budget_checks, make_probes
 
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
@@ -93,12 +95,22 @@ def _extra(run: Run, name: str, work: Callable[[], Any]) -> Any:
 
 def base(run: Run) -> Record:
     """Measure the base model, as ONNX too when the result will be ONNX."""
-    m = measure(run, run.base)
+    m = measure(run, run.base, "base")
+    if run.limits:
+        contract(run, "base", n=20)  # refuses limits of classes and sizes that the split does not hold
     if run.quant:
         file = export_onnx(run.load(run.base)[0], run.folder / "base" / "fp32.onnx", run.imgsz, **run.graph)
-        convs = {k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")}
-        m.update(size_mb=runs.size_mb(file), map_onnx={"fp32": onnx_accuracy(run, file)["map"]}, **convs)
+        m.update(size_mb=runs.size_mb(file), **onnx_figures(run, fp32=run.accuracy(file)))
+        m.update({k: v for k, v in conv_report(file).items() if k in ("convs", "int8_convs")})
     return Record(m)
+
+
+def contract(run: Run, stage: str, **options: Any) -> dict[str, Any]:
+    """Return what the evidence of a stage says against that of the base; nothing where one was not measured."""
+    files = [run.folder / name / "evidence.npz" for name in ("base", stage)]
+    if not all(file.exists() for file in files):
+        return {}
+    return judged(*map(Evidence.read, files), run.limits, confidence=run.confidence, **options)
 
 
 def sparsify(run: Run) -> Record:
@@ -111,7 +123,8 @@ def sparsify(run: Run) -> Record:
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
     share = manifest(run.load(best)[0]).sparsity["share"]
     said = f"{cfg.epochs} epochs of {cfg.method} brought {100 * share:.1f} % of the channels below {cfg.threshold:g}"
-    return Record(measure(run, best), run.relative(best), said=said, notes=[f"Sparsity training: {said}."])
+    figures = measure(run, best, "sparsify")
+    return Record(figures, run.relative(best), said=said, notes=[f"Sparsity training: {said}."])
 
 
 def finetune(run: Run) -> Record:
@@ -119,7 +132,7 @@ def finetune(run: Run) -> Record:
     options = {"distill": run.teaching, "prune": run.prune if run.prunes_later else None}
     best = train(run, "finetune", {k: v for k, v in options.items() if v}, finetuning(run))
     taught = f", teacher {run.teaching.teacher}" if run.teaching else ""
-    record = Record(measure(run, best), run.relative(best), said=f"{run.epochs} epochs{taught}")
+    record = Record(measure(run, best, "finetune"), run.relative(best), said=f"{run.epochs} epochs{taught}")
     return _describe(run, record, run.load(best)[0], "finetune") if run.prunes_later else record
 
 
@@ -135,7 +148,7 @@ def prune(run: Run) -> Record:
     if probes.images and cfg.recalibrate and cfg.kind != "unstructured":  # small weights hardly move the statistics
         stock.recalibrate(model, probes.images())
     file = run.save(model, args, "prune", "weights", "pruned.pt")
-    return _describe(run, Record(measure(run, file), run.relative(file)), model, "prune")
+    return _describe(run, Record(measure(run, file, "prune"), run.relative(file)), model, "prune")
 
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
@@ -215,7 +228,8 @@ STAGES = (  # in this order
 def finish(run: Run) -> dict[str, Any]:
     """Write weights/best.pt, summary.json and the report, print the table, and return the summary."""
     stages = {name: dict(d.metrics) for name, d in run.done.items() if d.metrics}
-    before, after = stages["base"], stages[run.quantized()[0] if run.quant else list(stages)[-1]]
+    last = run.quantized()[0] if run.quant else list(stages)[-1]
+    before, after, proved = stages["base"], stages[last], contract(run, last)
     if "latency" in run.done:
         times = {r["name"]: r["median"] for r in run.rows("latency")}
         for figures, names in zip((before, after), LATENCIES):
@@ -229,8 +243,9 @@ def finish(run: Run) -> dict[str, Any]:
     speed = (after.get("latency_ratio") or {}).get("ort")
     checks = [c for d in run.done.values() for c in d.checks or []]
     checks += budget_checks(run.prune, before, result, speed, run.max_drop)
-    summary = write_summary(run.folder, before, after, stages, checks=checks, **_told(run))
-    drawn = _extra(run, "The comparison of pictures", partial(pictures, run)) if run.data else []
+    checks += proved.get("checks", [])
+    summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
+    drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved)) if run.data else []
     LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
     return {**summary, "run_dir": str(run.folder)}
