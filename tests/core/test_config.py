@@ -27,6 +27,7 @@ from yolo_ext.core.config import (
     without_effect,
 )
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import lasting
 
 EVERY = [(t, f) for t, cls in CONFIGS.items() for f in fields(cls)]
 IDS = [f"{t}.{f.name}" for t, f in EVERY]
@@ -316,9 +317,11 @@ def test_our_keys_shadow_none_of_ultralytics(name):
 
 
 def test_options_that_are_gone_may_say_what_happens_anyway():
-    assert parse({"quant": {"learned": False, "calib": 8}})["quant"].calib == 8  # as runs of 0.1 saved it
-    with pytest.raises(UsageError, match=r"Unknown option 'quant\.learned'"):
-        parse({"quant": {"learned": True}})
+    saved = {"learned": False, "bn": True, "calib": 8}  # as runs of 0.1 saved it
+    assert parse(lasting({"quant": saved, "prune": None}))["quant"].calib == 8
+    for options, instead in ({"learned": True}, "Leave it out"), (saved, "quant.adaround=200"):
+        with pytest.raises(UsageError, match=f"is gone: .*{instead}"):
+            parse({"quant": options})
 
 
 @pytest.mark.parametrize(

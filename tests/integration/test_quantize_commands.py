@@ -76,11 +76,11 @@ def test_record_and_report_hold_the_proof(run, place, quick):
 
 
 @pytest.mark.slow
-def test_improvements_deliver_the_weights_that_they_changed(run, quick):
+def test_adaround_delivers_the_weights_that_it_changed(run, quick):
     from yolo_ext.checkpoint import manifest
     from yolo_ext.stock.load import load_model
 
-    status, folder, _ = run(f"{QUANTIZE} quant.max_drop=1.0 quant.bias_correction=True")
+    status, folder, _ = run(f"{QUANTIZE} quant.max_drop=1.0 quant.adaround=5")
     assert status == 0
     delivered = load_model(folder / "weights" / "best.pt")[0]
     assert manifest(delivered).quant["state"]

@@ -11,7 +11,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.quantization import improve as module
+from yolo_ext.quantization import adaround as module
+from yolo_ext.quantization.adaround import adaround, bake, start
 from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import (
     get_state,
@@ -22,7 +23,6 @@ from yolo_ext.quantization.fake_quant import (
     quantized_layers,
     strip_fake_quant,
 )
-from yolo_ext.quantization.improve import adaround, bake, start
 from yolo_ext.quantization.spec import PROFILES, Spec, plan_of
 from yolo_ext.stock.context import recalibrate
 

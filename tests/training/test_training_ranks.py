@@ -50,7 +50,7 @@ def test_rank_0_decides_for_all(tmp_path):
 def quantize(rank: int, folder: str, info: dict[str, Any]) -> None:
     start(rank, folder)
     torch.manual_seed(rank)
-    cfg = QuantConfig(mode="qat", calib=2, profile="ort-x86", supervision="labels", bias_correction=True)
+    cfg = QuantConfig(mode="qat", calib=2, profile="ort-x86", supervision="labels", adaround=2)
     args = SimpleNamespace(task="detect", imgsz=64)
     trainer = SimpleNamespace(args=args, data=info if rank == 0 else {}, device=torch.device("cpu"), resume=False)
     model: nn.Module = DetectionModel("yolov8n.yaml", nc=3, verbose=False)

@@ -60,7 +60,7 @@ class PruneConfig:
     latency: float | None = option(None, "Target: measured latency before / after, such as 1.5", above=1.0)
     runtime: str = option("ort", "What measures prune.latency, one thread", choices=("ort", "torch"), only="latency")
     size_mb: float | None = option(None, "Target: size of the .pt in MB", above=0.0)
-    max_drop: float | None = option(None, "Target: mAP50-95 drops by no more; beside another one, a check", above=0.0)
+    max_drop: float | None = option(None, "Target: no metric drops by more; beside another one, a check", above=0.0)
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
     scope: str = option(
         "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
@@ -166,8 +166,6 @@ class QuantConfig:
     config_list: Entries = option(
         [], "Only these are quantized, and how: NNI-style entries (op_types, op_names, quant_bits, ...), or a file"
     )
-    bn: bool = option(False, "PTQ: re-estimate BatchNorm of the quantized model")
-    bias_correction: bool = option(False, "PTQ: take the mean error of each channel out of its bias")
     adaround: int = option(0, "PTQ: steps per block that learn the rounding of the weights (AdaRound); 0 is off", low=0)
     max_drop: float = option(0.01, "Budget: mAP50-95 loss of INT8 against its float self", low=0.0, stages=True)
     mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried",
@@ -183,8 +181,14 @@ class QuantConfig:
 
 
 CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
-# Options that are gone, with the values that change nothing: runs that yolo_ext 0.1 saved name them.
-RETIRED: dict[str, tuple] = {"quant.learned": (False,), "quant.cache": (True, False), "distill.compile": (False, True)}
+# Options that are gone: values with which a run that was saved goes on, the default first, and what to do instead.
+RETIRED: dict[str, tuple[tuple, str]] = {
+    "quant.learned": ((False,), "ranges that QAT learned were no better. Leave it out"),
+    "quant.cache": ((True, False), "every run calibrates. Leave it out"),
+    "quant.bn": ((False, True), "quant.adaround=200 does better"),
+    "quant.bias_correction": ((False, True), "quant.adaround=200 does better"),
+    "distill.compile": ((False, True), "it did not pay. Leave it out"),
+}
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -287,10 +291,21 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def misspelt(technique: str, given: Mapping[str, Any]) -> list[str]:
-    """Say which names of options there are not, with the nearest of all techniques."""
-    legal, named = option_names(), {f"{technique}.{name}": value for name, value in given.items()}
-    unknown = [key for key, value in named.items() if key not in legal and value not in RETIRED.get(key, ())]
-    return [f"Unknown option '{key}'.{suggest(key, legal)}" for key in unknown]
+    """Say which names of options there are not, with the nearest of all techniques, or what to do without."""
+    legal, problems = option_names(), []
+    for key, value in {f"{technique}.{name}": value for name, value in given.items()}.items():
+        if key in RETIRED:
+            values, instead = RETIRED[key]
+            problems += [f"'{key}={value}' is gone: {instead}."] if value != values[0] else []
+        elif key not in legal:
+            problems.append(f"Unknown option '{key}'.{suggest(key, legal)}")
+    return problems
+
+
+def lasting(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a saved run by technique, without those that are gone and change nothing any more."""
+    gone = {key: values for key, (values, _) in RETIRED.items()}
+    return {t: cfg and {k: v for k, v in cfg.items() if v not in gone.get(f"{t}.{k}", ())} for t, cfg in saved.items()}
 
 
 def option_names() -> list[str]:

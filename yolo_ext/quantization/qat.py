@@ -17,8 +17,8 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.check import calibration_images, letterbox_batches, list_hash
 from yolo_ext.quantization import fake_quant as fq
+from yolo_ext.quantization.adaround import adaround
 from yolo_ext.quantization.calibrate import calibrate, calibrate_rest, known
-from yolo_ext.quantization.improve import adaround, correct_bias, reestimate_bn
 from yolo_ext.quantization.layers import channel_rows, weight_rows
 from yolo_ext.quantization.plan import listed_sites, make_plan
 from yolo_ext.quantization.spec import PROFILES, Profile, Spec, State, convert, plan_of, resolve_profile
@@ -34,7 +34,7 @@ INPUT, WEIGHT = "input_quantizer", "weight_quantizer"  # of ModelOpt
 def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int) -> dict[str, str]:
     """Insert fake-quant into a float model in place, with ranges from its manifest or else from calibration.
 
-    Branches are merged, and the improvements that `cfg` asks for change weights. Calibration images come from the train
+    Branches are merged, and AdaRound, if `cfg` asks for it, changes weights. Calibration images come from the train
     split of a checked dataset dict, unless `cfg.source` is given. Returned is path -> reason of the layers left float.
     """
     profile = resolve_profile(cfg.profile)
@@ -55,11 +55,6 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
     calibrate(model, batches(), cfg.observer, cfg.weight_observer, math.ceil(len(images) / BATCH))
     if cfg.adaround:
         adaround(model, batches(), cfg.adaround)
-    if cfg.bn:
-        reestimate_bn(model, batches())
-    if cfg.bias_correction:
-        correct_bias(model, batches())
-    if cfg.adaround or cfg.bn or cfg.bias_correction:
         calibrate(model, batches(), cfg.observer, None)  # another weight range would lose the roundings
     calibration = {
         "images": len(images), "hash": list_hash(images), "observer": cfg.observer, "seed": cfg.seed,

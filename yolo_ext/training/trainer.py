@@ -15,6 +15,7 @@ from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pr
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import log_to, logged, resumes
+from yolo_ext.core.options import lasting
 from yolo_ext.stock import trainer as engine
 from yolo_ext.stock.context import brief, cfg2dict, replaced
 from yolo_ext.stock.load import images_only_read
@@ -73,7 +74,7 @@ class CompressionMixin(BEHIND):
     def setup_compression(self, options: dict[str, Any]) -> None:
         """Take the options of a run by key; called once, by the constructor or by `attach`."""
         engine.check_trainer(super())
-        self.compression = parse(options)
+        self.compression = parse(lasting(options) if self.resume else options)
         self.techniques = techniques_of(self.compression, self.args)
         self.exact = Exact()
         vars(self.args).update(as_plain(self.compression))
