@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `argv`, the words after the program name; exit status 0 done, 1 check failed, 2 wrong usage, 130 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the user's own methods lie in the working folder
+        sys.path.append("")  # the user's own methods lie in the working folder, where no file stands in for a package
     words = ["version" if word in ("--version", "-v") else word for word in words]
     try:
         with _sigterm_is_ctrl_c():

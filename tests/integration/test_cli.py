@@ -226,3 +226,12 @@ def test_help_is_light(tmp_path):
     root = Path(yolo_ext.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
     assert done.stdout.strip().splitlines()[-1] == "set()", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cv2", "torch", "yaml", "json", "ultralytics", "yolo_ext"])
+def test_no_file_of_the_working_folder_stands_in_for_a_package(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('ran')")
+    program = Path(sys.executable).with_name("yolo-ext")
+    done = subprocess.run([program, "version"], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, yolo_ext.__version__, "")
