@@ -8,71 +8,92 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ultralytics.engine.results import Results
 
-from yolo_ext.core.errors import UsageError
 from yolo_ext.reporting import figures
 
 NAMES = {0: "cell", 1: "Zelle ü"}
 GREY = 127
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture ü.png"
-    figures.imwrite(path, np.full((240, 320, 3), GREY, np.uint8))
-    return path
+def found(size: int = 320, **parts: list | torch.Tensor) -> Results:
+    """Return a result of Ultralytics on a grey picture, its parts as rows."""
+    data = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in parts.items()}
+    return Results(np.full((240, size, 3), GREY, np.uint8), "a.jpg", NAMES, **data)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(lambda d: figures.side_by_side(d / "none.jpg", [], [], NAMES, d / "x.png"), id="no picture"),
-        pytest.param(lambda d: figures.side_by_side(d, [], [], NAMES, d / "x.png"), id="folder"),
-    ],
-)
-def test_wrong_input_is_a_usage_error(call, tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
-        call(tmp_path)
-    assert not (tmp_path / "x.png").exists()
+def has(image: np.ndarray, color: tuple[int, int, int], x: float, y: float) -> bool:
+    """Tell whether an edge of this colour is at a place of a picture that was enlarged twice."""
+    return bool((image[round(2 * y), round(2 * x) - 2 : round(2 * x) + 3] == color).all(-1).any())
 
 
-@pytest.mark.parametrize(
-    ("name", "cls", "expected"),
-    [
-        pytest.param(NAMES, 0, "cell", id="known"),
-        pytest.param(NAMES, 1, "class 1", id="not ASCII"),
-        pytest.param(NAMES, 5, "class 5", id="unknown"),
-        pytest.param(["a", "b"], 1, "b", id="list"),
-        pytest.param(["a", "b"], 2, "class 2", id="past the list"),
-    ],
-)
-def test_class_names(name, cls: int, expected: str) -> None:
-    assert figures._name(name, cls) == expected
-
-
-def test_side_by_side_marks_missed_and_added(picture: Path, tmp_path: Path) -> None:
-    same, missed, added = (10, 20, 60, 70, 0.9, 0), (100, 40, 180, 120, 0.8, 0), (220, 140, 300, 220, 0.7, 0)
-    path = tmp_path / "side.png"
-    assert figures.side_by_side(picture, [same, missed], [added, same], NAMES, path) == (1, 1)
+def halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
     image = cv2.imread(str(path))
     assert image.shape == (480 + 34, 640 * 2 + 8, 3)
-    left, right = image[34:, :640], image[34:, 648:]
-
-    def has(half: np.ndarray, color: tuple[int, int, int], box: tuple) -> bool:
-        x, y = round(2 * box[2]), round(box[1] + box[3])  # middle of the right edge, enlarged twice
-        return bool((half[y, x - 2 : x + 3] == color).all(-1).any())
-
-    assert has(right, figures.MISSED, missed) and not has(left, figures.MISSED, missed)
-    assert has(right, figures.ADDED, added) and not has(left, figures.ADDED, added)
-    assert not has(right, figures.MISSED, same) and not has(right, figures.ADDED, same)
+    return image[34:, :640], image[34:, 648:]
 
 
-def test_side_by_side_takes_an_array_and_leaves_it_alone(tmp_path: Path) -> None:
-    array = np.full((700, 700, 3), GREY, np.uint8)
-    assert figures.side_by_side(array, [], [], NAMES, tmp_path / "side.jpg") == (0, 0)
-    assert (array == GREY).all()
+def test_class_names() -> None:
+    assert [figures._name(NAMES, c) for c in NAMES] == ["cell", "class 1"], "OpenCV writes ASCII only"
+
+
+SAME, MISSED, ADDED = (10, 20, 60, 70, 0.9, 0), (100, 40, 180, 120, 0.8, 1), (220, 140, 300, 220, 0.7, 0)
+
+
+def test_side_by_side_marks_missed_and_added(tmp_path: Path) -> None:
+    path = tmp_path / "side ü.png"
+    base, new = found(boxes=[SAME, MISSED]), found(boxes=[ADDED, SAME])
+    assert figures.side_by_side(base, new, path) == {"base": 2, "new": 2, "missed": 1, "added": 1}
+    assert (base.orig_img == GREY).all() and (new.orig_img == GREY).all() and base.names == NAMES
+    left, right = halves(path)
+    for half, color, box, there in (
+        (right, figures.MISSED, MISSED, True), (right, figures.ADDED, ADDED, True),
+        (left, figures.MISSED, MISSED, False),
+        (right, figures.MISSED, SAME, False), (right, figures.ADDED, SAME, False),
+    ):  # fmt: skip
+        assert has(half, color, box[2], (box[1] + box[3]) / 2) is there
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    other = found(boxes=[(*SAME[:5], 1)])
+    other.names = {1: "cell", 0: "Zelle ü"}
+    assert figures.side_by_side(found(boxes=[SAME]), other, tmp_path / "x.png")["missed"] == 0
+
+
+BOTH = [SAME, MISSED]
+MASK = torch.zeros(2, 120, 160)
+MASK[0, 10:35, 5:30], MASK[1, 20:60, 50:90] = 1, 1
+POINTS = [[(20, 30, 0.9), (50, 60, 0.9)], [(110, 50, 0.9), (170, 110, 0.9)]]
+TURNED = [(60, 60, 80, 40, 0.6, 0.9, 0), (200, 150, 60, 30, 1.2, 0.8, 1)]  # centre, size, angle
+
+
+@pytest.mark.parametrize(
+    ("both", "less", "place"),
+    [
+        pytest.param({"boxes": BOTH, "masks": MASK}, {"boxes": [SAME], "masks": MASK[:1]}, (20, 30), id="masks"),
+        pytest.param({"boxes": BOTH, "keypoints": POINTS}, {"boxes": [SAME], "keypoints": POINTS[:1]}, (20, 30),
+                     id="skeletons"),
+        pytest.param({"obb": TURNED}, {"obb": TURNED[:1]}, None, id="rotated boxes"),
+    ],
+)  # fmt: skip
+def test_each_task_is_drawn(both: dict, less: dict, place: tuple | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    assert figures.side_by_side(found(**both), found(**less), path) == {"base": 2, "new": 1, "missed": 1, "added": 0}
+    left, right = halves(path)
+    assert (left != GREY).any() and (right == figures.MISSED).all(-1).sum() > 200
+    if place:  # inside of a box
+        assert (left[2 * place[1], 2 * place[0]] != GREY).any() and (right[2 * place[1], 2 * place[0]] != GREY).any()
+
+
+@pytest.mark.parametrize(("probs", "missed"), [([0.2, 0.8], 1), ([0.6, 0.4], 0)])
+def test_classes_of_pictures(probs: list, missed: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    counts = figures.side_by_side(found(probs=[0.9, 0.1]), found(probs=probs), path)
+    assert counts == {"base": 1, "new": 1, "missed": missed, "added": missed}
+    assert all((half == GREY).all() for half in halves(path)), "named above the pictures"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from yolo_ext.core.log import resumes
 from yolo_ext.core.registry import suggest
 
 TASKS = ("detect", "segment")
-COMPARED = ("detect", "segment", "pose")  # tasks that `predict compare=` draws
-COUNTS = ("base", "new", "missed", "added")
+COMPARED = ("detect", "segment", "pose", "obb")  # tasks that `predict compare=` draws
 WORDS = "base {base}, model {new} objects, {missed} missed, {added} added"
 OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model is not to write or open
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
@@ -199,16 +198,15 @@ def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dic
     options = {"save": True, "verbose": False, **native}  # the command line of Ultralytics saves, too
     if {Path(model).suffix, Path(compare).suffix} != {".pt"}:
         options = {"rect": False, **options}  # a file of fixed size sees the whole frame, so both have to
-    for result, boxes, reference in _pairs(new, base, source, options):
+    for result, reference in _pairs(new, base, source, options):
         folder = Path(new.predictor.save_dir)
         name = f"{_free_stem(Path(result.path).stem, taken)}.jpg"
-        missed, added = side_by_side(result.orig_img, reference, boxes, result.names, folder / "compare" / name)
-        counts = dict(zip(COUNTS, (len(reference), len(boxes), missed, added)))
+        counts = side_by_side(reference, result, folder / "compare" / name)
         rows.append({"source": result.path, "picture": name, **counts})
         LOGGER.info(f"{name}: {WORDS.format(**counts)}")
     if not rows:
         raise UsageError(f"No readable images found in 'source={source}'.")
-    total = {k: sum(row[k] for row in rows) for k in COUNTS}
+    total = {k: sum(row[k] for row in rows) for k in counts}
     found = {"model": model, "compare": compare, "iou": IOU, "total": total, "images": rows}
     runs.write_json(folder / "compare.json", found)
     LOGGER.info(f"Total of {len(rows)} images: {WORDS.format(**total)}")
@@ -237,26 +235,15 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     return model
 
 
-def _pairs(new: Any, base: Any, source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
-    """Yield each result of the model with its boxes and those of the base, classes numbered alike."""
+def _pairs(new: Any, base: Any, source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each result of the model with that of the base, whose classes may be numbered otherwise."""
     quiet = {k: v for k, v in options.items() if not k.startswith(OUTPUT)}
-    classes: dict[int, int] = {}
     for result in new.predict(source, stream=True, **options):
         found = base.predict(result.orig_img, **{**quiet, "imgsz": new.predictor.imgsz, "verbose": False})[0]
-        classes = classes or _renumber(found.names, result.names)
-        boxes, reference = (r.boxes.data[:, :6].tolist() for r in (result, found))  # corners, confidence, class
-        yield result, boxes, [(*row[:5], classes[int(row[5])]) for row in reference]
-
-
-def _renumber(base: dict[int, str], new: dict[int, str]) -> dict[int, int]:
-    """Return the class index of the model for each class index of the base, by name."""
-    if base == new:
-        return {i: i for i in base}
-    index = {name: i for i, name in new.items()}
-    if set(base.values()) != set(index):
-        both = f"{', '.join(base.values())} and {', '.join(index)}"
-        raise UsageError(f"The models have different classes: {both}. Compare models of one dataset.")
-    return {i: index[name] for i, name in base.items()}
+        if {*found.names.values()} != {*result.names.values()}:
+            both = " and ".join(", ".join(r.names.values()) for r in (found, result))
+            raise UsageError(f"The models have different classes: {both}. Compare models of one dataset.")
+        yield result, found
 
 
 def _free_stem(stem: str, taken: Counter[str]) -> str:

@@ -2,6 +2,7 @@
 """Figures of models and data: accuracy against latency, boxes of a dataset, detections of two side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,10 @@ import numpy as np
 from ultralytics.utils import plt_settings
 from ultralytics.utils.checks import is_ascii
 from ultralytics.utils.metrics import bbox_ioa
-from ultralytics.utils.patches import imread, imwrite
-from ultralytics.utils.plotting import Annotator, colors
-
-from yolo_ext.core.errors import UsageError
+from ultralytics.utils.patches import imwrite
+from ultralytics.utils.plotting import Annotator
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels, confidence, class
-Names = Mapping[int, str] | Sequence[str]
-Mark = tuple[str, tuple[int, int, int]]  # word, colour in BGR
 AFTER = "#2563eb"
 MISSED, ADDED = (40, 40, 230), (0, 140, 255)  # BGR
 MIN_WIDTH = 640  # px; narrower pictures are enlarged so that captions and labels fit
@@ -81,27 +78,61 @@ def plot_boxes(found: Mapping[str, Any], path: str | Path) -> Path:
     return save(drawn, path)
 
 
-def side_by_side(image: str | Path | np.ndarray, base_boxes: Sequence[Box], new_boxes: Sequence[Box], names: Names,
-                 path: str | Path) -> tuple[int, int]:  # fmt: skip
-    """Draw boxes of base and compressed model on a picture (file or BGR array); return the counts missed and added."""
-    picture = image if isinstance(image, np.ndarray) else imread(str(image)) if Path(image).is_file() else None
-    if picture is None:
-        raise UsageError(f"Cannot read the picture '{image}'. Pass an image file that exists, such as a .jpg.")
-    missed, added = match_boxes(base_boxes, new_boxes)
-    scale = max(MIN_WIDTH / picture.shape[1], 1.0)
-    scaled = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else picture
-    left, right = ([[*(float(v) * scale for v in box[:4]), *box[4:]] for box in b] for b in (base_boxes, new_boxes))
-    labels = max(len(left), len(right)) <= MAX_LABELS
-    marks: dict[int, Mark] = {i: ("added", ADDED) for i in added}
-    marks |= {len(right) + n: ("missed", MISSED) for n in range(len(missed))}
-    base = _draw(scaled.copy(), left, names, {}, labels)
-    new = _draw(scaled.copy(), [*right, *(left[i] for i in missed)], names, marks, labels)
+def side_by_side(base: Any, new: Any, path: str | Path) -> dict[str, int]:
+    """Draw two of Ultralytics' results of one picture; count the objects of each (`base`, `new`), `missed`, `added`."""
+    boxes, more = _boxes(base, new.names), _boxes(new, new.names)
+    missed, added = match_boxes(boxes, more)
+    labels = max(len(boxes), len(more)) <= MAX_LABELS
+    base, new = _enlarged(base), _enlarged(new)
+    before, after = (r.orig_img if r.probs else r.plot(line_width=2, labels=labels, conf=labels) for r in (base, new))
+    for result, indices, word, color in ((base, missed, "missed", MISSED), (new, added, "added", ADDED)):
+        after = _mark(after, result, indices, word, color)
     note = f"{len(missed)} missed, {len(added)} added"
-    halves = _caption(base, f"base: {len(left)} objects", ""), _caption(new, f"compressed: {len(right)} objects", note)
+    told = [f"{len(found)} objects" for found in (boxes, more)]
+    if new.probs:
+        note = "another class" if missed else ""
+        told = [f"{r.names[r.probs.top1]} {r.probs.top1conf:.2f}" for r in (base, new)]
+    halves = _caption(before, f"base: {told[0]}", ""), _caption(after, f"compressed: {told[1]}", note)
     gap = np.full((halves[0].shape[0], 8, 3), 255, np.uint8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     imwrite(str(path), np.hstack([halves[0], gap, halves[1]]))
-    return len(missed), len(added)
+    return {"base": len(boxes), "new": len(more), "missed": len(missed), "added": len(added)}
+
+
+def _boxes(result: Any, names: Mapping[int, str]) -> list[Box]:
+    """Return boxes, confidences and classes, numbered as in `names`; of a classifier one box, that of the picture."""
+    if result.probs:
+        rows = [(0, 0, 1, 1, float(result.probs.top1conf), result.probs.top1)]
+    else:
+        found = result.boxes if result.obb is None else result.obb
+        rows = [(*b, p, c) for b, p, c in zip(*(v.tolist() for v in (found.xyxy, found.conf, found.cls)))]
+    index = {name: i for i, name in names.items()}
+    return [(*row[:5], index[result.names[int(row[5])]]) for row in rows]
+
+
+def _enlarged(result: Any) -> Any:
+    """Return a result at `MIN_WIDTH` or more, in three channels, with class names that OpenCV can write."""
+    image = result.orig_img[..., [0, 1, 2] if result.orig_img.shape[2] > 2 else [0, 0, 0]]
+    scale, made = max(MIN_WIDTH / image.shape[1], 1.0), copy(result)
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
+    made.orig_img, made.orig_shape = np.ascontiguousarray(image), image.shape[:2]
+    made.names = {i: _name(result.names, i) for i in result.names}
+    for part, places in {"boxes": 4, "obb": 4, "keypoints": 2}.items():
+        if (found := getattr(result, part)) is not None:
+            data = found.data.clone()
+            data[..., :places] *= scale
+            setattr(made, part, type(found)(data, made.orig_shape))
+    return made
+
+
+def _mark(image: np.ndarray, result: Any, indices: Sequence[int], word: str, color: tuple[int, int, int]) -> np.ndarray:
+    """Draw a thick outline and a word around some objects of a result; nothing for a classifier."""
+    annotator = Annotator(image, line_width=5)
+    for i in indices if not result.probs else ():
+        found = (result.boxes if result.obb is None else result.obb)[i]
+        outline = found.xyxy[0] if result.obb is None else found.xyxyxyxy[0]
+        annotator.box_label(outline, f"{word} {result.names[int(found.cls)]}", color)
+    return annotator.result()
 
 
 def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tuple[list[int], list[int]]:
@@ -120,24 +151,9 @@ def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tu
     return missed, added
 
 
-def _draw(image: np.ndarray, boxes: Sequence[Box], names: Names, marks: Mapping[int, Mark], labels: bool) -> np.ndarray:
-    """Draw boxes, the marked ones last and with a thicker outline."""
-    annotator = Annotator(image, line_width=2)
-    for index in sorted(range(len(boxes)), key=lambda i: i in marks):
-        *xyxy, confidence, cls = boxes[index]
-        word, color = marks.get(index, ("", colors(int(cls), bgr=True)))
-        label = f"{word} {_name(names, int(cls))}" + ("" if word == "missed" else f" {confidence:.2f}")
-        if word:
-            x1, y1, x2, y2 = (round(v) for v in xyxy)
-            cv2.rectangle(image, (x1, y1), (x2, y2), color, 5, cv2.LINE_AA)
-        annotator.box_label(xyxy, label.strip() if labels or word else "", color=color)
-    return annotator.result()
-
-
-def _name(names: Names, cls: int) -> str:
+def _name(names: Mapping[int, str], cls: int) -> str:
     """Give the class name; OpenCV cannot write non-ASCII text, and Ultralytics would fetch a font for it."""
-    known = names.get(cls) if isinstance(names, Mapping) else names[cls] if 0 <= cls < len(names) else None
-    return known if known and is_ascii(known) else f"class {cls}"
+    return names[cls] if is_ascii(names[cls]) else f"class {cls}"
 
 
 def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
