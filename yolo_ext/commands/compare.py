@@ -12,7 +12,7 @@ from yolo_ext.core.errors import UsageError
 def compare(
     model: Weights, other: Weights, data: str | None = None, imgsz: Count | None = None, conf: Share | None = None,
     within: Share = 0.005, contract: Any = None, confidence: Share | None = None, resamples: Count = 1000,
-    seed: Natural = 0, **place: Any,
+    seed: Natural = 0, device: Any = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure two models over the val split, print what differs and how sure that is, and keep the evidence.
 
@@ -35,7 +35,7 @@ def compare(
     from yolo_ext.deployment.contract import judged, read_limits
     from yolo_ext.reporting.tables import TEXT
 
-    base, new = (_evidence(m, data, imgsz) for m in (model, other))
+    base, new = (_evidence(m, data, imgsz, device) for m in (model, other))
     limits = read_limits(contract, base.about["task"], base.about["names"], confidence)
     found = judged(base, new, limits, conf=conf, within=within, n=resamples, confidence=confidence, seed=seed)
     LOGGER.info(TEXT.get_template("compare.txt.j2").render(found))
@@ -48,7 +48,7 @@ def compare(
     return found
 
 
-def _evidence(model: str | Path, data: str | None, imgsz: int | None) -> Any:
+def _evidence(model: str | Path, data: str | None, imgsz: int | None, device: Any) -> Any:
     """Return the evidence of a model, measured now or as it lies in a file."""
     from yolo_ext import stock
     from yolo_ext.stock.accuracy import accuracy
@@ -60,5 +60,5 @@ def _evidence(model: str | Path, data: str | None, imgsz: int | None) -> Any:
         raise UsageError(f"'data' is missing, which measuring '{model}' needs. Give data=path/to/data.yaml.")
     size = stock.image_size(*stock.load_model(model), imgsz) if Path(model).suffix == ".pt" else imgsz
     found: list[Evidence] = []
-    accuracy(model, data, size, keep=found.append)
+    accuracy(model, data, size, keep=found.append, device=device)
     return found[0]

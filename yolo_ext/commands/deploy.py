@@ -88,11 +88,10 @@ def export(
     int8 = job.precision == "int8" or (format == "onnx" and job.quantized and job.precision != "half")
     if job.quant and not int8:
         raise UsageError("'quant' options are for an INT8 file. Add int8=True, and data=data.yaml to calibrate on.")
+    net.to(stock.device_of(native.get("device")) if int8 else "cpu")  # where it is calibrated; exports run on the CPU
     files = (_onnx if format == "onnx" else _openvino)(Path(model), job, out)
-    device = "cpu" if native.get("device") is None else str(native["device"])
-    idle = {f"device={device} (exports run on the CPU)": device != "cpu"}
-    idle["data (only INT8 is calibrated)"] = bool(data) and not int8
-    tell_idle([key for key, there in idle.items() if there])
+    idle = {} if int8 else {"data": data, "device": native.get("device")}
+    tell_idle([f"{key} (only INT8 is calibrated)" for key, value in idle.items() if value is not None])
     figures = runs.model_figures(net, Path(model), _side(job.imgsz))
     folder = runs.folder({k: native.get(k) for k in PLACE}, task=stock.task_of(net), mode="export")
     write_summary(folder, figures, {**figures, "size_mb": runs.size_mb(files[-1])}, table=False)
@@ -273,7 +272,7 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
 @command("Compare an ONNX file with its .pt; exit status 1 when they differ")
 def verify(
     model: Weights, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
-    imgsz: Any = None, contract: Any = None, **place: Any,
+    imgsz: Any = None, contract: Any = None, device: Any = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare an ONNX file with the model that it came from, print the checks and write them.
 
@@ -306,7 +305,7 @@ def verify(
     size = _size(net, ckpt, imgsz or describe(onnx)["imgsz"])
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     limits = read_limits(contract, stock.task_of(net), net.names, data=data)
-    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data, contract=limits)
+    found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data, contract=limits, device=device)
     if counts := found.get("int8"):
         say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
         say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")

@@ -24,7 +24,7 @@ RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "signif
 def bench(
     models: str | list[Weights], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
     data: str | None = None, source: str | None = None, contract: Any = None, profile: bool = False,
-    memory: bool = True, **place: Any,
+    memory: bool = True, device: Any = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure files side by side, print the tables and write them.
 
@@ -39,6 +39,7 @@ def bench(
         source: Image for which letterbox and NMS are timed, by default one of `data`, else noise.
         profile: Also print and write the time of each operator inside ONNX Runtime.
         memory: Also measure peak memory, each model in a process of its own.
+        device: Where the accuracy is measured; times are those of the CPU.
 
     Returns: The contents of ``bench.json``: ``rows`` (by model, threads and batch), ``models``, ``env``, ``profile``,
         and with `data` ``contract`` (by model, as of `compare`) and ``checks``.
@@ -72,7 +73,8 @@ def bench(
     env["load"] = stock.tell_busy()
     image, name = _image(data, source, size, about.get("channels", 3))
     kept: list[Any] = []  # evidence of each model
-    about = {f: _about(f, image, size, first, data, memory, kept.append) for f in TQDM(files, desc="Models")}
+    to = {"keep": kept.append, "device": device}
+    about = {f: _about(f, image, size, first, data, memory, to) for f in TQDM(files, desc="Models")}
     judged = _judged(files, kept, contract)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about,
@@ -139,7 +141,7 @@ def _judged(files: list[str], kept: list[Any], contract: Any) -> dict[str, Any]:
 
 
 def _about(
-    file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool, keep: Any
+    file: str, image: Any, size: int, setting: tuple[int, int], data: Any, memory: bool, to: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what is measured once for each model: size, surroundings, memory with (threads, batch), accuracy."""
     from yolo_ext import runs
@@ -151,7 +153,7 @@ def _about(
     path = Path(file)
     convs = conv_report(path) if path.suffix != ".pt" else {}
     counts = {k: convs[k] for k in ("convs", "int8_convs") if convs}
-    measured = accuracy(path, data, size, keep=keep) if data else {}
+    measured = accuracy(path, data, size, **to) if data else {}
     return {"imgsz": size, "size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
             **counts, "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
             **((memory and peak_memory(path, size, *setting)) or {}), "score": score(measured),
@@ -202,7 +204,7 @@ def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[st
 def sensitivity(
     model: Weights, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
     prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
-    map: bool = False, imgsz: Count | None = None, resume: Resume = False, **place: Any,
+    map: bool = False, imgsz: Count | None = None, device: Any = None, resume: Resume = False, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure what each layer is worth to pruning or loses by quantization, and write json, csv and a picture.
 
@@ -242,6 +244,7 @@ def sensitivity(
     info = check_data(data, task=stock.task_of(net))
     info = stock.one_class(info) if net.names == stock.ONE_CLASS else info
     stock.check_fit(net, info, (model, data))
+    net.to(stock.device_of(device))
     if kind == "prune":
         table, files, found = _of_pruning(net, cfg, info, size, tuple(sorted(shares)), place, given)
         use = f"compress model={model} data={data} prune.sensitivity={files[0]}"

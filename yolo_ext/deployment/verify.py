@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Proof that an exported file does what the model does: raw tensors, detections, INT8 against its simulation, mAP."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.compare import compare, compare_weights, first_difference, inputs, summary
+from yolo_ext.deployment.contract import judged
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import NMS, Predict, Source, conv_report, describe, load_image, postprocess, predictor
-from yolo_ext.stock.accuracy import accuracy
+from yolo_ext.deployment.runtime import CPU, NMS, Source, conv_report, describe, load_image, postprocess, predictor
+from yolo_ext.stock import device_of
+from yolo_ext.stock.accuracy import METRICS, accuracy
+from yolo_ext.stock.evidence import Evidence
 
 # FP32 limits: well above rounding (1e-3 px, 2e-6 on a trained model), well below a wrong weight. INT8 limits: between a
 # saturating AVX2 kernel (5 px, 0.39) and a sound one (0.23 px, 0.02 to 0.04: single codes that round differently).
@@ -34,7 +37,7 @@ WORDS = {  # the checks in words
     "box_max": "ONNX against PyTorch: largest box difference (px)",
     "extra_max": "ONNX against PyTorch: largest difference of masks, keypoints, angles",
     "matched": "ONNX against PyTorch: share of matched detections",
-    "map": "ONNX against PyTorch: mAP50-95 difference",
+    "map": "ONNX against PyTorch: largest accuracy difference",
     "int8_box_mean": "INT8 against its float simulation: mean box difference (px)",
     "int8_score_max": "INT8 against its float simulation: largest score difference",
     "torch_box_mean": "Fake-quantized PyTorch against that simulation: mean box difference (px)",
@@ -47,12 +50,14 @@ MOVED, FRAGILE = 1e-6, 2.0
 CONFIDENT = 0.1  # anchors below this score never become detections, and their boxes are noise
 
 
-def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size) -> dict[str, Any]:
+def verify_tensors(model: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size,
+                   device: torch.device = CPU) -> dict[str, Any]:  # fmt: skip
     """Compare the raw outputs of a torch model and of its float export (in FP16: of confident anchors only)."""
     meta = describe(onnx_path)
     if None not in meta["shape"][2:] and tuple(meta["shape"][2:]) != height_width(imgsz):
         raise UsageError(f"'{onnx_path}' is a static graph of shape {meta['shape']}; imgsz={imgsz} does not fit it.")
-    pair = predictor(model, end2end=meta["end2end"], nms=meta["nms"]), predictor(onnx_path)
+    opened = partial(predictor, device=device)
+    pair = opened(model, end2end=meta["end2end"], nms=meta["nms"]), opened(onnx_path)
     found = compare(*pair, inputs(images, imgsz, meta), meta)
     more = {k: found[k] for k in ("inputs", "shapes", "worst")}
     rows = found["rows"] if meta["precision"] == "fp32" or meta["task"] == "classify" else _confident(found["rows"])
@@ -77,9 +82,11 @@ def _match(a: torch.Tensor, b: torch.Tensor, match_iou: float, rotated: bool) ->
 
 
 def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz: Size, conf: float = 0.25, *,
-                      match_iou: float = 0.99, margin: float = 1e-3) -> dict[str, Any]:  # fmt: skip
+                      match_iou: float = 0.99, margin: float = 1e-3,
+                      device: torch.device = CPU) -> dict[str, Any]:  # fmt: skip
     """Pair detections of two models; rounding decides on those within ``margin`` of ``conf``, they need no partner."""
-    predicts, metas, conf = _alike(a, b, conf)
+    metas, nms, conf = _alike(a, b, conf)
+    predicts = [predictor(m, end2end=meta["end2end"], nms=nms, device=device) for m, meta in zip((a, b), metas)]
     rotated = metas[0]["task"] == "obb"
     images = list(images)
     total = partnered = 0
@@ -94,8 +101,8 @@ def verify_detections(a: Source, b: Source, images: Iterable[str | Path], imgsz:
     return {"matched": partnered / total if total else 1.0, "detections": total, "images": len(images)}
 
 
-def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[str, Any]], float]:
-    """Return two models that run the same head and NMS, how to read them, and the higher confidence threshold."""
+def _alike(a: Source, b: Source, conf: float) -> tuple[list[dict[str, Any]], Any, float]:
+    """Return how to read two models that are to run the same head, their NMS, and the higher confidence threshold."""
     metas = [describe(a), describe(b)]
     for meta, other in (metas, metas[::-1]):  # a dual-head torch model runs the head that was exported
         meta["end2end"] = other["end2end"] if meta["dual"] and not other["dual"] else meta["end2end"]
@@ -108,19 +115,19 @@ def _alike(a: Source, b: Source, conf: float) -> tuple[list[Predict], list[dict[
     nms = next((m["nms"] for m in metas if m["nms"]), None)
     if nms:  # both sides suppress as the file does, or its max_det would look like missed detections
         metas, conf = [{**m, "nms": nms} for m in metas], max(conf, nms["conf"])
-    return [predictor(source, end2end=m["end2end"], nms=nms) for source, m in zip((a, b), metas)], metas, conf
+    return metas, nms, conf
 
 
 def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[str | Path], imgsz: Size,
-                fake_quant: nn.Module | None = None) -> dict[str, Any]:  # fmt: skip
-    """Compare an INT8 file with its float simulation (kernels), the FP32 file (quantization error), and torch."""
+                fake_quant: nn.Module | None = None, device: torch.device = CPU) -> dict[str, Any]:  # fmt: skip
+    """Compare an INT8 file on the CPU with its float simulation (kernels), the FP32 file (error), and torch."""
     meta = describe(int8_onnx)
     if meta["precision"] != "int8":
         raise UsageError(f"'{int8_onnx}' is not quantized. Give the INT8 file that was written from '{fp32_onnx}'.")
     int8, simulated = predictor(int8_onnx), predictor(int8_onnx, simulate=True)
     pairs = {"float": (predictor(fp32_onnx), int8), "simulation": (simulated, int8)}
     if fake_quant is not None:
-        torch_one = predictor(fake_quant, end2end=meta["end2end"], nms=meta["nms"])
+        torch_one = predictor(fake_quant, end2end=meta["end2end"], nms=meta["nms"], device=device)
 
         def moved(x: np.ndarray) -> list[np.ndarray]:
             return torch_one(x + np.float32(MOVED) * np.random.default_rng(0).choice(np.float32([-1, 1]), x.shape))
@@ -138,8 +145,9 @@ def verify_int8(fp32_onnx: str | Path, int8_onnx: str | Path, images: Sequence[s
 
 def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path], imgsz: Size, *,
            int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None,
-           data: str | Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """Compare a float file, an INT8 file made from it, and, on ``data``, mAP, with their `LIMITS`."""
+           data: str | Path | None = None, contract: Mapping[str, float] | None = None,
+           device: Any = None) -> dict[str, Any]:  # fmt: skip
+    """Compare a float file, an INT8 file made from it, and, on ``data``, accuracy, with `LIMITS` and a contract."""
     meta, images, (height, width) = describe(onnx_path), list(images), height_width(imgsz)
     precision = meta["precision"]
     if not images:
@@ -148,19 +156,21 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
     bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
     result: dict[str, Any] = {"precision": precision}
+    on = {"device": device_of(device)}
     todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz),
+        "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz, **on),
         "weights": partial(compare_weights, weights, onnx_path, meta["end2end"], bounds["weight_max"]),
     }
     if meta["task"] in BOXES:
         match = MATCH_IOU[precision]
-        todo["detections"] = partial(verify_detections, weights, onnx_path, images, imgsz, match_iou=match)
-    # A classifier has no boxes, the threshold of embedded NMS cuts the curve of precision.
-    if data is not None and meta["task"] != "classify" and not meta["nms"] and height == width:
-        of_torch = partial(accuracy, weights, data, width, end2end=meta["end2end"])
-        todo["map"] = lambda: {"torch": of_torch(), "onnx": accuracy(onnx_path, data, width)}
+        todo["detections"] = partial(verify_detections, weights, onnx_path, images, imgsz, match_iou=match, **on)
+    evidence: list[Evidence] = []
+    if data is not None and not meta["nms"] and height == width:  # the threshold of embedded NMS cuts the curve
+        measured = partial(accuracy, data=data, imgsz=width, keep=evidence.append, **on)
+        of_torch = partial(measured, weights, end2end=meta["end2end"])
+        todo["map"] = lambda: {"torch": of_torch(), "onnx": measured(onnx_path)}
     if int8_onnx is not None:
-        todo["int8"] = partial(verify_int8, onnx_path, int8_onnx, images, imgsz, fake_quant)
+        todo["int8"] = partial(verify_int8, onnx_path, int8_onnx, images, imgsz, fake_quant, **on)
     for name, work in TQDM(todo.items(), desc="Verifying"):
         result[name] = work()
     worst = result["tensors"].pop("worst")
@@ -168,6 +178,9 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS):
             bounds[name] = max(bounds[name], FRAGILE * value)
     checks = _checks(result, bounds, meta["task"])
+    if evidence and contract is not None:
+        result["contract"] = judged(*evidence, contract)
+        checks += [{"key": "contract", **c} for c in result["contract"]["checks"]]
     failed = {c["key"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:
         result["first_difference"] = first_difference(weights, onnx_path, worst, result["weights"]["different"])
@@ -183,7 +196,8 @@ def _checks(result: dict[str, Any], bounds: dict[str, float], task: str) -> list
     if "detections" in result:
         values["matched"] = result["detections"]["matched"]
     if "map" in result:
-        values["map"] = abs(result["map"]["torch"]["map"] - result["map"]["onnx"]["map"])
+        one, other = result["map"].values()
+        values["map"] = max(abs(one[k] - other[k]) for k in METRICS[task])
     for prefix, name in (("int8", "simulation"), ("torch", "torch")):
         gap = result.get("int8", {}).get(name, {})
         values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}

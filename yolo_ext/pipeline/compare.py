@@ -56,7 +56,7 @@ def _random_baseline(run: Run, pruned: nn.Module) -> Path:
     cfg = replace(PruneConfig(method="random", speedup=ratio), round_to=run.prune.round_to)
     made = prune_model(model, cfg, run.imgsz)
     if images := make_probes(run.info, run.imgsz, cfg, run.task).images:
-        stock.recalibrate(made, images())
+        stock.recalibrate(made.to(run.device), images())
     file = run.save(made, args, "compare", "random.pt")
     options = {"distill": run.teaching} if run.teaching else {}
     return train(run, "compare/random", options, finetuning(run), file) if run.epochs else file

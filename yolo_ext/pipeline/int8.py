@@ -53,19 +53,19 @@ def ptq(run: Run) -> Record:
     assert cfg
     images = calibration_images(cfg.source or run.info, cfg.calib, cfg.seed)[:LOOKED_AT]
     batches = partial(letterbox_batches, images, run.imgsz, **stock.seen_by(model))
-    prepare(model, cfg, run.info, run.imgsz)
+    prepare(model.to(run.device), cfg, run.info, run.imgsz)
     notes = told(findings(inspect(model, batches())), strict=False)
     strip(model)
     if cfg.config_list:
         LOGGER.info(table(plan_of(manifest(model).quant["state"]), manifest(model).quant["float"]))
-    before, now, place = run.load()[0].state_dict(), model.state_dict(), ("ptq", "weights", "ptq.pt")
+    before, now, place = run.load()[0].state_dict(), model.cpu().state_dict(), ("ptq", "weights", "ptq.pt")
     changed = before.keys() != now.keys() or any(not torch.equal(v.float(), now[k].float()) for k, v in before.items())
     file = run.save(model, args, *place)
     weights = file if changed else run.weights()
     record = _emit(run, "ptq", weights, manifest(model).quant)
     lost = _loss(run, record, record)
     if cfg.mixed and cfg.mode != "qat" and lost > cfg.max_drop:
-        mixed, more = _mixed(run, cfg, model, batches, record, lost)
+        mixed, more = _mixed(run, cfg, model.to(run.device), batches, record, lost)
         if mixed:
             run.save(model, args, *place)
             record = _emit(run, "ptq", weights, manifest(model).quant)
@@ -272,7 +272,7 @@ def verify(run: Run) -> Record:
     insert_state(fake, state)  # the quantizers that the INT8 file was written from
     found = deployed.verify(
         model, files["fp32"], run.info["images"]["val"][:LOOKED_AT], run.imgsz, int8_onnx=files["int8"], data=run.data,
-        fake_quant=fake,
+        fake_quant=fake, device=run.device,
     )  # fmt: skip
     lost, planned = _loss(run, record, run.done["ptq"]), record.planned or 0
     convs = (record.metrics or {})["int8_convs"]

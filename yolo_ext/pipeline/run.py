@@ -73,6 +73,11 @@ class Run:
         return int(self.native.get("epochs", FINETUNE["epochs"]))
 
     @property
+    def device(self) -> torch.device:
+        """Where models are evaluated, calibrated and checked."""
+        return stock.device_of(self.native.get("device"))
+
+    @property
     def graph(self) -> dict[str, Any]:
         """What the user says of the graph of ONNX files."""
         return {k: self.native[k] for k in ("opset", "simplify", "dynamic") if self.native.get(k) is not None}
@@ -124,8 +129,7 @@ class Run:
         def kept(found: Evidence) -> None:
             atomic_write(self.folder / keep, found.data())
 
-        device = self.native.get("device")
-        found = accuracy(model, self.data, self.imgsz, keep=kept if keep else None, device=device)
+        found = accuracy(model, self.data, self.imgsz, keep=kept if keep else None, device=self.device)
         return {**found, "evidence": keep}
 
     def lost(self, before: dict[str, Any], after: dict[str, Any]) -> float:

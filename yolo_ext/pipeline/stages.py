@@ -140,7 +140,7 @@ def prune(run: Run) -> Record:
     """Prune the newest model to the target and re-estimate BatchNorm."""
     cfg, (model, args) = run.prune, deepcopy(run.load())
     assert cfg
-    probes = make_probes(run.info, run.imgsz, cfg, run.task, model)
+    probes = make_probes(run.info, run.imgsz, cfg, run.task, model.to(run.device))
     if cfg.kind == "structured":
         model = prune_model(model, cfg, run.imgsz, probes)
     else:
