@@ -176,41 +176,6 @@ def test_no_pull_outside_the_window(fresh, method):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", SCALES)
-@pytest.mark.parametrize(("momentum", "lr"), [(0.0, 0.1), (0.9, 0.01)])
-def test_gradient_mode_is_the_subgradient(fresh, method, momentum, lr):
-    model = fresh()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    s = make(model, method, coefficient=0.4, mode="gradient", epochs=1)
-    s.set_epoch(0)
-    s.gradient(model, 0.5, optimizer)
-    name, index = next((g.gammas[0][0], g.gammas[0][1]) for g in s.groups if len(g.gammas) == 1)
-    p = model.get_parameter(name).detach()
-    extra = 0.2 / lr * (1 - momentum) * p.sign()  # of one scale, the lasso is the same
-    torch.testing.assert_close(model.get_parameter(name).grad[index], (1 + extra)[index], rtol=1e-4, atol=1e-4)
-    untouched = [q for n, q in model.named_parameters() if n not in s.penalised()]
-    assert all((q.grad == 1).all() for q in untouched)
-
-
-@pytest.mark.parametrize("method", ["group_sl", "group_reg"])
-def test_gradient_mode_is_refused(fresh, method):
-    with pytest.raises(UsageError, match=r"not defined for 'sparsity.method=.*one of slim, group_slim\."):
-        make(fresh(), method, mode="gradient")
-
-
-def test_gradient_mode_survives_a_learning_rate_of_zero(fresh):
-    model = fresh()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    s = make(model, mode="gradient")
-    s.set_epoch(0)
-    s.gradient(model, 1.0, optimizer)
-    assert all((p.grad == 0).all() for p in model.parameters())
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_goes_on_to_the_same_bits(fresh, method):
     def run(stop):

@@ -102,9 +102,7 @@ class SparsityConfig:
 
     method: str = option("slim", "Penalty: see `yolo-ext help sparsity`, or your own as package.module:function")
     coefficient: float | None = option(None, "Pull towards zero, summed over the run; None: the method's", above=0.0)
-    mode: str = option("proximal", "Shrink after each step, to exact zeros, or add the subgradient (slim, group_slim)",
-                       choices=("proximal", "gradient"))  # fmt: skip
-    adaptive: bool = option(True, "Pull less on scales with larger root mean square gradients", only="mode=proximal")
+    adaptive: bool = option(True, "Pull less on scales with larger root mean square gradients")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull left at the end", low=0.0, high=1.0, only="schedule=linear/cosine")
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
@@ -187,6 +185,7 @@ RETIRED: dict[str, tuple[tuple, str]] = {
     "quant.cache": ((True, False), "every run calibrates. Leave it out"),
     "quant.bn": ((False, True), "quant.adaround=200 does better"),
     "quant.bias_correction": ((False, True), "quant.adaround=200 does better"),
+    "sparsity.mode": (("proximal",), "channels shrink after each step, to exact zeros. Leave it out"),
     "distill.compile": ((False, True), "it did not pay. Leave it out"),
 }
 

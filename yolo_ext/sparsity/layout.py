@@ -155,18 +155,13 @@ def _folded_squares(modules: Mapping[str, nn.Module], path: str) -> torch.Tensor
     return w
 
 
-def join_slots(model: nn.Module, layout: Layout, values: torch.Tensor) -> list[torch.Tensor]:
-    """Spread (m,) values of the slots over tensors of the shapes of all scales, with 1 where there is no slot."""
-    sizes = [len(model.get_parameter(n)) for n in layout.scales]
-    joined = values.new_ones(sum(sizes)).index_copy_(0, layout.slots, values)
-    return list(joined.split(sizes))
-
-
 @torch.no_grad()
 def multiply(model: nn.Module, layout: Layout, scales: torch.Tensor, channels: torch.Tensor | None = None) -> None:
     """Shrink a model or EMA in place by factors of its (m,) scales and, if given, of the weights of (C,) channels."""
-    if layout.scales:
-        torch._foreach_mul_([model.get_parameter(n) for n in layout.scales], join_slots(model, layout, scales))
+    if params := [model.get_parameter(name) for name in layout.scales]:
+        sizes = [len(p) for p in params]
+        joined = scales.new_ones(sum(sizes)).index_copy_(0, layout.slots, scales)
+        torch._foreach_mul_(params, list(joined.split(sizes)))
     if channels is not None:
         padded = torch.cat([channels, channels.new_ones(1)])
         for name, dim, of in layout.weights:

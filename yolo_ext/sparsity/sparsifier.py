@@ -50,10 +50,6 @@ class Sparsifier:
         self.cfg, self.prune_cfg = cfg, prune_cfg
         self.row = penalties[cfg.method]
         self.scales = Need.SCALES in self.row.needs
-        if cfg.mode == "gradient" and not self.scales:
-            legal = ", ".join(r.name for r in penalties if Need.SCALES in r.needs)
-            clash = f"'sparsity.mode=gradient' is not defined for 'sparsity.method={cfg.method}'"
-            raise UsageError(f"{clash}. Leave it out, or use one of {legal}.")
         self.coefficient = DEFAULTS.get(cfg.method, 1.0) if cfg.coefficient is None else cfg.coefficient
         first = min(prune_epochs, default=None)
         self.pulls = pulls(cfg=cfg, coefficient=self.coefficient, epochs=epochs, first_pruning=first)
@@ -100,20 +96,6 @@ class Sparsifier:
             factors = self._factors(model, self.pull * fraction)
             both = (factors,) if self.scales else (factors[self.layout.owner], factors)
             layout.multiply(model, self.layout, *both)
-
-    @torch.no_grad()
-    def gradient(self, model: nn.Module, fraction: float, optimizer: torch.optim.Optimizer) -> None:
-        """Add the subgradient of the penalty, before an optimizer step on unscaled gradients, best after clipping."""
-        # A step of plain or momentum SGD then pulls as far as `shrink` would, but stops short of exact zeros.
-        if not (self.pull and fraction):
-            return
-        settings = {p: group for group in optimizer.param_groups for p in group["params"]}
-        kept = layout.join_slots(model, self.layout, self._factors(model, self.pull * fraction))
-        for name, keep in zip(self.layout.scales, kept):
-            p = model.get_parameter(name)
-            group = settings.get(p)
-            if group and group["lr"] and p.grad is not None:
-                p.grad.add_((1 - keep) * p * ((1 - group.get("momentum", 0.0)) / group["lr"]))
 
     @torch.no_grad()
     def follow(self, model: nn.Module, ema: nn.Module) -> None:

@@ -51,10 +51,7 @@ class Sparse(Technique):
                 LOGGER.info(f"{colorstr('sparsity: ')}{pull}, {len(self.sparsifier.groups)} groups that can be pruned")
         _without_decay(model, optimizer, self.sparsifier.penalised())
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
-        if self.cfg.mode == "gradient":
-            optimizer.register_step_pre_hook(lambda o, *_: self.sparsifier.gradient(live(trainer), _part(trainer), o))
-        else:
-            optimizer.register_step_post_hook(lambda *_: self.sparsifier.shrink(live(trainer), _part(trainer)))
+        optimizer.register_step_post_hook(lambda *_: self.sparsifier.shrink(live(trainer), _part(trainer)))
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Log the penalty beside the losses."""
