@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -22,9 +23,9 @@ from yolo_ext.pipeline.report import curves
 from yolo_ext.reporting.figures import imwrite
 from yolo_ext.reporting.pages import TEMPLATES, _data_url, render_review, write_report
 
-SECTIONS = ("Before and after", "Notes", "Stages", "Accuracy against latency", "Accuracy per class", "Checks",
-            "Detections", "Latency", "For comparison", "Channels per layer", "Quantization", "Training curves",
-            "Options", "Reproduce")  # fmt: skip
+SECTIONS = ("Contract", "Before and after", "Notes", "Stages", "Accuracy against latency", "Checks",
+            "Images that changed most", "Latency", "For comparison", "Channels per layer", "Quantization",
+            "Training curves", "Options", "Reproduce")  # fmt: skip
 BEFORE = {
     **{"params": 3_000_000, "gflops": 8.2, "size_mb": 6.2, "map50": 0.9, "map": 0.6, "convs": 64, "int8_convs": 0},
     **{"latency_ms": {"torch": 20.0, "ort": 10.0, "ort_int8": None}, "map_onnx": {"fp32": 0.6, "int8": None}},
@@ -34,6 +35,20 @@ AFTER = {
     **{"latency_ms": {"torch": 25.0, "ort": 8.0, "ort_int8": 4.0}, "map_onnx": {"fp32": 0.59, "int8": 0.58}},
     "latency_ratio": {"ort_int8": {"ratio": 2.5, "p10": 2.4, "p90": 2.6, "significant": True}},
 }
+CHANGES = {  # by figure: before, after, low, high, verdict
+    "map": (0.6, 0.5912, -0.02, 0.005, "undecided"), "map.cell": (0.61, 0.6, -0.03, 0.01, "undecided"),
+    "map.rare": (0.2, 0.25, 0.01, 0.09, "better"), "size.small": (0.3, 0.28, -0.05, 0.01, "undecided"),
+    "recall": (0.8, 0.8, -0.004, 0.004, "same"), "recall.rare": (0.7, 0.4, -0.4, -0.2, "worse"),
+    "precision.rare": (0.7, 0.7, -0.01, 0.01, "undecided"),
+}  # fmt: skip
+CONTRACT = {
+    "verdict": "mAP50-95 -0.0088, not decidable", "images": 40, "conf": 0.287, "same_recall": 0.265,
+    "calibration": {"before": 0.031, "after": 0.045},
+    "changes": [{"name": name, "before": before, "after": after, "change": after - before, "low": low, "high": high,
+                 "verdict": verdict} for name, (before, after, low, high, verdict) in CHANGES.items()],
+    "checks": [{"name": "contract map", "value": 0.005, "limit": -0.02, "passed": True},
+               {"name": "contract recall.rare", "value": -0.2, "limit": -0.05, "passed": False}],
+}  # fmt: skip
 VOID = {"meta", "img", "circle", "line", "polyline", "rect", "path"}
 HOSTILE = "<script>alert(1)</script>\"'&"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -77,8 +92,9 @@ def report(tmp_path: Path) -> dict:
         "title": "YOLOv8n, twice as fast",
         "command": "yolo-ext compress model=base.pt prune.speedup=2",
         "summary": {
-            "before": BEFORE,
-            "after": AFTER,
+            "before": deepcopy(BEFORE),
+            "after": deepcopy(AFTER),
+            "contract": deepcopy(CONTRACT),
             "stages": {
                 "prune": {"map": 0.2, "gflops": 4.1},
                 "finetune": {"map": 0.5912, "gflops": 4.1},
@@ -97,7 +113,6 @@ def report(tmp_path: Path) -> dict:
         "pictures": [{"path": "side.jpg", "caption": "1 missed"}, {"path": "gone.jpg", "caption": "lost"}],
         "about": {"Model": "base.pt (detect, 2 classes)", "Images": "160 train, 40 val", "Image size": "192 px"},
         "files": {"before": "base/fp32.onnx", "after": "ptq/int8.onnx", "prune": "prune/pruned.pt"},
-        "classes": {"before": {"cell": 0.61, "rare": 0.2}, "after": {"cell": 0.6, "rare": 0.25}},
         "curves": [{"name": "finetune", "columns": {"train/box_loss": [2.0, 1.5], "metrics/mAP50(B)": [0.0, 0.5]}}],
         "latency": {
             "rows": [
@@ -149,7 +164,7 @@ def test_full_report_has_every_section_and_figure(report: dict, tmp_path: Path) 
         *("yolo-ext compress model=base.pt", "lost: picture gone.jpg not found"),
     ):
         assert text in page.text, text
-    bars, curves = 4 + 2 + 2, 2  # bars of latency, channels and classes
+    bars, curves = 4 + 2 + len(CHANGES) - 1, 2  # bars of latency, channels and changes
     assert page.tags.count("svg") == bars + curves + 3  # accuracy against latency, and GFLOPs and mAP by stage
 
 
@@ -202,9 +217,22 @@ def test_there_is_one_headline(told: dict, after: dict, tone: str, report: dict,
     assert html.count("checks did not pass") == 1  # with the checks
 
 
+def test_the_contract_comes_first_and_says_what_broke(report: dict, tmp_path: Path) -> None:
+    html = render(report, tmp_path)
+    page, markdown = Page(html), (tmp_path / "report.md").read_text()
+    assert html.index('id="contract"') < html.index('id="before-and-after"')
+    titles = ["Overall and by size", "mAP50-95 by class", "recall by class"]
+    assert re.findall("<h3>(.*?)</h3>", html)[:3] == re.findall("### (.*)", markdown) == titles
+    for text in (page.text, markdown):
+        assert "confidence 0.287" in text and "as much at 0.265" in text and "0.031 before, 0.045 after" in text
+    assert page.text.count("limit -0.05") >= 1 and "below the limit -0.05" in markdown
+    assert page.text.index("small objects") > page.text.index("-0.0088"), "sizes come behind what is overall"
+    assert html.count('class="spread"') >= len(CHANGES) - 1 and "▲ better" in page.text
+
+
 def test_a_better_model_is_not_called_worse(report: dict, tmp_path: Path) -> None:
     report["summary"]["after"] = report["summary"]["before"] | {"map": 0.7}
-    report["classes"]["after"]["cell"] = 0.7
+    del report["summary"]["contract"]
     report["checks"].pop()
     text = Page(render(report, tmp_path)).text
     assert "worse" not in text.lower() and "✓ 1 of 1 checks passed" in text
@@ -288,7 +316,8 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert isinstance(hostile, dict)
     hostile["about"] = hostile["summary"]["env"] = hostile["quantization"]["float"] = {HOSTILE: HOSTILE}
     hostile["options"] = {HOSTILE: [HOSTILE, HOSTILE]}
-    hostile["classes"] = {"before": {HOSTILE: 0.5, "b": 0.5}, "after": {HOSTILE: 0.5}}
+    change = {**CONTRACT["changes"][0], "name": f"map.{HOSTILE}"}
+    hostile["summary"]["contract"] = {**CONTRACT, "verdict": HOSTILE, "changes": [change]}
     hostile["curves"][0]["columns"][HOSTILE] = [2.0]
     hostile["summary"]["stages"] = {HOSTILE: BEFORE, "b": AFTER}
     page = Page(render(hostile, tmp_path))
@@ -449,6 +478,7 @@ def test_a_classifier_is_judged_by_top_1(report, tmp_path):
         part |= {"top1": 0.75, "map": None, "map50": None, "map_onnx": {}}
     report["comparison"] = [{"name": "base", "params": 3, "gflops": 8.2, "top1": 0.75, "ort": 1.0}]
     report["checks"], report["curves"] = [], []
+    del report["summary"]["contract"]
     page = Page(render(report, tmp_path))
     assert "mAP" not in page.text
     assert page.text.count("Top-1 accuracy") >= 3 and "0.7500" in page.text

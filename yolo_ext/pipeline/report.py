@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_ext
@@ -14,8 +15,9 @@ from yolo_ext import stock
 from yolo_ext.core.config import CONFIGS
 from yolo_ext.pipeline.run import FINETUNE, Run
 from yolo_ext.reporting.figures import side_by_side
+from yolo_ext.stock.evidence import Evidence
 
-PICTURED = ("detect", "segment", "pose")  # tasks whose boxes are drawn side by side
+SHOWN = 4  # pictures side by side
 
 
 def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> dict[str, Any]:
@@ -26,16 +28,13 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
     ours = {f"{t}.{name}": value for t, cls in CONFIGS.items() for name, value in asdict(cls()).items()}
     known = {**DEFAULT_CFG_DICT, **FINETUNE, **ours}
     chosen = {k: v for k, v in summary["settings"].items() if v != known.get(k) and k not in ("model", "data")}
-    ends = {"before": run.done["base"], "after": result}
     times = {r["name"]: r["median"] for r in run.rows("latency")}
-    classes = {k: (d.metrics or {}).get("classes") for k, d in ends.items()}
     report = {
         "title": f"Compression report: {run.base.name}",
         "about": _about(run, summary["env"]),
         "command": summary["command"],
         "summary": summary,
         "files": {**made, "before": made["base"], "after": made[stage]},
-        "classes": classes if all(classes.values()) else {},
         "layers": next((d.layers for d in run.done.values() if d.layers), []),
         "checks": summary["checks"],
         "comparison": [{**r, "ort": times.get(r["timed"])} for r in run.rows("compare")],
@@ -79,22 +78,36 @@ def curves(file: Path) -> dict[str, list[float]]:
     return {k: values for k, values in found.items() if any(values)}
 
 
-def pictures(run: Run) -> list[dict[str, str]]:
-    """Draw base and compressed detections side by side on the first val images."""
+def pictures(run: Run, stage: str, conf: float | None) -> list[dict[str, str]]:
+    """Draw what base and result find at a confidence in the val images that changed most, side by side."""
     from ultralytics import YOLO
 
     made: list[dict[str, str]] = []
     new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
-    if run.task not in PICTURED or new == run.base:
+    files = [run.folder / name / "evidence.npz" for name in ("base", stage)]
+    if new == run.base or not all(file.exists() for file in files):
         return made
+    options = {"imgsz": run.imgsz, "device": "cpu", "verbose": False, "rect": False, "conf": conf}
+    images = {name: f for f in run.info["images"]["val"] for name in (f.name, f"{f.parent.name}/{f.name}")}
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, image in enumerate(run.info["images"]["val"][:4]):
-            found: list[Any] = []
-            for m in models:
-                boxes = m.predict(str(image), imgsz=run.imgsz, device="cpu", verbose=False, rect=False)[0].boxes
-                found.append([tuple(r) for r in boxes.data.tolist()] if boxes is not None else [])
+        for i, name in enumerate(changed(*map(Evidence.read, files), conf or 0.0)[:SHOWN]):
             path = run.folder / "plots" / f"detections_{i}.png"
-            missed, added = side_by_side(str(image), found[0], found[1], run.info["names"], path)
-            made.append({"path": str(path), "caption": f"{Path(image).name}: {missed} missed, {added} added"})
+            found = side_by_side(*(m.predict(str(images[name]), **options)[0] for m in models), path)
+            differs = f"{found['missed']} missed, {found['added']} added"
+            if run.task == "classify":
+                differs = "another class" if found["missed"] else "the same class"
+            made.append({"path": str(path), "caption": f"{name}: {differs}"})
     return made
+
+
+def changed(base: Evidence, new: Evidence, conf: float) -> list[str]:
+    """Return the images, those first in which one of two models finds most targets that the other does not find."""
+    shape = len(base.images), len(base.about["names"])
+
+    def right(e: Evidence, kind: str) -> np.ndarray:
+        sure = e.hits[kind][:, 0] & (e.conf >= conf)
+        return np.bincount(e.image[sure] * shape[1] + e.cls[sure], minlength=shape[0] * shape[1]).reshape(shape)
+
+    moved = np.sum([np.abs(right(new, kind) - right(base, kind)).sum(1) for kind in base.hits], axis=0)
+    return [base.images[i] for i in np.argsort(-moved, kind="stable")]

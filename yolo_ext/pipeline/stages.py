@@ -245,7 +245,7 @@ def finish(run: Run) -> dict[str, Any]:
     checks += budget_checks(run.prune, before, result, speed, run.max_drop)
     checks += proved.get("checks", [])
     summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
-    drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved)) if run.data else []
+    drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved.get("conf")))
     LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
     return {**summary, "run_dir": str(run.folder)}

@@ -19,7 +19,8 @@ from ultralytics.utils.plotting import colors
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.reporting import tables
 from yolo_ext.reporting.figures import pareto
-from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, compare, comparison_rows, figure, stage_rows
+from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, comparison_rows, figure, stage_rows
+from yolo_ext.stock.model import METRIC
 
 MISSING = "not measured"
 LONG_LIST = 16  # rows; a longer list starts folded
@@ -36,9 +37,9 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
     """Write `report.json`, `report.md` and `report.html` into the folder of a run, and return the path of the latter.
 
     All of `report` is optional: `title`, `about` (facts for the header), `command`, `summary` (the contents of
-    `summary.json`), `files` (whose size is given, by stage, `before` and `after`), `classes` (AP by name, `before` and
-    `after`), `layers`, `checks`, `comparison`, `pictures`, `curves` (of each training, its columns), `latency`,
-    `quantization`, `options` (value and default by name) and `notes`. Paths are relative to the folder.
+    `summary.json`), `files` (whose size is given, by stage, `before` and `after`), `layers`, `checks`, `comparison`,
+    `pictures`, `curves` (of each training, its columns), `latency`, `quantization`, `options` (value and default by
+    name) and `notes`. Paths are relative to the folder.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,13 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     passes = f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}" if failed else ""
     passes = passes or f"✓ {len(checks)} of {len(checks)} checks passed"
     sections = {  # an empty one is left out
+        "Contract": summary.get("contract") and _contract(summary["contract"]),
         "Before and after": rows,
         "Notes": report.get("notes"),
         "Stages": stages and _stages(before, stages, summary.get("seconds") or {}, files),
         "Accuracy against latency": _tradeoff(before, after, report.get("latency") or {}),
-        "Accuracy per class": report.get("classes"),
         "Checks": checks and {"rows": checks, "passes": passes, "failed": failed},
-        "Detections": _embed(report.get("pictures"), run_dir),
+        "Images that changed most": _embed(report.get("pictures"), run_dir),
         "Latency": report.get("latency"),
         "For comparison": report.get("comparison"),
         "Channels per layer": layers and {"layers": layers, "pruned": sum(x["after"] < x["before"] for x in layers)},
@@ -81,17 +82,31 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     doubt = any(r.verdict == "worse" for r in rows) or (summary.get("settings") or {}).get("epochs") == 0
     tone = "" if good and not doubt else "warn" if good else "bad"
     shown = {"title": report.get("title") or "Compression report", "headline": headline, "tone": tone}
-    shown |= {"cards": _cards(after, rows), "int8": next((r.delta for r in rows if r.key == "map_onnx.int8"), ABSENT)}
-    shown |= {"about": report.get("about") or {}, "sections": sections, "files": files}
-    return {**shown, "remarks": tables.note(after), "noise": tables.noise(after, "map")}
+    cards = _cards(after, rows)
+    int8 = next((r.delta for r in rows if r.key == f"{cards[3].key}_onnx.int8"), ABSENT)
+    shown |= {"cards": cards, "int8": int8, "about": report.get("about") or {}, "sections": sections, "files": files}
+    return {**shown, "remarks": tables.note(after)}
+
+
+def _contract(found: Report) -> dict[str, Any]:
+    """Return the figures of a contract in tables: overall and by size, then by class; each with the limit it broke."""
+    limits = {c["name"].removeprefix("contract "): c["limit"] for c in found.get("checks") or [] if not c["passed"]}
+    groups: dict[str, list[dict[str, Any]]] = {"Overall and by size": []}
+    for c in sorted(found.get("changes") or [], key=lambda c: c["name"].startswith("size.")):
+        kind, _, which = c["name"].partition(".")
+        title = f"{METRIC.get(kind, kind)} by class" if which and kind != "size" else "Overall and by size"
+        label = f"{which} objects" if kind == "size" else which or METRIC.get(kind, kind)
+        groups.setdefault(title, []).append({**c, "label": label, "broken": limits.get(c["name"])})
+    return {**found, "groups": {k: rows for k, rows in groups.items() if rows and k != "precision by class"}}
 
 
 def _cards(after: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
     """Return the five key figures, with the latency of INT8 where it was measured."""
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}")), "torch")
     known = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS} | {row.key: row for row in rows}
-    accuracy = "map" if figure(after, "top1") is None else "top1"
-    return [known[key] for key in ("params", "gflops", "size_mb", accuracy, f"latency_ms.{speed}")]
+    metrics = [known[key] for key in METRIC if figure(after, key) is not None] or [known["map"]]
+    accuracy = next((row for row in metrics if row.verdict == "worse"), metrics[0])
+    return [*(known[key] for key in ("params", "gflops", "size_mb")), accuracy, known[f"latency_ms.{speed}"]]
 
 
 def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> dict[str, Any]:
@@ -101,7 +116,7 @@ def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> d
     latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
     charts = []
-    for f in (f for f in FIELDS if f.key in ("gflops", "map", "top1", latency.key)):
+    for f in (f for f in FIELDS if f.key in ("gflops", *METRIC, latency.key)):
         points = [(name, v) for name, m in stages.items() if (v := figure(m, f.key)) is not None]
         charts += [{"title": f.label, "points": points, "spec": f.spec}] if len(points) > 1 else []
     header, rows = stage_rows(stages)
@@ -114,8 +129,8 @@ def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> d
 
 def _tradeoff(before: Report, after: Report, latency: Report) -> list[dict[str, Any]]:
     """Return files with known latency and accuracy in ONNX Runtime, and whether each is on the Pareto front."""
-    measured = {"base FP32": (before, ("map_onnx.fp32", "map", "top1")), "compressed INT8": (after, ("map_onnx.int8",)),
-                "compressed FP32": (after, ("map_onnx.fp32", "map", "top1"))}  # fmt: skip
+    fp32, int8 = ("map_onnx.fp32", "top1_onnx.fp32", "map", "top1"), ("map_onnx.int8", "top1_onnx.int8")
+    measured = {"base FP32": (before, fp32), "compressed FP32": (after, fp32), "compressed INT8": (after, int8)}
     points = []
     for row in latency.get("rows") or []:
         m, keys = measured.get(str(row.get("name")), ({}, ()))
@@ -209,7 +224,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(
-    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, compare=compare,
+    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, metric=METRIC,
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
