@@ -15,6 +15,8 @@ from yolo_ext.deployment.contract import (
     calibration_error,
     changes,
     figures,
+    judged,
+    read_limits,
     resamples,
     same_recall,
     verdict,
@@ -81,7 +83,7 @@ def test_sizes_are_those_of_the_targets():
     e = made(3)
     e = replace(e, target_area=np.full(len(e.target_cls), 100, np.float32), area=np.full(len(e.cls), 100, np.float32))
     found = figures(e, resamples(60, 1), 0.5)
-    assert found["map.small"][0] == found["map"][0] and not {"map.medium", "map.large"} & found.keys()
+    assert found["size.small"][0] == found["map"][0] and not {"size.medium", "size.large"} & found.keys()
 
 
 def test_a_model_is_the_same_as_itself():
@@ -155,15 +157,66 @@ def test_other_images_are_refused(what):
         changes(base, replace(base, about={**base.about, what: "other"}), n=2)
 
 
-@pytest.mark.parametrize(
-    ("limits", "says"),
-    [({"recall.rar": -0.1}, "recall.rare"), ({"map": 0.1}, "such as -0.01"), ({"map": "low"}, "such as -0.01"),
-     ({"map": True}, "such as -0.01")],
-    ids=["unknown class", "wrong sign", "no number", "no number either"],
-)  # fmt: skip
-def test_limits_that_cannot_be(limits, says):
+WRONG = {
+    "unknown class": ({"recall": {"rar": -0.1}}, "detect", "recall.rare"),
+    "unknown size": ({"size.tiny": -0.1}, "detect", "size.small"),
+    "figure of another task": ({"map_mask": -0.1}, "detect", "Legal: map, recall, precision, size.small"),
+    "wrong sign": ({"map": 0.1}, "detect", "such as -0.01"),
+    "no number": ({"map": "low"}, "detect", "such as -0.01"),
+    "no number either": ({"top1": True}, "classify", "such as -0.01"),
+    "no mapping": ([-0.1], "detect", "limits by figure"),
+    "no file": ("absent.yaml", "detect", "does not exist"),
+}
+
+
+@pytest.mark.parametrize(("limits", "task", "says"), WRONG.values(), ids=WRONG)
+def test_limits_that_cannot_be(limits, task, says):
     with pytest.raises(UsageError, match=says):
-        broken(changes(made(1), made(1), n=2), limits)
+        read_limits(limits, task, NAMES)
+
+
+def test_a_class_that_the_split_does_not_hold():
+    base = made(1)
+    base = replace(base, target_cls=np.minimum(base.target_cls, 1))
+    with pytest.raises(UsageError, match="holds no object on which 'recall.rare' shows"):
+        judged(base, base, {"recall.rare": -0.1}, n=2)
+
+
+def test_a_class_may_be_called_like_a_size():
+    base = made(4, images=100)
+    base = replace(base, about={**base.about, "names": {0: "small", 1: "medium", 2: "large"}})
+    new = replace(base, hits={"box": base.hits["box"] & (base.area >= 32**2)[:, None]})
+    found = {c.name: c.after for c in changes(base, new, n=20)}
+    assert found["size.small"] == 0 < found["map.small"]
+
+
+def test_too_few_images_decide_nothing():
+    base = made(1)
+    rare = np.isin(base.target_image, np.unique(base.target_image)[:9])
+    base = replace(base, target_cls=np.where(rare, 2, base.target_cls % 2).astype(np.int32))
+    new = replace(base, hits={"box": base.hits["box"] & (base.cls != 2)[:, None]})
+    found = {c.name: c for c in changes(base, new, n=100)}
+    assert found["recall.rare"].change < -0.1 and found["recall.rare"].verdict == "undecided"
+    assert not any("rare" in c["name"] for c in judged(base, new, n=100)["checks"] if not c["passed"])
+
+
+def test_the_default_contract_names_what_is_surely_lost():
+    base = made(4, images=200)
+    new = replace(base, hits={"box": base.hits["box"] & (base.cls != 2)[:, None]})
+    same, found = (judged(base, e, n=100) for e in (base, new))
+    assert [c["name"] for c in same["checks"]] == ["contract map", "contract map.cell"]
+    assert all(c["passed"] for c in same["checks"]) and same["verdict"] == "mAP50-95 +0.0000, same within 0.005"
+    assert [c["name"] for c in found["checks"]] == ["contract map", "contract recall.rare"]
+    assert [c["passed"] for c in found["checks"]] == [True, False] and found["verdict"].startswith("mAP50-95 -0.")
+    assert found["images"] == 200 and found["calibration"]["before"] < found["calibration"]["after"]
+
+
+@pytest.mark.parametrize("kind", ["mask", "pose"])
+def test_boxes_that_are_fine_do_not_save_the_contract(kind):
+    base = made(5, kinds=("box", kind))
+    found = judged(base, replace(base, hits={**base.hits, kind: np.zeros_like(base.hits[kind])}), n=50)
+    assert f"contract map_{kind}" in {c["name"] for c in found["checks"] if not c["passed"]}
+    assert found["verdict"].startswith("mAP50-95 +0.0000, same within 0.005. ") and "worse" in found["verdict"]
 
 
 def test_limits_hold_for_the_point_or_for_the_bound():

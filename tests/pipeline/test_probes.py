@@ -15,6 +15,7 @@ from yolo_ext.core.config import PruneConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.pruning.evidence import task_losses
+from yolo_ext.stock.accuracy import METRICS
 from yolo_ext.training.prune import labelled_batches, make_probes
 
 ROWS = {
@@ -92,7 +93,8 @@ def test_images_and_score(setup, task: str) -> None:
     probes = make_probes(info, 64, PruneConfig(recalibrate=5), task, model)
     for _ in range(2):  # anew at each call
         assert sum(len(x) for x in probes.images()) == 5
-    assert 0 <= probes.score(model) <= 1
+    found = probes.accuracy(model)
+    assert all(0 <= found[k] <= 1 for k in METRICS[task])
     assert not model.is_fused() and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -111,7 +113,7 @@ def test_classes_must_match(setup) -> None:
     probes = make_probes(info, 64, PruneConfig(), "detect", other)
     assert sum(len(x) for x in probes.images()) == 6  # BatchNorm does not look at labels
     with pytest.raises(UsageError, match="number of classes 80 of the model, 2 of the data"):
-        probes.score(other)
+        probes.accuracy(other)
 
 
 @pytest.mark.slow
@@ -120,7 +122,7 @@ def test_speed_without_data(setup, monkeypatch: pytest.MonkeyPatch, runtime: str
     model, _ = setup("detect")
     wide = YOLO("yolov8s.yaml", verbose=False).model.eval()
     probes = make_probes({}, 64, PruneConfig(runtime=runtime), "detect")
-    assert probes.batches is None and probes.images is None and probes.score is None
+    assert probes.batches is None and probes.images is None and probes.accuracy is None
     threads = torch.get_num_threads()
     assert probes.speed(wide, model) > 1.3
     assert torch.get_num_threads() == threads and not model.is_fused()

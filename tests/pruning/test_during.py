@@ -150,11 +150,16 @@ def test_latency_steps_multiply():
     assert total == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("score", "room"), [(0.49, 0.01), (0.52, 0.04), (0.47, None)])
-def test_a_budget_counts_from_the_first_model(score, room):
-    model = nn.Identity()
-    note(model, dense={"score": 0.5})
-    found = step_config(PruneConfig(max_drop=0.02, at=[1, 2]), model, 2, 2, Probes(score=lambda m: score))
+@pytest.mark.parametrize(
+    ("found", "room"),
+    [({"map": 0.49}, 0.01), ({"map": 0.52}, 0.04), ({"map": 0.47}, None), ({"map": 0.52, "map_mask": 0.295}, 0.015),
+     ({"map": 0.52, "map_mask": 0.27}, None)],
+    ids=["lost", "gained", "spent", "mask lost", "mask spent"],
+)  # fmt: skip
+def test_a_budget_counts_from_the_first_model(found, room):
+    model, cfg = nn.Identity(), PruneConfig(max_drop=0.02, at=[1, 2])
+    note(model, dense={"map": 0.5, **({"map_mask": 0.3} if "map_mask" in found else {})})
+    found = step_config(cfg, model, 2, 2, Probes(accuracy=lambda m: found))
     assert found is None if room is None else found.max_drop == pytest.approx(room)
 
 

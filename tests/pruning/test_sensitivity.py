@@ -41,7 +41,7 @@ def probes(fail_after: int = 10**6, calls: list | None = None) -> Probes:
         calls.append(1)
         return sum(p.numel() for p in model.parameters()) / 4e6
 
-    return Probes(batches=batch, images=lambda: (b["img"] for b in batch()), score=score)
+    return Probes(batches=batch, images=lambda: (b["img"] for b in batch()), accuracy=lambda m: {"map": score(m)})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.contract import figures, resamples
-from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.accuracy import accuracy, lost, score
 from yolo_ext.stock.evidence import Evidence
 
 SIZE = 64
@@ -75,11 +75,23 @@ def test_top1_of_a_classifier(tmp_path):
     net = ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False).eval()
     net.names = {0: "a", 1: "b"}
     found = accuracy(net, tmp_path, 32)
-    assert found == {"top1": 0.5, "images": 2} and score(found) == 0.5  # an untrained one gives all images one class
+    assert found == {"top1": 0.5, "top5": 1.0, "images": 2}  # an untrained one gives all images one class
 
 
-def test_nothing_on_other_ranks_is_no_figure():
-    assert score({}) is None
+LOST = {
+    "nothing on other ranks": ({}, {}, None, None),
+    "detect": ({"map": 0.5, "map50": 0.7}, {"map": 0.4, "map50": 0.1}, 0.4, 0.1),
+    "gained": ({"map": 0.5}, {"map": 0.6}, 0.6, -0.1),
+    "mask": ({"map": 0.5, "map_mask": 0.4}, {"map": 0.5, "map_mask": 0.3}, 0.4, 0.1),
+    "keypoints": ({"map": 0.5, "map_pose": 0.4}, {"map": 0.7, "map_pose": 0.3}, 0.5, 0.1),
+    "top-5": ({"top1": 0.5, "top5": 1.0}, {"top1": 0.5, "top5": 0.9}, 0.7, 0.1),
+    "measured once": ({"map": None}, {"map": 0.4}, 0.4, None),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "worth", "loss"), LOST.values(), ids=LOST)
+def test_the_metric_that_lost_most_decides(before, after, worth, loss):
+    assert score(after) == (worth and pytest.approx(worth)) and lost(before, after) == (loss and pytest.approx(loss))
 
 
 def test_what_cannot_be_measured_is_refused(model, data, tmp_path):

@@ -6,19 +6,22 @@ classes or sizes are simultaneous, by the largest studentised difference (Westfa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 from yolo_ext.stock.evidence import Evidence
+from yolo_ext.stock.model import METRIC, METRICS
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # of COCO, in square pixels
 GRID = np.linspace(0, 1, 101)  # recalls at which precision is averaged
 FIGURES = {"box": "map", "mask": "map_mask", "pose": "map_pose"}  # mAP50-95 by kind
-JUDGED = (*FIGURES.values(), "top1")  # each with an interval of its own, all others with intervals that hold together
+ENOUGH = 10  # images with objects of a class or size; resamples of fewer show too little of how the others would be
 EPS = 1e-16
 
 
@@ -26,7 +29,7 @@ EPS = 1e-16
 class Change:
     """How much a figure differs: result minus base, its interval, and in words what that means."""
 
-    name: str  # such as map, map.person, recall.person, map.small
+    name: str  # such as map, map.person, recall.person, size.small
     before: float
     after: float
     change: float
@@ -105,7 +108,7 @@ def figures(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarr
     for size, area in SIZES.items():
         each = _precisions(e, "box", weights, area)
         if not np.isnan(each[0]).all():
-            found[f"map.{size}"] = _mean(each)
+            found[f"size.{size}"] = _mean(each)
     return found | _at(e, weights, conf)
 
 
@@ -170,26 +173,34 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
     weights = resamples(len(base.images), n, seed)
     conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
     old, now = (figures(e, weights, conf) for e in (base, new))
-    gaps = {k: now[k] - old[k] for k in old}
-    spread = {k: float(np.nanstd(g[1:])) for k, g in gaps.items()}
-    found = []
-    rest = [k for k in gaps if k not in JUDGED]
-    factor = _critical([gaps[k] for k in rest], (1 + confidence) / 2)
-    for k in sorted(gaps, key=lambda k: k not in JUDGED):
-        low, high = gaps[k][0] - factor * spread[k], gaps[k][0] + factor * spread[k]
-        if k in JUDGED:
-            low, high = np.nanquantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+    gaps = {k: np.where(np.isnan(old[k]), now[k][0] - old[k][0], now[k] - old[k]) for k in old}
+    few, found = _few(base), []
+    factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (1 + confidence) / 2)
+    for k in sorted(gaps, key=lambda k: k not in METRIC):  # which have intervals of their own
+        low, high = gaps[k][0] + factor * gaps[k][1:].std() * np.array([-1, 1])
+        if k in METRIC:
+            low, high = np.quantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+        word = verdict(low, high, within)
+        word = "undecided" if k in few and word != "same" else word
         before, after, change = (float(v[k][0]) for v in (old, now, gaps))
-        found.append(Change(k, before, after, change, float(low), float(high), verdict(low, high, within)))
+        found.append(Change(k, before, after, change, float(low), float(high), word))
     return found
+
+
+def _few(e: Evidence) -> set[str]:
+    """Return the figures of classes and sizes of which fewer than `ENOUGH` images have objects."""
+    bins = {f"size.{k}": (e.target_area >= low) & (e.target_area < high) for k, (low, high) in SIZES.items()}
+    bins |= {f"{k}.{name}": e.target_cls == c for c, name in e.about["names"].items()
+             for k in (*METRIC, "recall", "precision")}  # fmt: skip
+    return {k for k, own in bins.items() if len(np.unique(e.target_image[own])) < ENOUGH}
 
 
 def _critical(gaps: Sequence[np.ndarray], confidence: float) -> float:
     """Return by how many standard deviations intervals have to reach so that all of them hold together."""
-    each = np.stack(gaps)
-    spread = np.nanstd(each[:, 1:], axis=1, keepdims=True)
+    each = np.stack(gaps) if gaps else np.zeros((0, 1))
+    spread = each[:, 1:].std(axis=1, keepdims=True)
     far = np.abs(each[:, 1:] - each[:, :1])[spread[:, 0] > 0] / spread[spread[:, 0] > 0]
-    return float(np.quantile(np.nanmax(far, axis=0), confidence)) if far.size else 1.0
+    return float(np.quantile(far.max(axis=0), confidence)) if far.size else 1.0
 
 
 def verdict(low: float, high: float, within: float) -> str:
@@ -199,15 +210,42 @@ def verdict(low: float, high: float, within: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 
+def read_limits(
+    given: Any, task: str, names: Mapping[int, str], confidence: float | None = None, data: Any = True
+) -> dict[str, float]:
+    """Return the limits of a contract by figure, of options or a YAML file; refuse those that no split can have."""
+    if confidence is not None and not 0 < confidence < 1:
+        raise UsageError(f"'confidence={confidence}' is illegal: give a share below 1, such as 0.95.")
+    if given and not data:
+        raise UsageError("'contract' limits what a val split shows. Give data=data.yaml.")
+    if isinstance(given, (str, Path)):
+        if not Path(given).is_file():
+            raise UsageError(f"'contract={given}' does not exist. Give a YAML file, or contract.map=-0.01 and so on.")
+        given = YAML.load(given)
+    if not isinstance(given or {}, Mapping):
+        raise UsageError(f"'contract={given}' is illegal: give limits by figure, such as contract.recall.person=-0.02.")
+    boxes, flat = task != "classify", dict[str, float]()
+    for key, value in (given or {}).items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value}
+    each = (*METRICS[task], "recall", "precision") if boxes else ("top1",)
+    overall = [*dict.fromkeys((*METRICS[task], *each)), *(f"size.{size}" for size in SIZES if boxes)]
+    known = [*overall, *(f"{figure}.{name}" for figure in each for name in names.values())]
+    for name, limit in flat.items():
+        if name not in known:
+            legal = f"{', '.join(overall)}, or {', '.join(each)} of a class, such as {known[-1]}"
+            raise UsageError(f"contract: there is no '{name}'.{suggest(name, known)} Legal: {legal}.")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit <= 0:
+            raise UsageError(f"'contract.{name}={limit}' is illegal: give the change that is allowed, such as -0.01.")
+    return flat
+
+
 def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = False) -> list[dict[str, Any]]:
     """Return the checks of the lowest changes that are allowed, for `sure` by the lower ends of their intervals."""
     known = {c.name: c for c in found}
     checks = []
     for name, limit in limits.items():
         if name not in known:
-            raise UsageError(f"contract: there is no '{name}'.{suggest(name, [*known])} Legal: {', '.join(known)}.")
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit > 0:
-            raise UsageError(f"'contract.{name}={limit}' is illegal: give the change that is allowed, such as -0.01.")
+            raise UsageError(f"contract: the val split holds no object on which '{name}' shows. Leave it out.")
         c = known[name]
         value = c.low if sure else c.change
         checks.append({"name": f"contract {name}", "value": round(value, 4), "limit": limit, "passed": value >= limit})
@@ -215,11 +253,44 @@ def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = F
 
 
 def surely_broken(found: Sequence[Change]) -> list[dict[str, Any]]:
-    """Return the checks of the default contract: what no interval may lie below, for the model and for each class."""
-    checks = []
-    for c in found:
-        limit = -0.02 if c.name in JUDGED else -0.05 if c.name.split(".")[0] in ("recall", *JUDGED) else None
-        if limit is not None:
-            checks.append({"name": f"contract {c.name}", "value": round(c.high, 4), "limit": limit,
-                           "passed": c.high >= limit})  # fmt: skip
-    return checks
+    """Return the checks of the default contract: of the model, and of classes and sizes that break it, else the worst.
+
+    No metric of the task may surely lose more than 0.02, and no class or size more than 0.05 of it or of its recall.
+    """
+    checks, rest = list[dict[str, Any]](), list[dict[str, Any]]()
+    for c in sorted(found, key=lambda c: c.high):
+        if c.name in METRIC or c.name.split(".")[0] in ("recall", "size", *METRIC):
+            limit = -0.02 if c.name in METRIC else -0.05
+            passed = c.high >= limit or c.verdict == "undecided"
+            check = {"name": f"contract {c.name}", "value": round(c.high, 4), "limit": limit, "passed": passed}
+            (checks if c.name in METRIC else rest).append(check)
+    return checks + ([c for c in rest if not c["passed"]] or rest[:1])
+
+
+def judged(
+    base: Evidence, new: Evidence, limits: Mapping[str, Any] | None = None, *, conf: float | None = None,
+    within: float = 0.005, n: int = 1000, confidence: float | None = None, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge a model against its base by the evidence of both, as `summary.json` keeps it.
+
+    Args:
+        limits: Lowest change that is allowed by figure, as `read_limits` returns them; none for the default contract.
+        conf: Confidence that is deployed; that with the best F1 of the base by default.
+        within: Difference that matters.
+        n: Resamples of the images.
+        confidence: Of the intervals, 0.95 by default; if given, limits hold for their lower ends.
+    Returns: `verdict` as a sentence, `changes`, `checks`, `images`, and where there are boxes `conf`, `same_recall`
+        (the confidence at which `new` finds as much) and `calibration` (the error `before` and `after`).
+    Raises: `UsageError` if the two were not measured on the same images and labels, or these hold nothing of a limit.
+    """
+    boxes = "top" not in base.hits
+    conf = best_confidence(base) if conf is None and boxes else conf
+    found = changes(base, new, conf=conf, within=within, n=n, confidence=confidence or 0.95, seed=seed)
+    checks = broken(found, limits, sure=confidence is not None) if limits else surely_broken(found)
+    said = [f"{METRIC[c.name]} {c.change:+.4f}, {c.words(within, len(base.images))}" for c in found if c.name in METRIC]
+    told = {"verdict": ". ".join(said), "changes": [asdict(c) for c in found], "checks": checks,
+            "images": len(base.images)}  # fmt: skip
+    if not boxes or conf is None:
+        return told
+    errors = {"before": calibration_error(base), "after": calibration_error(new)}
+    return {**told, "conf": conf, "same_recall": same_recall(base, new, conf), "calibration": errors}

@@ -32,6 +32,7 @@ from yolo_ext.pruning.solve import group_shares, layer_flops
 from yolo_ext.reporting.curves import plot_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align, cell
 from yolo_ext.runs import write_csv
+from yolo_ext.stock.accuracy import score
 from yolo_ext.stock.context import recalibrate
 from yolo_ext.stock.load import as_exported
 
@@ -137,14 +138,14 @@ def measure_sensitivity(
         model: The model; it is not changed.
         graph: Its couplings from `build_graph`, used once.
         cfg: Pruning options; the criterion, the scope and the number of images count, the targets do not.
-        probes: `batches`, `images` and `score` are needed.
+        probes: `batches`, `images` and `accuracy` are needed.
         ratios: Shares of channels to remove, each above 0 and below 1; floors and rounding are not applied.
         folder: Where `sensitivity.json` is kept up to date after each group and read again by a repeated call.
     Returns: Plain data: `groups`, each with a `curve` of `map` (what `metric` says) and losses over the ratios;
         `trained`, the model as it is, and `base`, the same after the recalibration that all others get.
     Raises: `UsageError`: If data are missing, a ratio is illegal or nothing can be pruned.
     """
-    if probes.batches is None or probes.images is None or probes.score is None:
+    if probes.batches is None or probes.images is None or probes.accuracy is None:
         raise UsageError("Sensitivity is measured on train and val images. Give data=data.yaml.")
     if not ratios or not all(0 < r < 1 for r in ratios):
         raise UsageError(f"Sensitivity ratios {list(ratios)} are illegal. Legal: above 0 and below 1, at least one.")
@@ -153,7 +154,8 @@ def measure_sensitivity(
     ties = tied_groups(model, graph, replace(cfg, ratios={}), evidence)
     if not ties:
         raise UsageError("Nothing can be pruned: every group is frozen or excluded. See `yolo-ext analyze`.")
-    images, trained, start = list(probes.images()) if cfg.recalibrate else [], probes.score(model), time.monotonic()
+    images, trained = list(probes.images()) if cfg.recalibrate else [], score(probes.accuracy(model))
+    start = time.monotonic()
     found: dict[str, Any] = {
         "metric": stock.metric(stock.task_of(model)),
         "ratios": sorted(ratios), "trained": trained, "base": _measure(deepcopy(model), probes, images),
@@ -195,9 +197,9 @@ def _curve(job: Job, tied: TiedGroups, images: list[torch.Tensor], ratios: Itera
 
 def _measure(model: nn.Module, probes: Probes, images: list[torch.Tensor]) -> dict[str, float]:
     """Return `map` and each loss of a model that may be changed; without images BatchNorm stays as it is."""
-    assert probes.batches is not None and probes.score is not None
+    assert probes.batches is not None and probes.accuracy is not None
     recalibrate(model, images)
-    return {"map": probes.score(model), **task_losses(model, probes.batches())}
+    return {"map": score(probes.accuracy(model)) or 0.0, **task_losses(model, probes.batches())}
 
 
 def _earlier(folder: Path | None, now: dict[str, Any]) -> list[dict[str, Any]]:

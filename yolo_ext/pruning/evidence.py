@@ -6,7 +6,7 @@ train-only branches count, no image changes the activations of another, and noth
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,13 @@ class Probes:
     """Ways to look at a model from outside; each is None where there are no data to look with.
 
     `batches` are labelled train batches as `model.loss` takes them (images in 0..1, on the device of the model), anew
-    and in the same order at each call, `images` those (B, C, H, W) for BatchNorm. `score` is the mAP50-95 (top-1
-    accuracy for classification) on the val split, `speed` the measured latency of a model over that of another.
+    and in the same order at each call, `images` those (B, C, H, W) for BatchNorm. `accuracy` gives the metrics of the
+    task on the val split as `stock.accuracy` does, `speed` the measured latency of a model over that of another.
     """
 
     batches: Callable[[], Iterable[dict[str, Any]]] | None = None
     images: Callable[[], Iterable[torch.Tensor]] | None = None
-    score: Callable[[nn.Module], float] | None = None
+    accuracy: Callable[[nn.Module], Mapping[str, float]] | None = None
     speed: Callable[[nn.Module, nn.Module], float] | None = None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from math import floor
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
@@ -25,6 +25,7 @@ from yolo_ext.pruning.plan import Job, kept_of, near_zero, near_zero_share, spar
 from yolo_ext.pruning.pruner import by_pruner
 from yolo_ext.pruning.solve import binding, kept_whole, measure, sizes, solve, targets
 from yolo_ext.pruning.surgery import ADVICE, apply_plan, verify
+from yolo_ext.stock.accuracy import lost
 
 ENOUGH = 1.005  # a step of a training run that would gain less than this is left out
 WARN, REFUSE = 0.1, 0.5  # share of the removed channels that are still in use
@@ -250,8 +251,8 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
         return replace(cfg, size_mb=wanted) if wanted * ENOUGH < size_mb(model) else None
     if cfg.ratio:
         return replace(cfg, ratio=left(cfg.ratio))
-    if cfg.max_drop and probes.score:
-        room = cfg.max_drop - (dense["score"] - probes.score(model))
+    if cfg.max_drop and probes.accuracy:
+        room = cfg.max_drop - cast(float, lost(dense, probes.accuracy(model)))
         return replace(cfg, max_drop=room) if room > 0 else None
     return cfg
 
@@ -259,8 +260,8 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
 def remember_dense(model: nn.Module, cfg: PruneConfig, probes: Probes, imgsz: int = 640) -> None:
     """Note in the manifest what the targets of all steps count from; a model pruned before is where this run starts."""
     found: dict[str, Any] = {**sizes(model, imgsz), "size_mb": size_mb(model), "imgsz": imgsz}
-    if cfg.max_drop and probes.score:
-        found["score"] = probes.score(model)
+    if cfg.max_drop and probes.accuracy:
+        found |= probes.accuracy(model)
     note(model, dense=found)
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from ultralytics.utils import LOGGER, colorstr
@@ -19,6 +19,7 @@ from yolo_ext.core.registry import Need, Table
 from yolo_ext.pruning.graph import Graph
 from yolo_ext.pruning.groups import FLOORED, TiedGroups, allowed
 from yolo_ext.pruning.plan import Job, Steps, Widths, kept_of, record
+from yolo_ext.stock.accuracy import lost, score
 from yolo_ext.stock.context import recalibrate
 
 targets = Table("pruning target")  # row: Job -> Target
@@ -182,15 +183,15 @@ def latency(job: Job) -> Target:
     return Target(figure, job.cfg.latency or 1.0, tolerance=0.05, trials=8, slow=True, noisy=True)
 
 
-@targets.row("max_drop", "Largest loss of mAP50-95, or top-1, right after pruning", needs=[Need.DATA])
+@targets.row("max_drop", "Largest loss of any metric of the task right after pruning", needs=[Need.DATA])
 def max_drop(job: Job) -> Target:
-    """Prune as far as the mAP, recalibrated as asked for, stays within a drop; EagleEye, 2020, arXiv:2007.02491."""
-    score, images, allowed = job.probes.score, job.probes.images, job.cfg.max_drop or 0.0
-    if score is None or images is None:
+    """Prune as far as no metric, recalibrated as asked for, drops by more; EagleEye, 2020, arXiv:2007.02491."""
+    accuracy, images, allowed = job.probes.accuracy, job.probes.images, job.cfg.max_drop or 0.0
+    if accuracy is None or images is None:
         raise UsageError("'prune.max_drop' measures mAP, which needs data. Give data=data.yaml, or another target.")
-    whole, base = [t.units for t in job.ties], score(job.model)
-    if base <= allowed:
-        has = f"{stock.metric(stock.task_of(job.model))} {base:.4f}"
+    whole, base = [t.units for t in job.ties], accuracy(job.model)
+    if (worth := score(base) or 0.0) <= allowed:
+        has = f"{stock.metric(stock.task_of(job.model))} {worth:.4f}"
         why = f"the model itself has {has} on these data. Train it first, or give a smaller drop."
         raise UsageError(f"'prune.max_drop={allowed:g}' says nothing: {why}")
 
@@ -200,7 +201,7 @@ def max_drop(job: Job) -> Target:
         trial = job.pruned(units)
         if job.cfg.recalibrate:
             recalibrate(trial, images())
-        return base - score(trial)
+        return cast(float, lost(base, accuracy(trial)))
 
     return Target(drop, allowed, trials=7, slow=True, noisy=True, cap=True)
 

@@ -4,6 +4,7 @@
 import ast
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +16,55 @@ from ultralytics.utils import YAML
 from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.context import quiet
+from yolo_ext.stock.context import alone, quiet
 from yolo_ext.stock.evidence import collected
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
-from yolo_ext.stock.load import check_det_dataset, float_model, head_args, images_only_read
+from yolo_ext.stock.load import check_det_dataset, float_model, gpu_runs, head_args, images_only_read
+from yolo_ext.stock.model import METRIC
+from yolo_ext.stock.model import METRICS as METRICS
 
 VALIDATORS: dict[str, Any] = {
     "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,
     "pose": pose.PoseValidator, "classify": classify.ClassificationValidator,
 }  # fmt: skip
 
+NAMES = {"map50": "mAP50(B)", "map": "mAP50-95(B)", "map_mask": "mAP50-95(M)", "map_pose": "mAP50-95(P)",
+         "top1": "accuracy_top1", "top5": "accuracy_top5"}  # fmt: skip
+
 
 def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
     end2end: bool = False, like: Any = None, loader: Any = None, keep: Any = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return `map50`, `map`, `f1`, `f1_conf`, AP50-95 by `classes` (or `top1`) and `images` of the val split."""
+    """Return the metrics of the task, `images` of the val split, and with boxes `map50`, `f1`, `f1_conf`, `classes`."""
     net = _net(model)
     with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
         if like is not None:  # the validator of a trainer
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:
             cls, args = validator_of(model, data, net)
-            args |= {"imgsz": imgsz, "rect": False}  # or a static export would see other pixels
+            args |= {"imgsz": imgsz, "rect": False, "mode": "val"}  # or a static export would see other pixels
             args |= {"model": str(model), "batch": 1} if net is None else {"batch": batch, **head_args(end2end)}
-            args |= {"device": "cpu", "mode": "val"}
+            options |= {} if net or gpu_runs(Path(str(model))) else {"device": "cpu"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
         validator = cls(dataloader=loader, save_dir=Path(folder), args=args)
         made = collected(validator) if keep else None
-        found = _figures(validator, validator(model=net))
+        with alone(cls) if like is None else nullcontext():
+            found = _figures(validator, validator(model=net))
         if made:
             keep(made())
         return found
 
 
 def score(found: Mapping[str, Any]) -> float | None:
-    """Return the figure that `accuracy` is judged by: mAP50-95, or top-1 of a classifier; None where there is none."""
-    return found.get("top1") if found.get("map") is None else found["map"]
+    """Return the mean of the metrics of the task, by which models are ranked; None where there is none."""
+    values = [found[k] for k in METRIC if found.get(k) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
+    """Return the largest loss among the metrics of the task, which budgets limit; None where there is none of both."""
+    return max((before[k] - after[k] for k in METRIC if None not in (before.get(k), after.get(k))), default=None)
 
 
 def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -107,15 +120,13 @@ def _validator(task: str, data: str) -> tuple[Any, dict[str, Any]]:
 
 def _figures(validator: Any, found: dict[str, Any]) -> dict[str, Any]:
     """Return our figures of what a validator returned; Ultralytics smooths the F1 curve in the same way."""
-    images = len(validator.dataloader.dataset)
-    if "metrics/accuracy_top1" in found:
-        return {"top1": float(found["metrics/accuracy_top1"]), "images": images}
-    if "metrics/mAP50(B)" not in found:
-        return {}
+    values = {k: float(found[f"metrics/{name}"]) for k, name in NAMES.items() if f"metrics/{name}" in found}
+    images = {"images": len(validator.dataloader.dataset)} if values else {}
+    if "map" not in values:
+        return {**values, **images}
     box, best = validator.metrics.box, {"f1": 0.0, "f1_conf": 0.0}
     if (curve := np.asarray(box.f1_curve)).size:
         i = int(smooth(curve.mean(0), 0.1).argmax())
         best = {"f1": float(curve.mean(0)[i]), "f1_conf": float(box.px[i])}
     classes = {str(validator.names[int(c)]): round(float(ap), 4) for c, ap in zip(box.ap_class_index, box.ap)}
-    maps = {"map50": float(found["metrics/mAP50(B)"]), "map": float(found["metrics/mAP50-95(B)"])}
-    return {**maps, **best, "classes": classes, "images": images}
+    return {**values, **best, "classes": classes, **images}

@@ -33,6 +33,10 @@ FUSIONS = _classes(block, "CBFuse")  # add parts of several cut outputs
 SUMS = _classes(block, "Bottleneck", "CIB", "SPPF")  # return their input plus what they made of it, if `add` says so
 DFL = _classes(block, "DFL")
 BRANCHED = (*_classes(conv, "Conv2", "RepConv"), *_classes(block, "RepVGGDW"))  # several branches until they are fused
+METRIC = {"map": "mAP50-95", "map_mask": "mask mAP50-95", "map_pose": "keypoint mAP50-95", "top1": "top-1",
+          "top5": "top-5"}  # fmt: skip
+METRICS = {"detect": ("map",), "obb": ("map",), "segment": ("map", "map_mask"), "pose": ("map", "map_pose"),
+           "classify": ("top1", "top5")}  # fmt: skip
 SECTIONS = ("backbone", "neck", "head")  # of a model YAML
 THOP = "pip uninstall -y thop && pip install --force-reinstall --no-deps ultralytics-thop"
 # Reparameterised blocks: the branch whose kernel is as large as that of the fused conv.
@@ -63,8 +67,9 @@ def task_of(model: nn.Module) -> str:
 
 
 def metric(task: str) -> str:
-    """Return the name of the figure that models of a task are judged by."""
-    return "top-1" if task == "classify" else "mAP50-95"
+    """Return the name of the figure that models of a task are ranked by."""
+    words = [METRIC[k] for k in METRICS.get(task, ("map",))]
+    return words[0] if len(words) == 1 else f"mean of {' and '.join(words)}"
 
 
 def detection_head(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@
 import time
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from yolo_ext.core.config import EXT_DEFAULTS, changes, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.reporting.tables import conclude, write_summary
-from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.accuracy import METRICS, accuracy, score
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
 from yolo_ext.training.prune import budget_checks, check_budget
@@ -48,9 +49,11 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits
     check_budget(told.get("max_drop"), measured or resume)
-    before = _figures(base, None if resume else Path(model), options.get("data") if measured else None, imgsz)
-    worth = told.get("base_accuracy") if resume else score(before)  # of a run that goes on, whose base may be gone
-    before["top1" if task == "classify" else "map"] = worth
+    figures = partial(_figures, imgsz=imgsz, device=options.get("device"))
+    before = figures(base, None if resume else Path(model), options.get("data") if measured else None)
+    worth = {k: before[k] for k in METRICS.get(task, ()) if k in before}
+    worth = told.get("base_accuracy") or {} if resume else worth  # of a run that goes on, whose base may be gone
+    before |= worth
     yolo, start = YOLO(str(model), task=task), time.monotonic()
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
     options |= {} if resume else {"base_accuracy": worth}
@@ -62,7 +65,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         raise
     trainer, seconds = cast(Any, yolo.trainer), round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
-    after = _figures(load_model(best)[0], best, trainer.args.data, imgsz)
+    after = figures(load_model(best)[0], best, trainer.args.data)
     checks = budget_checks(trainer.compression["prune"], before, after, max_drop=told.get("max_drop"))
     use = f"yolo-ext {'export int8=True' if configs['quant'] else 'quantize'} model={best} data={trainer.args.data}"
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
@@ -110,10 +113,10 @@ def _check_moved(ckpt: Mapping[str, Any], given: Any, task: str) -> None:
         raise UsageError(f"{e} Where the data of a stopped training have moved, add data=.") from e
 
 
-def _figures(model: Any, path: Any, data: Any, imgsz: int) -> dict[str, Any]:
+def _figures(model: Any, path: Any, data: Any, imgsz: int, device: Any) -> dict[str, Any]:
     """Return size figures, and mAP (top-1 of a classifier) where there are data."""
     found = runs.model_figures(model, path, imgsz)
     if data:
-        found.update(accuracy(path, data, imgsz))
+        found.update(accuracy(path, data, imgsz, device=device))
         remember(model, data, imgsz, score(found))
     return found

@@ -14,8 +14,9 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import listed
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
-from yolo_ext.distillation.teacher import make_guides, teachers, with_classes
+from yolo_ext.distillation.teacher import make_guides, with_classes
 from yolo_ext.distillation.terms import Facts, doubts, student_seconds, table, teacher_cost
 from yolo_ext.pruning.surgery import follow
 from yolo_ext.stock.accuracy import accuracy, score
@@ -137,7 +138,7 @@ class Distill(Technique):
         """Return what is known of the student and of each teacher that is not its running average."""
         cfg, size, names = self.cfg, trainer.args.imgsz, live(trainer).names
         models, other = {"student": (trainer.as_stock(deepcopy(live(trainer))), size)}, set()
-        for name in teachers(cfg):
+        for name in listed(cfg.teacher):
             if name == "ema":
                 continue
             teacher = load_model(name)[0]

@@ -27,7 +27,7 @@ from yolo_ext.pruning.plan import read_sensitivity
 from yolo_ext.pruning.prune import check_plan, decide, prune_with_plan, remember_dense
 from yolo_ext.pruning.surgery import apply_plan, cut_run
 from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged
-from yolo_ext.stock.accuracy import accuracy, score
+from yolo_ext.stock.accuracy import accuracy, lost
 from yolo_ext.stock.context import quiet, recalibrate, replaced
 from yolo_ext.stock.load import labelled_dataset
 from yolo_ext.stock.trainer import agreed, forget_best
@@ -122,7 +122,7 @@ class Prune(Technique):
         """Return the ways in which pruning may look at data and clock during this run."""
         size = input_size(trainer, model)
         info = {**trainer.data, "single_cls": trainer.args.single_cls} if trainer.data else {}
-        return make_probes(info, size, self.cfg, trainer.args.task, model, device=trainer.device)
+        return make_probes(info, size, self.cfg, trainer.args.task, model)
 
     def start(self, trainer: Any) -> None:
         """Take the zeros of a masked model for its masks."""
@@ -200,19 +200,18 @@ def _copy_of_ema(trainer: Any) -> nn.Module:
 
 # Probes ---------------------------------------------------------------------------------------------------------------
 def make_probes(
-    info: dict[str, Any], imgsz: int, cfg: PruneConfig, task: str, base: nn.Module | None = None, batch: int = 16,
-    device: str | torch.device = "cpu",
-) -> Probes:  # fmt: skip
+    info: dict[str, Any], imgsz: int, cfg: PruneConfig, task: str, base: nn.Module | None = None, batch: int = 16
+) -> Probes:
     """Make what a pruning plan may ask for of data as `data.check.check_data` returned them; without any only `speed`.
 
-    The arguments of a model `base` say how labels are read; labelled batches are read once and kept on `device`. Images
+    The arguments of a model `base` say how labels are read; labelled batches are read once and kept where it is. Images
     that are in the val split too are taken as training takes them.
     """
-
     speed = partial(_speed, imgsz=imgsz, runtime=cfg.runtime)
     if not info:
         return Probes(speed=speed)
 
+    device = torch.device("cpu") if base is None else next(base.parameters()).device
     read = partial(labelled_batches, info, imgsz, seed=cfg.seed, task=task, base=base, batch=batch)
 
     @cache
@@ -226,11 +225,9 @@ def make_probes(
         chosen = calibration_images(info["train"], None, cfg.seed, at_most=n)
         return letterbox_batches(chosen, imgsz, batch, channels=info.get("channels", 3))
 
-    def worth(model: nn.Module) -> float:
-        data = Path(info["train"]).parent if task == "classify" else info["yaml_file"]
-        return score(accuracy(model, data, imgsz, batch=batch)) or 0.0
-
-    return Probes(batches=labelled, images=images, score=worth, speed=speed)
+    data = Path(info["train"]).parent if task == "classify" else info.get("yaml_file")
+    worth = partial(accuracy, data=data, imgsz=imgsz, batch=batch, device=device)
+    return Probes(batches=labelled, images=images, accuracy=worth, speed=speed)
 
 
 def labelled_batches(
@@ -265,12 +262,10 @@ def budget_checks(
     checks = []
     row = judged(comparison_rows(before, after))
     if max_drop and row and row.before != ABSENT:
-        lost = round(float(row.before) - float(row.after), 4)
-        checks.append(("Accuracy lost in total (max_drop)", lost, max_drop, lost <= max_drop + 1e-6))
-    was, now = score(before), score(after)
-    if cfg and cfg.max_drop and was is not None and now is not None:
-        lost = was - now
-        checks.append(("Accuracy lost by pruning (prune.max_drop)", lost, cfg.max_drop, lost <= cfg.max_drop + 1e-6))
+        loss = round(float(row.before) - float(row.after), 4)
+        checks.append(("Accuracy lost in total (max_drop)", loss, max_drop, loss <= max_drop + 1e-6))
+    if cfg and cfg.max_drop and (drop := lost(before, after)) is not None:
+        checks.append(("Accuracy lost by pruning (prune.max_drop)", drop, cfg.max_drop, drop <= cfg.max_drop + 1e-6))
     if cfg and cfg.size_mb and (size := after.get("size_mb")):
         checks.append(("MB of the .pt (prune.size_mb)", size, cfg.size_mb, size <= 1.01 * cfg.size_mb + NOTES_MB))
     if cfg and cfg.latency and cfg.runtime == "ort" and speed:
