@@ -285,15 +285,17 @@ def _of_quantization(
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.check import calibration_images, letterbox_batches
     from yolo_ext.quantization.search import table, write
+    from yolo_ext.stock.accuracy import score
     from yolo_ext.training.prune import make_probes
 
     quantization.prepare(net, cfg, info, size)
     quantized = manifest(quantization.strip(net)).quant
     chosen = calibration_images(cfg.source or info, cfg.calib, cfg.seed)[:images]
     batches = letterbox_batches(chosen, size, **stock.seen_by(net))
-    score = make_probes(info, size, PruneConfig(ratio=0.5), stock.task_of(net), net).score if accuracy else None
+    measured = make_probes(info, size, PruneConfig(ratio=0.5), stock.task_of(net), net).accuracy
+    worth = (lambda m: score(measured(m)) or 0.0) if accuracy and measured else None
     found = {"profile": quantized["profile"]}
-    found |= quantization.sensitivity(net, quantized["state"], batches, by, score, _ms_saved(net, quantized, size))
+    found |= quantization.sensitivity(net, quantized["state"], batches, by, worth, _ms_saved(net, quantized, size))
     head = f"Errors with one {by} alone in INT8 (1: with all), {found['images']} train images at {size} px"
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     return f"{head}\n{table(found)}", write(found, folder), found

@@ -245,6 +245,8 @@ def finish(run: Run) -> dict[str, Any]:
     checks += budget_checks(run.prune, before, result, speed, run.max_drop)
     checks += proved.get("checks", [])
     summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
+    if proved:
+        LOGGER.info(f"{colorstr('bold', 'contract: ')}{proved['verdict']}.")
     drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved.get("conf")))
     LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
