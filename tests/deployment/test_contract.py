@@ -9,6 +9,7 @@ from ultralytics.utils.metrics import ap_per_class
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.contract import (
+    Change,
     average_precision,
     best_confidence,
     broken,
@@ -134,10 +135,20 @@ def test_verdicts(low, high, word):
     assert verdict(low, high, 0.005) == word
 
 
-def test_what_cannot_be_decided_says_how_many_images_could():
-    undecided = changes(made(2), made(102), n=200)[0]
-    width = (undecided.high - undecided.low) / 2
-    assert f"{int(np.ceil(60 * (width / 0.005) ** 2)):,} images would show 0.005" in undecided.words(0.005, 60)
+@pytest.mark.parametrize(("change", "needed"), [(0.0, "400"), (0.0021, "1,190"), (-0.009, "124")])
+def test_what_cannot_be_decided_says_how_many_images_could(change, needed):
+    undecided = Change("map", 0.5, 0.5 + change, change, change - 0.01, change + 0.01, "undecided")
+    assert undecided.words(0.005, 100) == (
+        f"not decidable: this split shows differences of about 0.010 at best; {needed} images would show 0.005"
+    )
+
+
+def test_that_no_object_changed_does_not_prove_that_none_will():
+    base = made(4, images=100)
+    new = replace(base, conf=base.conf**1.01)
+    found = {c.name: c for c in changes(base, new, n=100, conf=0.0)}["recall.rare"]
+    assert found.change == 0 and found.verdict == "undecided"
+    assert found.high == -found.low >= 1 / (base.target_cls == 2).sum()
 
 
 def test_thresholds_that_find_as_much():
@@ -178,7 +189,7 @@ def test_limits_that_cannot_be(limits, task, says):
 def test_a_class_that_the_split_does_not_hold():
     base = made(1)
     base = replace(base, target_cls=np.minimum(base.target_cls, 1))
-    with pytest.raises(UsageError, match="holds no object on which 'recall.rare' shows"):
+    with pytest.raises(UsageError, match=r"holds no object on which 'recall\.rare' shows"):
         judged(base, base, {"recall.rare": -0.1}, n=2)
 
 

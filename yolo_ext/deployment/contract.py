@@ -19,10 +19,9 @@ from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.model import METRIC, METRICS
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # of COCO, in square pixels
-GRID = np.linspace(0, 1, 101)  # recalls at which precision is averaged
 FIGURES = {"box": "map", "mask": "map_mask", "pose": "map_pose"}  # mAP50-95 by kind
 ENOUGH = 10  # images with objects of a class or size; resamples of fewer show too little of how the others would be
-EPS = 1e-16
+EPS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Change:
             return f"same within {within:g}"
         if self.verdict != "undecided":
             return self.verdict
-        needed = int(np.ceil(images * (width / within) ** 2))
+        nearest = max(abs(self.change), within - abs(self.change))  # to an end of what would be better, worse or same
+        needed = int(np.ceil(images * (width / nearest) ** 2))
         at_best = f"not decidable: this split shows differences of about {width:.3f} at best"
         return f"{at_best}; {needed:,} images would show {within:g}"
 
@@ -58,20 +58,21 @@ def resamples(images: int, n: int, seed: int = 0) -> np.ndarray:
 def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return AP (R, 10) of (D, 10) `hits` by falling confidence, of (R, N) `weights` of images and (R,) `targets`."""
     found = np.zeros((len(weights), hits.shape[1]))
-    end = int(np.flatnonzero(hits.any(1))[-1]) + 1 if hits.any() else 0  # what comes behind the last hit counts nothing
-    drawn = weights[:, image[:end]]
-    seen = drawn.cumsum(1)
+    at = np.flatnonzero(hits.any(1))  # what lies between counts in `seen` alone, and what comes behind counts nothing
+    drawn = weights.take(image[: at[-1] + 1 if at.size else 0], axis=1)
+    seen, drawn = np.maximum(drawn.cumsum(1).take(at, axis=1), 1), drawn.take(at, axis=1)
+    share = 100 / np.maximum(targets, 1)[:, None]
     for t in range(hits.shape[1]):
-        at = np.flatnonzero(hits[:end, t])
-        if not at.size:
+        own = np.flatnonzero(hits[at, t])
+        if not own.size:
             continue
-        right = drawn[:, at].cumsum(1)
-        precision = right / np.maximum(seen[:, at], 1)
+        right = drawn.take(own, axis=1).cumsum(1)
+        precision = right / seen.take(own, axis=1)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        reached = np.asarray(np.searchsorted(GRID, right / (targets[:, None] + EPS)))  # grid points below each recall
+        reached = np.ceil(right * share - EPS)  # of 101 recalls from 0 to 1, how many lie below each
         points = np.diff(reached, axis=1, prepend=0)
         first = envelope[np.arange(len(envelope)), (reached > 0).argmax(1)] * (reached[:, -1] > 0)
-        found[:, t] = ((envelope * points).sum(1) - first / 2) / 100  # by trapezoids, and nothing at a recall of 1
+        found[:, t] = (np.einsum("rk,rk->r", envelope, points) - first / 2) / 100
     found[targets == 0] = np.nan
     return found
 
@@ -174,12 +175,16 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
     conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
     old, now = (figures(e, weights, conf) for e in (base, new))
     gaps = {k: np.where(np.isnan(old[k]), now[k][0] - old[k][0], now[k] - old[k]) for k in old}
-    few, found = _few(base), []
+    held, found = _held(base), []
+    few = {k for k, (images, _) in held.items() if images < ENOUGH}
     factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (1 + confidence) / 2)
     for k in sorted(gaps, key=lambda k: k not in METRIC):  # which have intervals of their own
-        low, high = gaps[k][0] + factor * gaps[k][1:].std() * np.array([-1, 1])
+        spread = gaps[k][1:].std()
+        if k.startswith(("recall.", "precision.")) and not np.array_equal(base.conf, new.conf):
+            spread = max(spread, 1 / held[k][1])  # none of n objects changed: times the factor, the rule of three
+        low, high = gaps[k][0] - factor * spread, gaps[k][0] + factor * spread
         if k in METRIC:
-            low, high = np.quantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+            low, high = np.quantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
         word = verdict(low, high, within)
         word = "undecided" if k in few and word != "same" else word
         before, after, change = (float(v[k][0]) for v in (old, now, gaps))
@@ -187,12 +192,12 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
     return found
 
 
-def _few(e: Evidence) -> set[str]:
-    """Return the figures of classes and sizes of which fewer than `ENOUGH` images have objects."""
+def _held(e: Evidence) -> dict[str, tuple[int, int]]:
+    """Return how many images have objects that a figure of a class or size is measured on, and how many those are."""
     bins = {f"size.{k}": (e.target_area >= low) & (e.target_area < high) for k, (low, high) in SIZES.items()}
     bins |= {f"{k}.{name}": e.target_cls == c for c, name in e.about["names"].items()
              for k in (*METRIC, "recall", "precision")}  # fmt: skip
-    return {k for k, own in bins.items() if len(np.unique(e.target_image[own])) < ENOUGH}
+    return {k: (len(np.unique(e.target_image[own])), int(own.sum())) for k, own in bins.items()}
 
 
 def _critical(gaps: Sequence[np.ndarray], confidence: float) -> float:

@@ -110,7 +110,7 @@ def _of_detector(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> Evide
 def _of_classifier(validator: Any, about: dict[str, Any]) -> Evidence:
     """Return the evidence of a classifier: whether the class is the first, or among the first five, of each image."""
     pred, true = (torch.cat(found).numpy() for found in (validator.pred, validator.targets))
-    files = [Path(s[0]).name for s in validator.dataloader.dataset.samples]
+    files = ["/".join(Path(s[0]).parts[-2:]) for s in validator.dataloader.dataset.samples]  # class and name
     right = pred == true[:, None]
     n: np.ndarray = np.arange(len(true), dtype=np.int32)
     zero: np.ndarray = np.zeros(len(true), np.float32)
@@ -125,14 +125,18 @@ def _facts(validator: Any) -> dict[str, Any]:
         files, labels = [s[0] for s in data.samples], [np.int64(s[1]).tobytes() for s in data.samples]
     else:
         files = [label["im_file"] for label in data.labels]
-        labels = [np.concatenate([v["cls"], v["bboxes"]], axis=1).astype(np.float32).tobytes() for v in data.labels]
+        parts = [(v["cls"], v["bboxes"], *v["segments"], v["keypoints"]) for v in data.labels]
+        labels = [b"".join(np.float32(p).tobytes() for p in own if p is not None) for own in parts]
     order = np.argsort(files)
-    sizes = [f"{Path(files[i]).name} {Path(files[i]).stat().st_size}\n".encode() for i in order]
+    images = (part for i in order for part in (Path(files[i]).name.encode(), Path(files[i]).read_bytes()))
     settings = {k: getattr(validator.args, k) for k in ("imgsz", "conf", "iou", "max_det", "single_cls", "rect")}
     return {"task": validator.args.task, "names": {int(k): str(v) for k, v in dict(validator.names).items()},
-            "images_hash": _hashed(sizes), "labels_hash": _hashed([labels[i] for i in order]),
+            "images_hash": _hashed(images), "labels_hash": _hashed([labels[i] for i in order]),
             "settings": settings}  # fmt: skip
 
 
 def _hashed(parts: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    found = hashlib.sha256()
+    for part in parts:  # not joined: all images of a split are a lot
+        found.update(part)
+    return found.hexdigest()[:16]
