@@ -83,7 +83,7 @@ class PruneConfig:
     images: int = option(128, "Train images for criteria, budgets and trials with data", low=1, only="kind=structured")
     recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0,
                               only="kind=structured/2:4")  # fmt: skip
-    force: bool = option(False, "Prune by a sparsity criterion without sparsity training", only="kind=structured")
+    force: bool = option(False, "Prune by a sparsity criterion though no sparsity training ran", only="kind=structured")
     compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
                            only="kind=structured", stages=True)  # fmt: skip
     seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
@@ -102,7 +102,7 @@ class SparsityConfig:
 
     method: str = option("slim", "Penalty: see `yolo-ext help sparsity`, or your own as package.module:function")
     coefficient: float | None = option(None, "Pull towards zero, summed over the run; None: the method's", above=0.0)
-    adaptive: bool = option(True, "Pull less on scales with larger root mean square gradients")
+    adaptive: bool = option(True, "Pull less where the loss is more sensitive to a scale (root mean square gradient)")
     schedule: str = option("constant", "Pull over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the pull left at the end", low=0.0, high=1.0, only="schedule=linear/cosine")
     start: int = option(0, "First epoch with a pull, counted from 0", low=0)
@@ -130,7 +130,6 @@ class DistillConfig:
     )
     feature_weight: float = option(1.0, "Weight of the feature losses", low=0.0, only="features")
     logit_weight: float = option(1.0, "Weight of the logit losses", low=0.0, only="logits")
-    temperature: float | None = option(None, "Temperature of the losses that have one; None is that of each", above=0.0)
     layers: list[str] = option([], "Feature maps: neck (default), backbone, index, name; 'student:teacher' if unlike")
     schedule: str = option("cosine", "Weight over the epochs", choices=("constant", "linear", "cosine"))
     final: float = option(0.1, "Share of the weight that is left at the last epoch (linear, cosine)", low=0.0, high=1.0)
@@ -172,7 +171,8 @@ class QuantConfig:
     epochs: int = option(10, "QAT epochs", low=1, only="mode=auto/qat", stages=True)
     lr0: float = option(5e-5, "QAT learning rate (AdamW)", above=0.0, only="mode=auto/qat")
     observe_epochs: int = option(0, "QAT epochs in which activation ranges still move", low=0, only="mode=auto/qat")
-    freeze_bn: float = option(0.0, "Share of epochs until BatchNorm freezes", low=0.0, high=1.0, only="mode=auto/qat")
+    freeze_bn: float = option(0.0, "Share of QAT epochs after which the statistics of BatchNorm freeze", low=0.0,
+                              high=1.0, only="mode=auto/qat")  # fmt: skip
     supervision: str = option(
         "auto", "QAT learns from labels, or features of its float self; auto: from features unless distill.* is given",
         choices=("auto", "labels", "features"), only="mode=auto/qat")  # fmt: skip
@@ -186,6 +186,7 @@ RETIRED: dict[str, tuple[tuple, str]] = {
     "quant.bn": ((False, True), "quant.adaround=200 does better"),
     "quant.bias_correction": ((False, True), "quant.adaround=200 does better"),
     "sparsity.mode": (("proximal",), "channels shrink after each step, to exact zeros. Leave it out"),
+    "distill.temperature": ((None,), "each loss takes its own, such as distill.features=[{name: cwd, temperature: 2}]"),
     "distill.compile": ((False, True), "it did not pay. Leave it out"),
 }
 

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from yolo_ext import stock
-from yolo_ext.core.config import DistillConfig
+from yolo_ext.core.config import DistillConfig, listed, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Row, Table, suggest
-from yolo_ext.core.schedules import decays
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
 from yolo_ext.distillation.teacher import Guide
@@ -54,16 +53,9 @@ def terms(cfg: DistillConfig) -> list[Term]:
     found = []
     for kind, weight in (("logits", cfg.logit_weight), ("features", cfg.feature_weight)):
         stack = getattr(cfg, kind) or []
-        entries = AUTO if stack == "auto" else _listed(stack)
+        entries = AUTO if stack == "auto" else listed(stack)
         found += [_term(kind, {"name": e} if isinstance(e, str) else dict(e), weight, cfg) for e in entries]
-    if cfg.temperature is not None and not any("temperature" in t.options for t in found):
-        names = ", ".join(t.row.name for t in found)
-        raise UsageError(f"'distill.temperature={cfg.temperature}' has no effect on {names}. Leave it out.")
     return found
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -> Term:
@@ -72,13 +64,11 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     key = f"distill.{kind}: {row.name}"
     weight *= float(_number(key, "weight", entry.pop("weight", 1.0)))
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
-    start, end = timing["start"], timing["end"]
-    decays[timing["schedule"]]  # refuses what there is not
-    for name in ("final", "start", "warmup", *["end"] * (end is not None)):
-        _number(key, name, timing[name])
-    if end is not None and end <= start:
-        raise UsageError(f"{key}: 'end={end}' is not after 'start={start}'.")
-    layers = _listed(entry.pop("layers", cfg.layers)) if kind == "features" else []
+    try:
+        parse({"distill": timing})
+    except UsageError as e:
+        raise UsageError(f"{key}: {e}") from e
+    layers = listed(entry.pop("layers", cfg.layers)) if kind == "features" else []
     taken = inspect.signature(row.fn).parameters
     legal = set(list(taken)[2:]) - GIVEN  # the first two are student and teacher, however they are called
     known = not any(p.kind is p.VAR_KEYWORD for p in taken.values())
@@ -88,8 +78,6 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
             raise UsageError(f"{key} has no option '{name}'.{suggest(name, words)} Legal: {', '.join(words)}.")
         if name == "temperature" and not _number(key, name, value) > 0:
             raise UsageError(f"{key}: 'temperature={value}' is out of range. Legal: above 0.")
-    if cfg.temperature is not None and known and "temperature" in legal:
-        entry.setdefault("temperature", cfg.temperature)
     return Term(kind, row, weight, timing, entry, tuple(str(x) for x in layers))
 
 
