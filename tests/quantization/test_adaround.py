@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.quantization import adaround as module
-from yolo_ext.quantization.adaround import adaround, bake, start
+from yolo_ext.quantization.adaround import Rounding, adaround
 from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import (
     get_state,
@@ -195,10 +195,10 @@ def test_start_is_the_float_weight_and_half_of_it_is_nearest_rounding(layer, per
     net = nn.Sequential(deepcopy(layer))
     insert_plan(net, {"0": {"weight": Spec(4, symmetric=True, per_channel=per_channel)}})
     (_, conv, _), *_ = quantized_layers(net)
-    rounding = start(conv)
+    rounding = Rounding(conv)
     torch.testing.assert_close(rounding.weight(rounding.up()), conv.weight, atol=2e-3, rtol=0)
     nearest = conv.quantized_weight().detach()
-    bake(rounding)
+    rounding.bake()
     torch.testing.assert_close(conv.weight.detach(), nearest)
 
 

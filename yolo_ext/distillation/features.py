@@ -167,8 +167,6 @@ class Align(nn.Module):
         if self.kept is not None:
             self.kept = self.kept[torch.tensor(index)]
             return
-        if self.conv is None:
-            raise ValueError("An adapter without weights cannot follow a student that loses channels.")
         weight = self.conv.weight.detach()[:, torch.tensor(index, device=self.conv.weight.device)].clone()
         self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)
 

@@ -15,6 +15,7 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import fingerprint, manifest
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.options import listed
 from yolo_ext.core.registry import suggest
 from yolo_ext.distillation.logits import HeadOutput, decode, regrid
 from yolo_ext.stock.context import evaluating, replaced
@@ -77,15 +78,10 @@ class Guide:
         return decode(raw, head.stride[levels], raw["boxes"].shape[1] // 4, index)
 
 
-def teachers(cfg: DistillConfig) -> list[str]:
-    """Return the teachers of a run by name, in the order of the user."""
-    return [cfg.teacher] if isinstance(cfg.teacher, str) else cfg.teacher
-
-
 def make_guides(cfg: DistillConfig, student: nn.Module, device: torch.device) -> list[Guide]:
     """Load the teachers of a run and match each with the student, as `make_guide` does."""
     options: Any = {"imgsz": cfg.imgsz, "half": cfg.half, "classes": bool(cfg.logits)}
-    return [make_guide(name, student, device, **options) for name in teachers(cfg)]
+    return [make_guide(name, student, device, **options) for name in listed(cfg.teacher)]
 
 
 def make_guide(name: str, student: nn.Module, device: torch.device, *, imgsz: int | None = None,

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -25,15 +24,24 @@ BETA = (20.0, 2.0)
 STRETCH = (-0.1, 1.1)  # of the rectified sigmoid, whose ends are then reached
 
 
-@dataclass
 class Rounding:
     """Learned rounding of the weight of one quantized layer, in rows (channels, n)."""
 
-    layer: Any
-    down: torch.Tensor  # codes next below the weights
-    scale: torch.Tensor  # value of a code (channels, 1)
-    nearest: torch.Tensor  # rounded to the nearest code: zeros stay zero, and the largest weight, which sets the scale
-    logits: torch.Tensor  # what is learned
+    def __init__(self, layer: Any) -> None:
+        """Start where the weights are, between two codes."""
+        self.layer = layer
+        rows, scaled = channel_rows(layer), weight_rows(layer)  # the latter is one row where there is one scale
+        largest = scaled.abs().amax(1, keepdim=True)
+        scale = (largest * layer.weight_ratio.view(-1, 1)).clamp_min(1e-12) / layer.weight_spec.qmax
+        fold = layer.folding()
+        scale = scale if fold is None else scale / fold.view(-1, 1)
+        self.scale = scale.expand(len(rows), 1)  # value of a code
+        self.down = (rows / self.scale).floor()  # codes next below the weights
+        rest = (rows / self.scale - self.down).clamp(1e-3, 1 - 1e-3)
+        self.logits = (-((STRETCH[1] - STRETCH[0]) / (rest - STRETCH[0]) - 1).log()).requires_grad_()  # what is learned
+        # Rounded to the nearest code: zeros stay zero, and the largest weight, which sets the scale.
+        first = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, scaled.abs().argmax(1, keepdim=True), True)
+        self.nearest = first.view_as(rows) | (rows == 0)
 
     def up(self) -> torch.Tensor:
         """Return the shares of rounding up, 0 to 1."""
@@ -45,27 +53,11 @@ class Rounding:
         codes = (self.down + torch.where(self.nearest, (up >= 0.5).float(), up)).clamp(-qmax, qmax)
         return _unrowed(codes * self.scale, layer)
 
-
-def start(layer: Any) -> Rounding:
-    """Return the rounding of a layer that leaves its weights where they are, between two codes."""
-    rows, scaled = channel_rows(layer), weight_rows(layer)  # the latter is one row where there is one scale
-    largest = scaled.abs().amax(1, keepdim=True)
-    scale = (largest * layer.weight_ratio.view(-1, 1)).clamp_min(1e-12) / layer.weight_spec.qmax
-    fold = layer.folding()
-    scale = (scale if fold is None else scale / fold.view(-1, 1)).expand(len(rows), 1)
-    down = (rows / scale).floor()
-    rest = (rows / scale - down).clamp(1e-3, 1 - 1e-3)
-    logits = -((STRETCH[1] - STRETCH[0]) / (rest - STRETCH[0]) - 1).log()
-    first = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, scaled.abs().argmax(1, keepdim=True), True)
-    return Rounding(layer, down, scale, first.view_as(rows) | (rows == 0), logits.requires_grad_())
-
-
-@torch.no_grad()
-def bake(rounding: Rounding) -> None:
-    """Write the learned codes into the float weight of the layer."""
-    layer = rounding.layer
-    learned = rounding.weight((rounding.up() >= 0.5).float())
-    layer.weight.copy_(torch.where(_unrowed(rounding.nearest, layer), layer.weight, learned))
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Write the learned codes into the float weight of the layer."""
+        learned, weight = self.weight((self.up() >= 0.5).float()), self.layer.weight
+        weight.copy_(torch.where(_unrowed(self.nearest, self.layer), weight, learned))
 
 
 def _unrowed(rows: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -137,7 +129,7 @@ def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) ->
 
 def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> tuple[float, float]:
     """Learn the rounding of the weights in a unit and bake it where it is better; return the error before and after."""
-    roundings = [start(layer) for _, layer, _ in quantized_layers(unit) if layer.weight_spec]
+    roundings = [Rounding(layer) for _, layer, _ in quantized_layers(unit) if layer.weight_spec]
     before = _error(unit, inputs, targets)
     logits = [r.logits for r in roundings]
     optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
@@ -156,7 +148,7 @@ def _learn(unit: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, steps: 
             optimizer.step()
     kept = [r.layer.weight.clone() for r in roundings]
     for r in roundings:
-        bake(r)
+        r.bake()
     after = _error(unit, inputs, targets)
     for r, weight in zip(roundings, [] if after < before else kept):
         r.layer.weight.data.copy_(weight)

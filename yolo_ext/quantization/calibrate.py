@@ -78,17 +78,15 @@ def calibrate_rest(model: nn.Module, plan: Plan, given: State, batches: Iterable
 def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor], total: int | None) -> list[Histogram]:
     """Run the images through the float model and return what each of its quantizers saw."""
     device, images, histograms = next(model.parameters()).device, 0, [Histogram() for _ in sites]
-    for q, h in zip(sites, histograms):
-        q.histogram = h
+    seen = [(q, h) for q, h in zip(sites, histograms) if not q.fixed]
+    handles = [q.register_forward_pre_hook(lambda _, x, h=h: h.update(*x)) for q, h in seen]
     set_mode(model, "float")
     try:
-        with evaluating(model):
+        with evaluating(model, handles):
             for x in TQDM(batches, desc="Calibrating", total=total):
                 images += len(x)
                 model(x.to(device))
     finally:
-        for q in sites:
-            q.histogram = None
         set_mode(model, "on")
     if not images:
         raise UsageError("Calibration got no images.")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from yolo_ext.quantization.observers import Histogram, with_zero
+from yolo_ext.quantization.observers import with_zero
 from yolo_ext.quantization.spec import Spec
 
 OWN = ("lo", "hi", "weight_ratio")  # buffers that ranges are made of
@@ -95,12 +95,9 @@ class RangeQuantizer(_Float32, nn.Module):
         self.mode, self.momentum = "on", 0.0  # weight of the current batch where training updates the range
         self.ready = False  # until the range is set, values pass unchanged
         self.fixed = False  # known beforehand, and never observed
-        self.histogram: Histogram | None = None  # what calibration has seen, while it runs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize `x` (any shape and float type), or pass it on as the mode says."""
-        if self.histogram is not None and not self.fixed:
-            self.histogram.update(x)
         if self.mode != "on":
             return x
         if self.training and self.momentum and not self.fixed:
