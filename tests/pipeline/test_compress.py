@@ -31,6 +31,7 @@ CONTRACT = (
     "onnx/int8.onnx", "prune/plan.json", "prune/weights/pruned.pt", "finetune/results.csv", "ptq/int8.onnx",
     "ptq/quant.json",
     "ptq/weights/ptq.pt", "qat/int8.onnx", "verify/verify.json", "plots/detections_0.png",
+    *(f"{stage}/evidence.npz" for stage in ("base", "prune", "finetune", "ptq", "qat")),
 )  # fmt: skip
 FIGURES = set(METRICS)
 
@@ -47,7 +48,7 @@ def test_run_folder_holds_what_is_promised(folder, name):
 
 def test_summary_has_every_figure_and_null_where_nothing_was_measured(folder, compressed):
     summary = json.loads((folder / "summary.json").read_text())
-    told = {"headline", "passed", "checks", "deploy", "next", "settings", "seconds", "comparison"}
+    told = {"headline", "passed", "contract", "checks", "deploy", "next", "settings", "seconds", "comparison"}
     assert set(summary) == {"before", "after", "stages", "env", "command", *told}
     assert summary["deploy"] == "onnx/int8.onnx" and summary["passed"] is all(c["passed"] for c in summary["checks"])
     assert list(summary["seconds"]) == [s.name for s in stages.STAGES if s.name in summary["seconds"]]
