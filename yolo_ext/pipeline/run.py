@@ -125,12 +125,8 @@ class Run:
 
     def accuracy(self, model: nn.Module | Path, keep: str = "") -> dict[str, Any]:
         """Measure a model over the val split; `keep` is where in the run folder the evidence of that goes."""
-
-        def kept(found: Evidence) -> None:
-            atomic_write(self.folder / keep, found.data())
-
-        found = accuracy(model, self.data, self.imgsz, keep=kept if keep else None, device=self.device)
-        return {**found, "evidence": keep}
+        write = (lambda found: atomic_write(self.folder / keep, found.data())) if keep else None
+        return {**accuracy(model, self.data, self.imgsz, keep=write, device=self.device), "evidence": keep}
 
     def lost(self, before: dict[str, Any], after: dict[str, Any]) -> float:
         """Return the largest loss among the metrics of the task, with `confidence` the most that it may really be."""
