@@ -151,24 +151,15 @@ def test_merged_branches_share_their_input_range_and_get_new_weight_ranges():
     assert "ratio" not in state["model.1.conv"]["weight"] and "ratio" in state["model.0.conv"]["weight"]
 
 
-@pytest.mark.parametrize("problem", ["plain", "bits", "pruned", "other model"])
+@pytest.mark.parametrize("problem", ["bits", "other model"])
 def test_errors(trained, problem):
     net, ckpt, _ = trained
     net, ckpt = copy.deepcopy(net), copy.deepcopy(ckpt)
-    if problem == "plain":
-        ckpt["modelopt"] = None
-    elif problem == "bits":
+    if problem == "bits":
         settings = ckpt["modelopt"]["modelopt"]["modelopt_state_dict"][-1][1]["metadata"]["quantizer_state"]
         settings["model.1.conv.weight_quantizer"]["_num_bits"] = (4, 3)
-    elif problem == "pruned":
-        net.model[1].conv.weight = nn.Parameter(net.model[1].conv.weight[:5])
     else:
         net = nn.Sequential(nn.Linear(2, 2))
-    message = {
-        "plain": "no ModelOpt ranges",
-        "bits": r"'model.1.conv' was trained with \(4, 3\) bits",
-        "pruned": "'model.1.conv' has 5 channels, its ranges 32",
-        "other model": "None of the layers",
-    }[problem]
+    message = {"bits": r"'model.1.conv' was trained with \(4, 3\) bits", "other model": "None of the layers"}[problem]
     with pytest.raises(UsageError, match=message):
         import_state(ckpt, net)

@@ -78,17 +78,7 @@ def _quantize_sum(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tens
 def insert_fake_quant(
     model: nn.Module, profile: Profile, exclude: Sequence[str] = (), config_list: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, str]:
-    """Insert fake quantizers in place for what the profile runs in INT8.
-
-    Args:
-        model: An Ultralytics model, fused or not.
-        profile: What the runtime executes.
-        exclude: Regular expressions of layer paths that stay float, as for `make_plan`.
-        config_list: Changes in the style of NNI, as for `make_plan`.
-    Returns: Path -> reason of every convolution and linear layer that stays float.
-    Raises: `UsageError`: If the model carries fake quantizers, a weight is not finite, or nothing is left to
-        quantize.
-    """
+    """Insert fake quantizers in place for what the profile runs in INT8; return path -> reason of what stays float."""
     refuse_quantized(model)
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise UsageError(f"'{broken[0]}' holds NaN or infinite values: a broken model. Give an earlier checkpoint.")

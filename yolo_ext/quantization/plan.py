@@ -48,18 +48,7 @@ STEM = "image input: faster and more accurate in float"
 def make_plan(
     model: nn.Module, profile: Profile, exclude: Sequence[str] = (), config_list: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Plan, dict[str, str]]:
-    """Say what of a model is quantized.
-
-    Args:
-        model: An Ultralytics model without fake quantizers, fused or not.
-        profile: What the runtime executes.
-        exclude: Layers that stay float: what `stock.model.select` takes.
-        config_list: Entries in the style of NNI, later ones win: layers by `op_types`, `op_names(_re)` less
-            `exclude_op_types`, `exclude_op_names(_re)`, and `exclude: true` or `quant_types` with `quant_bits`, ...
-            Nothing else is quantized, unless each entry excludes or one is `default: all`.
-    Returns: The plan, and path -> reason of every convolution and linear layer that stays float.
-    Raises: `UsageError`: If an expression or entry is illegal or matches nothing.
-    """
+    """Return what of a model, fused or not, is quantized, and path -> reason of each layer that stays float."""
     reasons, blocks = float_modules(model), quantizable_blocks(model)
     candidates = {f"{path}.conv": block for path, block in blocks.items() if f"{path}.conv" not in reasons}
     first = next((path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)), "")
@@ -70,6 +59,7 @@ def make_plan(
         found = _layers(model, selector, layers, "quant.exclude")
         reasons |= {path: f"excluded by '{selector}'" for path in found if path in candidates}
     usual = {path: _sites(profile, block) for path, block in candidates.items() if path not in reasons}
+    # Only what is listed is quantized, unless each entry excludes or one is `default: all`.
     restricted = any(not (isinstance(entry, Mapping) and entry.get("exclude")) for entry in config_list)
     plan = {} if restricted else dict(usual)
     for number, entry in enumerate(config_list, 1):

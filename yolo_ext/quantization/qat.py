@@ -106,8 +106,6 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
     """Return the ranges of a ModelOpt checkpoint as a state of the `tensorrt` profile; transposed layers stay float."""
     # ModelOpt also has the code -128; here weights end at -127. Merged branches get the input range of the branches and
     # new weight ranges, because theirs do not add up.
-    if not is_modelopt(ckpt):
-        raise UsageError("This checkpoint holds no ModelOpt ranges. Give one trained with quantize=8.")
     ranges: dict[str, dict[str, torch.Tensor]] = {}  # layer -> quantizer -> largest absolute values
     for key, value in ckpt["modelopt"]["ranges"].items():
         path, _, quantizer = key.removesuffix("._amax").rpartition(".")
@@ -127,7 +125,9 @@ def import_state(ckpt: Mapping[str, Any], model: nn.Module) -> State:
         weight = Spec(symmetric=True, per_channel=True).as_dict()
         state[path] = {"input": {**Spec(symmetric=True).as_dict(), "lo": -limit, "hi": limit}, "weight": weight}
         if not merged:
-            state[path]["weight"]["ratio"] = _ratio(path, layer, ranges[path][WEIGHT])
+            largest = channel_rows(layer).abs().amax(1)
+            ratio = torch.where(largest > 0, ranges[path][WEIGHT].flatten() / largest, 1.0)
+            state[path]["weight"]["ratio"] = ratio.tolist()
     if not state:
         raise UsageError("None of the layers that ModelOpt quantized is in this model. Give that of the checkpoint.")
     return state
@@ -159,12 +159,3 @@ def _enabled(settings: Mapping[str, Mapping[str, Any]], path: str) -> bool:
     if wrong := [s for s in found if s.get("_num_bits", 8) != 8 or s.get("_unsigned")]:
         raise UsageError(f"'{path}' was trained with {wrong[0].get('_num_bits')} bits. Legal: signed 8-bit integers.")
     return True
-
-
-def _ratio(path: str, layer: Any, limits: torch.Tensor) -> list[float]:
-    """Return the largest value of each channel's range over its largest weight; 1 for a channel of zeros."""
-    largest = channel_rows(layer).abs().amax(1)
-    if limits.numel() not in (1, len(largest)):
-        has = f"has {len(largest)} channels, its ranges {limits.numel()}"
-        raise UsageError(f"'{path}' {has}. Give the model they are of.")
-    return torch.where(largest > 0, limits.flatten() / largest, torch.ones_like(largest)).tolist()
