@@ -194,9 +194,10 @@ def test_markdown_has_the_same_sections_and_figures(report: dict, tmp_path: Path
 
 
 def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path) -> None:
+    report["summary"]["contract"]["changes"][0] |= {"low": -0.02, "high": -0.001, "verdict": "worse"}
     page = Page(render(report, tmp_path))
     assert page.text.count("✗ 1 of 2 checks did not pass: mAP drop") == 2  # there is no headline, so it is that, too
-    assert "▼\xa0-0.0088 worse" in page.text and "✓ pass" in page.text and "✗ fail" in page.text
+    assert "▼\xa0-0.0200 (-0.0200 to -0.0010: worse)" in page.text and "✓ pass" in page.text and "✗ fail" in page.text
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,7 @@ def test_worse_results_and_failed_checks_stand_out(report: dict, tmp_path: Path)
 def test_there_is_one_headline(told: dict, after: dict, tone: str, report: dict, tmp_path: Path) -> None:
     report["summary"] |= {"headline": "2.5x faster. Deploy onnx/int8.onnx.", **told}
     report["summary"]["after"] = BEFORE | after
+    report["summary"]["contract"]["changes"][0]["verdict"] = "worse" if after["map"] < 0.6 else "same"
     html = render(report, tmp_path)
     assert html.count("Deploy onnx/int8.onnx") == html.count('class="verdict') == 1
     assert f'<p class="verdict {tone}">' in html

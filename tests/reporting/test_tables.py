@@ -22,7 +22,6 @@ from yolo_ext.reporting.tables import (
     figure,
     headline,
     judged,
-    noise,
     note,
     speed,
     stage_rows,
@@ -59,14 +58,18 @@ AFTER = {
     "imgsz": 192,
     "images": 72,
 }
+CONTRACT = {"changes": [
+    {"name": "map", "low": -0.0312, "high": -0.0088, "verdict": "worse"},
+    {"name": "map.person", "low": -0.2, "high": 0.1, "verdict": "undecided"},
+]}  # fmt: skip
 EXPECTED = {  # key: before, after, delta, verdict
     "params": ("3,011,043", "1,505,521", "-50.0%", "better"),
     "gflops": ("8.20", "4.10", "-50.0%", "better"),
     "size_mb": ("6.20", "6.20", "0.0%", "same"),
-    "map50": ("0.9000", "0.9100", "+0.0100", "better"),
-    "map": ("0.6000", "0.5912", "-0.0088", "worse"),  # beyond the 0.005 of 72 images
-    "map_onnx.fp32": ("0.6000", "0.5900", "-0.0100", "worse"),
-    "map_onnx.int8": ("0.6000", "0.5800", "-0.0200", "worse"),
+    "map50": ("0.9000", "0.9100", "+0.0100", ""),  # without an interval a change decides nothing
+    "map": ("0.6000", "0.5912", "-0.0088", ""),
+    "map_onnx.fp32": ("0.6000", "0.5900", "-0.0100", ""),
+    "map_onnx.int8": ("0.6000", "0.5800", "-0.0200 (-0.0312 to -0.0088: worse)", "worse"),  # of the file to deploy
     "latency_ms.torch": ("20.00", "25.00", "0.80x as fast (0.78 to 0.83)", "worse"),
     "latency_ms.ort": ("10.00", "8.00", "1.30x faster (1.20 to 1.40)", "better"),
     "latency_ms.ort_int8": ("10.00", "4.00", "2.60x faster (2.40 to 2.80)", "better"),
@@ -77,13 +80,14 @@ EXPECTED = {  # key: before, after, delta, verdict
 
 @pytest.mark.parametrize("key", EXPECTED)
 def test_row_of_every_figure(key: str) -> None:
-    row = next(r for r in comparison_rows(BEFORE, AFTER) if r.key == key)
+    row = next(r for r in comparison_rows(BEFORE, AFTER, CONTRACT) if r.key == key)
     assert (row.before, row.after, row.delta, row.verdict) == EXPECTED[key]
 
 
 def test_every_field_is_expected_once_and_in_order() -> None:
     assert [r.key for r in comparison_rows(BEFORE, AFTER)] == list(EXPECTED)
-    assert list(EXPECTED) == [f.key for f in FIELDS if f.key != "top1"]  # that of classifiers, which have no mAP
+    others = ("map_mask", "map_pose", "top1", "top5")  # of other tasks
+    assert list(EXPECTED) == [f.key for f in FIELDS if not f.key.startswith(others)]
 
 
 def test_int8_names_the_base_figure_it_is_compared_with() -> None:
@@ -101,10 +105,11 @@ def test_int8_of_the_base_is_used_where_it_was_measured() -> None:
 
 
 def test_table_is_aligned_and_marks_worse_results() -> None:
-    lines = comparison_table(BEFORE, AFTER).splitlines()
-    assert lines[0] == f"{'':39} | {'Before':>9} | {'After':>9} | {'Delta':>28}"
+    lines = comparison_table({**BEFORE, "size_mb": 3.0}, AFTER, CONTRACT).splitlines()
+    assert lines[0] == f"{'':39} | {'Before':>9} | {'After':>9} | {'Delta':>35}"
     assert len({line.index("|") for line in [lines[0], *lines[2:]]}) == 1
-    assert lines[6] == f"{'mAP50-95':39} |    0.6000 |    0.5912 |              -0.0088 (worse)"
+    assert lines[4] == f"{'File size (MB)':39} |      3.00 |      6.20 |                     +106.7% (worse)"
+    assert lines[8].endswith("| -0.0200 (-0.0312 to -0.0088: worse)")
     assert "0.80x as fast" in lines[9] and "(worse)" not in lines[9]
 
 
@@ -136,15 +141,10 @@ def test_figure_rejects_what_is_no_number(value: object) -> None:
     assert figure({"map": value}, "map") is None
 
 
-@given(
-    st.sampled_from(["share", "score"]),
-    st.floats(0.01, 1e4, allow_nan=False),
-    st.floats(0.01, 1e4, allow_nan=False),
-)
-def test_swapping_the_sides_swaps_the_verdict(kind: str, a: float, b: float) -> None:
-    verdicts = {compare(a, b, kind)[1], compare(b, a, kind)[1]}
-    # A share close to 0 % can round away in one direction only.
-    assert verdicts in ({"better", "worse"}, {"same"}) or (kind == "share" and "same" in verdicts)
+@given(st.floats(0.01, 1e4, allow_nan=False), st.floats(0.01, 1e4, allow_nan=False))
+def test_swapping_the_sides_swaps_the_verdict(a: float, b: float) -> None:
+    verdicts = {compare(a, b, "share")[1], compare(b, a, "share")[1]}
+    assert verdicts == {"better", "worse"} or "same" in verdicts  # one close to 0 % can round away in one direction
 
 
 def test_stages_have_only_measured_columns() -> None:
@@ -190,32 +190,23 @@ def test_medians_are_never_divided():
         assert rows["latency_ms.torch"].delta == "-", "the base was not measured there"
 
 
-@pytest.mark.parametrize(
-    ("images", "key", "expected"),
-    [(72, "map", 0.005), (5000, "map", 0.0006), (16, "map", 0.01), (72, "top1", 0.0139), (5000, "top1", 0.0006),
-     (None, "map", 0.0)],
-)  # fmt: skip
-def test_noise_of_a_split(images, key, expected):
-    assert noise({"images": images}, key) == expected
-    assert noise(None, key) == 0.0
-
-
-ACCURACIES = {
-    "below the noise": (0.55, 0.547, 72, "-0.0030 (same)", "same"),
-    "at the noise": (0.55, 0.545, 72, "-0.0050 (same)", "same"),
-    "beyond it": (0.55, 0.5449, 72, "-0.0051", "worse"),
-    "better": (0.55, 0.5651, 72, "+0.0151", "better"),
-    "of the figures that are shown": (0.02704, 0.01216, 16, "-0.0148", "worse"),
-    "equal": (0.55, 0.55, 72, "0.0000", "same"),
-    "more images show more": (0.55, 0.547, 5000, "-0.0030", "worse"),
-    "how many images is not known": (0.55, 0.5499, None, "-0.0001", "worse"),
+VERDICTS = {
+    "same": (-0.003, 0.003, "-0.0030 (-0.0030 to +0.0030: same)"),
+    "worse": (-0.02, -0.001, "-0.0030 (-0.0200 to -0.0010: worse)"),
+    "better": (0.001, 0.02, "-0.0030 (+0.0010 to +0.0200: better)"),
+    "undecided": (-0.01, 0.004, "-0.0030 (-0.0100 to +0.0040: not decidable)"),
+    "": (None, None, "-0.0030"),
 }
 
 
-@pytest.mark.parametrize(("old", "new", "images", "delta", "verdict"), ACCURACIES.values(), ids=ACCURACIES)
-def test_accuracies_within_the_noise_are_the_same(old, new, images, delta, verdict):
-    (row,) = comparison_rows({"map": old}, {"map": new, "images": images})
+@pytest.mark.parametrize(("verdict", "low", "high", "delta"), [(k, *v) for k, v in VERDICTS.items()], ids=VERDICTS)
+@pytest.mark.parametrize("key", ["map", "map_mask", "map_pose", "top1", "top5"])
+def test_an_accuracy_is_what_its_interval_says(key, verdict, low, high, delta):
+    contract = {"changes": [{"name": key, "low": low, "high": high, "verdict": verdict}] if verdict else []}
+    (row,) = comparison_rows({key: 0.55}, {key: 0.547}, contract)
     assert (row.delta, row.verdict) == (delta, verdict)
+    model, int8 = comparison_rows({key: 0.55}, {key: 0.55, f"{key}_onnx": {"int8": 0.547}}, contract)
+    assert (model.delta, model.verdict) == ("0.0000", "") and (int8.delta, int8.verdict) == (delta, verdict)
 
 
 @pytest.mark.parametrize(("after", "verdict"), [(3.94, "same"), (3.96, "worse"), (3.0, "better")])
@@ -223,30 +214,31 @@ def test_notes_beside_the_weights_are_no_growth(after, verdict):
     assert comparison_rows({"size_mb": 3.91}, {"size_mb": after, "images": 72})[0].verdict == verdict
 
 
-def test_an_image_of_a_classifier_is_noise():
-    (row,) = comparison_rows({"top1": 0.75}, {"top1": 0.75 - 1 / 72, "images": 72})
-    assert row.verdict == "same"
-
-
 def test_note_says_what_was_measured():
-    assert note(AFTER) == (
-        "Measured at 192 px (square images). On these 72 images, mAP50-95 differences up to 0.005 are within the noise."
-    )
+    assert note(AFTER) == "Measured at 192 px (square images) on 72 images."
     assert note({"gflops": 1.0, "imgsz": 64}) == "Measured at 64 px (square images)." and note({}) == note(None) == ""
-    assert "20 images, top-1 differences up to 0.05 " in note({"top1": 0.8, "images": 20})
+    assert note({}, CONTRACT) == "In brackets: what an accuracy may change by on other images like these."
 
 
-@pytest.mark.parametrize(
-    ("after", "key"),
-    [
-        ({"map": 0.5, "map_onnx": {"int8": 0.4}}, "map_onnx.int8"),
-        ({"map": 0.5, "map_onnx": {"int8": None}}, "map"),
-        ({"top1": 0.5}, "top1"),
-        ({}, None),
-    ],
-)
-def test_the_accuracy_that_counts_is_that_of_the_file_to_deploy(after, key):
-    row = judged(comparison_rows({"map": 0.6}, after))
+COUNTS = {
+    "of the INT8 file": ({"map": 0.5, "map_onnx": {"int8": 0.4}}, "map_onnx.int8"),
+    "of the model": ({"map": 0.5, "map_onnx": {"int8": None}}, "map"),
+    "masks lost more": ({"map": 0.59, "map_mask": 0.3}, "map_mask"),
+    "boxes lost more": ({"map": 0.3, "map_mask": 0.39}, "map"),
+    "masks of the INT8 file": (
+        {"map": 0.1, "map_onnx": {"int8": 0.6}, "map_mask": 0.4, "map_mask_onnx": {"int8": 0.3}}, "map_mask_onnx.int8",
+    ),
+    "keypoints": ({"map": 0.6, "map_pose": 0.2}, "map_pose"),
+    "top-1": ({"top1": 0.5, "top5": 1.0}, "top1"),
+    "top-5": ({"top1": 0.9, "top5": 0.9}, "top5"),
+    "none": ({}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("after", "key"), COUNTS.values(), ids=COUNTS)
+def test_the_accuracy_that_counts_is_the_one_that_lost_most_in_the_file_to_deploy(after, key):
+    before = {"map": 0.6, "map_mask": 0.4, "map_pose": 0.4, "top1": 0.8, "top5": 1.0}
+    row = judged(comparison_rows(before, after))
     assert (row and row.key) == key
 
 
@@ -254,24 +246,25 @@ def test_the_accuracy_that_counts_is_that_of_the_file_to_deploy(after, key):
 GOOD = {**AFTER, "map": 0.602, "map_onnx": {"fp32": 0.602, "int8": 0.603}}
 FLOAT = {**AFTER, "map_onnx": {}, "latency_ms": {"ort": 8.0}}
 PARITY = {"name": "INT8 boxes", "value": 2, "limit": 1, "passed": False}
+SAME = {"low": -0.001, "high": 0.0049, "verdict": "same"}
 BAD = {"name": "Accuracy lost in total (max_drop)", "value": 0.05, "limit": 0.01, "passed": False}
 COMMAND = "yolo-ext compress model=a.pt data=d.yaml --epochs=30 resume=True"
 HEADLINES = {
     "all is well": (
         GOOD, {"epochs": 30, "deploy": "onnx/int8.onnx"}, [],
-        "2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, mAP50-95 0.6000 -> 0.6030 at 192 px (same within "
-        "0.005). Deploy onnx/int8.onnx.",
+        "2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, mAP50-95 0.6000 -> 0.6030 at 192 px (+0.0030; "
+        "-0.0010 to +0.0049: same). Deploy onnx/int8.onnx.",
     ),
     "lost by pruning": (
         FLOAT, {"epochs": 30, "deploy": "weights/best.pt"}, [],
-        "1.30x faster (1.20 to 1.40) in ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px). "
-        "Fine-tune longer: yolo-ext compress model=a.pt data=d.yaml epochs=60",
+        "1.30x faster (1.20 to 1.40) in ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px; "
+        "-0.0200 to -0.0060: worse). Fine-tune longer: yolo-ext compress model=a.pt data=d.yaml epochs=60",
     ),
     "lost by INT8": (
         {**GOOD, "map_onnx": {"int8": 0.5}}, {"epochs": 30}, [],
         "2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, mAP50-95 fell by 0.1000 (0.6000 -> 0.5000 at 192 "
-        "px). Train the INT8 model: yolo-ext compress model=a.pt data=d.yaml --epochs=30 quant.mode=qat "
-        "quant.epochs=10",
+        "px; -0.0200 to -0.0060: worse). Train the INT8 model: yolo-ext compress model=a.pt data=d.yaml --epochs=30 "
+        "quant.mode=qat quant.epochs=10",
     ),
     "lost by INT8 after QAT": (
         {**GOOD, "map_onnx": {"int8": 0.5}}, {"epochs": None, "qat": 8}, [],
@@ -286,13 +279,19 @@ HEADLINES = {
     "a check failed": (
         GOOD, {"epochs": 30, "deploy": "onnx/int8.onnx"}, [PARITY],
         "1 of 1 checks failed: INT8 boxes 2 (limit 1). 2.60x faster (2.40 to 2.80) in ONNX Runtime INT8, 6.20 MB, "
-        "mAP50-95 0.6000 -> 0.6030 at 192 px (same within 0.005).",
+        "mAP50-95 0.6000 -> 0.6030 at 192 px (+0.0030; -0.0010 to +0.0049: same).",
     ),
     "the budget in total failed": (
         FLOAT, {"epochs": 5}, [{**BAD, "passed": True}, BAD],
         "1 of 2 checks failed: Accuracy lost in total (max_drop) 0.05 (limit 0.01). 1.30x faster (1.20 to 1.40) in "
-        "ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px). Fine-tune longer: yolo-ext "
-        "compress model=a.pt data=d.yaml epochs=10",
+        "ONNX Runtime, 6.20 MB, mAP50-95 fell by 0.0088 (0.6000 -> 0.5912 at 192 px; -0.0200 to -0.0060: worse). "
+        "Fine-tune longer: yolo-ext compress model=a.pt data=d.yaml epochs=10",
+    ),
+    "a broken contract": (
+        GOOD, {"epochs": 30, "deploy": "onnx/int8.onnx"}, [{**BAD, "name": "contract recall.person"}],
+        "1 of 1 checks failed: contract recall.person 0.05 (limit 0.01). 2.60x faster (2.40 to 2.80) in ONNX Runtime "
+        "INT8, 6.20 MB, mAP50-95 0.6000 -> 0.6030 at 192 px (+0.0030; -0.0010 to +0.0049: same). Fine-tune longer: "
+        "yolo-ext compress model=a.pt data=d.yaml epochs=60",
     ),
     "no faster, better, INT8 accuracy unknown": (
         {"map": 0.7, "latency_ms": {"ort_int8": 9.0}, "latency_ratio": {"ort_int8": ratio(1, 0.9, 1.1, False)}},
@@ -305,7 +304,10 @@ HEADLINES = {
 
 @pytest.mark.parametrize(("after", "told", "checks", "expected"), HEADLINES.values(), ids=HEADLINES)
 def test_headline(after, told, checks, expected):
-    summary = {"before": BEFORE, "after": after, "checks": checks, "command": COMMAND}
+    worse = {"low": -0.02, "high": -0.006, "verdict": "worse"}
+    change = {"name": "map", **(worse if "fell by" in expected or told.get("qat") else SAME)}
+    contract = {"changes": [change] if "images" in after else []}
+    summary = {"before": BEFORE, "after": after, "checks": checks, "command": COMMAND, "contract": contract}
     said, following = headline(summary, {**told, "next": "yolo-ext quantize"})
     assert said.endswith(expected) if told.get("qat") else said == expected
     assert (following is not None) == ("Deploy" in said), "nothing is to be done with what is not good"
@@ -314,10 +316,11 @@ def test_headline(after, told, checks, expected):
 
 def test_summary_of_a_run_and_its_row_in_a_table_of_runs(tmp_path, caplog):
     told = {"settings": {"imgsz": 64, "prune.speedup": 2.0}, "method": "prune taylor", "ratio": 0.4, "training_s": 12.5}
-    summary = write_summary(tmp_path, BEFORE, AFTER, checks=[BAD], deploy="onnx/int8.onnx", epochs=3, **told)
+    told |= {"checks": [BAD], "deploy": "onnx/int8.onnx", "epochs": 3, "contract": CONTRACT}
+    summary = write_summary(tmp_path, BEFORE, AFTER, **told)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["passed"] is False and summary["checks"] == [BAD] and summary["deploy"] == "onnx/int8.onnx"
-    assert comparison_table(BEFORE, AFTER) in caplog.text and note(AFTER) in caplog.text
+    assert comparison_table(BEFORE, AFTER, CONTRACT) in caplog.text and note(AFTER, CONTRACT) in caplog.text
     assert summary["comparison"] == {
         "settings": "imgsz=64 prune.speedup=2.0",
         "method": "prune taylor",
@@ -328,7 +331,7 @@ def test_summary_of_a_run_and_its_row_in_a_table_of_runs(tmp_path, caplog):
         "gflops_change": "-50.0%",
         "size_mb": 6.2,
         "accuracy": 0.58,
-        "accuracy_change": "-0.0200",
+        "accuracy_change": "-0.0200 (-0.0312 to -0.0088: worse)",
         "latency_ms": 4.0,
         "latency_batch32_ms": None,
         "training_s": 12.5,

@@ -54,14 +54,15 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
 def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     """Return what the templates of a report show."""
     summary = report.get("summary") or {}
-    before, after, stages, env = (summary.get(k) or {} for k in ("before", "after", "stages", "env"))
+    before, after, proved = (summary.get(k) or {} for k in tables.COMPARED)
+    stages, env, rows = summary.get("stages") or {}, summary.get("env") or {}, comparison_rows(before, after, proved)
     command, checks, layers = (report.get(k) or [] for k in ("command", "checks", "layers"))
-    command, rows, files = command or summary.get("command"), comparison_rows(before, after), report.get("files") or {}
+    command, files = command or summary.get("command"), report.get("files") or {}
     failed = [str(c.get("name")) for c in checks if not c.get("passed")]
     passes = f"✗ {len(failed)} of {len(checks)} checks did not pass: {', '.join(failed)}" if failed else ""
     passes = passes or f"✓ {len(checks)} of {len(checks)} checks passed"
     sections = {  # an empty one is left out
-        "Contract": summary.get("contract") and _contract(summary["contract"]),
+        "Contract": proved and _contract(proved),
         "Before and after": rows,
         "Notes": report.get("notes"),
         "Stages": stages and _stages(before, stages, summary.get("seconds") or {}, files),
@@ -85,7 +86,7 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     cards = _cards(after, rows)
     int8 = next((r.delta for r in rows if r.key == f"{cards[3].key}_onnx.int8"), ABSENT)
     shown |= {"cards": cards, "int8": int8, "about": report.get("about") or {}, "sections": sections, "files": files}
-    return {**shown, "remarks": tables.note(after)}
+    return {**shown, "remarks": tables.note(after, proved)}
 
 
 def _contract(found: Report) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.reporting.tables import TEXT, Row, comparison_rows, comparison_table, note
+from yolo_ext.reporting.tables import COMPARED, TEXT, Row, comparison_rows, comparison_table, note
 
 FILES = ("best", "onnx", "int8", "report", "run_dir")
 SHOWN = ("headline", "before", "after", "checks", "run_dir")  # by themselves
@@ -66,9 +66,9 @@ class Result(dict[str, Any]):
 
     def _told(self) -> tuple[str, list[Row], list[str]]:
         """Return the headline, the compared figures where some changed, and lines on the rest."""
-        before, after = self.get("before"), self.get("after")
-        rows = comparison_rows(before, after) if before != after else []
-        told = {"note": note(after)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
+        before, after, proved = (self.get(k) for k in COMPARED)
+        rows = comparison_rows(before, after, proved) if before != after else []
+        told = {"note": note(after, proved)} if rows else {k: v for k, v in self.items() if k not in SHOWN}
         told |= {name: getattr(self, name) for name in FILES}
         told["failed"] = ", ".join(c["name"] for c in self.checks if not c["passed"])
         counted = {k: f"{len(v)} in all" if isinstance(v, (list, dict)) else v for k, v in told.items()}
@@ -77,7 +77,7 @@ class Result(dict[str, Any]):
     def __repr__(self) -> str:
         """Show the headline, Before | After | Delta, and where the files lie."""
         headline, rows, told = self._told()
-        table = [comparison_table(self.get("before"), self.get("after"))] if rows else []
+        table = [comparison_table(*(self.get(k) for k in COMPARED))] if rows else []
         return "\n".join([headline, *table, *told])
 
     def _repr_html_(self) -> str:

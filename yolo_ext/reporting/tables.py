@@ -13,13 +13,17 @@ from jinja2 import Environment, FileSystemLoader
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
+from yolo_ext.stock.model import METRIC
 
-NOISE = 0.04  # of the mAP on one image; it falls with the root of their number: 0.005 on the 72 images of BCCD
 UNCLEAR = 1.25  # rounds that name no faster model and spread further than this do not show that both are as fast
 ABSENT = "-"
-METRIC = {"map_onnx.int8": "mAP50-95", "map": "mAP50-95", "top1": "top-1"}  # accuracy that a verdict is about
-Verdict = Literal["better", "worse", "same", ""]
+COMPARED = ("before", "after", "contract")  # of `summary.json`
+INT8 = "_onnx.int8"  # behind a metric: that of the INT8 file
+Verdict = Literal["better", "worse", "same", "undecided", ""]
 TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)
+
+
+Figures = Mapping[str, Any] | None  # a measurement
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Field:
     kind: Literal["share", "score", "latency", "count"]  # by what two values compare: latencies by the ratio of rounds
     spec: str  # format specification of one value
     fallback: tuple[tuple[str, str], ...] = ()  # (key, short name) that stand in where the base has none of this
+    slack: float = 0.0  # change that means nothing
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,29 @@ class Row:
     verdict: Verdict
 
 
-_FP32, _ORT = ("map_onnx.fp32", "ONNX FP32"), ("latency_ms.ort", "ORT FP32")
+def _of_onnx(key: str, label: str, column: str) -> list[Field]:
+    """Return the accuracies of the ONNX files by that of the model."""
+    back = ((f"{key}_onnx.fp32", "ONNX FP32"), (key, "PyTorch"))
+    return [Field(f"{key}_onnx.{kind.lower()}", f"{label} ONNX {kind}", f"{column} ONNX {kind}", "score", ".4f", others)
+            for kind, others in (("FP32", back[1:]), ("INT8", back))]  # fmt: skip
+
+
+ACCURACIES = (  # key, label, label where it is a part of a column
+    ("map", "mAP50-95", "mAP"), ("map_mask", "Mask mAP50-95", "Mask mAP"),
+    ("map_pose", "Keypoint mAP50-95", "Keypoint mAP"), ("top1", "Top-1 accuracy", "Top-1"),
+    ("top5", "Top-5 accuracy", "Top-5"),
+)  # fmt: skip
+_ORT = (("latency_ms.ort", "ORT FP32"),)
 FIELDS = (
     Field("params", "Parameters", "Params", "share", ",.0f"),
     Field("gflops", "GFLOPs", "GFLOPs", "share", ",.2f"),
-    Field("size_mb", "File size (MB)", "Size (MB)", "share", ",.2f"),
+    Field("size_mb", "File size (MB)", "Size (MB)", "share", ",.2f", slack=1.0),  # %: notes beside the weights
     Field("map50", "mAP50", "mAP50", "score", ".4f"),
-    Field("map", "mAP50-95", "mAP50-95", "score", ".4f"),
-    Field("top1", "Top-1 accuracy", "Top-1", "score", ".4f"),
-    Field("map_onnx.fp32", "mAP50-95 ONNX FP32", "mAP ONNX FP32", "score", ".4f", (("map", "PyTorch"),)),
-    Field("map_onnx.int8", "mAP50-95 ONNX INT8", "mAP ONNX INT8", "score", ".4f", (_FP32, ("map", "PyTorch"))),
+    *(Field(key, label, label.removesuffix(" accuracy"), "score", ".4f") for key, label, _ in ACCURACIES),
+    *(field for accuracy in ACCURACIES for field in _of_onnx(*accuracy)),
     Field("latency_ms.torch", "Latency PyTorch (ms)", "PyTorch (ms)", "latency", ",.2f"),
     Field("latency_ms.ort", "Latency ORT FP32 (ms)", "ORT FP32 (ms)", "latency", ",.2f"),
-    Field("latency_ms.ort_int8", "Latency ORT INT8 (ms)", "ORT INT8 (ms)", "latency", ",.2f", (_ORT,)),
+    Field("latency_ms.ort_int8", "Latency ORT INT8 (ms)", "ORT INT8 (ms)", "latency", ",.2f", _ORT),
     Field("convs", "Convolutions", "Convs", "count", ",.0f"),
     Field("int8_convs", "INT8 convolutions", "INT8 convs", "count", ",.0f"),
 )
@@ -79,9 +94,14 @@ def cell(value: float | None, spec: str) -> str:
     return ABSENT if value is None else format(value, spec)
 
 
-def comparison_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
-    """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
+def comparison_rows(before: Figures, after: Figures, contract: Figures = None) -> list[Row]:
+    """Compare two measurements, the accuracy of the file to deploy with the intervals of `deployment.contract.judged`.
+
+    A figure that the base lacks is compared with the fallback that its label then names.
+    """
     rows, ratios = [], (after or {}).get("latency_ratio") or {}
+    known = {c["name"]: c for c in (contract or {}).get("changes", ())}
+    known |= {k + INT8: known.pop(k) for k in METRIC if k in known and figure(after, k + INT8) is not None}
     for field in FIELDS:
         old, new, label = figure(before, field.key), figure(after, field.key), field.label
         if old is None and new is not None:
@@ -92,24 +112,20 @@ def comparison_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
             if field.kind == "latency":  # medians of two measurements are never divided
                 delta, verdict = speed(ratios.get(field.key.removeprefix("latency_ms.")) if old and new else None)
             else:
-                delta, verdict = compare(old, new, field.kind, noise(after, field.key))
+                delta, verdict = compare(old, new, field.kind, field.slack, known.get(field.key))
             rows.append(Row(field.key, label, cell(old, field.spec), cell(new, field.spec), delta, verdict))
     return rows
 
 
 def judged(rows: Sequence[Row]) -> Row | None:
-    """Return the accuracy that counts, of the INT8 file, else of the model; None where there is none."""
-    return next((r for k in ("map_onnx.int8", "top1", "map") for r in rows if r.key == k and r.after != ABSENT), None)
+    """Return the accuracy that counts, of the INT8 file, else of the model: that of the metric that lost most."""
+    known = {r.key: r for r in rows if r.after != ABSENT}
+    return max(filter(None, (known.get(k + INT8) or known.get(k) for k in METRIC)), key=loss, default=None)
 
 
-def noise(measured: Mapping[str, Any] | None, key: str) -> float:
-    """Return up to which difference a split cannot tell two accuracies apart; 0 where its images are not known."""
-    if key == "size_mb":
-        return 1.0  # %, which what we note beside the weights may take
-    if not (images := figure(measured, "images")):
-        return 0.0
-    least = round(1 / images, 4) if key == "top1" else 0.0  # one image
-    return max(float(f"{NOISE / math.sqrt(images):.1g}"), least)
+def loss(row: Row) -> float:
+    """Return what the figure of a row has lost as it is shown, minus infinity where the base has none."""
+    return -math.inf if ABSENT in (row.before, row.after) else round(float(row.before) - float(row.after), 4)
 
 
 def speed(found: Mapping[str, Any] | None) -> tuple[str, Verdict]:
@@ -123,8 +139,10 @@ def speed(found: Mapping[str, Any] | None) -> tuple[str, Verdict]:
     return (f"{ratio:.2f}x faster ({spread})", "better") if ratio > 1 else (f"{ratio:.2f}x as fast ({spread})", "worse")
 
 
-def compare(before: float | None, after: float | None, kind: str, noise: float = 0.0) -> tuple[str, Verdict]:
-    """Return how far a figure of a `kind` moved, as text, and the verdict; a move within the noise is `same`."""
+def compare(
+    before: float | None, after: float | None, kind: str, slack: float = 0.0, shown: Mapping[str, Any] | None = None
+) -> tuple[str, Verdict]:
+    """Return how far a figure of a `kind` moved, as text, and the verdict: of an accuracy what a split has `shown`."""
     if before is None or after is None or (kind == "share" and min(before, after) <= 0):
         return ABSENT, ""
     digits = {"share": 1, "score": 4, "count": 0}[kind]
@@ -133,30 +151,31 @@ def compare(before: float | None, after: float | None, kind: str, noise: float =
     change = round(100 * (after - before) / before if kind == "share" else after - before, digits)
     unit = "%" if kind == "share" else ""
     text = f"{change:+,.{digits}f}{unit}" if change else f"{0:.{digits}f}{unit}"
-    if kind == "count":
+    if kind == "score" and shown:
+        word = {"undecided": "not decidable"}.get(shown["verdict"], shown["verdict"])
+        return f"{text} ({shown['low']:+.4f} to {shown['high']:+.4f}: {word})", shown["verdict"]
+    if kind != "share":
         return text, ""
-    if abs(change) <= noise:
+    if abs(change) <= slack:
         return f"{text} (same)" if change else text, "same"
-    return text, "better" if (change > 0) == (kind == "score") else "worse"
+    return text, "worse" if change > 0 else "better"
 
 
-def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+def comparison_table(before: Figures, after: Figures, contract: Figures = None) -> str:
     """Write the aligned table Before | After | Delta of two measurements with the keys of `summary.json`."""
-    rows = comparison_rows(before, after)
-    marks = [" (worse)" if r.verdict == "worse" and "x as fast" not in r.delta else "" for r in rows]
+    rows = comparison_rows(before, after, contract)
+    marks = [" (worse)" if r.verdict == "worse" and ")" not in r.delta else "" for r in rows]
     cells = [(r.label, r.before, r.after, r.delta + mark) for r, mark in zip(rows, marks)]
     return align(cells, ("", "Before", "After", "Delta"))
 
 
-def note(after: Mapping[str, Any] | None) -> str:
-    """Return on what the figures of a comparison were measured, and which of their differences mean nothing."""
+def note(after: Figures, contract: Figures = None) -> str:
+    """Return on what the figures of a comparison were measured, and what the intervals of accuracies are."""
     size, images = figure(after, "imgsz"), figure(after, "images")
-    key = "map" if figure(after, "top1") is None else "top1"
-    said = f"Measured at {size:.0f} px (square images)." if size else ""
-    if not images:
-        return said
-    within = f"{METRIC[key]} differences up to {noise(after, key):g} are within the noise"
-    return f"{said} On these {images:.0f} images, {within}.".strip()
+    told = [f"at {size:.0f} px (square images)" if size else "", f"on {images:.0f} images" if images else ""]
+    said = f"Measured {' '.join(filter(None, told))}." if any(told) else ""
+    interval = "In brackets: what an accuracy may change by on other images like these."
+    return f"{said} {interval}".strip() if contract else said
 
 
 # The summary of a run ------------------------------------------------------------------------------------------------
@@ -165,17 +184,20 @@ def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any
                   **told: Any) -> dict[str, Any]:  # fmt: skip
     """Write `summary.json` into a run folder, and print it as one table Before | After | Delta if anything changed.
 
-    `told`: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `deploy`, the file of the result in
-    the folder, and a command `next` for it; `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio`, `training_s`.
+    `told`: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `contract`, what
+    `deployment.contract.judged` found; `deploy`, the file of the result in the folder, and a command `next` for it;
+    `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio`, `training_s`.
     """
     summary = runs.summary(before, after, stages)
     summary |= {k: told.get(k) or {} for k in ("settings", "seconds")} | {"checks": told.get("checks") or []}
-    summary |= {"deploy": told.get("deploy"), "passed": all(c["passed"] for c in summary["checks"])}
+    summary |= {"contract": told.get("contract") or {}, "deploy": told.get("deploy")}
+    summary["passed"] = all(c["passed"] for c in summary["checks"])
     summary["headline"], summary["next"] = headline(summary, told) if table else (None, None)
     summary["comparison"] = comparison(summary, told)
     runs.write_json(root / "summary.json", summary)
     if table:
-        LOGGER.info(f"\n{comparison_table(summary['before'], summary['after'])}\n{note(summary['after'])}")
+        shown = summary["after"], summary["contract"]
+        LOGGER.info(f"\n{comparison_table(summary['before'], *shown)}\n{note(*shown)}")
     return summary
 
 
@@ -187,17 +209,25 @@ def conclude(root: Path, summary: Mapping[str, Any]) -> None:
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return what a result is, what it cost and what to do next, a failed check first; and the next command if good."""
-    after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
+    after, rows = summary["after"], _rows(summary)
     failed, accuracy = [c for c in summary["checks"] if not c["passed"]], judged([*rows.values()])
     shown = {"rows": rows, "accuracy": accuracy, "failed": failed, "checks": summary["checks"], "after": after,
              "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}  # fmt: skip
-    shown |= {"metric": METRIC[accuracy.key], "within": noise(after, accuracy.key)} if accuracy else {}
+    metric = accuracy.key.removesuffix(INT8) if accuracy else ""
+    shown["metric"] = METRIC.get(metric)
     said = TEXT.get_template("headline.txt.j2").render(shown).strip()
     lost = accuracy.verdict == "worse" if accuracy else shown["untrained"]
-    if lost or any("max_drop" in c["name"] for c in failed):
-        by_int8 = accuracy is not None and accuracy.key == "map_onnx.int8" and rows["map"].verdict != "worse"
+    if lost or any("max_drop" in c["name"] or c["name"].startswith("contract") for c in failed):
+        by_int8 = accuracy is not None and accuracy.key.endswith(INT8)
+        if accuracy and by_int8 and told.get("epochs"):  # what the float model lost, or what INT8 lost on top of that
+            by_int8 = loss(accuracy) - loss(rows[metric]) > max(loss(rows[metric]), 0)
         return f"{said} {_advice(by_int8, told, {} if accuracy else {'data': 'data.yaml'}, summary['command'])}", None
     return (said, None) if failed or not shown["deploy"] else (f"{said} Deploy {shown['deploy']}.", told.get("next"))
+
+
+def _rows(summary: Mapping[str, Any]) -> dict[str, Row]:
+    """Return what `summary.json` compares by key."""
+    return {r.key: r for r in comparison_rows(*(summary.get(k) for k in COMPARED))}
 
 
 def _advice(by_int8: bool, told: Mapping[str, Any], options: dict[str, Any], command: str) -> str:
@@ -213,7 +243,7 @@ def _advice(by_int8: bool, told: Mapping[str, Any], options: dict[str, Any], com
 
 def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of a run in a table of several runs: settings, what was done, figures with changes, conclusion."""
-    after, rows = summary["after"], {r.key: r for r in comparison_rows(summary["before"], summary["after"])}
+    after, rows = summary["after"], _rows(summary)
     score = accuracy.key if (accuracy := judged([*rows.values()])) else "map"
     speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}") is not None), "torch")
     change = {k: None if r.delta == ABSENT else r.delta for k, r in rows.items()}

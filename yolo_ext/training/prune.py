@@ -26,7 +26,7 @@ from yolo_ext.pruning.graph import Kept
 from yolo_ext.pruning.plan import read_sensitivity
 from yolo_ext.pruning.prune import check_plan, decide, prune_with_plan, remember_dense
 from yolo_ext.pruning.surgery import apply_plan, cut_run
-from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged
+from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged, loss
 from yolo_ext.stock.accuracy import accuracy, lost
 from yolo_ext.stock.context import quiet, recalibrate, replaced
 from yolo_ext.stock.load import labelled_dataset
@@ -262,8 +262,7 @@ def budget_checks(
     checks = []
     row = judged(comparison_rows(before, after))
     if max_drop and row and row.before != ABSENT:
-        loss = round(float(row.before) - float(row.after), 4)
-        checks.append(("Accuracy lost in total (max_drop)", loss, max_drop, loss <= max_drop + 1e-6))
+        checks.append(("Accuracy lost in total (max_drop)", loss(row), max_drop, loss(row) <= max_drop + 1e-6))
     if cfg and cfg.max_drop and (drop := lost(before, after)) is not None:
         checks.append(("Accuracy lost by pruning (prune.max_drop)", drop, cfg.max_drop, drop <= cfg.max_drop + 1e-6))
     if cfg and cfg.size_mb and (size := after.get("size_mb")):
