@@ -63,12 +63,14 @@ def changes(configs: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{t}.{name}": value for t, cfg in configs.items() if cfg for name, value in changed(cfg).items()}
 
 
-def unmet(technique: str, cfg: Any) -> Iterator[tuple[str, str]]:
-    """Yield dotted key and condition of each changed option that needs another one, which is not set for it."""
-    for f in fields(cfg):
+def unmet(technique: str, cfg: Any, stages: bool = True) -> Iterator[tuple[str, str]]:
+    """Yield dotted key of each changed option that does nothing without another one or without stages, and why."""
+    for f in (f for f in fields(cfg) if f.name in changed(cfg)):
         only = f.metadata.get("only")
-        if only and f.name in changed(cfg) and not any(_holds(cfg, part) for part in only.split(" or ")):
-            yield f"{technique}.{f.name}", only
+        if f.metadata.get("stages") and not stages:
+            yield f"{technique}.{f.name}", "only in compress, prune and quantize"
+        elif only and not any(_holds(cfg, part) for part in only.split(" or ")):
+            yield f"{technique}.{f.name}", f"only with {technique}.{only}"
 
 
 def _holds(cfg: Any, condition: str) -> bool:
@@ -79,13 +81,7 @@ def _holds(cfg: Any, condition: str) -> bool:
 
 def without_effect(configs: Mapping[str, Any], *, stages: bool = True) -> list[str]:
     """Name the changed options that do nothing beside the others, or in a command without `stages`, and why."""
-    found = {key: f"only with {key.split('.')[0]}.{only}" for t, cfg in configs.items() if cfg
-             for key, only in unmet(t, cfg)}  # fmt: skip
-    for technique, cfg in configs.items():
-        for f in fields(cfg) if cfg and not stages else ():
-            if f.metadata.get("stages") and f.name in changed(cfg):
-                found[f"{technique}.{f.name}"] = "only in compress, prune and quantize"
-    return [f"{key} ({why})" for key, why in found.items()]
+    return [f"{key} ({why})" for t, cfg in configs.items() if cfg for key, why in unmet(t, cfg, stages)]
 
 
 def comma_list(given: Any, kind: Callable[[str], Any] = str) -> list[Any]:
@@ -125,7 +121,7 @@ def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
         yield f"'prune.kind=2:4' always zeroes half of the weights: leave 'prune.{targets[0]}' out."
     if cfg.kind == "unstructured" and cfg.scope not in ("global", "local"):
         yield f"'prune.kind=unstructured' knows no 'prune.scope={cfg.scope}'. Legal: global, local."
-    if alien := [key for key, only in unmet("prune", cfg) if only.startswith("kind=")]:
+    if alien := [key for key, why in unmet("prune", cfg) if why.startswith("only with prune.kind=")]:
         yield f"'prune.kind={cfg.kind}' knows no {', '.join(alien)}. Leave them out, or take prune.kind=structured."
     if cfg.at and (cfg.every or cfg.steps or cfg.start is not None or cfg.end is not None):
         yield "'prune.at' lists the epochs: leave 'prune.every', 'start', 'end' and 'steps' out."
