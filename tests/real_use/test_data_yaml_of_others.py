@@ -77,7 +77,7 @@ def test_one_reading(root, text):
     ours, source = check_data(file), scan_yolo(file)
     assert (ours["names"], ours["nc"], ours["channels"]) == (stock["names"], stock["nc"], stock["channels"])
     assert ours["images"] == {s: expected[s] for s in ("train", "val")}
-    assert {s: sorted(source.items[i].image for i in ids) for s, ids in source.lists.items()} == expected
+    assert {s: sorted(source.images[i] for i in ids) for s, ids in source.lists.items()} == expected
     assert sum(summarise(file)["classes"][n]["train"] for n in source.names) == 2 * len(expected["train"])
 
 

@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -207,7 +207,7 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
 
 def _check_labels(split: str, images: list[Path], nc: int, shape: tuple[int, int], task: str) -> list[Path]:
     """Return the images of a split whose labels Ultralytics will accept, see `check_label`."""
-    files = [Path(p) for p in load.img2label_paths([*map(str, images)])]
+    files = label_places(images)
     rows, kept, wrong, outside, boxes = 0, list[Path](), list[str](), list[str](), list[Path]()
     for image, file in zip(images, files):
         try:
@@ -229,6 +229,11 @@ def _check_labels(split: str, images: list[Path], nc: int, shape: tuple[int, int
         told = f"{len(boxes)} label files of split '{split}' hold boxes, such as '{boxes[0]}'"
         raise UsageError(f"{told}; the task '{task}' needs polygons in all of them. Give such labels, or task detect.")
     return kept
+
+
+def label_places(images: Iterable[Path]) -> list[Path]:
+    """Return where Ultralytics looks for the labels of images."""
+    return [Path(p) for p in load.img2label_paths([*map(str, images)])]
 
 
 def no_labels(files: Sequence[Path]) -> str:

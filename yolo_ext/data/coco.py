@@ -2,7 +2,6 @@
 """COCO: one JSON file of boxes and polygons for each split, and the one that a model's labels are kept in."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -17,7 +16,8 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.find import nearest, shared
 
 from yolo_ext.data.records import (  # isort: skip
-    Annotation, Item, Object, Size, Source, Store, decode, grouped, is_image, quote, unique_ids, walk_files,
+    SPLITS, Annotation, Object, Source, Store, around, decode, grouped, is_image, numbers, quote,
+    unique_ids, walk_files,
 )  # fmt: skip
 from yolo_ext.stock.load import IMG_FORMATS
 
@@ -28,7 +28,7 @@ Pictures = Callable[[], Mapping[str, list[Path]]]  # returns images by name
 def scan_coco(source: Path, images: Path | None = None, annotations: Path | None = None) -> Source:
     """Read the instances of COCO JSON files, whose images lie in `images`, beside them or anywhere in the source."""
     files = _coco_files(annotations or source)
-    found, labels = dict[str, list[tuple[str, Path]]](), dict[Path, Annotation | str]()
+    rows, labels = list[tuple[str, str, Path]](), dict[Path, Any]()  # annotation, or why there is none, by image
     names, problems = dict[str, None](), list[str]()
     root = images or (source if source.is_dir() else source.parent)
     # only where a file name does not lead to an image
@@ -37,7 +37,7 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
         content = _load(file)
         classes = _classes(content, file)
         names.update(dict.fromkeys(classes.values()))
-        group, absent = found.setdefault(_split_of(file), []), list[str]()
+        before, absent = len(rows), list[str]()
         folder = _image_folder(file, content["images"], images)
         for name, annotation in _group(content, classes, problems):
             path = PurePosixPath(name.replace("\\", "/"))
@@ -46,26 +46,21 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
                 absent.append(f"no image '{path.name}' in '{folder or root}'")
                 continue
             inside = folder is not None and image == folder / path
-            group.append(((path if inside else image.relative_to(root)).with_suffix("").as_posix(), image))
+            name = (path if inside else image.relative_to(root)).with_suffix("").as_posix()
+            rows.append((_split_of(file), name, image))
             if labels.setdefault(image, annotation) != annotation:
                 labels[image] = "is annotated twice, in different ways"
-        if absent and not group:
+        if absent and len(rows) == before:
             raise UsageError(f"Cannot find the images of '{file}', {absent[0]}. Give images=FOLDER.")
         problems += absent
     if not labels:
         raise UsageError(f"'{source}' lists no images. Give another file, or the folder of a COCO dataset.")
-    unique, lists, same = unique_ids(found)
-    items = {i: Item(i, image, None) for i, image in unique.items()}
-
-    def read(item: Item, _: Size) -> Annotation:
-        known = labels[unique[item.id]]
-        if isinstance(known, str):
-            raise ValueError(known)
-        return known
-
+    unique, lists, same = unique_ids(rows)
+    wrong = {i: told for i, image in unique.items() if isinstance(told := labels[image], str)}
     beside = {f for folder in {image.parent for image in labels} for f in folder.iterdir() if is_image(f)}
     notes = {"unannotated": [str(f) for f in sorted(beside - labels.keys())]}
-    return Source(items, read, items.keys(), files, lists, [*names], problems=problems + same, notes=notes)
+    return Source(unique, unique, lambda image, _: labels[image], unique.keys(), files, lists, [*names], {}, wrong,
+                  problems + same, notes)  # fmt: skip
 
 
 def _classes(content: Mapping[str, Any], file: Path) -> dict[str, str]:
@@ -122,7 +117,7 @@ def _load(file: Path) -> dict[str, Any]:
 def _split_of(file: Path) -> str:
     """Return the split that a file or its folder is called after, else its name."""
     for text in (file.stem.lower(), file.parent.name.lower()):
-        if hits := {split for split in ("train", "val", "test") if split in text}:
+        if hits := {split for split in SPLITS if split in text}:
             return hits.pop() if len(hits) == 1 else file.stem
     return file.stem
 
@@ -139,62 +134,48 @@ def _image_folder(file: Path, images: Sequence[Any], given: Path | None) -> Path
 
 def _group(content: Mapping[str, Any], classes: Mapping[str, str], problems: list[str]) -> list[tuple[str, Any]]:
     """Return the file name of each image with its annotation, or with what is wrong in it."""
-    objects, notes = dict[str, list[Object]](), dict[str, Counter[str]]()
-    wrong = dict[str, str]()
+    rows, grouped = dict[str, list[Any]](), list[tuple[str, Any]]()
     for a in content["annotations"]:
-        try:
-            image = str(a["image_id"])
-            counts = notes.setdefault(image, Counter())
-            if a.get("iscrowd"):
-                counts["crowd"] += 1
-            else:
-                objects.setdefault(image, []).append(_object(a, classes, counts))
-        except ValueError as e:  # noqa: PERF203  the sound ones count as well
-            wrong[image] = f"annotation {a.get('id')}: {e}"
-        except (KeyError, TypeError, AttributeError):
+        if isinstance(a, dict) and "image_id" in a:
+            rows.setdefault(str(a["image_id"]), []).append(a)
+        else:
             problems.append(f"annotation {a.get('id') if isinstance(a, dict) else a} has no image_id")
-    grouped = list[tuple[str, Any]]()
     for image in content["images"]:
         if not isinstance(image, dict) or "id" not in image or not image.get("file_name"):
             problems.append(f"image {image.get('id') if isinstance(image, dict) else image} has no id or no file_name")
             continue
-        i, size = str(image["id"]), _numbers([image.get("width"), image.get("height")])
-        known = size if size and min(size) > 0 else None
-        found = Annotation(known, tuple(objects.pop(i, ())), dict(notes.get(i, ())))  # type: ignore[arg-type]
-        grouped.append((str(image["file_name"]), wrong.pop(i, found)))
-    lost = {**{i: f"{len(o)} annotations" for i, o in objects.items()}, **wrong}
-    problems += [f"{told} belong to no image: image_id {i}" for i, told in lost.items()]
+        size, own = numbers([image.get("width"), image.get("height")]), rows.pop(str(image["id"]), ())
+        counts = Counter(crowd=sum(bool(a.get("iscrowd")) for a in own))
+        known: Any = size if min(size, default=0) > 0 else None
+        try:
+            objects = tuple(_object(a, classes, counts) for a in own if not a.get("iscrowd"))
+            grouped.append((str(image["file_name"]), Annotation(known, objects, dict(+counts))))
+        except ValueError as e:
+            grouped.append((str(image["file_name"]), str(e)))
+    lost = {i: sum(not a.get("iscrowd") for a in own) for i, own in rows.items()}
+    problems += [f"{n} annotations belong to no image: image_id {i}" for i, n in lost.items() if n]
     return grouped
-
-
-def _numbers(values: Any, least: int = 2) -> tuple[float, ...]:
-    """Return values as numbers, nothing where they are too few or one is none."""
-    try:
-        found = tuple(map(float, values))
-    except (TypeError, ValueError):
-        return ()
-    return found if len(found) >= least and all(map(math.isfinite, found)) else ()
 
 
 def _object(a: Mapping[str, Any], classes: Mapping[str, str], counts: Counter[str]) -> Object:
     """Return the object of a COCO annotation by its box, or else its polygons; of a mask only the box is taken."""
     name = classes.get(str(a.get("category_id")))
     if name is None:
-        raise ValueError(f"its category_id {a.get('category_id')} is in no category")
+        raise ValueError(f"annotation {a.get('id')}: its category_id {a.get('category_id')} is in no category")
     parts = a.get("segmentation")
-    given = [_numbers(p, 6) for p in parts] if isinstance(parts, list) else []
+    given = [numbers(p, 6) for p in parts] if isinstance(parts, list) else []
     polygons = tuple(p for p in given if len(p) % 2 == 0 and _area(p) > 0)
     points = isinstance(a.get("keypoints"), list) and any(a["keypoints"])
     gone = {"flat": len(given) > len(polygons), "mask": isinstance(parts, dict), "keypoints": points}
     counts.update(kind for kind, found in gone.items() if found)
-    box = _numbers(a.get("bbox"), 4)
+    box = numbers(a.get("bbox"), 4)
     if len(box) == 4 and (box[2] * box[3] or not polygons):
         x, y, w, h = box
         return Object(name, (x, y, x + w, y + h), polygons)
     if not polygons:
-        raise ValueError(f"its bbox {a.get('bbox')} is not four numbers, and it has no polygon")
-    xs, ys = ([v for p in polygons for v in p[k::2]] for k in (0, 1))
-    return Object(name, (min(xs), min(ys), max(xs), max(ys)), polygons)
+        told = f"its bbox {a.get('bbox')} is not four numbers, and it has no polygon"
+        raise ValueError(f"annotation {a.get('id')}: {told}")
+    return Object(name, around([v for p in polygons for v in p]), polygons)
 
 
 def coco_object(o: Object) -> dict[str, Any]:
@@ -216,6 +197,7 @@ def write_coco(file: Path, names: Sequence[str], images: Iterable[tuple[str, tup
     """Write a COCO file from (file name, (width, height), annotations), whose annotations are never all in memory."""
     categories = [{"id": i, "name": n, "supercategory": ""} for i, n in enumerate(names, 1)]  # from 1, as COCO does
     ids, content = count(1), {"categories": categories, "images": list[dict[str, Any]]()}
+    file.parent.mkdir(exist_ok=True)
     with file.open("w", encoding="utf-8") as out:
         out.write('{"annotations": [')
         for i, (name, (w, h), objects) in enumerate(images, 1):
@@ -244,49 +226,41 @@ def coco_entry(record: Mapping[str, Any], names: Mapping[int, str], save_conf: b
 
 def coco_store(file: Path, names: Mapping[int, str]) -> Store:
     """Return the store of one COCO file; what it already holds keeps its numbers and its further keys."""
-    data: dict[str, Any] = _load(file) if file.is_file() else {"images": [], "annotations": [], "categories": []}
+    data: dict[str, Any] = _load(file) if file.is_file() else {key: [] for key in KEYS}
     try:
         categories = {c["name"]: c["id"] for c in data["categories"]}
         named = {i: name for name, i in categories.items()}
+        images = {str(i["file_name"]): i for i in data["images"]}
         rows = {i["id"]: list[Any]() for i in data["images"]}
         for a in data["annotations"]:
             row = dict(a)
             _, image, category = (row.pop(k) for k in ("id", "image_id", "category_id"))
-            if image in rows:
-                rows[image].append({**row, "category": named.get(category)})
-        held: dict[str, dict[str, Any]] = {}
-        for i in data["images"]:
-            size = {side: i.get(side) for side in ("width", "height")}
-            held[str(i["file_name"])] = {**size, "annotations": rows[i["id"]]}
+            rows.get(image, []).append({**row, "category": named.get(category)})
+        sizes = {name: {side: i.get(side) for side in ("width", "height")} for name, i in images.items()}
+        held = {name: {**size, "annotations": rows[images[name]["id"]]} for name, size in sizes.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UsageError(f"'{file}' is not a COCO file ({e!r}). Mend it, or give another out=.") from e
     for index, name in names.items():  # from 1, as in COCO itself and as Ultralytics' converter expects
-        free = index + 1 if index + 1 not in categories.values() else max(categories.values()) + 1
-        categories.setdefault(name, free)
+        if name not in categories:
+            taken = categories.values()
+            categories[name] = index + 1 if index + 1 not in taken else max(taken) + 1
+            data["categories"].append({"id": categories[name], "name": name})
     changed: dict[str, dict[str, Any]] = {}
 
     def close() -> None:
-        if changed:
-            _update(data, categories, changed)
-            atomic_write(file, json.dumps(data))
+        if not changed:
+            return
+        gone = {images[name]["id"] for name in changed if name in images}
+        data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in gone]
+        new, ids = (count(max((row["id"] for row in data[k]), default=0) + 1) for k in ("images", "annotations"))
+        for name, found in sorted(changed.items()):
+            if name not in images:
+                images[name] = {"id": next(new), "file_name": name}
+                data["images"].append(images[name])
+            images[name].update(width=found["width"], height=found["height"])
+            for row in found["annotations"]:
+                numbers = {"id": next(ids), "image_id": images[name]["id"], "category_id": categories[row["category"]]}
+                data["annotations"].append({**numbers, **{k: row[k] for k in sorted(row) if k != "category"}})
+        atomic_write(file, json.dumps(data))
 
     return Store(held.get, changed.__setitem__, close)
-
-
-def _update(data: dict[str, Any], categories: Mapping[str, int], changed: Mapping[str, dict[str, Any]]) -> None:
-    """Replace the annotations of the changed images in a COCO file's content, and number what is new."""
-    present = {c["name"] for c in data["categories"]}
-    data["categories"] += [{"id": i, "name": n} for n, i in categories.items() if n not in present]
-    images = {str(i["file_name"]): i for i in data["images"]}
-    gone = {images[name]["id"] for name in changed if name in images}
-    data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in gone]
-    image_ids = count(max((i["id"] for i in data["images"]), default=0) + 1)
-    ids = count(max((a["id"] for a in data["annotations"]), default=0) + 1)
-    for name, found in sorted(changed.items()):
-        if name not in images:
-            images[name] = {"id": next(image_ids), "file_name": name}
-            data["images"].append(images[name])
-        images[name].update(width=found["width"], height=found["height"])
-        for row in found["annotations"]:
-            numbers = {"id": next(ids), "image_id": images[name]["id"], "category_id": categories[row["category"]]}
-            data["annotations"].append({**numbers, **{k: row[k] for k in sorted(row) if k != "category"}})

@@ -20,31 +20,13 @@ from yolo_ext.data.find import check_places, tell
 from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_image, voc_text, yolo_row
 
 from yolo_ext.data.records import (  # isort: skip
-    Object, Size, Source, Splits, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
+    Size, Source, Splits, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
 )  # fmt: skip
 from yolo_ext.runs import saved
 
 Tally = Counter[tuple[str, str]]  # by kind of thing, and image or class
-NOTES = {  # what may be changed or left out, and how it is told
-    "clipped": "boxes clipped at the image border",
-    "swapped": "boxes with swapped corners turned round",
-    "degenerate": "boxes without area dropped",
-    "class": "objects of other classes skipped",
-    "difficult": "difficult objects skipped",
-    "crowd": "crowd regions skipped",
-    "flat": "empty or flat polygons dropped, the box kept",
-    "mask": "masks left out, the box kept",
-    "keypoints": "objects lose their keypoints",
-    "polygon": "objects without a polygon skipped",
-    "boxed": "polygons or keypoints written as boxes",
-    "background": "listed images have no annotation and are kept as background",
-    "unannotated": "images without annotation left out, an empty one would make them background",
-    "orphan": "label files without an image left out",
-    "resized": "images differ in size from their annotation, check rotation",
-    "rotated": "photos turned by their EXIF tag, annotated unturned: boxes turned with them",
-    "broken": "broken images or annotations left out, each image whole",
-    "unused": "annotated images are in no split",
-}
+TEXTS = Path(__file__).with_name("notes.txt").read_text(encoding="utf-8").splitlines()
+NOTES = dict(line.split(": ", 1) for line in TEXTS)  # what may be changed or left out, and how it is told
 RECORD = "convert.json"  # in the output folder, names everything that `NOTES` counts
 SCANS = {"voc": scan_voc, "coco": scan_coco, "yolo": scan_yolo}
 
@@ -117,7 +99,9 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     chosen, folds = _splits(listed, kinds, o)
     if empty := [s for s, ids in chosen.items() if not ids]:
         raise UsageError(f"Nothing readable is left for {quote(empty)} in '{source}': {quote(problems) or 'no image'}.")
-    tally = _left_out(data, used, problems)
+    bare = data.images.keys() - {*data.annotated, *used}
+    left = {"broken": problems, "unused": {*data.annotated} - {*used}, "unannotated": bare, **data.notes}
+    tally: Tally = Counter((kind, name) for kind, names in left.items() for name in names)
     with staged_folder(out) as stage:
         plan = Plan(data, found, {n: k for k, n in enumerate(names)}, stage, o)
         seen: set[str] = set()
@@ -135,13 +119,6 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
         _record(stage / RECORD, source, summary)
     _report(summary)
     return summary
-
-
-def _left_out(data: Source, used: Collection[str], problems: Sequence[str]) -> Tally:
-    """Count what no split will have."""
-    annotated, used = set(data.annotated), set(used)
-    kinds = {"broken": problems, "unused": annotated - used, "unannotated": data.items.keys() - annotated - used}
-    return Counter((kind, name) for kind, names in {**kinds, **data.notes}.items() for name in names)
 
 
 def _record(file: Path, source: Path, summary: Summary) -> None:
@@ -195,14 +172,13 @@ def _probe(data: Source, used: Sequence[str]) -> tuple[dict[str, tuple[Size, int
 
 def _probe_one(data: Source, i: str) -> tuple[tuple[Size, int] | None, set[str], str]:
     """Return size, orientation and classes of one image, or what is wrong; it is read anew later, to save memory."""
-    item = data.items.get(i)
-    if item is None or item.image is None:
+    file = data.images.get(i)
+    if file is None:
         return None, set(), f"{i} has no image"
-    file = item.image
     try:
         probe = image_probe(file)
-        file = item.label or file
-        return probe, {o.name for o in data.read(item, probe[0]).objects}, ""
+        file = data.labels.get(i, file)
+        return probe, {o.name for o in data.read(i, probe[0]).objects}, ""
     except (ValueError, OSError) as e:
         return None, set(), f"{file.name}: {e}"
 
@@ -256,7 +232,6 @@ def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[st
             yield row
 
     if o.to == "coco":
-        (plan.stage / "annotations").mkdir(exist_ok=True)
         write_coco(plan.stage / f"annotations/instances_{split}.json", [*plan.classes], counted())
     else:
         deque(counted(), 0)
@@ -265,12 +240,11 @@ def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[st
 
 def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[dict[str, Any]]], Tally]:
     """Write one image with its annotation; return its COCO record, and what was changed, left out and kept."""
-    o, item, (size, orientation) = plan.options, plan.source.items[i], plan.found[i]
-    objects, changes = to_image(plan.source.read(item, size), size, orientation)
+    o, data, (size, orientation) = plan.options, plan.source, plan.found[i]
+    objects, changes = to_image(data.read(i, size), size, orientation)
     same = o.format == o.to == "yolo"  # rows are kept word for word
     tally: Tally = Counter({(kind, i): n for kind, n in changes.items() if n and not (same and kind == "clipped")})
-    if o.format != "coco" and not (item.label and item.label.is_file()):
-        tally["background", i] += 1
+    tally["background", i] += i not in data.labels
     kept = []
     for obj in objects:
         if obj.name not in plan.classes:
@@ -280,12 +254,14 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
         elif o.task == "segment" and o.to == "yolo" and not (obj.polygons or obj.row):
             tally["polygon", i] += 1
         else:
+            pose = not obj.polygons and len(obj.row.split()) > 4
+            whole = {"voc": False, "coco": not pose, "yolo": bool(obj.row) or o.task == "segment"}[o.to]
+            tally["boxed", i] += bool(obj.polygons or pose) and not whole
             tally["box", obj.name] += 1
-            tally["boxed", i] += _loses(obj, o)
             kept.append(obj)
     target, *label = _places(plan, split, i)
     if o.files != "list":
-        link_or_copy(item.image or Path(), target, link=o.files == "link")
+        link_or_copy(data.images[i], target, link=o.files == "link")
     if o.to == "coco":
         name = target.relative_to(plan.stage / "images" / split).as_posix()
         return (name, size, [{"category_id": plan.classes[k.name] + 1, **coco_object(k)} for k in kept]), tally
@@ -296,16 +272,9 @@ def _write_one(plan: Plan, split: str, i: str) -> tuple[tuple[str, Size, list[di
     return ("", size, []), tally
 
 
-def _loses(obj: Object, o: Options) -> bool:
-    """Return whether more than the box of an object is known and is not written."""
-    pose = not obj.polygons and len(obj.row.split()) > 4
-    kept = {"voc": False, "coco": not pose, "yolo": bool(obj.row) or o.task == "segment"}
-    return bool(obj.polygons or pose) and not kept[o.to]
-
-
 def _places(plan: Plan, split: str, i: str) -> list[Path]:
     """Return where an image goes, and its label; a folder called images inside would hide these from Ultralytics."""
-    kind, image = FORMATS[plan.options.to], plan.source.items[i].image or Path()
+    kind, image = FORMATS[plan.options.to], plan.source.images[i]
     parts = [f"{p}_" if p == "images" and plan.options.to == "yolo" else p for p in i.split("/")]
     below = "/".join(parts if plan.options.to == "voc" else [split, *parts])
     target = plan.stage / kind.images / f"{below}{image.suffix}"
@@ -315,25 +284,23 @@ def _places(plan: Plan, split: str, i: str) -> list[Path]:
 def _write_lists(plan: Plan, out: Path, chosen: Splits, folds: list[Splits]) -> None:
     """Write what names the splits of the folder `out` to be: data.yaml and list files of YOLO, ImageSets of VOC."""
     o, stage = plan.options, plan.stage
-    lists = dict(chosen) if not folds else {f"fold{k}_{s}": ids for k, f in enumerate(folds, 1) for s, ids in f.items()}
-    if o.to == "voc" and {"train", "val"} <= lists.keys():
-        lists["trainval"] = sorted({*lists["train"], *lists["val"]})
-
-    def row(split: str, i: str) -> str:
-        if o.files == "list":
-            return str(plan.source.items[i].image)
-        return i if o.to == "voc" else f"./{_places(plan, split, i)[0].relative_to(stage).as_posix()}"
-
+    if o.to == "coco":
+        return
+    lists = {f"fold{k}_{s}": ids for k, fold in enumerate(folds, 1) for s, ids in fold.items()} or dict(chosen)
     where = {s: f"images/{s}" for s in chosen}
-    if o.to == "voc" or (o.to == "yolo" and (folds or o.files == "list")):
+    if o.to == "voc" or folds or o.files == "list":
+        if o.to == "voc" and {"train", "val"} <= lists.keys():
+            lists["trainval"] = sorted({*lists["train"], *lists["val"]})
         where = {name: f"ImageSets/Main/{name}.txt" if o.to == "voc" else f"{name}.txt" for name in lists}
-        rows = {i: row(s, i) for s, ids in chosen.items() for i in ids}
+        rows = {i: i if o.to == "voc" else f"./{_places(plan, s, i)[0].relative_to(stage).as_posix()}"
+                for s, ids in chosen.items() for i in ids}  # fmt: skip
+        rows |= {i: str(plan.source.images[i]) for i in rows} if o.files == "list" else {}
         for name, ids in lists.items():
             (stage / where[name]).parent.mkdir(parents=True, exist_ok=True)
             (stage / where[name]).write_text("".join(f"{rows[i]}\n" for i in ids), encoding="utf-8")
-    yamls = {f"fold{k}": {s: where[f"fold{k}_{s}"] for s in fold} for k, fold in enumerate(folds, 1)} or {"data": where}
     extra = dict(plan.source.extra)
     names, same = {k: n for n, k in plan.classes.items()}, extra.pop("names", None)
     tail = {**extra, "names": names if o.classes else same or names}
+    yamls = {f"fold{k}": {s: where[f"fold{k}_{s}"] for s in fold} for k, fold in enumerate(folds, 1)} or {"data": where}
     for name, splits in yamls.items() if o.to == "yolo" else ():
         YAML.save(stage / f"{name}.yaml", {"path": str(out), **splits, **tail})

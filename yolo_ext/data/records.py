@@ -3,6 +3,7 @@
 
 import codecs
 import glob
+import math
 import multiprocessing
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from multiprocessing.pool import ThreadPool
@@ -56,27 +57,27 @@ class Annotation(NamedTuple):
     notes: Mapping[str, int] = {}  # how often a kind of `convert.NOTES` occurred in reading it
 
 
-class Item(NamedTuple):
-    """One image of a source."""
-
-    id: str  # path below the image folder without suffix
-    image: Path | None
-    label: Path | None  # annotation file
-
-
 @dataclass
 class Source:
-    """A dataset that was found but not yet read."""
+    """A dataset that was found but not yet read; an id is the path of an image below its folder without suffix."""
 
-    items: dict[str, Item]  # by id
-    read: Callable[[Item, Size], Annotation]  # of an image of that size; raises ValueError where it is broken
+    images: Mapping[str, Path]  # by id
+    labels: Mapping[str, Path]  # annotation file by id, of COCO the image
+    reader: Callable[[Path, Size], Annotation]  # of such a file and the size of its image; ValueError if broken
     annotated: Collection[str]  # ids to be split where there are no lists
     files: Sequence[Path] = ()  # with the annotations
     lists: Splits = field(default_factory=dict)  # ids by name of a split or list
     names: list[str] | None = None  # classes in label order, None where they are found by reading
     extra: dict[str, Any] = field(default_factory=dict)  # keys of a data.yaml to be kept
+    wrong: Mapping[str, str] = field(default_factory=dict)  # why an annotation cannot be used, by id
     problems: list[str] = field(default_factory=list)  # what is wrong already, with no image of the source in question
     notes: dict[str, list[str]] = field(default_factory=dict)  # names of what is left out, by kind of `convert.NOTES`
+
+    def read(self, i: str, size: Size) -> Annotation:
+        """Return the annotation of an image of that size; ValueError where it is broken."""
+        if i in self.wrong:
+            raise ValueError(self.wrong[i])
+        return self.reader(self.labels[i], size) if i in self.labels else Annotation()
 
 
 class Store(NamedTuple):
@@ -87,16 +88,15 @@ class Store(NamedTuple):
     close: Callable[[], None] = lambda: None  # ends the run
 
 
-def unique_ids(files: dict[str, list[tuple[str, Path]]]) -> tuple[dict[str, Path], Splits, list[str]]:
-    """Return image by id, ids by split and clashes within a split, from the (wanted id, image) of each split."""
+def unique_ids(rows: Sequence[tuple[str, str, Path]]) -> tuple[dict[str, Path], Splits, list[str]]:
+    """Return image by id, ids by split and clashes within a split, from the (split, wanted id, image) of each image."""
     owner, images, lists, problems = dict[str, Path](), dict[str, Path](), Splits(), list[str]()
-    clash = any(owner.setdefault(i, f) != f for members in files.values() for i, f in members)
-    for split, members in files.items():
-        for i, file in members:
-            i = f"{split}_{i}" if clash and len(files) > 1 else i
-            if images.setdefault(i, file) != file:
-                problems.append(f"{images[i].name} and {file.name} have the same id")
-            lists.setdefault(split, []).append(i)
+    clash = any(owner.setdefault(i, f) != f for _, i, f in rows) and len({split for split, *_ in rows}) > 1
+    for split, i, file in rows:
+        i = f"{split}_{i}" if clash else i
+        if images.setdefault(i, file) != file:
+            problems.append(f"{images[i].name} and {file.name} have the same id")
+        lists.setdefault(split, []).append(i)
     return images, lists, problems
 
 
@@ -150,22 +150,33 @@ def deal(ids: Collection[str], shares: Sequence[float], seed: int, classes: Kind
     free = [stop - start for start, stop in zip([0, *stops], stops)]
     if classes is None:
         return [sorted(order[stop - n : stop]) for stop, n in zip(stops, free)]
-    members: Splits = {}  # iterative stratification (Sechidis et al., 2011): an image of the rarest class goes first,
-    for i in order:  # to the part that lacks most images of that class
-        for name in classes.get(i, ()):
-            members.setdefault(name, []).append(i)
-    rarest = sorted(members, key=lambda name: (len(members[name]), name))
-    lack = [Counter({name: share * len(members[name]) for name in rarest}) for share in shares]  # type: ignore[misc]
+    # Iterative stratification (Sechidis et al., 2011): an image of the rarest class goes first, to the part that lacks
+    # most images of that class.
+    counts = Counter(name for i in order for name in classes.get(i, ()))
+    rarest = {i: min(((counts[n], n) for n in classes.get(i, ())), default=(math.inf, "")) for i in order}
+    lack = [Counter({n: share * count for n, count in counts.items()}) for share in shares]  # type: ignore[misc]
     parts: list[list[str]] = [[] for _ in shares]
-    rarest_of: dict[str, str] = {}
-    for i, name in [(i, n) for n in rarest for i in members[n]] + [(i, "") for i in order]:
-        rarest_of.setdefault(i, name)
-    for i, name in rarest_of.items():
+    for i in sorted(order, key=lambda i: rarest[i]):
+        name = rarest[i][1]
         k = max((k for k, n in enumerate(free) if n), key=lambda k: (lack[k][name], free[k]))
         parts[k].append(i)
         free[k] -= 1
         lack[k].subtract(classes.get(i, ()))
     return [sorted(part) for part in parts]
+
+
+def around(points: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return the box (xmin, ymin, xmax, ymax) around the points x1, y1, x2, y2, ..."""
+    return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
+
+
+def numbers(values: Any, least: int = 2) -> tuple[float, ...]:
+    """Return values as numbers, nothing where they are too few or one is none."""
+    try:
+        found = tuple(map(float, values))
+    except (TypeError, ValueError):
+        return ()
+    return found if len(found) >= least and all(map(math.isfinite, found)) else ()
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -194,11 +205,9 @@ def decode(raw: bytes) -> str:
     """Return the text of bytes, see `read_text`; GB2312 takes pairs of high bytes only, so hardly any Latin text."""
     marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     for codec in ("utf-16",) if marked else ("utf-8-sig", "gb2312"):
-        try:
+        with suppress(UnicodeDecodeError):  # the next may fit
             if "\0" not in (text := raw.decode(codec)):
                 return text
-        except UnicodeDecodeError:  # noqa: PERF203  the next may fit
-            continue
     raise ValueError("is neither UTF-8, UTF-16 nor GB2312")
 
 
@@ -248,23 +257,19 @@ def walk_files(folder: str | Path, suffixes: Collection[str]) -> list[Path]:
 
 def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[R]:
     """Yield `work(item)`, which must not touch torch, of every item, in order and with a progress bar called `text`."""
-    if len(items) < MANY or sys.platform != "linux":
-        with ThreadPool(NUM_THREADS) as pool:
-            yield from _counted(pool.imap(work, items), text, len(items))
-        return
     global _task
-    _task = work, items
-    # Forked: no work is pickled, but torch's threads do not survive it.
-    fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    with fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore) as processes:
-        yield from _counted(processes.imap(_call, range(len(items)), chunksize=32), text, len(items))
-
-
-def _counted(results: Iterable[R], text: str, total: int) -> Iterator[R]:
-    """Yield results behind a bar that counts one when it is there: nobody may ask for what follows the last one."""
-    with TQDM(desc=text, total=total) as bar:
+    pool: Any
+    if len(items) < MANY or sys.platform != "linux":
+        pool = ThreadPool(NUM_THREADS)
+        results = pool.imap(work, items)
+    else:
+        _task = work, items  # forked: no work is pickled, but torch's threads do not survive it
+        fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+        pool = fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore)
+        results = pool.imap(_call, range(len(items)), chunksize=32)
+    with pool, TQDM(desc=text, total=len(items)) as bar:
         for found in results:
-            bar.update()
+            bar.update()  # before anybody takes it: nobody may ask for what follows the last one
             yield found
 
 
@@ -288,18 +293,11 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def jpeg_is_whole(file: Path) -> bool:
-    """Return False for a JPEG that does not end with its end marker: Ultralytics would rewrite it, or skip it."""
-    with file.open("rb") as f:
-        if f.read(2) != b"\xff\xd8":
-            return True
-        f.seek(-2, os.SEEK_END)
-        return f.read() == b"\xff\xd9"
-
-
 def link_or_copy(source: Path, target: Path, link: bool = True) -> None:
     """Hard-link an image, or copy it where the file system cannot link or `link` is False."""
-    if link and jpeg_is_whole(source):  # Ultralytics would rewrite another one at training, and so the source
+    with source.open("rb") as f:
+        whole = f.read(2) != b"\xff\xd8" or (f.seek(-2, os.SEEK_END) and f.read() == b"\xff\xd9")
+    if link and whole:  # a JPEG without its end marker would be rewritten at training, and so the source
         try:
             return os.link(os.path.realpath(source), target)
         except FileExistsError:  # another image has this name: nothing may be lost

@@ -18,7 +18,7 @@ from ultralytics.utils import LOGGER
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import attempt, image_probe
 from yolo_ext.data.formats import scan_yolo
-from yolo_ext.data.records import Item, Source, grouped, parallel, quote
+from yolo_ext.data.records import Source, grouped, parallel, quote
 from yolo_ext.stock.load import open_image
 
 BITS = 256
@@ -58,29 +58,29 @@ def summarise(data: str | Path, near: int = NEAR) -> dict[str, Any]:
     source = scan_yolo(Path(data))
     if source.problems:
         LOGGER.warning(f"{len(source.problems)} images share a label file: {quote(source.problems)}")
-    looks = parallel(partial(_look, source), list(source.items.values()), "Checking images and labels")
-    seen = dict(zip(source.items, looks))
+    looks = parallel(partial(_look, source), [*source.images], "Checking images and labels")
+    seen = dict(zip(source.images, looks))
     found: dict[str, Any] = {"data": str(data), **_tables(source, seen)}
     for kind in KINDS:
-        found[kind] = {str(source.items[i].image): s.problem for i, s in seen.items() if s.state == kind}
+        found[kind] = {str(source.images[i]): s.problem for i, s in seen.items() if s.state == kind}
     for suffix, groups in _groups(source, {i: s for i, s in seen.items() if s.key}, near).items():
         found[f"duplicates{suffix}"], found[f"leaks{suffix}"] = _place(source, groups)
     found["passed"] = not (found["broken"] or found["malformed"] or any(found["leaks"].values()))
     return found
 
 
-def _look(source: Source, item: Item) -> Seen:
-    probe, problem = attempt(lambda file: (image_probe(file)[0], *fingerprint(file)), item.image or Path())
+def _look(source: Source, i: str) -> Seen:
+    probe, problem = attempt(lambda file: (image_probe(file)[0], *fingerprint(file)), source.images[i])
     if probe is None:
         return Seen(state="broken", problem=problem)
     size, key, bits = probe
-    if item.label is None or not item.label.is_file():
+    if i not in source.labels:
         return Seen(key, bits)
     try:
-        objects = source.read(item, size).objects
+        objects = source.read(i, size).objects
     except (ValueError, OSError) as e:
         kind = "outside" if isinstance(e.__cause__, ArithmeticError) else "malformed"
-        return Seen(key, bits, kind, f"{item.label.name} {e}")
+        return Seen(key, bits, kind, f"{source.labels[i].name} {e}")
     boxes: Counter[tuple[str, str, int]] = Counter()
     for o in objects:
         area = max((o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), 0.0)
@@ -120,20 +120,14 @@ def _groups(source: Source, seen: Mapping[str, Seen], near: int) -> dict[str, li
 
 def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[str]], dict[str, list[list[str]]]]:
     """Tell duplicates inside a split from leaks between splits; each is a pair of image files."""
-
-    def files(*ids: str) -> list[str]:
-        return [str(source.items[i].image) for i in ids]
-
     splits = {split: set(ids) for split, ids in source.lists.items()}
     inside: list[list[str]] = []
     leaks: dict[str, list[list[str]]] = {f"{a}/{b}": [] for a, b in combinations(splits, 2)}
     for group in groups:
-        members = {split: [i for i in group if i in ids] for split, ids in splits.items()}
-        for ids in members.values():
-            inside += [files(ids[0], i) for i in ids[1:]]
-        for a, b in combinations(splits, 2):
-            if members[a]:
-                leaks[f"{a}/{b}"] += [files(i if i in members[a] else members[a][0], i) for i in members[b]]
+        members = {split: [str(source.images[i]) for i in group if i in ids] for split, ids in splits.items()}
+        inside += [[files[0], file] for files in members.values() for file in files[1:]]
+        for (a, files), (b, others) in combinations(members.items(), 2):
+            leaks[f"{a}/{b}"] += [[file if file in files else files[0], file] for file in others if files]
     return inside, leaks
 
 
