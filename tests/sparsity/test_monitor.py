@@ -57,7 +57,7 @@ def test_a_record_says_what_is_gone(dense, planted, method):
     assert {k: v for k, v in found["layers"].items() if v} == {"model.5.conv": 0.5, "model.7.conv": 0.25}
     assert (found["epoch"], found["coefficient"], found["penalty"], found["pull"]) == (3, 0.5, 1.25, 0.1)
     assert found["histogram"][0] == 64 and len(found["histogram"]) == len(EDGES) - 1
-    assert found["collapsed"] == [] and found["scores"] == "|gamma|"
+    assert found["scores"] == "|gamma|"
     assert json.loads(json.dumps(found)) == found
 
 
@@ -92,23 +92,6 @@ def test_the_predicted_size_is_that_of_the_pruned_model(dense, planted, threshol
 def test_without_zeros_there_is_nothing_to_gain(dense):
     found = look(*dense)
     assert found["share"] == 0 and found["speedup"] == found["params"] == 1
-
-
-@pytest.mark.parametrize(
-    ("layer", "gammas", "expected"),
-    [
-        pytest.param(7, [1.0] * 26 + [0.0] * 230, ["model.7.conv"], id="only-the-protected-are-left"),
-        pytest.param(7, [1.0] * 27 + [0.0] * 229, [], id="one-more"),
-        pytest.param(5, [0.0] * 128, ["model.5.conv"], id="all-zero"),
-        pytest.param(5, [1e-4] * 128, ["model.5.conv"], id="all-negligible"),
-        pytest.param(0, [1.0] * 8 + [0.0] * 8, [], id="half-of-a-narrow-one"),
-    ],
-)
-def test_collapsed_layers_are_named(dense, layer, gammas, expected):
-    model = deepcopy(dense[0])
-    with torch.no_grad():
-        model.model[layer].bn.weight.copy_(torch.tensor(gammas))
-    assert look(model, dense[1])["collapsed"] == expected
 
 
 def test_excluded_layers_do_not_count(dense, planted):

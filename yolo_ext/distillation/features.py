@@ -167,6 +167,7 @@ class Align(nn.Module):
         if self.kept is not None:
             self.kept = self.kept[torch.tensor(index)]
             return
+        assert self.conv  # as `always` has seen to
         weight = self.conv.weight.detach()[:, torch.tensor(index, device=self.conv.weight.device)].clone()
         self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)
 

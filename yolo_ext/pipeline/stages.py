@@ -119,7 +119,7 @@ def sparsify(run: Run) -> Record:
     assert cfg
     options: dict[str, Any] = {"sparsity": cfg}
     if distill := run.teaching:  # losses that see the scale of features would defend the scale factors
-        options["distill"] = replace(distill, features="pkd", logits="kl_binary", temperature=None, layers=[])
+        options["distill"] = replace(distill, features="pkd", logits="kl_binary", layers=[])
     best = train(run, "sparsify", options, {**FINETUNE, **run.native, "epochs": cfg.epochs})
     share = manifest(run.load(best)[0]).sparsity["share"]
     said = f"{cfg.epochs} epochs of {cfg.method} brought {100 * share:.1f} % of the channels below {cfg.threshold:g}"
@@ -242,7 +242,8 @@ def finish(run: Run) -> dict[str, Any]:
     result = {**after, "size_mb": runs.size_mb(run.weights())}  # the float one, whose budgets the trials have held
     speed = (after.get("latency_ratio") or {}).get("ort")
     checks = [c for d in run.done.values() for c in d.checks or []]
-    checks += budget_checks(run.prune, before, result, speed, run.max_drop)
+    held = run.confidence, proved.get("changes", ())
+    checks += budget_checks(run.prune, before, result, speed, run.max_drop, *held)
     checks += proved.get("checks", [])
     summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
     if proved:

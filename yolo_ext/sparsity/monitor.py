@@ -9,9 +9,8 @@ pruning options leave prunable count.
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.solve import measure
 from yolo_ext.reporting.curves import plot_layers, plot_ridge
-from yolo_ext.sparsity.sparsifier import FEWEST
 
 FILE = "sparsity.json"
 LITTLE = 1.05  # FLOPs before / after below which sparsity training has changed nothing
@@ -61,21 +59,8 @@ def observe(
         "speedup": before[0] / after[0],
         "params": before[1] / after[1],
         "layers": {name: float(torch.cat(parts).float().mean()) for name, parts in masks.items()},
-        "collapsed": _collapsed(rows, cfg),
         "histogram": torch.histogram(scores, torch.tensor(EDGES)).hist.int().tolist(),
     }
-
-
-def _collapsed(rows: Sequence[tuple[str, torch.Tensor]], cfg: SparsityConfig) -> list[str]:
-    """Return the names of groups that have nothing left to give, in the order of the model."""
-    negligible = cfg.threshold * median(float(v.max()) for _, v in rows) if rows else 0.0
-
-    def gone(v: torch.Tensor) -> bool:  # no more in use than protection leaves
-        used = int((~near_zero(v, cfg.threshold)).sum())
-        few = used < len(v) / 2 and used <= max(FEWEST, ceil(cfg.protect * len(v)))
-        return few or float(v.max()) <= negligible
-
-    return list(dict.fromkeys(name for name, v in rows if gone(v)))
 
 
 def conclusion(epochs: Sequence[dict[str, Any]], held: Sequence[str], max_drop: float) -> str:

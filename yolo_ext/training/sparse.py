@@ -82,7 +82,7 @@ class Sparse(Technique):
         record["fitness"] = float(trainer.fitness or 0.0)
         if sparsifier.controller:  # of `sparsity.auto`
             sparsifier.controller.update(record["share"], record["fitness"])
-        held = sparsifier.protected
+        held = record["collapsed"] = sparsifier.protected
         summary = {"method": cfg.method, "coefficient": sparsifier.coefficient, "epochs": trainer.epoch + 1,
                    "threshold": cfg.threshold, "share": record["share"], "speedup": record["speedup"],
                    "held": bool(held)}  # fmt: skip
