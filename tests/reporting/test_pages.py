@@ -223,12 +223,12 @@ def test_the_contract_comes_first_and_says_what_broke(report: dict, tmp_path: Pa
     html = render(report, tmp_path)
     page, markdown = Page(html), (tmp_path / "report.md").read_text()
     assert html.index('id="contract"') < html.index('id="before-and-after"')
-    titles = ["Overall and by size", "mAP50-95 by class", "recall by class"]
+    titles = ["Overall and by size", "mAP50-95 by class", "Recall by class"]
     assert re.findall("<h3>(.*?)</h3>", html)[:3] == re.findall("### (.*)", markdown) == titles
     for text in (page.text, markdown):
         assert "confidence 0.287" in text and "as much at 0.265" in text and "0.031 before, 0.045 after" in text
     assert page.text.count("limit -0.05") >= 1 and "below the limit -0.05" in markdown
-    assert page.text.index("small objects") > page.text.index("-0.0088"), "sizes come behind what is overall"
+    assert page.text.index("Small objects") > page.text.index("-0.0088"), "sizes come behind what is overall"
     assert html.count('class="spread"') >= len(CHANGES) - 1 and "▲ better" in page.text
 
 
@@ -273,7 +273,7 @@ def test_a_check_that_was_not_run_is_no_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("latency", "int8", "expected"),
     [
-        pytest.param({"ort": 8.0, "ort_int8": 4.0}, 0.58, "; INT8 -0.0200", id="measured"),
+        pytest.param({"ort": 8.0, "ort_int8": 4.0}, 0.58, "0.6000 → 0.5800", id="measured"),
         pytest.param({"ort": 8.0, "ort_int8": 4.0}, None, "; INT8 not measured", id="speed without accuracy"),
         pytest.param({"ort": 8.0}, None, None, id="no INT8"),
     ],

@@ -127,7 +127,8 @@ def _enlarged(result: Any) -> Any:
 
 def _mark(image: np.ndarray, result: Any, indices: Sequence[int], word: str, color: tuple[int, int, int]) -> np.ndarray:
     """Draw a thick outline and a word around some objects of a result; nothing for a classifier."""
-    annotator = Annotator(image, line_width=5)
+    annotator = Annotator(image, line_width=2)
+    annotator.lw = 5  # not that of the words
     for i in indices if not result.probs else ():
         found = (result.boxes if result.obb is None else result.obb)[i]
         outline = found.xyxy[0] if result.obb is None else found.xyxyxyxy[0]

@@ -29,6 +29,7 @@ THUMB, WIDE = 360, 1400  # px; of the pictures of a review sheet and of a report
 HEAVY = 800_000  # bytes that all pictures of a report may have
 QUALITIES = (80, 60, 40, 20)  # of WebP, as far as it takes to stay below
 TEMPLATES = Path(__file__).with_name("templates")
+METRICS = {f.key: f.label for f in FIELDS if f.key in METRIC}
 Report = Mapping[str, Any]
 Record = Mapping[str, Any]  # an image: `image` (name), `size` (width, height), `objects` (`class`, `confidence`, `box`)
 
@@ -83,9 +84,7 @@ def _content(report: Report, run_dir: Path) -> dict[str, Any]:
     doubt = any(r.verdict == "worse" for r in rows) or (summary.get("settings") or {}).get("epochs") == 0
     tone = "" if good and not doubt else "warn" if good else "bad"
     shown = {"title": report.get("title") or "Compression report", "headline": headline, "tone": tone}
-    cards = _cards(after, rows)
-    int8 = next((r.delta for r in rows if r.key == f"{cards[3].key}_onnx.int8"), ABSENT)
-    shown |= {"cards": cards, "int8": int8, "about": report.get("about") or {}, "sections": sections, "files": files}
+    shown |= {"cards": _cards(rows), "about": report.get("about") or {}, "sections": sections, "files": files}
     return {**shown, "remarks": tables.note(after, proved)}
 
 
@@ -95,19 +94,22 @@ def _contract(found: Report) -> dict[str, Any]:
     groups: dict[str, list[dict[str, Any]]] = {"Overall and by size": []}
     for c in sorted(found.get("changes") or [], key=lambda c: c["name"].startswith("size.")):
         kind, _, which = c["name"].partition(".")
-        title = f"{METRIC.get(kind, kind)} by class" if which and kind != "size" else "Overall and by size"
-        label = f"{which} objects" if kind == "size" else which or METRIC.get(kind, kind)
+        figure = METRICS.get(kind, kind.capitalize())
+        title = f"{figure} by class" if which and kind != "size" else "Overall and by size"
+        label = f"{which.capitalize()} objects" if kind == "size" else which or figure
         groups.setdefault(title, []).append({**c, "label": label, "broken": limits.get(c["name"])})
-    return {**found, "groups": {k: rows for k, rows in groups.items() if rows and k != "precision by class"}}
+    return {**found, "groups": {k: rows for k, rows in groups.items() if rows and k != "Precision by class"}}
 
 
-def _cards(after: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """Return the five key figures, with the latency of INT8 where it was measured."""
-    speed = next((k for k in ("ort_int8", "ort", "torch") if figure(after, f"latency_ms.{k}")), "torch")
-    known = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS} | {row.key: row for row in rows}
-    metrics = [known[key] for key in METRIC if figure(after, key) is not None] or [known["map"]]
-    accuracy = next((row for row in metrics if row.verdict == "worse"), metrics[0])
-    return [*(known[key] for key in ("params", "gflops", "size_mb")), accuracy, known[f"latency_ms.{speed}"]]
+def _cards(rows: Sequence[Row]) -> list[Row]:
+    """Return the five key figures: of INT8 where it was measured, and the metric that fell where one of several did."""
+    known = {row.key: row for row in rows if row.after != ABSENT}
+    latency = next((k for k in ("ort_int8", "ort", "torch") if f"latency_ms.{k}" in known), "torch")
+    metrics = [known.get(f"{key}_onnx.int8", known[key]) for key in METRICS if key in known]
+    fell = [row for row in metrics if row.verdict == "worse"]
+    accuracy = next((row.key for row in fell + metrics), "map")
+    blank = {f.key: Row(f.key, f.label, ABSENT, ABSENT, ABSENT, "") for f in FIELDS}
+    return [{**blank, **known}[key] for key in ("params", "gflops", "size_mb", accuracy, f"latency_ms.{latency}")]
 
 
 def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _stages(before: Report, stages: Report, seconds: Report, files: Report) -> d
     latencies = [f for f in reversed(FIELDS) if f.kind == "latency"]  # of two that are equal the one nearer to use
     latency = max(latencies, key=lambda f: sum(figure(m, f.key) is not None for m in stages.values()))
     charts = []
-    for f in (f for f in FIELDS if f.key in ("gflops", *METRIC, latency.key)):
+    for f in (f for f in FIELDS if f.key in ("gflops", *METRICS, latency.key)):
         points = [(name, v) for name, m in stages.items() if (v := figure(m, f.key)) is not None]
         charts += [{"title": f.label, "points": points, "spec": f.spec}] if len(points) > 1 else []
     header, rows = stage_rows(stages)
@@ -225,7 +227,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 ENVIRONMENT.globals.update(
-    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, metric=METRIC,
+    absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, metric=METRICS,
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
