@@ -167,20 +167,25 @@ def default_yaml() -> str:
 
 def load_recipe(name: str) -> dict[str, Any]:
     """Load a recipe by path or by the name of a bundled one, flat with dotted keys."""
-    from ultralytics.utils import YAML
-
     bundled = cfg_dir() / "recipes"
     file = next((p for p in (Path(str(name)), bundled / str(name), bundled / f"{name}.yaml") if p.is_file()), None)
     if file is None:
         known = sorted(p.stem for p in bundled.glob("*.yaml"))
         raise UsageError(f"Recipe '{name}' does not exist.{suggest(str(name), known)} Bundled: {', '.join(known)}.")
+    return read_flat(file, f"Recipe '{file}'", "prune: {speedup: 2}")
+
+
+def read_flat(given: Any, what: str, form: str) -> dict[str, Any]:
+    """Return a mapping, or that in a YAML file, flat with dotted keys; `form` shows how `what` is written."""
+    from ultralytics.utils import YAML
+
     try:
-        content = YAML.load(file)
+        content = YAML.load(given) if isinstance(given, (str, Path)) else given
     except Exception as e:
-        raise UsageError(f"Recipe '{file}' is not a YAML file: {str(e).splitlines()[0]}.") from e
-    if not isinstance(content, dict):
-        raise UsageError(f"Recipe '{file}' holds no options. Write it as 'prune: {{speedup: 2}}' and so on.")
+        raise UsageError(f"{what} is not a YAML file: {str(e).splitlines()[0]}.") from e
+    if not content or not isinstance(content, Mapping):
+        raise UsageError(f"{what} holds no options. Write it as '{form}' and so on.")
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value})
     return flat

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ultralytics.utils import YAML
 
+from yolo_ext.core.config import read_flat
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
 from yolo_ext.stock.evidence import Evidence
@@ -223,15 +223,10 @@ def read_limits(
         raise UsageError(f"'confidence={confidence}' is illegal: give a share below 1, such as 0.95.")
     if given and not data:
         raise UsageError("'contract' limits what a val split shows. Give data=data.yaml.")
-    if isinstance(given, (str, Path)):
-        if not Path(given).is_file():
-            raise UsageError(f"'contract={given}' does not exist. Give a YAML file, or contract.map=-0.01 and so on.")
-        given = YAML.load(given)
-    if not isinstance(given or {}, Mapping):
-        raise UsageError(f"'contract={given}' is illegal: give limits by figure, such as contract.recall.person=-0.02.")
-    boxes, flat = task != "classify", dict[str, float]()
-    for key, value in (given or {}).items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value}
+    if isinstance(given, (str, Path)) and not Path(given).is_file():
+        raise UsageError(f"'contract={given}' does not exist. Give a YAML file, or contract.map=-0.01 and so on.")
+    flat = read_flat(given, f"'contract={given}'", "recall: {person: -0.02}") if given else {}
+    boxes = task != "classify"
     each = (*METRICS[task], "recall", "precision") if boxes else ("top1",)
     overall = [*dict.fromkeys((*METRICS[task], *each)), *(f"size.{size}" for size in SIZES if boxes)]
     known = [*overall, *(f"{figure}.{name}" for figure in each for name in names.values())]
@@ -239,7 +234,7 @@ def read_limits(
         if name not in known:
             legal = f"{', '.join(overall)}, or {', '.join(each)} of a class, such as {known[-1]}"
             raise UsageError(f"contract: there is no '{name}'.{suggest(name, known)} Legal: {legal}.")
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit <= 0:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not -1 <= limit <= 0:
             raise UsageError(f"'contract.{name}={limit}' is illegal: give the change that is allowed, such as -0.01.")
     return flat
 
