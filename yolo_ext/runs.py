@@ -38,7 +38,7 @@ OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "
 PLACE = ("project", "name", "exist_ok", "save_dir", "out")
 # Keys that may be other ones when a run goes on.
 FREE = ("device", "workers", "verbose", "modules", "max_drop", "contract", "confidence", "mode", "task")
-AT_ONCE = {"args.yaml", "weights", FILE}  # what is there before a run has done anything
+AT_ONCE = {"args.yaml", "base_evidence.npz", "weights", FILE}  # what is there before a run has done anything
 RESULTS = ("summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
            "onnx/int8.onnx", "plots/stages.*", "plots/channels.*", "plots/detections_*")  # fmt: skip
 

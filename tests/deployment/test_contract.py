@@ -175,7 +175,7 @@ WRONG = {
     "wrong sign": ({"map": 0.1}, "detect", "such as -0.01"),
     "no number": ({"map": "low"}, "detect", "such as -0.01"),
     "no number either": ({"top1": True}, "classify", "such as -0.01"),
-    "no mapping": ([-0.1], "detect", "limits by figure"),
+    "no mapping": ([-0.1], "detect", "holds no options"),
     "no file": ("absent.yaml", "detect", "does not exist"),
 }
 

@@ -56,6 +56,15 @@ def test_a_budget_in_total(base, after, limit, passed):
     assert [c["passed"] for c in found] == passed and all("(max_drop)" in c["name"] for c in found)
 
 
+@pytest.mark.parametrize(("confidence", "lost"), [(None, 0.005), (0.95, 0.04)], ids=["point", "bound"])
+def test_a_budget_holds_for_the_point_or_for_the_bound(confidence, lost):
+    shown = [{"name": "map", "low": -0.02}, {"name": "map_mask", "low": -0.04}, {"name": "recall", "low": -0.3}]
+    after = {"map": 0.495, "map_mask": 0.4}
+    (check,) = budget_checks(None, BASE, after, None, 0.01, confidence, shown)
+    assert check["value"] == pytest.approx(lost) and check["passed"] == (confidence is None)
+    assert ("confidence 0.95" in check["name"]) == (confidence is not None)
+
+
 @pytest.mark.parametrize("words", ["max_drop=0", "max_drop=2", "max_drop=x", "max_drop=0.01 epochs=0"])
 def test_a_budget_in_total_that_cannot_be_held(place, call, words):
     data = "" if "epochs" in words else "data=shapes/data.yaml"

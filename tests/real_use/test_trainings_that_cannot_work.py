@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from ultralytics.utils import YAML
 
+from yolo_ext.deployment.contract import judged
+from yolo_ext.stock.evidence import Evidence
+
 TRAIN = "imgsz=64 batch=4 device=cpu workers=0 plots=False epochs=1"
 B = f"model=tiny.pt data=shapes/data.yaml {TRAIN}"
 
@@ -38,7 +41,7 @@ def test_a_stopped_training_whose_data_have_moved(place, call, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(DetectionTrainer, "final_eval", stop)
-        assert call(f"train {B} save_dir=run max_drop=0.9")[0] == 130
+        assert call(f"train {B} save_dir=run max_drop=0.9 confidence=0.9 contract.recall.square=-1")[0] == 130
     last = "run/weights/last.pt"
     shutil.move("shapes", "moved")
     YAML.save("moved/data.yaml", {**YAML.load("moved/data.yaml"), "path": str(place / "moved")})
@@ -47,5 +50,8 @@ def test_a_stopped_training_whose_data_have_moved(place, call, monkeypatch):
         assert status == 2 and "shapes/data.yaml' does not exist" in text and "add data=" in text
     assert call(f"train model={last} resume=True data=moved/data.yaml")[0] == 0
     summary = json.loads(Path("run/summary.json").read_text())
-    assert [c["name"] for c in summary["checks"]] == ["Accuracy lost in total (max_drop)"], "a budget is not forgotten"
+    names = ["Accuracy lost in total (at most, confidence 0.9; max_drop)", "contract recall.square"]
+    assert [c["name"] for c in summary["checks"]] == names, "a budget is not forgotten"
+    found = judged(*(Evidence.read(f"run/{k}.npz") for k in ("base_evidence", "evidence")), confidence=0.9)
+    assert summary["contract"]["changes"] == found["changes"]
     assert summary["before"]["map"] is not None and summary["before"]["size_mb"] is None

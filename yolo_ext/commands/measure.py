@@ -157,7 +157,7 @@ def _about(
     return {"imgsz": size, "size_mb": runs.size_mb(path), **(around(path, image, size) if path.is_file() else {}),
             **counts, "int8": f"{convs['int8_convs']} of {convs['convs']}" if convs else None,
             **((memory and peak_memory(path, size, *setting)) or {}), "score": score(measured),
-            **{k: v for k, v in measured.items() if k != "classes"}}  # fmt: skip
+            **measured}  # fmt: skip
 
 
 def _figures(rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -94,7 +94,7 @@ def _emit(run: Run, stage: str, weights: Path, quant: Mapping[str, Any]) -> Reco
     found = {kind: run.accuracy(file, kept[kind]) for kind, file in (("fp32", fp32), ("int8", int8))}
     proof = prove(int8, written["convs"], quant)
     m = measure(run, weights)
-    m |= {"size_mb": runs.size_mb(int8), "classes": found["int8"].get("classes"), **onnx_figures(run, **found)}
+    m |= {"size_mb": runs.size_mb(int8), **onnx_figures(run, **found)}
     m |= {k: proof[k] for k in ("convs", "int8_convs")}
     f1 = {name: {k: f[k] for k in ("f1", "f1_conf")} for name, f in found.items() if "f1" in f}
     runs.write_json(run.folder / stage / "quant.json", {**quant, "float": {**written["float"], **quant["float"]}})

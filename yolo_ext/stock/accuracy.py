@@ -36,7 +36,7 @@ def accuracy(
     model: str | Path | nn.Module, data: str | Path | None = None, imgsz: int | None = None, *, batch: int = 16,
     end2end: bool = False, like: Any = None, loader: Any = None, keep: Any = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the metrics of the task, `images` of the val split, and with boxes `map50`, `f1`, `f1_conf`, `classes`."""
+    """Return the metrics of the task, `images` of the val split, and with boxes `map50`, `f1` and `f1_conf`."""
     net = _net(model)
     with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
         if like is not None:  # the validator of a trainer
@@ -128,5 +128,4 @@ def _figures(validator: Any, found: dict[str, Any]) -> dict[str, Any]:
     if (curve := np.asarray(box.f1_curve)).size:
         i = int(smooth(curve.mean(0), 0.1).argmax())
         best = {"f1": float(curve.mean(0)[i]), "f1_conf": float(box.px[i])}
-    classes = {str(validator.names[int(c)]): round(float(ap), 4) for c, ap in zip(box.ap_class_index, box.ap)}
-    return {**values, **best, "classes": classes, **images}
+    return {**values, **best, **images}

@@ -2,28 +2,32 @@
 """`yolo-ext train`: one training run with any technique in the loop, checked beforehand, and its summary."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import hand_on, is_pruned
+from yolo_ext.checkpoint import atomic_write, hand_on, is_pruned
 from yolo_ext.core.config import EXT_DEFAULTS, changes, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
+from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.reporting.tables import conclude, write_summary
 from yolo_ext.stock.accuracy import METRICS, accuracy, score
+from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
 from yolo_ext.training.prune import budget_checks, check_budget
 from yolo_ext.training.technique import Technique
 from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techniques_of, trainer_for
+
+BASE = "base_evidence.npz"
 
 
 def train(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -49,28 +53,30 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits
     check_budget(told.get("max_drop"), measured or resume)
-    figures = partial(_figures, imgsz=imgsz, device=options.get("device"))
+    confidence, kept = told.get("confidence"), list[Evidence]()
+    limits = read_limits(told.get("contract"), task, base.names, confidence, measured or resume)
+    figures = partial(_figures, imgsz=imgsz, device=options.get("device"), keep=kept.append)
     before = figures(base, None if resume else Path(model), options.get("data") if measured else None)
+    if limits and kept:
+        judged(kept[0], kept[0], limits, n=20)  # refuses those of classes and sizes that the split does not hold
     worth = {k: before[k] for k in METRICS.get(task, ()) if k in before}
     worth = told.get("base_accuracy") or {} if resume else worth  # of a run that goes on, whose base may be gone
     before |= worth
     yolo, start = YOLO(str(model), task=task), time.monotonic()
+    yolo.add_callback("on_train_start", partial(_keep, [*kept]))
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
     options |= {} if resume else {"base_accuracy": worth}
-    try:
-        yolo.train(trainer=trainer_for(task), **options)
-    except UsageError:  # such as a size that turns out to be out of reach
-        if yolo.trainer:
-            runs.discard(Path(str(yolo.trainer.save_dir)))
-        raise
-    trainer, seconds = cast(Any, yolo.trainer), round(time.monotonic() - start, 1)
+    trainer, seconds = _trained(yolo, task, options), round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
     after = figures(load_model(best)[0], best, trainer.args.data)
-    checks = budget_checks(trainer.compression["prune"], before, after, max_drop=told.get("max_drop"))
+    proved, cfg = _proved(trainer, kept, limits, confidence), trainer.compression["prune"]
+    checks = budget_checks(cfg, before, after, None, told.get("max_drop"), confidence, proved.get("changes", ()))
+    checks += proved.get("checks", [])
     use = f"yolo-ext {'export int8=True' if configs['quant'] else 'quantize'} model={best} data={trainer.args.data}"
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,
             "seconds": {"train": seconds}, "method": ", ".join(t for t, cfg in configs.items() if cfg),
-            "checks": checks, "epochs": trainer.args.epochs, "next": use, "deploy": f"weights/{best.name}"}  # fmt: skip
+            "checks": checks, "contract": proved, "epochs": trainer.args.epochs, "next": use,
+            "deploy": f"weights/{best.name}"}  # fmt: skip
     summary = write_summary(Path(trainer.save_dir), before, after, {"train": after}, **told)
     conclude(trainer.save_dir, summary)
     return summary
@@ -113,10 +119,42 @@ def _check_moved(ckpt: Mapping[str, Any], given: Any, task: str) -> None:
         raise UsageError(f"{e} Where the data of a stopped training have moved, add data=.") from e
 
 
-def _figures(model: Any, path: Any, data: Any, imgsz: int, device: Any) -> dict[str, Any]:
+def _trained(yolo: Any, task: str, options: dict[str, Any]) -> Any:
+    """Train, and return the trainer."""
+    try:
+        yolo.train(trainer=trainer_for(task), **options)
+    except UsageError:  # such as a size that turns out to be out of reach
+        if yolo.trainer:
+            runs.discard(Path(str(yolo.trainer.save_dir)))
+        raise
+    return yolo.trainer
+
+
+def _keep(evidence: Sequence[Evidence], trainer: Any) -> None:
+    """Write the evidence of the base, which may be gone when a run goes on, into the folder of the run."""
+    for found in evidence:
+        atomic_write(Path(trainer.save_dir) / BASE, found.data())
+
+
+def _proved(trainer: Any, kept: list[Evidence], limits: dict[str, float], confidence: float | None) -> dict[str, Any]:
+    """Return what the evidence of the result says against that of the base, with no checks but those of limits."""
+    folder, (*base, result) = Path(trainer.save_dir), kept
+    atomic_write(folder / "evidence.npz", result.data())
+    _keep(base, trainer)  # of several processes none has called it
+    if not (base or trainer.resume) or not (folder / BASE).exists():
+        return {}
+    try:
+        found = judged(Evidence.read(folder / BASE), result, limits, confidence=confidence)
+    except UsageError as e:  # the split is not the one any more that the run began with
+        LOGGER.warning(str(e))
+        return {}
+    return found if limits else {**found, "checks": []}
+
+
+def _figures(model: Any, path: Any, data: Any, imgsz: int, device: Any, keep: Any) -> dict[str, Any]:
     """Return size figures, and mAP (top-1 of a classifier) where there are data."""
     found = runs.model_figures(model, path, imgsz)
     if data:
-        found.update(accuracy(path, data, imgsz, device=device))
+        found.update(accuracy(path, data, imgsz, device=device, keep=keep))
         remember(model, data, imgsz, score(found))
     return found

@@ -3,7 +3,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from yolo_ext.reporting.tables import ABSENT, comparison_rows, judged, loss
 from yolo_ext.stock.accuracy import accuracy, lost
 from yolo_ext.stock.context import quiet, recalibrate, replaced
 from yolo_ext.stock.load import labelled_dataset
+from yolo_ext.stock.model import METRIC
 from yolo_ext.stock.trainer import agreed, forget_best
 from yolo_ext.training.technique import Technique, input_size, live
 
@@ -256,13 +257,19 @@ def check_budget(max_drop: Any, measured: Any) -> None:
 
 def budget_checks(
     cfg: PruneConfig | None, before: Mapping[str, Any], after: Mapping[str, Any],
-    speed: Mapping[str, Any] | None = None, max_drop: float | None = None,
+    speed: Mapping[str, Any] | None = None, max_drop: float | None = None, confidence: float | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return how a result holds budgets: those of its pruning, `speed` in ORT among them, and the accuracy in total."""
+    """Return how a result holds budgets: those of its pruning, `speed` in ORT among them, and the accuracy in total.
+
+    With `confidence`, the latter is the most that may really be lost by the `changes` that a contract found.
+    """
     checks = []
     row = judged(comparison_rows(before, after))
     if max_drop and row and row.before != ABSENT:
-        checks.append(("Accuracy lost in total (max_drop)", loss(row), max_drop, loss(row) <= max_drop + 1e-6))
+        bounds = [-c["low"] for c in changes if confidence and c["name"] in METRIC]
+        most, how = (max(bounds), f"at most, confidence {confidence:g}; ") if bounds else (loss(row), "")
+        checks.append((f"Accuracy lost in total ({how}max_drop)", most, max_drop, most <= max_drop + 1e-6))
     if cfg and cfg.max_drop and (drop := lost(before, after)) is not None:
         checks.append(("Accuracy lost by pruning (prune.max_drop)", drop, cfg.max_drop, drop <= cfg.max_drop + 1e-6))
     if cfg and cfg.size_mb and (size := after.get("size_mb")):

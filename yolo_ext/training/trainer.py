@@ -27,7 +27,8 @@ from yolo_ext.training.sparse import Sparse
 from yolo_ext.training.technique import Technique, live
 
 OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers, and
-    "save_optimizer": False, "modules": None, "max_drop": None, "base_accuracy": None,  # what a result is held to
+    "save_optimizer": False, "modules": None,
+    "max_drop": None, "contract": None, "confidence": None, "base_accuracy": None,  # what a result is held to
 }  # fmt: skip
 OURS = ("kd_", "sparsity_")  # how names of our losses begin
 BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
