@@ -35,8 +35,9 @@ def compare(
     from yolo_ext.deployment.contract import judged, read_limits
     from yolo_ext.reporting.tables import TEXT
 
-    base, new = (_evidence(m, data, imgsz, device) for m in (model, other))
+    base = _evidence(model, data, imgsz, device)
     limits = read_limits(contract, base.about["task"], base.about["names"], confidence)
+    new = _evidence(other, data, imgsz, device)
     found = judged(base, new, limits, conf=conf, within=within, n=resamples, confidence=confidence, seed=seed)
     LOGGER.info(TEXT.get_template("compare.txt.j2").render(found))
     folder = runs.folder(place, task=base.about["task"], mode="compare")
