@@ -2,7 +2,7 @@
 """What the options of PTQ are worth: errors of the fake-quantized model against its float self, and its mAP.
 
     python benchmarks/ptq.py model=best.pt data=data.yaml imgsz=192 [bits=4] [calib=128] [profile=ort-x86-vnni] \
-        [runs=plain,weight_observer=mse,adaround=100] [images=32]
+        [runs=plain,adaround=100] [images=32]
 
 A run is `plain`, or options of `quant` joined by `+`. `bits` are those of the weights. Box and score errors are means
 over the anchors of `images` val images whose float score is above 0.25; mAP50-95 is that of the whole val split.
@@ -24,7 +24,7 @@ from yolo_ext.reporting.tables import align
 from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
 
-RUNS = "plain,weight_observer=mse,adaround=100"
+RUNS = "plain,adaround=100"
 CONFIDENT = 0.25
 
 
