@@ -43,7 +43,7 @@ class Change:
             return f"same within {within:g}"
         if self.verdict != "undecided":
             return self.verdict
-        nearest = max(abs(self.change), within - abs(self.change))  # to an end of what would be better, worse or same
+        nearest = max(abs(self.change), within - abs(self.change), EPS)  # to a verdict
         needed = int(np.ceil(images * (width / nearest) ** 2))
         at_best = f"not decidable: this split shows differences of about {width:.3f} at best"
         return f"{at_best}; {needed:,} images would show {within:g}"
@@ -144,7 +144,7 @@ def _at(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarray]:
 def best_confidence(e: Evidence) -> float:
     """Return the confidence with the best F1 over all detections at an IoU of 0.5, 0.25 where nothing is right."""
     order = np.argsort(-e.conf, kind="stable")
-    right = e.hits["box"][order, 0].cumsum()
+    right = next(iter(e.hits.values()))[order, 0].cumsum()
     f1 = 2 * right / (np.arange(1, len(order) + 1) + len(e.target_cls))
     return float(e.conf[order][f1.argmax()]) if right.size and right[-1] else 0.25
 
@@ -172,7 +172,7 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
             told = f"The two evaluations are over different {what.removesuffix('_hash')}"
             raise UsageError(f"{told}. Measure both models on the same split.")
     weights = resamples(len(base.images), n, seed)
-    conf = conf if conf is not None else 0.0 if "top" in base.hits else best_confidence(base)
+    conf = best_confidence(base) if conf is None else conf
     old, now = (figures(e, weights, conf) for e in (base, new))
     gaps = {k: np.where(np.isnan(old[k]), now[k][0] - old[k][0], now[k] - old[k]) for k in old}
     held, found = _held(base), []
@@ -271,26 +271,17 @@ def judged(
     base: Evidence, new: Evidence, limits: Mapping[str, Any] | None = None, *, conf: float | None = None,
     within: float = 0.005, n: int = 1000, confidence: float | None = None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge a model against its base by the evidence of both, as `summary.json` keeps it.
+    """Judge a model, deployed at `conf`, against its base, by limits from `read_limits` or else the default contract.
 
-    Args:
-        limits: Lowest change that is allowed by figure, as `read_limits` returns them; none for the default contract.
-        conf: Confidence that is deployed; that with the best F1 of the base by default.
-        within: Difference that matters.
-        n: Resamples of the images.
-        confidence: Of the intervals, 0.95 by default; if given, limits hold for their lower ends.
-    Returns: `verdict` as a sentence, `changes`, `checks`, `images`, and where there are boxes `conf`, `same_recall`
-        (the confidence at which `new` finds as much) and `calibration` (the error `before` and `after`).
-    Raises: `UsageError` if the two were not measured on the same images and labels, or these hold nothing of a limit.
+    `within` is the difference that matters. With a `confidence`, limits hold for the lower ends of its intervals.
     """
-    boxes = "top" not in base.hits
-    conf = best_confidence(base) if conf is None and boxes else conf
+    conf = best_confidence(base) if conf is None else conf
     found = changes(base, new, conf=conf, within=within, n=n, confidence=confidence or 0.95, seed=seed)
     checks = broken(found, limits, sure=confidence is not None) if limits else surely_broken(found)
     said = [f"{METRIC[c.name]} {c.change:+.4f}, {c.words(within, len(base.images))}" for c in found if c.name in METRIC]
     told = {"verdict": ". ".join(said), "changes": [asdict(c) for c in found], "checks": checks,
             "images": len(base.images)}  # fmt: skip
-    if not boxes or conf is None:
+    if "top" in base.hits:
         return told
     errors = {"before": calibration_error(base), "after": calibration_error(new)}
     return {**told, "conf": conf, "same_recall": same_recall(base, new, conf), "calibration": errors}

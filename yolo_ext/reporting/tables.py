@@ -20,10 +20,8 @@ ABSENT = "-"
 COMPARED = ("before", "after", "contract")  # of `summary.json`
 INT8 = "_onnx.int8"  # behind a metric: that of the INT8 file
 Verdict = Literal["better", "worse", "same", "undecided", ""]
-TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)
-
-
 Figures = Mapping[str, Any] | None  # a measurement
+TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass(frozen=True)
@@ -51,26 +49,22 @@ class Row:
     verdict: Verdict
 
 
-def _of_onnx(key: str, label: str, column: str) -> list[Field]:
-    """Return the accuracies of the ONNX files by that of the model."""
+def _accuracies(key: str, word: str) -> list[Field]:
+    """Return a metric of the model, and of its ONNX files."""
+    word = word if word.startswith("mAP") else word[0].upper() + word[1:]
+    label, short = word + " accuracy" * word.startswith("Top"), word.removesuffix("50-95")
     back = ((f"{key}_onnx.fp32", "ONNX FP32"), (key, "PyTorch"))
-    return [Field(f"{key}_onnx.{kind.lower()}", f"{label} ONNX {kind}", f"{column} ONNX {kind}", "score", ".4f", others)
-            for kind, others in (("FP32", back[1:]), ("INT8", back))]  # fmt: skip
+    files = ((key, "", ()), (f"{key}_onnx.fp32", " ONNX FP32", back[1:]), (key + INT8, " ONNX INT8", back))
+    return [Field(k, label + of, (short if of else word) + of, "score", ".4f", others) for k, of, others in files]
 
 
-ACCURACIES = (  # key, label, label where it is a part of a column
-    ("map", "mAP50-95", "mAP"), ("map_mask", "Mask mAP50-95", "Mask mAP"),
-    ("map_pose", "Keypoint mAP50-95", "Keypoint mAP"), ("top1", "Top-1 accuracy", "Top-1"),
-    ("top5", "Top-5 accuracy", "Top-5"),
-)  # fmt: skip
 _ORT = (("latency_ms.ort", "ORT FP32"),)
 FIELDS = (
     Field("params", "Parameters", "Params", "share", ",.0f"),
     Field("gflops", "GFLOPs", "GFLOPs", "share", ",.2f"),
     Field("size_mb", "File size (MB)", "Size (MB)", "share", ",.2f", slack=1.0),  # %: notes beside the weights
     Field("map50", "mAP50", "mAP50", "score", ".4f"),
-    *(Field(key, label, label.removesuffix(" accuracy"), "score", ".4f") for key, label, _ in ACCURACIES),
-    *(field for accuracy in ACCURACIES for field in _of_onnx(*accuracy)),
+    *(field for metric in METRIC.items() for field in _accuracies(*metric)),
     Field("latency_ms.torch", "Latency PyTorch (ms)", "PyTorch (ms)", "latency", ",.2f"),
     Field("latency_ms.ort", "Latency ORT FP32 (ms)", "ORT FP32 (ms)", "latency", ",.2f"),
     Field("latency_ms.ort_int8", "Latency ORT INT8 (ms)", "ORT INT8 (ms)", "latency", ",.2f", _ORT),
@@ -172,10 +166,9 @@ def comparison_table(before: Figures, after: Figures, contract: Figures = None) 
 def note(after: Figures, contract: Figures = None) -> str:
     """Return on what the figures of a comparison were measured, and what the intervals of accuracies are."""
     size, images = figure(after, "imgsz"), figure(after, "images")
-    told = [f"at {size:.0f} px (square images)" if size else "", f"on {images:.0f} images" if images else ""]
-    said = f"Measured {' '.join(filter(None, told))}." if any(told) else ""
-    interval = "In brackets: what an accuracy may change by on other images like these."
-    return f"{said} {interval}".strip() if contract else said
+    said = (f" at {size:.0f} px (square images)" if size else "") + (f" on {images:.0f} images" if images else "")
+    interval = " In brackets: what an accuracy may change by on other images like these." if contract else ""
+    return f"{f'Measured{said}.' if said else ''}{interval}".strip()
 
 
 # The summary of a run ------------------------------------------------------------------------------------------------
@@ -211,10 +204,9 @@ def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, 
     """Return what a result is, what it cost and what to do next, a failed check first; and the next command if good."""
     after, rows = summary["after"], _rows(summary)
     failed, accuracy = [c for c in summary["checks"] if not c["passed"]], judged([*rows.values()])
-    shown = {"rows": rows, "accuracy": accuracy, "failed": failed, "checks": summary["checks"], "after": after,
-             "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}  # fmt: skip
     metric = accuracy.key.removesuffix(INT8) if accuracy else ""
-    shown["metric"] = METRIC.get(metric)
+    shown = {"rows": rows, "accuracy": accuracy, "metric": METRIC.get(metric), "failed": failed, "after": after,
+             "checks": summary["checks"], "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}  # fmt: skip
     said = TEXT.get_template("headline.txt.j2").render(shown).strip()
     lost = accuracy.verdict == "worse" if accuracy else shown["untrained"]
     if lost or any("max_drop" in c["name"] or c["name"].startswith("contract") for c in failed):

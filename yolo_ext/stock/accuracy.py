@@ -27,7 +27,6 @@ VALIDATORS: dict[str, Any] = {
     "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,
     "pose": pose.PoseValidator, "classify": classify.ClassificationValidator,
 }  # fmt: skip
-
 NAMES = {"map50": "mAP50(B)", "map": "mAP50-95(B)", "map_mask": "mAP50-95(M)", "map_pose": "mAP50-95(P)",
          "top1": "accuracy_top1", "top5": "accuracy_top5"}  # fmt: skip
 

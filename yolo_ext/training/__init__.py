@@ -19,7 +19,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.reporting.tables import conclude, write_summary
-from yolo_ext.stock.accuracy import METRICS, accuracy, score
+from yolo_ext.stock.accuracy import METRIC, accuracy, score
 from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
@@ -59,8 +59,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     before = figures(base, None if resume else Path(model), options.get("data") if measured else None)
     if limits and kept:
         judged(kept[0], kept[0], limits, n=20)  # refuses those of classes and sizes that the split does not hold
-    worth = {k: before[k] for k in METRICS.get(task, ()) if k in before}
-    worth = told.get("base_accuracy") or {} if resume else worth  # of a run that goes on, whose base may be gone
+    # Of a run that goes on the base may be gone.
+    worth = told.get("base_accuracy") or {} if resume else {k: v for k, v in before.items() if k in METRIC}
     before |= worth
     yolo, start = YOLO(str(model), task=task), time.monotonic()
     yolo.add_callback("on_train_start", partial(_keep, [*kept]))
