@@ -31,6 +31,7 @@ TRAIN = "data=shapes/data.yaml imgsz=64 epochs=1 batch=4 device=cpu workers=0 pl
 MASKS = [  # in this order
     (r"\x1b\[[\d;]*[A-Za-z]", ""),
     (r".*The machine is busy.*\n", ""),
+    (r"(?s)\nUltralytics \d.*?\n(?=compress: stage)", "\nThe base model is trained by Ultralytics.\n"),
     (r"(?m)^cpu .*$", "cpu ..., versions"),
     (r"(?m): (100% )?━+ .*$", ": full bar"),
     (r"(?m): \d+% [━╸─]+ .*$", ": bar that stops"),
@@ -123,7 +124,7 @@ def test_fast_commands(console, name):
 @pytest.fixture
 def tiny_demo(monkeypatch):
     """Have the demo train for an epoch on a few images, and leave INT8 out, as above."""
-    whole, small = compress.compress, {"epochs": 1, "imgsz": 64, "workers": 0}
+    whole, small = compress.compress, {"epochs": 1, "imgsz": 64, "workers": 0, "verbose": False}
     monkeypatch.setattr(shapes, "make_shapes", partial(shapes.make_shapes, train=8, val=4, imgsz=64))
     monkeypatch.setattr(compress, "BASE", {**compress.BASE, **small})
     monkeypatch.setattr(compress, "compress", lambda *a, **given: whole(*a, **{**given, **small, "quant": None}))
