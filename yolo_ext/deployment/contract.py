@@ -51,7 +51,7 @@ class Change:
 
 def resamples(images: int, n: int, seed: int = 0) -> np.ndarray:
     """Return how often each image is drawn: once each in the first row, then `n` draws with replacement."""
-    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
+    drawn: np.ndarray = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
     return np.concatenate([np.ones((1, images), drawn.dtype), drawn])
 
 

@@ -205,8 +205,8 @@ def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, 
     after, rows = summary["after"], _rows(summary)
     failed, accuracy = [c for c in summary["checks"] if not c["passed"]], judged([*rows.values()])
     metric = accuracy.key.removesuffix(INT8) if accuracy else ""
-    shown = {"rows": rows, "accuracy": accuracy, "metric": METRIC.get(metric), "failed": failed, "after": after,
-             "checks": summary["checks"], "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}  # fmt: skip
+    shown = {"rows": rows, "accuracy": accuracy, "metric": METRIC.get(metric), "failed": failed, "after": after}
+    shown |= {"checks": summary["checks"], "deploy": told.get("deploy"), "untrained": told.get("epochs") == 0}
     said = TEXT.get_template("headline.txt.j2").render(shown).strip()
     lost = accuracy.verdict == "worse" if accuracy else shown["untrained"]
     if lost or any("max_drop" in c["name"] or c["name"].startswith("contract") for c in failed):
