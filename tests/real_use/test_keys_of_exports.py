@@ -48,7 +48,7 @@ def test_quantize_refuses_what_its_files_cannot_have(place, call, words, texts):
     ("words", "text"),
     [
         pytest.param("data=shapes/data.yaml", "data (only INT8 is calibrated)", id="data of a float file"),
-        pytest.param("device=0", "device=0 (exports run on the CPU)", id="device"),
+        pytest.param("device=cpu", "device (only INT8 is calibrated)", id="device"),
         pytest.param(f"int8=True {DATA} quant.calib=4 quant.mixed=False quant.epochs=3",
                      "quant.epochs (only in quantize and compress), quant.mixed", id="quant"),
     ],
