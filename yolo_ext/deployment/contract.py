@@ -38,11 +38,9 @@ class Change:
 
     def words(self, within: float, images: int) -> str:
         """Say the verdict; `within` is the difference that matters, `images` how many there are."""
-        width = (self.high - self.low) / 2
-        if self.verdict == "same":
-            return f"same within {within:g}"
         if self.verdict != "undecided":
-            return self.verdict
+            return f"same within {within:g}" if self.verdict == "same" else self.verdict
+        width = (self.high - self.low) / 2
         nearest = max(abs(self.change), within - abs(self.change), EPS)  # to a verdict
         needed = int(np.ceil(images * (width / nearest) ** 2))
         at_best = f"not decidable: this split shows differences of about {width:.3f} at best"
@@ -59,7 +57,7 @@ def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, 
     """Return AP (R, 10) of (D, 10) `hits` by falling confidence, of (R, N) `weights` of images and (R,) `targets`."""
     found = np.zeros((len(weights), hits.shape[1]))
     at = np.flatnonzero(hits.any(1))  # what lies between counts in `seen` alone, and what comes behind counts nothing
-    drawn = weights.take(image[: at[-1] + 1 if at.size else 0], axis=1)
+    drawn: np.ndarray = weights.take(image[: at[-1] + 1 if at.size else 0], axis=1)
     seen, drawn = np.maximum(drawn.cumsum(1).take(at, axis=1), 1), drawn.take(at, axis=1)
     share = 100 / np.maximum(targets, 1)[:, None]
     for t in range(hits.shape[1]):
@@ -115,30 +113,24 @@ def figures(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarr
 
 def _of_classes(e: Evidence, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Return the accuracies of a classifier: top-1 and top-5, and top-1 by class."""
-
-    def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
-        return weights @ (right & of) / np.maximum(weights @ of, 1)
-
-    every: np.ndarray = np.ones(len(e.target_cls), bool)
-    found = {"top1": share(e.hits["top"][:, 0], every), "top5": share(e.hits["top"][:, 1], every)}
-    for c in np.unique(e.target_cls):
-        found[f"top1.{e.about['names'][c]}"] = share(e.hits["top"][:, 0], e.target_cls == c)
-    return found
+    (first, five), classes = e.hits["top"].T, np.unique(e.target_cls)
+    parts = {"top1": (first, classes), "top5": (five, classes)}
+    parts |= {f"top1.{e.about['names'][c]}": (first, [c]) for c in classes}
+    of = {k: np.isin(e.target_cls, which) for k, (_, which) in parts.items()}
+    return {k: weights @ (right & of[k]) / np.maximum(weights @ of[k], 1) for k, (right, _) in parts.items()}
 
 
 def _at(e: Evidence, weights: np.ndarray, conf: float) -> dict[str, np.ndarray]:
     """Return recall and precision at an IoU of 0.5 and a confidence, overall and by class."""
     names, kept, n = e.about["names"], e.conf >= conf, weights.shape[1]
-    classes, found = np.unique(e.target_cls), dict[str, np.ndarray]()
-    totals = np.zeros((3, len(weights)))
-    for c in classes:
+    counts = {"": np.zeros((3, len(weights)))}  # of those that are right, detections and targets
+    for c in np.unique(e.target_cls):
         own = kept & (e.cls == c)
         images = (e.image[own & e.hits["box"][:, 0]], e.image[own], e.target_image[e.target_cls == c])
-        counts = np.stack([weights @ np.bincount(i, minlength=n) for i in images])
-        totals += counts
-        found |= {f"recall.{names[c]}": counts[0] / np.maximum(counts[2], 1),
-                  f"precision.{names[c]}": counts[0] / np.maximum(counts[1], 1)}  # fmt: skip
-    return {"recall": totals[0] / np.maximum(totals[2], 1), "precision": totals[0] / np.maximum(totals[1], 1), **found}
+        counts[f".{names[c]}"] = np.stack([weights @ np.bincount(i, minlength=n) for i in images])
+        counts[""] += counts[f".{names[c]}"]
+    return {f"{kind}{name}": found[0] / np.maximum(found[i], 1)
+            for name, found in counts.items() for i, kind in ((2, "recall"), (1, "precision"))}  # fmt: skip
 
 
 def best_confidence(e: Evidence) -> float:

@@ -136,7 +136,4 @@ def _facts(validator: Any) -> dict[str, Any]:
 
 
 def _hashed(parts: Iterable[bytes]) -> str:
-    found = hashlib.sha256()
-    for part in parts:  # not joined: all images of a split are a lot
-        found.update(part)
-    return found.hexdigest()[:16]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
