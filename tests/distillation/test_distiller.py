@@ -19,6 +19,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller, batch_boxes
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.teacher import sites
 from yolo_ext.distillation.terms import Balance
 
 CPU = torch.device("cpu")
@@ -285,7 +286,7 @@ def test_classifiers_are_distilled_as_means_over_images(classifiers, name):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({}, "classifier"), ({"features": None, "logits": "bckd"}, "kl_binary")],
+    [({"layers": ["neck"]}, "classifier"), ({"features": None, "logits": "bckd"}, "kl_binary")],
     ids=["maps", "boxes"],
 )
 def test_classifiers_have_no_neck_and_no_boxes(classifiers, options, word):
@@ -309,9 +310,11 @@ def test_auto_takes_what_the_pair_allows(setup, student, teacher, options, expec
     assert [t.row.name for t in distiller.terms if t.kind == "logits"] == expected
 
 
-def test_auto_of_classifiers_is_a_softmax(classifiers):
-    cfg = parse({"distill": {"teacher": classifiers[1], "features": None}})["distill"]
-    assert [t.row.name for t in Distiller(classifiers[0], cfg, CPU).terms] == ["kl"]
+def test_auto_of_classifiers_is_a_softmax_and_the_last_map_before_the_head(classifiers):
+    distiller = Distiller(classifiers[0], parse({"distill": {"teacher": classifiers[1]}})["distill"], CPU)
+    assert {t.row.name for t in distiller.terms} == {"cwd", "kl"}
+    (site,) = sites([], classifiers[0], distiller.guides[0])
+    assert site.student == site.teacher == "model.8"
 
 
 def test_features_alone_need_no_common_classes(setup):

@@ -411,7 +411,8 @@ def test_a_classifier_has_no_neck_and_no_boxes_to_distil(fit, randomise, shapes,
     model = randomise(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False))
     model.names = {0: "bright", 1: "dark"}
     base = save_model(model, tmp_path / "base-cls.pt")
-    for options, reason in ((DISTILL, "A classifier has no neck"), ({"logits": "bckd"}, "a classifier has no boxes")):
+    wrong = (({"layers": ["neck"]}, "A classifier has no neck"), ({"logits": "bckd"}, "a classifier has no boxes"))
+    for options, reason in wrong:
         with pytest.raises(UsageError, match=reason):
             data = str(folders(shapes, tmp_path / "data"))
             fit(base, TRAINERS["classify"], epochs=1, data=data, distill={**DISTILL, **options})

@@ -169,10 +169,10 @@ class Site:
 def sites(layers: Sequence[str], student: nn.Module, guide: Guide) -> list[Site]:
     """Return the maps that are compared: neck, backbone, a layer index, the path of a module, or `student:teacher`."""
     found: list[Site] = []
-    for layer in layers or ("neck",):
+    for layer in layers or ("neck" if guide.levels else "backbone",):
         if layer == "neck":
             if not guide.levels:
-                raise UsageError("A classifier has no neck: give 'distill.features=None', or layers such as [4, 6].")
+                raise UsageError("A classifier has no neck: leave 'distill.layers' out, or give layers such as [4, 6].")
             widths = [stock.level_widths(m) for m in (student, guide.model)]
             found += [Site(i, j, (widths[0][i], widths[1][j])) for i, j in guide.levels]
         elif layer == "backbone":
