@@ -171,9 +171,8 @@ def device_of(given: Any = None) -> torch.device:
         with quiet(logging.ERROR):
             found = torch_utils.select_device(given, verbose=False)
     except (ValueError, RuntimeError) as e:
-        seen = torch.cuda.device_count()
-        legal = ", ".join(["cpu", *map(str, range(seen)), *["mps"] * torch.backends.mps.is_available()])
-        lacks = f"'device={given}' is no device of this machine, where torch sees {seen} CUDA devices"
+        legal = ", ".join(["cpu", *map(str, range(n := torch.cuda.device_count()))])
+        lacks = f"'device={given}' is no device of this machine, where torch sees {n} CUDA devices"
         raise UsageError(f"{lacks}. Legal: {legal}. Leave device out to take a GPU where there is one.") from e
     return found if isinstance(found, torch.device) else torch.device("cpu")  # what OpenVINO and others run on
 
