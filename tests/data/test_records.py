@@ -122,6 +122,18 @@ def test_ctrl_c_leaves_nothing_half(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s"] and digest(source) == before
 
 
+def test_a_worker_ends_by_sigterm_though_its_parent_has_a_handler(monkeypatch):
+    """The handler of Python runs behind a wait for a lock, so a worker at the end of the work could wait for ever."""
+    monkeypatch.setattr(records, "MANY", 10)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        asked = parallel(lambda _: tuple(map(signal.getsignal, kinds)), range(20), "Asking")
+        assert set(asked) == {(signal.SIG_DFL, signal.SIG_IGN)}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("many", [False, True], ids=["threads", "processes"])
 def test_bar_ends_at_100_percent_though_nobody_asks_for_more(monkeypatch, capsys, many):
     monkeypatch.setattr(records, "MANY", 0 if many else 1000)

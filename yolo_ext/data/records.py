@@ -264,13 +264,18 @@ def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[
         results = pool.imap(work, items)
     else:
         _task = work, items  # forked: no work is pickled, but torch's threads do not survive it
-        fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-        pool = fork.Pool(len(os.sched_getaffinity(0)), signal.signal, ignore)
+        pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _as_worker)
         results = pool.imap(_call, range(len(items)), chunksize=32)
     with pool, TQDM(desc=text, total=len(items)) as bar:
         for found in results:
             bar.update()  # before anybody takes it: nobody may ask for what follows the last one
             yield found
+
+
+def _as_worker() -> None:
+    """Leave Ctrl-C to the parent and end by its SIGTERM, for which a handler in Python could wait behind a lock."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _call(index: int) -> Any:
