@@ -246,14 +246,13 @@ def no_labels(files: Sequence[Path]) -> str:
 
 def check_label(file: Path, nc: int, shape: tuple[int, int] = (0, 0), pose: bool = False) -> list[list[str]]:
     """Return the words of each label row; ArithmeticError where only a value is outside its range, else ValueError."""
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
     if why := load.label_problem(file, nc, shape, pose):
-        text = file.read_text(encoding="utf-8-sig", errors="replace")
         infinite = re.search(r"\b(nan|inf|infinity)\b", text, re.IGNORECASE)
         outside = why.startswith(("non-normalized", "negative")) and not re.search(r"^\s*-", text, re.MULTILINE)
         told = "a value is not finite" if infinite else why
         raise (ArithmeticError if outside and not infinite else ValueError)(told)
-    rows = file.read_text(encoding="utf-8-sig").splitlines()
-    return [line.split() for line in rows if line.strip()]
+    return [line.split() for line in text.splitlines() if line.strip()]
 
 
 def calibration_images(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ultralytics.utils import LOGGER
@@ -41,13 +41,11 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
         folder = _image_folder(file, content["images"], images)
         for name, annotation in _group(content, classes, problems):
             path = PurePosixPath(name.replace("\\", "/"))
-            image = _image(path, file, folder, pictures)
+            image, inside = _image(path, file, folder, root, pictures)
             if image is None:
                 absent.append(f"no image '{path.name}' in '{folder or root}'")
                 continue
-            inside = folder is not None and image == folder / path
-            name = (path if inside else image.relative_to(root)).with_suffix("").as_posix()
-            rows.append((_split_of(file), name, image))
+            rows.append((_split_of(file), inside.with_suffix("").as_posix(), image))
             if labels.setdefault(image, annotation) != annotation:
                 labels[image] = "is annotated twice, in different ways"
         if absent and len(rows) == before:
@@ -92,16 +90,18 @@ def is_coco(file: Path) -> bool:
     return all(f'"{key}"'.encode() in raw for key in KEYS)
 
 
-def _image(path: PurePosixPath, file: Path, folder: Path | None, pictures: Pictures) -> Path | None:
-    """Return the image that a COCO file names: in the folder of its images, else one of that name elsewhere."""
+def _image(
+    path: PurePosixPath, file: Path, folder: Path | None, root: Path, pictures: Pictures
+) -> tuple[Path | None, PurePath]:
+    """Return the image that a COCO file names, in the folder of its images or elsewhere by name, and its path there."""
     safe = not path.is_absolute() and ".." not in path.parts
     if folder is not None and safe and (folder / path).is_file():
-        return folder / path
+        return folder / path, path
     ends = [(shared(path.parts[::-1], p.parts[::-1]), p) for p in pictures().get(path.name, ())]
     most = max((n for n, _ in ends), default=0)
     best = [(p, p) for n, p in ends if n == most]  # the name may start on another machine
     found = nearest((*file.parent.parts, file.stem.rpartition("_")[2]), best)
-    return found[0] if len(found) == 1 else None
+    return (found[0], found[0].relative_to(root)) if len(found) == 1 else (None, path)
 
 
 def _load(file: Path) -> dict[str, Any]:

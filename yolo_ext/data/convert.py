@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,7 +21,7 @@ from yolo_ext.data.find import check_places, tell
 from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_image, voc_text, yolo_row
 
 from yolo_ext.data.records import (  # isort: skip
-    Size, Source, Splits, by_folds, by_ratio, from_lists, link_or_copy, parallel, quote, staged_folder,
+    SPLITS, Size, Source, Splits, by_folds, by_ratio, link_or_copy, parallel, quote, staged_folder,
 )  # fmt: skip
 from yolo_ext.runs import saved
 
@@ -79,17 +80,14 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
 
     Pixels count from 0, without the shift of the original VOC convention. A failure leaves nothing behind.
     """
-    o = Options(**options)
     source, out = Path(source).resolve(), Path(out).resolve()
-    o = replace(o, **{k: v.resolve() for k in ("images", "annotations") if (v := getattr(o, k))})
-    _check_options(source, out, o)
-    kind: Any = format_of(o.annotations or source) if o.format == "auto" else o.format
-    o, more = replace(o, format=kind), {"classes": o.classes} if kind == "yolo" else {}
+    o = _checked(source, out, Options(**options))
+    more = {"classes": o.classes} if o.format == "yolo" else {}
     data = SCANS[o.format](source, images=o.images, annotations=o.annotations, **more)
     tell(data, o.format, source)
     if o.files == "list":
         check_places(data)
-    listed = _listed(data, o)
+    listed = _listed(data.lists, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
     if problems and o.broken == "refuse":
@@ -116,21 +114,16 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
         notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
         images = {split: len(ids) for split, ids in chosen.items()}
         summary = Summary(out, names, yamls, images, boxes, {k: n for k, n in notes.items() if n})
-        _record(stage / RECORD, source, summary)
+        named = {k: {"what": NOTES[k], "count": sum(n.values()), "names": n} for k, n in summary.notes.items()}
+        record = {"source": str(source), "images": images, "boxes": boxes, "notes": named}
+        if named:  # names every image, class or file that something was changed or left out of
+            (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _report(summary)
     return summary
 
 
-def _record(file: Path, source: Path, summary: Summary) -> None:
-    """Name every image, class or file that something was changed or left out of."""
-    if summary.notes:
-        told = {k: {"what": NOTES[k], "count": sum(n.values()), "names": n} for k, n in summary.notes.items()}
-        content = {"source": str(source), "images": summary.images, "boxes": summary.boxes, "notes": told}
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _check_options(source: Path, out: Path, o: Options) -> None:
-    """Refuse illegal options, and an output folder that would endanger anything."""
+def _checked(source: Path, out: Path, o: Options) -> Options:
+    """Return options with the format of the source; refuse illegal ones, and a folder that would endanger anything."""
     for key, kind in get_type_hints(Options).items():
         legal, value = get_args(kind), getattr(o, key)
         if get_origin(kind) is Literal and value not in legal:
@@ -141,6 +134,7 @@ def _check_options(source: Path, out: Path, o: Options) -> None:
         raise UsageError("Folds go with neither ratio= nor to=coco. Give folds=5 alone, with to=yolo or to=voc.")
     if o.files == "list" and (o.format != "yolo" or o.to != "yolo" or o.classes):
         raise UsageError("'files=list' leaves images and labels where they are, so it needs a YOLO source and classes.")
+    o = replace(o, **{k: v.resolve() for k in ("images", "annotations") if (v := getattr(o, k))})
     for key, place in (("source", source), ("images", o.images), ("annotations", o.annotations)):
         if place and not place.exists():
             raise UsageError(f"'{key}={place}' does not exist. Give the folder or file of a dataset.")
@@ -148,15 +142,35 @@ def _check_options(source: Path, out: Path, o: Options) -> None:
         raise UsageError(f"Output folder '{out}' lies inside the source '{source}'. Give a folder outside it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"Output folder '{out}' exists and is not empty. Give a new folder or empty this one.")
+    found: Any = format_of(o.annotations or source) if o.format == "auto" else o.format
+    return replace(o, format=found)
 
 
-def _listed(data: Source, o: Options) -> Splits:
-    """Return the splits that the source or the user lists, none where they are to be random."""
-    if o.ratios or not (o.splits or len(data.lists) > 1):
+def _listed(lists: Splits, o: Options) -> Splits:
+    """Return the image ids of the splits that the source or the user lists, none where they are to be random."""
+    if o.ratios or not (o.splits or len(lists) > 1):
         return {}
     if o.stratify and not o.folds:
         raise UsageError("'stratify=True' needs random splits. Give ratio=0.8,0.2 or folds=5 with it.")
-    return from_lists(data.lists, o.splits, ("train",) if o.folds else ("train", "val"))
+    needed = ("train",) if o.folds else ("train", "val")
+    splits = o.splits or {s: s for s in SPLITS if s in lists}  # ours to those of the source
+    wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
+    if wrong or not set(needed) <= splits.keys():
+        told = f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, "
+        told += f"legal: {', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}."
+        raise UsageError(f"{told} Give e.g. train=trainval val=test, or ratio=0.8,0.2.")
+    chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
+    if empty := [splits[s] for s, members in chosen.items() if not members]:
+        raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
+    for a, b in combinations(chosen, 2):
+        shared = sorted({*chosen[a]} & {*chosen[b]})
+        if shared and (a, b) == ("train", "val") and len(shared) == len(chosen[a]) == len(chosen[b]):
+            told = f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images."
+            raise UsageError(f"{told} Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2.")
+        if shared:
+            both = f"{a} ('{splits[a]}') and {b} ('{splits[b]}')"
+            LOGGER.warning(f"{both} share {len(shared)} images, so accuracy is overstated: {quote(shared)}")
+    return chosen
 
 
 def _probe(data: Source, used: Sequence[str]) -> tuple[dict[str, tuple[Size, int]], dict[str, set[str]], list[str]]:

@@ -21,7 +21,7 @@ SPLIT = {"training": "train", "valid": "val", "validation": "val", "testing": "t
 SPLIT |= {name: name for name in SPLIT.values()}
 
 
-def find_images(source: Path, images: Path | None = None) -> tuple[dict[str, Path], Splits, list[str]]:
+def images_by_id(source: Path, images: Path | None = None) -> tuple[dict[str, Path], Splits, list[str]]:
     """Return images by id, the path below their folder, the ids of each list or split, and clashes of ids.
 
     Images are those below `images`, else those of the source in folders called after images, if any, else all. Lists

@@ -3,23 +3,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree.ElementTree import ParseError
 from xml.sax.saxutils import escape
 
 import numpy as np
 from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import fromstring
+from defusedxml.ElementTree import ParseError, fromstring
 from jinja2 import Template
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label, class_names, keypoints, label_places, load_yaml, read_yaml, split_places
 from yolo_ext.data.coco import coco_entry, detected, is_coco
-from yolo_ext.data.find import find_images, has_rows, is_voc, match
+from yolo_ext.data.find import has_rows, images_by_id, is_voc, match
 
 from yolo_ext.data.records import (  # isort: skip
     SPLITS, Annotation, Object, Size, Source, around, decode, is_image, list_images, numbers, quote, read_text,
@@ -29,7 +28,6 @@ from yolo_ext.stock.load import merge_multi_segment
 
 Record = Mapping[str, Any]  # of a detection, see `label`
 Names = Mapping[int, str]  # class names by class index
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
 Point = Callable[[float, float], tuple[float, float]]
 TEXT = Path(__file__).with_name("voc.xml.j2").read_text(encoding="utf-8")
 VOC = Template(TEXT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -38,7 +36,7 @@ VOC = Template(TEXT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline
 def scan_voc(source: Path, images: Path | None = None, annotations: Path | None = None) -> Source:
     """Find VOC annotations, their images and lists anywhere in a folder, or in those that are given."""
     files = [f for f in walk_files(annotations or source, {"xml"}) if is_voc(f)]
-    found, lists, problems = find_images(source, images)
+    found, lists, problems = images_by_id(source, images)
     for kind, key, there in (("annotations, .xml files,", "annotations", files), ("images", "images", [*found])):
         if not there:
             raise UsageError(f"No VOC {kind} in '{source}'. Give {key}=FOLDER, or the folder that holds both.")
@@ -61,8 +59,7 @@ def read_voc(file: Path) -> Annotation:
     objects = []
     for i, node in enumerate(root.iterfind("object"), 1):
         name = (node.findtext("name") or "").strip()
-        corners = node.find("bndbox")
-        box: Any = numbers([corners.findtext(k) for k in CORNERS]) if corners is not None else ()
+        box: Any = numbers([node.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")])
         if not name or not box:
             raise ValueError(f"has no name or no complete box in object {i}")
         outline = numbers([point.text for point in node.iterfind("polygon/*")], 6)
@@ -109,11 +106,17 @@ def scan_yolo(
         raise UsageError(f"'{source}' holds {len(yamls)} YAML files of datasets. Give source= one of them.")
     if info := read_yaml(str(yamls[0]), need=()) if yamls else {}:
         names = [info["names"][i] for i in range(info["nc"])]
-        places = [(s, path) for s in SPLITS if s in info for path in split_places(s, info, info["yaml_file"])]
-        found, lists, problems = unique_ids([(s, *member) for s, path in places for member in _members(path)])
+        rows = []
+        for split in filter(info.get, SPLITS):
+            for place in split_places(split, info, info["yaml_file"]):
+                for file in list_images(place):  # a list file names images, which lie below a folder of this name
+                    home = next((p for p in file.parents if p.name == "images"), file.parent)
+                    inside = file.relative_to(place if place.is_dir() else home)
+                    rows.append((split, inside.with_suffix("").as_posix(), file))
+        found, lists, problems = unique_ids(rows)
     else:
         names = list(classes or _class_names(source))
-        found, lists, problems = find_images(source, images)
+        found, lists, problems = images_by_id(source, images)
     if not found:
         raise UsageError(f"'{source}' holds no images. Give a data.yaml, or a folder with images/ and labels/.")
     folder = annotations or (source if source.is_dir() else source.parent)
@@ -167,13 +170,6 @@ def _label_files(
     beside = {f for folder in {f.parent for f in there} for f in folder.glob("*.txt")} - there
     orphans = [str(f) for f in sorted(beside) if f.stem not in stems and has_rows(f)]
     return labels, wrong, orphans
-
-
-def _members(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yield images with their path below the folder `path`, or below `images` for those of a list file."""
-    for file in list_images(path):
-        home = next((p for p in file.parents if p.name == "images"), file.parent)
-        yield file.relative_to(path if path.is_dir() else home).with_suffix("").as_posix(), file
 
 
 def _read_yolo(file: Path, size: Size, names: Sequence[str], shape: tuple[int, int]) -> Annotation:

@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import combinations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
-from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
+from ultralytics.utils import NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.load import IMG_FORMATS
@@ -98,28 +97,6 @@ def unique_ids(rows: Sequence[tuple[str, str, Path]]) -> tuple[dict[str, Path], 
             problems.append(f"{images[i].name} and {file.name} have the same id")
         lists.setdefault(split, []).append(i)
     return images, lists, problems
-
-
-def from_lists(lists: Mapping[str, Sequence[str]], splits: Mapping[str, str] | None, needed: Collection[str]) -> Splits:
-    """Return the image ids of each split of the lists in a dataset, named by `splits` (ours to theirs) or alike."""
-    splits = splits or {s: s for s in SPLITS if s in lists}
-    wrong = [f"{s}={n}" for s, n in splits.items() if s not in SPLITS or n not in lists]
-    if wrong or not set(needed) <= splits.keys():
-        told = f"Splits {quote(wrong or sorted(splits) or ['none'])} do not fit. Needed: {' and '.join(needed)}, "
-        told += f"legal: {', '.join(SPLITS)}; lists present: {quote(sorted(lists), 20) or 'none'}."
-        raise UsageError(f"{told} Give e.g. train=trainval val=test, or ratio=0.8,0.2.")
-    chosen = {s: list(dict.fromkeys(lists[splits[s]])) for s in SPLITS if s in splits}
-    if empty := [splits[s] for s, members in chosen.items() if not members]:
-        raise UsageError(f"List {quote(empty)} is empty. Give another list, or ratio=0.8,0.2.")
-    for a, b in combinations(chosen, 2):
-        shared = sorted({*chosen[a]} & {*chosen[b]})
-        if shared and (a, b) == ("train", "val") and len(shared) == len(chosen[a]) == len(chosen[b]):
-            told = f"Lists '{splits[a]}' and '{splits[b]}' hold the same {len(shared)} images."
-            raise UsageError(f"{told} Lists present: {quote(sorted(lists), 20)}; or give ratio=0.8,0.2.")
-        if shared:
-            both = f"{a} ('{splits[a]}') and {b} ('{splits[b]}')"
-            LOGGER.warning(f"{both} share {len(shared)} images, so accuracy is overstated: {quote(shared)}")
-    return chosen
 
 
 def by_ratio(ids: Collection[str], ratios: Mapping[str, float], seed: int, classes: Kinds | None = None) -> Splits:

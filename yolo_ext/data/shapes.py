@@ -69,7 +69,6 @@ def draw_scene(rng: np.random.Generator, imgsz: int) -> tuple[np.ndarray, list[t
         cls = int(rng.integers(3))
         if (outline := _place(rng, cls, imgsz, boxes)) is not None:
             _paint(rng, image, outline)
-            boxes.append(_box(outline))
             x0, y0, x1, y1 = boxes[-1] / imgsz
             rows.append((cls, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
     if rng.random() < 0.5:
@@ -107,18 +106,16 @@ def _distractor(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _place(rng: np.random.Generator, cls: int, imgsz: int, boxes: list[np.ndarray]) -> np.ndarray | None:
-    """Return the outline (N, 2) of a shape with room for it, in pixels; None when 30 tries found none."""
+    """Return the outline (N, 2) in pixels of a shape where there is room, and add its box; None after 30 tries."""
     for _ in range(30):
         outline = _outline(rng, cls) * imgsz * np.exp(rng.uniform(np.log(0.2), np.log(0.42)))
         extent = np.ptp(outline, axis=0)
         outline += rng.uniform(1, imgsz - 1 - extent) - outline.min(0)
-        if all(_cover(_box(outline), other) < 0.3 for other in boxes):  # of the smaller box: IoU stays below 0.3 too
+        box = np.concatenate([outline.min(0), outline.max(0)])
+        if all(_cover(box, other) < 0.3 for other in boxes):  # of the smaller box: IoU stays below 0.3 too
+            boxes.append(box)
             return outline
     return None
-
-
-def _box(outline: np.ndarray) -> np.ndarray:
-    return np.concatenate([outline.min(0), outline.max(0)])
 
 
 def _cover(a: np.ndarray, b: np.ndarray) -> float:

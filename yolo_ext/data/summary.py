@@ -4,7 +4,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from itertools import combinations
@@ -108,14 +108,15 @@ def _tables(source: Source, seen: Mapping[str, Seen]) -> dict[str, Any]:
 
 def _groups(source: Source, seen: Mapping[str, Seen], near: int) -> dict[str, list[list[str]]]:
     """Return groups of images that are exactly and nearly the same; an image in two splits is a group of its own."""
-    exact = same({i: s.key for i, s in seen.items()})
+    exact = [ids for ids in grouped(seen, lambda i: seen[i].key).values() if len(ids) > 1]
     member = Counter(i for ids in source.lists.values() for i in set(ids) if i in seen)
-    grouped = {i for g in exact for i in g}
-    exact += [[i] for i, n in member.items() if n > 1 and i not in grouped]
+    copies = {i for ids in exact for i in ids}
+    exact += [[i] for i, n in member.items() if n > 1 and i not in copies]
     alone = {s.key: i for i, s in reversed([*seen.items()])}  # exact copies count once
     prints = {i: seen[i].print for i in alone.values()}
     first = {p: i for i, p in prints.items()}
-    return {"": exact, "_near": same(prints) + [[first[a], first[b]] for a, b in near_pairs(first, near)]}
+    alike = [ids for ids in grouped(prints, lambda i: prints[i]).values() if len(ids) > 1]
+    return {"": exact, "_near": alike + [[first[a], first[b]] for a, b in near_pairs(first, near)]}
 
 
 def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[str]], dict[str, list[list[str]]]]:
@@ -144,11 +145,6 @@ def fingerprint(file: Path) -> tuple[bytes, int]:
         raise ValueError(f"cannot be decoded ({e})") from e
     bits = np.packbits(small[:, 1:] > small[:, :-1])
     return hashlib.blake2b(raw, digest_size=16).digest(), int.from_bytes(bits.tobytes(), "big")
-
-
-def same(keys: Mapping[str, Hashable]) -> list[list[str]]:
-    """Return the groups of names with the same key."""
-    return [names for names in grouped(keys, lambda name: keys[name]).values() if len(names) > 1]
 
 
 def near_pairs(prints: Iterable[int], limit: int = NEAR) -> list[tuple[int, int]]:
