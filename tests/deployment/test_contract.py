@@ -104,7 +104,7 @@ def test_one_class_that_is_gone_is_flagged():
     rare = base.cls == 2
     new = replace(base, hits={"box": base.hits["box"] & ~rare[:, None]})
     worse = {c.name for c in changes(base, new, n=200) if c.verdict == "worse"}
-    assert {"map.rare", "recall.rare"} <= worse
+    assert {"recall.rare", "precision.rare"} <= worse
     assert not {"map.cell", "map.plate", "recall.cell", "recall.plate"} & worse
 
 
@@ -135,11 +135,15 @@ def test_verdicts(low, high, word):
     assert verdict(low, high, 0.005) == word
 
 
-@pytest.mark.parametrize(("change", "needed"), [(0.0, "400"), (0.0021, "1,190"), (-0.009, "124")])
-def test_what_cannot_be_decided_says_how_many_images_could(change, needed):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(0.0, "400 images would show 0.005"), (0.0021, "1,190 images would show 0.005"),
+     (-0.009, "124 images would decide a change of this size")],
+)  # fmt: skip
+def test_what_cannot_be_decided_says_how_many_images_could(change, told):
     undecided = Change("map", 0.5, 0.5 + change, change, change - 0.01, change + 0.01, "undecided")
     assert undecided.words(0.005, 100) == (
-        f"not decidable: this split shows differences of about 0.010 at best; {needed} images would show 0.005"
+        f"not decidable: this split shows differences of about 0.010 at best; {told}"
     )
 
 

@@ -43,8 +43,9 @@ class Change:
         width = (self.high - self.low) / 2
         nearest = max(abs(self.change), within - abs(self.change), EPS)  # to a verdict
         needed = int(np.ceil(images * (width / nearest) ** 2))
+        what = f"show {within:g}" if nearest > abs(self.change) else "decide a change of this size"
         at_best = f"not decidable: this split shows differences of about {width:.3f} at best"
-        return f"{at_best}; {needed:,} images would show {within:g}"
+        return f"{at_best}; {needed:,} images would {what}"
 
 
 def resamples(images: int, n: int, seed: int = 0) -> np.ndarray:
@@ -64,7 +65,7 @@ def average_precision(hits: np.ndarray, image: np.ndarray, targets: np.ndarray, 
         own = np.flatnonzero(hits[at, t])
         if not own.size:
             continue
-        right = drawn.take(own, axis=1).cumsum(1)
+        right: np.ndarray = drawn.take(own, axis=1).cumsum(1)
         precision = right / seen.take(own, axis=1)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         reached = np.ceil(right * share - EPS)  # of 101 recalls from 0 to 1, how many lie below each
@@ -169,8 +170,8 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
     gaps = {k: np.where(np.isnan(old[k]), now[k][0] - old[k][0], now[k] - old[k]) for k in old}
     held, found = _held(base), []
     few = {k for k, (images, _) in held.items() if images < ENOUGH}
-    factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (1 + confidence) / 2)
-    for k in sorted(gaps, key=lambda k: k not in METRIC):  # which have intervals of their own
+    factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (3 + confidence) / 4)
+    for k in sorted(gaps, key=lambda k: k not in METRIC):  # which have intervals, and half of the risk, of their own
         spread = gaps[k][1:].std()
         if k.startswith(("recall.", "precision.")) and not np.array_equal(base.conf, new.conf):
             spread = max(spread, 1 / held[k][1])  # none of n objects changed: times the factor, the rule of three
@@ -194,7 +195,7 @@ def _held(e: Evidence) -> dict[str, tuple[int, int]]:
 
 def _critical(gaps: Sequence[np.ndarray], confidence: float) -> float:
     """Return by how many standard deviations intervals have to reach so that all of them hold together."""
-    each = np.stack(gaps) if gaps else np.zeros((0, 1))
+    each = np.stack(gaps) if gaps else np.zeros((0, 2))
     spread = each[:, 1:].std(axis=1, keepdims=True)
     far = np.abs(each[:, 1:] - each[:, :1])[spread[:, 0] > 0] / spread[spread[:, 0] > 0]
     return float(np.quantile(far.max(axis=0), confidence)) if far.size else 1.0
@@ -245,28 +246,20 @@ def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = F
 
 
 def surely_broken(found: Sequence[Change]) -> list[dict[str, Any]]:
-    """Return the checks of the default contract: of the model, and of classes and sizes that break it, else the worst.
-
-    No metric of the task may surely lose more than 0.02, and no class or size more than 0.05 of it or of its recall.
-    """
-    checks, rest = list[dict[str, Any]](), list[dict[str, Any]]()
-    for c in sorted(found, key=lambda c: c.high):
-        if c.name in METRIC or c.name.split(".")[0] in ("recall", "size", *METRIC):
-            limit = -0.02 if c.name in METRIC else -0.05
-            passed = c.high >= limit or c.verdict == "undecided"
-            check = {"name": f"contract {c.name}", "value": round(c.high, 4), "limit": limit, "passed": passed}
-            (checks if c.name in METRIC else rest).append(check)
-    return checks + ([c for c in rest if not c["passed"]] or rest[:1])
+    """Return the checks of the default contract: of the model, and classes and sizes that break it, or the worst."""
+    limits = {c: -0.02 if c.name in METRIC else -0.05 for c in sorted(found, key=lambda c: c.high)
+              if c.name.split(".")[0] in ("recall", "size", *METRIC)}  # fmt: skip
+    checks = [{"name": f"contract {c.name}", "value": round(c.high, 4), "limit": limit,
+               "passed": c.high >= limit or c.verdict == "undecided"} for c, limit in limits.items()]  # fmt: skip
+    rest = [c for c in checks if c["limit"] == -0.05]
+    return [c for c in checks if c not in rest] + ([c for c in rest if not c["passed"]] or rest[:1])
 
 
 def judged(
     base: Evidence, new: Evidence, limits: Mapping[str, Any] | None = None, *, conf: float | None = None,
     within: float = 0.005, n: int = 1000, confidence: float | None = None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Judge a model, deployed at `conf`, against its base, by limits from `read_limits` or else the default contract.
-
-    `within` is the difference that matters. With a `confidence`, limits hold for the lower ends of its intervals.
-    """
+    """Judge a model, deployed at `conf`, against its base by limits (with `confidence`, of lower ends) or default."""
     conf = best_confidence(base) if conf is None else conf
     found = changes(base, new, conf=conf, within=within, n=n, confidence=confidence or 0.95, seed=seed)
     checks = broken(found, limits, sure=confidence is not None) if limits else surely_broken(found)

@@ -89,12 +89,10 @@ def cell(value: float | None, spec: str) -> str:
 
 
 def comparison_rows(before: Figures, after: Figures, contract: Figures = None) -> list[Row]:
-    """Compare two measurements, the accuracy of the file to deploy with the intervals of `deployment.contract.judged`.
-
-    A figure that the base lacks is compared with the fallback that its label then names.
-    """
+    """Compare two measurements; a figure the base lacks is compared with the fallback that its label then names."""
     rows, ratios = [], (after or {}).get("latency_ratio") or {}
     known = {c["name"]: c for c in (contract or {}).get("changes", ())}
+    # The intervals are those of the file to deploy.
     known |= {k + INT8: known.pop(k) for k in METRIC if k in known and figure(after, k + INT8) is not None}
     for field in FIELDS:
         old, new, label = figure(before, field.key), figure(after, field.key), field.label

@@ -260,12 +260,8 @@ def budget_checks(
     speed: Mapping[str, Any] | None = None, max_drop: float | None = None, confidence: float | None = None,
     changes: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Return how a result holds budgets: those of its pruning, `speed` in ORT among them, and the accuracy in total.
-
-    With `confidence`, the latter is the most that may really be lost by the `changes` that a contract found.
-    """
-    checks = []
-    row = judged(comparison_rows(before, after))
+    """Return how a result holds budgets: of its pruning, and the accuracy in total (by `changes` with `confidence`)."""
+    checks, row = [], judged(comparison_rows(before, after))
     if max_drop and row and row.before != ABSENT:
         bounds = [-c["low"] for c in changes if confidence and c["name"] in METRIC]
         most, how = (max(bounds), f"at most, confidence {confidence:g}; ") if bounds else (loss(row), "")
