@@ -71,12 +71,19 @@ def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: An
     net = _net(model) if net is None else net
     facts = _about(Path(str(model))) if net is None else (net.task, net.names, type(net.model[-1]).__name__)
     task, names, head = facts
-    cls, info = _validator(task, str(data))
-    cls = RTDETRValidator if head == "RTDETRDecoder" else cls  # which stretches images
     one = names == ONE_CLASS  # as it was trained
+    if task not in VALIDATORS:
+        raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
     if task != "classify":
+        try:
+            info = check_det_dataset(str(data), autodownload=False)
+        except Exception as error:
+            raise UsageError(f"Data set '{data}' cannot be used ({error}). Give a YAML of data on disk.") from error
         who = "model" if isinstance(model, nn.Module) else model
         check_fit(net or {"names": names}, one_class(info) if one else info, (who, data))
+    elif not Path(str(data)).is_dir():
+        raise UsageError(f"Data set '{data}' cannot be used (not a folder). Give a folder of data on disk.")
+    cls = RTDETRValidator if head == "RTDETRDecoder" else VALIDATORS[task]  # which stretches images
     return cls, {"task": task, "data": str(data), "single_cls": one}
 
 
@@ -100,21 +107,6 @@ def _about(path: Path) -> tuple[str, dict[int, str], str]:
     if "task" not in props:
         raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
     return props["task"], ast.literal_eval(props.get("names", "{}")), props.get("head", "")
-
-
-def _validator(task: str, data: str) -> tuple[Any, dict[str, Any]]:
-    """Return the validator class of a task, and what Ultralytics makes of the data."""
-    if task not in VALIDATORS:
-        raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
-    try:
-        if task != "classify":
-            return VALIDATORS[task], check_det_dataset(data, autodownload=False)
-        if not Path(data).is_dir():
-            raise NotADirectoryError("not a folder")
-    except Exception as error:
-        what = "a folder" if task == "classify" else "a YAML"
-        raise UsageError(f"Data set '{data}' cannot be used ({error}). Give {what} of data on disk.") from error
-    return VALIDATORS[task], {}
 
 
 def _figures(validator: Any, found: dict[str, Any]) -> dict[str, Any]:
