@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from ultralytics.engine import validator
+from ultralytics.models.yolo.detect import val
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_ext.core.errors import CheckFailed, UsageError
@@ -17,13 +20,15 @@ from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.check import check_data
 from yolo_ext.data.shapes import make_shapes
 from yolo_ext.quantization.fake_quant import get_state
+from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.trainer import agreed
 from yolo_ext.training.quant import Quant
 
 
 def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    wait = timedelta(seconds=120)  # and not half an hour
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", wait, rank=rank, world_size=2)
 
 
 def decide(rank: int, folder: str) -> None:
@@ -45,6 +50,23 @@ def test_rank_0_decides_for_all(tmp_path):
     """Each rank decides otherwise, and would without the broadcast; an error on rank 0 stops all of them."""
     torch.multiprocessing.spawn(decide, (str(tmp_path),), nprocs=2)
     assert [torch.load(tmp_path / str(r)) for r in (0, 1)] == [[{"a": [0, 7]}, "no"]] * 2
+
+
+def measure(rank: int, folder: str, model: str, data: str) -> None:
+    start(rank, folder)
+    for module in (validator, val):  # as in a process that Ultralytics has started for a GPU
+        module.RANK = module.LOCAL_RANK = rank
+    found = agreed(lambda: accuracy(model, data, 64, device="cpu"))
+    torch.save(found, f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_budget_is_measured_by_rank_0_alone(tmp_path, tiny, shapes):
+    """Ultralytics' validators would wait for those of the other rank, which waits for what rank 0 decides."""
+    torch.multiprocessing.spawn(measure, (str(tmp_path), str(tiny), str(shapes)), nprocs=2)
+    first, second = (torch.load(tmp_path / str(r)) for r in (0, 1))
+    assert first == second == accuracy(tiny, shapes, 64, device="cpu")
 
 
 def quantize(rank: int, folder: str, info: dict[str, Any]) -> None:
