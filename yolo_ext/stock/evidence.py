@@ -5,14 +5,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ultralytics.models.yolo.classify import val
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.stock.context import replaced
 
 KINDS = {"tp": "box", "tp_m": "mask", "tp_p": "pose"}  # what Ultralytics' validators match, by our name
 
@@ -58,6 +61,13 @@ class Evidence:
 def collected(validator: Any) -> Callable[[], Evidence]:
     """Have a validator of Ultralytics keep what it matches, and return what makes the evidence of that afterwards."""
     if not hasattr(validator, "_process_batch"):
+        made = validator.get_dataloader
+
+        def in_order(*args: Any) -> Any:  # Ultralytics would shuffle
+            with replaced(val, build_dataloader=partial(val.build_dataloader, shuffle=False)):
+                return made(*args)
+
+        validator.get_dataloader = in_order
         return lambda: _of_classifier(validator, _facts(validator))
     rows: list[dict[str, Any]] = []
     process, match, best = validator._process_batch, validator.match_predictions, list[torch.Tensor]()
