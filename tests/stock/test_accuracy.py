@@ -68,12 +68,16 @@ def test_top1_of_a_classifier(tmp_path):
     for name in "ab":
         for split in ("train", "val"):
             (tmp_path / split / name).mkdir(parents=True)
-            picture = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
-            picture.save(tmp_path / split / name / "0.png")
+            for i in range(4):
+                picture = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+                picture.save(tmp_path / split / name / f"{i}.png")
     net = ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False).eval()
     net.names = {0: "a", 1: "b"}
-    found = accuracy(net, tmp_path, 32)
-    assert found == {"top1": 0.5, "top5": 1.0, "images": 2}  # an untrained one gives all images one class
+    kept = []
+    found = accuracy(net, tmp_path, 32, keep=kept.append)
+    assert found == {"top1": 0.5, "top5": 1.0, "images": 8}  # an untrained one gives all images one class
+    assert kept[0].images == [f"{name}/{i}.png" for name in "ab" for i in range(4)], "Ultralytics shuffles them"
+    assert kept[0].target_cls.tolist() == [0] * 4 + [1] * 4
 
 
 LOST = {

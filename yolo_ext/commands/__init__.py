@@ -210,12 +210,6 @@ def tell_idle(keys: Sequence[Any]) -> None:
         LOGGER.warning(f"Without effect here: {', '.join(idle)}")
 
 
-def tell_broken(checks: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of the limits of a contract that do not hold."""
-    for c in (c for c in checks if not c["passed"]):
-        LOGGER.warning(f"{c['name']}: {c['value']:+.4f} (limit {c['limit']:g})")
-
-
 def check_native(command: str, model: Any, native: dict[str, Any], also: Sequence[str] = ()) -> None:
     """Refuse keys of Ultralytics that no training and not the command `also` reads; a right task word is taken out."""
     from yolo_ext import stock

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, Count, Natural, Share, Weights, command, tell_broken
+from yolo_ext.commands import LOGGER, Count, Natural, Share, Weights, command
 from yolo_ext.core.errors import UsageError
 
 
@@ -43,7 +43,6 @@ def compare(
     folder = runs.folder(place, task=base.about["task"], mode="compare")
     for name, evidence in (("base", base), ("other", new)):
         atomic_write(folder / f"{name}.npz", evidence.data())
-    tell_broken(found["checks"])
     runs.write_json(folder / "compare.json", found)
     runs.saved(folder)
     return found

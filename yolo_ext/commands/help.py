@@ -38,8 +38,8 @@ OPTIONS = {  # headings in the help of a technique, each by the first option bel
     "sparsity": {"method": "how", "schedule": "over the epochs", "threshold": "how far"},
     "distill": {"teacher": "teacher", "features": "losses", "schedule": "over the epochs",
                 "alpha": "beside the task's own loss", "every": "cost of the teacher"},
-    "quant": {"mode": "how", "calib": "calibration", "exclude": "layers", "adaround": "better PTQ", "max_drop": "budget",
-              "epochs": "QAT"},
+    "quant": {"mode": "how", "calib": "calibration", "exclude": "layers", "adaround": "better PTQ",
+              "max_drop": "budget", "epochs": "QAT"},
 }  # fmt: skip
 FURTHER = {"native": "and also", "place": "run folder"}  # what stands for several keys
 

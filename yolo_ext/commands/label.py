@@ -17,7 +17,7 @@ from yolo_ext.core.log import resumes
 from yolo_ext.core.registry import suggest
 
 TASKS = ("detect", "segment")
-COMPARED = ("detect", "segment", "pose", "obb")  # tasks that `predict compare=` draws
+COMPARED = ("detect", "segment", "pose", "obb", "classify")  # tasks that `predict compare=` draws
 WORDS = "base {base}, model {new} objects, {missed} missed, {added} added"
 OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model is not to write or open
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
@@ -193,6 +193,8 @@ def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dic
 
     refuse_unread("predict compare=", native, lambda key: key not in (*PREDICTS, *BOTH, *PLACE))
     new, base = _load(model, native), _load(compare, native)
+    if "classify" in {new.task, base.task} and new.task != base.task:
+        raise UsageError(f"'{model}' is a '{new.task}' model, '{compare}' a '{base.task}' model. Give two of one task.")
     rows: list[dict[str, Any]] = []
     taken: Counter[str] = Counter()
     options = {"save": True, "verbose": False, **native}  # the command line of Ultralytics saves, too
@@ -231,7 +233,7 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     except Exception as error:  # whatever unpickling and parsing raise
         raise UsageError(f"Model '{path}' cannot be loaded ({type(error).__name__}: {error}).") from error
     if model.task not in COMPARED:
-        raise UsageError(f"'compare' draws boxes; '{path}' is a '{model.task}' model. Legal: {', '.join(COMPARED)}.")
+        raise UsageError(f"'{path}' is a '{model.task}' model. 'compare' takes {', '.join(COMPARED)}.")
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_broken, tell_idle
+from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_idle
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import resumes
@@ -95,7 +95,6 @@ def bench(
     figures = _figures(rows, about)
     stages = {Path(f).name: figures[f] for f in files}
     write_summary(folder, figures[files[0]], figures[files[-1]], stages, table=False)
-    tell_broken(found["checks"])
     best = min(rows[: len(files)], key=lambda r: r["median"])["model"]
     runs.saved(folder, f"yolo predict model={best} imgsz={size} source=image.jpg")
     return found

@@ -32,7 +32,6 @@ def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> 
     report = {
         "title": f"Compression report: {run.base.name}",
         "about": _about(run, summary["env"]),
-        "command": summary["command"],
         "summary": summary,
         "files": {**made, "before": made["base"], "after": made[stage]},
         "layers": next((d.layers for d in run.done.values() if d.layers), []),

@@ -142,13 +142,11 @@ def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tu
     if base and new:
         a, b = np.asarray(base, dtype=np.float64), np.asarray(new, dtype=np.float64)
         overlap = np.where(a[:, None, 5] == b[None, :, 5], bbox_ioa(a[:, :4], b[:, :4], iou=True), 0.0)
-        for flat in np.argsort(-overlap, axis=None, kind="stable"):
-            i, j = (int(n) for n in np.unravel_index(flat, overlap.shape))
-            if overlap[i, j] < iou:
-                break
-            if i in missed and j in added:
-                missed.remove(i)
-                added.remove(j)
+        while overlap.max() >= iou:
+            i, j = divmod(int(overlap.argmax()), len(new))
+            missed.remove(i)
+            added.remove(j)
+            overlap[i], overlap[:, j] = 0, 0
     return missed, added
 
 
