@@ -209,11 +209,15 @@ def verdict(low: float, high: float, within: float) -> str:
 
 
 def read_limits(
-    given: Any, task: str, names: Mapping[int, str], confidence: float | None = None, data: Any = True
-) -> dict[str, float]:
+    given: Any, task: str, names: Mapping[int, str], confidence: float | None = None, data: Any = True,
+    max_drop: float | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Return the limits of a contract by figure, of options or a YAML file; refuse those that no split can have."""
     if confidence is not None and not 0 < confidence < 1:
         raise UsageError(f"'confidence={confidence}' is illegal: give a share below 1, such as 0.95.")
+    if max_drop is not None and not (data and max_drop > 0):
+        needs = "give a loss above 0, such as 0.01, with a trained .pt and data= that fit it"
+        raise UsageError(f"'max_drop={max_drop}' limits the accuracy lost against the model as it is: {needs}.")
     if given and not data:
         raise UsageError("'contract' limits what a val split shows. Give data=data.yaml.")
     if isinstance(given, (str, Path)) and not Path(given).is_file():

@@ -25,7 +25,6 @@ from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.load import load_model
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
-from yolo_ext.training.prune import check_budget
 from yolo_ext.training.resume import clear
 from yolo_ext.training.trainer import trainer_for
 
@@ -163,9 +162,9 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
     loaded = {Path(model): (base, dict(ckpt.get("train_args") or {}))}
     run = Run(Path(model), data, stock.task_of(base), options, **configs, models=loaded)
     run.max_drop, contract, run.confidence = asked.values()
-    check_budget(run.max_drop, data and run.base.suffix == ".pt")
     _check_data(run)
-    run.limits = asked["contract"] = read_limits(contract, run.task, base.names, run.confidence, data)
+    measured = data and run.base.suffix == ".pt"
+    run.limits = asked["contract"] = read_limits(contract, run.task, base.names, run.confidence, measured, run.max_drop)
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
     _check_graph(run)

@@ -23,7 +23,7 @@ from yolo_ext.stock.accuracy import METRIC, accuracy, score
 from yolo_ext.stock.evidence import Evidence
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.distill import remember
-from yolo_ext.training.prune import budget_checks, check_budget
+from yolo_ext.training.prune import budget_checks
 from yolo_ext.training.technique import Technique
 from yolo_ext.training.trainer import TRAINERS, CompressionMixin, attach, techniques_of, trainer_for
 
@@ -52,9 +52,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
         args = {**own, **options, "model": str(model), "task": task}
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits
-    check_budget(told.get("max_drop"), measured or resume)
-    confidence, kept = told.get("confidence"), list[Evidence]()
-    limits = read_limits(told.get("contract"), task, base.names, confidence, measured or resume)
+    max_drop, confidence, kept = told.get("max_drop"), told.get("confidence"), list[Evidence]()
+    limits = read_limits(told.get("contract"), task, base.names, confidence, measured or resume, max_drop)
     figures = partial(_figures, imgsz=imgsz, device=options.get("device"), keep=kept.append)
     before = figures(base, None if resume else Path(model), options.get("data") if measured else None)
     if limits and kept:
@@ -70,7 +69,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     best = trainer.best if trainer.best.exists() else trainer.last
     after = figures(load_model(best)[0], best, trainer.args.data)
     proved, cfg = _proved(trainer, kept, limits, confidence), trainer.compression["prune"]
-    checks = budget_checks(cfg, before, after, None, told.get("max_drop"), confidence, proved.get("changes", ()))
+    checks = budget_checks(cfg, before, after, None, max_drop, confidence, proved.get("changes", ()))
     checks += proved.get("checks", [])
     use = f"yolo-ext {'export int8=True' if configs['quant'] else 'quantize'} model={best} data={trainer.args.data}"
     told = {"settings": {"model": Path(model).name, **native, **changes(configs)}, "training_s": seconds,

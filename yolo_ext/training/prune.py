@@ -248,13 +248,6 @@ def labelled_batches(
         yield {**found, "img": image.float() if image.is_floating_point() else image.float() / 255}
 
 
-def check_budget(max_drop: Any, measured: Any) -> None:
-    """Refuse a budget of the accuracy in total that is none, or where that of the base is not `measured`."""
-    if max_drop is not None and not (measured and max_drop > 0):
-        needs = "give a loss above 0, such as 0.01, with a trained .pt and data= that fit it"
-        raise UsageError(f"'max_drop={max_drop}' limits the accuracy lost against the model as it is: {needs}.")
-
-
 def budget_checks(
     cfg: PruneConfig | None, before: Mapping[str, Any], after: Mapping[str, Any],
     speed: Mapping[str, Any] | None = None, max_drop: float | None = None, confidence: float | None = None,
