@@ -156,21 +156,21 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
     bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
     result: dict[str, Any] = {"precision": precision}
-    on = {"device": device_of(device)}
+    device = device_of(device)
     todo: dict[str, Callable[[], dict[str, Any]]] = {
-        "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz, **on),
+        "tensors": partial(verify_tensors, weights, onnx_path, images, imgsz, device=device),
         "weights": partial(compare_weights, weights, onnx_path, meta["end2end"], bounds["weight_max"]),
     }
     if meta["task"] in BOXES:
-        match = MATCH_IOU[precision]
-        todo["detections"] = partial(verify_detections, weights, onnx_path, images, imgsz, match_iou=match, **on)
+        paired = partial(verify_detections, weights, onnx_path, images, imgsz, device=device)
+        todo["detections"] = partial(paired, match_iou=MATCH_IOU[precision])
     evidence: list[Evidence] = []
     if data is not None and not meta["nms"] and height == width:  # the threshold of embedded NMS cuts the curve
-        measured = partial(accuracy, data=data, imgsz=width, keep=evidence.append, **on)
+        measured = partial(accuracy, data=data, imgsz=width, keep=evidence.append, device=device)
         of_torch = partial(measured, weights, end2end=meta["end2end"])
         todo["map"] = lambda: {"torch": of_torch(), "onnx": measured(onnx_path)}
     if int8_onnx is not None:
-        todo["int8"] = partial(verify_int8, onnx_path, int8_onnx, images, imgsz, fake_quant, **on)
+        todo["int8"] = partial(verify_int8, onnx_path, int8_onnx, images, imgsz, fake_quant, device=device)
     for name, work in TQDM(todo.items(), desc="Verifying"):
         result[name] = work()
     worst = result["tensors"].pop("worst")
