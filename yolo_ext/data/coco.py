@@ -13,10 +13,9 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
-from yolo_ext.data.find import nearest, shared
 
 from yolo_ext.data.records import (  # isort: skip
-    SPLITS, Annotation, Object, Source, Store, around, decode, grouped, is_image, numbers, quote,
+    SPLITS, Annotation, Object, Source, Store, around, decode, grouped, is_image, nearest, numbers, quote, shared,
     unique_ids, walk_files,
 )  # fmt: skip
 from yolo_ext.stock.load import IMG_FORMATS

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,9 +16,8 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import suggest
-from yolo_ext.data.check import image_probe
+from yolo_ext.data.check import image_probe, label_places, no_labels
 from yolo_ext.data.coco import coco_object, scan_coco, write_coco
-from yolo_ext.data.find import check_places, tell
 from yolo_ext.data.formats import FORMATS, format_of, scan_voc, scan_yolo, to_image, voc_text, yolo_row
 
 from yolo_ext.data.records import (  # isort: skip
@@ -84,9 +84,9 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
     o = _checked(source, out, Options(**options))
     more = {"classes": o.classes} if o.format == "yolo" else {}
     data = SCANS[o.format](source, images=o.images, annotations=o.annotations, **more)
-    tell(data, o.format, source)
+    _tell(data, o.format, source)
     if o.files == "list":
-        check_places(data)
+        _check_places(data)
     listed = _listed(data.lists, o)
     used = sorted(set().union(*listed.values())) if listed else sorted(data.annotated)
     found, kinds, problems = _probe(data, used)
@@ -144,6 +144,26 @@ def _checked(source: Path, out: Path, o: Options) -> Options:
         raise UsageError(f"Output folder '{out}' exists and is not empty. Give a new folder or empty this one.")
     found: Any = format_of(o.annotations or source) if o.format == "auto" else o.format
     return replace(o, format=found)
+
+
+def _tell(data: Source, format: str, source: Path) -> None:
+    """Say what was found where; no annotation at all is an error."""
+    if not data.files:
+        looked = no_labels(label_places(data.images.values()))
+        raise UsageError(f"'{source}' has {len(data.images)} images: {looked}. Give annotations=FOLDER.")
+    start, places = source if source.is_dir() else source.parent, []
+    for kind, files in (("images", [*data.images.values()]), (f"{format} annotation files", data.files)):
+        places.append(f"{kind}: {len(files)} in '{relpath(commonpath([f.parent for f in files]), start)}'")
+    lists = [f"lists: {quote(sorted(data.lists), 20)}"] if len(data.lists) > 1 else []
+    LOGGER.info(f"Found in '{source}': {', '.join([*places, *lists])}")
+
+
+def _check_places(data: Source) -> None:
+    """Refuse labels that training would not find, where images and labels are to stay."""
+    places = label_places(data.images[i] for i in data.labels)
+    if lost := [f"'{label}'" for label, place in zip(data.labels.values(), places) if label != place]:
+        told = f"{len(lost)} labels lie where training does not look, such as {lost[0]}"
+        raise UsageError(f"{told}. Give files=link, which makes a dataset of them.")
 
 
 def _listed(lists: Splits, o: Options) -> Splits:

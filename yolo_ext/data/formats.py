@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""The formats: where their files lie, and how datasets of Pascal VOC and YOLO are found, read and written."""
+"""The formats, and Pascal VOC and YOLO: found by what files hold, read and written."""
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +19,82 @@ from jinja2 import Template
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_label, class_names, keypoints, label_places, load_yaml, read_yaml, split_places
 from yolo_ext.data.coco import coco_entry, detected, is_coco
-from yolo_ext.data.find import has_rows, images_by_id, is_voc, match
 
 from yolo_ext.data.records import (  # isort: skip
-    SPLITS, Annotation, Object, Size, Source, around, decode, is_image, list_images, numbers, quote, read_text,
-    unique_ids, walk_files,
+    SPLITS, Annotation, Object, Size, Source, Splits, around, decode, grouped, is_image, list_images, match, numbers,
+    quote, read_text, shared, unique_ids, walk_files,
 )  # fmt: skip
-from yolo_ext.stock.load import merge_multi_segment
+from yolo_ext.stock.load import IMG_FORMATS, merge_multi_segment
 
 Record = Mapping[str, Any]  # of a detection, see `label`
 Names = Mapping[int, str]  # class names by class index
+IMAGES = ({"jpegimages", "images", "image", "imgs", "img"}, {"jpegimages"})  # names of image folders, then sure ones
+SPLIT = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}  # what splits are called besides
+SPLIT |= {name: name for name in SPLIT.values()}
 Point = Callable[[float, float], tuple[float, float]]
 TEXT = Path(__file__).with_name("voc.xml.j2").read_text(encoding="utf-8")
 VOC = Template(TEXT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+
+
+def images_by_id(source: Path, images: Path | None = None) -> tuple[dict[str, Path], Splits, list[str]]:
+    """Return images by id, the path below their folder, the ids of each list or split, and clashes of ids.
+
+    Images are those below `images`, else those of the source in folders called after images, if any, else all. Lists
+    are those in ImageSets/Main, else those called after splits beside the folders.
+    """
+    sets = sorted([*source.glob("ImageSets/Main/*.txt"), *source.glob("*/ImageSets/Main/*.txt")])
+    beside = sorted(f for f in source.glob("*.txt") if f.stem.lower() in SPLIT and not has_rows(f))
+    lists = [(f.stem, f) for f in sets] or [(SPLIT[f.stem.lower()], f) for f in beside]
+    base = images or source
+    files = walk_files(base, IMG_FORMATS)
+    for names in () if images else IMAGES:
+        files = [f for f in files if names & {d.lower() for d in f.relative_to(base).parts[:-1]}] or files
+    folders = [f.relative_to(base).parts[:-1] for f in files]
+    common = max(folders, default=())[: shared(min(folders, default=()), max(folders, default=()))]
+    inside = next((k for k, d in enumerate(common, 1) if d.lower() in IMAGES[0]), 0)
+    rows = []
+    for file, parts in zip(files, folders):
+        rest = list(parts[inside or len(common) :])
+        split = "" if lists else next((d for d in parts if d.lower() in SPLIT), "")
+        folder = "" if inside else next((d for d in rest if d.lower() in IMAGES[0]), "")
+        for word in {split, folder} & {*rest}:
+            rest.remove(word)
+        rows.append((SPLIT.get(split.lower(), ""), "/".join([*rest, file.stem]), file))
+    found, splits, problems = unique_ids(rows)
+    splits.pop("", None)
+    return found, read_lists(lists, found) if lists else splits, problems
+
+
+def read_lists(files: Sequence[tuple[str, Path]], images: Mapping[str, Path]) -> Splits:
+    """Return the image ids of lists, without the flags of per-class lists and without file suffixes."""
+    by_name = grouped(images, lambda i: images[i].stem)
+    lists: dict[str, dict[str, None]] = {}
+    for name, file in files:
+        chosen = lists.setdefault(name, {})
+        for line in filter(None, map(str.strip, read_text(file).splitlines())):
+            entry = line if line in images else re.sub(r"\s+(-1|0|1)$", "", line)
+            stem, _, suffix = entry.rpartition(".")
+            i = stem if entry not in images and suffix.lower() in IMG_FORMATS else entry
+            alone = by_name.get(i.replace("\\", "/").rpartition("/")[2], ())
+            chosen[alone[0] if i not in images and len(alone) == 1 else i] = None
+    return {name: list(found) for name, found in lists.items()}
+
+
+def is_voc(file: Path) -> bool:
+    """Return whether an XML file is a VOC annotation by its root, or cannot be told from one."""
+    try:
+        with file.open("rb") as f:
+            root = re.search(rb"<([A-Za-z][\w.:-]*)", f.read(4096).replace(b"\0", b""))
+    except OSError:
+        return True
+    return root is None or root[1] == b"annotation"
+
+
+def has_rows(file: Path) -> bool:
+    """Return whether a text file starts with a YOLO label row."""
+    with file.open("rb") as f:
+        words = f.readline().removeprefix(codecs.BOM_UTF8).split()
+    return len(words) > 4 and all(re.fullmatch(rb"[-+.\deE]+", w) for w in words)
 
 
 def scan_voc(source: Path, images: Path | None = None, annotations: Path | None = None) -> Source:

@@ -164,6 +164,41 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
+def match(
+    files: Sequence[Path], images: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, str], list[Path], list[Path]]:
+    """Match files and images by name, then folder; return file and what is wrong by id, files without image, others."""
+    by_stem = grouped(images.items(), lambda named: named[1].stem)
+    near = {file: nearest(file.parent.parts, by_stem.get(file.stem, [])) for file in files}
+    several = grouped((file for file in files if len(near[file]) == 1), lambda file: near[file][0])
+    found = {i: nearest(images[i].parent.parts, [(f, f) for f in those]) for i, those in several.items()}
+    alone = [file for file in files if not any(file in found.get(i, ()) for i in near[file])]
+    wrong = {i: f"annotates the same image as {quote(same[1:])}" for i, same in found.items() if same[1:]}
+    bare = {stem: [i for i, _ in those if i not in found] for stem, those in by_stem.items()}
+    wrong |= {i: f"{f} fits several images" for f in alone for i in bare.get(f.stem, ())}
+    orphans = sorted(f for f in alone if f.stem not in by_stem)
+    farther = sorted(f for f in alone if f.stem in by_stem and not bare[f.stem])
+    return {i: same[0] for i, same in found.items()}, wrong, orphans, farther
+
+
+def nearest(folders: Sequence[str], files: Sequence[tuple[T, Path]]) -> list[T]:
+    """Return the keys of the files whose folders differ least from these."""
+    if len(files) < 2:
+        return [key for key, _ in files]
+
+    def apart(other: Sequence[str]) -> int:
+        start = shared(folders, other)
+        return len(folders) + len(other) - 2 * (start + shared(folders[start:][::-1], other[start:][::-1]))
+
+    costs = [apart(file.parent.parts) for _, file in files]
+    return [key for (key, _), cost in zip(files, costs) if cost == min(costs)]
+
+
+def shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return with how many equal parts two paths begin."""
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def quote(items: Sequence[object], shown: int = 5) -> str:
     """Return the first items as text, followed by how many more there are."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
