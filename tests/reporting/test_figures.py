@@ -37,7 +37,7 @@ def halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_class_names() -> None:
-    assert [figures._name(NAMES, c) for c in NAMES] == ["cell", "class 1"], "OpenCV writes ASCII only"
+    assert figures._enlarged(found()).names == {0: "cell", 1: "class 1"}, "OpenCV writes ASCII only"
 
 
 SAME, MISSED, ADDED = (10, 20, 60, 70, 0.9, 0), (100, 40, 180, 120, 0.8, 1), (220, 140, 300, 220, 0.7, 0)

@@ -306,10 +306,8 @@ def verify(
     images = check_data(data, task=stock.task_of(net))["images"]["val"] if data else list_images(source)
     limits = read_limits(contract, stock.task_of(net), net.names, data=data)
     found = run(model, onnx, images[:32], size, int8_onnx=int8, data=data, contract=limits, device=device)
-    if counts := found.get("int8"):
-        say = LOGGER.info if counts["int8_convs"] else LOGGER.warning
-        say(f"{counts['int8_convs']} of {counts['convs']} convolutions of '{int8}' run as INT8 in ONNX Runtime")
-    LOGGER.info(TEXT.get_template("verify.txt.j2").render(found, images=len(images[:32])).rstrip())
+    tell_idle([limits and "contract" not in found and "contract (accuracy needs a square input without NMS)"])
+    LOGGER.info(TEXT.get_template("verify.txt.j2").render(found, images=len(images[:32]), file=int8).rstrip())
     folder = runs.folder(place, task=stock.task_of(net), mode="verify")
     runs.write_json(folder / "verify.json", found)
     base, ours = ((found.get("map") or {}).get(k) or {} for k in ("torch", "onnx"))

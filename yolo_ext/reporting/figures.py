@@ -116,7 +116,7 @@ def _enlarged(result: Any) -> Any:
     scale, made = max(MIN_WIDTH / image.shape[1], 1.0), copy(result)
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
     made.orig_img, made.orig_shape = np.ascontiguousarray(image), image.shape[:2]
-    made.names = {i: _name(result.names, i) for i in result.names}
+    made.names = {i: n if is_ascii(n) else f"class {i}" for i, n in result.names.items()}  # or a font would be fetched
     for part, places in {"boxes": 4, "obb": 4, "keypoints": 2}.items():
         if (found := getattr(result, part)) is not None:
             data = found.data.clone()
@@ -148,11 +148,6 @@ def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tu
             added.remove(j)
             overlap[i], overlap[:, j] = 0, 0
     return missed, added
-
-
-def _name(names: Mapping[int, str], cls: int) -> str:
-    """Give the class name; OpenCV cannot write non-ASCII text, and Ultralytics would fetch a font for it."""
-    return names[cls] if is_ascii(names[cls]) else f"class {cls}"
 
 
 def _caption(image: np.ndarray, left: str, right: str) -> np.ndarray:
