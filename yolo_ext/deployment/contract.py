@@ -238,15 +238,11 @@ def read_limits(
 
 def broken(found: Sequence[Change], limits: Mapping[str, Any], *, sure: bool = False) -> list[dict[str, Any]]:
     """Return the checks of the lowest changes that are allowed, for `sure` by the lower ends of their intervals."""
-    known = {c.name: c for c in found}
-    checks = []
-    for name, limit in limits.items():
-        if name not in known:
-            raise UsageError(f"contract: the val split holds no object on which '{name}' shows. Leave it out.")
-        c = known[name]
-        value = c.low if sure else c.change
-        checks.append({"name": f"contract {name}", "value": round(value, 4), "limit": limit, "passed": value >= limit})
-    return checks
+    known = {c.name: c.low if sure else c.change for c in found}
+    if absent := [k for k in limits if k not in known]:
+        raise UsageError(f"contract: the val split holds no object on which '{absent[0]}' shows. Leave it out.")
+    return [{"name": f"contract {k}", "value": round(known[k], 4), "limit": limit, "passed": known[k] >= limit}
+            for k, limit in limits.items()]  # fmt: skip
 
 
 def surely_broken(found: Sequence[Change]) -> list[dict[str, Any]]:
