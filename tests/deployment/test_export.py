@@ -13,8 +13,9 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment import export
+from yolo_ext.deployment.detector import read_metadata
 from yolo_ext.deployment.export import export_onnx, max_relative_error, simplify_checked
-from yolo_ext.deployment.runtime import metadata, run, session
+from yolo_ext.deployment.runtime import run, session
 
 KEYS = {
     *("description", "author", "date", "version", "license", "docs", "stride", "task", "head", "batch", "imgsz"),
@@ -48,7 +49,7 @@ def test_families(name, end2end, shape, tmp_path):
     net = DetectionModel(f"{name}.yaml", nc=3, verbose=False)
     opened = session(export_onnx(net, tmp_path / "m.onnx", 64, end2end=end2end))
     assert opened.get_outputs()[0].shape == shape
-    meta = metadata(opened)
+    meta = read_metadata(opened, "m.onnx")
     assert meta["end2end"] is end2end and meta["task"] == "detect" and meta["imgsz"] == [64, 64]
     assert meta["names"] == {0: "0", 1: "1", 2: "2"}
 

@@ -18,7 +18,6 @@ from yolo_ext.deployment.runtime import (
     conv_report,
     describe,
     load_image,
-    metadata,
     postprocess,
     predictor,
     run,
@@ -91,15 +90,6 @@ def test_simulation_runs_the_graph_in_float(tmp_path):
     x = np.random.default_rng(1).random((1, 3, 8, 8), dtype=np.float32)
     integer, simulated = run(session(path), x)[0], run(session(path, simulate=True), x)[0]
     assert np.allclose(integer, simulated, atol=0.02)  # one output step
-
-
-def test_metadata_values_are_parsed(tmp_path):
-    path = conv_graph(tmp_path)
-    assert metadata(session(path)) == {}
-    model = onnx.load(path)
-    helper.set_model_props(model, {"names": "{0: 'a'}", "task": "detect", "batch": "1"})
-    onnx.save(model, path)
-    assert metadata(session(path)) == {"names": {0: "a"}, "task": "detect", "batch": 1}
 
 
 @pytest.mark.parametrize("call", [session, conv_report, describe], ids=lambda f: f.__name__)

@@ -19,6 +19,7 @@ from yolo_ext.deployment.decode import Detections, Image
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 GREY = 114  # of the border
 GPU = "CUDAExecutionProvider"
+READ = ("stretch", "final")  # what `read_metadata` adds: how boxes are scaled, whether rows are detections
 PARSED = ("names", "imgsz", "kpt_shape", "args", "end2end", "stride")
 
 

@@ -15,7 +15,8 @@ from ultralytics.utils import LOGGER, YAML
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.deployment.decode import Size, height_width
-from yolo_ext.deployment.runtime import NMS, Source, consumers_of, metadata, need_openvino, run, session
+from yolo_ext.deployment.detector import READ, read_metadata
+from yolo_ext.deployment.runtime import NMS, Source, consumers_of, need_openvino, run, session
 from yolo_ext.stock import input_channels
 from yolo_ext.stock.load import export_file, float_model, head_args
 
@@ -148,7 +149,8 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"OpenVINO cannot convert '{onnx_path}' ({reason}).") from error
         openvino.save_model(model, str(made / f"{out.name.removesuffix(SUFFIX)}.xml"), compress_to_fp16=half)
-        YAML.save(made / "metadata.yaml", metadata(session(onnx_path)))
+        found = read_metadata(session(onnx_path), onnx_path)
+        YAML.save(made / "metadata.yaml", {k: v for k, v in found.items() if k not in READ and v is not None})
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)

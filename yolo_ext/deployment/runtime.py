@@ -1,8 +1,6 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Models as functions, letterbox before and NMS after them, and what ONNX Runtime really runs in INT8."""
 
-import ast
-import contextlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,16 +75,6 @@ def run(model: ort.InferenceSession, x: np.ndarray) -> list[np.ndarray]:
     return model.run(None, {model.get_inputs()[0].name: x})
 
 
-def metadata(model: ort.InferenceSession) -> dict[str, Any]:
-    """Return Ultralytics' metadata of a session's model, values parsed where they are Python literals."""
-    parsed: dict[str, Any] = {}
-    for key, value in model.get_modelmeta().custom_metadata_map.items():
-        parsed[key] = value
-        with contextlib.suppress(ValueError, SyntaxError):
-            parsed[key] = ast.literal_eval(value)
-    return parsed
-
-
 def describe(source: Source) -> dict[str, Any]:
     """Return what is needed to read a model's outputs, of an ONNX file also its ``shape``, None where it is open."""
     if _is_torch(source):
@@ -151,7 +139,8 @@ def predictor(source: Source, *, end2end: bool = False, simulate: bool = False,
         parts = [run(opened, filled[i : i + n]) for i in range(0, len(filled), n)]
         return [np.concatenate(ys)[: len(x)] for ys in zip(*parts)]
 
-    return _in_px(batches) if metadata(opened).get("head") == "RTDETRDecoder" else batches
+    head = opened.get_modelmeta().custom_metadata_map.get("head")
+    return _in_px(batches) if head == "RTDETRDecoder" else batches
 
 
 def _in_px(predict: Predict) -> Predict:
