@@ -132,7 +132,7 @@ def _judged(files: list[str], kept: list[Any], contract: Any) -> dict[str, Any]:
     """Return what the evidence of each model says against that of the first one, and the checks of a contract."""
     from yolo_ext.deployment.contract import judged, read_limits
 
-    about = kept[0].about if kept else {"task": "detect", "names": {}}
+    about: Any = kept[0].about if kept else {"task": "detect", "names": {}}
     limits = read_limits(contract, about["task"], about["names"], data=kept)
     found = {f: judged(kept[0], evidence, limits) for f, evidence in zip(files[1:], kept[1:])}
     checks = [{**c, "name": f"{f}: {c['name']}"} for f, judgement in found.items() for c in judgement["checks"]]

@@ -181,7 +181,7 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         bounds["map"] = max(bounds["map"], 1.01 / result["map"]["torch"]["images"])
     checks = _checks(result, bounds, meta["task"])
     if evidence and contract is not None:
-        result["contract"] = judged(*evidence, contract)
+        result["contract"] = judged(evidence[0], evidence[1], contract)
         checks += [{"key": "contract", **c} for c in result["contract"]["checks"]]
     failed = {c["key"] for c in checks if not c["passed"]}
     if failed & {"weight_max", "score_max", "box_max", "extra_max", "matched"}:

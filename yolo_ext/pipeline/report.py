@@ -86,13 +86,15 @@ def pictures(run: Run, stage: str, conf: float | None) -> list[dict[str, str]]:
     files = [run.folder / name / "evidence.npz" for name in ("base", stage)]
     if new == run.base or not all(file.exists() for file in files):
         return made
-    options = {"imgsz": run.imgsz, "device": "cpu", "verbose": False, "rect": False, "conf": conf}
+    options: Any = {"imgsz": run.imgsz, "device": "cpu", "verbose": False, "rect": False, "conf": conf}
+    old, now = map(Evidence.read, files)
     images = {name: f for f in run.info["images"]["val"] for name in (f.name, f"{f.parent.name}/{f.name}")}
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, name in enumerate(changed(*map(Evidence.read, files), conf or 0.0)[:SHOWN]):
+        for i, name in enumerate(changed(old, now, conf or 0.0)[:SHOWN]):
             path = run.folder / "plots" / f"detections_{i}.png"
-            found = side_by_side(*(m.predict(str(images[name]), **options)[0] for m in models), path)
+            before, after = (m.predict(str(images[name]), **options)[0] for m in models)
+            found = side_by_side(before, after, path)
             differs = f"{found['missed']} missed, {found['added']} added"
             if run.task == "classify":
                 differs = "another class" if found["missed"] else "the same class"

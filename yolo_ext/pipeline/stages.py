@@ -110,7 +110,8 @@ def contract(run: Run, stage: str, **options: Any) -> dict[str, Any]:
     files = [run.folder / name / "evidence.npz" for name in ("base", stage)]
     if not all(file.exists() for file in files):
         return {}
-    return judged(*map(Evidence.read, files), run.limits, confidence=run.confidence, **options)
+    base, new = map(Evidence.read, files)
+    return judged(base, new, run.limits, confidence=run.confidence, **options)
 
 
 def sparsify(run: Run) -> Record:
