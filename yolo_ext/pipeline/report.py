@@ -17,8 +17,6 @@ from yolo_ext.pipeline.run import FINETUNE, Run
 from yolo_ext.reporting.figures import side_by_side
 from yolo_ext.stock.evidence import Evidence
 
-SHOWN = 4  # pictures side by side
-
 
 def contents(run: Run, summary: dict[str, Any], drawn: list[dict[str, str]]) -> dict[str, Any]:
     """Return what `write_report` takes; `drawn` are the paths and captions of pictures."""
@@ -91,7 +89,7 @@ def pictures(run: Run, stage: str, conf: float | None) -> list[dict[str, str]]:
     images = {name: f for f in run.info["images"]["val"] for name in (f.name, f"{f.parent.name}/{f.name}")}
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, name in enumerate(changed(old, now, conf or 0.0)[:SHOWN]):
+        for i, name in enumerate(changed(old, now, conf or 0.0)[:4]):
             path = run.folder / "plots" / f"detections_{i}.png"
             before, after = (m.predict(str(images[name]), **options)[0] for m in models)
             found = side_by_side(before, after, path)

@@ -85,14 +85,19 @@ def side_by_side(base: Any, new: Any, path: str | Path) -> dict[str, int]:
     labels = max(len(boxes), len(more)) <= MAX_LABELS
     base, new = _enlarged(base), _enlarged(new)
     before, after = (r.orig_img if r.probs else r.plot(line_width=2, labels=labels, conf=labels) for r in (base, new))
+    annotator = Annotator(after, line_width=2)
+    annotator.lw = 5  # not that of the words
     for result, indices, word, color in ((base, missed, "missed", MISSED), (new, added, "added", ADDED)):
-        after = _mark(after, result, indices, word, color)
+        for i in indices if not result.probs else ():
+            outline = result.boxes.xyxy[i] if result.obb is None else result.obb.xyxyxyxy[i]
+            cls = (result.boxes if result.obb is None else result.obb).cls[i]
+            annotator.box_label(outline, f"{word} {result.names[int(cls)]}", color)
     note = f"{len(missed)} missed, {len(added)} added"
     told = [f"{len(found)} objects" for found in (boxes, more)]
     if new.probs:
         note = "another class" if missed else ""
         told = [f"{r.names[r.probs.top1]} {r.probs.top1conf:.2f}" for r in (base, new)]
-    halves = _caption(before, f"base: {told[0]}", ""), _caption(after, f"compressed: {told[1]}", note)
+    halves = _caption(before, f"base: {told[0]}", ""), _caption(annotator.result(), f"compressed: {told[1]}", note)
     gap = np.full((halves[0].shape[0], 8, 3), 255, np.uint8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     imwrite(str(path), np.hstack([halves[0], gap, halves[1]]))
@@ -123,17 +128,6 @@ def _enlarged(result: Any) -> Any:
             data[..., :places] *= scale
             setattr(made, part, type(found)(data, made.orig_shape))
     return made
-
-
-def _mark(image: np.ndarray, result: Any, indices: Sequence[int], word: str, color: tuple[int, int, int]) -> np.ndarray:
-    """Draw a thick outline and a word around some objects of a result; nothing for a classifier."""
-    annotator = Annotator(image, line_width=2)
-    annotator.lw = 5  # not that of the words
-    for i in indices if not result.probs else ():
-        found = (result.boxes if result.obb is None else result.obb)[i]
-        outline = found.xyxy[0] if result.obb is None else found.xyxyxyxy[0]
-        annotator.box_label(outline, f"{word} {result.names[int(found.cls)]}", color)
-    return annotator.result()
 
 
 def match_boxes(base: Sequence[Box], new: Sequence[Box], iou: float = 0.5) -> tuple[list[int], list[int]]:
