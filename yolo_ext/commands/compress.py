@@ -61,6 +61,7 @@ def train(
         prune: Options of pruning while training.
         distill: Options of distillation.
         quant: Options of quantization-aware training.
+        contract: Limits by figure, such as contract.recall.person=-0.02, or a YAML file of them; none by default.
 
     Returns: The contents of ``summary.json``.
     Raises: `UsageError` if the input is wrong.
