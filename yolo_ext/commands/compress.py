@@ -12,7 +12,7 @@ from yolo_ext.core.config import CONFIGS, TARGETS, PruneConfig, cfg_dir, changed
 from yolo_ext.core.log import LOGGER
 
 SPEEDUP = 2.0  # by pruning where no target is given
-SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu"}  # all trainings of the demo
+SHAPES: dict[str, Any] = {"imgsz": 128, "batch": 8, "nbs": 8}  # all trainings of the demo
 BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 1.0,
                         "close_mosaic": 15, "plots": False, **SHAPES}  # fmt: skip
 

@@ -79,7 +79,7 @@ def equivalence_gap(dense: nn.Module, pruned: nn.Module, kept: Kept, imgsz: int 
     x = torch.rand(shape, dtype=torch.float64, generator=seed)
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:  # raw ones of the head, before decoding and top-k
-        out = model.double().cpu().eval()(x)
+        out = model.cpu().double().eval()(x)
         return list(stock.returned_tensors(out[1] if isinstance(out, (tuple, list)) and len(out) == 2 else out))
 
     a = outputs(masked(dense, kept))

@@ -49,7 +49,7 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
     seen: dict[Any, list[Any]] = {b.bn: [0, 0] for b in blocks}  # sums of values and squares (2, channels), and number
 
     def see(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].double().cpu()
+        x = args[0].cpu().double()  # which not every GPU has
         seen[norm][0] += torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
         seen[norm][1] += x.numel() // x.shape[1]
 
@@ -63,7 +63,7 @@ def _measure(model: nn.Module, blocks: list[Any], batches: Iterable[torch.Tensor
         var = ((square - mean**2) * n / (n - 1)).clamp_min(1e-6)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
-        norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+        norm.weight.copy_((norm.running_var.cpu().double() + norm.eps).sqrt())
         norm.bias.copy_(norm.running_mean)
 
 

@@ -126,7 +126,7 @@ class _Reference:
         rows = torch.cat([r[k] for r, k in zip(self._rows(net), self.keep)])
         box = torch.zeros(1) if self.classify else (rows - self.rows)[:, :4].abs().amax(1)
         score = (self.scores(rows) - self.scores(self.rows)).abs().amax(1)
-        a, b = (torch.logit(self.scores(r).double(), eps=1e-6) for r in (self.rows, rows))
+        a, b = (torch.logit(self.scores(r).cpu().double(), eps=1e-6) for r in (self.rows, rows))
         noise = float((a - b).square().sum())
         return {
             "box_mean": float(box.mean()), "score_max": float(score.max()), "score_mean": float(score.mean()),
