@@ -31,14 +31,30 @@ def drops(found: Mapping[str, Any]) -> np.ndarray:
 @pictured(9)
 def plot_sensitivity(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plot the mAP drop of every layer by the share of its channels that is removed."""
-    groups = found["groups"]
-    table = drops(found)
+    groups, ratios, metric, base = found["groups"], found["ratios"], found["metric"], found["base"]["map"]
+    table, names = drops(found), [g["name"] for g in groups]
     figure, (left, right) = subplots(1, 2, figsize=(12, _height(len(groups))))
-    metric, base = found["metric"], found["base"]["map"]
-    _drops(left, table, [g["name"] for g in groups], found["ratios"])
-    _worst(right, table, groups, base)
-    left.set_title(f"{metric} drop")
-    right.set_ylabel(metric)
+    top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
+    _heat_map(left, table, names, top)
+    left.set_xticks(range(len(ratios)), [f"{r:.0%}" for r in ratios])
+    grey = " (grey: the layer is too narrow)" * bool(np.isnan(table).any())
+    left.set(xlabel=f"channels removed{grey}", title=f"{metric} drop")
+    for (row, column), value in np.ndenumerate(table):
+        if not math.isnan(value) and len(names) <= LABELLED:  # else there is no room for it
+            color = "white" if value > 0.6 * top else "#334155"
+            left.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
+    worst = np.argsort(-np.nan_to_num(table, nan=-1.0).max(1), kind="stable")[:CURVES]
+    for i in worst:
+        curve = groups[i]["curve"]
+        right.plot([0.0, *(p["ratio"] for p in curve)], [base, *(p["map"] for p in curve)],
+                   marker="o", ms=3, lw=1.5, label=names[i])  # fmt: skip
+    right.axhline(base, color="#94a3b8", lw=0.8, ls="--")
+    right.set(xlabel="channels removed", ylabel=metric, title=f"The {len(worst)} most sensitive layers")
+    right.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    right.grid()
+    right.set_box_aspect(1)
+    right.set_anchor("N")
+    right.legend(frameon=False, fontsize=8)
     text = f"{metric} {base:.3f} unpruned after BatchNorm recalibration, {found['trained']:.3f} as trained"
     figure.suptitle(f"Sensitivity to pruning: {text}")
     return save(figure, path)
@@ -55,35 +71,6 @@ def _heat_map(ax: Any, table: np.ndarray, names: Sequence[str], top: float, **ba
     every = max(1, math.ceil(len(names) / LABELLED))
     ax.set_yticks(range(0, len(names), every), list(names)[::every], fontsize=7.5)
     return ax.figure.colorbar(image, ax=ax, pad=0.02, **bar)
-
-
-def _drops(ax: Any, table: np.ndarray, names: Sequence[str], ratios: Sequence[float]) -> None:
-    """Draw the drops (groups, ratios), with their values where there is room."""
-    top = max(float(np.nanmax(table, initial=0.0)), 1e-3)
-    _heat_map(ax, table, names, top)
-    ax.set_xticks(range(len(ratios)), [f"{r:.0%}" for r in ratios])
-    ax.set_xlabel("channels removed" + " (grey: the layer is too narrow)" * bool(np.isnan(table).any()))
-    if len(names) <= LABELLED:
-        for (row, column), value in np.ndenumerate(table):
-            if not math.isnan(value):
-                color = "white" if value > 0.6 * top else "#334155"
-                ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
-
-
-def _worst(ax: Any, table: np.ndarray, groups: Sequence[Mapping[str, Any]], base: float) -> None:
-    """Draw mAP by the share removed for the layers that lose most."""
-    worst = np.argsort(-np.nan_to_num(table, nan=-1.0).max(1), kind="stable")[:CURVES]
-    for i in worst:
-        curve = groups[i]["curve"]
-        ax.plot([0.0, *(p["ratio"] for p in curve)], [base, *(p["map"] for p in curve)],
-                marker="o", ms=3, lw=1.5, label=groups[i]["name"])  # fmt: skip
-    ax.axhline(base, color="#94a3b8", lw=0.8, ls="--")
-    ax.set(xlabel="channels removed", title=f"The {len(worst)} most sensitive layers")
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    ax.grid()
-    ax.set_box_aspect(1)
-    ax.set_anchor("N")
-    ax.legend(frameon=False, fontsize=8)
 
 
 @pictured(9)
@@ -115,7 +102,15 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
     figure.set_layout_engine("constrained", w_pad=0.12)
     shown = [records[i] for i in sorted({round(k) for k in np.linspace(0, len(records) - 1, RIDGES)})]
     colors = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(shown)))
-    _zero(zero, shown, colors, history["edges"][1])
+    # The share of channels in the first bin as bars: as part of a ridge it would dwarf all others.
+    shares, rows = [r["histogram"][0] / max(sum(r["histogram"]), 1) for r in shown], np.arange(len(shown)) - 0.22
+    zero.barh(rows, shares, 0.44, color=colors)
+    for row, share in zip(rows, shares):
+        zero.text(share, row, f" {share:.0%}", va="center", fontsize=7, color="#475569")
+    zero.set_yticks(range(len(shown)), [str(r["epoch"] + 1) for r in shown])
+    below = f"zero\n(below {history['edges'][1]:g})"
+    zero.set(xlim=(0, 1.35 * max(*shares, 0.05)), xticks=[], ylabel="epoch", xlabel=below)
+    zero.tick_params(axis="y", length=0)
     _ridges(ridges, shown, colors, np.array(history["edges"][1:]))
     _progress(curves, records)
     for ax in (zero, ridges):
@@ -125,18 +120,6 @@ def plot_ridge(history: Mapping[str, Any], path: str | Path) -> Path:
         f"Sparsity training with '{records[-1]['method']}': {sum(records[-1]['histogram']):,} prunable channels"
     )
     return save(figure, path)
-
-
-def _zero(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edge: float) -> None:
-    """Draw the share of channels in the first bin as bars: as part of a ridge it would dwarf all others."""
-    shares = [r["histogram"][0] / max(sum(r["histogram"]), 1) for r in shown]
-    rows = np.arange(len(shown)) - 0.22
-    ax.barh(rows, shares, 0.44, color=colors)
-    for row, share in zip(rows, shares):
-        ax.text(share, row, f" {share:.0%}", va="center", fontsize=7, color="#475569")
-    ax.set_yticks(range(len(shown)), [str(r["epoch"] + 1) for r in shown])
-    ax.set(xlim=(0, 1.35 * max(*shares, 0.05)), xticks=[], ylabel="epoch", xlabel=f"zero\n(below {edge:g})")
-    ax.tick_params(axis="y", length=0)
 
 
 def _ridges(ax: Any, shown: list[dict[str, Any]], colors: np.ndarray, edges: np.ndarray) -> None:
