@@ -6,9 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -26,7 +24,7 @@ from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import CONFIGS, read_options
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, let_go, log_to
-from yolo_ext.stock.context import TASKS, cpu_info, get_save_dir
+from yolo_ext.stock.context import TASKS, get_save_dir
 from yolo_ext.stock.model import METRIC
 
 NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"), ("torch", "ort", "ort_int8")),
@@ -132,11 +130,7 @@ def plain(given: Any, place: bool = False) -> Any:
 
 
 def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the run to go on with, which its folder tells; refuse to mix them with other ones.
-
-    The folder is `resume` itself, or where `project` and `name` (or `save_dir`, `out`) say. Of a training, `model` and
-    `resume` come back as its last.pt, which may also be given as `resume` or, without a place, as `model`.
-    """
+    """Return the options of the run that `resume`, a place or, of a training, `model` means; refuse other ones."""
     given = {k: v for k, v in options.items() if k not in (*PLACE, "resume") and v not in (None, "")}
     trains, resume = command in TRAININGS, options["resume"]
     if trains and resume is True and not {*PLACE} & {*options}:
@@ -237,13 +231,3 @@ def metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the full set of figures of `summary.json`, None where one was not measured."""
     nested = {key: {n: (found.get(key) or {}).get(n) for n in names} for key, names in NESTED.items()}
     return {k: nested.get(k, found.get(k)) for k in METRICS}
-
-
-def summary(before: Mapping[str, Any], after: Mapping[str, Any],
-            stages: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Return what `summary.json` always holds: figures before, after and by stage, environment and command."""
-    program = Path(sys.argv[0])
-    command = shlex.join(["yolo-ext" if program.parent.name == "yolo_ext" else program.name, *sys.argv[1:]])
-    by_stage = {k: metrics(v) for k, v in (stages or {}).items()}
-    compared = {"before": metrics(before), "after": metrics(after), "stages": by_stage}
-    return {**compared, "env": cpu_info(), "command": command}

@@ -4,7 +4,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,7 +199,12 @@ def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dic
     options = {"save": True, "verbose": False, **native}  # the command line of Ultralytics saves, too
     if {Path(model).suffix, Path(compare).suffix} != {".pt"}:
         options = {"rect": False, **options}  # a file of fixed size sees the whole frame, so both have to
-    for result, reference in _pairs(new, base, source, options):
+    quiet = {k: v for k, v in options.items() if not k.startswith(OUTPUT)} | {"verbose": False}
+    for result in new.predict(source, stream=True, **options):
+        reference = base.predict(result.orig_img, **{**quiet, "imgsz": new.predictor.imgsz})[0]
+        if {*reference.names.values()} != {*result.names.values()}:  # they may be numbered otherwise
+            both = " and ".join(", ".join(r.names.values()) for r in (reference, result))
+            raise UsageError(f"The models have different classes: {both}. Compare models of one dataset.")
         folder = Path(new.predictor.save_dir)
         name = f"{_free_stem(Path(result.path).stem, taken)}.jpg"
         counts = side_by_side(reference, result, folder / "compare" / name)
@@ -235,17 +239,6 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     if model.task not in COMPARED:
         raise UsageError(f"'{path}' is a '{model.task}' model. 'compare' takes {', '.join(COMPARED)}.")
     return model
-
-
-def _pairs(new: Any, base: Any, source: Any, options: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield each result of the model with that of the base, whose classes may be numbered otherwise."""
-    quiet = {k: v for k, v in options.items() if not k.startswith(OUTPUT)}
-    for result in new.predict(source, stream=True, **options):
-        found = base.predict(result.orig_img, **{**quiet, "imgsz": new.predictor.imgsz, "verbose": False})[0]
-        if {*found.names.values()} != {*result.names.values()}:
-            both = " and ".join(", ".join(r.names.values()) for r in (found, result))
-            raise UsageError(f"The models have different classes: {both}. Compare models of one dataset.")
-        yield result, found
 
 
 def _free_stem(stem: str, taken: Counter[str]) -> str:

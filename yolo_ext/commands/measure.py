@@ -2,7 +2,6 @@
 """The commands that measure: models side by side, and what each layer of a model is worth."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -280,9 +279,10 @@ def _of_quantization(
     net: Any, cfg: Any, info: dict[str, Any], size: int, by: str, images: int, accuracy: bool, place: Any
 ) -> Any:
     """Calibrate a model, compare its layers in INT8 one by one, and return the same."""
-    from yolo_ext import quantization, runs, stock
+    from yolo_ext import deployment, quantization, runs, stock
     from yolo_ext.checkpoint import manifest
     from yolo_ext.data.check import calibration_images, letterbox_batches
+    from yolo_ext.deployment.latency import saved_ms
     from yolo_ext.quantization.search import table, write
     from yolo_ext.stock.accuracy import score
     from yolo_ext.training.prune import make_probes
@@ -293,23 +293,16 @@ def _of_quantization(
     batches = letterbox_batches(chosen, size, **stock.seen_by(net))
     measured = make_probes(info, size, PruneConfig(ratio=0.5), stock.task_of(net), net).accuracy
     worth = (lambda m: score(measured(m)) or 0.0) if accuracy and measured else None
+    profile = quantization.resolve_profile(quantized["profile"])
+    costs: dict[str, float] | None = None
+    if profile.output:  # one of ONNX Runtime, where the time that INT8 saves can be measured
+        with tempfile.TemporaryDirectory() as tmp:
+            fp32, int8 = (Path(tmp) / f"{kind}.onnx" for kind in ("fp32", "int8"))
+            deployment.export_onnx(net, fp32, size)
+            quantization.write_qdq(fp32, int8, quantized["state"], profile)
+            costs = saved_ms(fp32, int8, quantized["state"], size)
     found = {"profile": quantized["profile"]}
-    found |= quantization.sensitivity(net, quantized["state"], batches, by, worth, _ms_saved(net, quantized, size))
+    found |= quantization.sensitivity(net, quantized["state"], batches, by, worth, costs)
     head = f"Errors with one {by} alone in INT8 (1: with all), {found['images']} train images at {size} px"
     folder = runs.folder(place, task=stock.task_of(net), mode="sensitivity")
     return f"{head}\n{table(found)}", write(found, folder), found
-
-
-def _ms_saved(net: Any, quantized: Mapping[str, Any], imgsz: int) -> dict[str, float] | None:
-    """Return the ms that INT8 saves in each layer in ONNX Runtime; None for a profile of another runtime."""
-    from yolo_ext import deployment, quantization
-    from yolo_ext.deployment.latency import saved_ms
-
-    profile = quantization.resolve_profile(quantized["profile"])
-    if not profile.output:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = deployment.export_onnx(net, Path(folder) / "fp32.onnx", imgsz)
-        int8 = Path(folder) / "int8.onnx"
-        quantization.write_qdq(fp32, int8, quantized["state"], profile)
-        return saved_ms(fp32, int8, quantized["state"], imgsz)

@@ -118,12 +118,7 @@ def onnx_figures(run: Run, **found: dict[str, Any]) -> dict[str, dict[str, float
 
 
 def prove(int8: Path, convs: Mapping[str, str], quant: Mapping[str, Any]) -> dict[str, Any]:
-    """Count the convolutions that a runtime runs in integers, and say how many those are and what the others are.
-
-    `convs` are the paths of the convolutions by node that `write_qdq` returned when it wrote `int8`, a file or OpenVINO
-    folder, from `quant`. `accidents` says by path why each that was `planned` is float; None are where only another
-    runtime can show it.
-    """
+    """Count the convolutions, by node in `convs`, that a runtime runs in integers, and say why the others are float."""
     report, profile, state = conv_report(int8), resolve_profile(quant["profile"]), quant["state"]
     shown = profile.output or report["runtime"] == "OpenVINO"  # ONNX Runtime runs none in integers without Q behind it
     planned = [node for node, path in convs.items() if shown and path in state]

@@ -44,7 +44,10 @@ def write_report(run_dir: str | Path, report: Report) -> Path:
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    report = _plain(report)
+    # Reduced to what JSON holds: NaN and infinity become null, arrays lists, unknown objects text.
+    text = json.dumps(report, ensure_ascii=False, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    whole = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold, cannot be written
+    report = json.loads(whole, parse_constant=lambda _: None)
     atomic_write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     shown = _content(report, folder)
     atomic_write(folder / "report.md", MARKDOWN.get_template("report.md.j2").render(**shown))
@@ -168,13 +171,6 @@ def _data_url(file: Path, side: int, limit: float = math.inf) -> str:
         if len(data) < limit:
             break
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-
-
-def _plain(report: Report) -> Any:
-    """Reduce a report to what JSON holds: NaN and infinity become null, arrays lists, unknown objects text."""
-    text = json.dumps(report, ensure_ascii=False, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
-    whole = text.encode("utf-8", "replace").decode()  # half of a character, as file names may hold, cannot be written
-    return json.loads(whole, parse_constant=lambda _: None)
 
 
 def lowest(record: Record) -> float | None:

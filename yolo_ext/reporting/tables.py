@@ -3,6 +3,7 @@
 
 import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs
+from yolo_ext.stock.context import cpu_info
 from yolo_ext.stock.model import METRIC
 
 UNCLEAR = 1.25  # rounds that name no faster model and spread further than this do not show that both are as fast
@@ -173,13 +175,12 @@ def note(after: Figures, contract: Figures = None) -> str:
 def write_summary(root: Path, before: Mapping[str, Any], after: Mapping[str, Any],
                   stages: Mapping[str, Mapping[str, Any]] | None = None, *, table: bool = True,
                   **told: Any) -> dict[str, Any]:  # fmt: skip
-    """Write `summary.json` into a run folder, and print it as one table Before | After | Delta if anything changed.
-
-    `told`: `settings`, `seconds` (by stage), `checks` (name, value, limit, passed); `contract`, what
-    `deployment.contract.judged` found; `deploy`, the file of the result in the folder, and a command `next` for it;
-    `epochs` of fine-tuning and `qat`, of QAT; `method`, `ratio`, `training_s`.
-    """
-    summary = runs.summary(before, after, stages)
+    """Write `summary.json` of a run with all that is `told` of it, and print it as one table Before | After | Delta."""
+    program = Path(sys.argv[0])
+    command = shlex.join(["yolo-ext" if program.parent.name == "yolo_ext" else program.name, *sys.argv[1:]])
+    by_stage = {k: runs.metrics(v) for k, v in (stages or {}).items()}
+    summary: dict[str, Any] = {"before": runs.metrics(before), "after": runs.metrics(after), "stages": by_stage}
+    summary |= {"env": cpu_info(), "command": command}
     summary |= {k: told.get(k) or {} for k in ("settings", "seconds")} | {"checks": told.get("checks") or []}
     summary |= {"contract": told.get("contract") or {}, "deploy": told.get("deploy")}
     summary["passed"] = all(c["passed"] for c in summary["checks"])
