@@ -62,10 +62,9 @@ class Prune(Technique):
         if not pruning_epochs(configs, args) or cfg.kind != "structured":
             return
         if configs["quant"]:
-            raise UsageError(
-                "Pruning while training and QAT are both on: ranges belong to the channels that are there. Prune "
-                "first, then train with quant.*; `yolo-ext compress` does both in this order."
-            )
+            clash = "Pruning while training and QAT are both on: ranges belong to the channels that are there"
+            order = "Prune first, then train with quant.*; `yolo-ext compress` does both in this order."
+            raise UsageError(f"{clash}. {order}")
         if compiled := getattr(args, "compile", False):
             raise UsageError(f"'compile={compiled}': pruning while training changes the model. Leave compile out.")
 
@@ -203,11 +202,7 @@ def _copy_of_ema(trainer: Any) -> nn.Module:
 def make_probes(
     info: dict[str, Any], imgsz: int, cfg: PruneConfig, task: str, base: nn.Module | None = None, batch: int = 16
 ) -> Probes:
-    """Make what a pruning plan may ask for of data as `data.check.check_data` returned them; without any only `speed`.
-
-    The arguments of a model `base` say how labels are read; labelled batches are read once and kept where it is. Images
-    that are in the val split too are taken as training takes them.
-    """
+    """Make what a pruning plan may ask for of checked data, without any only `speed`; labels are read as by `base`."""
     speed = partial(_speed, imgsz=imgsz, runtime=cfg.runtime)
     if not info:
         return Probes(speed=speed)
@@ -215,7 +210,7 @@ def make_probes(
     device = torch.device("cpu") if base is None else next(base.parameters()).device
     read = partial(labelled_batches, info, imgsz, seed=cfg.seed, task=task, base=base, batch=batch)
 
-    @cache
+    @cache  # they stay on that device
     def labelled() -> list[dict[str, Any]]:
         return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in read(cfg.images)]
 
@@ -223,7 +218,7 @@ def make_probes(
         n = cfg.recalibrate or cfg.images
         if task == "classify":  # seen cropped, not letterboxed
             return (b["img"] for b in read(n))
-        chosen = calibration_images(info["train"], None, cfg.seed, at_most=n)
+        chosen = calibration_images(info["train"], None, cfg.seed, at_most=n)  # those of the val split too
         return letterbox_batches(chosen, imgsz, batch, channels=info.get("channels", 3))
 
     data = Path(info["train"]).parent if task == "classify" else info.get("yaml_file")
@@ -274,11 +269,9 @@ def _speed(dense: nn.Module, pruned: nn.Module, imgsz: int, runtime: str) -> flo
     from yolo_ext.deployment.export import export_onnx
     from yolo_ext.deployment.latency import bench, speedup
 
+    write, suffix = (partial(export_onnx, imgsz=imgsz), ".onnx") if runtime == "ort" else (save_model, ".pt")
     with tempfile.TemporaryDirectory() as folder, quiet():
-        models = {"dense": dense, "pruned": pruned}
-        if runtime == "ort":
-            files = {name: export_onnx(model, Path(folder) / f"{name}.onnx", imgsz) for name, model in models.items()}
-        else:
-            files = {name: save_model(model, Path(folder) / f"{name}.pt") for name, model in models.items()}
+        models = (("dense", dense), ("pruned", pruned))
+        files = {name: write(model, Path(folder) / f"{name}{suffix}") for name, model in models}
         found = bench(files, imgsz, rounds=ROUNDS, seconds=SECONDS)
     return speedup(found["dense"], found["pruned"])["ratio"]

@@ -49,10 +49,9 @@ class Quant(Technique):
             raise UsageError("'quant.mode=ptq' does not train. Use `yolo-ext quantize`, or quant.mode=qat to train.")
         for name, why in (("quantize", "Both insert fake quantizers"), ("distill_model", "It hides the student")):
             if value := getattr(args, name, None):
-                raise UsageError(
-                    f"'{name}={value}' of Ultralytics and 'quant.*' of yolo_ext are both set. {why}: leave {name} out"
-                    + (", and give distill.teacher instead." if name == "distill_model" else ".")
-                )
+                both = f"'{name}={value}' of Ultralytics and 'quant.*' of yolo_ext are both set. {why}"
+                instead = ", and give distill.teacher instead" if name == "distill_model" else ""
+                raise UsageError(f"{both}: leave {name} out{instead}.")
         if cfg.supervision == "auto":
             by_labels = configs["distill"] or args.task == "classify"  # which has no neck to learn from
             cfg = configs["quant"] = replace(cfg, supervision="labels" if by_labels else "features")

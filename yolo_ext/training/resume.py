@@ -45,16 +45,13 @@ class Exact:
         self.path: Path | None = None  # of the state that belongs to last.pt
 
     def before_epoch(self, trainer: Any) -> None:
-        """Go on exactly in the first epoch of a resumed run; in one that is started again, gradients are gone.
-
-        Raises: `Trained` where there is no epoch to go on with.
-        """
+        """Go on exactly in the first epoch of a resumed run, or raise `Trained` where none is left."""
         if self._trained:
             raise Trained
         if self._state:
             self._begin(trainer, self._state)
             self._state = None
-        elif trainer.epoch == self._epoch:  # out of memory or after NaN
+        elif trainer.epoch == self._epoch:  # again, out of memory or after NaN: gradients are gone
             self.waiting = self._shift = 0
         self._epoch = trainer.epoch
 

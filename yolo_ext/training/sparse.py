@@ -49,9 +49,19 @@ class Sparse(Technique):
             if RANK in {-1, 0}:
                 pull = f"{self.cfg.method}, pull {self.sparsifier.coefficient:g} over the run"
                 LOGGER.info(f"{colorstr('sparsity: ')}{pull}, {len(self.sparsifier.groups)} groups that can be pruned")
-        _without_decay(model, optimizer, self.sparsifier.penalised())
+        penalised = self.sparsifier.penalised()
+        chosen = {p for n, p in model.named_parameters() if n in penalised}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if p in chosen]
+            if moved and group.get("weight_decay"):
+                group["params"] = [p for p in group["params"] if p not in chosen]
+                optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0, "param_group": "sparse"})
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
-        optimizer.register_step_post_hook(lambda *_: self.sparsifier.shrink(live(trainer), _part(trainer)))
+        optimizer.register_step_post_hook(lambda *_: self._shrink(trainer))
+
+    def _shrink(self, trainer: Any) -> None:
+        part = trainer.exact.waiting / len(trainer.train_loader)  # of an epoch, whose batches lie behind this step
+        self.sparsifier.shrink(live(trainer), part)
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Log the penalty beside the losses."""
@@ -103,18 +113,3 @@ class Sparse(Technique):
     def load_state(self, state: dict[str, Any]) -> None:
         """Put the state of the sparsifier back."""
         self.sparsifier.load_state_dict(state["sparsity"])
-
-
-def _part(trainer: Any) -> float:
-    """Return which part of an epoch the batches behind this optimizer step are."""
-    return trainer.exact.waiting / len(trainer.train_loader)
-
-
-def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
-    """Move parameters out of groups with weight decay into like groups without."""
-    chosen = {p for n, p in model.named_parameters() if n in names}
-    for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if p in chosen]
-        if moved and group.get("weight_decay"):
-            group["params"] = [p for p in group["params"] if p not in chosen]
-            optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0, "param_group": "sparse"})

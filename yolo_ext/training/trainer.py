@@ -92,7 +92,12 @@ class CompressionMixin(BEHIND):
         if weights is not None:
             stock.refuse_untrainable(weights)
         if weights is not None and is_pruned(weights):
-            model = self._keep(weights)
+            stock.check_fit(weights, self.data, (self.args.model, self.args.data))  # pruned, it cannot be built anew
+            model = deepcopy(weights).float().requires_grad_(True).train()
+            model.criterion = None
+            if RANK in {-1, 0}:
+                n = sum(p.numel() for p in model.parameters())
+                LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
         elif isinstance(cfg, dict) and cfg["backbone"][0][2] == TRIPWIRE:
             lost = f"'pretrained=False' would build '{self.args.model}' anew and without its pruned widths"
             raise UsageError(f"{lost}. Leave it out, or train the YAML of the dense model.")
@@ -106,15 +111,6 @@ class CompressionMixin(BEHIND):
         for t in self.techniques:
             model = t.put_in(self, model, weights)
         return model
-
-    def _keep(self, weights: nn.Module) -> nn.Module:
-        stock.check_fit(weights, self.data, (self.args.model, self.args.data))  # pruned, it cannot be built anew
-        model = deepcopy(weights).float().requires_grad_(True)
-        model.criterion = None
-        if RANK in {-1, 0}:
-            n = sum(p.numel() for p in model.parameters())
-            LOGGER.info(f"{colorstr('prune: ')}keeping the pruned widths ({n:,} parameters)")
-        return model.train()
 
     def as_stock(self, model: nn.Module) -> nn.Module:
         """Return a model in training, or a copy of it, as one of stock classes."""
@@ -330,9 +326,8 @@ def attach(model: Any, **options: Any) -> Any:
         if isinstance(trainer, CompressionMixin) or not (options or trainer.resume or is_pruned(model.model)):
             return  # our trainer has options of its own, and a plain model needs none of ours
         if trainer.world_size > 1:
-            raise UsageError(
-                "attach() works on one device. On several GPUs use model.train(trainer=yolo_ext.trainer_for(task))."
-            )
+            other = "On several GPUs use model.train(trainer=yolo_ext.trainer_for(task))."
+            raise UsageError(f"attach() works on one device. {other}")
         engine.extend(trainer, CompressionMixin, STOCK)
         saved = {k: getattr(trainer.args, k, None) for k in EXT_DEFAULTS} if trainer.resume else options
         trainer.setup_compression({**EXT_DEFAULTS, **saved})
