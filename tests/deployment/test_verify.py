@@ -16,7 +16,7 @@ from ultralytics.utils import YAML
 from yolo_ext.core.errors import UsageError
 from yolo_ext.deployment.export import export_onnx
 from yolo_ext.deployment.runtime import load_image
-from yolo_ext.deployment.verify import LIMITS, verify, verify_detections, verify_int8, verify_tensors
+from yolo_ext.deployment.verify import CHECKS, verify, verify_detections, verify_int8, verify_tensors
 from yolo_ext.quantization.calibrate import calibrate
 from yolo_ext.quantization.fake_quant import get_state, insert_fake_quant, load_state
 from yolo_ext.quantization.qdq import write_qdq
@@ -199,13 +199,13 @@ def test_int8_runs_as_its_graph_says(exported, quantized, images):
     found = verify_int8(fp32, quantized, images, SIZE)
     assert found["convs"] == 64 and found["int8_convs"] == 57
     assert found["anchors"] >= 100
-    assert found["simulation"]["box_mean"] < LIMITS["int8_box_mean"]
+    assert found["simulation"]["box_mean"] < CHECKS["int8_box_mean"][1]
     assert found["float"]["box_mean"] > found["simulation"]["box_mean"] > 0
 
 
 @pytest.mark.slow
 def test_int8_limits_decide(exported, quantized, images, monkeypatch):
-    monkeypatch.setitem(LIMITS, "int8_box_mean", 1e-9)
+    monkeypatch.setitem(CHECKS, "int8_box_mean", ("", 1e-9, 1e-9))
     model, fp32 = exported("yolov8n")
     found = verify(model, fp32, images, SIZE, int8_onnx=quantized)
     checks = {c["key"]: c for c in found["checks"]}
@@ -238,8 +238,8 @@ def test_torch_simulation_and_int8_agree(exported, three, images):
     assert 0 < gap["box_mean"] < found["int8"]["float"]["box_mean"]
     assert gap["score_p99"] <= gap["score_max"]
     floor = found["int8"]["rounding"]
-    assert checks["torch_box_mean"]["limit"] == max(LIMITS["torch_box_mean"], 2 * floor["box_mean"])
-    assert LIMITS["torch_box_mean"] == 0.3  # bounds of one call must not stay
+    assert checks["torch_box_mean"]["limit"] == max(CHECKS["torch_box_mean"][1], 2 * floor["box_mean"])
+    assert CHECKS["torch_box_mean"][1] == 0.3  # bounds of one call must not stay
     assert get_state(net) == before
 
 

@@ -56,23 +56,18 @@ def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     for i, node in enumerate(proto.graph.node):
         node.name = node.name or f"{node.op_type}_{i}"
-    kept = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": decode_nodes(proto.graph)}
-    return convert_float_to_float16(proto, keep_io_types=True, **kept)
-
-
-def decode_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Return the names of the nodes behind the last layers with trained weights: softmax, box decode, NMS."""
-    dims = {t.name: list(t.dims) for t in graph.initializer}
-    consumers = consumers_of(graph)
-    decoding: set[str] = set()
-    for node in reversed(graph.node):  # in order of computation, so that consumers come first
+    dims = {t.name: list(t.dims) for t in proto.graph.initializer}
+    consumers = consumers_of(proto.graph)
+    decoding: set[str] = set()  # nodes behind the last layers with trained weights: softmax, box decode, NMS
+    for node in reversed(proto.graph.node):  # in order of computation, so that consumers come first
         users = [u for name in node.output for u in consumers[name]]
         weight = next((dims[name] for name in node.input[1:2] if name in dims), [])
         # The DFL convolution has the fixed weights 0, 1, ... of an expected value: (1, bins, 1, 1).
         layer = node.op_type in {"Conv", "ConvTranspose", "Gemm"} and not (weight[:1] == [1] and weight[2:] == [1, 1])
         if not layer and all(u.name in decoding for u in users):
             decoding.add(node.name)
-    return sorted(decoding)
+    kept = {"op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": sorted(decoding)}
+    return convert_float_to_float16(proto, keep_io_types=True, **kept)
 
 
 def export_onnx(weights: Source, out: str | Path, imgsz: Size, *, opset: int | None = None, simplify: bool = True,

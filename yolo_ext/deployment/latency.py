@@ -5,7 +5,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -178,15 +178,14 @@ def _profile(path: str | Path, imgsz: int, threads: int, batch: int, runs: int) 
     return times
 
 
-def saved_ms(fp32: str | Path, int8: str | Path, layers: Iterable[str], imgsz: int, *,
+def saved_ms(fp32: str | Path, int8: str | Path, layers: Collection[str], imgsz: int, *,
              runs: int = 30) -> dict[str, float]:  # fmt: skip
     """Return how many ms on one thread each layer (path), with its activation and Q/DQ nodes, gains by INT8."""
-    layers = list(layers)
     before, after = (_by_layer(_profile(file, imgsz, 1, 1, runs), layers) for file in (fp32, int8))
     return {path: before[path] - after[path] for path in layers}
 
 
-def _by_layer(times: Calls, layers: list[str]) -> dict[str, float]:
+def _by_layer(times: Calls, layers: Collection[str]) -> dict[str, float]:
     """Return the median ms of each layer's block from the names of nodes, which follow module paths."""
     blocks = {path.removesuffix(".conv"): path for path in layers}
     found = dict.fromkeys(layers, 0.0)

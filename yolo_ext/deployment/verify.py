@@ -26,22 +26,17 @@ from yolo_ext.stock.evidence import Evidence
 # Torch fake-quant differs from the simulation by codes that round differently too: 0.11 px and 0.04 on a trained model,
 # as much as moving every pixel by 1e-6 does. In an untrained one that alone is 1.6 px, so twice of it is allowed where
 # there is a torch model to measure it on.
-LIMITS = {
-    "weight_max": 1e-3, "score_max": 1e-4, "box_max": 1e-2, "extra_max": 1e-3, "matched": 0.995, "map": 1e-3,
-    "int8_box_mean": 0.3, "int8_score_max": 0.1, "torch_box_mean": 0.3, "torch_score_max": 0.1,
-}  # fmt: skip
-FP16_LIMITS = {"weight_max": 5e-2, "score_max": 2e-2, "box_max": 1.0, "extra_max": 5e-2, "matched": 0.95, "map": 5e-3}
-WORDS = {  # the checks in words
-    "weight_max": "ONNX against PyTorch: largest relative weight difference",
-    "score_max": "ONNX against PyTorch: largest score difference",
-    "box_max": "ONNX against PyTorch: largest box difference (px)",
-    "extra_max": "ONNX against PyTorch: largest difference of masks, keypoints, angles",
-    "matched": "ONNX against PyTorch: share of matched detections",
-    "map": "ONNX against PyTorch: largest accuracy difference",
-    "int8_box_mean": "INT8 against its float simulation: mean box difference (px)",
-    "int8_score_max": "INT8 against its float simulation: largest score difference",
-    "torch_box_mean": "Fake-quantized PyTorch against that simulation: mean box difference (px)",
-    "torch_score_max": "Fake-quantized PyTorch against that simulation: largest score difference",
+CHECKS = {  # by figure: in words, and the limits for FP32 and FP16
+    "weight_max": ("ONNX against PyTorch: largest relative weight difference", 1e-3, 5e-2),
+    "score_max": ("ONNX against PyTorch: largest score difference", 1e-4, 2e-2),
+    "box_max": ("ONNX against PyTorch: largest box difference (px)", 1e-2, 1.0),
+    "extra_max": ("ONNX against PyTorch: largest difference of masks, keypoints, angles", 1e-3, 5e-2),
+    "matched": ("ONNX against PyTorch: share of matched detections", 0.995, 0.95),
+    "map": ("ONNX against PyTorch: largest accuracy difference", 1e-3, 5e-3),
+    "int8_box_mean": ("INT8 against its float simulation: mean box difference (px)", 0.3, 0.3),
+    "int8_score_max": ("INT8 against its float simulation: largest score difference", 0.1, 0.1),
+    "torch_box_mean": ("Fake-quantized PyTorch against that simulation: mean box difference (px)", 0.3, 0.3),
+    "torch_score_max": ("Fake-quantized PyTorch against that simulation: largest score difference", 0.1, 0.1),
 }
 MATCH_IOU = {"fp32": 0.99, "fp16": 0.9}
 BOXES = {"detect", "segment", "pose", "obb"}  # tasks with detections
@@ -147,14 +142,14 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
            int8_onnx: str | Path | None = None, fake_quant: nn.Module | None = None,
            data: str | Path | None = None, contract: Mapping[str, float] | None = None,
            device: Any = None) -> dict[str, Any]:  # fmt: skip
-    """Compare a float file, an INT8 file made from it, and, on ``data``, accuracy, with `LIMITS` and a contract."""
+    """Compare a float file, an INT8 file made from it, and, on ``data``, accuracy, with `CHECKS` and a contract."""
     meta, images, (height, width) = describe(onnx_path), list(images), height_width(imgsz)
     precision = meta["precision"]
     if not images:
         raise UsageError("No images to verify on. Give at least one, better 16 or more, from the validation set.")
     if precision == "int8":
         raise UsageError(f"'{onnx_path}' is quantized. Give the FP32 file it was made from as onnx= and it as int8=.")
-    bounds = {**LIMITS, **(FP16_LIMITS if precision == "fp16" else {})}
+    bounds = {k: half if precision == "fp16" else full for k, (_, full, half) in CHECKS.items()}
     result: dict[str, Any] = {"precision": precision}
     device = device_of(device)
     todo: dict[str, Callable[[], dict[str, Any]]] = {
@@ -175,7 +170,7 @@ def verify(weights: Source, onnx_path: str | Path, images: Iterable[str | Path],
         result[name] = work()
     worst = result["tensors"].pop("worst")
     for figure, value in result.get("int8", {}).get("rounding", {}).items():
-        for name in {f"int8_{figure}", f"torch_{figure}"} & set(LIMITS):
+        for name in {f"int8_{figure}", f"torch_{figure}"} & bounds.keys():
             bounds[name] = max(bounds[name], FRAGILE * value)
     if meta["task"] == "classify" and "map" in result:  # rounding decides between two equal scores
         bounds["map"] = max(bounds["map"], 1.01 / result["map"]["torch"]["images"])
@@ -204,5 +199,5 @@ def _checks(result: dict[str, Any], bounds: dict[str, float], task: str) -> list
         gap = result.get("int8", {}).get(name, {})
         values |= {f"{prefix}_{k}": gap[k] for k in ("box_mean", "score_max") if gap}
     passed = {k: v >= bounds[k] if k == "matched" else v <= bounds[k] for k, v in values.items()}  # a NaN: neither
-    return [{"key": k, "name": WORDS[k], "value": v, "limit": bounds[k], "passed": bool(passed[k])}
+    return [{"key": k, "name": CHECKS[k][0], "value": v, "limit": bounds[k], "passed": bool(passed[k])}
             for k, v in values.items()]  # fmt: skip

@@ -39,11 +39,21 @@ def check_fit(model: Given, info: Mapping[str, Any], said: tuple[Any, Any], *, r
 
 def differences(model: Given, other: Given) -> Iterator[tuple[str, Any, Any]]:
     """Yield what keeps a model from standing for another one, or from fitting data, with what both have of it."""
-    ours, theirs = _facts(model), _facts(other)
-    yield from _class_differences(ours.pop("names"), theirs.pop("names"))
-    for key, value in ours.items():
-        if value and theirs[key] and value != theirs[key]:
-            yield key, value, theirs[key]
+    facts = _facts(model), _facts(other)
+    ours, theirs = ([str(name).strip().lower() for _, name in sorted(f.pop("names").items())] for f in facts)
+    # Names that say nothing agree with all.
+    named = all(any(n not in (f"{i}", f"class_{i}") for i, n in enumerate(names)) for names in (ours, theirs))
+    moved = [n for n, own in zip(theirs, ours) if n != own and n in ours]
+    if len(ours) != len(theirs):
+        yield "number of classes", len(ours), len(theirs)
+    elif moved:
+        name = moved[0]
+        yield "class numbers", f"{ours.index(name)} for '{name}'", f"{theirs.index(name)} for '{name}'"
+    elif named and len(ours) > 1 and not {*ours} & {*theirs}:
+        yield "class names", ", ".join(ours[:5]), ", ".join(theirs[:5])
+    for key, value in facts[0].items():
+        if value and facts[1][key] and value != facts[1][key]:
+            yield key, value, facts[1][key]
 
 
 def _facts(of: Given) -> dict[str, Any]:
@@ -55,20 +65,6 @@ def _facts(of: Given) -> dict[str, Any]:
         shape = of.get("kpt_shape")
         found = {"names": of["names"], "task": None, "image channels": of.get("channels")}
     return {**found, "keypoint shape": list(shape or ())}
-
-
-def _class_differences(model: Mapping[int, str], data: Mapping[int, str]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what keeps class numbers of a model from being those of data; names that say nothing agree with all."""
-    ours, theirs = ([str(names[i]).strip().lower() for i in sorted(names)] for names in (model, data))
-    named = all(any(n not in (f"{i}", f"class_{i}") for i, n in enumerate(names)) for names in (ours, theirs))
-    moved = [n for n, own in zip(theirs, ours) if n != own and n in ours]
-    if len(ours) != len(theirs):
-        yield "number of classes", len(ours), len(theirs)
-    elif moved:
-        name = moved[0]
-        yield "class numbers", f"{ours.index(name)} for '{name}'", f"{theirs.index(name)} for '{name}'"
-    elif named and len(ours) > 1 and not {*ours} & {*theirs}:
-        yield "class names", ", ".join(ours[:5]), ", ".join(theirs[:5])
 
 
 def one_class(info: Mapping[str, Any]) -> dict[str, Any]:

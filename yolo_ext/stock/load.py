@@ -130,10 +130,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             return load_checkpoint(str(path))
     except Exception as e:
         if isinstance(e, ImportError) and "modelopt" in str(e):
-            raise UsageError(
-                f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8). `yolo-ext export` takes it; "
-                "elsewhere give the float .pt that it was trained from."
-            ) from e
+            held = f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8)"
+            takes = "`yolo-ext export` takes it; elsewhere give the float .pt that it was trained from."
+            raise UsageError(f"{held}. {takes}") from e
         why = f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)})"
         raise UsageError(f"{why}. Give a .pt written by Ultralytics or yolo-ext.") from e
 

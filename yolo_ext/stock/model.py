@@ -214,10 +214,8 @@ def gflops(model: nn.Module, imgsz: int = 640) -> float:
         return float(thop.profile(net, inputs=[torch.zeros(shape)], verbose=False)[0] / 1e9 * 2)
     except Exception as e:  # whatever a user's block raises
         why = f"{type(e).__name__}: {str(e)[:200]}"
-    clash = "PyPI's 'thop' may have overwritten 'ultralytics-thop'"
-    raise UsageError(
-        f"FLOPs cannot be counted at {imgsz} pixels ({why}). If the model runs at this size, {clash}: {THOP}"
-    )
+    clash = f"If the model runs at this size, PyPI's 'thop' may have overwritten 'ultralytics-thop': {THOP}"
+    raise UsageError(f"FLOPs cannot be counted at {imgsz} pixels ({why}). {clash}")
 
 
 def fuse_blocks(model: nn.Module) -> nn.Module:

@@ -41,10 +41,8 @@ def check_trainer(stock: Any) -> None:
 def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
     """Put a mixin in front of the class of a stock trainer that is just being made and has no model yet."""
     if getattr(trainer, "model", None) is not None or not hasattr(trainer, "args"):
-        raise UsageError(
-            f"attach() comes too late in Ultralytics {__version__}: the trainer has its model before its first event. "
-            "Use model.train(trainer=yolo_ext.trainer_for(task), ...)."
-        )
+        late = f"attach() comes too late in Ultralytics {__version__}: the trainer has its model before its first event"
+        raise UsageError(f"{late}. Use model.train(trainer=yolo_ext.trainer_for(task), ...).")
     stock = type(trainer)
     trainer.__class__ = known.get(stock) or type(f"Compression{stock.__name__}", (mixin, stock), {})
 

@@ -152,7 +152,13 @@ class Distill(Technique):
         found = []
         for name, (model, imgsz) in models.items():
             figures = runs.model_figures(model, None, imgsz)
-            worth = _accuracy(trainer, model, imgsz) if cfg.preflight and name not in other else None
+            worth = None
+            if cfg.preflight and name not in other:
+                key = (fingerprint(model), str(Path(trainer.args.data).resolve()), imgsz)
+                if key not in _known:  # on several GPUs all take part, and one knows
+                    measured = accuracy(model, like=trainer.validator, imgsz=imgsz, rect=False, cache=False)
+                    remember(model, trainer.args.data, imgsz, score(measured))
+                worth = _known.get(key)
             found.append(Facts(name, imgsz, figures["params"], figures["gflops"], worth))
         return found
 
@@ -181,12 +187,3 @@ def cut_adapters(distiller: Any, model: nn.Module, optimizer: Any, kept: dict[st
             adapter.shrink(index)
             if old is not None:
                 follow(optimizer, [(old, adapter.conv.weight, [(1, index)])])
-
-
-def _accuracy(trainer: Any, model: nn.Module, imgsz: int) -> float | None:
-    """Return mAP50-95, or top-1 of a classifier, on the val split; on several GPUs all take part, and one knows."""
-    key = (fingerprint(model), str(Path(trainer.args.data).resolve()), imgsz)
-    if key not in _known:
-        found = score(accuracy(model, like=trainer.validator, imgsz=imgsz, rect=False, cache=False))
-        _known.update({} if found is None else {key: found})
-    return _known.get(key)
