@@ -209,6 +209,11 @@ def load_state(model: nn.Module, state: State) -> None:
     """Set the ranges returned by `get_state` of a model with the same plan."""
     sites: dict[tuple[str, str], Any] = {(path, site): q for path, site, q, _ in quantizers(model)}
     sites |= {(path, "weight"): layer for path, layer, _ in quantized_layers(model) if layer.weight_spec}
+    unknown = sorted({path for path, r in state.items() for site in r if (path, site) not in sites})
+    if unknown:
+        remedy = "Insert fake quantizers with the same profile and exclude list, and fuse both models or neither."
+        lost = f"{len(unknown)} layers, such as '{unknown[0]}', have no quantizer in this model"
+        raise UsageError(f"Ranges of {lost}. {remedy}")
     for path, r in state.items():
         for site, entry in r.items():
             target, ratio = sites[path, site], entry.get("ratio")
