@@ -29,8 +29,10 @@ def pruned_share(*, step: int, steps: int, kind: str) -> float:
     return float(removals[kind].fn(done=min(step, steps) / steps))
 
 
-def prune_epochs(*, cfg: PruneConfig, epochs: int) -> list[int]:
+def prune_epochs(*, cfg: PruneConfig | None, epochs: int) -> list[int]:
     """Return the epochs that start with a pruning, counted from 0; none when only the start of a run prunes."""
+    if cfg is None:
+        return []
     for name, epoch in {"at": max(cfg.at, default=None), "start": cfg.start, "end": cfg.end}.items():
         if epoch is not None and epoch >= epochs:
             why = f"lies outside a run of {epochs} epochs. Legal: 0 to {epochs - 1}. Lower it or raise epochs."

@@ -69,8 +69,7 @@ def lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
 def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return validator class and arguments for data and a model (`net`, if loaded); UsageError if they do not fit."""
     net = _net(model) if net is None else net
-    facts = _about(Path(str(model))) if net is None else (net.task, net.names, type(net.model[-1]).__name__)
-    task, names, head = facts
+    task, names, head = (net.task, net.names, type(net.model[-1]).__name__) if net else _about(Path(str(model)))
     one = names == ONE_CLASS  # as it was trained
     if task not in VALIDATORS:
         raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")

@@ -27,14 +27,12 @@ REMEDIES = {
 
 def check_fit(model: Given, info: Mapping[str, Any], said: tuple[Any, Any], *, rebuilt: bool = False) -> str:
     """Refuse data, `said` as the user calls both, that do not fit a model; one that is `rebuilt` for them: say why."""
-    found = next(differences(model, info), None)
-    if found is None:
-        return ""
-    key, ours, theirs = found
-    told = f"{key} {ours} of the model, {theirs} of the data"
-    if not rebuilt:
-        raise UsageError(f"'{said[0]}' does not fit '{said[1]}': {told}. {REMEDIES[key]}")
-    return told
+    for key, ours, theirs in differences(model, info):  # the first is told
+        told = f"{key} {ours} of the model, {theirs} of the data"
+        if not rebuilt:
+            raise UsageError(f"'{said[0]}' does not fit '{said[1]}': {told}. {REMEDIES[key]}")
+        return told
+    return ""
 
 
 def differences(model: Given, other: Given) -> Iterator[tuple[str, Any, Any]]:

@@ -15,6 +15,7 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import fingerprint
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import listed
+from yolo_ext.core.schedules import prune_epochs
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.teacher import make_guides, with_classes
 from yolo_ext.distillation.terms import Facts, doubts, student_seconds, table, teacher_cost
@@ -23,7 +24,6 @@ from yolo_ext.stock.accuracy import accuracy, score
 from yolo_ext.stock.context import undisturbed
 from yolo_ext.stock.load import load_model
 from yolo_ext.stock.trainer import along
-from yolo_ext.training.prune import pruning_epochs
 from yolo_ext.training.technique import Technique, live
 
 PREFIX = "distill: "
@@ -43,7 +43,7 @@ class Distill(Technique):
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
         super().__init__(configs, args)
-        self.shrinks = bool(pruning_epochs(configs, args))
+        self.shrinks = bool(prune_epochs(cfg=configs["prune"], epochs=args.epochs))
         self.alone = not any(configs[key] for key in ("prune", "sparsity", "quant"))  # nothing else changes the student
         self.distiller: Any = None  # teachers and adapters, from the first optimizer on
 
@@ -131,8 +131,19 @@ class Distill(Technique):
                     LOGGER.warning(f"{colorstr(PREFIX)}{same}. Give distill.teacher=bigger.pt.")
             for doubt in doubts(student, teacher, metric):
                 LOGGER.warning(f"{colorstr(PREFIX)}{doubt}.")
-        if self.cfg.preflight:
-            LOGGER.info(f"{colorstr(PREFIX)}{self._step(trainer)}")
+        if not self.cfg.preflight:
+            return
+        model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
+        batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
+        images = torch.rand(batch, stock.input_channels(model), size, size, device=trainer.device)
+        plain = student_seconds(model, images, torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp)
+        taught, held = map(sum, zip(*(teacher_cost(guide, images) for guide in guides)))
+        LOGGER.info(
+            f"{colorstr(PREFIX)}{batch} images at {size} px: student {1e3 * plain:.0f} ms without its loss, teachers "
+            f"{1e3 * taught:.0f} ms{f' in each {every}th batch' if every > 1 else ''}, so a step takes about "
+            f"{1 + taught / every / plain:.2f} times as long; teachers hold {held:.0f} MB "
+            f"({'weights and activations' if trainer.device.type == 'cuda' else 'weights'})"
+        )
 
     def _facts(self, trainer: Any) -> list[Facts]:
         """Return what is known of the student and of each teacher that is not its running average."""
@@ -161,20 +172,6 @@ class Distill(Technique):
                 worth = _known.get(key)
             found.append(Facts(name, imgsz, figures["params"], figures["gflops"], worth))
         return found
-
-    def _step(self, trainer: Any) -> str:
-        """Return in words how long a step takes with and without teachers, and what memory they hold."""
-        model, guides, every = live(trainer), self.distiller.guides, self.cfg.every
-        batch, size = max(trainer.batch_size // max(trainer.world_size, 1), 1), trainer.args.imgsz
-        images = torch.rand(batch, stock.input_channels(model), size, size, device=trainer.device)
-        plain = student_seconds(model, images, torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp)
-        taught, held = map(sum, zip(*(teacher_cost(guide, images) for guide in guides)))
-        return (
-            f"{batch} images at {size} px: student {1e3 * plain:.0f} ms without its loss, teachers "
-            f"{1e3 * taught:.0f} ms{f' in each {every}th batch' if every > 1 else ''}, so a step takes about "
-            f"{1 + taught / every / plain:.2f} times as long; teachers hold {held:.0f} MB "
-            f"({'weights and activations' if trainer.device.type == 'cuda' else 'weights'})"
-        )
 
 
 def cut_adapters(distiller: Any, model: nn.Module, optimizer: Any, kept: dict[str, dict[str, list[int]]]) -> None:

@@ -39,11 +39,6 @@ ROUNDS, SECONDS = 60, 20.0  # of one latency comparison
 NOTES_MB = 0.02  # that a training keeps beside the weights
 
 
-def pruning_epochs(configs: dict[str, Any], args: Any) -> list[int]:
-    """Return the epochs that start with a pruning, counted from 0."""
-    return prune_epochs(cfg=configs["prune"], epochs=args.epochs) if configs["prune"] else []
-
-
 class Prune(Technique):
     """Channels or weights go, before the first epoch or between epochs; a masked model keeps its masks in any case."""
 
@@ -51,7 +46,7 @@ class Prune(Technique):
 
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
         super().__init__(configs, args)
-        self.epochs = pruning_epochs(configs, args)  # that start with a pruning
+        self.epochs = prune_epochs(cfg=self.cfg, epochs=args.epochs)  # that start with a pruning
         self.ready = not configs["sparsity"]  # or the run makes the model sparse first
         self.masks: Any = None  # what stays zero, by layer
 
@@ -59,7 +54,7 @@ class Prune(Technique):
     def settle(cls, configs: dict[str, Any], args: Any) -> None:
         """Refuse what cannot be combined with surgery while training, and epochs outside of the run."""
         cfg = configs["prune"]
-        if not pruning_epochs(configs, args) or cfg.kind != "structured":
+        if not prune_epochs(cfg=cfg, epochs=args.epochs) or cfg.kind != "structured":
             return
         if configs["quant"]:
             clash = "Pruning while training and QAT are both on: ranges belong to the channels that are there"

@@ -145,7 +145,14 @@ class Exact:
         saved = state["random"]
         for i in saved["buffer"]:
             trainer.train_loader.dataset.load_image(i)
-        if not _continue_orders(trainer, saved["orders"]):
+        # From this epoch on mosaic is closed, for which Ultralytics resets the loader: first, or again after a resume.
+        closing, known = trainer.epochs - (trainer.args.close_mosaic or 0), True
+        for loader, order in zip((trainer.train_loader, trainer.test_loader), saved["orders"]):
+            resets = loader is trainer.train_loader and trainer.start_epoch >= closing
+            if not loader.num_workers:  # classification shuffles both
+                mid_run = order is not None and order[1] and not (resets and trainer.start_epoch == closing)
+                known &= order is not None and continue_order(loader, order[0], mid_run, resets)
+        if not known:
             _warn(f"The dataloader of Ultralytics {__version__} is one that yolo_ext does not know")
         name, keys, *rest = saved["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -188,16 +195,3 @@ def _forget_later_rows(csv: Path, epochs: int) -> None:
         kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
         if kept != rows:
             atomic_write(csv, "".join([head, *kept]))
-
-
-def _continue_orders(trainer: Any, orders: list[tuple[torch.Tensor, bool] | None]) -> bool:
-    """Make both loaders go on with the order of images, and tell whether they can; classification shuffles both."""
-    # From this epoch on mosaic is closed, for which Ultralytics resets the loader: first, or again after a resume.
-    closing = trainer.epochs - (trainer.args.close_mosaic or 0)
-    known = True
-    for loader, order in zip((trainer.train_loader, trainer.test_loader), orders):
-        resets = loader is trainer.train_loader and trainer.start_epoch >= closing
-        if not loader.num_workers:
-            mid_run = order is not None and order[1] and not (resets and trainer.start_epoch == closing)
-            known &= order is not None and continue_order(loader, order[0], mid_run, resets)
-    return known

@@ -10,10 +10,10 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_ext.checkpoint import fingerprint, is_pruned, note
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import PruneConfig
+from yolo_ext.core.schedules import prune_epochs
 from yolo_ext.sparsity import monitor
 from yolo_ext.sparsity.sparsifier import Sparsifier
 from yolo_ext.stock.trainer import LoggedLoss, forget_best
-from yolo_ext.training.prune import pruning_epochs
 from yolo_ext.training.technique import Technique, input_size, live
 
 
@@ -25,7 +25,7 @@ class Sparse(Technique):
     def __init__(self, configs: dict[str, Any], args: Any) -> None:
         """Look up what is going to be pruned, as its options `include` and `exclude` say, and when."""
         super().__init__(configs, args)
-        self.epochs, self.pruned_at = args.epochs, pruning_epochs(configs, args)
+        self.epochs, self.pruned_at = args.epochs, prune_epochs(cfg=configs["prune"], epochs=args.epochs)
         self.prune = configs["prune"] or PruneConfig(ratio=0.5, method=self.cfg.method)
         self.sparsifier: Any = None  # what is pulled and how far, from the first optimizer on
 
@@ -57,11 +57,9 @@ class Sparse(Technique):
                 group["params"] = [p for p in group["params"] if p not in chosen]
                 optimizer.add_param_group({**group, "params": moved, "weight_decay": 0.0, "param_group": "sparse"})
         # Hooks of the optimizer see gradients behind unscaling and clipping, and are not run when AMP skips a step.
-        optimizer.register_step_post_hook(lambda *_: self._shrink(trainer))
-
-    def _shrink(self, trainer: Any) -> None:
-        part = trainer.exact.waiting / len(trainer.train_loader)  # of an epoch, whose batches lie behind this step
-        self.sparsifier.shrink(live(trainer), part)
+        optimizer.register_step_post_hook(  # behind so many of the batches of an epoch
+            lambda *_: self.sparsifier.shrink(live(trainer), trainer.exact.waiting / len(trainer.train_loader))
+        )
 
     def criterion(self, trainer: Any, base: Any) -> Any:
         """Log the penalty beside the losses."""
