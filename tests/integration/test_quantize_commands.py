@@ -153,7 +153,7 @@ def test_a_convolution_that_is_float_by_accident_is_named(run, quick, monkeypatc
     if strict:
         assert "'model.2.cv1.conv': no Q on the output" in err and not (folder / "report.html").exists()
     else:
-        assert int8.PLANNED in err
+        assert int8.PLANNED in json.loads((folder / "summary.json").read_text())["headline"]
         assert json.loads((folder / "ptq" / "stage.json").read_text())["accidents"]
 
 
@@ -165,7 +165,7 @@ def test_other_profiles_go_through(run, quick, profile):
     status, folder, err = run(f"{QUANTIZE} quant.max_drop=1.0".replace("ort-x86", profile))
     record = json.loads((folder / "ptq" / "stage.json").read_text())
     assert record["profile"] == profile
-    assert (record["planned"] > 0) == profile.startswith("ort")
+    assert bool(record.get("planned")) == profile.startswith("ort")  # elsewhere the other runtime alone can count
     assert status == 0 or profile == "ort-arm", err  # x86 has no integer kernels for signed activations
 
 

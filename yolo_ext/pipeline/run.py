@@ -164,7 +164,8 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
     run.max_drop, contract, run.confidence = asked.values()
     _check_data(run)
     measured = data and run.base.suffix == ".pt"
-    run.limits = asked["contract"] = read_limits(contract, run.task, base.names, run.confidence, measured, run.max_drop)
+    names = run.info.get("names", base.names)  # those of a model may be numbers still
+    run.limits = asked["contract"] = read_limits(contract, run.task, names, run.confidence, measured, run.max_drop)
     run.imgsz = stock.image_size(base, ckpt, imgsz)
     _check_techniques(run)
     _check_graph(run)

@@ -140,7 +140,8 @@ def _facts(validator: Any) -> dict[str, Any]:
     order = np.argsort(files)
     images = (part for i in order for part in (Path(files[i]).name.encode(), Path(files[i]).read_bytes()))
     settings = {k: getattr(validator.args, k) for k in ("imgsz", "conf", "iou", "max_det", "single_cls", "rect")}
-    return {"task": validator.args.task, "names": {int(k): str(v) for k, v in dict(validator.names).items()},
+    names = validator.data["names"]  # those of a model may be numbers
+    return {"task": validator.args.task, "names": {int(k): str(v) for k, v in names.items()},
             "images_hash": _hashed(images), "labels_hash": _hashed([labels[i] for i in order]),
             "settings": settings}  # fmt: skip
 
