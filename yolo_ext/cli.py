@@ -15,7 +15,7 @@ from typing import Any
 from yolo_ext.commands import compare, compress, data, deploy, label, measure  # noqa: F401  isort: skip
 from yolo_ext.commands import COMMANDS, LOGGER, keys, takes_native
 from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS
-from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names
+from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names, read_flat
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.core.registry import suggest
 
@@ -218,6 +218,9 @@ def _read_pair(word: str, flat: dict[str, Any]) -> list[str]:
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``prune.speedup`` into ``{"prune": {"speedup": ...}}``; a technique may also be None, True or a dict."""
+    if isinstance(file := flat.get("contract"), str) and any(key.startswith("contract.") for key in flat):
+        limits = read_flat(file, f"'contract={file}'", "recall: {person: -0.02}")  # single limits win over its own
+        flat = {f"contract.{k}": v for k, v in limits.items()} | {k: v for k, v in flat.items() if k != "contract"}
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         technique, dot, name = key.partition(".")

@@ -33,11 +33,14 @@ def files(tmp_path) -> str:
     [("", 1, "contract recall.b"), ("contract.map.a=-0.05", 0, "worse"), ("contract.map.b=-0.05", 1, "contract map.b"),
      ("contract.map=-0.9 confidence=0.95", 0, "worse"), ("contract.recall.c=-0.1", 2, "Legal: map, recall"),
      ("contract.map.a=0.1", 2, "such as -0.01"), ("contract=none.yaml", 2, "does not exist"),
+     ("contract={}/limits.yaml contract.map.a=-0.9", 1, "contract map.b"),
+     ("contract.map.b=-0.9 contract={}/limits.yaml", 0, "worse"), ("contract.map=-1 contract=no", 2, "not a YAML file"),
      ("other={}/other.npz", 2, "different labels"), ("other=best.pt", 2, "'data' is missing")],
-    ids=["default contract", "held", "broken", "held surely", "unknown class", "wrong sign", "no file", "other labels",
-         "no data"],
+    ids=["default contract", "held", "broken", "held surely", "unknown class", "wrong sign", "no file", "file and key",
+         "key over file", "key and no file", "other labels", "no data"],
 )  # fmt: skip
 def test_contracts(files, tmp_path, capsys, caplog, more, status, says):
+    (tmp_path / "limits.yaml").write_text("map: {b: -0.05}\n")
     assert main([*files.split(), *more.format(tmp_path).split()]) == status
     out = capsys.readouterr()
     assert says in out.out + out.err + caplog.text

@@ -22,7 +22,7 @@ COUNTS = {"classes": {NAME: {"train": 3}}, "sizes": {"8": 3}, "splits": {"train"
 @pytest.mark.parametrize(
     "draw",
     [
-        pytest.param(lambda path: plot_tradeoff([POINT], path, NAME), id="tradeoff"),
+        pytest.param(lambda path: plot_tradeoff([POINT], path, NAME, "mAP50-95"), id="tradeoff"),
         pytest.param(lambda path: plot_boxes(COUNTS, path), id="boxes"),
     ],
 )

@@ -75,21 +75,20 @@ def curves(file: Path) -> dict[str, list[float]]:
     return {k: values for k, values in found.items() if any(values)}
 
 
-def pictures(run: Run, stage: str, conf: float | None) -> list[dict[str, str]]:
-    """Draw what base and result find at a confidence in the val images that changed most, side by side."""
+def pictures(run: Run, stage: str, proved: dict[str, Any]) -> list[dict[str, str]]:
+    """Draw what base and result find, at the confidence judged, in the val images that changed most, side by side."""
     from ultralytics import YOLO
 
     made: list[dict[str, str]] = []
     new = run.folder / "onnx" / "int8.onnx" if run.quant else run.weights()
-    files = [run.folder / name / "evidence.npz" for name in ("base", stage)]
-    if new == run.base or not all(file.exists() for file in files):
+    if new == run.base or not proved:
         return made
-    options: Any = {"imgsz": run.imgsz, "device": "cpu", "verbose": False, "rect": False, "conf": conf}
-    old, now = map(Evidence.read, files)
+    options: Any = {"imgsz": run.imgsz, "device": "cpu", "verbose": False, "rect": False, "conf": proved.get("conf")}
+    old, now = (Evidence.read(run.folder / name / "evidence.npz") for name in ("base", stage))
     images = {name: f for f in run.info["images"]["val"] for name in (f.name, f"{f.parent.name}/{f.name}")}
     with stock.quiet():
         models = [YOLO(str(p), task=run.task) for p in (run.base, new)]
-        for i, name in enumerate(changed(old, now, conf or 0.0)[:4]):
+        for i, name in enumerate(changed(old, now, options["conf"] or 0.0)[:4]):
             path = run.folder / "plots" / f"detections_{i}.png"
             before, after = (m.predict(str(images[name]), **options)[0] for m in models)
             found = side_by_side(before, after, path)

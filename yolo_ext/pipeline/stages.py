@@ -243,13 +243,13 @@ def finish(run: Run) -> dict[str, Any]:
     result = {**after, "size_mb": runs.size_mb(run.weights())}  # the float one, whose budgets the trials have held
     speed = (after.get("latency_ratio") or {}).get("ort")
     checks = [c for d in run.done.values() for c in d.checks or []]
-    held = run.confidence, proved.get("changes", ())
-    checks += budget_checks(run.prune, before, result, speed, run.max_drop, *held)
+    changed = proved.get("changes", ())
+    checks += budget_checks(run.prune, before, result, speed, run.max_drop, run.confidence, changed)
     checks += proved.get("checks", [])
     summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
     if proved:
         LOGGER.info(f"{colorstr('bold', 'contract: ')}{proved['verdict']}.")
-    drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved.get("conf")))
+    drawn = _extra(run, "The comparison of pictures", partial(pictures, run, last, proved))
     LOGGER.info(f"Report: {write_report(run.folder, contents(run, summary, drawn or []))}")
     conclude(run.folder, summary)
     return {**summary, "run_dir": str(run.folder)}

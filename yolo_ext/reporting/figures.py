@@ -35,9 +35,7 @@ def pareto(points: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 @pictured(10)
-def plot_tradeoff(
-    points: Sequence[Mapping[str, Any]], path: str | Path, note: str = "", metric: str = "mAP50-95"
-) -> Path:
+def plot_tradeoff(points: Sequence[Mapping[str, Any]], path: str | Path, note: str, metric: str) -> Path:
     """Plot a metric of points (`name`, `median`, `p10`, `p90` in ms, `map`) against latency, and the Pareto front."""
     front = pareto(points)
     drawn, ax = subplots(figsize=(9, 4.8))
@@ -47,7 +45,7 @@ def plot_tradeoff(
         spread = [[p["median"] - p["p10"]], [p["p90"] - p["median"]]]
         ax.errorbar(p["median"], p["map"], xerr=spread, fmt="osD^v"[i // 10 % 5], capsize=3, label=str(p["name"]),
                     markerfacecolor=None if best else "white")  # fmt: skip
-    ax.set(xlabel="latency (ms, median, 10 to 90 % range)" + (f"\n{note}" if note else ""), ylabel=metric)
+    ax.set(xlabel="latency (ms, median, 10 to 90 % range)\n" + note, ylabel=metric)
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.15)
     low, high = ax.get_ylim()

@@ -201,7 +201,7 @@ def conclude(root: Path, summary: Mapping[str, Any]) -> None:
 
 def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return what a result is, what it cost and what to do next, a failed check first; and the next command if good."""
-    after, rows = summary["after"], _rows(summary)
+    after, rows, epochs, qat = summary["after"], _rows(summary), told.get("epochs") or 0, told.get("qat") or 0
     failed, accuracy = [c for c in summary["checks"] if not c["passed"]], judged([*rows.values()])
     metric = accuracy.key.removesuffix(INT8) if accuracy else ""
     shown = {"rows": rows, "accuracy": accuracy, "metric": METRIC.get(metric), "failed": failed, "after": after}
@@ -210,26 +210,21 @@ def headline(summary: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[str, 
     lost = accuracy.verdict == "worse" if accuracy else shown["untrained"]
     if lost or any("max_drop" in c["name"] or c["name"].startswith("contract") for c in failed):
         by_int8 = accuracy is not None and accuracy.key.endswith(INT8)
-        if accuracy and by_int8 and told.get("epochs"):  # what the float model lost, or what INT8 lost on top of that
+        if accuracy and by_int8 and epochs:  # what the float model lost, or what INT8 lost on top of that
             by_int8 = loss(accuracy) - loss(rows[metric]) > max(loss(rows[metric]), 0)
-        return f"{said} {_advice(by_int8, told, {} if accuracy else {'data': 'data.yaml'}, summary['command'])}", None
+        options: dict[str, Any] = {} if accuracy else {"data": "data.yaml"}
+        options |= {"quant.mode": "qat", "quant.epochs": 2 * qat or 10} if by_int8 else {"epochs": 2 * epochs or 30}
+        program, *words = shlex.split(summary["command"])
+        kept = [w for w in words if w.lstrip("-").partition("=")[0] not in (*options, "resume")]
+        words = [*([program, *kept] if program == "yolo-ext" else []), *(f"{k}={v}" for k, v in options.items())]
+        what = "Train the INT8 model" if by_int8 else "Fine-tune"
+        return f"{said} {what}{' longer' if (qat if by_int8 else epochs) else ''}: {shlex.join(words)}", None
     return (said, None) if failed or not shown["deploy"] else (f"{said} Deploy {shown['deploy']}.", told.get("next"))
 
 
 def _rows(summary: Mapping[str, Any]) -> dict[str, Row]:
     """Return what `summary.json` compares by key."""
     return {r.key: r for r in comparison_rows(*(summary.get(k) for k in COMPARED))}
-
-
-def _advice(by_int8: bool, told: Mapping[str, Any], options: dict[str, Any], command: str) -> str:
-    """Return what to do about an accuracy that INT8 or pruning lost, and the command that does it."""
-    epochs, qat = told.get("epochs") or 0, told.get("qat") or 0
-    options |= {"quant.mode": "qat", "quant.epochs": 2 * qat or 10} if by_int8 else {"epochs": 2 * epochs or 30}
-    program, *words = shlex.split(command)
-    kept = [w for w in words if w.lstrip("-").partition("=")[0] not in (*options, "resume")]
-    words = [*([program, *kept] if program == "yolo-ext" else []), *(f"{k}={v}" for k, v in options.items())]
-    what = "Train the INT8 model" if by_int8 else "Fine-tune"
-    return f"{what}{' longer' if (qat if by_int8 else epochs) else ''}: {shlex.join(words)}"
 
 
 def comparison(summary: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
