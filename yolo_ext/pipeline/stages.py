@@ -243,8 +243,7 @@ def finish(run: Run) -> dict[str, Any]:
     result = {**after, "size_mb": runs.size_mb(run.weights())}  # the float one, whose budgets the trials have held
     speed = (after.get("latency_ratio") or {}).get("ort")
     checks = [c for d in run.done.values() for c in d.checks or []]
-    changed = proved.get("changes", ())
-    checks += budget_checks(run.prune, before, result, speed, run.max_drop, run.confidence, changed)
+    checks += budget_checks(run.prune, before, result, speed, run.max_drop, run.confidence, proved.get("changes", ()))
     checks += proved.get("checks", [])
     summary = write_summary(run.folder, before, after, stages, checks=checks, contract=proved, **_told(run))
     if proved:
