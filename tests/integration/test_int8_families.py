@@ -28,7 +28,7 @@ from yolo_ext.stock.load import load_model
 SIZE = 128
 FAMILIES = ["yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"]
 HEADS = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
-TASKS = ["yolov8n-seg", "yolov8n-pose", "yolov8n-obb", "yolov8n-cls"]
+TASKS = ["yolov8n-seg", "yolov8n-pose", "yolov8n-obb", "yolov8n-cls", "yolo26n-seg", "yolo26n-pose"]
 
 
 def trained_like(name: str, folder: Path) -> Path:

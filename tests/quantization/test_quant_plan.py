@@ -54,6 +54,12 @@ def test_profiles(net, name, counts, weights, activations):
     assert list(plan) == order
 
 
+def test_layers_that_only_train_are_not_quantized():
+    plan, reasons = make_plan(SegmentationModel("yolo26n-seg.yaml", nc=3, verbose=False), X86)
+    only = [f"model.23.proto.semseg.{i}" for i in ("0.conv", "1.conv", "2")]
+    assert not plan.keys() & set(only) and reasons.keys() >= set(only)
+
+
 def test_exclude_gives_reasons(net):
     plan, reasons = make_plan(net, X86, exclude=("model.1", r"re:m\.0"))
     assert reasons["model.1.conv"] == "excluded by 'model.1'"

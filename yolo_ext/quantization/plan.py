@@ -81,7 +81,8 @@ def make_plan(
 
 def quantizable_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return path -> block for every Ultralytics block that runs as `act(conv(x))` once deployed."""
-    return {path: m for path, m in model.named_modules() if stock.single_conv(m)}
+    runs = (item for item in model.named_modules() if ".semseg." not in item[0])  # of YOLO26, which only trains
+    return {path: m for path, m in runs if stock.single_conv(m)}
 
 
 def float_modules(model: nn.Module) -> dict[str, str]:
