@@ -132,7 +132,8 @@ def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[
     def main(words: str, name: str = "run") -> tuple[int, Path, str]:
         status = cli.main([*words.split(), f"project={place / 'out'}", f"name={name}"])
         said = capsys.readouterr()
-        return status, place / "out" / name, said.err + "".join(x for x in said.out.splitlines() if "checks failed" in x)
+        failed = (line for line in said.out.splitlines() if "checks failed" in line)
+        return status, place / "out" / name, said.err + "".join(failed)
 
     return main
 
