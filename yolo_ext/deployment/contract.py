@@ -170,7 +170,7 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
     gaps = {k: np.where(np.isnan(old[k]), now[k][0] - old[k][0], now[k] - old[k]) for k in old}
     held, found = _held(base), []
     few = {k for k, (images, _) in held.items() if images < ENOUGH}
-    factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (3 + confidence) / 4)
+    factor = _critical([g for k, g in gaps.items() if k not in (*METRIC, *few)], (1 + confidence) / 2)
     for k in sorted(gaps, key=lambda k: k not in METRIC):  # which have intervals, and half of the risk, of their own
         spread = gaps[k][1:].std()
         if k.startswith(("recall.", "precision.")) and not np.array_equal(base.conf, new.conf):
