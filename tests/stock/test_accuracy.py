@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -123,4 +124,9 @@ def test_the_evidence_gives_the_figures_of_ultralytics(model, data):
     assert small.images == [f"{i}.png" for i in range(6)] and small.about["task"] == "detect"
     assert small.target_cls.tolist() == [0, 1] * 3
     np.testing.assert_allclose(small.target_area, 0.9**2 * 48 * 64, rtol=0.02)  # pixels of the original image
-    assert [small.about[k] == large.about[k] for k in ("images_hash", "labels_hash", "settings")] == [True, True, False]
+    same = {k: small.about[k] == large.about[k] for k in ("images_hash", "labels_hash", "model_hash", "settings")}
+    assert same == {"images_hash": True, "labels_hash": True, "model_hash": True, "settings": False}
+    other = deepcopy(model)
+    other.model[0].conv.weight.data[0, 0, 0, 0] += 1
+    accuracy(other, data, SIZE, keep=kept.append)
+    assert kept[2].about["model_hash"] != small.about["model_hash"]

@@ -17,7 +17,7 @@ from ultralytics.utils.metrics import smooth
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import alone, quiet
-from yolo_ext.stock.evidence import collected
+from yolo_ext.stock.evidence import collected, hash_of
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
 from yolo_ext.stock.load import check_det_dataset, float_model, gpu_runs, head_args, images_only_read
 from yolo_ext.stock.model import METRIC
@@ -47,7 +47,7 @@ def accuracy(
             options |= {} if net or gpu_runs(Path(str(model))) else {"device": "cpu"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
         validator = cls(dataloader=loader, save_dir=Path(folder), args=args)
-        made = collected(validator) if keep else None
+        made = collected(validator, hash_of(Path(str(model)) if net is None else net)) if keep else None
         with alone(cls) if like is None else nullcontext():
             found = _figures(validator, validator(model=net))
         if made:

@@ -58,7 +58,7 @@ class Evidence:
             raise UsageError(f"'{path}' is no evidence of an evaluation ({why}). Measure the model again.") from e
 
 
-def collected(validator: Any) -> Callable[[], Evidence]:
+def collected(validator: Any, model_hash: str) -> Callable[[], Evidence]:
     """Have a validator of Ultralytics keep what it matches, and return what makes the evidence of that afterwards."""
     if not hasattr(validator, "_process_batch"):
         made = validator.get_dataloader
@@ -68,7 +68,7 @@ def collected(validator: Any) -> Callable[[], Evidence]:
                 return made(*args)
 
         validator.get_dataloader = in_order
-        return lambda: _of_classifier(validator, _facts(validator))
+        return lambda: _of_classifier(validator, _facts(validator, model_hash))
     rows: list[dict[str, Any]] = []
     process, match, best = validator._process_batch, validator.match_predictions, list[torch.Tensor]()
 
@@ -87,7 +87,7 @@ def collected(validator: Any) -> Callable[[], Evidence]:
         return found
 
     validator._process_batch, validator.match_predictions = processed, matched
-    return lambda: _of_detector(rows, _facts(validator))
+    return lambda: _of_detector(rows, _facts(validator, model_hash))
 
 
 def _areas(boxes: torch.Tensor, batch: dict[str, Any]) -> np.ndarray:
@@ -128,7 +128,7 @@ def _of_classifier(validator: Any, about: dict[str, Any]) -> Evidence:
     return Evidence(about, files, n, pred[:, 0].astype(np.int32), zero + 1, zero, n, true.astype(np.int32), zero, hits)
 
 
-def _facts(validator: Any) -> dict[str, Any]:
+def _facts(validator: Any, model_hash: str) -> dict[str, Any]:
     """Return what two evaluations have to have in common, and by which settings they were made."""
     data = validator.dataloader.dataset
     if hasattr(data, "samples"):
@@ -143,7 +143,14 @@ def _facts(validator: Any) -> dict[str, Any]:
     names = validator.data["names"]  # those of a model may be numbers
     return {"task": validator.args.task, "names": {int(k): str(v) for k, v in names.items()},
             "images_hash": _hashed(images), "labels_hash": _hashed([labels[i] for i in order]),
-            "settings": settings}  # fmt: skip
+            "model_hash": model_hash, "settings": settings}  # fmt: skip
+
+
+def hash_of(model: torch.nn.Module | Path) -> str:
+    """Return the hash of the weights of a model, or of the file or folder of an exported one."""
+    if isinstance(model, Path):
+        return _hashed(f.read_bytes() for f in sorted(model.rglob("*") if model.is_dir() else [model]) if f.is_file())
+    return _hashed(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())
 
 
 def _hashed(parts: Iterable[bytes]) -> str:
