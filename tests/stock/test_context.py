@@ -113,3 +113,14 @@ def test_brief_keeps_warnings_ours_and_the_log(verbose, capsys, monkeypatch):
     assert "ours" in said and "b=2" in said
     assert ("a=1" in said) == ("Bar" in said) == (verbose is not False)
     assert len(log.buffer) == 3
+
+
+def test_no_flops_are_counted_on_uninitialised_memory_for_lines_that_nobody_sees(monkeypatch):
+    counted = []
+    net = DetectionModel("yolov8n.yaml", nc=2, verbose=False)
+    monkeypatch.setattr(net, "forward", lambda *_: counted.append(1))
+    with quiet():
+        net.info()
+    assert not counted
+    net.info()
+    assert counted
