@@ -180,8 +180,8 @@ def changes(base: Evidence, new: Evidence, *, conf: float | None = None, within:
             low, high = np.quantile(gaps[k][1:], [(1 - confidence) / 2, (1 + confidence) / 2], method="weibull")
         word = verdict(low, high, within)
         word = "undecided" if k in few and word != "same" else word
-        before, after, change = (float(v[k][0]) for v in (old, now, gaps))
-        found.append(Change(k, before, after, change, float(low), float(high), word))
+        before, after = (round(float(v[k][0]), 4) for v in (old, now))  # as tables show them
+        found.append(Change(k, before, after, round(after - before, 4), float(low), float(high), word))
     return found
 
 
