@@ -276,7 +276,9 @@ def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[
         results = pool.imap(work, items)
     else:
         _task = work, items  # forked: no work is pickled, but torch's threads do not survive it
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # or a worker that just starts loses one
         pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _as_worker)
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
         results = pool.imap(_call, range(len(items)), chunksize=32)
     with pool, TQDM(desc=text, total=len(items)) as bar:
         for found in results:
@@ -288,6 +290,7 @@ def _as_worker() -> None:
     """Leave Ctrl-C to the parent and end by its SIGTERM, for which a handler in Python could wait behind a lock."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _call(index: int) -> Any:
