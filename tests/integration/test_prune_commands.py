@@ -62,7 +62,7 @@ def test_targets_of_the_structure_are_met_within_one_percent(prune, words, figur
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["ort", "torch"])
-def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime):
+def test_latency_is_what_the_chosen_runtime_measures(run, monkeypatch, runtime):
     """The clock of a busy machine is replaced by FLOPs."""
     seen = []
 
@@ -71,7 +71,9 @@ def test_latency_is_what_the_chosen_runtime_measures(prune, monkeypatch, runtime
         return stock.gflops(dense, imgsz) / stock.gflops(pruned, imgsz)
 
     monkeypatch.setattr("yolo_ext.training.prune._speed", clock)
-    summary = json.loads((prune(NO_DATA + f"prune.latency=1.5 prune.runtime={runtime}") / "summary.json").read_text())
+    status, folder, said = run(NO_DATA + f"prune.latency=1.5 prune.runtime={runtime}")
+    assert status < 2, said  # 1 where ONNX Runtime, timed at the end, is not as fast as FLOPs say
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.05)
     assert set(seen) == {(64, runtime)}
 
