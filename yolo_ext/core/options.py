@@ -164,7 +164,7 @@ class QuantConfig:
         [], "Only these are quantized, and how: NNI-style entries (op_types, op_names, quant_bits, ...), or a file"
     )
     adaround: int = option(0, "PTQ: steps per block that learn the rounding of the weights (AdaRound); 0 is off", low=0)
-    max_drop: float = option(0.01, "Budget: mAP50-95 loss of INT8 against its float self", low=0.0, stages=True)
+    max_drop: float = option(0.01, "Budget: loss of any metric by INT8 against its float self", low=0.0, stages=True)
     mixed: bool = option(True, "Keep the fewest layers float that bring PTQ within `max_drop`, before QAT is tried",
                          only="mode=auto/ptq", stages=True)  # fmt: skip
     strict: bool = option(False, "Fail when a convolution that should be INT8 is not, or mAP collapses", stages=True)

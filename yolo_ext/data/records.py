@@ -277,8 +277,10 @@ def parallel(work: Callable[[T], R], items: Sequence[T], text: str) -> Iterator[
     else:
         _task = work, items  # forked: no work is pickled, but torch's threads do not survive it
         waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # or a worker that just starts loses one
-        pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _as_worker)
-        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+        try:
+            pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _as_worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
         results = pool.imap(_call, range(len(items)), chunksize=32)
     with pool, TQDM(desc=text, total=len(items)) as bar:
         for found in results:
