@@ -84,7 +84,7 @@ def test_a_target_that_nobody_gave_is_told(name, given, caplog):
 
 @pytest.mark.parametrize(
     "given",
-    [{"ratio": 0.3}, {"ratios": {"model.2": 0.5}}, {"scope": "pagcp"}, {"kind": "2:4"}, yolo_ext.PruneConfig(params=2)],
+    [{"ratio": 0.3}, {"ratios": {"model.2": 0.5}}, {"kind": "2:4"}, yolo_ext.PruneConfig(params=2)],
 )
 def test_a_target_that_the_user_gave_stays(given, caplog):
     refused(yolo_ext.prune, {"model": "gone.pt", "prune": given})

@@ -148,7 +148,6 @@ def test_every_option_has_help_and_a_legal_default(technique, option):
         ({"prune": {"ratio": 0.5, "at": [1], "every": 2}}, "'prune.at' lists the epochs: leave 'prune.every'"),
         ({"prune": {"ratio": 0.5, "at": [5, 1]}}, "'prune.at=[5, 1]' is illegal: give each epoch once, in order"),
         ({"prune": {"ratio": 0.5, "steps": 2, "start": 5, "end": 2}}, "'prune.end=2' is before 'prune.start=5'"),
-        ({"prune": {"scope": "pagcp", "sensitivity": "s.json"}}, "both share out the channels: give one"),
         ({"distill": {"features": None, "logits": None}}, "both off"),
         ({"sparsity": {"start": 5, "end": 5}}, "'sparsity.end=5' is not after 'sparsity.start=5'"),
         ({"sparsity": {"coefficient": -1}}, "'sparsity.coefficient=-1' is out of range. Legal: above 0.0."),
@@ -181,8 +180,6 @@ def test_all_problems_in_one_message():
     ("given_", "stages", "idle"),
     [
         ({"prune": {"speedup": 2, "runtime": "torch"}}, True, ["prune.runtime (only with prune.latency)"]),
-        ({"prune": {"speedup": 2, "budget": 0.1}}, True, ["prune.budget (only with prune.scope=pagcp)"]),
-        ({"prune": {"scope": "pagcp", "budget": 0.1}}, True, []),
         (
             {"prune": {"speedup": 2, "schedule": "linear"}},
             True,

@@ -145,15 +145,6 @@ def test_isomorphic_meets_the_target(prune):
     assert summary["before"]["gflops"] / summary["after"]["gflops"] == pytest.approx(1.5, rel=0.01)
 
 
-@pytest.mark.slow
-def test_pagcp_names_what_limited_each_layer(prune):
-    """The losses of a model without training hardly move, so the budget is tiny."""
-    words = "prune.scope=pagcp prune.budget=0.00001 prune.total_budget=1.0001 prune.include=[9,10]"
-    report = json.loads((prune(TRAINED + "epochs=0 " + words) / "report.json").read_text())
-    assert len(report["notes"]) == 5 and all(n.startswith(("model.9.", "model.10.")) for n in report["notes"])
-    assert any("limited by" in n and "_loss)" in n for n in report["notes"])
-
-
 # Analyze and sensitivity ---------------------------------------------------------------------------------------------
 def test_analyze_lists_every_group(prune, caplog):
     folder = prune("analyze model=tiny.pt imgsz=64")
@@ -365,7 +356,6 @@ CASES = {
     # data
     "taylor without data": (S + "prune.method=taylor", ["prune.method=taylor", "data=path"]),
     "drop without data": (NO_DATA + "prune.max_drop=0.01", ["prune.max_drop", "data=path"]),
-    "pagcp without data": (NO_DATA + "prune.scope=pagcp", ["prune.scope=pagcp", "data=path"]),
     "random weights": (f"prune model=tiny.yaml {D} epochs=1 imgsz=64 prune.speedup=1.5", ["tiny.yaml"]),
     # tools
     "shares of sensitivity": (SENSITIVITY.replace("ratios=0.5", "ratios=0.5,1.0"), ["ratios=", "below 1"]),

@@ -361,19 +361,6 @@ def test_sensitivity_spares_what_map_depends_on(traced, tmp_path):
     assert sum(lost.values()) / len(lost) > 3 * sum(spared) / len(spared)
 
 
-def test_pagcp_decides_on_all_groups(traced, monkeypatch):
-    model, graph = traced
-
-    def pagcp(job):
-        assert job.imgsz == 192
-        return [t.round(t.units * (1 - (t.share or 0.03 * (t.name == "model.7.conv")))) for t in job.ties]
-
-    monkeypatch.setattr("yolo_ext.pruning.prune.pagcp", pagcp)
-    kept = make_plan(model, graph(), PruneConfig(scope="pagcp", ratios={"model.5": 0.5}), NO_PROBES, 192)
-    found = {p: len(dims["out"]) for p, dims in kept.items() if "out" in dims and p.endswith("conv")}
-    assert found == {"model.5.conv": 64, "model.7.conv": 248}
-
-
 # Wrong input ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),

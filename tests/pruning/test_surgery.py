@@ -174,7 +174,6 @@ def frozen(model: nn.Module) -> nn.Module:
         pytest.param(deepcopy, PruneConfig(max_drop=0.1), "data", id="no-data-for-a-drop"),
         pytest.param(deepcopy, PruneConfig(latency=1.5), "latency", id="no-clock"),
         pytest.param(deepcopy, PruneConfig(method="taylor", speedup=2.0), "data", id="no-data-for-a-criterion"),
-        pytest.param(deepcopy, PruneConfig(scope="pagcp"), "data", id="no-data-for-pagcp"),
     ],
 )
 def test_wrong_input(dense, make, cfg, message):

@@ -59,7 +59,7 @@ def test_a_key_of_another_command_is_refused_before_anything_is_done(command, ke
     ("words", "idle"),
     [
         (f"{PRUNE} lr0=0.1 mosaic=0", ["lr0, mosaic (nothing is trained)"]),
-        (f"{PRUNE} prune.budget=0.1", ["prune.budget (only with prune.scope=pagcp)"]),
+        (f"{PRUNE} prune.runtime=torch", ["prune.runtime (only with prune.latency)"]),
         (f"{PRUNE} {D} prune.method=l1 distill.alpha=2", ["distill.alpha (no training to distill in)"]),
         (PRUNE, []),
     ],

@@ -161,8 +161,8 @@ def _compress(mode: str, native: dict[str, Any], **given: Any) -> dict[str, Any]
 
     options = {} if given["prune"] is True else given["prune"]
     options = changed(options) if isinstance(options, PruneConfig) else options
-    aimed = not isinstance(options, Mapping) or options.get("scope") == "pagcp"
-    aimed = aimed or any(options.get(k) not in (None, {}, "structured") for k in (*TARGETS, "ratios", "kind"))
+    aims = (*TARGETS, "ratios", "kind")
+    aimed = not isinstance(options, Mapping) or any(options.get(k) not in (None, {}, "structured") for k in aims)
     if not aimed:
         given["prune"] = {**options, "speedup": SPEEDUP}
     configs = parse({k: given[k] for k in CONFIGS})

@@ -34,7 +34,7 @@ TABLES = {  # of methods, by technique
 }
 OPTIONS = {  # headings in the help of a technique, each by the first option below it
     "prune": {"method": "how", "speedup": "how far (one of them)", "scope": "where", "round_to": "floors",
-              "at": "while training", "images": "data and checks", "budget": "scope=pagcp"},
+              "at": "while training", "images": "data and checks"},
     "sparsity": {"method": "how", "schedule": "over the epochs", "threshold": "how far"},
     "distill": {"teacher": "teacher", "features": "losses", "schedule": "over the epochs",
                 "alpha": "beside the task's own loss", "every": "cost of the teacher"},

@@ -12,8 +12,8 @@ from yolo_ext.core.log import resumes
 
 TIMES = ("runtime", "threads", "batch", "median", "p10", "p90", "n")
 UNUSED = {  # options that an analysis of sensitivity does not look at
-    "prune": ("ratios", "sensitivity", "at", "every", "start", "end", "steps", "schedule", "budget", "total_budget",
-              "topk", "force", "compare", "runtime"),
+    "prune": ("ratios", "sensitivity", "at", "every", "start", "end", "steps", "schedule", "force", "compare",
+              "runtime"),
     "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
 }  # fmt: skip
 RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}

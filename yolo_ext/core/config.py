@@ -112,7 +112,7 @@ def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
     targets = [t for t in TARGETS if getattr(cfg, t) is not None]
     if len(targets) > 1 and targets[1:] != ["max_drop"]:
         yield f"{', '.join('prune.' + t for t in targets)} are all targets: give one of them."
-    if not targets and not cfg.ratios and cfg.scope != "pagcp" and cfg.kind == "structured":
+    if not targets and not cfg.ratios and cfg.kind == "structured":
         others = ", ".join(f"'prune.{t}'" for t in TARGETS[1:])
         yield f"Pruning needs a target: give 'prune.speedup=2' (FLOPs ratio), {others} or 'prune.ratios'."
     if cfg.kind == "unstructured" and targets != ["ratio"]:
@@ -133,8 +133,6 @@ def _prune_conflicts(cfg: PruneConfig) -> Iterator[str]:
         yield f"'prune.pruner={cfg.pruner}' needs one of the targets prune.ratio, prune.speedup and prune.params."
     if cfg.pruner and (cfg.ratios or cfg.sensitivity or cfg.scope != "global"):
         yield "'prune.pruner' chooses the channels: leave 'prune.ratios', 'sensitivity' and 'scope' out."
-    if cfg.sensitivity and cfg.scope == "pagcp":
-        yield "'prune.sensitivity' and 'prune.scope=pagcp' both share out the channels: give one."
 
 
 def as_plain(configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ Entries = list[Any]  # dicts that each say something of some layers; a YAML or J
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """Declare one option: default, help, and `choices`, `low`/`high` (inclusive), `above`/`below` (exclusive), `only`
-    with another option (`scope=pagcp`) or, `stages=True`, only in commands with stages."""
+    with another option (`kind=structured`) or, `stages=True`, only in commands with stages."""
     mutable = isinstance(default, (list, dict))
     how: dict[str, Any] = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
     return field(metadata={"help": help, **limits}, **how)
@@ -63,8 +63,8 @@ class PruneConfig:
     max_drop: float | None = option(None, "Target: no metric drops by more; beside another one, a check", above=0.0)
     ratio: float | None = option(None, "Target: share of channels (of weights) to remove", low=0.0, below=1.0)
     scope: str = option(
-        "global", "Rank channels over the model, by layer or among layers of one structure; pagcp spends a loss budget",
-        choices=("global", "local", "isomorphic", "pagcp"), only="kind=structured/unstructured")  # fmt: skip
+        "global", "Rank channels over the model, by layer or among layers of one structure",
+        choices=("global", "local", "isomorphic"), only="kind=structured/unstructured")  # fmt: skip
     include: list[str] = option([], "Prune only these: layer index, name, type, backbone/neck/head, expression, re:")
     exclude: list[str] = option([], "Keep these whole: layer index, name, type, backbone/neck/head, expression, re:")
     ratios: dict[str, float] = option({}, "Share of channels to remove from these layers, such as {'model.9.cv2': 0.5}",
@@ -87,9 +87,6 @@ class PruneConfig:
     compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
                            only="kind=structured", stages=True)  # fmt: skip
     seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
-    budget: float = option(0.05, "PAGCP: loss increase that the first layer may cost", above=0.0, only="scope=pagcp")
-    total_budget: float = option(5.0, "PAGCP: product of (1 + budget) over all layers", above=1.0, only="scope=pagcp")
-    topk: float = option(0.8, "PAGCP: share of layers pruned in the end", above=0.0, high=1.0, only="scope=pagcp")
 
 
 TARGETS = ("speedup", "params", "latency", "size_mb", "ratio", "max_drop")  # of pruning; the last may limit another
@@ -180,6 +177,7 @@ class QuantConfig:
 
 CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 # Options that are gone: values with which a run that was saved goes on, the default first, and what to do instead.
+PAGCP = "prune.scope=pagcp went, as the default criterion is as good without its trials. Leave it out"
 RETIRED: dict[str, tuple[tuple, str]] = {
     "quant.learned": ((False,), "ranges that QAT learned were no better. Leave it out"),
     "quant.cache": ((True, False), "every run calibrates. Leave it out"),
@@ -187,6 +185,9 @@ RETIRED: dict[str, tuple[tuple, str]] = {
     "quant.bias_correction": ((False, True), "quant.adaround=200 does better"),
     "sparsity.mode": (("proximal",), "channels shrink after each step, to exact zeros. Leave it out"),
     "distill.temperature": ((None,), "each loss takes its own, such as distill.features=[{name: cwd, temperature: 2}]"),
+    "prune.budget": ((0.05,), PAGCP),
+    "prune.total_budget": ((5.0,), PAGCP),
+    "prune.topk": ((0.8,), PAGCP),
     "distill.compile": ((False, True), "it did not pay. Leave it out"),
 }
 

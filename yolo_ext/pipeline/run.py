@@ -188,7 +188,6 @@ def _check_data(run: Run) -> None:
         cfg = run.prune
         learns[f"'prune.method={cfg.method}'"] = cfg.method != "auto" and Need.DATA in criteria[cfg.method].needs
         learns["'prune.max_drop'"] = cfg.max_drop is not None
-        learns["'prune.scope=pagcp'"] = cfg.scope == "pagcp"
     reason = next((name for name, needs in learns.items() if needs), "")
     if reason and run.base.suffix != ".pt":
         lacks = f"'model={run.base}' has no trained weights, which {reason} needs"

@@ -154,24 +154,21 @@ def prune(run: Run) -> Record:
 
 def _describe(run: Run, record: Record, pruned: nn.Module, stage: str) -> Record:
     """Return the record of a stage that pruned, with its layers, checks and notes, and write the plan or the masks."""
-    cfg, folder, notes = run.prune, run.folder / stage, list[str]()
+    cfg, folder = run.prune, run.folder / stage
     assert cfg
     asked = " ".join(f"{k}={v}" for k, v in changes({"prune": cfg}).items() if k != "prune.method")
     if cfg.kind == "structured":
         plan = manifest(pruned).prune
         runs.write_json(folder / "plan.json", plan)
-        for r in plan["notes"]:  # of PAGCP: how far it pruned each group, and which loss set the limit
-            limit = f", limited by {r['limit']}" if r["limit"] else ""
-            notes.append(f"{r['name']} {r['outcome']} ({100 * r['ratio']:.0f} % of {r['channels']} channels{limit})")
         gate = {"name": "Pruned model equals the masked dense one", "value": plan["gap"], "limit": TOLERANCE}
         said = f"{plan['config']['method']}, {asked}, equal to the masked dense model within {plan['gap']:.0e}"
         record = replace(record, said="; ".join(s for s in (record.said, said) if s))
-        return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}], notes=notes)
+        return replace(record, layers=layer_report(pruned), checks=[{**gate, "passed": True}])
     found, rows = sparsity(pruned), eligible(pruned, cfg)
     runs.write_json(folder / "masks.json", {**found, "eligible": rows})
     able, wide = (sum(bool(r[k]) for r in rows) for k in ("eligible", "gain"))
     share, size = f"{100 * found['masked']:.1f} % of the weights of {able} of {len(rows)} layers", packed_mb(pruned)
-    notes.append(f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time.")
+    notes = [f"{share} are zero. This saves disk space ({size:.1f} MB zipped), not time."]
     if cfg.kind == "2:4":
         notes.append(f"{wide} layers are wide enough for sparse tensor cores to run them faster (masks.json).")
     return replace(record, said=f"{asked}: {share} are zero", notes=notes)

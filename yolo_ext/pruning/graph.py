@@ -62,7 +62,6 @@ class Graph:
     convs: dict[str, tuple[int, int]] = field(default_factory=dict)  # by path: output positions, kernel area
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (out, in) channels before pruning
     norms: dict[str, int] = field(default_factory=dict)  # path of a BatchNorm -> channels before pruning
-    notes: list[dict[str, Any]] = field(default_factory=list)  # what the planner says about single groups
 
     def layers(self, group: Group) -> list[str]:
         """Return the paths of the layers with weights that produce the channels of a group."""

@@ -212,8 +212,7 @@ def record(dense: nn.Module, pruned: nn.Module, graph: Graph, kept: Kept, cfg: P
         # The teacher that a student grew from knows it by the weights it started with, not by those of today.
         "parent": manifest(dense).parent or fingerprint(dense),
         **previous,
-        "config": asdict(cfg), "kept": total, "frozen": graph.reasons(), "coupled": coupled, "notes": graph.notes,
-        "gap": gap,
+        "config": asdict(cfg), "kept": total, "frozen": graph.reasons(), "coupled": coupled, "gap": gap,
     }  # fmt: skip
     note(pruned, prune=told)
     set_tripwire(pruned)
@@ -230,7 +229,6 @@ SPARED = {  # by scope: why what can be pruned gave little
     "global": "'{method}' ranks its channels above those of other layers",
     "isomorphic": "'{method}' ranks its channels above those of layers built alike",
     "local": "each layer gives the same share, rounded to prune.round_to={round_to}",
-    "pagcp": "removing more of it raises the loss too much",
 }
 LITTLE = 0.5  # of the share of channels that the whole model gave
 
@@ -273,5 +271,6 @@ def _few_because(found: Mapping[str, Any], widths: Sequence[tuple[int, int]], pa
         return f"{start}attention keeps the channels of queries and keys"
     if floored:
         return f"{start}it is at the floor ({cfg['floors']})"
-    scope = f"'{cfg['sensitivity']}' shows that accuracy falls sooner" if cfg["sensitivity"] else SPARED[cfg["scope"]]
-    return start + scope.format(**cfg)
+    spared = SPARED.get(cfg["scope"], "its plan kept it")  # one of an earlier version may have another scope
+    why = f"'{cfg['sensitivity']}' shows that accuracy falls sooner" if cfg["sensitivity"] else spared
+    return start + why.format(**cfg)

@@ -20,7 +20,6 @@ from yolo_ext.pruning.criteria import AUTO, criteria, resolved
 from yolo_ext.pruning.evidence import NO_PROBES, Probes, collect
 from yolo_ext.pruning.graph import Graph, Kept, build_graph, custom_types
 from yolo_ext.pruning.groups import tied_groups
-from yolo_ext.pruning.pagcp import pagcp
 from yolo_ext.pruning.plan import Job, kept_of, near_zero, near_zero_share, spare_units
 from yolo_ext.pruning.pruner import by_pruner
 from yolo_ext.pruning.solve import binding, kept_whole, measure, sizes, solve, targets
@@ -52,7 +51,7 @@ def prune_with_plan(
     """Do what `prune_model` does, and return the kept positions too, in the numbering of `model`."""
     check_prunable(model)
     cfg = resolved(cfg, probes.batches is not None)
-    if not (_target(cfg) or cfg.ratios or cfg.scope == "pagcp"):
+    if not (_target(cfg) or cfg.ratios):
         raise UsageError(f"No pruning target. Give one of {', '.join(f'prune.{t}' for t in TARGETS)}, or prune.ratios.")
     try:
         graph, kept, pruned, gap = _verified(model, cfg, imgsz, probes)
@@ -131,8 +130,6 @@ def _units(job: Job) -> list[int]:
         rest = iter(units)
         return [next(rest) if t.share is None else t.round(t.units * (1 - t.share)) for t in job.ties]
 
-    if cfg.scope == "pagcp":
-        return pagcp(job)
     if (name := _target(cfg)) is None:
         return settled([t.units for t in free])
     if cfg.sensitivity:
@@ -153,9 +150,8 @@ def check_plan(model: nn.Module, cfg: PruneConfig, imgsz: int = 640, *, ready: b
     check_prunable(model)
     if cfg.kind != "structured":
         return
-    cheap = replace(cfg, scope="global" if cfg.scope == "pagcp" else cfg.scope)
-    if cfg.method == AUTO or Need.DATA in criteria[cfg.method].needs:
-        cheap = replace(cheap, method="l2")
+    weighs = cfg.method != AUTO and Need.DATA not in criteria[cfg.method].needs
+    cheap = cfg if weighs else replace(cfg, method="l2")
     if cfg.pruner or not (cfg.speedup or cfg.params or cfg.ratio or cfg.ratios):  # others have to be measured
         others = dict.fromkeys(["sensitivity", *TARGETS])
         cheap = replace(cheap, **{**others, "ratio": 0.1})  # type: ignore[arg-type]
@@ -206,7 +202,7 @@ def check_readiness(job: Job, units: Sequence[int]) -> None:
     if found["in_use"] <= WARN:
         return
     method, trained = cfg.method, found["trained"]
-    name = _target(cfg) or ("scope" if cfg.scope == "pagcp" else "ratios")
+    name = _target(cfg) or "ratios"
     how = {method: f"with sparsity.method={method}", None: f"without sparsity.method={method}"}
     trained_how = how.get(trained, f"with sparsity.method={trained}, not {method}")
     problem = (
