@@ -178,7 +178,7 @@ class QuantConfig:
 CONFIGS: dict[str, Any] = dict(sparsity=SparsityConfig, prune=PruneConfig, distill=DistillConfig, quant=QuantConfig)
 # Options that are gone: values with which a run that was saved goes on, the default first, and what to do instead.
 PAGCP = "prune.scope=pagcp went, as the default criterion is as good without its trials. Leave it out"
-RETIRED: dict[str, tuple[tuple, str]] = {
+RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quant.learned": ((False,), "ranges that QAT learned were no better. Leave it out"),
     "quant.cache": ((True, False), "every run calibrates. Leave it out"),
     "quant.bn": ((False, True), "quant.adaround=200 does better"),
@@ -234,7 +234,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }  # fmt: skip
 
 
-def _read(key: str, f: Field, value: Any) -> Any:
+def _read(key: str, f: Field[Any], value: Any) -> Any:
     """Return the value of an option in its type; the error says what is wrong with it."""
     kind, optional, _ = str(f.type).partition(" | None")
     m = f.metadata

@@ -51,7 +51,7 @@ def imported(kind: str, name: str) -> Callable[..., Any]:
     """Return the user's own method of this kind for a dotted path ``package.module:function``."""
     module, _, attribute = name.partition(":")
     try:
-        fn = getattr(importlib.import_module(module), attribute)
+        fn: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except Exception as e:  # whatever the user's module does while it is imported
         problem = f"({type(e).__name__}: {e}). Write it as 'package.module:function'."
         raise UsageError(f"Cannot import {kind} '{name}' {problem}") from e

@@ -79,7 +79,7 @@ def loss_factor(
         return 0.0
     last = (epochs if end is None else end) - 1
     progress = min((epoch - start) / max(last - start, 1), 1.0)
-    return min(1.0, (epoch - start + 1) / (warmup + 1)) * decays[schedule].fn(progress=progress, final=final)
+    return min(1.0, (epoch - start + 1) / (warmup + 1)) * float(decays[schedule].fn(progress=progress, final=final))
 
 
 def pulls(*, cfg: SparsityConfig, coefficient: float, epochs: int, first_pruning: int | None = None) -> list[float]:

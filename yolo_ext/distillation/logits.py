@@ -1,7 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Outputs of the head, and losses between two of them on the same images: a class part and a box part, per image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def decode(raw: dict[str, Any], stride: torch.Tensor, reg_max: int, classes: tor
     return HeadOutput(scores, ltrb.transpose(1, 2), anchors.float(), bins)
 
 
-def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return (B, C, H, W) maps at another height and width, as float32 where they change."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps

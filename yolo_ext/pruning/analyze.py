@@ -218,7 +218,7 @@ def _earlier(folder: Path | None, now: dict[str, Any]) -> list[dict[str, Any]]:
         other = "belongs to another model, other options or other data"
         raise UsageError(f"'{file}' {other}. Give another name= or remove the file.")
     LOGGER.info(f"{colorstr('sensitivity: ')}{len(old['groups'])} groups are measured already and not repeated")
-    return old["groups"]
+    return old["groups"]  # type: ignore[no-any-return]
 
 
 def _save(found: dict[str, Any], folder: Path | None) -> None:

@@ -48,13 +48,13 @@ def _importance(kind: str, name: str) -> Callable[..., Any]:
         if path.startswith("tp:") or bracket:
             legal = f"{', '.join(LEGAL)}, or your own torch_pruning.importance.Importance as 'package.module:Class'"
             raise UsageError(f"'prune.method={name}' is no importance.{suggest(path, LEGAL)} Legal: {legal}.")
-        return found
+        return found  # type: ignore[no-any-return]
     if ours := next((method for c, method in MEASURED.items() if issubclass(cls, c)), ""):
         why = "needs gradients or activations, which the layers of a model to be pruned do not hold"
         script = "or run a pruner of torch-pruning in a script of your own inside `with yolo_ext.on_yolo():`"
         raise UsageError(f"'prune.method={name}' {why}. Take prune.method={ours}, which measures on data, {script}.")
     try:
-        return found(**_keywords(name, cls)) if found is cls else found
+        return found(**_keywords(name, cls)) if found is cls else found  # type: ignore[no-any-return]
     except UsageError:
         raise
     except Exception as e:  # whatever the class does with its arguments
@@ -133,7 +133,7 @@ def _relative(score: torch.Tensor, largest: bool = False) -> torch.Tensor:
 def _norm(p: int, *sides: tuple[list[torch.Tensor], str], by: Any = _relative) -> torch.Tensor:
     """Return (n,) means over the layers of sum |w|^p for each channel, made relative by `by`."""
     importance = tp.importance.GroupMagnitudeImportance(p=p, normalizer=by)  # its own divides by zero in a dead group
-    return _ask(importance, _stand_ins((w, dim) for weights, dim in sides for w in weights))
+    return _ask(importance, _stand_ins((w, dim) for weights, dim in sides for w in weights))  # type: ignore[no-any-return]
 
 
 # Weights only --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def group_norm(group: GroupWeights) -> torch.Tensor:
 def lamp(group: GroupWeights) -> torch.Tensor:
     """Return (n,) LAMP scores: m_k / sum of m_j over all j not ranked below k; the largest channel scores 1."""
     # equal channels are ranked by position, so that they never go as a whole
-    return _ask(tp.importance.LAMPImportance(p=2), _stand_ins((w, "out") for w in group.out))
+    return _ask(tp.importance.LAMPImportance(p=2), _stand_ins((w, "out") for w in group.out))  # type: ignore[no-any-return]
 
 
 @criteria.row("fpgm", "Distance to all other filters of the group: what is near the median can be replaced",
@@ -227,7 +227,7 @@ def _folded(modules: dict[str, nn.Module], path: str) -> torch.Tensor:
     layer = modules[path]
     weight = layer.weight.detach().float().cpu()
     out = _side(weight, layer, "out")
-    if bn := norm_behind(modules, path):
+    if (bn := norm_behind(modules, path)) and bn.running_var is not None:
         scale = (bn.weight.detach().float() / (bn.running_var.float() + bn.eps).sqrt()).cpu()
         out = out * scale.view(-1, *[1] * (out.ndim - 1))
     return _side(out, layer, "out")  # swaps back

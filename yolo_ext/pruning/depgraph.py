@@ -39,13 +39,13 @@ def depthwise(module: nn.Module) -> bool:
 
 
 # Criteria and surgery use the next two as well.
-def pruning_function(layer: nn.Module, dim: str) -> Callable:
+def pruning_function(layer: nn.Module, dim: str) -> Callable[..., Any]:
     """Return the function of torch-pruning that cuts one side of a layer and names it to its importances."""
     kind = tp.ops.OPTYPE.CONV if depthwise(layer) else tp.ops.module2type(layer)  # filters score like any others
-    return getattr(PrunerBox[kind], f"prune_{dim}_channels")
+    return getattr(PrunerBox[kind], f"prune_{dim}_channels")  # type: ignore[no-any-return]
 
 
-def cut_channels(layer: nn.Module, function: Callable, positions: list[int]) -> None:
+def cut_channels(layer: nn.Module, function: Callable[..., Any], positions: list[int]) -> None:
     """Cut positions of one side of a layer, in place; what is frozen stays frozen, which torch-pruning forgets."""
     learns = [p.requires_grad for p in layer.parameters(recurse=False)]
     (tp.prune_depthwise_conv_out_channels if depthwise(layer) else function)(layer, positions)
@@ -53,7 +53,7 @@ def cut_channels(layer: nn.Module, function: Callable, positions: list[int]) -> 
         p.requires_grad_(learned)
 
 
-class Dependency(tp.dependency.Dependency):
+class Dependency(tp.dependency.Dependency):  # type: ignore[misc]
     """One side of one layer in a group; a depthwise filter is scored as any other, and cut as what it is."""
 
     def __call__(self, idxs: list[int]) -> None:
@@ -61,7 +61,7 @@ class Dependency(tp.dependency.Dependency):
         cut_channels(self.target.module, self.handler, idxs)
 
 
-class Group(tp.dependency.Group):
+class Group(tp.dependency.Group):  # type: ignore[misc]
     """A torch-pruning group that knows its channels by number, so that it can still be pruned after others were."""
 
     def __init__(self, owner: "DependencyGraph", place: Place, channels: Sequence[int]) -> None:
@@ -89,7 +89,7 @@ class Coupled:
     places: list[Place]
 
 
-class DependencyGraph(tp.DependencyGraph):
+class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
     """A `torch_pruning.DependencyGraph` of a YOLO: its groups, functions and history on other foundations."""
 
     parts: dict[nn.Module, int] = {}  # root layers that are cut into parts -> how many
@@ -177,7 +177,7 @@ class DependencyGraph(tp.DependencyGraph):
         found.get_out_channel_groups = self.parts.__getitem__
         return found
 
-    def get_pruning_group(self, module: nn.Module, pruning_fn: Callable, idxs: Any) -> Group:
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Callable[..., Any], idxs: Any) -> Group:
         """Return all that goes with positions `idxs` of one side of a layer or norm, as `pruning_fn` says."""
         dim = "out" if self.is_out_channel_pruning_fn(pruning_fn) or depthwise(module) else "in"
         path = self._module2name.get(module, type(module).__name__)

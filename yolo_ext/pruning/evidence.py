@@ -144,7 +144,7 @@ def _obd(model: nn.Module, batches: Iterable[Batch]) -> Evidence:
     def save(path: str, g: torch.Tensor) -> None:
         gradient[path] = gradient.get(path, 0) + len(g) * moment(g).mean(0)
 
-    def after(path: str, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+    def after(path: str, module: nn.Module, args: Any, out: torch.Tensor) -> None:
         energy[path] = energy.get(path, 0) + moment(out).sum(0)
         out.register_hook(partial(save, path))
 

@@ -164,11 +164,11 @@ def _watch(t: Tracer, m: nn.Module, path: str, whole: Collection[type[nn.Module]
     followed = type(m) not in whole or rule is not None or fuses or not path
     silent = rule is not None or fuses or not followed
 
-    def enter(_: nn.Module, args: tuple) -> None:
+    def enter(_: nn.Module, args: Any) -> None:
         t.stack.append(m)
         t.depth += silent
 
-    def leave(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def leave(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         t.stack.pop()
         t.depth -= silent
         if t.depth or not silent:

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ def tied_groups(model: nn.Module, graph: Graph, cfg: PruneConfig, evidence: Evid
 
 
 def _ranked(
-    model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig, scored: Callable
+    model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig, scored: Callable[..., Any]
 ) -> TiedGroups | str:
     """Return these groups ranked, or the reason why they keep all their channels."""
     units = min(g.size for g in groups)
@@ -113,7 +114,7 @@ def _floor(model: nn.Module, graph: Graph, groups: list[Group], cfg: PruneConfig
     shapes = manifest(model).prune.get("shapes", {})
     widest, narrowest = max(groups, key=lambda g: g.size), min(g.size for g in groups)
     # Of several layers, the one that holds least else tells best how wide the group was.
-    before = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in widest.producers if p in shapes]
+    before: list[float] = [widest.size * shapes[p][0] / graph.shapes[p][0] for p in widest.producers if p in shapes]
     share = max([widest.size, *before]) * (1 - cfg.max_ratio)
     return max(cfg.min_channels * widest.size // narrowest, share - 1e-6)
 

@@ -33,6 +33,8 @@ RESHAPES = frozenset(["flatten", "view", "reshape", "unflatten", "squeeze", "uns
 MOVES = frozenset(["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"])
 PICKS = frozenset(["__getitem__", "narrow", "select", "flip", "roll"])
 MEANS = frozenset(["mean", "sum", "amax", "amin"])
+Function = Callable[..., Any]  # of torch
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Tracer(TorchFunctionMode):
         m = self.stack[-1] if self.stack and self.head not in self.stack else None
         return f" in {type(m).__name__} {self.paths[m]}" if m is not None and self.paths[m] else ""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a torch function and move the labels of its inputs to its outputs."""
         out = func(*args, **(kwargs or {}))
         if self.depth == 0 and tensors_in(out):
@@ -144,7 +146,7 @@ class Tracer(TorchFunctionMode):
             self.freeze([t for t in tensors_in((args, kwargs)) if id(t) in self.of], "is written into" + self.where())
         return out
 
-    def _propagate(self, func: Callable, tracked: list[torch.Tensor], args: tuple, kwargs: dict, out: Any) -> None:
+    def _propagate(self, func: Function, tracked: list[torch.Tensor], args: Any, kwargs: Any, out: Any) -> None:
         """Move the labels of the tracked inputs of a function to what it returned."""
         name, x = getattr(func, "__name__", ""), tracked[0]
         place = {**JOINS, **CUTS}.get(name)
@@ -166,9 +168,7 @@ class Tracer(TorchFunctionMode):
             verb = "is reshaped by" if name in RESHAPES | MOVES else "goes through"
             self.freeze(tracked, f"{verb} '{name}'{self.where()}")
 
-    def pointwise(
-        self, name: str, tracked: list[torch.Tensor], call: tuple[tuple, dict], out: Any, func: Callable
-    ) -> None:
+    def pointwise(self, name: str, tracked: list[torch.Tensor], call: Call, out: Any, func: Function) -> None:
         """Apply the rule of functions that work on each channel by itself, and couple their `tracked` tensors."""
         labels, outs, through = self.get(tracked[0]) or [], tensors_in(out), f"goes through '{name}'"
         shapes = {(t.ndim, t.shape[1] if t.ndim > 1 else 0) for t in [*tracked, *outs]}
@@ -186,7 +186,7 @@ class Tracer(TorchFunctionMode):
         for o in outs:
             self.put(o, labels, lifted)
 
-    def _lifts(self, func: Callable, call: tuple[tuple, dict]) -> bool:
+    def _lifts(self, func: Function, call: Call) -> bool:
         """Tell by trying whether a function makes removed channels, which are zero, anything else."""
 
         def zero(t: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-def _keeps_channels(func: Callable, x: torch.Tensor, call: tuple[tuple, dict], out: Any) -> bool:
+def _keeps_channels(func: Function, x: torch.Tensor, call: Call, out: Any) -> bool:
     """Tell whether a function works on places only: pooling before a classifier, `permute(0, 1, 3, 2)`, a slice."""
     name, (args, kwargs) = getattr(func, "__name__", ""), call
     if not isinstance(out, torch.Tensor) or x.shape[:2] != out.shape[:2]:
@@ -249,4 +249,4 @@ def norm_behind(modules: Mapping[str, nn.Module], path: str) -> nn.BatchNorm2d |
     """Return the BatchNorm with weights that follows a layer in its Conv block, None without."""
     bn, channels = modules.get(path.rpartition(".")[0] + ".bn"), layer_channels(modules[path]) or (0, 0)
     fits = isinstance(bn, nn.BatchNorm2d) and bn.weight is not None and bn.num_features == channels[0]
-    return bn if fits else None  # type: ignore[return-value]
+    return bn if fits else None

@@ -69,7 +69,7 @@ def isomorphic(ties: Sequence[TiedGroups], model: nn.Module) -> list[Hashable]:
     """Put those into one class whose groups have the same size and the same kinds of layers."""
     modules = dict(model.named_modules())
 
-    def kinds(group: Group) -> list[tuple]:
+    def kinds(group: Group) -> list[tuple[Any, ...]]:
         found = ((modules[m.module], m.dim) for m in group.members)
         kind = ((type(m).__name__, getattr(m, "kernel_size", ()), getattr(m, "groups", 1) > 1, d) for m, d in found)
         return sorted(kind)
@@ -129,7 +129,7 @@ def _line(tied: TiedGroups, groups: dict[str, dict[str, Any]], base: float) -> l
 def read_sensitivity(file: str) -> dict[str, Any]:
     """Read a file of `yolo-ext sensitivity`, or refuse it when it is missing or something else."""
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
         float(found["base"]["map"])
         for g in found["groups"]:
             _ = g["name"], [(p["ratio"], p["map"]) for p in g["curve"]]

@@ -238,7 +238,7 @@ def step_config(cfg: PruneConfig, model: nn.Module, step: int, steps: int, probe
         name, size = ("speedup", "gflops") if cfg.speedup else ("params", "params")
         target = 1 - now * (1 - 1 / (cfg.speedup or cfg.params or 1.0))
         wanted = sizes(model, dense["imgsz"])[size] / (target * dense[size])
-        return replace(cfg, **{name: wanted}) if wanted > ENOUGH else None  # type: ignore[arg-type]
+        return replace(cfg, **{name: wanted}) if wanted > ENOUGH else None
     if cfg.latency:
         was, wanted = (1 - p * (1 - 1 / cfg.latency) for p in (before, now))
         return replace(cfg, latency=was / wanted) if was > wanted else None

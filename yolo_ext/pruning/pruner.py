@@ -116,7 +116,7 @@ def by_pruner(model: nn.Module, graph: Graph, cfg: PruneConfig, imgsz: int = 640
     restrict(model, graph, cfg)
     name = next((t for t in ("speedup", "params") if getattr(cfg, t)), None)
     if name is None:
-        return _pruned_by(model, graph, cfg, imgsz).DG.plan()
+        return _pruned_by(model, graph, cfg, imgsz).DG.plan()  # type: ignore[no-any-return]
     goal, figure = getattr(cfg, name), "gflops" if name == "speedup" else name
     before, low, high, best = sizes(model, imgsz)[figure], 0.0, HIGHEST, (0.0, Kept())
     for _ in range(TRIALS):

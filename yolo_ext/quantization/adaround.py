@@ -111,7 +111,7 @@ def _units(child: nn.Module, path: str, head: bool) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) -> tuple[list[Any], dict]:
+def _run(child: Any, maps: dict[int, list[Any]], units: dict[str, nn.Module]) -> tuple[list[Any], dict[str, Any]]:
     """Run a layer on all chunks; return its results, and by path input and output of units that have one each."""
     seen: dict[str, list[Any]] = {path: [] for path in units}
     hooks = [m.register_forward_hook(lambda m, x, y, p=path: seen[p].append((*x, y))) for path, m in units.items()]

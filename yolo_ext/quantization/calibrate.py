@@ -68,7 +68,7 @@ def known(plan: Plan, state: State) -> State:
     return {path: {s: state[path][s] for s in sites if s in state.get(path, {})} for path, sites in plan.items()}
 
 
-def calibrate_rest(model: nn.Module, plan: Plan, given: State, batches: Iterable[torch.Tensor], *how: str) -> State:
+def calibrate_rest(model: nn.Module, plan: Plan, given: State, batches: Iterable[torch.Tensor], *how: Any) -> State:
     """Insert a plan into a float model, and return its state: the given ranges, and those that calibration finds."""
     insert_plan(model, plan)
     found = calibrate(model, batches, *how)
@@ -93,7 +93,7 @@ def _observe(model: nn.Module, sites: list[Any], batches: Iterable[torch.Tensor]
     return histograms
 
 
-def _set_range(q: Any, h: Histogram, rule: Row, transform: Callable | None) -> bool:
+def _set_range(q: Any, h: Histogram, rule: Row, transform: Callable[..., Any] | None) -> bool:
     """Give a quantizer the range of a rule, or a usable one; tell which."""
     lo, hi = (float(v) for v in rule.fn(h, q.spec, transform))
     usable = math.isfinite(lo) and math.isfinite(hi) and lo <= hi and max(-lo, hi) >= EMPTY
@@ -101,7 +101,7 @@ def _set_range(q: Any, h: Histogram, rule: Row, transform: Callable | None) -> b
     return usable
 
 
-def _numpy(act: nn.Module | None) -> Callable | None:
+def _numpy(act: nn.Module | None) -> Callable[..., Any] | None:
     """Return an activation without parameters as a function of arrays, None where it changes nothing."""
     if act is None or isinstance(act, nn.Identity) or any(True for _ in act.parameters()):
         return None

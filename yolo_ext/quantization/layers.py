@@ -26,7 +26,7 @@ ADDED = ("_quantizer.lo", "_quantizer.hi", ".weight_ratio")  # ends of what they
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
     """Quantize and dequantize activations `x` (any shape and float type); scale and zero point are float32 scalars."""
     if x.device.type == "cpu":
-        return _Tensor.apply(x, scale, zero, qmin, qmax)
+        return _Tensor.apply(x, scale, zero, qmin, qmax)  # type: ignore[no-any-return]
     return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero.round().int(), qmin, qmax).to(x.dtype)
 
 
@@ -60,13 +60,13 @@ class _Weight(Function):
         return g * (w.abs() <= scale * (ctx.qmax + 0.5)), None, None
 
 
-fake_quantize_weight = _Weight.apply  # of a float32 weight, by symmetric codes whose scales broadcast to its shape
+fake_quantize_weight: Callable[..., torch.Tensor] = _Weight.apply  # float32, symmetric; scales broadcast
 
 
 class _Float32:
     """Keeps what ranges are made of in float32: `.half()` must not round it, only `.to(device)` may move it."""
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         own: Any = self
         kept = {k: t for k in OWN if (t := getattr(own, k, None)) is not None}
         data = {k: t.data for k, t in kept.items()}
@@ -84,8 +84,10 @@ class _Float32:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
-class RangeQuantizer(_Float32, nn.Module):
+class RangeQuantizer(_Float32, nn.Module):  # type: ignore[misc]
     """Per-tensor fake quantizer of a range, whose ends `lo` <= 0 <= `hi` are float32 scalar buffers."""
+
+    __call__: Callable[..., torch.Tensor]
 
     def __init__(self, spec: Spec, lower: float = -math.inf) -> None:
         super().__init__()
@@ -135,7 +137,7 @@ class RangeQuantizer(_Float32, nn.Module):
         self.ready = bool(self.hi > self.lo)
 
 
-class QuantAct(nn.Module):
+class QuantAct(nn.Module):  # type: ignore[misc]
     """The activation of a block between the quantizers of the convolution's output and of its own."""
 
     def __init__(self, act: nn.Module, output: RangeQuantizer | None, activation: RangeQuantizer | None) -> None:
@@ -147,7 +149,7 @@ class QuantAct(nn.Module):
         x = x if self.output_quantizer is None else self.output_quantizer(x)
         q = self.activation_quantizer
         if q is None:
-            return self.act(x)
+            return self.act(x)  # type: ignore[no-any-return]
         if isinstance(self.act, nn.SiLU) and q.mode == "on" and q.ready:  # runs as quantized Sigmoid and Mul
             scale = torch.full((), 1 / q.spec.qmax, device=x.device)
             gate = fake_quantize(torch.sigmoid(x.float()), scale, torch.zeros_like(scale), 0, q.spec.qmax)
@@ -158,8 +160,8 @@ class QuantAct(nn.Module):
 class QuantLayer(_Float32):
     """What the quantized layers share; made only by `insert_plan`."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     input_quantizer: RangeQuantizer | None  # None where the input arrives quantized or stays float
     weight_spec: Spec | None
     weight_ratio: torch.Tensor  # value of the largest code / largest weight, float32 (channels,) or, per tensor, (1,)
@@ -202,10 +204,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """An `nn.Conv2d` that quantizes its input and its weight."""
 
     def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
-class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
+class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """An `nn.ConvTranspose2d` that quantizes its input and its weight."""
 
     def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -213,7 +215,7 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
         return F.conv_transpose2d(x, weight, self.bias, *shape)
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """An `nn.Linear` that quantizes its input and its weight."""
 
     def _compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -229,7 +231,7 @@ def channel_axis(layer: Any) -> int:
     return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
-def channel_rows(layer: Any) -> torch.Tensor:
+def channel_rows(layer: QuantLayer | nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> torch.Tensor:
     """Return the weight of a layer as float32 of shape (channels, n)."""
     return layer.weight.detach().float().transpose(0, channel_axis(layer)).flatten(1)
 

@@ -245,13 +245,13 @@ def _changed(spec: Spec, site: str, entry: Mapping[str, Any]) -> Spec:
 
 # Which tensors reach a layer quantized already: one forward pass in which they carry a mark ---------------------------
 MARK = "_yolo_ext_quantized"  # on a tensor: path of the layer whose quantizer made its codes
-PASS: set[Callable] = {  # operations whose results have codes of their argument
+PASS: set[Callable[..., Any]] = {  # operations whose results have codes of their argument
     torch.chunk, torch.split, torch.max_pool2d, torch.reshape, torch.flatten, torch.transpose, torch.permute,
     torch.Tensor.chunk, torch.Tensor.split, torch.Tensor.reshape, torch.Tensor.view, torch.Tensor.flatten,
     torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.contiguous, torch.Tensor.narrow,
     torch.Tensor.__getitem__, torch.Tensor.detach, F.max_pool2d, F.interpolate,
 }  # fmt: skip
-JOIN: set[Callable] = {torch.cat, torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+JOIN: set[Callable[..., Any]] = {torch.cat, torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
 class _Marks(TorchFunctionMode):

@@ -43,7 +43,7 @@ def prepare(model: nn.Module, cfg: QuantConfig, data: dict[str, Any], imgsz: int
     options = {"exclude": list(cfg.exclude), "config_list": list(cfg.config_list)}
     if before and before["profile"] == profile.name and before["options"] == options:
         fq.insert_state(model, before["state"])
-        return before["float"]
+        return dict(before["float"])
     images = calibration_images(cfg.source or data, cfg.calib, cfg.seed)
     batches = partial(letterbox_batches, images, imgsz, BATCH, **seen_by(model))
     fq.merge_branches(model, islice(batches(), MERGE_BATCHES))

@@ -82,7 +82,7 @@ class Editor:
         self.shared[key] = y = f"{base}_dequantized"
         return y, self.qdq(x, y, params, base)
 
-    def weights(self, node: NodeProto, path: str, entry: dict[str, Any], x: Params | None) -> tuple[list[str], list]:
+    def weights(self, node: NodeProto, path: str, entry: Any, x: Params | None) -> tuple[list[str], list[NodeProto]]:
         """Return the names of weight and bias as a layer with quantized input `x` reads them, and their DQ nodes."""
         w, spec = self.constants[node.input[1]], Spec.of(entry)
         if w.dtype != np.float32:

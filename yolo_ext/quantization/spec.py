@@ -37,7 +37,7 @@ class Spec:
     @property
     def qmax(self) -> int:
         """Return the largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - self.symmetric)) - 1
 
     @property
     def qmin(self) -> int:

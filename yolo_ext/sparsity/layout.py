@@ -149,7 +149,7 @@ def _folded_squares(modules: Mapping[str, nn.Module], path: str) -> torch.Tensor
     layer = modules[path]
     w = layer.weight.detach().float().square()
     w = w.flatten(2).sum(2) if w.ndim > 2 else w
-    if bn := norm_behind(modules, path):
+    if (bn := norm_behind(modules, path)) and bn.running_var is not None:
         scale = bn.weight.detach().float().square() / (bn.running_var.float() + bn.eps)
         w = w * scale[:, None].transpose(0, weight_dim(layer, "out"))
     return w

@@ -279,9 +279,9 @@ def rewrap(trainer: Any) -> None:
     if not isinstance(old, nn.parallel.DistributedDataParallel):
         return
     names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
     trainer.model = nn.parallel.DistributedDataParallel(
-        old.module, device_ids=old.device_ids, find_unused_parameters=old.find_unused_parameters, **{sync: False}
+        old.module, device_ids=old.device_ids, find_unused_parameters=old.find_unused_parameters, **sync
     )
 
 
