@@ -1,0 +1,133 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""Faults in real processes: killed at random moments, a disk that is full, a second run, SIGTERM, a clock that jumps."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from yolo_ext.stock.load import load_model
+
+KILLS = 20
+# A process that has loaded all there is, and forks one for each try: Python starts once.
+FORKS = """
+import json, os, random, signal, sys, time, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ultralytics import YOLO
+import yolo_ext
+from yolo_ext import cli
+from yolo_ext.checkpoint import save_model
+from yolo_ext.pipeline import stages
+from yolo_ext.stock.load import load_model
+
+entry = {"median": 1.0, "p10": 1.0, "p90": 1.0, "n": 10, "samples": [1.0] * 10}
+stages.bench = lambda files, imgsz, **options: {name: entry for name in files}  # or most of a run is spent with it
+job, rng = json.loads(sys.argv[1]), random.Random(0)
+sys.path.insert(0, "")
+
+def forked(work, *args, kill=None, signal=signal.SIGKILL):
+    "Run work in a process of its own, end it after that many seconds; return its exit status, of a signal negative."
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(work(*args) or 0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+    if kill is not None:
+        time.sleep(kill)
+        os.kill(pid, signal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def command(words, folder):
+    "Run a command line, which goes on with a run that has begun."
+    more = [f"resume={folder}"] if Path(folder, "compress.yaml").exists() else [f"save_dir={folder}"]
+    return cli.main([*words.split(), *more])
+"""
+
+
+@pytest.fixture
+def forks(place) -> Callable[..., Any]:
+    """Return a function that runs code behind `FORKS` with a job, and returns what its last line says as JSON."""
+
+    def run(code: str, *start: str, **job: Any) -> Any:
+        words = [*start, sys.executable, "-c", FORKS + code, json.dumps(job)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+        assert not done.returncode, done.stdout[-3000:] + done.stderr[-6000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def same(a: Path, b: Path) -> bool:
+    """Tell whether two checkpoints hold the same bits."""
+    ours, theirs = (load_model(file)[0].state_dict() for file in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+SAVES = """
+def saves(model, file):
+    for i in range(10**6):
+        for p in model.parameters():
+            p.data.fill_(i % 100)
+        save_model(model, file)
+
+model, file = load_model("tiny.pt")[0], Path("killed.pt")
+save_model(model, file)
+whole, written = 0, set()
+for _ in range(job["kills"]):
+    assert forked(saves, model, file, kill=rng.uniform(0.05, 0.3)) == -9
+    found = {float(v) for p in load_model(file)[0].parameters() for v in p.detach().unique()}
+    whole += len(found) == 1
+    written |= found
+print(json.dumps([whole, len(written), [p.name for p in Path().glob(".killed*")]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_leaves_a_whole_file(forks, record_property):
+    whole, different, left = forks(SAVES, kills=KILLS)
+    record_property("reliability", f"{whole} of {KILLS} load, each of one save")
+    assert whole == KILLS and different > 3
+    assert left  # so kills did meet a save that was being written
+
+
+COMPRESS = (
+    "compress model=tiny.pt data=shapes/data.yaml imgsz=64 device=cpu workers=0 batch=4 plots=False epochs=2 "
+    "prune.ratio=0.3 prune.round_to=1 prune.images=4 distill.preflight=False quant.mode=qat quant.calib=4 "
+    "quant.epochs=1 quant.max_drop=1"
+)
+RUNS = """
+began = time.monotonic()
+assert forked(command, job["words"], "whole") < 2
+seconds, kills, runs = time.monotonic() - began, 0, 0
+while kills < job["kills"]:
+    folder, status, runs = f"run{runs}", -9, runs + 1
+    while status == -9:
+        status = forked(command, job["words"], folder, kill=rng.uniform(0, seconds))
+        kills += status == -9
+    assert status in (0, 1), status
+print(json.dumps([kills, runs]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_the_same(forks, place, record_property):
+    kills, runs = forks(RUNS, words=COMPRESS, kills=KILLS)
+    ended = sum(same(place / "whole/weights/best.pt", place / f"run{i}/weights/best.pt") for i in range(runs))
+    figures = [json.loads((place / n / "summary.json").read_text())["after"]["map"] for n in ("whole", "run0")]
+    record_property("reliability", f"{kills} kills, {ended} of {runs} runs end with the bits of an unbroken one")
+    assert ended == runs and figures[0] == figures[1]
+    assert not [*place.rglob(".*.pt*")], "half-written files are left"
