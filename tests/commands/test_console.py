@@ -55,7 +55,6 @@ FAST = {  # name of the file: words
     "data": "data check=shapes/data.yaml",
     "split": "split source=shapes/data.yaml out=new",
     "convert": "convert source=shapes/data.yaml out=voc to=voc",
-    "checks": "checks",
 }
 SLOW = {
     "export_int8": "export model=tiny.pt imgsz=64 int8=True data=shapes/data.yaml",

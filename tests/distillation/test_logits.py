@@ -109,6 +109,7 @@ def test_foreground_is_the_largest_class_probability():
 def test_decoded_boxes_are_those_of_the_head(build, yaml):
     model = build(yaml)
     detect = model.model[-1]
+    detect.end2end = False  # what is chosen at first depends on the release
     with torch.no_grad():
         boxes, raw = model(torch.rand(2, 3, 64, 64))
     raw = raw.get("one2many", raw)

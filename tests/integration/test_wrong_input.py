@@ -16,6 +16,7 @@ from ultralytics.utils import YAML
 
 from yolo_ext import cli
 from yolo_ext.core.config import CONFIGS
+from yolo_ext.core.errors import UsageError
 from yolo_ext.training.trainer import TRAINERS
 
 B = "model=tiny.pt data=shapes/data.yaml"
@@ -86,7 +87,7 @@ CASES = {
     "speedup out of reach in compress": (f"compress {B} prune.speedup=50", ["prune.speedup=50", "at most"]),
     "two targets": (f"train {B} prune.speedup=2 prune.ratio=0.3", ["prune.speedup", "prune.ratio", "give one of them"]),
     "no target": (f"train {B} prune.method=l1", ["prune.speedup"]),
-    "technique is a number": (f"train {B} quant=3", ["quant=3", "quant."]),
+    "technique is a number": (f"train {B} quant=3", ["quant=3", "options by dotted key"]),
     "unknown criterion": (f"train {B} prune.speedup=1.5 prune.method=lmp", ["'lmp'", "'lamp'"]),
     "unknown module": (
         f"train {B} prune.speedup=1.5 prune.method=no.such:fn",
@@ -134,7 +135,7 @@ CASES = {
     "data of other classes": ("compress model=tiny.pt data=two.yaml", ["class"]),
     "images corrupt": ("train model=tiny.pt data=corrupt.yaml", ["No image", "can be read"]),
     "recipe gone": (f"train {B} recipe=prune2x", ["'prune2x'", "prune2x_kd"]),
-    "recipe no dict": (f"train {B} recipe=list.yaml", ["Recipe 'list.yaml'", "not a"]),
+    "recipe no dict": (f"train {B} recipe=list.yaml", ["Recipe 'list.yaml'", "no options"]),
     "cfg gone": (f"train {B} cfg=gone.yaml", ["gone.yaml"]),
     "onnx gone": ("verify model=tiny.pt onnx=gone.onnx source=shapes", ["gone.onnx", "does not exist"]),
     "bench gone": ("bench models=tiny.pt,gone.pt", ["gone.pt"]),
@@ -174,7 +175,6 @@ def test_a_training_that_is_refused_late_takes_its_folder_along(place, capsys, k
 
 
 def test_wrong_input_is_answered_with_the_same_words_in_python(place):
-    from yolo_ext.core.errors import UsageError
     from yolo_ext.training import train
 
     before = files(place)
@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_made_is_a_message(place, capsys):
 
 
 def test_a_command_that_is_terminated_stops_as_by_ctrl_c(monkeypatch, capsys):
-    monkeypatch.setattr("yolo_ext.stock.check_stock", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("yolo_ext.stock.cpu_info", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(["checks"]) == 130
     assert "stopped" in capsys.readouterr().err
 
@@ -200,8 +200,9 @@ def test_what_a_command_forks_ends_without_a_word_and_the_handler_goes(monkeypat
     def forked() -> None:
         with multiprocessing.get_context("fork").Pool(2) as pool:  # whose end is a SIGTERM
             pool.map(abs, range(4))
+        raise UsageError("enough")
 
-    monkeypatch.setattr("yolo_ext.stock.check_stock", forked)
+    monkeypatch.setattr("yolo_ext.stock.cpu_info", forked)
     cli.main(["checks"])
     assert signal.getsignal(signal.SIGTERM) is before and "KeyboardInterrupt" not in capfd.readouterr().err
 

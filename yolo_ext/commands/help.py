@@ -6,16 +6,18 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from copy import deepcopy
 from importlib import import_module, metadata
 from itertools import takewhile
+from logging import ERROR
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from yolo_ext import __version__
 from yolo_ext.commands import COMMANDS, HELP, LOGGER, command, keys, needed
-from yolo_ext.core.config import CONFIGS, cfg_dir, default_yaml, help_lines
-from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.core.config import CONFIGS, PruneConfig, cfg_dir, default_yaml, help_lines
+from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
 
 WIDTH = 100  # most columns of a help
@@ -64,29 +66,66 @@ def version() -> None:
     print(__version__)
 
 
-@command("Check the installation")
+@command("Check the installation: versions, and each step of a compression on a small model")
 def checks() -> dict[str, Any]:
-    """Print versions and the state of the installation; return ``problems``, and whether it has ``passed``."""
+    """Print versions with those supported, and try each step; return ``problems``, and whether it has ``passed``."""
+    from ultralytics.utils.checks import check_version
+
     from yolo_ext import stock
     from yolo_ext.quantization.spec import resolve_profile
     from yolo_ext.stock.model import THOP
 
-    for key, value in {**stock.cpu_info(), "profile": resolve_profile("auto").name}.items():
-        LOGGER.info(f"{key:<14}{'not known' if value is None else value}")
-    problems = []
-    with suppress(metadata.PackageNotFoundError):
-        metadata.version("thop")
+    there = {str(d.name).lower(): d for d in reversed([*metadata.distributions()])}  # the first one found counts
+    about = str(there["yolo-ext"].metadata) if "yolo-ext" in there else ""  # a clone that is not installed
+    needs = re.findall(r"(?m)^Requires-(?:Python: |Dist: ([\w-]+))([<>=.,\d]+)$", about)
+    legal, profile, problems = {k or "python": versions for k, versions in needs}, resolve_profile("auto"), list[str]()
+    have = {**{k: there[k].version for k in legal if k in there}, **stock.cpu_info(), "profile": profile.name}
+    for key, value in have.items():
+        LOGGER.info(f"{key:<18}{'not known' if value is None else value!s:<14}{legal.get(key, '')}".rstrip())
+        if key in legal and not check_version(value, legal[key]):
+            problems.append(f"{key} {value} is not supported. Legal: {legal[key]}")
+    if "thop" in there:
         clash = "overwrites 'ultralytics-thop': FLOPs lack what attention takes, and Ultralytics may report 0.0 GFLOPs"
         problems.append(f"PyPI's 'thop' {clash}. Run: {THOP}")
-    try:
-        stock.check_stock()
-        stock.gflops(stock.load_model("yolov8n.yaml")[0], 64)
-    except YoloExtError as e:
-        problems.append(str(e))
+    with TemporaryDirectory() as folder:
+        steps = _steps(Path(folder) / "model.onnx", profile)
+        for name in ("build", "trace", "prune", "fake-quant", "export", "INT8"):
+            try:
+                with stock.quiet(ERROR):
+                    done = next(steps, "not tried")
+            except Exception as e:  # whatever another version of a library raises
+                done = f"failed ({str(e) or type(e).__name__})"
+                problems.append(f"{name} {done}")
+            LOGGER.info(f"{name:<18}{done}")
     for p in problems:
         LOGGER.error(p)
     LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed. Next: yolo-ext demo")
     return {"passed": not problems, "problems": problems}
+
+
+def _steps(onnx: Path, profile: Any) -> Iterator[str]:
+    """Take a small model through what `compress` stands on, and yield after each step what came of it."""
+    import torch
+
+    from yolo_ext import pruning, stock
+    from yolo_ext.deployment.export import export_onnx
+    from yolo_ext.deployment.runtime import conv_report
+    from yolo_ext.quantization.calibrate import calibrate
+    from yolo_ext.quantization.fake_quant import insert_fake_quant
+    from yolo_ext.quantization.qdq import write_qdq
+
+    net = stock.load_model(cfg_dir() / "models" / "yolov8n-shapes.yaml")[0]
+    yield f"ok, {stock.gflops(net, 64):.3f} GFLOPs"
+    yield f"ok, {len(pruning.build_graph(net).groups)} groups of channels"
+    net = pruning.prune_model(net, PruneConfig(method="l1", ratio=0.3), 64)
+    yield f"ok, {stock.gflops(net, 64):.3f} GFLOPs"
+    insert_fake_quant(simulated := deepcopy(net), profile)
+    yield f"ok, {len(state := calibrate(simulated, [torch.rand(2, 3, 64, 64)]))} layers"
+    yield f"ok, {export_onnx(net, onnx, 64).stat().st_size / 1e6:.1f} MB"
+    write_qdq(onnx, onnx, state, profile)
+    if not (counts := conv_report(onnx))["int8_convs"]:
+        raise CheckFailed("ONNX Runtime runs no convolution in integers")
+    yield f"ok, {counts['int8_convs']} of {counts['convs']} convolutions in integers"
 
 
 @command("Print the help of a command or technique: prune, sparsity, distill, quant")
@@ -179,8 +218,8 @@ def _keys(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return the keys that a command needs and the others, each with its help."""
     function = COMMANDS[name].fn
     about, required, others = documented(function), list[tuple[str, str]](), list[tuple[str, str]]()
-    modules = {k: p for k, p in keys(function).items() if k == "modules"}
-    for key, parameter in {**inspect.signature(function).parameters, **modules}.items():
+    central = {k: p for k, p in keys(function).items() if k in ("modules", "trust")}
+    for key, parameter in {**inspect.signature(function).parameters, **central}.items():
         text = about.get(key) or HELP[key]
         text += f" (yolo-ext help {key})" if key in CONFIGS and key not in TOPICS.get(name, ()) else ""
         if key in needed(function) and (name, key) != ("predict", "compare"):
