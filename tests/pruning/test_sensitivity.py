@@ -18,7 +18,7 @@ from yolo_ext.pruning.evidence import Probes
 from yolo_ext.pruning.graph import build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import by_sensitivity, read_sensitivity
-from yolo_ext.reporting.curves import drops, plot_sensitivity
+from yolo_ext.reporting.figures import drops, plot_sensitivity
 
 CFG = PruneConfig(method="l1", include=["model.0", "model.1", "model.2"])
 LOSSES = {"box_loss", "cls_loss", "dfl_loss"}

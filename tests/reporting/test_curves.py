@@ -5,8 +5,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from yolo_ext.reporting import curves
-from yolo_ext.reporting.curves import plot_layers, plot_ridge
+from yolo_ext.reporting import figures as drawing
+from yolo_ext.reporting.figures import plot_layers, plot_ridge
 
 EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]
 
@@ -26,8 +26,8 @@ def history(*records: dict) -> dict:
 def figures(monkeypatch):
     """Keep what is drawn, to look into it."""
     made = []
-    save = curves.save
-    monkeypatch.setattr(curves, "save", lambda figure, path: (made.append(figure), save(figure, path))[1])
+    save = drawing.save
+    monkeypatch.setattr(drawing, "save", lambda figure, path: (made.append(figure), save(figure, path))[1])
     return made
 
 

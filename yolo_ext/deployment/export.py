@@ -2,7 +2,6 @@
 """Export to ONNX, and from there by OpenVINO's own converter to its intermediate representation."""
 
 import ast
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.data.records import staged_folder
 from yolo_ext.deployment.decode import Size, height_width
 from yolo_ext.deployment.detector import READ, read_metadata
 from yolo_ext.deployment.runtime import NMS, Source, consumers_of, need_openvino, run, session
@@ -134,10 +134,7 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
     openvino, out = need_openvino(), Path(out)
     if not out.name.endswith(SUFFIX):
         raise UsageError(f"Output '{out}' does not end in '{SUFFIX}', by which Ultralytics knows it. Rename it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".openvino_") as folder:
-        made = Path(folder) / out.name
-        made.mkdir()
+    with staged_folder(out) as made:
         try:
             model = openvino.convert_model(str(onnx_path))
         except Exception as error:  # OpenVINO's exceptions share no public base class
@@ -146,7 +143,4 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
         openvino.save_model(model, str(made / f"{out.name.removesuffix(SUFFIX)}.xml"), compress_to_fp16=half)
         found = read_metadata(session(onnx_path), onnx_path)
         YAML.save(made / "metadata.yaml", {k: v for k, v in found.items() if k not in READ and v is not None})
-        if out.exists():
-            shutil.rmtree(out)
-        made.rename(out)
     return out

@@ -29,7 +29,7 @@ from yolo_ext.pruning.groups import TiedGroups, tied_groups
 from yolo_ext.pruning.labels import layer_channels
 from yolo_ext.pruning.plan import Job, in_words
 from yolo_ext.pruning.solve import group_shares, layer_flops
-from yolo_ext.reporting.curves import plot_sensitivity
+from yolo_ext.reporting.figures import plot_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align, cell
 from yolo_ext.runs import write_csv
 from yolo_ext.stock.accuracy import score

@@ -23,7 +23,7 @@ from yolo_ext.quantization.calibrate import calibrate_rest, known
 from yolo_ext.quantization.fake_quant import insert_state, strip_fake_quant
 from yolo_ext.quantization.plan import make_plan
 from yolo_ext.quantization.spec import Profile, State
-from yolo_ext.reporting.curves import plot_quant_sensitivity
+from yolo_ext.reporting.figures import plot_quant_sensitivity
 from yolo_ext.reporting.tables import ABSENT, align
 from yolo_ext.runs import write_csv
 from yolo_ext.stock.load import choose_head

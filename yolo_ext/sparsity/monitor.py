@@ -23,7 +23,7 @@ from yolo_ext.pruning.graph import Graph, build_graph
 from yolo_ext.pruning.groups import tied_groups
 from yolo_ext.pruning.plan import near_zero, near_zero_share, spare_units, widths_of
 from yolo_ext.pruning.solve import measure
-from yolo_ext.reporting.curves import plot_layers, plot_ridge
+from yolo_ext.reporting.figures import plot_layers, plot_ridge
 
 FILE = "sparsity.json"
 LITTLE = 1.05  # FLOPs before / after below which sparsity training has changed nothing
