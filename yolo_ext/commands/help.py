@@ -200,7 +200,7 @@ def _page(**shown: Any) -> str:
 
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns or WIDTH, WIDTH)
     folder = Path(__file__).parents[1] / "reporting" / "templates"
-    environment = Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True)  # nosec B701  # text
     return environment.get_template("help.txt.j2").render(width=width, **shown).strip()
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape  # nosec B406  # for writing; defusedxml reads
 
 import numpy as np
 from defusedxml import DefusedXmlException

@@ -217,7 +217,7 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-SCRIPT = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))  # nosec B704: a file of this package
+SCRIPT = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))  # nosec B704  # a file of this package
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,

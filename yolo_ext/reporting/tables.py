@@ -23,7 +23,7 @@ COMPARED = ("before", "after", "contract")  # of `summary.json`
 INT8 = "_onnx.int8"  # behind a metric: that of the INT8 file
 Verdict = Literal["better", "worse", "same", "undecided", ""]
 Figures = Mapping[str, Any] | None  # a measurement
-TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)  # nosec B701: text
+TEXT = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), trim_blocks=True, lstrip_blocks=True)  # nosec B701  # text
 
 
 @dataclass(frozen=True)
