@@ -155,11 +155,11 @@ def test_voc(voc, tmp_path, change, verdict, text):
     if verdict == "skip":  # without the only validation image the split has to be a random one
         ghost = text in ("i9 has no image", "x has no image")
         summary = convert(voc, out, broken="skip", ratios=None if ghost else {"train": 0.5, "val": 0.5})
-        assert len(summary.notes["broken"]) == 1 and any(text in p for p in summary.notes["broken"])
+        assert len(summary["notes"]["broken"]) == 1 and any(text in p for p in summary["notes"]["broken"])
     elif verdict != "refuse":
         summary = convert(voc, out)
-        assert list(summary.notes) == ([] if verdict == "read" else [verdict])
-        assert summary.images == {"train": 3, "val": 1}
+        assert list(summary["notes"]) == ([] if verdict == "read" else [verdict])
+        assert summary["images"] == {"train": 3, "val": 1}
     assert snapshot(voc) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({voc.name} | ({out.name} if out.exists() else set()))
 
@@ -220,7 +220,7 @@ def test_yolo(tmp_path, change, kind, text):
         with pytest.raises(UsageError, match=" 1 problems, nothing was written"):
             convert(root, tmp_path / "out", format="yolo")
     summary = convert(root, tmp_path / "out", format="yolo", to="coco", broken="skip")
-    assert sum(summary.images.values()) == 6 - (kind != "" and "x.bmp" not in str(found[kind]))
+    assert sum(summary["images"].values()) == 6 - (kind != "" and "x.bmp" not in str(found[kind]))
     assert snapshot(root) == before
 
 
@@ -274,7 +274,7 @@ def test_coco(tmp_path, change, skippable, text):
     if skippable:
         halves = {"train": 0.5, "val": 0.5}
         summary = convert(root / "a.json", tmp_path / "out", format="coco", broken="skip", ratios=halves)
-        assert len(summary.notes["broken"]) == 1 and sum(summary.boxes.values()) >= 2
+        assert len(summary["notes"]["broken"]) == 1 and sum(summary["boxes"].values()) >= 2
     assert snapshot(root) == before
 
 

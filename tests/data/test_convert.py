@@ -69,26 +69,26 @@ def labels(root: Path) -> dict[str, str]:
 
 def test_coco_boxes(tmp_path):
     summary = convert(make_coco(tmp_path / "c"), tmp_path / "y", format="coco")
-    assert summary.names == ["cat", "none", "dog"] and summary.images == {"train": 3, "val": 2}
-    assert summary.boxes == {"cat": 4, "none": 0, "dog": 4}
+    assert summary["names"] == ["cat", "none", "dog"] and summary["images"] == {"train": 3, "val": 2}
+    assert summary["boxes"] == {"cat": 4, "none": 0, "dog": 4}
     boxed = {"train_a/1": 1, "train_a/2": 2, "val_a/1": 1}
-    assert summary.notes == {"crowd": {"train_a/1": 1, "val_a/1": 1}, "boxed": boxed}
+    assert summary["notes"] == {"crowd": {"train_a/1": 1, "val_a/1": 1}, "boxed": boxed}
     row = "0.250000 0.500000 0.250000 0.500000\n"
     assert labels(tmp_path / "y")["train/train_a/0.txt"] == f"0 {row}" * 2
     assert labels(tmp_path / "y")["val/val_a/1.txt"] == f"2 {row}"
-    assert check_data(summary.data[0])["nc"] == 3
+    assert check_data(summary["data"][0])["nc"] == 3
 
 
 def test_coco_polygons(tmp_path):
     summary = convert(make_coco(tmp_path / "c"), tmp_path / "y", format="coco", task="segment")
-    assert summary.boxes == {"cat": 0, "none": 0, "dog": 4} and summary.notes["polygon"] == {
+    assert summary["boxes"] == {"cat": 0, "none": 0, "dog": 4} and summary["notes"]["polygon"] == {
         "train_a/0": 2,
         "val_a/0": 2,
     }
     cls, *points = labels(tmp_path / "y")["val/val_a/1.txt"].split()
     outline = np.reshape([float(p) for p in points], (-1, 2)) * (64, 48)
     assert cls == "2" and {(8, 12), (24, 36), (40, 40)} <= {tuple(p) for p in outline.round(3).tolist()}
-    assert len(check_data(summary.data[0], task="segment")["images"]["train"]) == 3
+    assert len(check_data(summary["data"][0], task="segment")["images"]["train"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_coco_layouts(tmp_path, place, images, options):
     options = {k: root / v for k, v in options.items()}
     for source in (root, root / place):
         summary = convert(source, tmp_path / f"out{source.is_file()}", format="coco", **options)
-        assert summary.images == {"train": 3, "val": 1} and summary.boxes == {"cat": 4}
+        assert summary["images"] == {"train": 3, "val": 1} and summary["boxes"] == {"cat": 4}
     if options:
         with pytest.raises(UsageError, match="Give images=FOLDER"):
             convert(root / place, tmp_path / "out", format="coco")
@@ -126,9 +126,9 @@ def test_coco_layouts(tmp_path, place, images, options):
 def test_there_and_back(tmp_path, to):
     root = make_yolo(tmp_path / "y")
     there = convert(root, tmp_path / "there", format="yolo", to=to)
-    assert there.boxes == {"cat": 0, "dog": 6} and there.data == []
+    assert there["boxes"] == {"cat": 0, "dog": 6} and there["data"] == []
     back = convert(tmp_path / "there", tmp_path / "back", format=to)
-    assert back.images == {"train": 4, "val": 4} and back.boxes["dog"] == 6
+    assert back["images"] == {"train": 4, "val": 4} and back["boxes"]["dog"] == 6
     rows = {t.partition(" ")[2] for t in labels(tmp_path / "back").values()}
     assert rows == {"", "0.500000 0.500000 0.250000 0.500000\n"}
 
@@ -164,8 +164,8 @@ def test_split_keeps_rows_word_for_word(tmp_path, row, extra, files):
     root = make_yolo(tmp_path / "y", row, extra)
     ratios = {"train": 0.5, "val": 0.25, "test": 0.25}
     summary = convert(root, tmp_path / "s", format="yolo", ratios=ratios, files=files)
-    assert summary.images == {"train": 4, "val": 2, "test": 2} and summary.notes == {}
-    content = YAML.load(summary.data[0])
+    assert summary["images"] == {"train": 4, "val": 2, "test": 2} and summary["notes"] == {}
+    content = YAML.load(summary["data"][0])
     assert all(content[k] == v for k, v in YAML.load(root / "data.yaml").items() if k in ("kpt_shape", "flip_idx"))
     images = [p for s in ratios for p in list_images(Path(content["path"]) / content[s])]
     texts = [Path(p).read_text() for p in img2label_paths([str(i) for i in images])]
@@ -177,10 +177,10 @@ def test_split_keeps_rows_word_for_word(tmp_path, row, extra, files):
 def test_folds(tmp_path):
     root = make_yolo(tmp_path / "y", splits=("train", "val", "test"))
     summary = convert(root, tmp_path / "f", format="yolo", folds=4, stratify=True)
-    assert [p.name for p in summary.data] == [f"fold{k}.yaml" for k in (1, 2, 3, 4)]
-    assert summary.images == {"all": 8, "test": 4}
+    assert [p.name for p in summary["data"]] == [f"fold{k}.yaml" for k in (1, 2, 3, 4)]
+    assert summary["images"] == {"all": 8, "test": 4}
     seen: list[Path] = []
-    for data in summary.data:
+    for data in summary["data"]:
         info = check_data(data, need=("train", "val", "test"))
         members = {s: set(info["images"][s]) for s in ("train", "val", "test")}
         assert [len(m) for m in members.values()] == [6, 2, 4]
@@ -192,7 +192,7 @@ def test_folds(tmp_path):
     assert {k: len(v) for k, v in lists.items()} == {
         f"fold{k}_{s}": n for k in (1, 2) for s, n in (("train", 4), ("val", 4), ("test", 4))
     }
-    assert voc.data == []
+    assert voc["data"] == []
 
 
 def test_yolo_folder_without_yaml(tmp_path):
@@ -201,16 +201,16 @@ def test_yolo_folder_without_yaml(tmp_path):
     with pytest.raises(UsageError, match="Give classes=a,b"):
         convert(root, tmp_path / "out", format="yolo")
     (root / "labels/classes.txt").write_text("\ufeffcat\ndog\n")
-    assert convert(root, tmp_path / "a", format="yolo").boxes == {"cat": 0, "dog": 3}
+    assert convert(root, tmp_path / "a", format="yolo")["boxes"] == {"cat": 0, "dog": 3}
     (root / "labels/classes.txt").unlink()
-    assert convert(root, tmp_path / "b", format="yolo", classes=["x", "y"]).boxes == {"x": 0, "y": 3}
+    assert convert(root, tmp_path / "b", format="yolo", classes=["x", "y"])["boxes"] == {"x": 0, "y": 3}
 
 
 def test_classes_are_chosen_and_renumbered(tmp_path):
     root = make_yolo(tmp_path / "y")
     (root / "labels/train/sub/1.txt").write_text(f"{BOX}\n0 0.1 0.1 0.1 0.1\n")
     summary = convert(root, tmp_path / "s", format="yolo", classes=["dog"])
-    assert summary.boxes == {"dog": 6} and summary.notes == {"class": {"cat": 1}}
+    assert summary["boxes"] == {"dog": 6} and summary["notes"] == {"class": {"cat": 1}}
     assert labels(tmp_path / "s")["train/train_sub/1.txt"] == "0 0.5 0.5 0.25 0.5\n"
 
 
@@ -225,7 +225,7 @@ def test_folder_called_images_inside(tmp_path):
             (voc / name).parent.mkdir(parents=True, exist_ok=True)
             (voc / name).write_bytes(content)
     summary = convert(voc, tmp_path / "out")
-    info = check_data(summary.data[0])
+    info = check_data(summary["data"][0])
     assert sum(map(len, info["images"].values())) == 4
 
 
@@ -255,7 +255,7 @@ def test_turned_photo(tmp_path):
         Image.fromarray(stored).save(root / f"JPEGImages/{k}.jpg", exif=tags, quality=95)
         (root / f"Annotations/{k}.xml").write_text(voc_text("", (60, 40), [Object("a", box)]))
     summary = convert(root, tmp_path / "y", ratios={"train": 0.5, "val": 0.5})
-    assert summary.notes == {"rotated": {"0": 1, "1": 1}}
+    assert summary["notes"] == {"rotated": {"0": 1, "1": 1}}
     (row,) = set(labels(tmp_path / "y").values())
     _, x, y, w, h = map(float, row.split())
     np.testing.assert_allclose([x * 40, y * 60, w * 40, h * 60], [10, 35, 10, 30], atol=1e-3)

@@ -219,7 +219,7 @@ def test_image_probe_follows_exif(tmp_path):
 @pytest.mark.bccd
 @pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD data is not beside the checkout")
 def test_bccd_is_quick(tmp_path):
-    data = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"}).data[0]
+    data = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"})["data"][0]
     start = time.process_time()
     images = check_data(data)["images"]
     assert time.process_time() - start < 2

@@ -121,7 +121,7 @@ def test_shapes_have_no_near_duplicates(tmp_path):
 @pytest.mark.bccd
 @pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD data is not beside the checkout")
 def test_bccd(tmp_path):
-    data = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"}).data[0]
+    data = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"})["data"][0]
     found = summarise(data)
     assert found["passed"] and found["duplicates"] == [] and found["duplicates_near"] == []
     assert found["splits"]["train"]["boxes"] + found["splits"]["val"]["boxes"] == 4886

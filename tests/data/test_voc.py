@@ -65,20 +65,20 @@ def test_numbers_and_files(tmp_path):
     before = digest(source)
     out = tmp_path / "out dir"
     summary = convert(source, out)
-    assert summary.images == {"train": 1, "val": 1}
-    assert summary.boxes == {"cat": 2, "dog": 1}
-    assert summary.notes == {"clipped": {"é": 1}}
+    assert summary["images"] == {"train": 1, "val": 1}
+    assert summary["boxes"] == {"cat": 2, "dog": 1}
+    assert summary["notes"] == {"clipped": {"é": 1}}
     assert (out / "labels/train/a b.txt").read_text() == "0 0.250000 0.500000 0.250000 0.500000\n"
     assert (out / "labels/val/é.txt").read_text().split("\n")[:2] == [
         "1 0.500000 0.500000 1.000000 1.000000",
         "0 0.500000 0.427083 1.000000 0.416667",
     ]
-    data = YAML.load(summary.data[0])
+    data = YAML.load(summary["data"][0])
     assert data == {"path": str(out), "train": "images/train", "val": "images/val", "names": {0: "cat", 1: "dog"}}
     assert [p for p in out.rglob("*") if p.is_symlink()] == []
     assert digest(source) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my vöc", "out dir"]
-    assert len(check_data(summary.data[0])["images"]["train"]) == 1
+    assert len(check_data(summary["data"][0])["images"]["train"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_size_from_the_image(tmp_path, suffix):
     assert {p.read_text() for p in (tmp_path / "out/labels").rglob("*.txt")} == {
         "0 0.250000 0.500000 0.250000 0.500000\n"
     }
-    assert summary.notes == {}
+    assert summary["notes"] == {}
 
 
 def test_lists_flags_suffixes_and_backgrounds(tmp_path, warnings):
@@ -144,9 +144,9 @@ def test_lists_flags_suffixes_and_backgrounds(tmp_path, warnings):
     source = make_voc(tmp_path / "s", 5, lists=lists)
     (source / "JPEGImages/bg.jpg").write_bytes((source / "JPEGImages/i0.jpg").read_bytes())
     summary = convert(source, tmp_path / "out", classes=["cat", "dog"])
-    assert summary.images == {"train": 3, "val": 2, "test": 1}
-    assert summary.notes == {"background": {"bg": 1}, "unused": {"i4": 1}}
-    assert summary.boxes == {"cat": 4, "dog": 0}
+    assert summary["images"] == {"train": 3, "val": 2, "test": 1}
+    assert summary["notes"] == {"background": {"bg": 1}, "unused": {"i4": 1}}
+    assert summary["boxes"] == {"cat": 4, "dog": 0}
     assert (tmp_path / "out/labels/test/bg.txt").read_text() == ""
     text = "\n".join(warnings)
     assert all(x in text for x in ("share 1 images", "bg", "without any object: dog", "in no split"))
@@ -162,13 +162,13 @@ def test_nested_folders_difficult_and_other_classes(tmp_path):
     flagged = xml((("cat", 1, 2, 9, 9), ("dog", 1, 2, 9, 9))).replace("</name>", "</name><difficult>1</difficult>", 1)
     (source / "Annotations/x/a.xml").write_text(flagged)
     kept = convert(source, tmp_path / "kept", classes=["cat"])
-    assert kept.images == {"train": 2, "val": 1} and kept.boxes == {"cat": 3}
-    assert kept.notes == {"class": {"dog": 1}}
+    assert kept["images"] == {"train": 2, "val": 1} and kept["boxes"] == {"cat": 3}
+    assert kept["notes"] == {"class": {"dog": 1}}
     assert sorted(p.stem for p in (tmp_path / "kept/labels/train").rglob("*.txt")) == ["a", "b"]
     skipped = convert(source, tmp_path / "skipped", classes=["cat"], difficult="skip")
-    assert skipped.notes == {"class": {"dog": 1}, "difficult": {"x/a": 1}} and skipped.boxes == {"cat": 2}
+    assert skipped["notes"] == {"class": {"dog": 1}, "difficult": {"x/a": 1}} and skipped["boxes"] == {"cat": 2}
     voc = convert(source, tmp_path / "voc", to="voc")
-    assert voc.boxes == {"cat": 3, "dog": 1}
+    assert voc["boxes"] == {"cat": 3, "dog": 1}
     assert [o.difficult for o in read_voc(tmp_path / "voc/Annotations/x/a.xml").objects] == [True, False]
 
 
@@ -177,11 +177,11 @@ def test_random_split_is_seeded(tmp_path):
     splits = []
     for k, seed in enumerate((0, 0, 1)):
         summary = convert(source, tmp_path / f"o{k}", seed=seed)
-        assert summary.images == {"train": 8, "val": 2}
+        assert summary["images"] == {"train": 8, "val": 2}
         splits.append(sorted(p.name for p in (tmp_path / f"o{k}/images/val").iterdir()))
     assert splits[0] == splits[1] != splits[2]
     three = convert(source, tmp_path / "o3", ratios={"train": 0.6, "val": 0.2, "test": 0.2})
-    assert three.images == {"train": 6, "val": 2, "test": 2}
+    assert three["images"] == {"train": 6, "val": 2, "test": 2}
 
 
 LISTS = {"trainval": ["i0", "i1"], "again": ["i1", "i0"], "test": ["i2"], "none": [], "ghost": ["i9", "i8"]}
@@ -322,12 +322,12 @@ def test_read_voc_keeps_difficult_and_ignores_parts(tmp_path):
 @pytest.mark.skipif(not BCCD.is_dir(), reason="BCCD data is not beside the checkout")
 def test_bccd(tmp_path):
     summary = convert(BCCD, tmp_path / "bccd", splits={"train": "trainval", "val": "test"})
-    assert summary.images == {"train": 292, "val": 72}
-    assert summary.names == ["Platelets", "RBC", "WBC"]
-    assert summary.boxes == {"Platelets": 361, "RBC": 4153, "WBC": 372}
-    assert summary.notes == {"degenerate": {"BloodImage_00338": 1, "BloodImage_00343": 1}}
+    assert summary["images"] == {"train": 292, "val": 72}
+    assert summary["names"] == ["Platelets", "RBC", "WBC"]
+    assert summary["boxes"] == {"Platelets": 361, "RBC": 4153, "WBC": 372}
+    assert summary["notes"] == {"degenerate": {"BloodImage_00338": 1, "BloodImage_00343": 1}}
     back = convert(tmp_path / "bccd", tmp_path / "voc", format="yolo", to="voc")
-    assert back.boxes == summary.boxes and back.notes == {}
+    assert back["boxes"] == summary["boxes"] and back["notes"] == {}
     for file in (BCCD / "Annotations").iterdir():
         before, after = (read_voc(f).objects for f in (file, tmp_path / "voc/Annotations" / file.name))
         before = [o for o in before if o.box[2] > o.box[0] and o.box[3] > o.box[1]]

@@ -72,7 +72,7 @@ READ = {  # annotation of the last image, notes, its label
 def test_read(tmp_path, annotation, notes, row):
     root = write(tmp_path / "c", annotation={**GOOD, **annotation})
     summary = convert(root, tmp_path / "out", format="coco")
-    assert {kind: sum(n.values()) for kind, n in summary.notes.items()} == notes
+    assert {kind: sum(n.values()) for kind, n in summary["notes"].items()} == notes
     assert of_last(tmp_path / "out") == row
 
 
@@ -93,7 +93,7 @@ def test_images(tmp_path, image, named):
     root = write(tmp_path / "c", image=image)
     options = {"images": root / "images"} if named else {}
     summary = convert(root / "a.json" if named else root, tmp_path / "out", format="coco", **options)
-    assert summary.notes == {} and summary.boxes == {"cat": 4} and of_last(tmp_path / "out") == ROW
+    assert summary["notes"] == {} and summary["boxes"] == {"cat": 4} and of_last(tmp_path / "out") == ROW
 
 
 BROKEN = {  # annotation of the last image, what is said of it
@@ -116,8 +116,8 @@ def test_broken_annotation(tmp_path, annotation, text):
     assert "Error(" not in str(caught.value)
     summary = convert(root, tmp_path / "out", format="coco", broken="skip")
     alone = "image" in text.partition(":")[0] or "belong" in text
-    assert sum(summary.images.values()) == (4 if alone else 3), "never as background"
-    assert of_last(tmp_path / "out") == ("" if alone else None) and summary.boxes == {"cat": 3}
+    assert sum(summary["images"].values()) == (4 if alone else 3), "never as background"
+    assert of_last(tmp_path / "out") == ("" if alone else None) and summary["boxes"] == {"cat": 3}
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_broken_image(tmp_path, change, text):
     with pytest.raises(UsageError, match=text) as caught:
         convert(root, tmp_path / "out", format="coco")
     assert "Error(" not in str(caught.value)
-    assert convert(root, tmp_path / "out", format="coco", broken="skip").boxes == {"cat": 3}
+    assert convert(root, tmp_path / "out", format="coco", broken="skip")["boxes"] == {"cat": 3}
 
 
 def test_images_that_are_not_in_the_file(tmp_path):
     root = write(tmp_path / "c")
     (root / "images/more.jpg").write_bytes(JPEG)
-    notes = convert(root, tmp_path / "out").notes
+    notes = convert(root, tmp_path / "out")["notes"]
     assert [Path(p).name for p in notes["unannotated"]] == ["more.jpg"]
 
 
@@ -148,7 +148,7 @@ def test_categories_of_the_same_name(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(LOGGER, "warning", lambda text, *_: said.append(str(text)))
     root = write(tmp_path / "c", categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}])
-    assert convert(root, tmp_path / "out").boxes == {"cat": 4}
+    assert convert(root, tmp_path / "out")["boxes"] == {"cat": 4}
     assert said == ["a.json: categories of the same name become one class: cat"]
 
 
@@ -157,7 +157,7 @@ def test_no_image_is_found(tmp_path):
     (root / "images").rename(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=r"Cannot find the images of .*no image '0.jpg' in .*Give images=FOLDER"):
         convert(root, tmp_path / "out", format="coco")
-    assert convert(root, tmp_path / "out", images=tmp_path / "elsewhere").boxes == {"cat": 4}
+    assert convert(root, tmp_path / "out", images=tmp_path / "elsewhere")["boxes"] == {"cat": 4}
 
 
 def test_the_same_name_in_two_folders(tmp_path):

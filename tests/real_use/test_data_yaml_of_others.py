@@ -88,9 +88,9 @@ def test_numbers_of_classes_stay(root, text, files):
     images = sum(len(list_images(stock[s])) for s in ("train", "val", "test") if stock.get(s))
     ratios = {"train": 0.5, "val": 0.5}
     summary = convert(root / "data.yaml", root.parent / "out", format="yolo", files=files, ratios=ratios)
-    again = check_data(summary.data[0])
+    again = check_data(summary["data"][0])
     assert again["names"] == stock["names"] and again["channels"] == stock["channels"]
-    assert sum(map(len, again["images"].values())) == images == sum(summary.images.values())
+    assert sum(map(len, again["images"].values())) == images == sum(summary["images"].values())
     labels = (root.parent / "out/labels").rglob("*.txt") if files == "link" else root.rglob("*.txt")
     assert {p.read_text() for p in labels if p.name[0] in "tv" and p.parent.name != "out"} == {ROWS}
 
@@ -146,8 +146,8 @@ def test_folder_of_images_that_is_a_link(root):
     with pytest.raises(UsageError, match=f"no label file found, looked in '{root.parent / 'store'}'"):
         check_data(file)
     summary = convert(root, root.parent / "out", format="yolo")  # by name
-    assert summary.images == {"train": 8, "val": 2} and summary.boxes == {"a": 10, "b": 10}
-    assert len(check_data(summary.data[0])["images"]["train"]) == 8
+    assert summary["images"] == {"train": 8, "val": 2} and summary["boxes"] == {"a": 10, "b": 10}
+    assert len(check_data(summary["data"][0])["images"]["train"]) == 8
 
 
 @pytest.mark.parametrize("labels", [None, ""], ids=["none", "empty"])
@@ -216,5 +216,5 @@ def test_yaml_is_kept(root):
     file = written(root, HERE + "names: [yes, yes]\nkpt_shape: [2, 3]\nflip_idx: [1, 0]\n")
     for label in root.rglob("labels/*.txt"):
         label.write_text("1 .5 .5 .2 .2 .4 .4 2 .6 .6 0\n")
-    content = YAML.load(convert(file, root.parent / "out").data[0])
+    content = YAML.load(convert(file, root.parent / "out")["data"][0])
     assert content["names"] == {0: "True", 1: "True"} and content["flip_idx"] == [1, 0] and "channels" not in content

@@ -130,10 +130,10 @@ def test_as_it_lies(tmp_path, said, places, files, splits):
     root = lay(tmp_path / "my sét", *places, **files)
     before = digest(root)
     summary = convert(root, tmp_path / "out")
-    assert summary.images == splits and summary.boxes["cat"] == 4
+    assert summary["images"] == splits and summary["boxes"]["cat"] == 4
     rows = {p.read_text() for p in (tmp_path / "out/labels").rglob("*.txt")}
     assert rows in ({TXT}, {"0 0.250000 0.500000 0.250000 0.500000\n"})
-    info = check_data(summary.data[0], need=tuple(splits))
+    info = check_data(summary["data"][0], need=tuple(splits))
     assert {s: len(i) for s, i in info["images"].items()} == splits
     assert {p.stem[0] for i in info["images"].values() for p in i} == set("0123")
     assert digest(root) == before
@@ -159,7 +159,7 @@ def test_names_of_the_yaml_with_images_that_are_named(tmp_path):
     text = "path: ./\ntrain: train.txt\nnames:\n  0: cat\n  1: dog\n"
     root = lay(tmp_path / "s", "images/train/{k}.jpg", "labels/train/{k}.txt", **{"data.yaml": text})
     put(root / "train.txt", "".join(f"data/images/train/{k}.jpg\n" for k in IDS))
-    assert convert(root, tmp_path / "out", images=root / "images").boxes == {"cat": 4, "dog": 0}
+    assert convert(root, tmp_path / "out", images=root / "images")["boxes"] == {"cat": 4, "dog": 0}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_labels_where_training_does_not_look(tmp_path):
     root = lay(tmp_path / "s", "pictures/{k}.jpg", "texts/{k}.txt", **{"classes.txt": NAMES})
     with pytest.raises(UsageError, match="4 labels lie where training does not look"):
         convert(root, tmp_path / "out", format="yolo", files="list")
-    assert check_data(convert(root, tmp_path / "out").data[0])["nc"] == 2
+    assert check_data(convert(root, tmp_path / "out")["data"][0])["nc"] == 2
 
 
 def test_summary_of_a_flat_folder(tmp_path):
@@ -202,7 +202,7 @@ def test_a_yaml_of_another_machine(tmp_path):
     root = lay(tmp_path / "s", "{s}/images/{k}.jpg", "{s}/labels/{k}.txt", **{"data.yaml": text})
     with pytest.raises(UsageError, match=r"missing path .*/content.*images=FOLDER out=NEW"):
         convert(root, tmp_path / "out")
-    assert convert(root, tmp_path / "out", images=root).images == FOLDERS
+    assert convert(root, tmp_path / "out", images=root)["images"] == FOLDERS
 
 
 def record(out: Path) -> dict[str, dict[str, int]]:
@@ -219,7 +219,7 @@ def test_nothing_vanishes_from_voc(tmp_path, said):
     with pytest.raises(UsageError, match=r"2 problems, .*annotates the same image.*alone has no image"):
         convert(root, tmp_path / "out")
     summary = convert(root, tmp_path / "out", broken="skip", classes=["cat"])
-    assert summary.images == {"train": 2, "val": 1} and summary.boxes == {"cat": 2}
+    assert summary["images"] == {"train": 2, "val": 1} and summary["boxes"] == {"cat": 2}
     told = record(tmp_path / "out")
     assert told["class"] == {"dog": 1} and told["unannotated"] == {"bare": 1}
     assert len(told["broken"]) == 2 and any("3.xml" in text for text in told["broken"])
@@ -242,7 +242,7 @@ def test_which_annotation_is_meant_is_not_known(tmp_path, kind):
     with pytest.raises(UsageError, match=r"problems.*fits several images"):
         convert(root, tmp_path / "out")
     summary = convert(root, tmp_path / "out", broken="skip")
-    assert summary.images == {"train": 1, "val": 1} and "background" not in summary.notes
+    assert summary["images"] == {"train": 1, "val": 1} and "background" not in summary["notes"]
     told = " ".join(record(tmp_path / "out")["broken"])
     assert "fits several images" in told and "annotates the same image as" in told
 
@@ -270,7 +270,7 @@ def test_polygons_that_become_boxes_are_counted(tmp_path, to, task, boxed):
     content["annotations"] = [{**a, **OUTLINE} for a in content["annotations"]]
     root = lay(tmp_path / "s", "{k}.jpg", **{"a.json": json.dumps(content)})
     summary = convert(root, tmp_path / "out", to=to, task=task)
-    assert sum(summary.notes.get("boxed", {}).values()) == boxed
+    assert sum(summary["notes"].get("boxed", {}).values()) == boxed
     assert (tmp_path / "out/convert.json").exists() == bool(boxed)
 
 
@@ -286,7 +286,7 @@ def test_text_of_chinese_windows(tmp_path, codec):
     (root / "train.txt").write_bytes("0\n1\n2\n".encode(codec))
     (root / "val.txt").write_bytes("3\n".encode(codec))
     summary = convert(root, tmp_path / "out")
-    assert summary.boxes == {"红细胞": 4, "白细胞": 0} and summary.images == RANDOM
+    assert summary["boxes"] == {"红细胞": 4, "白细胞": 0} and summary["images"] == RANDOM
 
 
 @pytest.mark.parametrize("declared", ["", '<?xml version="1.0" encoding="gbk"?>\n'], ids=["no word of it", "declared"])
@@ -294,7 +294,7 @@ def test_xml_of_chinese_windows(tmp_path, declared):
     root = lay(tmp_path / "s", "{k}.jpg", "{k}.xml")
     for k in IDS:
         (root / f"{k}.xml").write_bytes((declared + XML.replace("cat", "红细胞")).encode("gbk"))
-    assert convert(root, tmp_path / "out").boxes == {"红细胞": 4}
+    assert convert(root, tmp_path / "out")["boxes"] == {"红细胞": 4}
 
 
 def test_text_that_cannot_be_read(tmp_path):
@@ -309,8 +309,10 @@ def test_text_that_cannot_be_read(tmp_path):
 def test_dollars_in_a_class_name(tmp_path, name, to):
     root = lay(tmp_path / "s", "{k}.jpg", "{k}.txt", **{"classes.txt": f"{name}\nother\n"})
     there = convert(root, tmp_path / "there", to=to)
-    assert there.boxes[name] == 4
+    assert there["boxes"][name] == 4
     if to == "yolo":
-        assert cli.main(["data", f"check={there.data[0]}", f"project={tmp_path}", "name=d"]) == 1, "the images are one"
+        assert cli.main(["data", f"check={there['data'][0]}", f"project={tmp_path}", "name=d"]) == 1, (
+            "the images are one"
+        )
     else:
-        assert convert(tmp_path / "there", tmp_path / "back").boxes[name] == 4
+        assert convert(tmp_path / "there", tmp_path / "back")["boxes"][name] == 4

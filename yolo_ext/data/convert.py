@@ -63,22 +63,12 @@ class Plan:
     options: Options
 
 
-@dataclass
-class Summary:
-    """What a conversion wrote and what it left out."""
-
-    out: Path  # folder
-    names: list[str]  # classes in label order
-    data: list[Path]  # the data.yaml files written, one for each fold; none for VOC and COCO
-    images: dict[str, int]  # per split
-    boxes: dict[str, int]  # per class; an image in two splits counts once
-    notes: dict[str, dict[str, int]]  # counts by image id, class or problem, of every kind in `NOTES` that occurred
-
-
-def convert(source: Path, out: Path, **options: Any) -> Summary:
+def convert(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Convert the dataset `source` into a new one in `out`; the same format on both sides splits it anew.
 
-    Pixels count from 0, without the shift of the original VOC convention. A failure leaves nothing behind.
+    Pixels count from 0, without the shift of the original VOC convention. A failure leaves nothing behind. Returned are
+    the folder `out`, the classes (`names`), a `data` YAML for each fold (none of VOC and COCO), counts of `images` by
+    split and of `boxes` by class (an image in two splits counts once), and `notes` by kind of `NOTES` and by name.
     """
     source, out = Path(source).resolve(), Path(out).resolve()
     o = _checked(source, out, Options(**options))
@@ -113,13 +103,14 @@ def convert(source: Path, out: Path, **options: Any) -> Summary:
         yamls = [out / p.name for p in sorted(stage.glob("*.yaml"))]
         notes = {kind: {i: n for (k, i), n in sorted(tally.items()) if k == kind} for kind in NOTES}
         images = {split: len(ids) for split, ids in chosen.items()}
-        summary = Summary(out, names, yamls, images, boxes, {k: n for k, n in notes.items() if n})
-        named = {k: {"what": NOTES[k], "count": sum(n.values()), "names": n} for k, n in summary.notes.items()}
+        notes = {k: n for k, n in notes.items() if n}
+        named = {k: {"what": NOTES[k], "count": sum(n.values()), "names": n} for k, n in notes.items()}
         record = {"source": str(source), "images": images, "boxes": boxes, "notes": named}
         if named:  # names every image, class or file that something was changed or left out of
             (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _report(summary)
-    return summary
+    done = {"out": out, "names": names, "data": yamls, "images": images, "boxes": boxes, "notes": notes}
+    _report(**done)
+    return done
 
 
 def _checked(source: Path, out: Path, o: Options) -> Options:
@@ -240,15 +231,18 @@ def _splits(listed: Splits, kinds: Mapping[str, Collection[str]], o: Options) ->
     return {"all": sorted(pool), **test}, [{**f, **test} for f in by_folds(pool, o.folds, o.seed, classes)]
 
 
-def _report(s: Summary) -> None:
-    counts = ", ".join(f"{n} {split}" for split, n in s.images.items())
-    LOGGER.info(f"Converted {counts} images, {sum(s.boxes.values())} boxes in {len(s.names)} classes")
-    for kind, counted in s.notes.items():
+def _report(
+    out: Path, names: Sequence[str], data: Sequence[Path], images: Mapping[str, int], boxes: Mapping[str, int],
+    notes: Mapping[str, Mapping[str, int]],
+) -> None:  # fmt: skip
+    counts = ", ".join(f"{n} {split}" for split, n in images.items())
+    LOGGER.info(f"Converted {counts} images, {sum(boxes.values())} boxes in {len(names)} classes")
+    for kind, counted in notes.items():
         named = [f"{i} ({n})" if n > 1 else i for i, n in counted.items()]
         LOGGER.warning(f"{sum(counted.values())} {NOTES[kind]}: {quote(named)}")
-    if s.notes:
-        LOGGER.info(f"All of them are named in '{s.out / RECORD}'")
-    saved(s.data[0] if len(s.data) == 1 else s.out, f"yolo-ext data check={s.data[0]}" if s.data else "")
+    if notes:
+        LOGGER.info(f"All of them are named in '{out / RECORD}'")
+    saved(data[0] if len(data) == 1 else out, f"yolo-ext data check={data[0]}" if data else "")
 
 
 def _write_split(plan: Plan, split: str, ids: Sequence[str], seen: Collection[str]) -> Tally:
