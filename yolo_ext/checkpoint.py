@@ -25,7 +25,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext import __version__
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.load import foreign_classes, load_model
+from yolo_ext.stock.load import foreign_classes, load_model, raw_checkpoint
 
 MANIFEST = "yolo_ext"
 SCHEMA = 1  # raise when the meaning of a field changes, and translate the older one in `manifest`
@@ -36,10 +36,13 @@ TRIPWIRE = "PRUNED_MODEL_train_with_yolo_ext"
 def whole(path: Path) -> Iterator[Path]:
     """Give a temporary name in the folder of `path`, which is made; behind the block its file is put in place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    part = path.with_name(f".{path.name[:60]}.{os.getpid()}.{uuid4().hex[:8]}.part")  # `core.lock.PART`
     try:
         yield part
         part.replace(path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -191,6 +194,6 @@ def file_of(model: Any) -> str | Path:
 
 def finalize(path: Path) -> None:
     """Repeat the manifest of a finished checkpoint under its own key, where tools find it without the module."""
-    ckpt = torch.load(path, map_location="cpu", weights_only=False)
+    ckpt = raw_checkpoint(path)
     ckpt[MANIFEST] = getattr(ckpt.get("ema") or ckpt["model"], MANIFEST, {})
     atomic_write(path, as_bytes(ckpt))

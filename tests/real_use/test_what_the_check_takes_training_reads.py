@@ -21,7 +21,8 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data, check_label, image_probe, letterbox_batches
 from yolo_ext.data.convert import convert
 from yolo_ext.data.summary import summarise
-from yolo_ext.stock.load import images_only_read, labelled_dataset
+from yolo_ext.stock.load import labelled_dataset
+from yolo_ext.stock.safety import safely
 from yolo_ext.training.trainer import DetectionTrainer
 
 RGB = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
@@ -120,7 +121,7 @@ def test_images(tmp_path, name, content, expected):
     except ValueError:
         size, ours = (0, 0), False
     assert expected is None or ours is expected
-    with images_only_read():
+    with safely():
         assert (stock.verify_image_label((str(file), "", "", False, 1, 0, 0, False))[0] is not None) == ours
     assert file.read_bytes() == content and [p.name for p in file.parent.iterdir()] == [name]
     found = stock.verify_image_label((copy, "", "", False, 1, 0, 0, False))
@@ -260,7 +261,7 @@ PADDED = JPEG + b"behind the end"
 READERS = {
     "check": check_data,
     "summary": summarise,
-    "convert with links": lambda d: build(convert(d, d.parents[1] / "out").data[0]),
+    "convert with links": lambda d: build(convert(d, d.parents[1] / "out")["data"][0]),
     "split by lists": lambda d: convert(d, d.parents[1] / "out", format="yolo", files="list"),
     "labelled batches": build,
     "training": train,

@@ -205,18 +205,3 @@ def test_refresh_widths_after_a_cut():
     block.cv1.conv.out_channels, attention.proj.conv.in_channels = 10, 2 * attention.num_heads
     stock.refresh_widths(model)
     assert block.c == 5 and attention.head_dim == 2 and stock.detection_head(model).shape is None
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_autoinstall_is_put_back(monkeypatch, fails):
-    from ultralytics.utils import checks
-
-    monkeypatch.setattr(checks, "AUTOINSTALL", True)
-    try:
-        with stock.no_autoinstall():
-            assert checks.AUTOINSTALL is False
-            if fails:
-                raise RuntimeError
-    except RuntimeError:
-        pass
-    assert checks.AUTOINSTALL is True

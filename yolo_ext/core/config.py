@@ -6,12 +6,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, brief
+from yolo_ext.core.plain_yaml import plain_yaml
 
 # Options are imported from here, declared there
 from yolo_ext.core.options import (  # noqa: F401  isort: skip
-    CONFIGS, TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig, listed, misspelt, option_names,
-    read_options, refuse,
+    CONFIGS, TARGETS, DistillConfig, PruneConfig, QuantConfig, SparsityConfig, finite, listed, misspelt, number,
+    option_names, read_options, refuse,
 )  # fmt: skip
 from yolo_ext.core.registry import suggest
 
@@ -175,15 +176,17 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def read_flat(given: Any, what: str, form: str) -> dict[str, Any]:
     """Return a mapping, or that in a YAML file, flat with dotted keys; `form` shows how `what` is written."""
-    from ultralytics.utils import YAML
-
     try:
-        content = YAML.load(given) if isinstance(given, (str, Path)) else given
+        content = plain_yaml(Path(given).read_text(encoding="utf-8")) if isinstance(given, (str, Path)) else given
     except Exception as e:
-        raise UsageError(f"{what} is not a YAML file: {str(e).splitlines()[0]}.") from e
+        raise UsageError(f"{what} is not a YAML file: {brief(e)}.") from e
     if not content or not isinstance(content, Mapping):
         raise UsageError(f"{what} holds no options. Write it as '{form}' and so on.")
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value})
+    if strange := [f"{k}: {v}" for k, v in flat.items() if not finite(v)]:
+        raise UsageError(f"{what} holds '{strange[0]}'. Give finite numbers.")
+    if "trust" in flat:
+        raise UsageError(f"{what} cannot vouch for other files. Take 'trust' out, and give it with the command.")
     return flat

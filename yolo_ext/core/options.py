@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.plain_yaml import plain_yaml
 from yolo_ext.core.registry import suggest
 
 T = TypeVar("T", bound=type)
@@ -193,9 +194,16 @@ RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-def _number(value: Any) -> bool:
+def number(value: Any) -> bool:
     """Tell whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def finite(value: Any) -> bool:
+    """Tell whether all numbers in a value are finite, in lists and dicts, too."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return all(map(finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def listed(value: Any) -> list[Any]:
@@ -212,15 +220,15 @@ def _strings(value: Any) -> bool:
 FORMS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "bool": (lambda v: isinstance(v, bool), bool, ". Legal: True, False."),
     "str": (lambda v: isinstance(v, str), str, ": give a string ({help})."),
-    "int": (lambda v: _number(v) and v == int(v), int, ": give a whole number ({help})."),
-    "float": (_number, float, ": give a number ({help})."),
+    "int": (lambda v: number(v) and v == int(v) and abs(v) < 2**31, int, ": give a whole number ({help})."),
+    "float": (number, float, ": give a number ({help})."),
     "list[int]": (lambda v: all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in listed(v)), listed,
                   ": give a list of whole numbers ({help})."),
     "list[str]": (_strings, lambda v: [str(n) for n in listed(v)], ": give a list of strings."),
     "str | list[str]": (lambda v: isinstance(v, str) or (isinstance(v, (list, tuple)) and _strings(v)),
                         lambda v: v if isinstance(v, str) else [str(n) for n in v],
                         ": give a string or a list of strings ({help})."),
-    "dict[str, float]": (lambda v: isinstance(v, Mapping) and all(_number(n) and 0 <= n < 1 for n in v.values()),
+    "dict[str, float]": (lambda v: isinstance(v, Mapping) and all(number(n) and 0 <= n < 1 for n in v.values()),
                          lambda v: {str(k): float(n) for k, n in v.items()},
                          ": give shares of 0 to below 1 by name ({help})."),
     "Stack": (lambda v: bool(listed(v)) and all(isinstance(n.get("name") if isinstance(n, Mapping) else n, str)
@@ -242,6 +250,8 @@ def _read(key: str, f: Field[Any], value: Any) -> Any:
         return None
     if value is None:
         raise UsageError(f"'{key}=None' is illegal: a value is needed ({m['help']}).")
+    if not finite(value):
+        raise UsageError(f"'{key}={value}' is illegal: give finite numbers ({m['help']}).")
     if kind == "Entries":
         return _entries(key, value)
     fits, cast, words = FORMS[kind]
@@ -258,13 +268,11 @@ def _read(key: str, f: Field[Any], value: Any) -> Any:
 
 def _entries(key: str, value: Any) -> list[dict[str, Any]]:
     """Return dicts as they are given or lie in a file; what they say is looked up where the model is."""
-    import yaml  # Ultralytics' YAML.load reads .yaml files only
-
     hint = "a list of dicts such as [{'op_types': ['Conv2d'], 'quant_bits': 4}], or a YAML or JSON file with one"
     try:
-        items = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) else value
+        items = plain_yaml(Path(value).read_text()) if isinstance(value, str) else value
     except Exception as e:  # YAML has exceptions of its own
-        why = "there is no file of this name" if isinstance(e, OSError) else "the file is not valid YAML or JSON"
+        why = "there is no file of this name" if isinstance(e, OSError) else f"the file is no YAML or JSON ({e})"
         raise UsageError(f"'{key}={value}' is illegal: {why}. Give {hint}.") from e
     items = items.get("config_list", [items]) if isinstance(items, Mapping) else items
     if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):

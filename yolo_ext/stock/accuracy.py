@@ -19,9 +19,10 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.stock.context import alone, quiet
 from yolo_ext.stock.evidence import collected, hash_of
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
-from yolo_ext.stock.load import check_det_dataset, float_model, gpu_runs, head_args, images_only_read
+from yolo_ext.stock.load import check_det_dataset, float_model, gpu_runs, head_args
 from yolo_ext.stock.model import METRIC
 from yolo_ext.stock.model import METRICS as METRICS
+from yolo_ext.stock.safety import safely
 
 VALIDATORS: dict[str, Any] = {
     "detect": detect.DetectionValidator, "obb": obb.OBBValidator, "segment": segment.SegmentationValidator,
@@ -37,7 +38,7 @@ def accuracy(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the metrics of the task, `images` of the val split, and with boxes `map50`, `f1` and `f1_conf`."""
     net = _net(model)
-    with tempfile.TemporaryDirectory() as folder, quiet(), images_only_read():
+    with tempfile.TemporaryDirectory() as folder, quiet(), safely():
         if like is not None:  # the validator of a trainer
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:

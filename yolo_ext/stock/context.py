@@ -24,14 +24,13 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from ultralytics import cfg, utils
 from ultralytics.cfg import TASKS, cfg2dict, get_cfg, get_save_dir, merge_equals_args, parse_key_value_pair
-from ultralytics.data import augment, build_yolo_dataset
+from ultralytics.data import augment, build_yolo_dataset, dataset
 from ultralytics.data import utils as data_utils
-from ultralytics.data.dataset import ClassificationDataset
 from ultralytics.engine import exporter
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv, Detect
-from ultralytics.utils import LOGGER, checks, torch_utils
+from ultralytics.utils import LOGGER, checks, patches, torch_utils
 
 from yolo_ext.core.errors import UsageError
 
@@ -40,7 +39,7 @@ LEGAL = ">=8.4.140,<8.5"  # tested lower bound, excluded upper bound
 MEND = f"Run: pip install 'ultralytics{LEGAL}'"
 # Each with the number of its positional arguments and the names of the others that ours pass on; methods count `self`.
 CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
-    (tasks.load_checkpoint, 1, ()), (tasks.torch_safe_load, 1, ()), (tasks.yaml_model_load, 1, ()),
+    (tasks.load_checkpoint, 1, ()), (tasks.torch_safe_load, 1, ("safe_only",)), (tasks.yaml_model_load, 1, ()),
     (tasks.BaseModel.fuse, 1, ("verbose",)), (torch_utils.fuse_conv_and_bn, 2, ()),
     (torch_utils.select_device, 1, ("verbose",)),
     (cfg.get_cfg, 0, ("overrides",)), (cfg.cfg2dict, 1, ()), (cfg.get_save_dir, 1, ()), (cfg.entrypoint, 0, ()),
@@ -48,7 +47,7 @@ CALLS: list[tuple[Callable[..., Any], int, tuple[str, ...]]] = [
     (augment.LetterBox, 1, ("auto",)), (augment.CenterCrop, 1, ()), (data_utils.img2label_paths, 1, ()),
     (data_utils.check_det_dataset, 1, ("autodownload",)), (data_utils.check_cls_dataset, 1, ()),
     (data_utils.verify_image_label, 1, ()), (build_yolo_dataset, 4, ("mode", "rect", "stride")),
-    (ClassificationDataset, 0, ("root", "args", "augment", "prefix")),
+    (dataset.ClassificationDataset, 0, ("root", "args", "augment", "prefix")),
     (BaseValidator, 0, ("dataloader", "save_dir", "args")), (BaseValidator.__call__, 1, ("model",)),
     (exporter.Exporter, 0, ("overrides",)), (exporter.NMSModel, 2, ()), (exporter.export_formats, 0, ()),
 ]  # fmt: skip
@@ -58,6 +57,10 @@ ATTRIBUTES: list[tuple[Any, tuple[str, ...]]] = [
     (Conv, ("forward", "forward_fuse")),
     (checks, ("AUTOINSTALL", "check_yolov5u_filename")),
     (data_utils, ("YAML", "check_font", "check_image")),
+    (tasks, ("SAFE_LOAD", "_SafeLoad", "yaml_model_load")),
+    (patches, ("torch",)),
+    (utils.YAML, ("_get_instance",)),
+    (dataset, ("load_dataset_cache_file",)),
     (exporter, ("SETTINGS",)),  # what is replaced for a while
 ]
 

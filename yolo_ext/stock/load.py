@@ -1,10 +1,8 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """Models and data sets read from files as Ultralytics reads them, and models exported as it exports them."""
 
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.data import ClassificationDataset, build_yolo_dataset
@@ -22,7 +19,7 @@ from ultralytics.data.augment import CenterCrop, LetterBox
 from ultralytics.data.converter import merge_multi_segment
 
 from ultralytics.data.utils import (  # isort: skip
-    IMG_FORMATS, check_cls_dataset, check_det_dataset, exif_size, find_dataset_yaml, img2label_paths,
+    IMG_FORMATS, check_cls_dataset, check_det_dataset, find_dataset_yaml, img2label_paths,
 )  # fmt: skip
 from ultralytics.engine import exporter
 from ultralytics.engine.exporter import export_formats
@@ -36,34 +33,13 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.config import comma_list
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.context import check_stock, get_cfg, quiet, replaced
+from yolo_ext.stock.context import get_cfg, quiet, replaced
 from yolo_ext.stock.model import input_channels, task_of
+from yolo_ext.stock.safety import check_image as check_image
+from yolo_ext.stock.safety import open_image as open_image
+from yolo_ext.stock.safety import safely
 
 LABEL_ARGS = ("overlap_mask", "mask_ratio", "single_cls")  # how a model's own training read the labels
-# Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
-open_image = Image.open if find_spec("pi_heif") else getattr(patches, "_image_open", Image.open)
-
-
-def check_image(file: str | Path) -> tuple[str, tuple[int, int]]:
-    """Check an image as Ultralytics does for a training, and return no message and (height, width) upright."""
-    with open_image(file) as im:
-        im.verify()
-        (width, height), kind = exif_size(im), str(im.format)
-    if kind.lower() not in IMG_FORMATS | {"jpeg2000"}:
-        raise ValueError(f"Invalid image format {kind}. Legal: {', '.join(sorted(IMG_FORMATS))}")
-    if min(width, height) < 10:
-        raise ValueError(f"image size {height, width} <10 pixels")
-    if kind == "JPEG" and not Path(file).read_bytes().endswith(b"\xff\xd9"):
-        with open_image(file) as im:
-            im.load()  # whole, with bytes behind its end
-    if kind not in {"JPEG", "MPO", "PNG"} and patches.imread(str(file)) is None:  # which would end a training
-        raise ValueError("is truncated, or cannot be decoded")
-    return "", (height, width)
-
-
-def images_only_read() -> AbstractContextManager[None]:
-    """Keep Ultralytics, while it makes a data set, from writing JPEGs with bytes behind their end anew."""
-    return replaced(data_utils, check_image=check_image)
 
 
 def label_problem(file: Path, nc: int, kpt_shape: tuple[int, int] = (0, 0), pose: bool = False) -> str:
@@ -80,20 +56,15 @@ def det_dataset(file: Path, content: dict[str, Any]) -> dict[str, Any]:
         return check_det_dataset(str(file), autodownload=False)
 
 
-def no_autoinstall() -> AbstractContextManager[None]:
-    """Keep Ultralytics from running pip for a module that a checkpoint names."""
-    return replaced(checks, AUTOINSTALL=False)
-
-
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return a YOLO or RT-DETR of a ``.pt`` or YAML, in float32 and eval mode, and the dict of its checkpoint or {}."""
-    check_stock()
     p = Path(path)
     refuse_renamed(p)
     if p.suffix in {".yaml", ".yml"}:
         try:
-            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
-            built = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
+            with safely():
+                transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
+                built = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
         except Exception as e:
             raise UsageError(f"Cannot build a model from '{p}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
         return built.float().eval(), {}
@@ -126,8 +97,10 @@ def refuse_renamed(path: str | Path) -> None:
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """Return what a checkpoint holds as a model, and its dict."""
     try:
-        with no_autoinstall():
+        with safely():
             return load_checkpoint(str(path))
+    except UsageError:
+        raise
     except Exception as e:
         if isinstance(e, ImportError) and "modelopt" in str(e):
             held = f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8)"
@@ -153,6 +126,7 @@ def register_layers(modules: Any) -> None:
         if taken := [k for k, v in layers.items() if getattr(tasks, k, v) is not v]:
             own = f"defines {', '.join(taken)}, which is a layer of Ultralytics"
             raise UsageError(f"'modules={name}' {own}. Give it another name.")
+        torch.serialization.add_safe_globals([*layers.values()])
         for home, (k, v) in product((tasks, block, conv, head), layers.items()):
             setattr(home, k, getattr(home, k, v))  # in tasks for YAMLs; a fork pickles its layers from the others
 
@@ -160,7 +134,7 @@ def register_layers(modules: Any) -> None:
 def raw_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the dict of a checkpoint as it was saved, with whatever is inside its model."""
     refuse_renamed(path)
-    with no_autoinstall():
+    with safely():
         return torch_safe_load(str(path))[0]
 
 
@@ -253,7 +227,7 @@ def export_file(model: Any, folder: Path, **args: Any) -> Path:
     """Export a float model into a folder, so that nothing appears beside the user's weights, and return the file."""
     model.pt_path = str(folder / "model.pt")  # the exporter derives the output name from it
     unread = {**SETTINGS, "openvino_msg": False}  # or it would note down that it has recommended OpenVINO
-    with quiet(), no_autoinstall(), replaced(exporter, SETTINGS=unread):
+    with quiet(), safely(), replaced(exporter, SETTINGS=unread):
         return Path(exporter.Exporter(overrides={"device": "cpu", "mode": "export", **args})(model))
 
 
@@ -263,7 +237,7 @@ def labelled_dataset(
     """Return the train split, square and not augmented, with masks and classes read as `given` says, and its files."""
     chosen = {k: v for k, v in {**(given or {}), **info}.items() if k in LABEL_ARGS}
     hyp = get_cfg(overrides={"task": task, "imgsz": imgsz, **chosen})
-    with quiet(), images_only_read():
+    with quiet(), safely():
         if task == "classify":
             data: Any = ClassificationDataset(root=str(info["train"]), args=hyp, augment=False, prefix="train")
             return data, [Path(sample[0]) for sample in data.samples]

@@ -13,18 +13,20 @@ from ultralytics import __version__
 from ultralytics.data import YOLODataset
 from ultralytics.engine import trainer as engine
 from ultralytics.models import yolo as tasks  # noqa: F401  whose trainers ours extend
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.callbacks import get_default_callbacks
 
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.stock.context import MEND, callable_with, quiet, replaced
+from yolo_ext.stock.load import raw_checkpoint
+from yolo_ext.stock.safety import safely
 
 # What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
 METHODS = {
     "_do_train": 0, "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1,
     "build_optimizer": 1, "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "plot_metrics": 0,
     "preprocess_batch": 1, "progress_string": 0, "resume_training": 1, "run_callbacks": 1, "save_metrics": 1,
-    "save_model": 0, "train": 0,
+    "save_model": 0, "setup_model": 0, "train": 0,
 }  # fmt: skip
 EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
@@ -45,6 +47,23 @@ def extend(trainer: Any, mixin: type, known: dict[type, type]) -> None:
         raise UsageError(f"{late}. Use model.train(trainer=yolo_ext.trainer_for(task), ...).")
     stock = type(trainer)
     trainer.__class__ = known.get(stock) or type(f"Compression{stock.__name__}", (mixin, stock), {})
+
+
+def choosing(use: Callable[[Path], None]) -> AbstractContextManager[None]:
+    """Have `use` take the run folder of a trainer that is being made before anything is written there."""
+    chosen = engine.get_save_dir
+
+    def choose(*args: Any) -> Path:
+        use(folder := chosen(*args))
+        return folder
+
+    return replaced(engine, get_save_dir=choose if RANK in {-1, 0} else chosen)
+
+
+def files_of(loader: Any) -> list[Path]:
+    """Return the images of a loader."""
+    data = loader.dataset
+    return [Path(f) for f in getattr(data, "im_files", None) or [sample[0] for sample in data.samples]]
 
 
 def agreed(decide: Callable[[], Any]) -> Any:
@@ -100,9 +119,8 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
     def strip(f: Path, s: str = "", updates: dict | None = None) -> dict:
         part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
         if keep_optimizer:  # what is updated comes last
-            state = torch.load(f, map_location="cpu", weights_only=False)["optimizer"]
-            updates = {**(updates or {}), "optimizer": state}
-        with quiet():  # it would name the file beside
+            updates = {**(updates or {}), "optimizer": raw_checkpoint(f)["optimizer"]}
+        with quiet(), safely():  # it would name the file beside
             stripped = stock(f, part, updates)
         if stripped:
             finalize(part)

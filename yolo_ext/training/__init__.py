@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import atomic_write, hand_on, is_pruned
-from yolo_ext.core.config import EXT_DEFAULTS, changes, parse
+from yolo_ext.core.config import EXT_DEFAULTS, changes, parse, read_flat
 from yolo_ext.core.errors import UsageError
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.contract import judged, read_limits
@@ -48,7 +48,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     if resume:
         _check_moved(ckpt, options.get("data"), task)
     elif options.get("data"):
-        own = YAML.load(options["cfg"]) if options.get("cfg") else {}
+        own = read_flat(file, f"'cfg={file}'", "lr0: 0.001") if (file := options.get("cfg")) else {}
         args = {**own, **options, "model": str(model), "task": task}
         options["data"], fits = _check_start(configs, args, base, imgsz)
         measured &= fits

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
 
-from yolo_ext import stock
-from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note
+from yolo_ext import runs, stock
+from yolo_ext.checkpoint import TRIPWIRE, atomic_write, finalize, hand_on, is_pruned, note, whole
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.lock import hold
 from yolo_ext.core.log import log_to, logged, resumes
 from yolo_ext.core.options import lasting
 from yolo_ext.stock import trainer as engine
 from yolo_ext.stock.context import brief, cfg2dict, replaced
-from yolo_ext.stock.load import images_only_read
+from yolo_ext.stock.safety import safely
 from yolo_ext.training.distill import Distill
 from yolo_ext.training.prune import Prune
 from yolo_ext.training.quant import Quant
@@ -29,6 +30,7 @@ from yolo_ext.training.technique import Technique, live
 OWN = {  # keys beside the techniques: whether final checkpoints keep the state of the optimizer, the user's layers, and
     "save_optimizer": False, "modules": None,
     "max_drop": None, "contract": None, "confidence": None, "base_accuracy": None,  # what a result is held to
+    "inputs": None,  # what a run began with, by name
 }  # fmt: skip
 OURS = ("kd_", "sparsity_")  # how names of our losses begin
 BEHIND: Any = object  # for type checkers: the trainer of Ultralytics that is behind the mixin
@@ -60,16 +62,15 @@ class CompressionMixin(BEHIND):
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict | None = None, _callbacks: dict | None = None) -> None:
         """Enlarge the base config by our keys, which Ultralytics then carries through args.yaml, DDP and resume."""
-        stock.check_stock()
         overrides = dict(overrides or {})
         given = as_plain(parse({k: overrides.pop(k) for k in EXT_DEFAULTS if k in overrides}))
         overrides.update({k: v for k, v in given.items() if v is not None})
         # A run that goes on may say less or more than before, which Ultralytics would warn of.
         verbose = overrides.pop("verbose", None) if overrides.get("resume") else overrides.get("verbose")
-        with brief(verbose):
+        stock.register_layers(overrides.get("modules"))
+        with logged(), engine.choosing(hold), brief(verbose), safely():
             super().__init__({**EXT_DEFAULTS, **OWN, **cfg2dict(cfg)}, overrides, _callbacks)
         self.args.verbose = self.args.verbose if verbose is None else verbose
-        stock.register_layers(getattr(self.args, "modules", None))  # which a run of yolo_ext 0.1 has not
         self.setup_compression({k: getattr(self.args, k, None) for k in EXT_DEFAULTS})
 
     def setup_compression(self, options: dict[str, Any]) -> None:
@@ -80,7 +81,8 @@ class CompressionMixin(BEHIND):
         self.exact = Exact()
         vars(self.args).update(as_plain(self.compression))
         if RANK in {-1, 0}:
-            YAML.save(self.save_dir / "args.yaml", vars(self.args))
+            with whole(self.save_dir / "args.yaml") as part:
+                YAML.save(part, vars(self.args))
 
     def technique(self, key: str) -> Any:
         """Return the technique of a key of options, None where it is off."""
@@ -111,6 +113,11 @@ class CompressionMixin(BEHIND):
         for t in self.techniques:
             model = t.put_in(self, model, weights)
         return model
+
+    def setup_model(self) -> Any:
+        """Load or build the model as usual, but run nothing that a file holds."""
+        with safely():
+            return super().setup_model()
 
     def as_stock(self, model: nn.Module) -> nn.Module:
         """Return a model in training, or a copy of it, as one of stock classes."""
@@ -161,6 +168,11 @@ class CompressionMixin(BEHIND):
             if type(t).criterion is not Technique.criterion:
                 model.criterion = getattr(model, "criterion", None) or model.init_criterion()
                 model.criterion = t.criterion(self, model.criterion)
+        images = {"train": engine.files_of(self.train_loader), "val": engine.files_of(self.test_loader)}
+        now = runs.inputs(as_plain(self.compression), images, self.data["names"])
+        if self.resume:
+            runs.refuse_others(self.save_dir, getattr(self.args, "inputs", None), now)
+        self.args.inputs = now
         self.exact.restore(self)
         for t in self.techniques:
             t.start(self)
@@ -180,7 +192,7 @@ class CompressionMixin(BEHIND):
 
     def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stock dataset, where training needs no labels one without any too."""
-        with engine.labels_optional(any(not t.needs_labels for t in self.techniques)), images_only_read():
+        with engine.labels_optional(any(not t.needs_labels for t in self.techniques)), safely():
             return super().build_dataset(*args, **kwargs)
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> int:
@@ -262,7 +274,7 @@ class CompressionMixin(BEHIND):
 
         reading = engine.Reading(self.validator, read=final)
         kept = getattr(self.args, "save_optimizer", False)  # without it after `attach`
-        with engine.whole_final_files(finalize, kept), replaced(self, validator=reading):
+        with engine.whole_final_files(finalize, kept), replaced(self, validator=reading), safely():
             super().final_eval()
         if RANK in {-1, 0}:
             clear(self.wdir)
