@@ -97,9 +97,8 @@ def checks() -> dict[str, Any]:
                 done = f"failed ({str(e) or type(e).__name__})"
                 problems.append(f"{name} {done}")
             LOGGER.info(f"{name:<18}{done}")
-    for p in problems:
-        LOGGER.error(p)
-    LOGGER.info(f"{len(problems)} problems" if problems else "All checks passed. Next: yolo-ext demo")
+    told = [*problems, f"{len(problems)} problems"] if problems else ["All checks passed. Next: yolo-ext demo"]
+    LOGGER.info("\n".join(told))
     return {"passed": not problems, "problems": problems}
 
 
