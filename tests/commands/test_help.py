@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import fields
 
 import pytest
@@ -125,26 +124,6 @@ def take(words: list[str]) -> set[str]:
 def test_examples_are_legal(name, words):
     given = take([name, *words.split()])
     assert name in STOCK or {*needed(COMMANDS[name].fn)} <= given
-
-
-def written(page) -> list[str]:
-    """Return the commands that stand in the code of a page, without those that leave something out."""
-    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    found = [line for block in blocks for line in block.splitlines() if line.startswith("yolo-ext ")]
-    found += re.findall(r"`(yolo-ext \w+ [^`\n]*=[^`\n]*)`", text)
-    return [line for line in found if "..." not in line and "<" not in line and "FOLDER" not in line]
-
-
-ROOT = cfg_dir().parent
-PAGES_ON_DISK = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, id=f"{page.stem}: {line[9:50]}") for page in PAGES_ON_DISK for line in written(page)]
-)
-def test_commands_in_readme_and_docs_are_legal(line):
-    take(shlex.split(line, comments=True)[1:])
 
 
 def test_commands_that_take_keys_have_three_examples():
