@@ -17,7 +17,7 @@ import torch
 from ultralytics.utils import DATASETS_DIR, LOGGER, NUM_THREADS, ROOT, TQDM, YAML
 from ultralytics.utils.checks import check_file
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.options import listed
 from yolo_ext.data.records import SPLITS, is_image, list_images, quote
 from yolo_ext.stock import load
@@ -82,12 +82,9 @@ def load_yaml(file: Path) -> Any:
 
 def class_names(given: Any) -> list[str]:
     """Return the class names of a data.yaml's `names`, a list or numbers from 0 to names; UsageError if neither."""
-    try:
+    with refused(f"Class names '{given}' are illegal. Legal: a list, or one name for each number from 0."):
         names = load.check_class_names(given)
         return [names[i] for i in range(len(names))]
-    except Exception as e:
-        legal = "a list, or one name for each number from 0"
-        raise UsageError(f"Class names '{given}' are illegal. Legal: {legal}.") from e
 
 
 def read_yaml(data: str, need: Sequence[str] = ("train", "val")) -> dict[str, Any]:
@@ -136,10 +133,8 @@ def _find_yaml(data: str) -> Path:
     if "://" in data or data.endswith((".zip", ".tar", ".gz")):
         raise UsageError(f"Data '{data}' would have to be fetched or unpacked. Do that first, then give its data.yaml.")
     if Path(data).is_dir():
-        try:
+        with refused(f"Folder '{data}' holds no single data.yaml. Give the path of the file."):
             return load.find_dataset_yaml(Path(data))
-        except Exception as e:
-            raise UsageError(f"Folder '{data}' holds no single data.yaml. Give the path of the file.") from e
     names = [data] if Path(data).suffix else [f"{data}.yaml", f"{data}.yml", data]
     if found := [f for f in (check_file(n, download=False, hard=False) for n in names if n.strip()) if f]:
         return Path(found[0])
@@ -157,10 +152,8 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     if not (root / "train").is_dir():
         why = "has no 'train' folder" if root.is_dir() else "does not exist"
         raise UsageError(f"Data folder '{root}' {why}. Legal: train/<class>/, val/<class>/.")
-    try:
+    with refused(f"Data folder '{root}' is not usable: {{e}}"):
         return load.check_cls_dataset(root)
-    except Exception as e:
-        raise UsageError(f"Data folder '{root}' is not usable: {e}") from e
 
 
 def keypoints(info: dict[str, Any], data: str) -> tuple[int, int]:
@@ -187,10 +180,9 @@ def _check_images(split: str, info: dict[str, Any], data: str) -> list[Path]:
         raise UsageError(f"Data '{data}' has no '{split}' split. Add the key '{split}' with its image folder.")
     places = split_places(split, info, data)
     for file in (p for p in places if p.is_file() and not is_image(p)):
-        try:
+        told = f"List '{file}' of split '{split}' is not in UTF-8 ({{e}}). Save it as UTF-8."
+        with refused(told, UnicodeDecodeError):
             file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as e:  # noqa: PERF203
-            raise UsageError(f"List '{file}' of split '{split}' is not in UTF-8 ({e}). Save it as UTF-8.") from e
     images = sorted(list_images(places))
     if not images:
         raise UsageError(f"Split '{split}' of '{data}' holds no images. Legal: {', '.join(sorted(load.IMG_FORMATS))}.")

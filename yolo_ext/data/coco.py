@@ -12,7 +12,7 @@ from typing import Any
 from ultralytics.utils import LOGGER
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 
 from yolo_ext.data.records import (  # isort: skip
     SPLITS, Annotation, Object, Source, Store, around, decode, grouped, is_image, nearest, numbers, quote, shared,
@@ -62,11 +62,9 @@ def scan_coco(source: Path, images: Path | None = None, annotations: Path | None
 
 def _classes(content: Mapping[str, Any], file: Path) -> dict[str, str]:
     """Return class names by category id, in the order of these, which may have gaps."""
-    try:
+    with refused(f"'{file}' has a category without id or name. Mend the file."):
         known = sorted(content["categories"], key=lambda c: int(c["id"]))
         classes = {str(c["id"]): str(c["name"]) for c in known}
-    except (KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"'{file}' has a category without id or name. Mend the file.") from e
     if twice := [n for n, k in Counter(classes.values()).items() if k > 1]:
         LOGGER.warning(f"{file.name}: categories of the same name become one class: {quote(twice)}")
     return classes
@@ -104,10 +102,8 @@ def _image(
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
+    with refused(f"'{file}' is not a COCO file: not valid JSON ({{e}}). Mend the file.", ValueError, RecursionError):
         content = json.loads(decode(file.read_bytes()))
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"'{file}' is not a COCO file: not valid JSON ({e}). Mend the file.") from e
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in KEYS):
         raise UsageError(f"'{file}' is not a COCO file: it needs the lists {', '.join(KEYS)}. Give a COCO file.")
     return content

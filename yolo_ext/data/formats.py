@@ -16,7 +16,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
 from jinja2 import Template
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.data.check import check_label, class_names, keypoints, label_places, load_yaml, read_yaml, split_places
 from yolo_ext.data.coco import coco_entry, detected, is_coco
 
@@ -238,10 +238,8 @@ def _label_files(
 
 def _read_yolo(file: Path, size: Size, names: Sequence[str], shape: tuple[int, int]) -> Annotation:
     """Read a YOLO label file, of poses the boxes."""
-    try:
+    with refused("has a label outside the image: {e}", ArithmeticError, error=ValueError):
         rows = check_label(file, len(names), shape, bool(shape[0]))
-    except ArithmeticError as e:
-        raise ValueError(f"has a label outside the image: {e}") from e
     objects = []
     for cls, *words in rows:
         points = tuple(float(v) * side for v, side in zip(words, cycle(size)))

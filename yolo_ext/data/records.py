@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from ultralytics.utils import NUM_THREADS, TQDM
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.stock.load import IMG_FORMATS
 
 K = TypeVar("K")
@@ -207,10 +207,8 @@ def quote(items: Sequence[object], shown: int = 5) -> str:
 
 def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8, in UTF-16 with its mark, or in GB2312, as Chinese Windows may write it."""
-    try:
+    with refused(f"'{file}' cannot be read as text: it {{e}}. Save it as UTF-8.", ValueError):
         return decode(file.read_bytes())
-    except ValueError as e:
-        raise UsageError(f"'{file}' cannot be read as text: it {e}. Save it as UTF-8.") from e
 
 
 def decode(raw: bytes) -> str:
@@ -228,7 +226,7 @@ def list_images(source: Any) -> list[Path]:
     if isinstance(source, (list, tuple)):
         return [image for s in source for image in list_images(s)]
     path = Path(str(source))
-    try:
+    with refused(f"'{source}' cannot be read ({{e}}). {SOURCES}", OSError):
         if path.is_dir():
             return walk_files(path, IMG_FORMATS)
         if not path.is_file():
@@ -238,8 +236,6 @@ def list_images(source: Any) -> list[Path]:
         else:
             lines = map(str.strip, read_text(path).splitlines())  # Ultralytics reads ./ likewise
             files = [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
-    except OSError as e:
-        raise UsageError(f"'{source}' cannot be read ({e}). {SOURCES}") from e
     if not files and not path.is_file():
         raise UsageError(f"Cannot find '{source}', which does not exist. {SOURCES}")
     return sorted(filter(is_image, files))

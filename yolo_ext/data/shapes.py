@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from ultralytics.utils import LOGGER, YAML
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.data.records import staged_folder
 
 NAMES = ("circle", "square", "triangle")
@@ -50,10 +50,8 @@ def _is_current(out: Path, wanted: dict[str, object]) -> bool:
     """Return whether `out` already holds the wanted set, refusing a folder that is not ours to replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    try:
+    with refused(f"'{out}' exists and is not a shapes set. Give a new or empty folder.", OSError, ValueError):
         made = json.loads((out / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UsageError(f"'{out}' exists and is not a shapes set. Give a new or empty folder.") from e
     counts = {split: len(list((out / "labels" / split).glob("*.txt"))) for split in ("train", "val")}
     images = {split: len(list((out / "images" / split).glob("*.jpg"))) for split in counts}
     return made == wanted == {**wanted, **counts} == {**wanted, **images} and (out / "data.yaml").is_file()

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from ultralytics.utils import LOGGER
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.data.check import attempt, image_probe
 from yolo_ext.data.formats import scan_yolo
 from yolo_ext.data.records import Source, grouped, parallel, quote
@@ -135,14 +135,11 @@ def _place(source: Source, groups: Sequence[Sequence[str]]) -> tuple[list[list[s
 def fingerprint(file: Path) -> tuple[bytes, int]:
     """Return a hash of an image's bytes, and 256 bits that say where its picture gets brighter to the right (dHash)."""
     raw = file.read_bytes()
-    try:
-        with open_image(BytesIO(raw)) as im:
-            im.draft("L", (64, 64))  # JPEG: decode to an eighth
-            deep = im.mode.startswith("I") or im.mode == "F"
-            gray = im.convert("I").convert("F") if deep else im.convert("L")
-            small = np.asarray(gray.resize((17, 16), Image.Resampling.BOX))
-    except Exception as e:  # PIL raises many kinds
-        raise ValueError(f"cannot be decoded ({e})") from e
+    with refused("cannot be decoded ({e})", error=ValueError), open_image(BytesIO(raw)) as im:
+        im.draft("L", (64, 64))  # JPEG: decode to an eighth
+        deep = im.mode.startswith("I") or im.mode == "F"
+        gray = im.convert("I").convert("F") if deep else im.convert("L")
+        small = np.asarray(gray.resize((17, 16), Image.Resampling.BOX))
     bits = np.packbits(small[:, 1:] > small[:, :-1])
     return hashlib.blake2b(raw, digest_size=16).digest(), int.from_bytes(bits.tobytes(), "big")
 

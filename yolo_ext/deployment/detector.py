@@ -12,7 +12,7 @@ from typing import Any, overload
 import cv2
 import numpy as np
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.deployment import decode
 from yolo_ext.deployment.decode import Detections, Image
 
@@ -246,13 +246,11 @@ def open_session(model: str | Path | bytes, options: Any, gpu: int | None = None
     given = model if isinstance(model, bytes) else str(model)
     if isinstance(given, str) and not Path(given).is_file():
         raise UsageError(f"ONNX model '{given}' does not exist. Export one first.")
-    try:
+    name = f"'{given}'" if isinstance(given, str) else "the model"
+    with refused(f"ONNX Runtime cannot load {name} ({{e}})."):
         there = gpu is not None and GPU in ort.get_available_providers()
         providers = [(GPU, {"device_id": gpu, "use_tf32": 0})] if there else []
         return ort.InferenceSession(given, options, providers=[*providers, "CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        name = f"'{given}'" if isinstance(given, str) else "the model"
-        raise UsageError(f"ONNX Runtime cannot load {name} ({error}).") from error
 
 
 def session_options(threads: int | None) -> Any:
@@ -271,14 +269,12 @@ def read_metadata(session: Any, path: str | Path) -> dict[str, Any]:
         raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
     if found["task"] not in TASKS:
         raise UsageError(f"Task '{found['task']}' of '{path}' is not supported. Legal: {', '.join(TASKS)}.")
-    try:
+    with refused(f"The metadata of '{path}' cannot be read ({{e}}). Export the model again."):
         found |= {key: ast.literal_eval(found[key]) if key in found else None for key in PARSED}
         names = found["names"] if isinstance(found["names"], dict) else dict(enumerate(found["names"]))
         found["names"] = {int(k): str(v) for k, v in names.items()}
         if sorted(found["names"]) != [*range(len(names))]:
             raise ValueError(f"classes are numbered {', '.join(map(str, found['names']))}, and not from 0 on")
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise UsageError(f"The metadata of '{path}' cannot be read ({error}). Export the model again.") from error
     if len(session.get_inputs()) != 1 or len(session.get_inputs()[0].shape) != 4:
         raise UsageError(f"'{path}' does not take images (batch, channels, height, width) alone. Export a YOLO.")
     found["stride"], found["args"] = found["stride"] or 32, found["args"] if isinstance(found["args"], dict) else {}

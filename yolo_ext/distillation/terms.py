@@ -14,7 +14,7 @@ from torch import nn
 
 from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig, listed, parse
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.registry import Need, Row, Table, suggest
 from yolo_ext.distillation.features import feature_losses
 from yolo_ext.distillation.logits import logit_losses
@@ -64,10 +64,8 @@ def _term(kind: str, entry: dict[str, Any], weight: float, cfg: DistillConfig) -
     key = f"distill.{kind}: {row.name}"
     weight *= float(_number(key, "weight", entry.pop("weight", 1.0)))
     timing = {name: entry.pop(name, getattr(cfg, name)) for name in TIMING}
-    try:
+    with refused(f"{key}: {{e}}", UsageError):
         parse({"distill": timing})
-    except UsageError as e:
-        raise UsageError(f"{key}: {e}") from e
     layers = listed(entry.pop("layers", cfg.layers)) if kind == "features" else []
     taken = inspect.signature(row.fn).parameters
     legal = set(list(taken)[2:]) - GIVEN  # the first two are student and teacher, however they are called

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from yolo_ext import stock
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.options import listed
 from yolo_ext.core.registry import suggest
 from yolo_ext.quantization.observers import observers
@@ -66,10 +66,8 @@ def make_plan(
         where = f"Entry {number} of quant.config_list"
         if not isinstance(entry, Mapping):
             raise UsageError(f"{where} is '{entry}'. Give a dict such as {{op_types: [Conv2d], quant_bits: 8}}.")
-        try:
+        with refused(f"{where}: {{e}}", UsageError):
             _apply(entry, number, plan, reasons, model, layers, candidates, profile)
-        except UsageError as e:
-            raise UsageError(f"{where}: {e}") from e
     reasons |= {path: UNLISTED for path in usual if path not in plan and path not in reasons}
     if profile.functional or profile.residual:
         for path in sums(model):

@@ -12,7 +12,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from yolo_ext.checkpoint import atomic_write
-from yolo_ext.core.errors import CheckFailed, UsageError
+from yolo_ext.core.errors import CheckFailed, UsageError, refused
 from yolo_ext.quantization.qdq_nodes import Editor, Params, fuse_silu, quant_params, transpose_dfl
 from yolo_ext.quantization.spec import Profile, State
 from yolo_ext.stock import module_path
@@ -82,10 +82,8 @@ def _load(path: Path, wide: bool) -> onnx.ModelProto:
     """Return a file of an opset that has the Q/DQ wanted: per channel, or `wide` of more than 8 bits."""
     if not path.is_file():
         raise UsageError(f"There is no ONNX file '{path}'.")
-    try:
+    with refused(f"Cannot read '{path}' as ONNX: {{e}}."):
         model = onnx.load(path)
-    except Exception as e:  # protobuf raises its own DecodeError, which has no stable import path
-        raise UsageError(f"Cannot read '{path}' as ONNX: {e}.") from e
     default = next((o for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
     opset, needed = default.version if default else 0, 18 if wide else 13
     if default is None or opset < needed:
