@@ -1,5 +1,5 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
-"""Faults in real processes: killed at random moments, a disk that is full, a second run, SIGTERM, a clock that jumps."""
+"""Faults in real processes: kills at random moments, a full disk, a second run, SIGTERM, a clock that jumps."""
 
 from __future__ import annotations
 
@@ -131,3 +131,88 @@ def test_a_run_that_is_killed_ends_the_same(forks, place, record_property):
     record_property("reliability", f"{kills} kills, {ended} of {runs} runs end with the bits of an unbroken one")
     assert ended == runs and figures[0] == figures[1]
     assert not [*place.rglob(".*.pt*")], "half-written files are left"
+
+
+# Full disks -----------------------------------------------------------------------------------------------------------
+FULL = """
+import re, subprocess
+
+def said_by(work, *args):
+    "Run work in a process of its own; return its exit status and what it wrote to stderr."
+    def told():
+        os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        return work(*args)
+    return forked(told), Path("said.txt").read_text(encoding="utf-8", errors="replace")
+"""
+EACH_WRITE = (
+    FULL
+    + """
+def fails_once(fd, sync=os.fsync):
+    "Fail as a full disk does at the first time that a file is written."
+    name = re.sub(r"[.0-9a-f]*(.part)?$", "", os.readlink(f"/proc/self/fd/{fd}"))
+    if name not in Path("failed.txt").read_text().splitlines():
+        with open("failed.txt", "a") as f:
+            f.write(name + chr(10))
+        raise OSError(28, os.strerror(28))
+    sync(fd)
+
+def work(words, folder):
+    os.fsync = fails_once
+    return command(words, folder)
+
+Path("failed.txt").touch()
+assert forked(command, job["words"], "whole") < 2
+found, status = [], 2
+while status == 2:
+    status, said = said_by(work, job["words"], "run")
+    name = Path("failed.txt").read_text().splitlines()[-1].rpartition("/.")[2]
+    found += [(name, said)] if status == 2 else []
+print(json.dumps([status, found]))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_write(forks, place, record_property):
+    status, found = forks(EACH_WRITE, words=COMPRESS)
+    named = [name for name, said in found if name in said and os.strerror(errno.ENOSPC) in said]
+    told = f"{len(found)} files fail once: {len(named)} times exit status 2 and the name of the file"
+    record_property("reliability", f"{told}; resumed, the bits of an unbroken run")
+    assert status in (0, 1), found[-1:]
+    assert len(found) > 15 and len(named) == len(found), [f for f in found if f[0] not in named]
+    assert same(place / "whole/weights/best.pt", place / "run/weights/best.pt")
+
+
+GROWING = (
+    FULL
+    + """
+def sized(kb, how):
+    os.makedirs("disk", exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{how}size={kb}k", "tmpfs", "disk"], check=True)
+
+assert forked(command, job["words"], "whole") < 2
+whole = sum(f.stat().st_size for f in Path("whole").rglob("*") if f.is_file()) // 1000
+kb, found, status = 40, [], 2
+sized(kb, "")
+while status not in (0, 1) and kb < 4 * whole:
+    status, said = said_by(command, job["words"], "disk/run")
+    found += [(status, said.strip()[-1500:])]
+    kb += whole // job["steps"]
+    sized(kb, "remount,")
+import shutil
+shutil.copytree("disk/run", "run")
+print(json.dumps([status, found]))
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "-Urm", "true"], check=False).returncode, reason="no user namespaces")
+def test_a_disk_that_is_really_full(forks, place, record_property):
+    status, found = forks(GROWING, "unshare", "-Urm", words=COMPRESS, steps=20)
+    stopped = [(code, said) for code, said in found if code not in (0, 1)]
+    wrong = [(code, said) for code, said in stopped if code != 2 or "disk/run" not in said]
+    told = f"a disk that grows: full {len(stopped)} times, {len(stopped) - len(wrong)} times exit status 2 and the file"
+    record_property("reliability", f"{told}; resumed, the bits of an unbroken run")
+    assert status in (0, 1) and not wrong and len(stopped) > 5, (status, wrong)
+    assert same(place / "whole/weights/best.pt", place / "run/weights/best.pt")
