@@ -15,21 +15,26 @@ Each result is one line of `out/results.jsonl`; those that are there are not rep
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
 import tempfile
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from torch import nn
 from ultralytics import YOLO
 from ultralytics.utils import YAML
+from ultralytics.utils.ops import make_divisible
 
 import yolo_ext
 from yolo_ext import stock
-from yolo_ext.checkpoint import save_model
+from yolo_ext.checkpoint import manifest, save_model
 from yolo_ext.pipeline.run import FINETUNE
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.reporting.tables import align
@@ -37,6 +42,10 @@ from yolo_ext.stock.accuracy import accuracy
 from yolo_ext.stock.load import load_model
 from yolo_ext.training.trainer import trainer_for
 
+STEP = 8 / 1024  # between two multiples of this no layer of up to 1024 channels changes
+# Positions of channel counts that Ultralytics does not multiply by the width.
+UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,), "CBLinear": (0,),
+            "HGStem": (0, 1), "HGBlock": (0, 1)}  # fmt: skip
 SCRATCH = {"optimizer": "AdamW", "lr0": 0.002, "cos_lr": True, "warmup_epochs": 3.0, "batch": 8, "nbs": 16}
 
 
@@ -58,8 +67,6 @@ def one(run: str, speedup: float, seed: int, args: dict[str, str], folder: Path)
     del options["epochs"]
     before = None
     if run == "smaller":
-        from yolo_ext.pipeline.compare import smaller_yaml
-
         dense = load_model(base)[0]
         file = folder / "smaller.yaml"
         YAML.save(file, smaller_yaml(dense, stock.gflops(dense, imgsz) / speedup, imgsz))
@@ -114,6 +121,55 @@ def recalibrated(file: Path, args: dict[str, str]) -> float:
     recalibrate(model, letterbox_batches(images, int(args["imgsz"])))
     save_model(model, file)
     return accuracy(file, args["data"], int(args["imgsz"]))["map"]
+
+
+def smaller_yaml(model: nn.Module, target: float, imgsz: int) -> dict[str, Any]:
+    """Return the YAML of the same family and depth whose GFLOPs at `imgsz` pixels are nearest to `target`."""
+    full: dict[str, Any] = dict(deepcopy(manifest(model).yaml or model.yaml))
+    scales = full.get("scales") or {"n": [full.get("depth_multiple", 1.0), full.get("width_multiple", 1.0), math.inf]}
+    scale = full.get("scale") if full.get("scale") in scales else next(iter(scales))
+    full |= {"nc": len(model.names), "scale": scale, "scales": {scale: scales[scale]}}  # its nc may be out of date
+    widest = scales[scale][1]
+    widths = [*(k * STEP for k in range(1, math.ceil(widest / STEP))), widest]
+    found: dict[float, float] = {}
+    low, middle, high = -1, len(widths) - 1, len(widths) - 1
+    while high - low > 1 or not found:
+        width = widths[middle]
+        try:
+            found[width] = stock.gflops(_build(model, _scaled(full, width)), imgsz)
+            low, high = (middle, high) if found[width] < target and width < widest else (low, middle)
+        except Exception:  # heads of an attention block do not divide every width
+            if width == widest:
+                raise
+            del widths[middle]
+            high -= 1
+        middle = (low + high) // 2
+    return _scaled(full, min(found, key=lambda w: abs(found[w] - target)))
+
+
+def _scaled(full: dict[str, Any], width: float) -> dict[str, Any]:
+    """Return a copy of a model dict with another width multiple."""
+    yaml = deepcopy(full)
+    depth, widest, most = yaml["scales"][yaml["scale"]]
+    yaml["scales"], share = {yaml["scale"]: [depth, width, most]}, width / widest
+    for _, _, module, args in yaml["backbone"] + yaml["head"]:
+        for i in UNSCALED.get(module, ()):
+            narrow = [make_divisible(c * share, 8) for c in (args[i] if isinstance(args[i], list) else [args[i]])]
+            args[i] = narrow if isinstance(args[i], list) else narrow[0]
+        if module == "A2C2f" and share < 1:  # wants whole heads of 32 channels in half of its width
+            wanted = max(64, int(min(args[0], most) * width / 64) * 64)
+            args[0] = (wanted - 4) / width  # Ultralytics multiplies by the width and rounds up to 8
+        if module == "TorchVision":
+            args[2] = None  # its name of pretrained weights would be a download
+    return yaml
+
+
+def _build(model: nn.Module, yaml: dict[str, Any]) -> nn.Module:
+    """Build a model of the same class without a trace in the log or in the global random generator."""
+    with stock.quiet(logging.ERROR), torch.random.fork_rng(devices=[]):
+        built = type(model)(deepcopy(yaml), ch=stock.input_channels(model), verbose=False)
+    built.names = deepcopy(model.names)
+    return built
 
 
 def table(results: list[dict[str, Any]], base: float, picture: Path) -> str:
