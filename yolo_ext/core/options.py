@@ -85,7 +85,7 @@ class PruneConfig:
     recalibrate: int = option(128, "Train images used to re-estimate BatchNorm after pruning; 0 switches it off", low=0,
                               only="kind=structured/2:4")  # fmt: skip
     force: bool = option(False, "Prune by a sparsity criterion though no sparsity training ran", only="kind=structured")
-    compare: bool = option(False, "Report a narrower model of the same family and a random-criterion baseline too",
+    compare: bool = option(False, "Report a random-criterion baseline of the same FLOPs and training too",
                            only="kind=structured", stages=True)  # fmt: skip
     seed: int = option(0, "Seed of the random criterion and of the images", low=0, only="kind=structured/2:4")
 
@@ -200,10 +200,10 @@ def number(value: Any) -> bool:
 
 
 def finite(value: Any) -> bool:
-    """Tell whether all numbers in a value are finite, in lists and dicts, too."""
+    """Tell whether all numbers in a value are finite, and whole ones fit into 32 bits, in lists and dicts, too."""
     if isinstance(value, (list, tuple, Mapping)):
         return all(map(finite, value.values() if isinstance(value, Mapping) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, (int, float)) or abs(value) < (2**32 if isinstance(value, int) else math.inf)
 
 
 def listed(value: Any) -> list[Any]:
