@@ -107,22 +107,19 @@ def _steps(onnx: Path, profile: Any) -> Iterator[str]:
     import torch
 
     from yolo_ext import pruning, stock
-    from yolo_ext.deployment.export import export_onnx
-    from yolo_ext.deployment.runtime import conv_report
-    from yolo_ext.quantization.calibrate import calibrate
-    from yolo_ext.quantization.fake_quant import insert_fake_quant
-    from yolo_ext.quantization.qdq import write_qdq
+    from yolo_ext.deployment import export, runtime
+    from yolo_ext.quantization import calibrate, fake_quant, qdq
 
     net = stock.load_model(cfg_dir() / "models" / "yolov8n-shapes.yaml")[0]
     yield f"ok, {stock.gflops(net, 64):.3f} GFLOPs"
     yield f"ok, {len(pruning.build_graph(net).groups)} groups of channels"
     net = pruning.prune_model(net, PruneConfig(method="l1", ratio=0.3), 64)
     yield f"ok, {stock.gflops(net, 64):.3f} GFLOPs"
-    insert_fake_quant(simulated := deepcopy(net), profile)
-    yield f"ok, {len(state := calibrate(simulated, [torch.rand(2, 3, 64, 64)]))} layers"
-    yield f"ok, {export_onnx(net, onnx, 64).stat().st_size / 1e6:.1f} MB"
-    write_qdq(onnx, onnx, state, profile)
-    if not (counts := conv_report(onnx))["int8_convs"]:
+    fake_quant.insert_fake_quant(simulated := deepcopy(net), profile)
+    yield f"ok, {len(state := calibrate.calibrate(simulated, [torch.rand(2, 3, 64, 64)]))} layers"
+    yield f"ok, {export.export_onnx(net, onnx, 64).stat().st_size / 1e6:.1f} MB"
+    qdq.write_qdq(onnx, onnx, state, profile)
+    if not (counts := runtime.conv_report(onnx))["int8_convs"]:
         raise CheckFailed("ONNX Runtime runs no convolution in integers")
     yield f"ok, {counts['int8_convs']} of {counts['convs']} convolutions in integers"
 
