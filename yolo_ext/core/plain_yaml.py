@@ -7,28 +7,25 @@ from typing import Any
 import yaml
 
 MOST = 100_000  # values that the aliases of a file may repeat; nested ones stand for billions in a few lines
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class PlainLoader(Loader):  # type: ignore[misc]
+class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Safe loader of PyYAML that refuses what would take for ever to read, copy or show."""
 
     def construct_document(self, node: Any) -> Any:
         """Return the content of a file whose aliases are within bounds."""
         sizes: dict[int, float] = {}
-        if _size(node, sizes) - len(sizes) > MOST:
+
+        def size(n: Any) -> float:
+            if id(n) not in sizes:
+                sizes[id(n)] = math.inf  # of a node inside itself
+                parts = n.value if isinstance(n.value, list) else []
+                sizes[id(n)] = 1 + sum(size(p) for part in parts for p in (part if isinstance(part, tuple) else [part]))
+            return sizes[id(n)]
+
+        if size(node) - len(sizes) > MOST:
             raise yaml.YAMLError(f"its aliases repeat more than {MOST:,} values. Write out what it means")
         return super().construct_document(node)
-
-
-def _size(node: Any, sizes: dict[int, float]) -> float:
-    """Return for how many values a node stands with all that is repeated, and note that by its identity."""
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf  # of a node inside itself
-        parts = node.value if isinstance(node.value, list) else []
-        inner = (n for part in parts for n in (part if isinstance(part, tuple) else (part,)))
-        sizes[id(node)] = 1 + sum(_size(n, sizes) for n in inner)
-    return sizes[id(node)]
 
 
 def plain_yaml(text: str) -> Any:

@@ -59,7 +59,6 @@ def det_dataset(file: Path, content: dict[str, Any]) -> dict[str, Any]:
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return a YOLO or RT-DETR of a ``.pt`` or YAML, in float32 and eval mode, and the dict of its checkpoint or {}."""
     p = Path(path)
-    refuse_renamed(p)
     if p.suffix in {".yaml", ".yml"}:
         try:
             with safely():
@@ -82,16 +81,6 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
         )
     return model.float().eval().requires_grad_(True), ckpt
-
-
-def refuse_renamed(path: str | Path) -> None:
-    """Refuse a file in whose place Ultralytics would read, or download, one of another name, wherever it is given."""
-    other = checks.check_yolov5u_filename(str(path), verbose=False)
-    if other == str(path) or not Path(path).is_file():
-        return
-    told = f"Ultralytics reads '{other}' where '{path}' is asked for"
-    own = Path(path).with_name(f"{Path(path).stem}_own{Path(path).suffix}")
-    raise UsageError(f"{told}. A model of the YOLOv5 repository cannot be used; rename any other, such as to '{own}'.")
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -133,7 +122,6 @@ def register_layers(modules: Any) -> None:
 
 def raw_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the dict of a checkpoint as it was saved, with whatever is inside its model."""
-    refuse_renamed(path)
     with safely():
         return torch_safe_load(str(path))[0]
 

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +24,7 @@ from yolo_ext.core.plain_yaml import PlainLoader
 from yolo_ext.stock.context import check_stock, replaced
 
 VARIABLE = "ULTRALYTICS_SAFE_LOAD"  # of Ultralytics, which the processes of a training on several GPUs inherit
-TRUST = "If you know who wrote it, add trust=True; layers of your own are named by modules=package.module"
 ARRAYS = {"_reconstruct", "scalar", "ndarray", "dtype"}  # all that a cache of labels is made of, in NumPy
-
-
 # Ultralytics replaces Image.open by one that pip-installs pi-heif as soon as a corrupt file is met
 open_image = Image.open if find_spec("pi_heif") else getattr(patches, "_image_open", Image.open)
 
@@ -49,7 +46,7 @@ def safely(trust: bool | None = None) -> Iterator[None]:
         with (
             replaced(tasks, SAFE_LOAD=not trust),
             replaced(patches, torch=loads),
-            replaced(checks, AUTOINSTALL=False),
+            replaced(checks, AUTOINSTALL=False, check_yolov5u_filename=lambda file, *_, **__: file),  # or reads another
             replaced(dataset, load_dataset_cache_file=_load_cache),
             replaced(data_utils, YAML=SimpleNamespace(load=_data_yaml), check_image=check_image),
             replaced(YAML._get_instance(), SafeLoader=PlainLoader),
@@ -62,18 +59,18 @@ def safely(trust: bool | None = None) -> Iterator[None]:
 
 def _load(file: Any, *args: Any, **options: Any) -> Any:
     """Load as `torch.load` what is made of tensors, plain data and layers of torch, Ultralytics and `modules=`."""
-    start = file.tell() if hasattr(file, "tell") else None
+    known = tasks._SafeLoad.loading(file) if isinstance(file, (str, Path)) else nullcontext()
     try:
-        # No checkpoint builds a model from a YAML, which could be one on the net.
-        with tasks._SafeLoad.loading(file), replaced(tasks, yaml_model_load=None):
-            if start is not None:
-                file.seek(start)
+        with known, replaced(tasks, yaml_model_load=None):  # or it could build a model from a YAML on the net
             return torch.load(file, *args, **{**options, "weights_only": True})  # nosec B614  # weights_only
     except pickle.UnpicklingError as e:
-        if found := re.search(r"GLOBAL (\S+)|unsafe (getattr\(.*?\))", str(e)):
-            told = f"'{file}' is not loaded: it holds {found[1] or found[2]}, which is no part of a YOLO"
-            raise UsageError(f"{told} and could do anything. {TRUST}.") from e
-        raise
+        if not (found := re.search(r"GLOBAL (\S+)|unsafe (getattr\(.*?\))", str(e))):
+            raise  # damaged
+        if found[0].startswith("GLOBAL models."):
+            raise ModuleNotFoundError(name="models") from e  # by which Ultralytics knows the YOLOv5 repository
+        told = f"'{file}' is not loaded: it holds {found[1] or found[2]}, which is no part of a YOLO"
+        mend = "If you know who wrote it, add trust=True; name layers of your own by modules=package.module."
+        raise UsageError(f"{told} and could do anything. {mend}") from e
 
 
 class _Arrays(pickle.Unpickler):

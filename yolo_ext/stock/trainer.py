@@ -19,14 +19,13 @@ from ultralytics.utils.callbacks import get_default_callbacks
 from yolo_ext.core.errors import UsageError, YoloExtError
 from yolo_ext.stock.context import MEND, callable_with, quiet, replaced
 from yolo_ext.stock.load import raw_checkpoint
-from yolo_ext.stock.safety import safely
 
 # What a trainer is extended at: methods with the number of arguments that ours pass on, and events.
 METHODS = {
     "_do_train": 0, "_load_checkpoint_state": 1, "_model_train": 0, "auto_batch": 0, "build_dataset": 1,
     "build_optimizer": 1, "final_eval": 0, "get_model": 3, "get_validator": 0, "optimizer_step": 0, "plot_metrics": 0,
     "preprocess_batch": 1, "progress_string": 0, "resume_training": 1, "run_callbacks": 1, "save_metrics": 1,
-    "save_model": 0, "setup_model": 0, "train": 0,
+    "save_model": 0, "train": 0,
 }  # fmt: skip
 EVENTS = ("on_pretrain_routine_end", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
 
@@ -120,7 +119,7 @@ def whole_final_files(finalize: Callable[[Path], None], keep_optimizer: bool = F
         part, result = Path(str(f)).with_name(f".{Path(f).name}"), Path(s or str(f))
         if keep_optimizer:  # what is updated comes last
             updates = {**(updates or {}), "optimizer": raw_checkpoint(f)["optimizer"]}
-        with quiet(), safely():  # it would name the file beside
+        with quiet():  # it would name the file beside
             stripped = stock(f, part, updates)
         if stripped:
             finalize(part)

@@ -114,11 +114,6 @@ class CompressionMixin(BEHIND):
             model = t.put_in(self, model, weights)
         return model
 
-    def setup_model(self) -> Any:
-        """Load or build the model as usual, but run nothing that a file holds."""
-        with safely():
-            return super().setup_model()
-
     def as_stock(self, model: nn.Module) -> nn.Module:
         """Return a model in training, or a copy of it, as one of stock classes."""
         for t in self.techniques:
@@ -127,7 +122,7 @@ class CompressionMixin(BEHIND):
 
     def train(self) -> Any:
         """Train as usual, with a log in the run folder."""
-        with logged(), engine.plain_labels(), brief(self.args.verbose):
+        with logged(), engine.plain_labels(), brief(self.args.verbose), safely():
             if RANK in {-1, 0}:
                 log_to(self.save_dir)
                 resumes("train", self.save_dir, f"weights/{SIDECAR.format('*')}")
