@@ -6,6 +6,7 @@ A page holds a line such as `<!-- made from the code: options -->`, behind which
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,18 @@ def options() -> str:
     for technique in CONFIGS:
         about, headed, methods = told._technique(technique, False)
         parts.append(f"## {technique}\n\n{about}")
-        parts += [
-            f"### {technique}, {title}\n\n{table('option', 'what it does', rows)}" for title, rows in headed.items()
-        ]
-        parts += [f"### Of the {kind}\n\n{table('name', 'what it does', rows)}" for kind, rows in methods.items()]
+        parts += [f"### {technique}: {title}\n\n{table('option', rows)}" for title, rows in headed.items()]
+        parts += [f"### {technique}: each {kind}\n\n{table('name', rows)}" for kind, rows in methods.items()]
     return "\n\n".join(parts)
 
 
 def commands() -> str:
     """Return keys and examples of each command, as `yolo-ext COMMAND --help` has them, and the recipes."""
-    from yolo_ext.commands import COMMANDS
+    from yolo_ext import cli  # which imports them all
     from yolo_ext.commands import help as told
 
     parts = []
-    for name in [*COMMANDS.names(), *told.FORWARDED]:
+    for name in cli.NAMES:
         found = told._command(name)
         parts.append(f"## {name}\n\n{found['summary']}.")
         parts += [f"{title}:\n\n{table('key', rows)}" for title, rows in found["keys"].items() if rows]
@@ -70,8 +69,9 @@ def results() -> str:
 
 
 def table(title: str, rows: Any) -> str:
-    """Return a table of names and what they do."""
-    lines = [f"| `{name}` | {cell(text)} |" for name, text in rows]
+    """Return a table of names and what they do; a narrow screen breaks a name behind its dots."""
+    names = (re.sub(r"\.(?=[a-z])|=", r"\g<0><wbr>", html.escape(name)) for name, _ in rows)
+    lines = [f"| <code>{name}</code> | {cell(text)} |" for name, (_, text) in zip(names, rows)]
     return "\n".join([f"| {title} | what it does |", "|---|---|", *lines])
 
 

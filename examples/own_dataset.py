@@ -15,7 +15,7 @@ from yolo_ext.deployment import Detector
 
 PHOTOS = "photos"  # images with VOC files, in one folder or in several
 MODEL = "yolov8n.pt"  # what to train from
-IMGSZ, EPOCHS = 320, 50
+IMGSZ, EPOCHS = 192, 40
 
 # %% [markdown]
 # ## Photos and boxes

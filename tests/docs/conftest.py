@@ -85,6 +85,7 @@ def _furnish(folder: Path, tiny_yaml: Path, shots: Path) -> None:
     lists = Path("VOC2012/ImageSets/Main")
     shutil.copy(lists / "train.txt", lists / "trainval.txt")
     shutil.copy(lists / "val.txt", lists / "test.txt")
+    ran("convert source=photos out=mydata ratio=0.5,0.5")
     ran("convert source=data.yaml to=coco out=coco")
     shutil.copy(next(Path("coco").rglob("*train*.json")), "instances.json")
     ran(f"prune model=best.pt data=data.yaml epochs=1 prune.speedup=1.3 {SMALL} name=pruned")

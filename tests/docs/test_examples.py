@@ -22,7 +22,7 @@ from yolo_ext.core.config import cfg_dir
 from yolo_ext.deployment import Detector
 
 EXAMPLES = cfg_dir().parent / "examples"
-SHORTER = {r"epochs=\d+": "epochs=1", r"EPOCHS = 320, 50": "EPOCHS = 64, 1", r"imgsz=320": "imgsz=64",
+SHORTER = {r"epochs=\d+": "epochs=1", r"EPOCHS = 192, 40": "EPOCHS = 64, 1", r"imgsz=320": "imgsz=64",
            r'"speedup": 2': '"speedup": 1.3'}  # fmt: skip
 ORT = Path(os.environ.get("ORT", "/usr/local"))  # headers and library of ONNX Runtime: include/, lib/
 

@@ -18,7 +18,7 @@ from ultralytics import YOLO
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.commands import COMMANDS, check_keys, keys, takes_native
+from yolo_ext.commands import COMMANDS, check_keys, keys
 from yolo_ext.commands.help import STOCK
 from yolo_ext.core.config import CONFIGS, cfg_dir, parse
 from yolo_ext.core.registry import Table
@@ -109,7 +109,7 @@ def _also(command: str, given: Mapping[str, str]) -> dict[str, str]:
     if command not in COMMANDS.names() or "resume" in given:
         return {}
     function = COMMANDS[command].fn
-    trains = takes_native(function) and given.get("epochs") != "0"
+    trains = "epochs" in keys(function) and given.get("epochs") != "0"
     sized = "imgsz" in keys(function) and command not in ("compare", "bench")  # which take the size of their files
     return {**({"imgsz": "64"} if sized else {}), **(TRAINS if trains else {})}
 
