@@ -2,7 +2,7 @@
 """What sparsity training brings: penalty for half of the epochs, pruning, fine-tuning, against fine-tuning throughout.
 
     python benchmarks/sparsity.py model=best.pt data=data.yaml imgsz=192 epochs=30 speedup=2 seeds=0,1 out=results \
-        runs=slim,slim/adaptive=False,group_slim,group_sl,group_reg,l1,lamp
+        runs=slim,slim/adaptive=False,group_slim,group_sl,l1,lamp
 
 A penalty gets epochs/2 of sparsity training and epochs/2 of fine-tuning, a plain criterion all epochs after pruning.
 Behind slashes are options of sparsity training, as in `slim/coefficient=4/schedule=cosine`.

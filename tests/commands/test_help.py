@@ -155,7 +155,7 @@ def test_a_recipe_is_legal_in_its_command_and_keeps_the_criterion(name):
     ("lister", "some"),
     [
         (yolo_ext.list_criteria, {"taylor", "lamp", "random"}),
-        (yolo_ext.list_penalties, {"slim", "group_reg"}),
+        (yolo_ext.list_penalties, {"slim", "group_sl"}),
         (yolo_ext.list_losses, {"cwd", "ld", "kl_binary"}),
         (yolo_ext.list_observers, {"mse", "max"}),
         (yolo_ext.list_schedules, {"cubic", "linear", "cosine"}),

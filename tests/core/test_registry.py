@@ -57,6 +57,15 @@ def test_unknown_name_gets_the_nearest_and_all_legal_ones(table, name, near):
     )
 
 
+def test_a_method_that_is_gone_is_told_with_a_better_one(table):
+    losses = Table("logit loss")
+    losses.row("l1", "Absolute difference")(abs)
+    with pytest.raises(UsageError, match=r"Unknown logit loss 'l2'\. It is gone: 'l1' does better\. Legal: l1"):
+        losses["l2"]
+    with pytest.raises(UsageError, match=r"criterion 'l2'\. Legal"):  # which this table never had
+        table["l2"]
+
+
 def test_user_function(table, tmp_path, monkeypatch):
     (tmp_path / "my_methods.py").write_text("def score(x):\n    return x + 1\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -100,10 +100,10 @@ def test_a_stack_is_the_sum_and_several_teachers_the_mean(setup, batch):
         {"teacher": "yolov8s"},
         {"teacher": "yolo11n"},
         {"teacher": ["yolov8s", "yolo11n"]},
-        {"teacher": "yolov8s", "logits": ["l2", {"name": "l2", "weight": 2.0}]},
+        {"teacher": "yolov8s", "logits": ["l1", {"name": "l1", "weight": 2.0}]},
     ]
     cls = [
-        distilled(setup("yolov8n", **{"logits": "l2", "features": None, **r})[0](batch)[1])["kd_cls_loss"] for r in runs
+        distilled(setup("yolov8n", **{"logits": "l1", "features": None, **r})[0](batch)[1])["kd_cls_loss"] for r in runs
     ]
     assert cls[2] == pytest.approx((cls[0] + cls[1]) / 2, rel=1e-4)
     assert cls[3] == pytest.approx(3 * cls[0], rel=1e-4)

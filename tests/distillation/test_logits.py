@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.logits import (
     HeadOutput,
-    ast,
     average,
     bckd,
     decode,
@@ -21,7 +20,6 @@ from yolo_ext.distillation.logits import (
     kl,
     kl_binary,
     l1,
-    l2,
     ld,
     logit_losses,
     regrid,
@@ -144,14 +142,13 @@ def test_unknown_norm_is_refused():
 
 
 # Values ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("loss", "power"), [(l1, 1), (l2, 2)], ids=["l1", "l2"])
-def test_lp_is_the_weighted_mean_difference(loss, power):
+def test_l1_is_the_weighted_mean_difference():
     s, t = head(0), head(1)
     w = sigmoid(t.scores).max(1)
-    cls = (np.abs((s.scores - t.scores).double().numpy()) ** power).mean(1)
-    box = (np.abs((s.ltrb - t.ltrb).double().numpy()) ** power).mean(-1)
+    cls = np.abs((s.scores - t.scores).double().numpy()).mean(1)
+    box = np.abs((s.ltrb - t.ltrb).double().numpy()).mean(-1)
     expected = [(x * w).sum() / w.sum() for x in (cls, box)]
-    assert [float(p) for p in loss(s, t)] == pytest.approx(expected, rel=1e-5)
+    assert [float(p) for p in l1(s, t)] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -200,17 +197,6 @@ def test_bckd_of_one_anchor_by_hand():
     assert cls.item() == pytest.approx(0.25 * np.log(2), rel=1e-5)
     assert box.item() == pytest.approx(4 * 0.25 * 0.5, rel=1e-5)
     assert bckd(s, t, beta=2.0)[0].item() == pytest.approx(0.25**2 * np.log(2), rel=1e-5)
-
-
-def test_ast_of_one_anchor_by_hand():
-    """CIoU of 2x2 inside 4x2: IoU 1/2, centres 1 apart on a diagonal of sqrt 20, and different aspects."""
-    anchors = torch.tensor([[2.0, 2.0]])
-    s = HeadOutput(torch.tensor([[[0.0], [0.0]]]), torch.ones(1, 1, 4), anchors)
-    t = HeadOutput(torch.tensor([[[np.log(3.0)], [0.0]]]).float(), torch.tensor([[[1.0, 1.0, 3.0, 1.0]]]), anchors)
-    cls, box = ast(s, t)
-    v = 4 / np.pi**2 * (np.arctan(2) - np.arctan(1)) ** 2
-    assert cls.item() == pytest.approx(0.25 * np.log(2) / 2, rel=1e-5)
-    assert box.item() == pytest.approx(0.5 + 1 / 20 + v * v / (v + 0.5), rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 10.0])
@@ -275,12 +261,11 @@ def test_parts_are_finite_and_the_same_for_a_batch_repeated(row, norm, seed, spr
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("bckd", 8.0), ("ast", 4.0)])
-def test_negative_distances_cannot_blow_the_loss_up(name, limit):
+def test_negative_distances_cannot_blow_the_loss_up():
     """Boxes turned inside out once gave a GIoU of -1000."""
     s, t = head(0, 4, a=2000, low=-2.0, bins=1), head(1, 4, a=2000, low=-2.0, bins=1)
     s, t = (replace(x, anchors=torch.rand(2000, 2) * 20) for x in (s, t))
-    assert run(name, s, t, norm="mean")[1] <= limit
+    assert run("bckd", s, t, norm="mean")[1] <= 8.0
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -288,7 +273,7 @@ def test_no_foreground_is_finite_and_small(row):
     t, s = head(0), learning(head(1))
     t = replace(t, scores=torch.full_like(t.scores, -30.0))
     quiet = replace(s, scores=torch.full_like(t.scores, -29.0).requires_grad_())
-    assert all(p.item() < 1e-6 for p in run(row.name, quiet, t)[: 1 if row.name == "ast" else 2])  # its boxes: anywhere
+    assert all(p.item() < 1e-6 for p in run(row.name, quiet, t))
     parts = run(row.name, s, t)
     sum(parts).backward()
     assert all(p.isfinite() for p in parts) and np.isfinite(grads(s)).all()

@@ -36,7 +36,7 @@ FEW = {"images": 4, "recalibrate": 4}
 QUANT = {"mode": "qat", "calib": 4, "profile": "ort-x86"}
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "sparsity by scales": {"sparsity": {"method": "group_slim"}},
-    "sparsity by weights": {"sparsity": {"method": "group_reg"}},
+    "sparsity by weights": {"sparsity": {"method": "group_sl"}},
     "prune at once": {"prune": {"speedup": 1.3, **FEW}},
     "prune by labels": {"prune": {"speedup": 1.3, "method": "taylor", **FEW}},
     "prune while training": {"prune": {"speedup": 1.3, "at": [1], **FEW}},

@@ -77,7 +77,7 @@ def test_batch_and_accumulation_do_not_change_the_pull(fit, tiny, adaptive):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["slim", "group_slim", "group_sl", "group_reg"])
+@pytest.mark.parametrize("method", ["slim", "group_slim", "group_sl"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "MuSGD"])
 def test_every_penalty_with_every_optimizer(fit, tiny, method, optimizer):
     options = {"method": method, "coefficient": 8.0, "warmup": 0}

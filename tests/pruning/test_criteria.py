@@ -59,7 +59,6 @@ def test_by_hand(method, layers, expected):
     [
         pytest.param("group_norm", [(9 + 16) / 15, (1 + 4) / 15], id="group_norm"),
         pytest.param("group_sl", [1.0, (5 / 25) ** 0.5], id="group_sl"),
-        pytest.param("group_reg", [1.0, (5 / 25) ** 0.5], id="group_reg"),
         pytest.param("slim", [2.0, 1.0], id="slim"),
         pytest.param("group_slim", [(10 / 2) ** 0.5, 1.0], id="group_slim"),
         pytest.param("taylor", [7.0, 4.0], id="taylor"),
@@ -232,7 +231,7 @@ def test_data_driven_criteria_say_what_they_need(coupled):
         score(*coupled, criteria["obd"], GENERATOR)
 
 
-@pytest.mark.parametrize("method", [*DATA_FREE, "random", "slim", "group_slim", "group_sl", "group_reg"])
+@pytest.mark.parametrize("method", [*DATA_FREE, "random", "slim", "group_slim", "group_sl"])
 def test_scores_draw_nothing_from_the_run(coupled, method):
     """A training run that prunes and one that resumes behind it see the same random numbers."""
     before = torch.get_rng_state()
@@ -240,7 +239,7 @@ def test_scores_draw_nothing_from_the_run(coupled, method):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("method", [*DATA_FREE, "slim", "group_slim", "group_sl", "group_reg", "tp:LAMPImportance",
+@pytest.mark.parametrize("method", [*DATA_FREE, "slim", "group_slim", "group_sl", "tp:LAMPImportance",
                                     "tp:MagnitudeImportance", "tp:BNScaleImportance"])  # fmt: skip
 def test_dead_channels_have_finite_scores(coupled, method):
     net, whole = coupled

@@ -23,13 +23,14 @@ class CheckFailed(YoloExtError):
 
 @contextmanager
 def refused(told: str, *kinds: type[Exception], error: type[Exception] = UsageError) -> Iterator[None]:
-    """Raise exceptions of these kinds, any by default, as an error of ours; `{e}` in its words is what they say."""
+    """Raise these kinds of exceptions, or any, as an error of ours, whose `{e}` is what they say, `{why}` in short."""
     try:
         yield
     except Exception as e:
         if not isinstance(e, kinds or Exception):
             raise
-        raise error(told.replace("{e}", str(e))) from e
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise error(told.replace("{e}", str(e)).replace("{why}", why)) from e
 
 
 MEMORY = ("not enough memory", "out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation",

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Methods that are gone, and what the figures in benchmarks/RESULTS.md say for.
+GONE = {"entropy": "mse", "moving_average": "mse", "l2": "l1", "ast": "ld", "chsim": "cwd", "spkd": "cwd",
+        "group_reg": "group_slim"}  # fmt: skip
 
 
 def suggest(name: str, legal: list[str]) -> str:
@@ -50,11 +53,8 @@ class Row:
 def imported(kind: str, name: str) -> Callable[..., Any]:
     """Return the user's own method of this kind for a dotted path ``package.module:function``."""
     module, _, attribute = name.partition(":")
-    try:
+    with refused(f"Cannot import {kind} '{name}' ({{why}}). Write it as 'package.module:function'."):
         fn: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # whatever the user's module does while it is imported
-        problem = f"({type(e).__name__}: {e}). Write it as 'package.module:function'."
-        raise UsageError(f"Cannot import {kind} '{name}' {problem}") from e
     if not callable(fn):
         raise UsageError(f"The {kind} '{name}' is not callable.")
     return fn
@@ -95,5 +95,7 @@ class Table:
             return self._rows[name]
         if ":" not in str(name):
             legal = f"Legal: {', '.join(self.names())}, or your own as 'package.module:function'."
-            raise UsageError(f"Unknown {self.kind} '{name}'.{suggest(name, self.names())} {legal}")
+            better = GONE.get(str(name))
+            near = f" It is gone: '{better}' does better." if better in self._rows else suggest(name, self.names())
+            raise UsageError(f"Unknown {self.kind} '{name}'.{near} {legal}")
         return Row(name, self._own(self.kind, str(name)), "user method")

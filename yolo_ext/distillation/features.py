@@ -125,25 +125,6 @@ def fgd(student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, mo
     return loss / b
 
 
-@_row("spkd", "Which images of a batch resemble one another; 0 for a batch of one; scale-free",
-      "Tung & Mori, 2019, arXiv:1907.09682")  # fmt: skip
-def spkd(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "image") -> torch.Tensor:
-    """Compute the squared difference of (B, B) similarities of unit rows, over B, or over B squared (``paper``)."""
-    s, t = (F.normalize(x.flatten(1) @ x.flatten(1).T) for x in (student, teacher))
-    return (s - t).square().sum() / len(s) ** (2 if _norm(norm, ("image", "paper")) else 1)
-
-
-@_row("chsim", "Which channels of an image resemble one another; scale-free",
-      "Liu et al., 2021, arXiv:2202.03680", Need.EQUAL_WIDTH)  # fmt: skip
-def chsim(student: torch.Tensor, teacher: torch.Tensor, *, norm: str = "row") -> torch.Tensor:
-    """Compute the squared difference of (C, C) correlations: unit rows over C, or plain over C squared (``paper``)."""
-    plain = _norm(norm, ("row", "paper"))
-    s, t = (x.flatten(2) @ x.flatten(2).transpose(1, 2) for x in (student, teacher))
-    if not plain:
-        s, t = F.normalize(s, dim=2), F.normalize(t, dim=2)
-    return (s - t).square().sum((1, 2)).mean() / s.shape[1] ** (2 if plain else 1)
-
-
 class Align(nn.Module):
     """Bring maps to one width: as `kept` by a pruned student, or by 1x1 (RTMDet, Lyu et al., 2022, arXiv:2212.07784)"""
 

@@ -14,8 +14,6 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need, Table, suggest
 
 logit_losses = Table("logit loss")
-LOGITS = "of logits and of box distances where the teacher sees objects"
-L2_PAPER = "after Mehta & Ozturk, 2018, arXiv:1805.06361"
 KL_PAPER = "Hinton et al., 2015, arXiv:1503.02531"
 Parts = tuple[torch.Tensor, torch.Tensor]  # scalars per image: of the classes, of the boxes
 
@@ -97,42 +95,19 @@ def average(loss: torch.Tensor, weight: torch.Tensor, norm: str) -> torch.Tensor
     return norms[norm](loss, weight)
 
 
-def _lp(student: HeadOutput, teacher: HeadOutput, power: int, norm: str) -> Parts:
-    """Compute the mean |difference|^power of logits, and of decoded distances: bins have a free constant per side."""
-    cls = (student.scores.float() - teacher.scores.float()).abs().pow(power).mean(1)
-    box = (student.ltrb.float() - teacher.ltrb.float()).abs().pow(power).mean(-1)
-    return average(cls, foreground(teacher), norm), average(box, foreground(teacher), norm)
-
-
 def _divergence(student: torch.Tensor, teacher: torch.Tensor, dim: int, temperature: float) -> torch.Tensor:
     """Return KL(teacher || student) of the softmax over `dim`, times the squared temperature."""
     s, t = ((x.float() / temperature).log_softmax(dim) for x in (student, teacher))
     return temperature**2 * (t.exp() * (t - s)).sum(dim)
 
 
-def _disagreement(student: HeadOutput, teacher: HeadOutput, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return BCE times |p_t - p_s|^beta, and |p_t - p_s| itself, both (B, nc, A)."""
-    z, target = student.scores.float(), teacher.scores.float().sigmoid()
-    gap = (target - z.sigmoid()).abs()
-    return F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap**beta, gap
-
-
-def _iou_loss(student: HeadOutput, teacher: HeadOutput, **kind: bool) -> torch.Tensor:
-    """Return (B, A) 1 - IoU of the boxes, of the kind that `bbox_iou` takes."""
-    loss = 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, **kind).squeeze(-1)
-    return loss.clamp(min=0.0)  # rounding may leave it below
-
-
-@logit_losses.row("l1", f"Absolute difference {LOGITS}", paper=L2_PAPER)
+@logit_losses.row("l1", "Absolute difference of logits and of box distances where the teacher sees objects",
+                  paper="after Mehta & Ozturk, 2018, arXiv:1805.06361")  # fmt: skip
 def l1(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight") -> Parts:
     """Compute the mean absolute difference; `foreground` stands in for the objectness of the paper."""
-    return _lp(student, teacher, 1, norm)
-
-
-@logit_losses.row("l2", f"Squared difference {LOGITS}", paper=L2_PAPER)
-def l2(student: HeadOutput, teacher: HeadOutput, *, norm: str = "weight") -> Parts:
-    """Compute the mean squared difference; otherwise as `l1`."""
-    return _lp(student, teacher, 2, norm)
+    cls = (student.scores.float() - teacher.scores.float()).abs().mean(1)
+    box = (student.ltrb.float() - teacher.ltrb.float()).abs().mean(-1)  # decoded: bins have a free constant per side
+    return average(cls, foreground(teacher), norm), average(box, foreground(teacher), norm)
 
 
 @logit_losses.row("kl", "KL between the softmax over classes", paper=KL_PAPER, needs=[Need.SEVERAL_CLASSES])
@@ -156,18 +131,12 @@ def kl_binary(student: HeadOutput, teacher: HeadOutput, *, temperature: float = 
                   paper="Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
 def bckd(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "pos") -> Parts:
     """Compute |p_t - p_s|^beta BCE and 4 |p_t - p_s| (1 - GIoU), over `foreground` where the paper has positives."""
-    cls, gap = _disagreement(student, teacher, beta)
-    box = gap.amax(1).detach() * _iou_loss(student, teacher, GIoU=True)
+    z, target = student.scores.float(), teacher.scores.float().sigmoid()
+    gap = (target - z.sigmoid()).abs()
+    cls = F.binary_cross_entropy_with_logits(z, target, reduction="none") * gap**beta
+    loss = 1.0 - bbox_iou(student.boxes(), teacher.boxes(), xywh=False, GIoU=True).squeeze(-1)
+    box = gap.amax(1).detach() * loss.clamp(min=0.0)  # rounding may leave it below
     return average(cls.sum(1), foreground(teacher), norm), 4.0 * average(box, foreground(teacher), norm)
-
-
-@logit_losses.row("ast", "The class part of bckd as a plain mean, and CIoU of the boxes at all anchors",
-                  paper="after Yang et al., 2023, arXiv:2308.14286")  # fmt: skip
-def ast(student: HeadOutput, teacher: HeadOutput, *, beta: float = 1.0, norm: str = "mean") -> Parts:
-    """Compute the variant of `bckd` that treats all anchors alike; it is 100 to 1000 times smaller."""
-    cls, _ = _disagreement(student, teacher, beta)
-    box = _iou_loss(student, teacher, CIoU=True)
-    return average(cls.mean(1), foreground(teacher), norm), average(box, foreground(teacher), norm)
 
 
 @logit_losses.row("ld", "KL between the bins of each box side where the teacher sees objects",

@@ -28,7 +28,7 @@ MEMORY = 0.95  # of the running means, so that they follow the last 20 batches o
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
 TOO_BIG = 20.0  # FLOPs of a teacher / FLOPs of its student
 STEPS = 2  # that are timed, behind one to warm up
-CLASSIFY = ("kl", "kl_binary", "l1", "l2")  # the others look at boxes or at objects
+CLASSIFY = ("kl", "kl_binary", "l1")  # the others look at boxes or at objects
 
 
 @dataclass(frozen=True)

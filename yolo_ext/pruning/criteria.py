@@ -19,7 +19,7 @@ import torch_pruning as tp
 from torch import nn
 
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.registry import Need, Row, Table, imported, suggest
 from yolo_ext.pruning.depgraph import depthwise, pruning_function
 from yolo_ext.pruning.evidence import Evidence
@@ -64,7 +64,8 @@ def _importance(kind: str, name: str) -> Callable[..., Any]:
 def _keywords(name: str, cls: type) -> dict[str, Any]:
     """Return the keyword arguments in the name of an importance: literals, of which nothing is evaluated."""
     legal = inspect.signature(cls).parameters
-    try:
+    hint = f"Write literals by keyword, as in '{name.partition('(')[0]}({next(iter(legal), 'key')}=1)'"
+    with refused(f"Cannot read 'prune.method={name}' ({{e}}). {hint}. Legal: {', '.join(legal)}."):
         call = ast.parse(name.partition(":")[2], mode="eval").body
         if isinstance(call, ast.Name):
             return {}
@@ -73,9 +74,6 @@ def _keywords(name: str, cls: type) -> dict[str, Any]:
         given: dict[Any, Any] = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         if call.args or None in given or len(given) < len(call.keywords):
             raise ValueError("not keywords alone, each once")
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as e:
-        hint = f"Write literals by keyword, as in '{name.partition('(')[0]}({next(iter(legal), 'key')}=1)'"
-        raise UsageError(f"Cannot read 'prune.method={name}' ({e}). {hint}. Legal: {', '.join(legal)}.") from e
     unknown = [k for k in given if k not in legal]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in legal.values()):
         near = suggest(unknown[0], list(legal))
@@ -195,8 +193,6 @@ def group_slim(group: GroupWeights) -> torch.Tensor | None:
     return _norm(2, (group.gamma, "out"), by=None).sqrt() if group.gamma else None
 
 
-@criteria.row("group_reg", "Norm of all coupled weights after growing regularization, relative to the largest",
-              needs=[Need.SPARSITY], paper="Wang et al., 2021, arXiv:2012.09243")  # fmt: skip
 @criteria.row("group_sl", "Norm of all coupled weights after group sparse learning, relative to the largest",
               needs=[Need.SPARSITY], paper="Fang et al., DepGraph, 2023, arXiv:2301.12900")  # fmt: skip
 def group_sparse(group: GroupWeights) -> torch.Tensor:
@@ -289,8 +285,6 @@ def score(
 def _foreign(model: nn.Module, group: Group, row: Row, generator: torch.Generator) -> Any:
     """Return what an importance says of the layers of a group as they are; what is random in it follows the seed."""
     seed = int(torch.randint(2**31, (), generator=generator))
-    with undisturbed(next(model.parameters()).device, seed):
-        try:
-            return _ask(row.fn, _as_they_are(dict(model.named_modules()), group))
-        except Exception as e:  # whatever it does with layers and options
-            raise UsageError(f"'prune.method={row.name}' fails on '{group.name}' ({type(e).__name__}: {e}).") from e
+    fails = f"'prune.method={row.name}' fails on '{group.name}' ({{why}})."
+    with undisturbed(next(model.parameters()).device, seed), refused(fails):
+        return _ask(row.fn, _as_they_are(dict(model.named_modules()), group))

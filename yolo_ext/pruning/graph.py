@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from yolo_ext import stock
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import refused
 from yolo_ext.pruning.labels import FIXED, LAYERS, Labels, Tracer, layer_channels, tensors_in
 
 Kept = dict[str, dict[str, list[int]]]  # module path -> {"out": kept positions, "in": kept positions}
@@ -208,16 +208,11 @@ def trace(model: nn.Module, imgsz: int, whole: Collection[type[nn.Module]] = ())
         _watch(tracer, m, path, whole)
     for training in (True, False):
         model.train(training)
+        where = f"in {'training' if training else 'eval'} mode on an image of {imgsz}x{imgsz} pixels"
         with torch.random.fork_rng(devices=[]), torch.no_grad(), tracer:
             torch.manual_seed(0)
-            try:
+            with refused(f"The model does not run {where} ({{why}}), so it cannot be pruned. Mend its code."):
                 out = model(torch.rand(2, stock.input_channels(model), imgsz, imgsz))
-            except Exception as e:  # whatever the code of the user's modules raises
-                mode = "training" if training else "eval"
-                where = f"in {mode} mode on an image of {imgsz}x{imgsz} pixels"
-                why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-                remedy = "so it cannot be pruned. Mend its code."
-                raise UsageError(f"The model does not run {where} ({why}), {remedy}") from e
         for x in stock.returned_tensors(out):
             tracer.freeze([x], "is an output of the model")
     _finish(tracer.labels, tracer.touched)

@@ -33,8 +33,6 @@ class Histogram:
     width: float = 0.0  # of a bin; 0 before the first update
     lo: float = math.inf  # smallest and largest value seen
     hi: float = -math.inf
-    mean_lo: float = 0.0  # over the batches, of their smallest and largest values
-    mean_hi: float = 0.0
     batches: int = 0
     ignored: int = 0  # values that were NaN or infinite
 
@@ -50,8 +48,6 @@ class Histogram:
             return
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
         self.batches += 1
-        self.mean_lo += (lo - self.mean_lo) / self.batches
-        self.mean_hi += (hi - self.mean_hi) / self.batches
         width = 2.0 ** math.ceil(math.log2(max(-lo, hi, 1e-12) / BINS))
         self.width = self.width or width
         while self.width < width:
@@ -75,12 +71,6 @@ def minmax(h: Histogram, spec: Spec, transform: Transform | None = None) -> tupl
     return h.lo, h.hi
 
 
-@observers.row("moving_average", "Mean of the smallest and largest values of the batches", paper="Jacob et al., 2018")
-def moving_average(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
-    """Return the average range of a batch, which forgives single outliers."""
-    return h.mean_lo, h.mean_hi
-
-
 @observers.row("percentile", "Range that leaves 0.005 % of the values outside on either side", paper="Wu et al., 2020")
 def percentile(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
     """Return the range between the 0.005 and the 99.995 percentile."""
@@ -92,7 +82,10 @@ def percentile(h: Histogram, spec: Spec, transform: Transform | None = None) -> 
 
 @observers.row("mse", "Range with the least mean squared error after the activation", paper="Choukroun et al., 2019")
 def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
-    """Return the range that minimises the mean squared quantization error, taken behind the activation `transform`."""
+    """Return the range that minimises the mean squared quantization error, taken behind the activation `transform`.
+
+    The low end of SiLU results stays (Q-YOLO, Wang et al., 2023).
+    """
     used = h.counts > 0
     x, weight = ((np.arange(-BINS, BINS) + 0.5) * h.width)[used], h.counts[used]
     target = transform(x) if transform else x
@@ -104,35 +97,6 @@ def mse(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[f
         y = (np.clip(np.rint(x / scale) + zero, spec.qmin, spec.qmax) - zero) * scale
         return float(weight @ ((transform(y) if transform else y) - target) ** 2)
 
-    return _search(h, spec, error)
-
-
-@observers.row("entropy", "Range whose codes lose the least information (KL divergence)", paper="Migacz, 2017")
-def entropy(h: Histogram, spec: Spec, transform: Transform | None = None) -> tuple[float, float]:
-    """Return the range with the least KL divergence between the clipped values and their codes."""
-    # Values outside go to the end bins of the reference only, so that clipping costs something; a range of fewer bins
-    # than codes costs nothing else, and is no candidate.
-    levels = spec.qmax - spec.qmin + 1
-
-    def divergence(lo: float, hi: float) -> float:
-        first, last = math.floor(lo / h.width) + BINS, math.ceil(hi / h.width) + BINS
-        inside = h.counts[first:last]
-        if inside.size < levels or not inside.any():
-            return math.inf
-        p = inside.copy()
-        p[0] += h.counts[:first].sum()
-        p[-1] += h.counts[last:].sum()
-        code = np.arange(p.size) * levels // p.size
-        share = np.bincount(code, inside) / np.maximum(np.bincount(code, p > 0), 1)
-        kept = p > 0
-        p, q = p[kept] / p.sum(), np.maximum(share[code][kept] / inside.sum(), 1e-12)
-        return float(p @ np.log(p / q))
-
-    return _search(h, spec, divergence)
-
-
-def _search(h: Histogram, spec: Spec, error: Callable[[float, float], float]) -> tuple[float, float]:
-    """Return the range with the least error; the low end of SiLU results stays (Q-YOLO, Wang et al., 2023)."""
     low, high = with_zero(h.lo, h.hi)
     if spec.symmetric:
         end = min(max(-low, high) * SHRINK, key=lambda v: error(-v, v))

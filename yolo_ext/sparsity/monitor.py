@@ -27,7 +27,6 @@ from yolo_ext.reporting.figures import plot_layers, plot_ridge
 
 FILE = "sparsity.json"
 LITTLE = 1.05  # FLOPs before / after below which sparsity training has changed nothing
-RELATIVE = ("group_sl", "group_reg")  # criteria that give shares of the largest score of a group
 # The first bin holds what is zero for all that it matters, the last one also what is larger.
 EDGES = [0.0, *(10 ** (k / 20) for k in range(-80, 21))]  # 1e-4 .. 10, twenty to the decade
 
@@ -50,7 +49,7 @@ def observe(
     return {
         "epoch": epoch,
         "method": cfg.method,
-        "scores": "relative norm" if criterion in RELATIVE else "|gamma|",
+        "scores": "relative norm" if criterion == "group_sl" else "|gamma|",
         "threshold": threshold,
         "coefficient": float(coefficient),
         "pull": float(pull),

@@ -6,7 +6,7 @@ own normalisation have no part in it (decoupled, as in Parikh & Boyd, Proximal A
 1 leaves a channel alone, 0 removes it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +15,7 @@ from yolo_ext.core.registry import Need, Table
 penalties = Table("sparsity penalty")
 TINY = 1e-12
 # Without a coefficient; measured on BCCD (docs/sparsity.md). Scale factors of trained YOLOs are about 1.
-DEFAULTS = {"slim": 2.0, "group_slim": 2.0, "group_sl": 8.0, "group_reg": 4.0}
+DEFAULTS = {"slim": 2.0, "group_slim": 2.0, "group_sl": 8.0}
 
 
 @dataclass
@@ -27,9 +27,7 @@ class Channels:
     gammas: torch.Tensor  # (m,) BatchNorm scales over them
     owner: torch.Tensor  # (m,) channel of each scale
     norms: torch.Tensor  # (C,) RMS of the scales of each, or norm of all coupled weights with BatchNorm folded in
-    coefficient: float  # pull over the whole run
     ease: torch.Tensor | float = 1.0  # (C,) how easily each moves, 1 for the median; 1.0 where nothing is known
-    state: dict[str, torch.Tensor] = field(default_factory=dict)  # kept between steps and saved with the run
 
     def drawn(self, pull: float) -> torch.Tensor:
         """Return (C,) how far each channel is drawn where the median one is drawn by `pull`."""
@@ -68,14 +66,3 @@ def group_slim(channels: Channels, pull: float) -> torch.Tensor:
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
     return (-channels.drawn(pull) * (4 * channels.weakness() - 4).exp2()).exp()
-
-
-@penalties.row("group_reg", "L2 on all coupled weights that grows for the channels that stay weak",
-               needs=[Need.WEIGHTS], paper="Wang et al., Growing Regularization, 2021, arXiv:2012.09243")  # fmt: skip
-def group_reg(channels: Channels, pull: float) -> torch.Tensor:
-    """Return (C,) factors whose decay grows with the weakness so far; in all they come to exp(-coefficient * rank)."""
-    grown = channels.state.setdefault("grown", torch.zeros_like(channels.norms))
-    more = pull * channels.weakness()
-    decay = 2 * channels.drawn(pull) * (grown + more / 2) / channels.coefficient
-    grown.add_(more).clamp_(max=channels.coefficient)
-    return (-decay).exp()

@@ -60,7 +60,7 @@ class Sparsifier:
         self.rebuild(model)
 
     def rebuild(self, model: nn.Module) -> None:
-        """Find the groups anew after surgery; what a penalty has grown so far starts anew with them."""
+        """Find the groups anew after surgery; the mean of squared gradients starts anew with them."""
         self.groups = layout.sparse_groups(model, self.prune_cfg, self.scales)
         self.layout = layout.lay_out(model, self.groups, weights=not self.scales)
         self.state: dict[str, torch.Tensor] = {}
@@ -130,8 +130,7 @@ class Sparsifier:
         """Return all channels as they are now."""
         own, gammas = self.layout, layout.read_scales(model, self.layout)
         norms = layout.scale_norms(gammas, own) if self.scales else layout.weight_norms(model, own)
-        run = self.coefficient, self._ease(), self.state
-        return Channels(own.group, len(self.groups), gammas, own.owner, norms, *run)
+        return Channels(own.group, len(self.groups), gammas, own.owner, norms, self._ease())
 
     def _watch(self, model: nn.Module) -> None:
         """Average the squared gradients of the scales, which the optimizer step has just used."""
