@@ -66,6 +66,13 @@ def security(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site; a link that leads nowhere fails."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=WORDS)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel twice, in two folders: the same bytes."""
     session.run("bash", ".ci/wheel", external=True)

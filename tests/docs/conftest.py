@@ -96,9 +96,10 @@ def _furnish(folder: Path, tiny_yaml: Path, shots: Path) -> None:
         shutil.copy("runs/detect/quantize/onnx/fp32.onnx", name)
     for name in ("best_int8.onnx", "int8.onnx"):
         shutil.copy("runs/detect/quantize/onnx/int8.onnx", name)
-    Path("run").mkdir()
-    shutil.copy("runs/detect/quantize/base/evidence.npz", "run/base.npz")
-    shutil.copy("runs/detect/quantize/ptq/evidence.npz", "run/other.npz")
+    for stage, name in (("base", "base"), ("ptq", "other")):
+        for place in (f"{stage}/evidence.npz", f"run/{name}.npz"):
+            Path(place).parent.mkdir(exist_ok=True)
+            shutil.copy(f"runs/detect/quantize/{stage}/evidence.npz", place)
     Path("mypkg").mkdir()
     for name, text in {"__init__": "", "layers": LAYERS, "scores": SCORES, "prune": PRUNER}.items():
         Path(f"mypkg/{name}.py").write_text(text)

@@ -78,11 +78,13 @@ def test_every_page_is_read_and_has_its_commands():
 
 # Run -----------------------------------------------------------------------------------------------------------------
 SMALLER = {"imgsz": "64", "epochs": "1", "batch": "2", "rounds": "5", "quant.epochs": "1", "quant.calib": "8",
-           "quant.adaround": "2", "prune.latency": "1.01", "prune.images": "8", "resamples": "50"}  # fmt: skip
+           "quant.adaround": "2", "prune.latency": "1.01", "prune.images": "8", "resamples": "50",
+           "prune.ratios": "{'model.9.cv2': 0.3}"}  # fmt: skip
 WHILE_TRAINING = {"prune.at": "[1]", "prune.every": "1", "prune.steps": "1", "prune.end": "1", "epochs": "2"}
 MILD = {"prune.speedup": "1.3", "prune.params": "1.3", "prune.ratio": "0.2"}  # of a model that is narrow already
 TRAINS = {"epochs": "1", "batch": "8", "workers": "0", "plots": "False"}
 RECIPES_WHILE_TRAINING = ("kd_before_prune", "kd_while_pruning")
+RUN = "runs/detect/quantize"
 ABSENT = {  # files that a test cannot make in a moment, and machines
     "that.pt": "a checkpoint of Ultralytics' own QAT",
     "video.mp4": "a video",
@@ -100,7 +102,7 @@ def small(command: str, *words: str, folder: Path) -> list[str]:
     if given.get("epochs") == "0":
         change["epochs"] = "0"
     needed = {"model": "best.pt", "data": "data.yaml"} if "..." in words else {}
-    given = {key: change.get(key, value) for key, value in {**needed, **given}.items()}
+    given = {key: change.get(key, value).replace("<run>", RUN) for key, value in {**needed, **given}.items()}
     return [command, *(f"{key}={value}" for key, value in {**_also(command, given), **given}.items())]
 
 
