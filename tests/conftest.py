@@ -13,7 +13,8 @@ from typing import Any
 
 _CONFIG = tempfile.mkdtemp(prefix="yolo_ext_tests_")
 atexit.register(shutil.rmtree, _CONFIG, ignore_errors=True)
-os.environ.update(YOLO_CONFIG_DIR=_CONFIG, YOLO_AUTOINSTALL="false", YOLO_OFFLINE="1", MPLBACKEND="Agg")
+os.environ.update(YOLO_CONFIG_DIR=_CONFIG, YOLO_AUTOINSTALL="false", YOLO_OFFLINE="1", MPLBACKEND="Agg",
+                  ORT_DISABLE_TELEMETRY="1")  # fmt: skip
 
 import torch  # noqa: E402  the variables above count when Ultralytics is imported
 

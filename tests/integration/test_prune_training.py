@@ -101,11 +101,12 @@ def test_every_optimizer_goes_on(fit, tiny, optimizer):
 
 
 @pytest.mark.slow
-def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny):
+@pytest.mark.parametrize("epoch", [pytest.param(1, id="of the cut"), pytest.param(2, id="behind it")])
+def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny, epoch, record_property):
     yolo, poisoned = YOLO(str(tiny)), []
 
     def poison(trainer):
-        if trainer.epoch == 1 and not poisoned:
+        if trainer.epoch == epoch and not poisoned:
             poisoned.append(True)
             trainer.loss = torch.tensor(float("nan"))
 
@@ -115,6 +116,7 @@ def test_loss_that_is_not_a_number_goes_back_to_the_pruned_checkpoint(fit, tiny)
     model = load_model(trainer.save_dir / "weights" / "last.pt")[0]
     assert flops(tiny) / stock.gflops(model) == pytest.approx(2.0, rel=0.03)
     assert [s["epoch"] for s in manifest(model).prune["steps"]] == [1]
+    record_property("reliability", "NaN in the epoch of a cut and behind it: back to the pruned checkpoint, then on")
 
 
 @pytest.mark.slow
