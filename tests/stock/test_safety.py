@@ -241,7 +241,7 @@ def write_cache(file: Path, content: Any) -> None:
         np.save(f, content)
 
 
-@pytest.mark.parametrize("route", ["val", "train", "labels"])
+@pytest.mark.parametrize("route", [pytest.param("val", marks=pytest.mark.slow), "train", "labels"])
 def test_a_cache_of_labels_is_data(route, evil, settings, tmp_path, capsys, record_property):
     data = Path("shapes/data.yaml")
     caches = [Path(f"shapes/labels/{split}.cache") for split in ("train", "val")]
@@ -330,3 +330,156 @@ def test_a_layer_is_a_module(name, place, tiny_yaml, capsys):
     YAML.save("yolov8n-odd.yaml", content)
     assert cli.main(["analyze", "model=yolov8n-odd.yaml", "imgsz=64"]) == 2
     assert "Cannot build a model from" in capsys.readouterr().err
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"convert source=shapes/list.yaml to={to}" for to in ("voc", "yolo", "coco")),
+        "split source=shapes/list.yaml ratio=0.5,0.5",
+        pytest.param("label model=tiny.pt source=shapes/train.txt imgsz=64", marks=pytest.mark.slow),
+    ],
+)
+def test_a_list_of_images_leads_nowhere_else(words, place):
+    images = sorted(p.name for p in Path("shapes/images/train").iterdir())
+    names = [f"./images/train/{images[0]}", *(f"./images/val/../../images/../images/train/{n}" for n in images[1:3])]
+    (Path("far")).mkdir()
+    Path(f"shapes/images/train/{images[3]}").rename("far/c.jpg")
+    Path("shapes/train.txt").write_text("\n".join([*names, "./images/../../far/c.jpg"]))
+    own = YAML.load("shapes/data.yaml")
+    val = next(Path("shapes/images/val").iterdir())
+    YAML.save("shapes/list.yaml", {**own, "train": "train.txt", "val": str(val.relative_to("shapes"))})
+    before = {*Path().rglob("*")}
+    assert cli.main([*words.split(), "out=deep/er/out"]) == 0
+    made = {p for p in Path().rglob("*") if p not in before and not p.is_relative_to("deep/er/out")}
+    assert made == {Path("deep"), Path("deep/er")}
+
+
+@pytest.mark.parametrize("name", ["../../gone", "/gone", "a/../../gone", "..\\..\\gone"])
+@pytest.mark.parametrize("to", ["yolo", "voc"])
+def test_a_name_in_a_coco_file_leads_nowhere_else(name, to, place, monkeypatch):
+    import json
+    import shutil
+
+    Path("coco").mkdir()
+    shutil.copy(next(Path("shapes/images/train").iterdir()), "coco/gone.jpg")
+    images = [{"id": i, "file_name": f"{name if i else 'gone'}.jpg", "width": 64, "height": 64} for i in (0, 1)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in (0, 1)]
+    found = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "../../x"}]}
+    Path("coco/instances.json").write_text(json.dumps(found))
+    before = {*Path().rglob("*")}
+    cli.main(["convert", "source=coco", "out=deep/er/out", f"to={to}", "broken=skip", "ratio=0.5,0.5"])
+    made = {p for p in Path().rglob("*") if p not in before and not p.is_relative_to("deep/er/out")}
+    assert made <= {Path("deep"), Path("deep/er")}
+
+
+# ONNX -----------------------------------------------------------------------------------------------------------------
+def onnx_file(file: Path, weight: Any, node: Any = None) -> None:
+    """Write a small file with the metadata of Ultralytics, one weight and one operator."""
+    import onnx
+    from onnx import helper
+
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, (1, 3, 8, 8)) for n in "xy")
+    graph = helper.make_graph([node or helper.make_node("Add", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("theirs", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=8)
+    meta = {"task": "detect", "names": "{0: 'x'}", "stride": "32", "imgsz": "[8, 8]"}
+    helper.set_model_props(model, meta)
+    file.write_bytes(model.SerializeToString())
+
+
+def weight(dims: tuple[int, ...] = (1,), **external: Any) -> Any:
+    import onnx
+
+    found = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=dims)
+    if external:
+        found.data_location = onnx.TensorProto.EXTERNAL
+        found.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in external.items())
+    else:
+        found.raw_data = b"\0" * 4
+    return found
+
+
+def hostile(kind: str, file: Path) -> None:
+    from onnx import helper
+
+    Path("secret.bin").write_bytes(b"\0" * 4)
+    if kind == "no ONNX":
+        file.write_bytes(b"\x08" * 99)
+    elif kind == "custom operator":
+        onnx_file(file, weight(), helper.make_node("Runs", ["x", "w"], ["y"], domain="theirs"))
+    else:
+        outside = {
+            "parent": {"location": "../secret.bin"},
+            "absolute": {"location": Path("secret.bin").absolute()},
+            "missing": {"location": "gone.bin"},
+            "terabytes": {},
+            "length": {"location": "in.bin", "length": 2**42},
+        }
+        (file.parent / "in.bin").write_bytes(b"\0" * 4)
+        onnx_file(file, weight((2**40,) if kind in ("terabytes", "length") else (1,), **outside[kind]))
+
+
+HOSTILE = ("no ONNX", "custom operator", "parent", "absolute", "missing", "terabytes", "length")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bench models=in/a.onnx imgsz=8 rounds=1",
+        "label model=in/a.onnx source=shapes out=out",
+        "verify model=tiny.pt onnx=in/a.onnx source=shapes",
+        "val model=in/a.onnx data=shapes/data.yaml",
+        "predict model=in/a.onnx source=shapes",
+        "predict model=in/a.onnx compare=tiny.pt source=shapes",
+    ],
+)
+def test_a_hostile_onnx_file_is_an_error(kind, words, place, capsys, record_property):
+    Path("in").mkdir()
+    hostile(kind, Path("in/a.onnx"))
+    assert cli.main(words.split()) == 2
+    assert "in/a.onnx" in capsys.readouterr().err
+    record_property("reliability", f"{len(HOSTILE)} kinds of hostile ONNX files: one error each")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_the_detector_refuses_a_hostile_onnx_file(kind, place):
+    from yolo_ext.deployment import Detector
+
+    Path("in").mkdir()
+    hostile(kind, Path("in/a.onnx"))
+    with pytest.raises(UsageError, match=r"in/a\.onnx"):
+        Detector("in/a.onnx")
+
+
+# What has to load -----------------------------------------------------------------------------------------------------
+FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
+SHARED = Path(__file__).parents[3] / "shared/weights"  # of others, where they lie beside the checkout
+WHOLE = [
+    f for f in [*sorted(FIXTURES.rglob("*.pt")), *sorted(SHARED.rglob("*.pt"))] if f.stem not in ("yolov5n", "food")
+]
+
+
+@pytest.mark.parametrize("file", WHOLE, ids=[f.name for f in WHOLE])
+def test_what_we_and_others_wrote_loads_safely(file, record_property):
+    if file.stem.startswith("resume"):
+        assert torch.load(file, weights_only=True)
+    else:
+        assert raw_checkpoint(file) and load_model(file)[0].task
+    record_property(
+        "reliability", f"{len(WHOLE)} of {len(WHOLE)} checkpoints of older versions and of others load safely"
+    )
+
+
+@pytest.mark.slow
+def test_what_stock_trainings_of_each_kind_hold_loads_safely(tmp_path):
+    """Heads and blocks of all families, as pickles of Ultralytics hold them."""
+    names = (
+        "yolov5n yolov8n-seg yolov8n-pose yolov8n-obb yolov9t yolov10n yolo11n-cls yolo12n yolo26n yolo26n-seg rtdetr-l"
+    )
+    for name in names.split():
+        net, _ = load_model(f"{name}.yaml")
+        checkpoint.save_model(net, tmp_path / f"{name}.pt")
+        assert type(load_model(tmp_path / f"{name}.pt")[0]) is type(net)

@@ -235,7 +235,8 @@ def list_images(source: Any) -> list[Path]:
             files = [path]
         else:
             lines = map(str.strip, read_text(path).splitlines())  # Ultralytics reads ./ likewise
-            files = [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines]
+            listed = (path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines)
+            files = [f.resolve() if ".." in f.parts else f for f in listed]  # what is written takes their names
     if not files and not path.is_file():
         raise UsageError(f"Cannot find '{source}', which does not exist. {SOURCES}")
     return sorted(filter(is_image, files))
