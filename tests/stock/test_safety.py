@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from yolo_ext.commands import COMMANDS, keys
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.plain_yaml import plain_yaml
 from yolo_ext.data.check import check_data
+from yolo_ext.pipeline.run import train
 from yolo_ext.stock.load import load_model, raw_checkpoint
 from yolo_ext.stock.safety import VARIABLE, safely
 from yolo_ext.training.trainer import DetectionTrainer
@@ -172,6 +173,14 @@ def test_a_run_folder_holds_no_code(name, evil, capsys):
     poisoned(Path("tiny.pt"), f"old/weights/{name}")
     cli.main(["train", "resume=old", "data=shapes/data.yaml", "device=cpu", "workers=0"])
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_stage_that_goes_on_loads_no_code(evil):
+    folder = Path("run/finetune/weights")
+    folder.mkdir(parents=True)
+    poisoned(Path("tiny.pt"), str(folder / "last.pt"))
+    with pytest.raises(UsageError, match=r"posix\.system"):
+        train(SimpleNamespace(folder=Path("run")), "finetune", {}, {})
 
 
 @pytest.fixture
