@@ -20,8 +20,16 @@ from ultralytics.nn.modules import Conv
 from yolo_ext import stock
 from yolo_ext.core.registry import Need
 from yolo_ext.distillation.criterion import batch_boxes
-from yolo_ext.distillation.features import Align, feature_losses, modules, standardize
-from yolo_ext.distillation.logits import HeadOutput, decode, logit_losses, regrid
+from yolo_ext.distillation.losses import (
+    Align,
+    HeadOutput,
+    decode,
+    feature_losses,
+    logit_losses,
+    modules,
+    regrid,
+    standardize,
+)
 from yolo_ext.distillation.terms import Balance
 from yolo_ext.pruning import masks
 from yolo_ext.quantization.calibrate import calibrate, inspect
@@ -30,7 +38,7 @@ from yolo_ext.quantization.observers import Histogram, observers, weight_observe
 from yolo_ext.quantization.spec import Spec
 from yolo_ext.sparsity import layout
 from yolo_ext.sparsity.layout import SparseGroup, lay_out
-from yolo_ext.sparsity.penalties import DEFAULTS, Channels, penalties
+from yolo_ext.sparsity.penalties import Channels, penalties
 from yolo_ext.stock import evidence
 
 GPU = torch.device("cuda", 0)
@@ -315,10 +323,10 @@ def test_penalties(row):
         gammas = layout.read_scales(net, where)
         by_scale = Need.SCALES in row.needs
         norms = layout.scale_norms(gammas, where) if by_scale else layout.weight_norms(net, where)
-        channels = Channels(where.group, 1, gammas, where.owner, norms, DEFAULTS[row.name], norms + 1)
+        channels = Channels(where.group, 1, gammas, where.owner, norms, norms + 1)
         factors = row.fn(channels, 0.3)
         layout.multiply(net, where, *([factors] if by_scale else [factors[where.owner], factors]))
-        return factors, channels.state, [p.detach() for p in net.parameters()]
+        return factors, [p.detach() for p in net.parameters()]
 
     same(shrunk, net)
 

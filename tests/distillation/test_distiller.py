@@ -17,8 +17,7 @@ from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller, batch_boxes
-from yolo_ext.distillation.features import feature_losses
-from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.losses import feature_losses, logit_losses
 from yolo_ext.distillation.teacher import sites
 from yolo_ext.distillation.terms import Balance
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
-from yolo_ext.distillation.features import (  # fmt: skip
+from yolo_ext.distillation.losses import (  # fmt: skip
     Align,
     ContextBlock,
     at,
@@ -152,7 +152,7 @@ def test_fgd_is_the_formula_of_the_paper():
     ids=["all", "inside a cell", "over a corner", "point", "point on a corner", "left of it", "right of it", "outside"],
 )  # fmt: skip
 def test_a_box_covers_the_cells_it_touches(box, cells):
-    from yolo_ext.distillation.features import _object_scale
+    from yolo_ext.distillation.losses import _object_scale
 
     scale = _object_scale(torch.tensor([[0, *box]]), 1, 4, 4)
     assert (scale > 0).sum() == cells and scale.sum().item() == pytest.approx(min(cells, 1))

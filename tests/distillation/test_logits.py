@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.logits import (
+from yolo_ext.distillation.losses import (
     HeadOutput,
     average,
     bckd,

@@ -16,8 +16,7 @@ from ultralytics.cfg import get_cfg
 from yolo_ext import stock
 from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import DistillationLoss, Distiller
-from yolo_ext.distillation.features import feature_losses
-from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.losses import feature_losses, logit_losses
 from yolo_ext.stock.load import load_model
 
 LOGITS, FEATURES = [r.name for r in logit_losses], [r.name for r in feature_losses]

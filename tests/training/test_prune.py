@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 from yolo_ext import stock
 from yolo_ext.checkpoint import manifest
 from yolo_ext.core.config import PruneConfig
-from yolo_ext.distillation.features import Align
+from yolo_ext.distillation.losses import Align
 from yolo_ext.pruning.prune import prune_with_plan
 from yolo_ext.pruning.surgery import cut_run
 from yolo_ext.training.distill import cut_adapters

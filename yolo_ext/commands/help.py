@@ -31,7 +31,7 @@ TOPICS = {"compress": (*CONFIGS,), "train": (*CONFIGS,), "quantize": ("quant",),
 TABLES = {  # of methods, by technique
     "prune": ("pruning.criteria:criteria", "core.schedules:removals"),
     "sparsity": ("sparsity.penalties:penalties",),
-    "distill": ("distillation.logits:logit_losses", "distillation.features:feature_losses", "core.schedules:decays"),
+    "distill": ("distillation.losses:logit_losses", "distillation.losses:feature_losses", "core.schedules:decays"),
     "quant": ("quantization.observers:observers", "quantization.observers:weight_observers", "quantization.spec:ROWS"),
 }
 OPTIONS = {  # headings in the help of a technique, each by the first option below it

@@ -15,8 +15,7 @@ from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.registry import Need
 from yolo_ext.core.schedules import loss_factor
-from yolo_ext.distillation.features import Align, modules
-from yolo_ext.distillation.logits import HeadOutput, resized
+from yolo_ext.distillation.losses import Align, HeadOutput, modules, resized
 from yolo_ext.distillation.teacher import Guide, Site, Taps, make_guides, sites
 from yolo_ext.distillation.terms import Balance, Term, check, terms, title, with_logits
 from yolo_ext.stock.trainer import Proxy

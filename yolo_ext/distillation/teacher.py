@@ -17,7 +17,7 @@ from yolo_ext.core.config import DistillConfig
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.options import listed
 from yolo_ext.core.registry import suggest
-from yolo_ext.distillation.logits import HeadOutput, decode, regrid
+from yolo_ext.distillation.losses import HeadOutput, decode, regrid
 from yolo_ext.stock.context import evaluating, replaced
 from yolo_ext.stock.load import load_model
 

@@ -16,8 +16,7 @@ from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig, listed, parse
 from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.registry import Need, Row, Table, suggest
-from yolo_ext.distillation.features import feature_losses
-from yolo_ext.distillation.logits import logit_losses
+from yolo_ext.distillation.losses import feature_losses, logit_losses
 from yolo_ext.distillation.teacher import Guide
 from yolo_ext.reporting.tables import align, cell
 

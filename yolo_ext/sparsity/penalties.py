@@ -33,12 +33,6 @@ class Channels:
         """Return (C,) how far each channel is drawn where the median one is drawn by `pull`."""
         return torch.ones_like(self.norms) * pull * self.ease
 
-    def weakness(self) -> torch.Tensor:
-        """Return (C,) ranks within each group: 1 for the weakest channel, 0 for the strongest or if all are equal."""
-        strength = self.norms / self.ease
-        low, high = (segment(strength, self.group, self.groups, op)[self.group] for op in ("amin", "amax"))
-        return (high - strength) / (high - low).clamp(min=TINY)
-
 
 def segment(values: torch.Tensor, group: torch.Tensor, groups: int, op: str) -> torch.Tensor:
     """Reduce (C,) values by the (C,) numbers of their groups, none of them empty, to (groups,); `op` amin or amax."""
@@ -65,4 +59,7 @@ def group_slim(channels: Channels, pull: float) -> torch.Tensor:
                needs=[Need.WEIGHTS], paper="Fang et al., DepGraph, 2023, arXiv:2301.12900")  # fmt: skip
 def group_sl(channels: Channels, pull: float) -> torch.Tensor:
     """Return (C,) factors exp(-pull * 2^(4 * weakness) / 16), which come to the same in any number of steps."""
-    return (-channels.drawn(pull) * (4 * channels.weakness() - 4).exp2()).exp()
+    strength, group = channels.norms / channels.ease, channels.group
+    low, high = (segment(strength, group, channels.groups, op)[group] for op in ("amin", "amax"))
+    weakness = (high - strength) / (high - low).clamp(min=TINY)  # 0 for the strongest of a group or if all are equal
+    return (-channels.drawn(pull) * (4 * weakness - 4).exp2()).exp()
