@@ -108,7 +108,7 @@ def convert(source: Path, out: Path, **options: Any) -> dict[str, Any]:
         record = {"source": str(source), "images": images, "boxes": boxes, "notes": named}
         if named:  # names every image, class or file that something was changed or left out of
             (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    done = {"out": out, "names": names, "data": yamls, "images": images, "boxes": boxes, "notes": notes}
+    done: dict[str, Any] = {"out": out, "names": names, "data": yamls, "images": images, "boxes": boxes, "notes": notes}
     _report(**done)
     return done
 
