@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ultralytics import YOLO, cfg
@@ -87,7 +89,8 @@ def _furnish(folder: Path, tiny_yaml: Path, shots: Path) -> None:
     shutil.copy(lists / "val.txt", lists / "test.txt")
     ran("convert source=photos out=mydata ratio=0.5,0.5")
     ran("convert source=data.yaml to=coco out=coco")
-    shutil.copy(next(Path("coco").rglob("*train*.json")), "instances.json")
+    coco = json.loads(next(Path("coco").rglob("*train*.json")).read_text())
+    Path("instances.json").write_text(json.dumps(_with_polygons(coco)))
     ran(f"prune model=best.pt data=data.yaml epochs=1 prune.speedup=1.3 {SMALL} name=pruned")
     shutil.copy("runs/detect/pruned/weights/best.pt", "pruned.pt")
     ran(f"compress model=best.pt data=data.yaml epochs=1 prune.speedup=1.3 {SMALL}")
@@ -123,5 +126,12 @@ def own_place(furnished: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.
     return tmp_path
 
 
-def _options() -> dict[str, object]:
+def _with_polygons(coco: dict[str, Any]) -> dict[str, Any]:
+    for row in coco["annotations"]:
+        x, y, w, h = row["bbox"]
+        row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return coco
+
+
+def _options() -> dict[str, Any]:
     return {"imgsz": 64, "batch": 8, "workers": 0, "plots": False, "verbose": False}

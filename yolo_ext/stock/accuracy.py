@@ -15,7 +15,7 @@ from ultralytics.models.yolo import classify, detect, obb, pose, segment
 from ultralytics.utils import YAML
 from ultralytics.utils.metrics import smooth
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.stock.context import alone, quiet
 from yolo_ext.stock.evidence import collected, hash_of
 from yolo_ext.stock.fit import ONE_CLASS, check_fit, one_class
@@ -43,7 +43,7 @@ def accuracy(
             cls, args = type(like), {**vars(like.args), "compile": False}
         else:
             cls, args = validator_of(model, data, net)
-            args |= {"imgsz": imgsz, "rect": False, "mode": "val"}  # or a static export would see other pixels
+            args |= {"rect": False, "mode": "val"} | ({"imgsz": imgsz} if imgsz else {})  # as static exports see them
             args |= {"model": str(model), "batch": 1} if net is None else {"batch": batch, **head_args(end2end)}
             options |= {} if net or gpu_runs(Path(str(model))) else {"device": "cpu"}
         args |= {"plots": False, "verbose": False, "save_dir": folder, **options}
@@ -70,43 +70,45 @@ def lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
 def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return validator class and arguments for data and a model (`net`, if loaded); UsageError if they do not fit."""
     net = _net(model) if net is None else net
-    task, names, head = (net.task, net.names, type(net.model[-1]).__name__) if net else _about(Path(str(model)))
+    about = (net.task, net.names, type(net.model[-1]).__name__, 640) if net else _about(Path(str(model)))
+    task, names, head, size = about
     one = names == ONE_CLASS  # as it was trained
     if task not in VALIDATORS:
         raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
     if task != "classify":
-        try:
+        with refused(f"Data set '{data}' cannot be used ({{e}}). Give a YAML of data on disk."):
             info = check_det_dataset(str(data), autodownload=False)
-        except Exception as error:
-            raise UsageError(f"Data set '{data}' cannot be used ({error}). Give a YAML of data on disk.") from error
         who = "model" if isinstance(model, nn.Module) else model
         check_fit(net or {"names": names}, one_class(info) if one else info, (who, data))
     elif not Path(str(data)).is_dir():
         raise UsageError(f"Data set '{data}' cannot be used (not a folder). Give a folder of data on disk.")
     cls = RTDETRValidator if head == "RTDETRDecoder" else VALIDATORS[task]  # which stretches images
-    return cls, {"task": task, "data": str(data), "single_cls": one}
+    return cls, {"task": task, "data": str(data), "single_cls": one, "imgsz": size}
 
 
 def _net(model: str | Path | nn.Module) -> Any:
     return float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
 
 
-def _about(path: Path) -> tuple[str, dict[int, str], str]:
-    """Return task, class names and type of the head of an exported model."""
+def _about(path: Path) -> tuple[str, dict[int, str], str, int]:
+    """Return task, class names, type of the head and longer side in pixels of an exported model."""
     import onnx
 
+    broken = f"The metadata of '{path}' cannot be read ({{e}}). Export the model again."
     if path.is_dir():
-        found = YAML.load(path / "metadata.yaml")
-        return found["task"], found["names"], found.get("head", "")
+        with refused(broken):
+            found = YAML.load(path / "metadata.yaml")
+            about = found["task"], dict(found["names"]), found.get("head", ""), max(found["imgsz"])
+        return about
     if not path.is_file():
         raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
-    try:
+    with refused(f"'{path}' is not an ONNX model ({{e}})."):
         props = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
-    except Exception as error:  # protobuf's error is of a class of its own
-        raise UsageError(f"'{path}' is not an ONNX model ({error}).") from error
     if "task" not in props:
         raise UsageError(f"ONNX model '{path}' has no Ultralytics metadata. Export it with yolo-ext or Ultralytics.")
-    return props["task"], ast.literal_eval(props.get("names", "{}")), props.get("head", "")
+    with refused(broken):
+        names, size = map(ast.literal_eval, (props.get("names", "{}"), props.get("imgsz", "[640]")))
+        return props["task"], dict(names), props.get("head", ""), max(size)
 
 
 def _figures(validator: Any, found: dict[str, Any]) -> dict[str, Any]:
