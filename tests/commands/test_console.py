@@ -147,4 +147,4 @@ def test_slow_commands(console, name, place, tiny_demo):
 
 def test_every_command_that_does_something_has_its_snapshot():
     snapshots = {words.split()[0] for words in {**FAST, **SLOW}.values()}
-    assert {*COMMANDS.names()} - snapshots == {"help", "cfg", "version", "recipes"}
+    assert {*COMMANDS.names()} - snapshots == {"checks", "help", "cfg", "version", "recipes"}  # test_checks.py

@@ -76,9 +76,10 @@ def checks() -> dict[str, Any]:
     from yolo_ext.stock.model import THOP
 
     there = {str(d.name).lower(): d for d in reversed([*metadata.distributions()])}  # the first one found counts
-    about = str(there["yolo-ext"].metadata) if "yolo-ext" in there else ""  # a clone that is not installed
-    needs = re.findall(r"(?m)^Requires-(?:Python: |Dist: ([\w-]+))([<>=.,\d]+)$", about)
-    legal, profile, problems = {k or "python": versions for k, versions in needs}, resolve_profile("auto"), list[str]()
+    own = there.get("yolo-ext")  # None in a clone that is not installed
+    needs = [f"python{own.metadata['Requires-Python']}", *(own.requires or [])] if own else []
+    legal = dict(found.groups() for need in needs if (found := re.fullmatch(r"([\w-]+)([<>=.,\d]+)", need)))
+    profile, problems = resolve_profile("auto"), list[str]()
     have = {**{k: there[k].version for k in legal if k in there}, **stock.cpu_info(), "profile": profile.name}
     for key, value in have.items():
         LOGGER.info(f"{key:<18}{'not known' if value is None else value!s:<14}{legal.get(key, '')}".rstrip())
