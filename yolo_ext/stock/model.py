@@ -14,7 +14,7 @@ from ultralytics.nn.modules import block, conv, head
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.registry import suggest
 
 
@@ -92,10 +92,8 @@ def select(model: nn.Module, selector: str, option: str = "selector") -> list[st
     found = found or [p for p, m in modules.items() if type(m).__name__ == selector]
     expression = selector.removeprefix("re:")
     fits = re.fullmatch if expression == selector else re.search
-    try:
+    with refused(f"'{option}={selector}' is no layer and is not a regular expression: {{e}}.", re.error):
         found = found or [p for p in modules if fits(expression, p)]
-    except re.error as e:
-        raise UsageError(f"'{option}={selector}' is no layer and is not a regular expression: {e}.") from e
     if not found:
         names = [*SECTIONS, *sorted({type(m).__name__ for m in modules.values()}), *modules]
         raise UsageError(

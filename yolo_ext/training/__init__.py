@@ -15,7 +15,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import atomic_write, hand_on, is_pruned
 from yolo_ext.core.config import EXT_DEFAULTS, changes, parse, read_flat
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.reporting.tables import conclude, write_summary
@@ -112,10 +112,8 @@ def check_settled(configs: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[
 def _check_moved(ckpt: Mapping[str, Any], given: Any, task: str) -> None:
     """Refuse to go on with a training whose data are not where they were."""
     data = given or (ckpt.get("train_args") or {}).get("data")
-    try:
+    with refused("{e} Where the data of a stopped training have moved, add data=.", UsageError):
         check_data(str(data), task=task, labels=False)
-    except UsageError as e:
-        raise UsageError(f"{e} Where the data of a stopped training have moved, add data=.") from e
 
 
 def _trained(yolo: Any, task: str, options: dict[str, Any]) -> Any:
