@@ -11,7 +11,7 @@ from yolo_ext.checkpoint import MANIFEST
 from yolo_ext.core.log import FILE, LOGGER
 
 D = "data=shapes/data.yaml imgsz=64"
-TRAIN = f"train model=tiny.pt {D} epochs=1 batch=4 device=cpu workers=0 plots=False"
+TRAIN = f"train model=tiny.pt {D} epochs=1 batch=4 nbs=4 device=cpu workers=0 plots=False"
 
 
 @pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
