@@ -78,7 +78,7 @@ def checks() -> dict[str, Any]:
     there = {str(d.name).lower(): d for d in reversed([*metadata.distributions()])}  # the first one found counts
     own = there.get("yolo-ext")  # None in a clone that is not installed
     needs = [f"python{own.metadata['Requires-Python']}", *(own.requires or [])] if own else []
-    legal = dict(found.groups() for need in needs if (found := re.fullmatch(r"([\w-]+)([<>=.,\d]+)", need)))
+    legal = {found[1]: found[2] for need in needs if (found := re.fullmatch(r"([\w-]+)([<>=.,\d]+)", need))}
     profile, problems = resolve_profile("auto"), list[str]()
     have = {**{k: there[k].version for k in legal if k in there}, **stock.cpu_info(), "profile": profile.name}
     for key, value in have.items():
