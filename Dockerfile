@@ -1,5 +1,5 @@
 # yolo_ext on CPUs: docker build -t yolo-ext . && docker run --rm -v "$PWD:/data" yolo-ext compress model=best.pt data=data.yaml
-FROM python:3.12-slim
+FROM python:3.12-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 && rm -rf /var/lib/apt/lists/*
 # Without CUDA, torch is a tenth of the size.
 RUN pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/cpu
