@@ -6,9 +6,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,8 +24,12 @@ from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import CONFIGS, read_options
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.lock import LOCK, RUN, hold
 from yolo_ext.core.log import FILE, let_go, log_to
+from yolo_ext.core.options import listed
 from yolo_ext.stock.context import TASKS, get_save_dir
+from yolo_ext.stock.evidence import hash_of, hashed
+from yolo_ext.stock.load import img2label_paths
 from yolo_ext.stock.model import METRIC
 
 NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"), ("torch", "ort", "ort_int8")),
@@ -32,12 +37,15 @@ NESTED = {**dict.fromkeys(("latency_ms", "latency_batch32_ms", "latency_ratio"),
 METRICS = ("params", "gflops", "size_mb", "map50", *METRIC, *NESTED, "convs", "int8_convs", "imgsz", "images")
 Rows = list[dict[str, Any]]
 TRAININGS = ("train", "distill")
-OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "detections.jsonl"}  # else compress.yaml
+OPTIONS = {**dict.fromkeys((*TRAININGS, "sensitivity"), "args.yaml"), "label": "detections.jsonl"}  # else RUN
 PLACE = ("project", "name", "exist_ok", "save_dir", "out")
 # Keys that may be other ones when a run goes on.
-FREE = ("device", "workers", "verbose", "modules", "max_drop", "contract", "confidence", "mode", "task")
-AT_ONCE = {"args.yaml", "base_evidence.npz", "weights", FILE}  # what is there before a run has done anything
-RESULTS = ("summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
+FREE = ("device", "workers", "verbose", "plots", "modules", "max_drop", "contract", "confidence", "mode", "task")
+INPUTS = "inputs.json"
+AT_ONCE = {"args.yaml", INPUTS, "base_evidence.npz", "weights", FILE, LOCK}  # there before a run has done anything
+CHECKED = (".pt", ".onnx", ".npz", ".json")  # ends of what a stage writes for later ones; nothing reads a last.pt
+KINDS = {"dict": dict, "list": list, "Rows": list, "str": str, "int": int, "bool": bool, "Any": object}
+RESULTS = (INPUTS, "summary.json", "report.json", "report.md", "report.html", "weights/best.pt", "onnx/fp32.onnx",
            "onnx/int8.onnx", "plots/stages.*", "plots/channels.*", "plots/detections_*")  # fmt: skip
 
 
@@ -64,7 +72,8 @@ class Record:
     skipped: str | None = None  # why a stage had nothing to do
     parity: dict[str, Any] | None = None  # differences between the INT8 file, its simulation and PyTorch
     seconds: Any = None  # a number: what the stage took
-    files: list[str] | None = None  # what it wrote, relative to its folder
+    start: str | None = None  # hash of the float weights that it started from
+    files: Any = None  # what it wrote, relative to its folder, each with a hash where it is checked
 
     def write(self, path: Path) -> None:
         """Write what the stage has to say."""
@@ -72,9 +81,14 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read a `stage.json`; keys of other versions are left out."""
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{f.name: found.get(f.name) for f in fields(cls)})
+        """Read a `stage.json`, an empty record where it is damaged; keys of other versions are left out."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            told = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
+        except (ValueError, AttributeError):
+            return cls()
+        kinds = {f.name: KINDS[re.split(r"\W", str(f.type))[0]] for f in fields(cls)}
+        return cls(**told) if all(isinstance(v, kinds[k]) for k, v in told.items()) else cls()
 
 
 def located(place: Mapping[str, Any], task: str, mode: str) -> Path:
@@ -95,10 +109,11 @@ def make_way(root: Path, stages: Iterable[str], again: bool) -> None:
     """Refuse a folder that is not empty, unless a run starts over there: what that one wrote goes, and nothing else."""
     if not root.exists() or {p.name for p in root.iterdir() if p.name[0] != "."} <= AT_ONCE:
         return
-    if not (root / "compress.yaml").exists():
+    if not (root / RUN).exists():
         raise UsageError(f"'{root}' holds files that are not those of such a run. Give another name= or save_dir=.")
     if not again:
         raise UsageError(f"'{root}' holds a run: add resume=True to go on with it, or exist_ok=True to start over.")
+    hold(root)
     gone = [file for name in RESULTS for file in root.glob(name)]
     for stage in map(root.joinpath, stages):
         if (file := stage / "stage.json").exists():
@@ -138,8 +153,7 @@ def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if trains and Path(str(resume)).suffix == ".pt":
         return {**options, "model": str(resume), "resume": str(resume)}
     path = _stopped(command, options)
-    text = (path / OPTIONS.get(command, "compress.yaml")).read_text(encoding="utf-8")
-    before = json.loads(text.splitlines()[0])["options"] if command == "label" else yaml.safe_load(text) or {}
+    before = saved_options(path / OPTIONS.get(command, RUN))
     for k in (k for k in CONFIGS if isinstance(before.get(k), dict)):  # options that came or went since do not count
         before[k] = {f.name: before[k][f.name] for f in fields(CONFIGS[k]) if f.name in before[k]}
     counts = CONFIGS if trains else {*given} - {*FREE}  # Ultralytics says itself what it ignores
@@ -154,11 +168,22 @@ def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**before, **free, "resume": True, "out" if command == "label" else "save_dir": str(path)}
 
 
+def saved_options(file: Path) -> dict[str, Any]:
+    """Return the options that a file of a run folder holds."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text.splitlines()[0])["options"] if file.suffix == ".jsonl" else yaml.safe_load(text)
+        return {**found}
+    except (ValueError, LookupError, TypeError, yaml.YAMLError) as e:
+        damaged = f"'{file}' is damaged, so its run cannot be gone on with ({type(e).__name__})"
+        raise UsageError(f"{damaged}. Restore it, or start over in another folder.") from e
+
+
 def _stopped(command: str, options: Mapping[str, Any]) -> Path:
     """Return the only folder with a run of a command that `resume` or the place can mean."""
     told = options.get("out") if options["resume"] is True else options["resume"]
     where = {Path(str(told)).resolve()} if told else {located({**options, "exist_ok": True}, t, command) for t in TASKS}
-    sign = "weights/last.pt" if command in TRAININGS else OPTIONS.get(command, "compress.yaml")
+    sign = "weights/last.pt" if command in TRAININGS else OPTIONS.get(command, RUN)
     found = [path for path in where if (path / sign).exists()]
     if len(found) != 1:
         what = f"'{told or options.get('name') or command}' is {'more than one run' if found else 'no stopped run'}"
@@ -175,6 +200,28 @@ def _differs(key: str, told: Any, given: Any) -> bool:
     now, was = (read_options(key, v if isinstance(v, Mapping) else asdict(v))[0] for v in (given, told))
     was = {**asdict(CONFIGS[key]()), **was}
     return plain({**was, **now}) != plain(was)
+
+
+def inputs(options: Mapping[str, Any], images: Mapping[str, Sequence[Path]], names: Any) -> dict[str, str]:
+    """Return what a run reads: hashes of files of options, classes, count and hash of images (by size) and labels."""
+    flat = [pair for k, v in options.items() for pair in (v.items() if isinstance(v, Mapping) else [(k, v)])]
+    files = [(k, Path(v)) for k, several in flat for v in listed(several) if isinstance(v, (str, Path)) and v]
+    found = {f"{k} {file.name}": hash_of(file) for k, file in files if k != "data" and file.is_file()}
+    found["classes"] = ", ".join(map(str, names.values()))
+    for split, paths in images.items():
+        paths = sorted(paths)
+        labels = [p for p in map(Path, img2label_paths([*map(str, paths)])) if p.is_file()]
+        seen = hashed(f"{p.parent.name}/{p.name} {p.stat().st_size}".encode() for p in paths)
+        read = hashed(part for p in labels for part in (p.name.encode(), p.read_bytes()))
+        found[f"images of {split}"], found[f"labels of {split}"] = f"{len(paths)} ({seen})", f"{len(labels)} ({read})"
+    return found
+
+
+def refuse_others(folder: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """Refuse to go on with other inputs than a run began with; files that are gone are missed where they are read."""
+    if changed := [f"{k} ({v} then, {now[k]} now)" for k, v in (before or {}).items() if now.get(k, v) != v]:
+        other = f"'{folder}' cannot be gone on with, as other inputs would mix: {', '.join(changed)}"
+        raise UsageError(f"{other}. Bring back what it began with, or start over: exist_ok=True or another name=.")
 
 
 def discard(folder: Path) -> None:
@@ -201,17 +248,43 @@ def saved(where: Path | str, use: str = "") -> None:
     LOGGER.info(f"Results saved to {where}{f'. Next: {use}' if use else ''}")
 
 
-def stage(root: Path, name: str, work: Callable[[], Record]) -> Record:
-    """Do a stage once: its record `<name>/stage.json` is written when it is done and read on resume."""
+def stage(root: Path, name: str, work: Callable[[], Record], start: str, again: list[str]) -> Record:
+    """Do a stage once: its record `<name>/stage.json` is written when it is done and read on resume.
+
+    It is done again where its files are not as it wrote them, or the weights that it starts from are not (by their
+    hash, empty where they are random), and behind a stage that is done again, which `again` names.
+    """
     file = root / name / "stage.json"
     if file.exists():
-        LOGGER.info(f"{name}: done already, not repeated")
-    else:
-        start = time.monotonic()
-        done = replace(work(), seconds=round(time.monotonic() - start, 1))
-        written = sorted(str(f.relative_to(file.parent)) for f in file.parent.rglob("*") if f.is_file())
-        replace(done, files=written).write(file)
+        done = Record.read(file)
+        if not (why := _outdated(file.parent, done, start, again)):
+            LOGGER.info(f"{name}: done already, not repeated")
+            return done
+        LOGGER.warning(f"{name}: done again, as {why}")
+        again.append(name)
+        file.unlink()
+    begin = time.monotonic()
+    done = replace(work(), seconds=round(time.monotonic() - begin, 1), start=start)
+    written = sorted(f for f in file.parent.rglob("*") if f.is_file())
+    checked = {f for f in written if f.suffix in CHECKED and f.name != "last.pt"}
+    hashes = {str(f.relative_to(file.parent)): hash_of(f) if f in checked else "" for f in written}
+    replace(done, files=hashes).write(file)
     return Record.read(file)
+
+
+def _outdated(folder: Path, done: Record, start: str, again: Sequence[str]) -> str:
+    """Return why a stage has to be done again, and remove weights that it would take for its own; "" if it has not."""
+    files: dict[str, str] = done.files if isinstance(done.files, dict) else {}  # a list in runs of yolo_ext 0.1
+    lost = [name for name, digest in files.items() if digest and hash_of(folder / name) != digest]
+    moved = done.start and start and done.start != start
+    if moved or any(name.endswith(".pt") for name in lost):
+        for name in (name for name in files if name.endswith(".pt")):
+            (folder / name).unlink(missing_ok=True)
+    reasons = {
+        "its record is damaged": done == Record(), f"{', '.join(lost)} is gone or changed": lost,
+        "it began with other weights": moved, f"{' and '.join(again)} were": again,
+    }  # fmt: skip
+    return next((why for why, holds in reasons.items() if holds), "")
 
 
 def size_mb(path: Path) -> float:

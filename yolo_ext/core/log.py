@@ -5,10 +5,14 @@ import logging
 import os
 import re
 import shlex
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
+
+from yolo_ext.core.errors import YoloExtError
+from yolo_ext.core.lock import hold, release
 
 FILE, MOST, OLD = "compress.log", 5_000_000, 3  # name, bytes, and how many older ones are kept
 LOGGER = logging.getLogger("ultralytics")  # that of Ultralytics, without its import
@@ -34,7 +38,10 @@ def tell_time(what: str, seconds: float, each: str) -> None:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """Keep the log of a block for the folder that `log_to` names in it; of nested blocks the outermost counts."""
+    """Keep the log of a block for the folder that `log_to` names in it, and the folders that it takes for its process.
+
+    Of nested blocks the outermost counts.
+    """
     if _open():
         yield
         return
@@ -43,18 +50,25 @@ def logged() -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        handler.handle(logging.makeLogRecord({"msg": f"{type(e).__name__}: {e}", "levelno": logging.ERROR}))
+        foreseen = isinstance(e, (YoloExtError, OSError, KeyboardInterrupt))
+        told = f"{type(e).__name__}: {e}" if foreseen else traceback.format_exc()
+        handler.handle(logging.makeLogRecord({"msg": told, "levelno": logging.ERROR}))
+        if folder := log_folder():
+            e.log = folder / FILE  # type: ignore[attr-defined]
         if handler.stopped and any(handler.stopped[1].glob(handler.stopped[2])):
             LOGGER.info(f"What is finished is kept. Go on with: {handler.stopped[0]}")
         raise
     finally:
         let_go()
         LOGGER.removeHandler(handler)
+        release()
 
 
 def log_to(folder: Path) -> None:
-    """Write the log of the block around into this folder, unless it is written elsewhere already."""
-    if (handler := _open()) and not handler.target:
+    """Take this folder, and write the log of the block around into it, unless it is written elsewhere already."""
+    if handler := _open():
+        hold(folder)
+    if handler and not handler.target:
         file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
         file.format = handler.format  # type: ignore[method-assign]
         handler.setTarget(file)

@@ -2,7 +2,6 @@
 """The stages of `compress` that quantize: PTQ, mixed precision where PTQ misses its budget, QAT, and the proof."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -16,7 +15,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import manifest, note
+from yolo_ext.checkpoint import atomic_write, manifest, note
 from yolo_ext.core.errors import CheckFailed
 from yolo_ext.core.options import QuantConfig
 from yolo_ext.data.check import calibration_images, letterbox_batches
@@ -259,9 +258,8 @@ def verify(run: Run) -> Record:
     cfg, (stage, record) = run.quant, run.quantized()
     assert cfg and record.chosen
     files = {k: run.folder / "onnx" / f"{k}.onnx" for k in ("fp32", "int8")}
-    (run.folder / "onnx").mkdir(exist_ok=True)
     for kind, file in files.items():
-        shutil.copyfile(run.folder / stage / f"{kind}.onnx", file)
+        atomic_write(file, (run.folder / stage / f"{kind}.onnx").read_bytes())
     model = run.load(Path(record.chosen))[0]
     fake, state = deepcopy(model), json.loads((run.folder / stage / "quant.json").read_text(encoding="utf-8"))["state"]
     insert_state(fake, state)  # the quantizers that the INT8 file was written from

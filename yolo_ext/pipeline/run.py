@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_ext import runs, stock
 from yolo_ext.checkpoint import atomic_write, save_model
 from yolo_ext.core.config import EXT_DEFAULTS, as_plain, parse
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.lock import LOCK, RUN
 from yolo_ext.core.log import resumes
 from yolo_ext.core.options import DistillConfig, PruneConfig, QuantConfig, SparsityConfig
 from yolo_ext.core.registry import Need
@@ -22,7 +23,7 @@ from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.pruning.criteria import criteria
 from yolo_ext.stock.accuracy import METRIC, METRICS, accuracy, lost, score
 from yolo_ext.stock.evidence import Evidence
-from yolo_ext.stock.load import load_model
+from yolo_ext.stock.load import load_model, raw_checkpoint
 from yolo_ext.training import check_settled, check_training
 from yolo_ext.training.distill import remember
 from yolo_ext.training.resume import clear
@@ -173,11 +174,15 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
         place["save_dir"] = runs.located(place, run.task, mode)
         runs.make_way(place["save_dir"], stages, bool(place["exist_ok"]))
     run.folder = runs.folder(place, task=run.task, mode=mode)
-    run.fresh = not any(run.folder.iterdir())
+    run.fresh = {p.name for p in run.folder.iterdir()} == {LOCK}
     plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **{k: v for k, v in asked.items() if v}}
+    now = runs.inputs({**plain, **as_plain(configs)}, run.info.get("images", {}), dict(enumerate(names)))
+    if resume and (run.folder / runs.INPUTS).exists():
+        runs.refuse_others(run.folder, runs.saved_options(run.folder / runs.INPUTS), now)
+    runs.write_json(run.folder / runs.INPUTS, now)
     runs.record(run.folder / "args.yaml", plain)
-    runs.record(run.folder / "compress.yaml", {**plain, **as_plain(configs)})
-    resumes(mode, run.folder, "compress.yaml")
+    runs.record(run.folder / RUN, {**plain, **as_plain(configs)})
+    resumes(mode, run.folder, RUN)
     return run
 
 
@@ -250,13 +255,17 @@ def train(run: Run, stage: str, options: dict[str, Any], native: dict[str, Any],
     folder = run.folder / stage
     last, best = (folder / "weights" / f"{name}.pt" for name in ("last", "best"))
     try:
-        epoch = int(torch.load(last, map_location="cpu", weights_only=False)["epoch"])
-    except Exception:  # not there, or a file of a killed writer
+        epoch = int(raw_checkpoint(last)["epoch"]) if last.exists() else None
+    except UsageError:  # it holds what could run
+        raise
+    except Exception as e:  # a fault of the disk: it is replaced whole
+        LOGGER.warning(f"{last} is damaged ({type(e).__name__}), so this training starts anew")
         epoch = None
     if epoch == -1:  # trained to the end by a run that was killed behind it
         clear(last.parent)
         return best if best.exists() else last
-    args: dict[str, Any] = {"resume": True, **{k: native[k] for k in ("device", "workers", "verbose") if k in native}}
+    free = ("device", "workers", "verbose", "plots")
+    args: dict[str, Any] = {"resume": True, **{k: native[k] for k in free if k in native}}
     if epoch is not None:
         weights = last
     else:

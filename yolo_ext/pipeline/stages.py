@@ -16,7 +16,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_ext import runs, stock
-from yolo_ext.checkpoint import manifest
+from yolo_ext.checkpoint import atomic_write, manifest
 from yolo_ext.core.config import changes
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import let_go, logged
@@ -35,7 +35,7 @@ from yolo_ext.pruning.surgery import TOLERANCE
 from yolo_ext.reporting.pages import write_report
 from yolo_ext.reporting.tables import ABSENT, comparison_rows, conclude, write_summary
 from yolo_ext.runs import Record
-from yolo_ext.stock.evidence import Evidence
+from yolo_ext.stock.evidence import Evidence, hash_of
 from yolo_ext.training.prune import budget_checks, make_probes
 
 LATENCIES = (  # figures of `summary.json` before and after by what was measured
@@ -52,11 +52,12 @@ def compress(model: Any, data: Any = None, *, resume: bool = False, **options: A
     run = open_run(str(model), str(data or ""), resume, dict(options), [stage.name for stage in STAGES])
     run.busy = busy
     todo = [stage for stage in STAGES if stage.wanted(run) or (run.folder / stage.name / "stage.json").exists()]
-    kept = False  # what a training has made
+    kept, again = False, list[str]()  # what a training has made; stages that are done again
     for i, stage in enumerate(todo, 1):
         LOGGER.info(f"\n{colorstr('bold', 'compress: ')}stage {i}/{len(todo)} {stage.name}")
         kept |= stage.trains
-        work = partial(runs.stage, run.folder, stage.name, partial(stage.work, run))
+        start = hash_of(run.load()[0]) if run.weights().suffix == ".pt" else ""
+        work = partial(runs.stage, run.folder, stage.name, partial(stage.work, run), start, again)
         try:
             record = _extra(run, f"Stage {stage.name}", work) if stage.extra else work()
         except UsageError:  # what only a measurement shows to be out of reach or broken
@@ -235,8 +236,7 @@ def finish(run: Run) -> dict[str, Any]:
         ratios = run.done["latency"].ratios or {}
         after["latency_ratio"] = {k: ratios.get(name) for k, name in LATENCIES[1].items()}
     if run.weights() != run.base:
-        (run.folder / "weights").mkdir(exist_ok=True)
-        shutil.copyfile(run.weights(), run.folder / "weights" / "best.pt")
+        atomic_write(run.folder / "weights" / "best.pt", run.weights().read_bytes())
     result = {**after, "size_mb": runs.size_mb(run.weights())}  # the float one, whose budgets the trials have held
     speed = (after.get("latency_ratio") or {}).get("ort")
     checks = [c for d in run.done.values() for c in d.checks or []]

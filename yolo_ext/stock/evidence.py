@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ultralytics.models.yolo.classify import val
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import refused
 from yolo_ext.stock.context import replaced
 
 KINDS = {"tp": "box", "tp_m": "mask", "tp_p": "pose"}  # what Ultralytics' validators match, by our name
@@ -46,16 +46,13 @@ class Evidence:
     @classmethod
     def read(cls, path: str | Path) -> "Evidence":
         """Read the file of an evaluation, in which nothing is run."""
-        try:
+        with refused(f"'{path}' is no evidence of an evaluation ({{why}}). Measure the model again."):
             with np.load(path, allow_pickle=False) as found:
                 arrays = {k: found[k] for k in found.files}
             text = json.loads(arrays.pop("text").tobytes())
             hits = {k.removeprefix("hits."): arrays.pop(k) for k in [*arrays] if k.startswith("hits.")}
             names = {int(k): v for k, v in text["about"]["names"].items()}
             return cls({**text["about"], "names": names}, text["images"], **arrays, hits=hits)
-        except Exception as e:  # NumPy, zip and JSON have exceptions of their own
-            why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            raise UsageError(f"'{path}' is no evidence of an evaluation ({why}). Measure the model again.") from e
 
 
 def collected(validator: Any, model_hash: str) -> Callable[[], Evidence]:
@@ -142,16 +139,17 @@ def _facts(validator: Any, model_hash: str) -> dict[str, Any]:
     settings = {k: getattr(validator.args, k) for k in ("imgsz", "conf", "iou", "max_det", "single_cls", "rect")}
     names = validator.data["names"]  # those of a model may be numbers
     return {"task": validator.args.task, "names": {int(k): str(v) for k, v in names.items()},
-            "images_hash": _hashed(images), "labels_hash": _hashed([labels[i] for i in order]),
+            "images_hash": hashed(images), "labels_hash": hashed([labels[i] for i in order]),
             "model_hash": model_hash, "settings": settings}  # fmt: skip
 
 
 def hash_of(model: torch.nn.Module | Path) -> str:
     """Return the hash of the weights of a model, or of the file or folder of an exported one."""
     if isinstance(model, Path):
-        return _hashed(f.read_bytes() for f in sorted(model.rglob("*") if model.is_dir() else [model]) if f.is_file())
-    return _hashed(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())
+        return hashed(f.read_bytes() for f in sorted(model.rglob("*") if model.is_dir() else [model]) if f.is_file())
+    return hashed(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())
 
 
-def _hashed(parts: Iterable[bytes]) -> str:
+def hashed(parts: Iterable[bytes]) -> str:
+    """Return a hash of bytes, and of where each part ends."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]

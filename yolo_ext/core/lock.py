@@ -1,0 +1,84 @@
+# Copyright (C) yolo_ext authors. AGPL-3.0 licence.
+"""One process at a time writes into a run folder: the lock file in it says which."""
+
+import json
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from yolo_ext.core.errors import UsageError
+
+LOCK, RUN = ".yolo_ext.lock", "compress.yaml"  # a folder with the latter holds those of its stages
+PART = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.part")  # a file that the process of this id is writing
+_held: set[Path] = set()
+
+
+def hold(folder: Path) -> None:
+    """Take a run folder for this process and its children until `release`; UsageError where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    me, host, lock = psutil.Process(), socket.gethostname(), folder / LOCK
+    mine = {"pid": me.pid, "host": host, "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "born": _born(me)}
+    while True:
+        for path in (lock, *(p / LOCK for p in folder.parents if (p / RUN).is_file())):
+            owner = _owner(path)
+            if owner and owner["host"] == host and owner["pid"] in {p.pid for p in (me, *me.parents())}:
+                return
+            if owner:
+                who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+                hint = f"Wait for it or stop it, or give another folder; if it is gone, remove '{path}'"
+                raise UsageError(f"'{path.parent}' is in use by {who}. {hint}.")
+        try:
+            with lock.open("x", encoding="utf-8") as f:
+                json.dump(mine, f)
+            break
+        except FileExistsError:
+            _take_away(lock)
+    _held.add(lock)
+    for file in folder.rglob(".*.part"):
+        if (writer := PART.fullmatch(file.name)) and not psutil.pid_exists(int(writer[1])):
+            file.unlink()
+
+
+def release() -> None:
+    """Give back all folders that this process has taken."""
+    while _held:
+        if (lock := _held.pop()) and _owner(lock).get("pid") == os.getpid():  # not a fork of it
+            lock.unlink()
+
+
+def _take_away(lock: Path) -> None:
+    """Remove the lock of a dead process, unless another one has taken its place meanwhile."""
+    aside = lock.with_name(f"{LOCK}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        time.sleep(0.1)  # for whoever is just writing it
+        lock.rename(aside)
+        if _owner(aside):
+            aside.rename(lock)
+        else:
+            aside.unlink()
+
+
+def _owner(lock: Path) -> dict[str, Any]:
+    """Return what a lock says of its process; nothing where there is none, or this host knows that it is dead."""
+    try:
+        told = json.loads(lock.read_text(encoding="utf-8"))
+        told = {k: told[k] for k in ("pid", "host", "since", "born")}
+        if told["host"] != socket.gethostname():
+            return told
+        process = psutil.Process(told["pid"])
+        alive = process.status() != psutil.STATUS_ZOMBIE and abs(_born(process) - told["born"]) < 1
+        return told if alive else {}  # its number may be that of another one by now
+    except (FileNotFoundError, ValueError, LookupError, TypeError, psutil.Error):
+        return {}
+
+
+def _born(process: psutil.Process) -> float:
+    """Return the seconds between the start of the system and that of a process, which no change of the clock moves."""
+    return float(process.create_time() - psutil.boot_time())
