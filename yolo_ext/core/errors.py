@@ -27,7 +27,7 @@ def refused(told: str, *kinds: type[Exception], error: type[Exception] = UsageEr
     try:
         yield
     except Exception as e:
-        if not isinstance(e, kinds or Exception):
+        if not isinstance(e, kinds) if kinds else isinstance(e, YoloExtError):  # which says it already
             raise
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise error(told.replace("{e}", str(e)).replace("{why}", why)) from e

@@ -272,7 +272,7 @@ def _entries(key: str, value: Any) -> list[dict[str, Any]]:
     try:
         items = plain_yaml(Path(value).read_text()) if isinstance(value, str) else value
     except Exception as e:  # YAML has exceptions of its own
-        why = "there is no file of this name" if isinstance(e, OSError) else f"the file is no YAML or JSON ({e})"
+        why = "there is no file of this name" if isinstance(e, OSError) else f"the file is not valid YAML or JSON ({e})"
         raise UsageError(f"'{key}={value}' is illegal: {why}. Give {hint}.") from e
     items = items.get("config_list", [items]) if isinstance(items, Mapping) else items
     if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):

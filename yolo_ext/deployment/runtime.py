@@ -4,6 +4,7 @@
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from ultralytics.utils.nms import non_max_suppression
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.deployment import decode
 from yolo_ext.deployment.decode import Size, full_batches, height_width
 from yolo_ext.deployment.detector import letterbox, open_session, read_metadata, session_options
@@ -156,12 +157,9 @@ def _in_px(predict: Predict) -> Predict:
 
 def need_openvino() -> Any:
     """Return the module of OpenVINO, and refuse to go on where it is not installed."""
-    try:
-        import openvino
-    except ImportError as error:
-        told = "OpenVINO is not installed. Run `pip install openvino`, or give an ONNX file (format=onnx)."
-        raise UsageError(told) from error
-    return openvino
+    told = "OpenVINO is not installed. Run `pip install openvino`, or give an ONNX file (format=onnx)."
+    with refused(told, ImportError):
+        return import_module("openvino")
 
 
 def compiled(folder: str | Path, threads: int = 1, options: dict[str, str] | None = None) -> Any:

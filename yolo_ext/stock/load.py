@@ -32,7 +32,7 @@ from ultralytics.utils import ASSETS, DEFAULT_CFG_DICT, SETTINGS, checks, patche
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_ext.core.config import comma_list
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.stock.context import get_cfg, quiet, replaced
 from yolo_ext.stock.model import input_channels, task_of
 from yolo_ext.stock.safety import check_image as check_image
@@ -60,53 +60,30 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return a YOLO or RT-DETR of a ``.pt`` or YAML, in float32 and eval mode, and the dict of its checkpoint or {}."""
     p = Path(path)
     if p.suffix in {".yaml", ".yml"}:
-        try:
-            with safely():
-                transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
-                built = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
-        except Exception as e:
-            raise UsageError(f"Cannot build a model from '{p}' ({_brief(e)}). Give a YOLO model YAML or a .pt.") from e
-        return built.float().eval(), {}
+        with refused(f"Cannot build a model from '{p}' ({{why}}). Give a YOLO model YAML or a .pt."), safely():
+            transformer = yaml_model_load(p)["head"][-1][2] == "RTDETRDecoder"
+            built: Any = RTDETR(str(p)).model if transformer else YOLO(str(p), verbose=False).model
+            return built.float().eval(), {}
     if p.suffix != ".pt":
         legal = "a trained YOLO '.pt' or a model '.yaml'; for an exported file, the .pt that it was written from"
         raise UsageError(f"Cannot load model '{path}'. Legal: {legal}.")
     if not p.is_file() and p.name not in GITHUB_ASSETS_NAMES:  # official weights are fetched, as `yolo` does
         raise UsageError(f"Model file '{path}' does not exist. Give the path of a trained YOLO, such as best.pt.")
-    model, ckpt = _read(p)
+    wrong = f"'{path}' is not a YOLO checkpoint that this installation can load ({{why}})"
+    mend = "Give a .pt of Ultralytics or yolo-ext; `yolo-ext export` also takes one of Ultralytics' QAT (quantize=8)"
+    with refused(f"{wrong}. {mend}."), safely():
+        model, ckpt = load_checkpoint(str(p))
     if not isinstance(model, BaseModel):
         raise UsageError(f"'{path}' holds a {type(model).__name__}, not a YOLO model. Give a .pt of Ultralytics.")
-    if foreign := foreign_classes(model):
-        raise UsageError(
-            f"'{path}' holds fake quantizers or adapters of yolo_ext ({foreign[0]}), as only a model in training does. "
-            "Give a best.pt or last.pt of a training: its weights are float, its ranges lie beside them."
-        )
     return model.float().eval().requires_grad_(True), ckpt
-
-
-def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return what a checkpoint holds as a model, and its dict."""
-    try:
-        with safely():
-            return load_checkpoint(str(path))
-    except UsageError:
-        raise
-    except Exception as e:
-        if isinstance(e, ImportError) and "modelopt" in str(e):
-            held = f"'{path}' holds the fake quantizers of Ultralytics' own QAT (quantize=8)"
-            takes = "`yolo-ext export` takes it; elsewhere give the float .pt that it was trained from."
-            raise UsageError(f"{held}. {takes}") from e
-        why = f"'{path}' is not a YOLO checkpoint that this installation can load ({_brief(e)})"
-        raise UsageError(f"{why}. Give a .pt written by Ultralytics or yolo-ext.") from e
 
 
 def register_layers(modules: Any) -> None:
     """Import the user's modules, by dotted path, so that model YAMLs and checkpoints can name the layers in them."""
     for name in comma_list(modules) if modules else ():
-        try:
+        hint = "Give dotted paths that Python can import from this folder, such as modules=mypkg.layers"
+        with refused(f"Cannot import 'modules={name}' ({{why}}). {hint}."):  # whatever the user's code does meanwhile
             found = vars(import_module(name))
-        except Exception as e:  # whatever the user's code does while it is imported
-            hint = "Give dotted paths that Python can import from this folder, such as modules=mypkg.layers"
-            raise UsageError(f"Cannot import 'modules={name}' ({_brief(e)}). {hint}.") from e
         layers = {k: v for k, v in found.items() if isinstance(v, type) and issubclass(v, nn.Module)}
         package = name.partition(".")[0]
         layers = {k: v for k, v in layers.items() if v.__module__.partition(".")[0] == package}  # the rest is imported
@@ -129,10 +106,6 @@ def raw_checkpoint(path: str | Path) -> dict[str, Any]:
 def foreign_classes(model: nn.Module) -> list[str]:
     """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
     return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
-
-
-def _brief(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
 def float_model(weights: str | Path | nn.Module) -> Any:
