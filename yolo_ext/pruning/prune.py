@@ -105,6 +105,8 @@ def make_plan(
 
     `ready` checks that sparsity training made room for the plan.
     """
+    if manifest(model).masks.get("kind") == "2:4":
+        raise UsageError("The weights have a 2:4 pattern, which channels that go would break. Prune first.")
     if cfg.pruner:
         return by_pruner(model, graph, cfg, imgsz)
     cfg = resolved(cfg, probes.batches is not None)

@@ -154,6 +154,7 @@ class Prune(Technique):
             return False
         kept, record = chosen
         cut_run(model, trainer.ema, trainer.optimizer, kept, record)
+        self.start(trainer)  # the masks of the shapes that are left
         stock.rewrap(trainer)
         if probes.images and cfg.recalibrate:
             for m in (model, ema):

@@ -31,7 +31,10 @@ class Sparse(Technique):
 
     @classmethod
     def settle(cls, configs: dict[str, Any], args: Any) -> None:
-        """Refuse a controller that would have nothing to go by."""
+        """Refuse a controller that would have nothing to go by, and a pull on channels that hold the codes of QAT."""
+        if configs["quant"]:
+            clash = "Sparsity training and QAT are both on: ranges are made for a model that nothing pulls to zero"
+            raise UsageError(f"{clash}. Make it sparse first, then train with quant.*.")
         if configs["sparsity"].auto and not args.val:
             steers = "'sparsity.auto=True' steers by the accuracy after each epoch, which 'val=False' leaves out"
             raise UsageError(f"{steers}. Give one of them only.")
