@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.utils import YAML
 
+from yolo_ext import cli
+from yolo_ext.checkpoint import save_model
 from yolo_ext.stock.load import load_model
 
 KILLS = 20
@@ -280,6 +283,43 @@ def test_two_processes_on_one_run(forks, place, record_property):
     )
     assert len(first) == 3 and all(status in (0, 1) for _, status, _ in first), found
     assert all(status == 2 and ("in use" in told or "holds a run" in told) for _, status, told in second), second
+
+
+def rename_a_class(place: Path) -> None:
+    YAML.save(
+        place / "shapes/data.yaml", {**YAML.load(place / "shapes/data.yaml"), "names": ["disc", "square", "star"]}
+    )
+
+
+def train_a_little(place: Path) -> None:
+    model, _ = load_model(place / "tiny.pt")
+    model.model[0].conv.weight.data[0] += 1
+    save_model(model, place / "tiny.pt")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {  # what changes under a run, and what is said of it
+    "other weights under the same name": (train_a_little, "tiny.pt"),
+    "images that are gone": (
+        lambda p: [f.unlink() for f in (p / "shapes/images/train").glob("*[02468].jpg")],
+        "images",
+    ),
+    "another label": (lambda p: (p / "shapes/labels/train/00000.txt").write_text("0 0.5 0.5 0.2 0.2\n"), "labels"),
+    "a renamed class": (rename_a_class, "class"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "word"), CHANGES.values(), ids=CHANGES)
+def test_inputs_that_change_under_a_run(place, quick, capsys, record_property, change, word):
+    words = "compress model=tiny.pt data=shapes/data.yaml imgsz=64 epochs=0 prune.ratio=0.3 quant=None device=cpu"
+    assert cli.main([*words.split(), "save_dir=a"]) in (0, 1)
+    before = {f: f.read_bytes() for f in (place / "a").rglob("*") if f.is_file() and f.suffix != ".log"}
+    change(place)
+    capsys.readouterr()
+    assert cli.main(["compress", "resume=a"]) == 2
+    assert word in capsys.readouterr().err
+    assert before == {f: f.read_bytes() for f in (place / "a").rglob("*") if f.is_file() and f.suffix != ".log"}
+    record_property("reliability", f"{len(CHANGES)} changes: refused, nothing of the run is touched")
 
 
 TERMINATED = """

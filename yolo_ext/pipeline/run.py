@@ -176,7 +176,7 @@ def open_run(model: str, data: str, resume: Any, options: dict[str, Any], stages
     run.folder = runs.folder(place, task=run.task, mode=mode)
     run.fresh = {p.name for p in run.folder.iterdir()} == {LOCK}
     plain = {"model": model, "data": data, "imgsz": run.imgsz, **options, **{k: v for k, v in asked.items() if v}}
-    now = runs.inputs({**plain, **as_plain(configs)}, run.info.get("images", {}), dict(enumerate(names)))
+    now = runs.inputs({**plain, **as_plain(configs)}, run.info.get("images", {}), names)
     if resume and (run.folder / runs.INPUTS).exists():
         runs.refuse_others(run.folder, runs.saved_options(run.folder / runs.INPUTS), now)
     runs.write_json(run.folder / runs.INPUTS, now)
