@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import cv2
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined
 from markupsafe import Markup
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import colors
@@ -19,7 +19,7 @@ from ultralytics.utils.plotting import colors
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.reporting import tables
 from yolo_ext.reporting.figures import pareto
-from yolo_ext.reporting.tables import ABSENT, FIELDS, Row, cell, comparison_rows, figure, stage_rows
+from yolo_ext.reporting.tables import ABSENT, FIELDS, TEXT, Row, cell, comparison_rows, figure, stage_rows
 from yolo_ext.stock.model import METRIC
 
 MISSING = "not measured"
@@ -218,16 +218,13 @@ def _text(value: object) -> str:
 
 
 SCRIPT = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))  # nosec B704  # a file of this package
-ENVIRONMENT = Environment(
-    loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-)  # fmt: skip
+ENVIRONMENT = TEXT.overlay(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
 ENVIRONMENT.globals.update(
     absent=ABSENT, missing=MISSING, long_list=LONG_LIST, script=SCRIPT, metric=METRICS,
     script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
 )  # fmt: skip
 ENVIRONMENT.filters.update(
-    text=_text, figure=figure, cell=cell, json=json.dumps,
+    text=_text, figure=figure, json=json.dumps,
     color=lambda index: "rgb({},{},{})".format(*colors(index)),
     fixed=lambda value, digits: MISSING if value is None else f"{value:,.{digits}f}",
     number=lambda value: MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else _text(value),
