@@ -53,6 +53,7 @@ class Item(NamedTuple):
 FAULTS, GUEST = "tests/reliability/test_faults.py::test_", "tests/reliability/test_guest.py::test_"
 KILLS, RESUME = "tests/integration/test_kills.py::test_", "tests/integration/test_exact_resume.py::test_"
 SAFETY, WRONG = "tests/stock/test_safety.py::test_", "tests/integration/test_wrong_input.py::test_"
+CHAINS = "tests/integration/test_chains.py::test_"
 ITEMS = (
     Item("kills", "A save that is killed", "SIGKILL at 20 random moments of a process that saves without a pause; the "
          "file must load and be of one save", f"{FAULTS}a_save_that_is_killed_leaves_a_whole_file"),
@@ -80,6 +81,8 @@ ITEMS = (
          "nothing made twice", "tests/integration/test_out_of_memory.py"),
     Item("faults", "Two processes on one run", "the second one new, with `exist_ok`, `overwrite` and `resume`, for "
          "compress, train and label", f"{FAULTS}two_processes_on_one_run"),
+    Item("faults", "Inputs that change under a run", "other weights, images, labels, class names, then `resume`",
+         f"{FAULTS}inputs_that_change_under_a_run"),
     Item("faults", "SIGTERM", "three times in one run of compress; then the bits of an unbroken run",
          f"{FAULTS}sigterm_is_ctrl_c {WRONG}a_command_that_is_terminated_stops_as_by_ctrl_c"),
     Item("faults", "A clock that jumps", "by days at each look, in a run that is killed and resumed",
@@ -112,8 +115,16 @@ ITEMS = (
     Item("load", "Sensitivity", "`sensitivity` over the val split"),
     Item("load", "Data check", "`data check`"),
     Item("load", "Labelling", "`label` of the train images"),
-    Item("rest", "yolo-ext checks", "each step of a compression on a small model",
-         "tests/commands/test_checks.py::test_every_step_is_tried"),
+    Item("chains", "Legal chains", "subsets and orders of all techniques on a real model, saved, read and run again",
+         f"{CHAINS}legal_chains_restore_exactly"),
+    Item("chains", "Illegal chains", "refused with the exact reason", f"{CHAINS}illegal_commands_say_why_not "
+         f"{CHAINS}what_is_exported_or_quantized_says_why_not {CHAINS}illegal_trainings_say_why_not"),
+    Item("chains", "Properties", "of plans, cuts, masks, quantizers, schedules, losses, formats and options (hypothesis)",
+         "tests/pruning/test_pruning_properties.py tests/core/test_schedule_properties.py "
+         "tests/quantization/test_quantizer_properties.py tests/core/test_config_properties.py "
+         "tests/data/test_round_trip_properties.py tests/distillation/test_properties.py"),
+    Item("rest", "Command lines at random", "no traceback, exit status 0, 1, 2 or 130", "tests/commands/test_fuzz.py"),
+    Item("rest", "yolo-ext checks", "each step on a small model", "tests/commands/test_checks.py::test_every_step_is_tried"),
 )  # fmt: skip
 
 

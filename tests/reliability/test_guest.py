@@ -64,7 +64,6 @@ def seen():
     found |= {f"signal {s.name}": signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
     found |= {f"loggers of {n}": (*v.handlers, v.level, v.propagate, v.disabled)
               for n, v in logging.root.manager.loggerDict.items() if isinstance(v, logging.Logger)}
-    gc.collect()
     return found | {
         "folder": os.getcwd(), "handlers": [*LOGGER.handlers, *logging.root.handlers], "level": LOGGER.level,
         "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "hook": sys.excepthook,
@@ -78,11 +77,12 @@ def seen():
         "precision": torch.get_float32_matmul_precision(), "oneDNN": torch.backends.mkldnn.enabled,
         "hooks of Python": (sys.displayhook, sys.unraisablehook, threading.excepthook, sys.stdout, sys.stderr),
         "parameters of NumPy": (numpy.geterr(), numpy.get_printoptions()),
-        "start of processes": multiprocessing.get_start_method(allow_none=True),
+        "start of processes": multiprocessing.get_start_method(),
     }
 
 def left():
     "What a finished step has left behind."
+    gc.collect()
     files = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
     files = {f for f in files if f.startswith("/") and not f.startswith(("/dev", "/proc"))}
     files |= {str(p) for p in pathlib.Path(tempfile.gettempdir()).glob("*")}
@@ -116,7 +116,9 @@ def foreign(value: Any) -> bool:
 
 
 def built(data: Path, tmp_path: Path) -> None:
-    trainer = DetectionTrainer(overrides={"model": "a.yaml", "data": str(data), "save_dir": str(tmp_path)})
+    # Ultralytics makes torch deterministic when a trainer is made, and unmakes it when it has trained.
+    options = {"model": "a.yaml", "data": str(data), "save_dir": str(tmp_path), "deterministic": False}
+    trainer = DetectionTrainer(overrides=options)
     trainer.model = SimpleNamespace(stride=torch.tensor([32]))
     assert len(trainer.build_dataset(trainer.data["val"], "val", 2)) == 4
 
