@@ -25,7 +25,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_ext import __version__
 from yolo_ext.core.errors import UsageError
-from yolo_ext.stock.load import foreign_classes, load_model, raw_checkpoint
+from yolo_ext.stock.load import load_model, raw_checkpoint
 
 MANIFEST = "yolo_ext"
 SCHEMA = 1  # raise when the meaning of a field changes, and translate the older one in `manifest`
@@ -144,7 +144,7 @@ def set_tripwire(model: nn.Module) -> None:
 
 def serialised(model: nn.Module, **extra: Any) -> bytes:
     """Return the bytes of a final, stock-class checkpoint: fp16 weights, no optimizer, loads with plain ``YOLO``."""
-    if foreign := foreign_classes(model):
+    if foreign := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")}):
         raise ValueError(f"Checkpoint would hold classes of yolo_ext: {foreign}.")
     m = deepcopy(model).cpu()
     m.criterion = None

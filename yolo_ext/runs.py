@@ -27,6 +27,7 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.lock import LOCK, RUN, hold
 from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.core.options import listed
+from yolo_ext.core.plain_yaml import plain_yaml
 from yolo_ext.stock.context import TASKS, get_save_dir
 from yolo_ext.stock.evidence import hash_of, hashed
 from yolo_ext.stock.load import img2label_paths
@@ -172,7 +173,7 @@ def saved_options(file: Path) -> dict[str, Any]:
     """Return the options that a file of a run folder holds."""
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text.splitlines()[0])["options"] if file.suffix == ".jsonl" else yaml.safe_load(text)
+        found = json.loads(text.splitlines()[0])["options"] if file.suffix == ".jsonl" else plain_yaml(text)
         return {**found}
     except (ValueError, LookupError, TypeError, yaml.YAMLError) as e:
         damaged = f"'{file}' is damaged, so its run cannot be gone on with ({type(e).__name__})"

@@ -93,8 +93,8 @@ CASES = {
     # models
     "an INT8 file": (f"{Q} model=tiny_int8.onnx", ["tiny_int8.onnx", "written from"]),
     "an INT8 file in train": (f"{T} quant.mode=qat model=tiny_int8.onnx", ["tiny_int8.onnx", ".pt"]),
-    "fake quantizers": (f"{Q} model=fake.pt", ["fake.pt", "yolo_ext.quantization.layers.QuantConv2d"]),
-    "fake quantizers in train": (f"{T} quant.mode=qat model=fake.pt", ["fake.pt", "yolo_ext.quantization.layers.QuantConv2d"]),
+    "fake quantizers": (f"{Q} model=fake.pt", ["fake.pt", "layers.QuantConv2d"]),
+    "fake quantizers in train": (f"{T} quant.mode=qat model=fake.pt", ["fake.pt", "layers.QuantConv2d"]),
     "Ultralytics' QAT": (f"{Q} model=modelopt.pt", ["modelopt.pt", "yolo-ext export"]),
     "Ultralytics' QAT in train": (f"{T} quant.mode=qat model=modelopt.pt", ["modelopt.pt", "yolo-ext export"]),
     "weights with infinity": (f"{Q} model=inf.pt", ["model.1.conv.weight", "infinite"]),

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.core.errors import UsageError, brief
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.plain_yaml import plain_yaml
 
 # Options are imported from here, declared there
@@ -176,10 +176,8 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def read_flat(given: Any, what: str, form: str) -> dict[str, Any]:
     """Return a mapping, or that in a YAML file, flat with dotted keys; `form` shows how `what` is written."""
-    try:
+    with refused(f"{what} is not a YAML file: {{why}}."):
         content = plain_yaml(Path(given).read_text(encoding="utf-8")) if isinstance(given, (str, Path)) else given
-    except Exception as e:
-        raise UsageError(f"{what} is not a YAML file: {brief(e)}.") from e
     if not content or not isinstance(content, Mapping):
         raise UsageError(f"{what} holds no options. Write it as '{form}' and so on.")
     flat: dict[str, Any] = {}

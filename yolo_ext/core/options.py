@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.plain_yaml import plain_yaml
 from yolo_ext.core.registry import suggest
 
@@ -269,14 +269,13 @@ def _read(key: str, f: Field[Any], value: Any) -> Any:
 def _entries(key: str, value: Any) -> list[dict[str, Any]]:
     """Return dicts as they are given or lie in a file; what they say is looked up where the model is."""
     hint = "a list of dicts such as [{'op_types': ['Conv2d'], 'quant_bits': 4}], or a YAML or JSON file with one"
-    try:
+    wrong = f"'{key}={value}' is illegal:"
+    absent = refused(f"{wrong} there is no file of this name. Give {hint}.", OSError)
+    with refused(f"{wrong} the file is not valid YAML or JSON ({{why}}). Give {hint}."), absent:
         items = plain_yaml(Path(value).read_text()) if isinstance(value, str) else value
-    except Exception as e:  # YAML has exceptions of its own
-        why = "there is no file of this name" if isinstance(e, OSError) else f"the file is not valid YAML or JSON ({e})"
-        raise UsageError(f"'{key}={value}' is illegal: {why}. Give {hint}.") from e
     items = items.get("config_list", [items]) if isinstance(items, Mapping) else items
     if not isinstance(items, (list, tuple)) or not all(isinstance(v, Mapping) for v in items):
-        raise UsageError(f"'{key}={value}' is illegal: give {hint}.")
+        raise UsageError(f"{wrong} give {hint}.")
     return [dict(v) for v in items]
 
 

@@ -103,11 +103,6 @@ def raw_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch_safe_load(str(path))[0]
 
 
-def foreign_classes(model: nn.Module) -> list[str]:
-    """Return the names of classes of ours inside a model, which plain Ultralytics could not load."""
-    return sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith("yolo_ext")})
-
-
 def float_model(weights: str | Path | nn.Module) -> Any:
     """Return an FP32 CPU copy of a model, ``.pt`` or model YAML in eval mode, unfused if the source is."""
     with quiet():
