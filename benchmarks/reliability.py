@@ -119,12 +119,12 @@ ITEMS = (
          f"{CHAINS}legal_chains_restore_exactly"),
     Item("chains", "Illegal chains", "refused with the exact reason", f"{CHAINS}illegal_commands_say_why_not "
          f"{CHAINS}what_is_exported_or_quantized_says_why_not {CHAINS}illegal_trainings_say_why_not"),
-    Item("chains", "Properties", "of plans, cuts, masks, quantizers, schedules, losses, formats and options (hypothesis)",
+    Item("chains", "Properties", "of plans, cuts, quantizers, schedules, losses, formats and options (hypothesis)",
          "tests/pruning/test_pruning_properties.py tests/core/test_schedule_properties.py "
          "tests/quantization/test_quantizer_properties.py tests/core/test_config_properties.py "
          "tests/data/test_round_trip_properties.py tests/distillation/test_properties.py"),
     Item("rest", "Command lines at random", "no traceback, exit status 0, 1, 2 or 130", "tests/commands/test_fuzz.py"),
-    Item("rest", "yolo-ext checks", "each step on a small model", "tests/commands/test_checks.py::test_every_step_is_tried"),
+    Item("rest", "yolo-ext checks", "each step tried", "tests/commands/test_checks.py::test_every_step_is_tried"),
 )  # fmt: skip
 
 
@@ -210,9 +210,8 @@ def machine() -> str:
     """Return what the figures were taken on."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")), "")
-    hardware = f"{platform.system()}, {cpu or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
-    return f"{hardware}. {', '.join(versions)}."
+    versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
+    return f"{platform.system()}, {cpu or platform.machine()}, {len(os.sched_getaffinity(0))} cores. {versions}."
 
 
 def row(item: Item, figure: str, images: int) -> str:
