@@ -30,7 +30,7 @@ open_image = Image.open if find_spec("pi_heif") else getattr(patches, "_image_op
 
 
 @contextmanager
-def safely(trust: bool | None = None) -> Iterator[None]:
+def safely(trust: Any = None) -> Iterator[None]:
     """Have Ultralytics run nothing that files hold, change no image and install nothing for as long as a block runs.
 
     With `trust`, by default where ULTRALYTICS_SAFE_LOAD=0 is in the environment, model files may run what they hold.
