@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ultralytics.utils import YAML
 
 from yolo_ext.core.errors import UsageError
+from yolo_ext.core.log import LOGGER
 from yolo_ext.data.check import check_label
 from yolo_ext.data.coco import coco_entry, coco_store
 from yolo_ext.data.formats import FORMATS, read_voc, voc_annotation, yolo_text
@@ -117,14 +118,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run, tmp_path, format, after):
         run("out", model=killed, format=format, files="none")
     with (tmp_path / "out" / JOURNAL).open("a") as f:
         f.write('{"image": "sub/a.jpg", "stamp": [1')  # what a kill in the middle of a write leaves
-    for name in ("a.txt", "a.xml", "a.jpg.jpg", "sub/images/ü.jpg.jpg"):
-        part = tmp_path / "out/previews" / name
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.with_name(f".{part.name}.k3_x9abc").write_text("half")
     done = run("out", format=format, files="none")
     assert done.predicted == 4 - after
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert not [f for f in tree(tmp_path / "out") if f.rpartition("/")[2].startswith(".")]
+
+
+DAMAGE = {
+    "a row without what it needs": (lambda lines: [lines[0], '{"image": "a.jpg"}', *lines[2:]], 1),
+    "no JSON": (lambda lines: [lines[0], "x" * 9, *lines[2:]], 1),
+    "a number": (lambda lines: [lines[0], "7", *lines[2:]], 1),
+    "no text": (lambda lines: [lines[0], "\x00\udcff", *lines[2:]], 1),
+    "empty": (lambda lines: [], 0),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_journal_costs_only_its_damaged_lines(run, tmp_path, caplog, monkeypatch, damage, told):
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    run(files="none")
+    expected, file = tree(tmp_path / "out"), tmp_path / "out" / JOURNAL
+    lines = file.read_text().splitlines()
+    file.write_bytes("\n".join(damage(lines)).encode("utf-8", "surrogateescape"))
+    done = run(files="none", overwrite=True)
+    assert done.predicted == (1 if told else 4) and not done.skipped
+    assert tree(tmp_path / "out") == expected
+    assert ("1 lines are damaged" in caplog.text) is bool(told)
 
 
 def test_images_added_later_leave_no_trace_of_the_order(run, source, tmp_path):

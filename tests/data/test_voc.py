@@ -306,9 +306,13 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_staged_folder_replaces(tmp_path):
     out = tmp_path / "out"
     for text in ("old", "new"):
-        with staged_folder(out) as stage:
+        with staged_folder(out, "old|new") as stage:
             (stage / text).write_text(text)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+    (out / "theirs.txt").touch()
+    with pytest.raises(UsageError, match=r"theirs\.txt"), staged_folder(out, "old|new") as stage:
+        (stage / "new").touch()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "out", "theirs.txt"]
 
 
 def test_read_voc_keeps_difficult_and_ignores_parts(tmp_path):

@@ -1,6 +1,7 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """One process at a time writes into a run folder: the lock file in it says which."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import psutil
 from yolo_ext.core.errors import UsageError
 
 LOCK, RUN = ".yolo_ext.lock", "compress.yaml"  # a folder with the latter holds those of its stages
-PART = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.part")  # a file that the process of this id is writing
+PART = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.(part|tmp)")  # a file or folder that the process of this id writes
 _held: set[Path] = set()
 
 
@@ -24,7 +25,8 @@ def hold(folder: Path) -> None:
     """Take a run folder for this process and its children until `release`; UsageError where another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     me, host, lock = psutil.Process(), socket.gethostname(), folder / LOCK
-    mine = {"pid": me.pid, "host": host, "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "born": _born(me)}
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    mine = json.dumps({"pid": me.pid, "host": host, "since": since, "born": _born(me)})
     while True:
         for path in (lock, *(p / LOCK for p in folder.parents if (p / RUN).is_file())):
             owner = _owner(path)
@@ -36,14 +38,14 @@ def hold(folder: Path) -> None:
                 raise UsageError(f"'{path.parent}' is in use by {who}. {hint}.")
         try:
             with lock.open("x", encoding="utf-8") as f:
-                json.dump(mine, f)
+                f.write(mine)
             break
         except FileExistsError:
-            _take_away(lock)
+            if _take_over(lock, mine):
+                break
     _held.add(lock)
-    for file in folder.rglob(".*.part"):
-        if (writer := PART.fullmatch(file.name)) and not psutil.pid_exists(int(writer[1])):
-            file.unlink()
+    for file in filter(left_over, folder.rglob(".*.part")):
+        file.unlink()
 
 
 def release() -> None:
@@ -53,16 +55,33 @@ def release() -> None:
             lock.unlink()
 
 
-def _take_away(lock: Path) -> None:
-    """Remove the lock of a dead process, unless another one has taken its place meanwhile."""
-    aside = lock.with_name(f"{LOCK}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        time.sleep(0.1)  # for whoever is just writing it
-        lock.rename(aside)
-        if _owner(aside):
-            aside.rename(lock)
-        else:
-            aside.unlink()
+def left_over(path: Path) -> bool:
+    """Tell by its name whether a dead process began to write a file or a folder."""
+    writer = PART.fullmatch(path.name)
+    return bool(writer) and not psutil.pid_exists(int(writer[1]))
+
+
+def _take_over(lock: Path, mine: str) -> bool:
+    """Put `mine` in the place of a dead process's lock; of several processes the one that claims it may."""
+    with suppress(FileNotFoundError):  # somebody else was here
+        before = lock.read_bytes()
+        claim = lock.with_name(f"{LOCK}.{hashlib.sha256(before).hexdigest()[:8]}")
+        try:
+            with claim.open("x", encoding="utf-8") as f:
+                f.write(mine)
+        except FileExistsError:
+            time.sleep(0.1)
+            if not _owner(claim):  # killed in the lines below
+                claim.unlink()
+            return False
+        try:
+            time.sleep(0.1)  # for whoever is just writing the lock
+            if not _owner(lock) and lock.read_bytes() == before:
+                claim.replace(lock)
+                return True
+        finally:
+            claim.unlink(missing_ok=True)
+    return False
 
 
 def _owner(lock: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import cv2
 import numpy as np
-from ultralytics.utils import TQDM, YAML
+from ultralytics.utils import LOGGER, TQDM, YAML
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_ext.checkpoint import atomic_write, whole
@@ -32,7 +32,7 @@ from yolo_ext.stock.load import IMG_FORMATS, img2label_paths
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]  # from an image (H, W, channels) to the objects of a record
 Names = Mapping[int, str]  # class names by class index
-JOURNAL, PREVIEWS = "detections.jsonl", "previews"
+JOURNAL, PREVIEWS, RECORD = "detections.jsonl", "previews", {"image", "stamp", "size", "objects"}
 
 
 @dataclass
@@ -118,7 +118,6 @@ def label_images(
     known = _read_journal(journal, settings, overwrite)
     store = _open_store(images, out, kind, names, beside)
     done = Labelled()
-    _sweep(images, out)
     update(journal, _journal_text(settings, known))  # without what a killed run left half written
     with journal.open("a", encoding="utf-8") as file:
         job = _Job(out, predict, names, kind, store, known, file, overwrite, save_conf, previews, files, channels, done)
@@ -129,8 +128,8 @@ def label_images(
     if dataset and not (out / "data.yaml").exists():
         content: dict[str, Any] = {"path": str(out), "train": kind.images, "val": kind.images, "names": dict(names)}
         content |= {"channels": channels} if channels != 3 else {}
-        YAML.save(out / ".data.yaml", content)
-        (out / ".data.yaml").replace(out / "data.yaml")
+        with whole(out / "data.yaml") as part:
+            YAML.save(part, content)
     return done
 
 
@@ -196,16 +195,6 @@ def draw(image: np.ndarray, objects: list[dict[str, Any]], names: Names) -> byte
     return cv2.imencode(".jpg", annotator.result(), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
-def _sweep(images: Mapping[str, Path], out: Path) -> None:
-    """Remove the temporary files of a run that was killed while it wrote."""
-    known = {JOURNAL, "label.json", "review.html", "annotations.json"}
-    for path in map(Path, images):
-        known |= {path.name, f"{path.name}.jpg", f"{path.stem}.txt", f"{path.stem}.xml"}
-    for file in out.rglob(".*.????????"):
-        if file.name[1:-9] in known:
-            file.unlink()
-
-
 def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Names, beside: bool) -> Store:
     """Return the store that labels of this format are kept in."""
     if not kind.labels:
@@ -232,11 +221,15 @@ def _open_store(images: Mapping[str, Path], out: Path, kind: Format, names: Name
 
 
 def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, dict[str, Any]]:
-    """Return the records of earlier runs with the same settings by image; a half line at the end is left out."""
+    """Return the records of earlier runs with the same settings by image; lines that are damaged are left out."""
     lines: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):  # a killed run left only half of it
-            lines.append(json.loads(line))
+    texts = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    for line in texts:
+        with suppress(ValueError):
+            lines += [found] if isinstance(found := json.loads(line), dict) else []
+    known = {line["image"]: line for line in lines if line.keys() >= RECORD}
+    if (damaged := len(texts) - 1 - sum(line.keys() >= RECORD for line in lines)) > 0:  # of a killed run half a line
+        LOGGER.warning(f"{file}: {damaged} lines are damaged, so their images are looked at again")
     if not lines:
         return {}
     if changed := [k for k in settings if k != "options" and lines[0].get(k) != settings[k]]:
@@ -244,7 +237,7 @@ def _read_journal(file: Path, settings: Mapping[str, Any], overwrite: bool) -> d
             return {}
         before = ", ".join(f"{k}={lines[0].get(k)}" for k in changed)
         raise UsageError(f"'{file.parent}' holds other settings ({before}). Give another out=, or overwrite=True.")
-    return {record["image"]: record for record in lines[1:]}
+    return known
 
 
 def _journal_text(settings: Mapping[str, Any], known: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from uuid import uuid4
 from ultralytics.utils import NUM_THREADS, TQDM
 
 from yolo_ext.core.errors import UsageError, refused
+from yolo_ext.core.lock import left_over
 from yolo_ext.stock.load import IMG_FORMATS
 
 K = TypeVar("K")
@@ -297,12 +299,20 @@ def _call(index: int) -> Any:
 
 
 @contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out` that becomes `out`, or replaces it, on success and vanishes on failure."""
-    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
+def staged_folder(out: Path, ours: str = "") -> Iterator[Path]:
+    """Yield a new folder beside `out` that becomes `out` on success and vanishes on failure.
+
+    It replaces one whose files all have names, within it, of the pattern `ours`; UsageError where others are there.
+    """
+    stage = out.with_name(f".{out.name}.{os.getpid()}.{uuid4().hex[:8]}.tmp")
     stage.mkdir(parents=True)
+    for killed in filter(left_over, out.parent.glob(f".{glob.escape(out.name)}.*.tmp")):
+        shutil.rmtree(killed)
     try:
         yield stage
+        files = [f.relative_to(out).as_posix() for f in out.rglob("*") if not f.is_dir()]
+        if theirs := [name for name in files if not re.fullmatch(ours, name)]:
+            raise UsageError(f"'{out}' would be replaced, but holds other files: {quote(theirs)}. Move them.")
         old = stage.with_suffix(".old")
         if out.exists():
             out.rename(old)

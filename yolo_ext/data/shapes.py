@@ -13,6 +13,7 @@ from yolo_ext.data.records import staged_folder
 
 NAMES = ("circle", "square", "triangle")
 MARK = "shapes.json"  # says which parameters made a folder, and that it is ours to replace
+OURS = r"shapes\.json|data\.yaml|(images|labels)/(train|val)/\d{5}\.(jpg|txt|npy)|labels/(train|val)\.cache"
 
 
 def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160, seed: int = 0) -> Path:
@@ -28,7 +29,7 @@ def make_shapes(out: Path, *, train: int = 160, val: int = 48, imgsz: int = 160,
     wanted = {"version": 1, "path": str(out), **given}  # another version when the pictures change
     if _is_current(out, wanted):
         return out / "data.yaml"
-    with staged_folder(out) as stage:
+    with staged_folder(out, OURS) as stage:
         for k, (split, count) in enumerate((("train", train), ("val", val))):
             images, labels = stage / "images" / split, stage / "labels" / split
             images.mkdir(parents=True)

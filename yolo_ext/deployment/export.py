@@ -2,6 +2,7 @@
 """Export to ONNX, and from there by OpenVINO's own converter to its intermediate representation."""
 
 import ast
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,13 +135,14 @@ def export_openvino(onnx_path: str | Path, out: str | Path, *, half: bool = Fals
     openvino, out = need_openvino(), Path(out)
     if not out.name.endswith(SUFFIX):
         raise UsageError(f"Output '{out}' does not end in '{SUFFIX}', by which Ultralytics knows it. Rename it.")
-    with staged_folder(out) as made:
+    stem = out.name.removesuffix(SUFFIX)
+    with staged_folder(out, rf"{re.escape(stem)}\.(xml|bin)|metadata\.yaml") as made:
         try:
             model = openvino.convert_model(str(onnx_path))
         except Exception as error:  # OpenVINO's exceptions share no public base class
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"OpenVINO cannot convert '{onnx_path}' ({reason}).") from error
-        openvino.save_model(model, str(made / f"{out.name.removesuffix(SUFFIX)}.xml"), compress_to_fp16=half)
+        openvino.save_model(model, str(made / f"{stem}.xml"), compress_to_fp16=half)
         found = read_metadata(session(onnx_path), onnx_path)
         YAML.save(made / "metadata.yaml", {k: v for k, v in found.items() if k not in READ and v is not None})
     return out

@@ -2,6 +2,7 @@
 """What the report of a run of `compress` shows, gathered from the records of its stages and the files they left."""
 
 import csv
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -70,8 +71,12 @@ def _about(run: Run, env: dict[str, Any]) -> dict[str, str]:
 def curves(file: Path) -> dict[str, list[float]]:
     """Return losses and metrics of a `results.csv` by column, without those that were never computed."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(lines)]
-    found = {k: [float(r[k]) for r in rows if r[k]] for k in (rows[0] if rows else ()) if "loss" in k or "metrics" in k}
+    rows = list[dict[str, float]]()
+    for row in csv.DictReader(lines):
+        with suppress(ValueError, TypeError, AttributeError):  # a damaged row
+            rows.append({k.strip(): float(v) for k, v in row.items() if v})
+    names = [k for k in (rows[0] if rows else ()) if "loss" in k or "metrics" in k]
+    found = {k: [r[k] for r in rows if k in r] for k in names}
     return {k: values for k, values in found.items() if any(values)}
 
 

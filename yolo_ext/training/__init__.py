@@ -16,6 +16,7 @@ from yolo_ext import runs, stock
 from yolo_ext.checkpoint import atomic_write, hand_on, is_pruned
 from yolo_ext.core.config import EXT_DEFAULTS, changes, parse, read_flat
 from yolo_ext.core.errors import UsageError, refused
+from yolo_ext.core.options import lasting
 from yolo_ext.data.check import check_data
 from yolo_ext.deployment.contract import judged, read_limits
 from yolo_ext.reporting.tables import conclude, write_summary
@@ -41,10 +42,11 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     base, ckpt = load_model(model)
     stock.refuse_untrainable(base)
     task = stock.task_of(base)
-    if resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
+    measured, told = bool(ckpt) and not resume, (ckpt.get("train_args") or {}) if resume else options
+    ended = resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None)
+    if ended and (told.get("base_accuracy") is None or (Path(model).resolve().parents[1] / "summary.json").exists()):
         raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
-    measured, told = bool(ckpt) and not resume, (ckpt.get("train_args") or {}) if resume else options
     if resume:
         _check_moved(ckpt, options.get("data"), task)
     elif options.get("data"):
@@ -65,7 +67,8 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     yolo.add_callback("on_train_start", partial(_keep, [*kept]))
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
     options |= {} if resume else {"base_accuracy": worth}
-    trainer, seconds = _trained(yolo, task, options), round(time.monotonic() - start, 1)
+    trainer = _ended(Path(model).resolve(), {**told, **options}) if ended else _trained(yolo, task, options)
+    seconds = round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
     after = figures(load_model(best)[0], best, trainer.args.data)
     proved, cfg = _proved(trainer, kept, limits, confidence), trainer.compression["prune"]
@@ -125,6 +128,14 @@ def _trained(yolo: Any, task: str, options: dict[str, Any]) -> Any:
             runs.discard(Path(str(yolo.trainer.save_dir)))
         raise
     return yolo.trainer
+
+
+def _ended(last: Path, args: Mapping[str, Any]) -> Any:
+    """Return what stands for the trainer of a run that was stopped between its end and its summary."""
+    runs.folder({"save_dir": last.parents[1]}, task=args["task"], mode="train")
+    compression = parse(lasting({k: args.get(k) for k in EXT_DEFAULTS}))
+    return SimpleNamespace(save_dir=last.parents[1], last=last, best=last.with_name("best.pt"), resume=True,
+                           args=SimpleNamespace(**args), compression=compression)  # fmt: skip
 
 
 def _keep(evidence: Sequence[Evidence], trainer: Any) -> None:

@@ -8,6 +8,7 @@ With workers, on several devices, or with Albumentations, the random part differ
 
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from yolo_ext.stock.trainer import continue_order, order_of
 from yolo_ext.training.technique import Technique, live
 
 # Named by epoch, two of which take turns when an epoch is saved again: that of the old last.pt outlives its writing.
+PARTS = {"model", "ema", "optimizer", "gradients", "waiting", "stopper", "random"}
 SIDECAR, AGAIN = "resume_epoch{}.pt", "resume_epoch{}_again.pt"
 
 
@@ -116,12 +118,11 @@ class Exact:
             if trainer.best_fitness == trainer.fitness:  # best.pt is written after last.pt, which may have been missed
                 atomic_write(trainer.best, Path(trainer.args.resume).read_bytes())
         paths = _paths(trainer, trainer.start_epoch - 1)
-        states = {p: torch.load(p, map_location="cpu", weights_only=True) for p in paths if p.exists()}
-        self.path = next((p for p, s in states.items() if _belongs(s, trainer.ema.ema, trainer.techniques)), None)
-        if self.path is None:
-            _warn(f"{paths[0]} is not there or not of this checkpoint: going on from fp16 weights")
+        states = {p: s for p in paths if (s := _state(p, trainer.ema.ema, trainer.techniques))}
+        if not states:
+            _warn(f"{paths[0]} is not there, damaged or not of this checkpoint: going on from fp16 weights")
             return
-        state = states[self.path]
+        self.path, state = next(iter(states.items()))
         self._trained |= state.get("trained", False)
         live(trainer).load_state_dict(state["model"])
         trainer.ema.ema.load_state_dict(state["ema"])
@@ -181,17 +182,25 @@ def _parameters(trainer: Any) -> list[torch.nn.Parameter]:
     return [p for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
-def _belongs(state: dict[str, Any], ema: torch.nn.Module, techniques: Iterable[Technique]) -> bool:
-    """Tell whether the state's EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
-    saved, loaded = state["ema"], ema.state_dict()
-    names = loaded.keys() - set().union(*(t.inexact(ema) for t in techniques))
-    return saved.keys() == loaded.keys() and all(torch.equal(saved[k].half(), loaded[k].cpu().half()) for k in names)
+def _state(path: Path, ema: torch.nn.Module, techniques: Iterable[Technique]) -> dict[str, Any]:
+    """Return a state whose EMA, rounded to fp16 as in the checkpoint, is the one that was loaded from there."""
+    with suppress(Exception):  # whatever a damaged or foreign file makes of torch.load, or a state lacks
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved, loaded = state["ema"], ema.state_dict()
+        names = loaded.keys() - set().union(*(t.inexact(ema) for t in techniques))
+        if saved.keys() == loaded.keys() and all(torch.equal(saved[k].half(), loaded[k].cpu().half()) for k in names):
+            return state if state.keys() >= PARTS else {}
+    return {}
 
 
 def _forget_later_rows(csv: Path, epochs: int) -> None:
-    """Drop the rows of epochs that ended after the checkpoint was written: they are going to be repeated."""
-    if csv.exists():
-        head, *rows = csv.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= epochs]
-        if kept != rows:
-            atomic_write(csv, "".join([head, *kept]))
+    """Drop damaged rows, and those of epochs behind the checkpoint: they are going to be repeated."""
+    if not csv.exists():
+        return
+    head, *rows = csv.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
+    whole = [row for row in rows if row.endswith("\n") and row.count(",") == head.count(",")]
+    kept = [row for row in whole if (epoch := row.split(",")[0].strip()).isdecimal() and int(epoch) <= epochs]
+    if not head.startswith("epoch"):
+        csv.unlink()  # the next row begins it anew
+    elif kept != rows:
+        atomic_write(csv, "".join([head, *kept]))
