@@ -5,7 +5,7 @@
 
 Runs the tests that prove an item and reads the figure that they record, `record_property("reliability", "20 of 20")`;
 where they record none, it counts them. Measures the load itself. Prints one line per item, and writes the table of
-docs/reliability.md, in which a run of some items leaves the rows of the others. Exit status 1 where an item fails.
+docs/reliability.md, where a run of some groups or items leaves the other rows. Exit status 1 where an item fails.
 """
 
 from __future__ import annotations
@@ -223,12 +223,11 @@ def row(item: Item, figure: str, images: int) -> str:
 
 def main() -> None:
     args = {"images": "20000", **dict(a.split("=", 1) for a in sys.argv[1:])}
-    groups = args.get("only", ",".join(i.group for i in ITEMS)).split(",")
-    if unknown := {*groups} - {i.group for i in ITEMS}:
-        raise SystemExit(
-            f"Unknown groups {sorted(unknown)}. Legal: {', '.join(dict.fromkeys(i.group for i in ITEMS))}."
-        )
-    chosen, images, failed = [i for i in ITEMS if i.group in groups], int(args["images"]), False
+    names = {name for item in ITEMS for name in (item.group, item.name)}
+    wanted = {*args["only"].split(",")} if "only" in args else names
+    if unknown := wanted - names:
+        raise SystemExit(f"Unknown items {sorted(unknown)}. Legal: {', '.join(sorted(names))}.")
+    chosen, images, failed = [i for i in ITEMS if {i.group, i.name} & wanted], int(args["images"]), False
     with tempfile.TemporaryDirectory() as tmp:
         found = [*(tested(tests) if (tests := [i for i in chosen if i.tests]) else ())]
         loads = [i.name for i in chosen if not i.tests]

@@ -22,6 +22,7 @@ from yolo_ext.checkpoint import save_model
 from yolo_ext.stock.load import load_model
 
 KILLS = 20
+pytestmark = pytest.mark.timeout(1800)
 # A process that has loaded all there is, and forks one for each try: Python starts once.
 FORKS = """
 import json, os, random, signal, sys, time, traceback
@@ -77,7 +78,7 @@ def forks(place) -> Callable[..., Any]:
 
     def run(code: str, *start: str, **job: Any) -> Any:
         words = [*start, sys.executable, "-c", FORKS + code, json.dumps(job)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1700, check=False)
         assert not done.returncode, done.stdout[-3000:] + done.stderr[-6000:]
         return json.loads(done.stdout.splitlines()[-1])
 
