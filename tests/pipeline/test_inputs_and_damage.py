@@ -7,6 +7,7 @@ import errno
 import json
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ultralytics import YOLO
 from ultralytics.utils import YAML
 
 import yolo_ext
-from yolo_ext import runs
+from yolo_ext import cli, runs
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import LOGGER
@@ -203,6 +204,19 @@ def test_a_full_disk_names_the_file(tmp_path, record_property):
 # Whole runs -----------------------------------------------------------------------------------------------------------
 class Stopped(Exception):
     """What ends a training in these tests."""
+
+
+@pytest.fixture
+def call(place, capsys, caplog, monkeypatch) -> Callable[[str], tuple[int, str]]:
+    """Return a function that runs a command line and returns its exit status and what was said."""
+    monkeypatch.setattr(LOGGER, "propagate", True)
+
+    def run(words: str) -> tuple[int, str]:
+        caplog.clear()
+        status = cli.main(words.split())
+        return status, caplog.text + capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.slow

@@ -44,7 +44,10 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     task = stock.task_of(base)
     measured, told = bool(ckpt) and not resume, (ckpt.get("train_args") or {}) if resume else options
     ended = resume and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None)
-    if ended and (told.get("base_accuracy") is None or (Path(model).resolve().parents[1] / "summary.json").exists()):
+    folder = Path(model).resolve().parent.parent
+    if ended and (folder / "args.yaml").exists():  # the file without an optimizer has no options of ours
+        told = runs.saved_options(folder / "args.yaml")
+    if ended and (told.get("base_accuracy") is None or (folder / "summary.json").exists()):
         raise UsageError(f"'{model}' is a finished training: nothing to resume. Give a last.pt of a stopped run.")
     imgsz = stock.image_size(base, ckpt, options.get("imgsz"), rounded=True)
     if resume:
@@ -67,7 +70,7 @@ def train(model: str | Path, **options: Any) -> dict[str, Any]:
     yolo.add_callback("on_train_start", partial(_keep, [*kept]))
     native = {k: v for k, v in options.items() if k not in (*EXT_DEFAULTS, "project", "name", "save_dir", "exist_ok")}
     options |= {} if resume else {"base_accuracy": worth}
-    trainer = _ended(Path(model).resolve(), {**told, **options}) if ended else _trained(yolo, task, options)
+    trainer = _ended(folder, {**told, **options}) if ended else _trained(yolo, task, options)
     seconds = round(time.monotonic() - start, 1)
     best = trainer.best if trainer.best.exists() else trainer.last
     after = figures(load_model(best)[0], best, trainer.args.data)
@@ -130,12 +133,12 @@ def _trained(yolo: Any, task: str, options: dict[str, Any]) -> Any:
     return yolo.trainer
 
 
-def _ended(last: Path, args: Mapping[str, Any]) -> Any:
+def _ended(folder: Path, args: Mapping[str, Any]) -> Any:
     """Return what stands for the trainer of a run that was stopped between its end and its summary."""
-    runs.folder({"save_dir": last.parents[1]}, task=args["task"], mode="train")
+    runs.folder({"save_dir": folder}, task=args["task"], mode="train")
+    files = {name: folder / "weights" / f"{name}.pt" for name in ("last", "best")}
     compression = parse(lasting({k: args.get(k) for k in EXT_DEFAULTS}))
-    return SimpleNamespace(save_dir=last.parents[1], last=last, best=last.with_name("best.pt"), resume=True,
-                           args=SimpleNamespace(**args), compression=compression)  # fmt: skip
+    return SimpleNamespace(save_dir=folder, **files, resume=True, args=SimpleNamespace(**args), compression=compression)
 
 
 def _keep(evidence: Sequence[Evidence], trainer: Any) -> None:
