@@ -19,6 +19,7 @@ import yaml
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.data import dataset
+from ultralytics.engine import trainer as engine
 from ultralytics.nn import tasks
 from ultralytics.utils import YAML, checks, patches
 
@@ -31,6 +32,7 @@ from yolo_ext.data.check import check_data
 from yolo_ext.pipeline.run import train
 from yolo_ext.stock.load import load_model, raw_checkpoint
 from yolo_ext.stock.safety import VARIABLE, safely
+from yolo_ext.stock.trainer import whole_final_files
 from yolo_ext.training.trainer import DetectionTrainer
 
 FOREIGN = """
@@ -164,7 +166,7 @@ def test_trainers_load_no_code(how, evil, settings, shapes, tmp_path):
             DetectionTrainer(overrides={**given, "model": "tiny.pt", **options[how]}).train()
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "resume_epoch0.pt"])
+@pytest.mark.parametrize("name", ["last.pt", "resume_epoch0.pt"])
 def test_a_run_folder_holds_no_code(name, evil, capsys):
     """The run of an older version, which was stopped behind its first epoch, in which somebody put something."""
     import shutil
@@ -173,6 +175,11 @@ def test_a_run_folder_holds_no_code(name, evil, capsys):
     poisoned(Path("tiny.pt"), f"old/weights/{name}")
     cli.main(["train", "resume=old", "data=shapes/data.yaml", "device=cpu", "workers=0"])
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_best_of_a_run_folder_is_not_run(evil):
+    with whole_final_files(checkpoint.finalize, keep_optimizer=False), safely():
+        assert engine.strip_optimizer(evil) == {}
 
 
 def test_a_stage_that_goes_on_loads_no_code(evil):
