@@ -6,27 +6,34 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from functools import cache
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from yolo_ext.commands import compare, compress, data, deploy, label, measure  # noqa: F401  isort: skip
-from yolo_ext.commands import COMMANDS, LOGGER, keys, takes_native
+from yolo_ext.commands import COMMANDS, LOGGER, NATIVE, keys, read_values, takes_native
 from yolo_ext.commands.help import FORWARDED, STOCK, TOPICS
 from yolo_ext.core.config import CONFIGS, comma_list, load_recipe, option_names, read_flat
-from yolo_ext.core.errors import UsageError, YoloExtError
+from yolo_ext.core.errors import UsageError, YoloExtError, brief, out_of_memory
 from yolo_ext.core.registry import suggest
 
 NAMES = (*COMMANDS.names(), *FORWARDED)
 VARIABLE = "YOLO_EXT_"  # start of a variable that holds an option: YOLO_EXT_MODEL, YOLO_EXT_PRUNE__SPEEDUP
+SWITCHED = {"no": False, "off": False, "yes": True, "on": True}  # besides False and True
 HELP_WORDS = {"help", "-h", "--help"}
 PLAIN = ("help", "recipes", "cfg", "version", "checks")  # commands that take nothing from the environment
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `argv`, the words after the program name; exit status 0 done, 1 check failed, 2 wrong usage, 130 stopped."""
+    """Run `argv`, the words after the program name.
+
+    Returns: Exit status: 0 done, 1 check failed, 2 wrong input or too little memory, 3 error of ours, 130 stopped.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # the user's own methods lie in the working folder, where no file stands in for a package
@@ -41,11 +48,29 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"yolo-ext: {e}\n")
         return e.exit_status
     except OSError as e:  # a folder that cannot be written, a file that is gone
-        sys.stderr.write(f"yolo-ext: {str(e).strip().splitlines()[0]}\n")
+        sys.stderr.write(f"yolo-ext: {brief(e)}\n")
         return UsageError.exit_status
     except KeyboardInterrupt:
         sys.stderr.write("yolo-ext: stopped\n")  # how to go on has been said, where there is a run to go on with
         return 130
+    except Exception as e:
+        if out_of_memory(e):
+            lower = "Lower what takes it, such as imgsz, batch, workers or images, or end other programs"
+            sys.stderr.write(f"yolo-ext: out of memory ({brief(e)}). {lower}.\n")
+            return UsageError.exit_status
+        sys.stderr.write(f"yolo-ext: internal error ({type(e).__name__}: {brief(e)}), log at {_log_of(e)}\n")
+        return 3
+
+
+def _log_of(e: Exception) -> str:
+    """Return the file with the traceback of an error: the log of its run, else one in the temporary folder."""
+    if file := getattr(e, "log", None):
+        return str(file)
+    how: Any = {"prefix": "yolo_ext_", "suffix": ".log", "errors": "backslashreplace", "delete": False}
+    with suppress(OSError), NamedTemporaryFile("w", encoding="utf-8", **how) as log:
+        traceback.print_exception(e, file=log)
+        return log.name
+    return "nowhere: the disk is full"
 
 
 @contextmanager
@@ -70,26 +95,29 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> Any:
     """Hand the words on to Ultralytics, unless two models are to be compared."""
     from yolo_ext.stock import register_layers
     from yolo_ext.stock.context import yolo_entrypoint
-    from yolo_ext.stock.load import images_only_read
+    from yolo_ext.stock.safety import safely
 
     try:
         if command == "predict" and "compare" in options:
             return COMMANDS[command].fn(**options)
+        read_values(options, NATIVE)
         register_layers(options.pop("modules", None))
-        words = [word for word in words if not word.startswith(("modules=", "recipe="))]
+        trust = options.pop("trust", None)
+        words = [word for word in words if not word.startswith(("modules=", "recipe=", "trust="))]
         given = {word.partition("=")[0] for word in words}
         outside = [f"{k}={v}" for k, v in options.items() if not {k, str(v)} & given]  # of the environment
-        with images_only_read():
+        with safely(trust):
             yolo_entrypoint([*words, *outside])
-    except UsageError:
+    except YoloExtError:
         raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
-        raise UsageError(f"yolo {command}: {str(e).strip().splitlines()[0]}") from e
-    except Exception as e:  # a runtime has exceptions of its own for a file that is no YOLO
-        if not (file := str(options.get("model"))).endswith(".onnx"):
+        raise UsageError(f"yolo {command}: {brief(e)}") from e
+    except Exception as e:  # of Ultralytics and the runtimes, which have exceptions of their own for a wrong value
+        if out_of_memory(e):
             raise
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise UsageError(f"yolo {command}: '{file}' does not work as a YOLO ({why}). Give an exported one.") from e
+        why, file = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}", str(options.get("model"))
+        fails = f"'{file}' does not work as a YOLO ({why})" if file.endswith(".onnx") else why
+        raise UsageError(f"yolo {command}: {fails}. Look at the values given; log at {_log_of(e)}") from e
     return None
 
 
@@ -144,8 +172,15 @@ def plain_words(argv: list[str]) -> list[str]:
         if is_key and after and not another and "=" not in word and word not in tasks:
             word += f"={after}"
             queue.popleft()
-        words.append(word)
+        words.append(_plain(word))
     return words
+
+
+def _plain(word: str) -> str:
+    """Return a word `key=value` with no, off, yes and on of a switch as False and True."""
+    key, _, value = word.partition("=")
+    truth = SWITCHED.get(value.strip().lower()) if key.strip() in (*_legal()[1], *CONFIGS) else None
+    return word if truth is None else f"{key}={truth}"
 
 
 def _misplaced(word: str, command: str, flat: dict[str, Any]) -> str:
@@ -170,6 +205,7 @@ def _legal() -> tuple[set[str], set[str], set[str]]:
     own = [p for row in COMMANDS for p in keys(row.fn).values()]
     switches = {k for k, v in DEFAULT_CFG_DICT.items() if isinstance(v, bool)}
     switches |= {p.name for p in own if "bool" in str(p.annotation)}
+    switches |= {f"{t}.{f.name}" for t, cls in CONFIGS.items() for f in fields(cls) if "bool" in str(f.type)}
     return {*DEFAULT_CFG_DICT, *option_names(), *CONFIGS, "recipe", *(p.name for p in own)}, switches, {*TASKS}
 
 
@@ -186,7 +222,7 @@ def _environment(command: str) -> dict[str, Any]:
             near = suggest(variable, [*map(_variable, sorted(legal))])
             problems.append(f"Unknown environment variable '{variable}'.{near}")
         elif key.split(".")[0] in own:  # others are for other commands
-            problems += [f"{variable}: {p}" for p in _read_pair(f"{key}={os.environ[variable]}", found)]
+            problems += [f"{variable}: {p}" for p in _read_pair(_plain(f"{key}={os.environ[variable]}"), found)]
     if problems:
         raise UsageError("\n".join(problems))
     return found

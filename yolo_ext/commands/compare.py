@@ -4,15 +4,15 @@
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, Count, Natural, Share, Weights, command
+from yolo_ext.commands import LOGGER, Count, Device, Limits, Natural, Share, Weights, command
 from yolo_ext.core.errors import UsageError
 
 
 @command("Compare two models by class and size, with intervals; exit status 1 for a broken limit")
 def compare(
     model: Weights, other: Weights, data: str | None = None, imgsz: Count | None = None, conf: Share | None = None,
-    within: Share = 0.005, contract: Any = None, confidence: Share | None = None, resamples: Count = 1000,
-    seed: Natural = 0, device: Any = None, **place: Any,
+    within: Share = 0.005, contract: Limits = None, confidence: Share | None = None, resamples: Count = 1000,
+    seed: Natural = 0, device: Device = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure two models over the val split, print what differs and how sure that is, and keep the evidence.
 

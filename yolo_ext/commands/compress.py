@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_ext.commands import (  # isort: skip
-    EXPORTS, PLACE, Count, Natural, Resume, Share, Technique, Weights, check_native, command, need, tell_idle,
+    EXPORTS, PLACE, Count, Limits, Natural, Resume, Share, Technique, Weights, check_native, command, need, tell_idle,
 )  # fmt: skip
 from yolo_ext.core.config import CONFIGS, TARGETS, PruneConfig, cfg_dir, changed, parse, without_effect
 from yolo_ext.core.log import LOGGER
@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {"epochs": 50, "optimizer": "AdamW", "lr0": 0.002, "cos_l
 def compress(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = True, quant: Technique = True,
-    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    max_drop: Share | None = None, contract: Limits = None, confidence: Share | None = None, resume: Resume = False,
     save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a trained YOLO and prove the result; a technique is switched off by None.
@@ -47,7 +47,7 @@ def compress(
 def train(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    max_drop: Share | None = None, contract: Limits = None, confidence: Share | None = None, resume: Resume = False,
     save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a YOLO with our trainer of its task.
@@ -80,7 +80,7 @@ def train(
 def prune(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural | None = None,
     sparsity: Technique = None, prune: Technique = True, distill: Technique = None, quant: Technique = None,
-    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    max_drop: Share | None = None, contract: Limits = None, confidence: Share | None = None, resume: Resume = False,
     save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but pruning on by default.
@@ -96,7 +96,7 @@ def prune(
 def distill(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Count | None = None,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = True, quant: Technique = None,
-    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    max_drop: Share | None = None, contract: Limits = None, confidence: Share | None = None, resume: Resume = False,
     save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `train` does, whose keys these are, with distillation on by default.
@@ -115,7 +115,7 @@ def distill(
 def quantize(
     model: Weights, data: str | Path | None = None, *, imgsz: Count | None = None, epochs: Natural = 0,
     sparsity: Technique = None, prune: Technique = None, distill: Technique = None, quant: Technique = True,
-    max_drop: Share | None = None, contract: Any = None, confidence: Share | None = None, resume: Resume = False,
+    max_drop: Share | None = None, contract: Limits = None, confidence: Share | None = None, resume: Resume = False,
     save_optimizer: bool = False, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what `compress` does, whose keys these are, with no technique but quantization on by default.

@@ -2,24 +2,25 @@
 """The commands around datasets: convert, split, data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from yolo_ext.commands import LOGGER, Natural, command, numbers, tell_idle
-from yolo_ext.core.config import comma_list
+from yolo_ext.commands import LOGGER, Names, Natural, command, each, tell_idle, whole
+from yolo_ext.core.config import comma_list, number
 from yolo_ext.core.errors import UsageError
 
 SPLITS = ("train", "val", "test")
-Folds = Annotated[int, 2]
+Folds = Annotated[int, lambda v: whole(v, 2), "a whole number of at least 2"]
+Shares = Annotated[Any, lambda v: each(v, float, number) and not number(v), "a share for each split, such as 0.8,0.2"]
+Text = str | Path
 
 
 @command("Convert a dataset between YOLO, Pascal VOC and COCO")
 def convert(
-    source: str | Path, out: str | Path, format: str = "auto", to: str = "yolo", *, train: Any = None, val: Any = None,
-    test: Any = None, ratio: Any = None, folds: Folds | None = None, stratify: bool = False, seed: Natural = 0,
-    classes: Any = None, task: str = "detect", difficult: str = "keep", broken: str = "refuse", files: str = "link",
-    images: str | Path | None = None, annotations: str | Path | None = None,
+    source: Text, out: Text, format: str = "auto", to: str = "yolo", *, train: Text | None = None,
+    val: Text | None = None, test: Text | None = None, ratio: Shares = None, folds: Folds | None = None,
+    stratify: bool = False, seed: Natural = 0, classes: Names = None, task: str = "detect", difficult: str = "keep",
+    broken: str = "refuse", files: str = "link", images: Text | None = None, annotations: Text | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert a dataset between YOLO, Pascal VOC and COCO without touching the source.
 
@@ -50,28 +51,26 @@ def convert(
     from yolo_ext.data.convert import convert as run
     from yolo_ext.data.records import read_text
 
-    hint = "one share for each split, such as ratio=0.8,0.2"
-    shares = [] if ratio is None else numbers("ratio", ratio, float, lambda r: True, hint)
-    if len(shares) > len(SPLITS) or isinstance(ratio, (int, float)):
-        raise UsageError(f"'ratio={ratio}' is illegal. Give {hint}.")
+    shares = [] if ratio is None else comma_list(ratio, float)
+    if len(shares) > len(SPLITS):
+        raise UsageError(f"'ratio={ratio}' is illegal. Give one share for each split, such as ratio=0.8,0.2.")
     if isinstance(classes, str) and Path(classes).is_file():
         classes = read_text(Path(classes)).splitlines()
     tell_idle([difficult != "keep" and format != "voc" and "difficult (only VOC marks objects as difficult)",
                seed and not (shares or folds) and "seed (only with ratio or folds)",
                task != "detect" and to != "yolo" and "task (only with to=yolo)"])  # fmt: skip
     lists = {k: str(v) for k, v in zip(SPLITS, (train, val, test)) if v not in (None, "")}
-    done = run(Path(source), Path(out), format=format, to=to, splits=lists or None,
+    return run(Path(source), Path(out), format=format, to=to, splits=lists or None,
                ratios=dict(zip(SPLITS, shares)) or None, folds=folds or 0, stratify=stratify, seed=seed,
                classes=comma_list(classes) if classes else None, task=task, difficult=difficult, broken=broken,
                files=files, images=Path(images) if images else None,
                annotations=Path(annotations) if annotations else None)  # fmt: skip
-    return asdict(done)
 
 
 @command("Split a YOLO dataset anew: shares or folds, at random or by class", like=convert)
 def split(
-    source: str | Path, out: str | Path, ratio: Any = None, folds: Folds | None = None, *, stratify: bool = False,
-    seed: Natural = 0, classes: Any = None, broken: str = "refuse", files: str = "link",
+    source: Text, out: Text, ratio: Shares = None, folds: Folds | None = None, *, stratify: bool = False,
+    seed: Natural = 0, classes: Names = None, broken: str = "refuse", files: str = "link",
 ) -> dict[str, Any]:  # fmt: skip
     """Split a YOLO dataset anew, without touching the source; keys without help here are those of `convert`.
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yolo_ext.commands import LOGGER, PLACE, Count, Share, Technique, Weights, command, tell_idle
+from yolo_ext.commands import (  # isort: skip
+    LOGGER, PLACE, Count, Device, Limits, Names, Natural, Share, Size, Technique, Weights, command, tell_idle,
+)  # fmt: skip
 from yolo_ext.core.config import changed, parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
@@ -24,7 +26,7 @@ class Job:
     net: Any  # module, float, with or without the ranges of a quantization
     imgsz: Any  # pixels: one side, or height and width
     precision: str  # "" for FP32, half or int8
-    data: str | None  # dataset YAML to calibrate on
+    data: str | Path | None  # dataset YAML to calibrate on
     quant: dict[str, Any]  # quantization options
     graph: dict[str, Any]  # arguments of `export_onnx`
     modelopt: dict[str, Any] | None  # checkpoint of Ultralytics' own QAT, if the model is one
@@ -33,11 +35,11 @@ class Job:
 
 @command("Write ONNX or OpenVINO (FP32, FP16, INT8) or any other Ultralytics format")
 def export(
-    model: Weights, format: str = "onnx", out: str | Path | None = None, *, imgsz: Any = None,
+    model: Weights, format: str = "onnx", out: str | Path | None = None, *, imgsz: Size = None,
     batch: Count | None = None, dynamic: bool | None = None, opset: Count | None = None, simplify: bool | None = None,
-    half: bool | None = None, int8: bool | None = None, quantize: Any = None, data: str | None = None,
-    quant: Technique = None, nms: bool | None = None, conf: Share | None = None, iou: Share | None = None,
-    max_det: Count | None = None, agnostic_nms: bool | None = None, **native: Any,
+    half: bool | None = None, int8: bool | None = None, quantize: Natural | str | None = None,
+    data: str | Path | None = None, quant: Technique = None, nms: bool | None = None, conf: Share | None = None,
+    iou: Share | None = None, max_det: Count | None = None, agnostic_nms: bool | None = None, **native: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Export a model; ONNX and OpenVINO by us, every other format by Ultralytics with the weights of the model.
 
@@ -124,8 +126,6 @@ def _size(net: Any, ckpt: dict[str, Any], given: Any) -> Any:
     if given is None:
         return stock.image_size(net, ckpt)
     sides = list(given) if isinstance(given, (list, tuple)) else [given]
-    if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
-        raise UsageError(f"'imgsz={given}' is illegal: give a whole number, or height and width as imgsz=[480,640].")
     return sides[0] if len({*sides}) == 1 else tuple(sides)
 
 
@@ -254,13 +254,10 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
     """Hand a format over to Ultralytics, which exports the module in the file, pruned or not; nothing is installed."""
     from ultralytics import YOLO
 
-    from yolo_ext.stock.load import no_autoinstall
-
     if out:
         raise UsageError(f"'out={out}' is only for onnx and openvino: Ultralytics writes '{format}' beside the model.")
     try:
-        with no_autoinstall():
-            return Path(YOLO(str(model)).export(format=format, **{k: options[k] for k in options if k not in PLACE}))
+        return Path(YOLO(str(model)).export(format=format, **{k: options[k] for k in options if k not in PLACE}))
     except ImportError as error:
         name = error.name or str(error)
         raise UsageError(f"Exporting '{format}' needs the package '{name}'. Run `pip install {name}`.") from error
@@ -271,8 +268,9 @@ def _by_ultralytics(model: str | Path, format: str, out: Any, options: dict[str,
 
 @command("Compare an ONNX file with its .pt; exit status 1 when they differ")
 def verify(
-    model: Weights, onnx: str, int8: str | None = None, data: str | None = None, source: str | None = None,
-    imgsz: Any = None, contract: Any = None, device: Any = None, **place: Any,
+    model: Weights, onnx: str | Path, int8: str | Path | None = None, data: str | Path | None = None,
+    source: Names = None, imgsz: Size = None, contract: Limits = None,
+    device: Device = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare an ONNX file with the model that it came from, print the checks and write them.
 

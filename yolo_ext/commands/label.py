@@ -5,27 +5,31 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from yolo_ext.commands import (  # isort: skip
-    BOTH, LOGGER, PLACE, PREDICTS, Count, Natural, Resume, Share, Weights, command, refuse_unread, tell_idle,
+    BOTH, LOGGER, PLACE, PREDICTS, Count, Device, Names, Natural, Resume, Share, Weights, command, refuse_unread,
+    some, tell_idle,
 )  # fmt: skip
-from yolo_ext.core.config import comma_list
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.config import comma_list, listed
+from yolo_ext.core.errors import UsageError, refused
+from yolo_ext.core.lock import hold
 from yolo_ext.core.log import resumes
 from yolo_ext.core.registry import suggest
 
 TASKS = ("detect", "segment")
 COMPARED = ("detect", "segment", "pose", "obb", "classify")  # tasks that `predict compare=` draws
 WORDS = "base {base}, model {new} objects, {missed} missed, {added} added"
+Images = Annotated[Any, lambda v: some(v, str, Path, int) or all(hasattr(i, "size") for i in listed(v) or [0]),
+                   "a path, a list of them, or images in memory"]  # fmt: skip
 OUTPUT = ("save", "show", "visualize", "project", "name")  # what the base model is not to write or open
 IOU = 0.5  # two boxes of one class are the same object from this overlap on; `match_boxes` uses the same
 
 
 @command("Label images with a model: labels, previews and a review sheet")
 def label(
-    model: Weights, source: Any, out: str | Path, *, format: str = "yolo", classes: Any = None,
-    conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Any = None, beside: bool = False,
+    model: Weights, source: Names, out: str | Path, *, format: str = "yolo", classes: Names = None,
+    conf: Share = 0.25, iou: Share = 0.7, imgsz: Count | None = None, device: Device = None, beside: bool = False,
     overwrite: bool = False, save_conf: bool = False, previews: bool = True,
     files: Literal["link", "copy", "none"] | None = "link", review: Natural = 500, resume: Resume = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -60,7 +64,6 @@ def label(
     from yolo_ext.data.records import quote
     from yolo_ext.reporting.pages import LOW, render_review
     from yolo_ext.reporting.tables import TEXT
-    from yolo_ext.stock import no_autoinstall
 
     if format not in FORMATS:
         raise UsageError(f"Unknown label format '{format}'.{suggest(format, [*FORMATS])} Legal: {', '.join(FORMATS)}.")
@@ -74,14 +77,14 @@ def label(
     settings = {"model": digest, "imgsz": size, "conf": conf, "iou": iou, "classes": wanted,
                 "names": list(names.values())}  # fmt: skip
     options: dict[str, Any] = {"imgsz": size, "conf": conf, "iou": iou, "classes": wanted, "device": device}
+    hold(folder)
     resumes("label", folder, JOURNAL)
-    with no_autoinstall():
-        yolo = YOLO(str(model), task=task)
-        done = label_images(
-            images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
-            names, {**settings, "options": runs.plain({**given, "out": folder})}, format=format,
-            beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf, previews=previews,
-            files=files or "none", channels=channels)  # fmt: skip
+    yolo = YOLO(str(model), task=task)
+    done = label_images(
+        images, folder, lambda image: _objects(yolo.predict(image, verbose=False, save=False, **options)[0]),
+        names, {**settings, "options": runs.plain({**given, "out": folder})}, format=format,
+        beside=beside or folder == root, overwrite=overwrite, save_conf=save_conf, previews=previews,
+        files=files or "none", channels=channels)  # fmt: skip
     found = _summary(Path(model).name, format, settings, len(images), done, names)
     told = TEXT.get_template("labelled.txt.j2").render(found, low=LOW).strip()
     update(folder / "label.json", json.dumps(found, indent=2) + "\n")
@@ -174,7 +177,7 @@ def _summary(
 
 
 @command("Run a model on images; compare=base.pt marks what the base finds differently")
-def predict(model: Weights, compare: Weights, source: Any, **native: Any) -> dict[str, Any]:
+def predict(model: Weights, compare: Weights, source: Images, **native: Any) -> dict[str, Any]:
     """Predict as `yolo predict` does, and draw the detections of a base model beside those of the model.
 
     Args:
@@ -225,17 +228,13 @@ def _load(path: str | Path, native: dict[str, Any]) -> Any:
     from ultralytics import YOLO
 
     from yolo_ext.deployment.runtime import describe
-    from yolo_ext.stock import refuse_renamed
 
     if not Path(path).exists():
         raise UsageError(f"Model '{path}' does not exist. Give a file such as best.pt or best_int8.onnx.")
-    refuse_renamed(path)
     if Path(path).suffix == ".onnx":
         describe(path)  # says what is no YOLO
-    try:
+    with refused(f"Model '{path}' cannot be loaded ({{why}})."):  # whatever unpickling and parsing raise
         model = YOLO(str(path), task=native.get("task"))
-    except Exception as error:  # whatever unpickling and parsing raise
-        raise UsageError(f"Model '{path}' cannot be loaded ({type(error).__name__}: {error}).") from error
     if model.task not in COMPARED:
         raise UsageError(f"'{path}' is a '{model.task}' model. 'compare' takes {', '.join(COMPARED)}.")
     return model

@@ -3,9 +3,11 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from yolo_ext.commands import LOGGER, Count, Resume, Technique, Weights, command, numbers, tell_idle
+from yolo_ext.commands import (  # isort: skip
+    LOGGER, Count, Counts, Device, Limits, Names, Resume, Technique, Weights, command, each, tell_idle,
+)  # fmt: skip
 from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import resumes
@@ -16,14 +18,15 @@ UNUSED = {  # options that an analysis of sensitivity does not look at
               "runtime"),
     "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
 }  # fmt: skip
+Shares = Annotated[Any, lambda v: each(v, float, lambda r: 0 < r < 1), "shares such as 0.25,0.5,0.75"]
 RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}
 
 
 @command("Measure latency, memory and mAP of .pt, .onnx and OpenVINO models side by side")
 def bench(
-    models: str | list[Weights], imgsz: Count | None = None, threads: Any = 1, batch: Any = 1, rounds: Count = 100,
-    data: str | None = None, source: str | None = None, contract: Any = None, profile: bool = False,
-    memory: bool = True, device: Any = None, **place: Any,
+    models: Names, imgsz: Count | None = None, threads: Counts = 1, batch: Counts = 1, rounds: Count = 100,
+    data: str | Path | None = None, source: str | Path | None = None, contract: Limits = None,
+    profile: bool = False, memory: bool = True, device: Device = None, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure files side by side, print the tables and write them.
 
@@ -60,10 +63,7 @@ def bench(
         runtime_of(file)
         if data:
             validator_of(file, data)
-    counts, batches = (
-        [*dict.fromkeys(numbers(k, v, int, lambda n: n >= 1, f"whole numbers of at least 1, such as {k}=1,2"))]
-        for k, v in {"threads": threads, "batch": batch}.items()
-    )
+    counts, batches = ([*dict.fromkeys(comma_list(given, int))] for given in (threads, batch))
     first, env = (counts[0], batches[0]), stock.cpu_info()
     about = {} if Path(files[0]).is_dir() else describe(files[0])
     given = stock.image_size(*stock.load_model(files[0]), imgsz) if files[0].endswith(".pt") else imgsz
@@ -200,9 +200,9 @@ def analyze(model: Weights, imgsz: Count | None = None, **place: Any) -> dict[st
 
 @command("Measure what each group of channels is worth to pruning, or each layer loses by INT8")
 def sensitivity(
-    model: Weights, data: str, kind: Literal["prune", "quant"] = "prune", ratios: Any = None,
+    model: Weights, data: str | Path, kind: Literal["prune", "quant"] = "prune", ratios: Shares = None,
     prune: Technique = None, quant: Technique = None, by: Literal["layer", "block"] = "layer", images: Count = 32,
-    map: bool = False, imgsz: Count | None = None, device: Any = None, resume: Resume = False, **place: Any,
+    map: bool = False, imgsz: Count | None = None, device: Device = None, resume: Resume = False, **place: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure what each layer is worth to pruning or loses by quantization, and write json, csv and a picture.
 
@@ -232,8 +232,7 @@ def sensitivity(
         raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
     cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **(prune or {})}})[kind]
     tell_idle([f"{kind}.{k}" for k in changed(cfg) if k in UNUSED[kind]])
-    hint = "shares above 0 and below 1, such as ratios=0.25,0.5,0.75"
-    shares = {*numbers("ratios", (0.25, 0.5, 0.75) if ratios is None else ratios, float, lambda r: 0 < r < 1, hint)}
+    shares = {*comma_list((0.25, 0.5, 0.75) if ratios is None else ratios, float)}
     net, ckpt = stock.load_model(model)
     stock.refuse_untrainable(net)
     size = stock.image_size(net, ckpt, imgsz)
