@@ -23,7 +23,7 @@ from ultralytics.utils import LOGGER
 from yolo_ext import stock
 from yolo_ext.checkpoint import atomic_write
 from yolo_ext.core.config import CONFIGS, read_options
-from yolo_ext.core.errors import UsageError
+from yolo_ext.core.errors import UsageError, refused
 from yolo_ext.core.lock import LOCK, RUN, hold
 from yolo_ext.core.log import FILE, let_go, log_to
 from yolo_ext.core.options import listed
@@ -171,13 +171,9 @@ def resumed(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def saved_options(file: Path) -> dict[str, Any]:
     """Return the options that a file of a run folder holds."""
-    try:
+    with refused(f"'{file}' is damaged ({{why}}). Restore it, or start over in another folder."):
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text.splitlines()[0])["options"] if file.suffix == ".jsonl" else plain_yaml(text)
-        return {**found}
-    except (ValueError, LookupError, TypeError, yaml.YAMLError) as e:
-        damaged = f"'{file}' is damaged, so its run cannot be gone on with ({type(e).__name__})"
-        raise UsageError(f"{damaged}. Restore it, or start over in another folder.") from e
+        return dict(json.loads(text.splitlines()[0])["options"] if file.suffix == ".jsonl" else plain_yaml(text))
 
 
 def _stopped(command: str, options: Mapping[str, Any]) -> Path:
@@ -267,9 +263,8 @@ def stage(root: Path, name: str, work: Callable[[], Record], start: str, again: 
     begin = time.monotonic()
     done = replace(work(), seconds=round(time.monotonic() - begin, 1), start=start)
     written = sorted(f for f in file.parent.rglob("*") if f.is_file())
-    checked = {f for f in written if f.suffix in CHECKED and f.name != "last.pt"}
-    hashes = {str(f.relative_to(file.parent)): hash_of(f) if f in checked else "" for f in written}
-    replace(done, files=hashes).write(file)
+    hashes = [hash_of(f) if f.suffix in CHECKED and f.name != "last.pt" else "" for f in written]
+    replace(done, files={str(f.relative_to(file.parent)): h for f, h in zip(written, hashes)}).write(file)
     return Record.read(file)
 
 

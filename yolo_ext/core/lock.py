@@ -8,7 +8,6 @@ import re
 import socket
 import time
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ def hold(folder: Path) -> None:
     """Take a run folder for this process and its children until `release`; UsageError where another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     me, host, lock = psutil.Process(), socket.gethostname(), folder / LOCK
-    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-    mine = json.dumps({"pid": me.pid, "host": host, "since": since, "born": _born(me)})
+    mine = json.dumps({"pid": me.pid, "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "born": _born(me)})
     while True:
         for path in (lock, *(p / LOCK for p in folder.parents if (p / RUN).is_file())):
             owner = _owner(path)
@@ -57,8 +55,7 @@ def release() -> None:
 
 def left_over(path: Path) -> bool:
     """Tell by its name whether a dead process began to write a file or a folder."""
-    writer = PART.fullmatch(path.name)
-    return bool(writer) and not psutil.pid_exists(int(writer[1]))
+    return bool(writer := PART.fullmatch(path.name)) and not psutil.pid_exists(int(writer[1]))
 
 
 def _take_over(lock: Path, mine: str) -> bool:

@@ -38,10 +38,7 @@ def tell_time(what: str, seconds: float, each: str) -> None:
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """Keep the log of a block for the folder that `log_to` names in it, and the folders that it takes for its process.
-
-    Of nested blocks the outermost counts.
-    """
+    """Keep the log of a block, and the folders that it takes, for `log_to`; of nested blocks the outermost counts."""
     if _open():
         yield
         return
@@ -66,9 +63,10 @@ def logged() -> Iterator[None]:
 
 def log_to(folder: Path) -> None:
     """Take this folder, and write the log of the block around into it, unless it is written elsewhere already."""
-    if handler := _open():
-        hold(folder)
-    if handler and not handler.target:
+    if not (handler := _open()):
+        return
+    hold(folder)
+    if not handler.target:
         file = RotatingFileHandler(folder / FILE, maxBytes=MOST, backupCount=OLD, encoding="utf-8", delay=True)
         file.format = handler.format  # type: ignore[method-assign]
         handler.setTarget(file)
