@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from yolo_ext.deployment.compare import first_difference
+from yolo_ext.deployment.compare import compare, first_difference, summary
 from yolo_ext.reporting.tables import TEXT
 from yolo_ext.stock import module_path
 
@@ -92,3 +92,12 @@ def test_short_batch_is_filled_up(exported, spoil, x, tmp_path):
 )
 def test_module_path(node, path):
     assert module_path(node).rpartition(".")[0] == path
+
+
+def test_embedded_nms_that_finds_nothing_differs_in_nothing(x):
+    def nothing(images):
+        return [np.zeros((len(images), 5, 6), np.float32)]
+
+    meta = {"task": "detect", "nc": 3, "end2end": False, "stretch": False, "nms": {"conf": 0.25}}
+    found = compare(nothing, nothing, [x], meta)
+    assert found["inputs"] == 1 and set(summary(found["rows"]).values()) == {0.0}

@@ -93,7 +93,8 @@ def compare(a: Predict, b: Predict, batches: Iterable[np.ndarray], meta: dict[st
             rest = max(rest, extra)
             size = float(np.nan_to_num(found[:, :2] * [0.01, 1.0], nan=np.inf).max(initial=extra))
             worst = (size, x) if size > worst[0] else worst
-    return {"rows": np.concatenate(rows), "rest": rest, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
+    found = np.concatenate([*rows, np.zeros((int(not any(map(len, rows))), 3))])  # embedded NMS may find nothing
+    return {"rows": found, "rest": rest, "inputs": len(rows), "shapes": shapes, "worst": worst[1]}
 
 
 def summary(rows: np.ndarray) -> dict[str, float]:
