@@ -95,10 +95,7 @@ def _furnish(folder: Path, tiny_yaml: Path, shots: Path) -> None:
     shutil.copy("runs/detect/pruned/weights/best.pt", "pruned.pt")
     ran(f"compress model=best.pt data=data.yaml epochs=1 prune.speedup=1.3 {SMALL}")
     ran("quantize model=best.pt data=data.yaml imgsz=64")
-    for name in ("base.onnx", "best.onnx", "fp32.onnx"):
-        shutil.copy("runs/detect/quantize/onnx/fp32.onnx", name)
-    for name in ("best_int8.onnx", "int8.onnx"):
-        shutil.copy("runs/detect/quantize/onnx/int8.onnx", name)
+    _exported()
     for stage, name in (("base", "base"), ("ptq", "other")):
         for place in (f"{stage}/evidence.npz", f"run/{name}.npz"):
             Path(place).parent.mkdir(exist_ok=True)
@@ -113,6 +110,7 @@ def _furnish(folder: Path, tiny_yaml: Path, shots: Path) -> None:
 def furnished_place(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     at_home(furnished, monkeypatch)
     monkeypatch.syspath_prepend(str(furnished))
+    _exported()
     return furnished
 
 
@@ -124,6 +122,14 @@ def own_place(furnished: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.
     for name in ("yolov8n.pt", "best.pt"):
         shutil.copy(furnished / "best.pt", name)
     return tmp_path
+
+
+def _exported() -> None:
+    """Put the ONNX files where pages have them; what a page exports takes their place."""
+    for name in ("base.onnx", "best.onnx", "fp32.onnx"):
+        shutil.copy("runs/detect/quantize/onnx/fp32.onnx", name)
+    for name in ("best_int8.onnx", "int8.onnx"):
+        shutil.copy("runs/detect/quantize/onnx/int8.onnx", name)
 
 
 def _with_polygons(coco: dict[str, Any]) -> dict[str, Any]:
