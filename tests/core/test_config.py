@@ -9,8 +9,6 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from yolo_ext.core.config import (
     CONFIGS,
@@ -18,7 +16,6 @@ from yolo_ext.core.config import (
     TARGETS,
     PruneConfig,
     QuantConfig,
-    as_plain,
     cfg_dir,
     comma_list,
     default_yaml,
@@ -259,34 +256,6 @@ def test_configs_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         PruneConfig().method = "l1"
     assert PruneConfig().exclude is not PruneConfig().exclude
-
-
-NUMBERS = {
-    "round_to": st.integers(1, 64),
-    "min_channels": st.integers(1, 512),
-    "max_ratio": st.floats(0, 0.99),
-    "exclude": st.lists(st.text(max_size=5)),
-    "seed": st.integers(0, 2**31),
-    "scope": st.sampled_from(["global", "local"]),
-}
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=50)
-@given(
-    prune=st.none()
-    | st.fixed_dictionaries({"speedup": st.floats(1.01, 50)}, optional=NUMBERS)
-    | st.fixed_dictionaries({"ratio": st.floats(0, 0.95), "speedup": st.none()}, optional=NUMBERS),
-    distill=st.none() | st.fixed_dictionaries({}, optional={"final": st.floats(0, 1), "features": st.none()}),
-    quant=st.none()
-    | st.fixed_dictionaries({}, optional={"epochs": st.integers(1, 99), "source": st.none() | st.text()}),
-)
-def test_plain_and_back(prune, distill, quant):
-    parsed = parse({"prune": prune, "distill": distill, "quant": quant})
-    plain = as_plain(parsed)
-    assert parse(plain) == parsed
-    assert parse(json.loads(json.dumps(plain))) == parsed
-    assert parse(yaml.safe_load(yaml.safe_dump(plain))) == parsed
 
 
 def test_default_yaml_is_the_defaults():
