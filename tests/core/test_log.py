@@ -9,6 +9,7 @@ import re
 import pytest
 
 from yolo_ext.core import log
+from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE, LOGGER, let_go, log_to, logged, tell_time
 
 
@@ -55,11 +56,14 @@ def test_a_run_that_goes_on_goes_on_with_its_log(tmp_path):
     assert lines(tmp_path) == ["one", "two"]
 
 
-def test_what_ends_a_run_is_its_last_line(tmp_path):
-    with pytest.raises(ValueError), logged():
+@pytest.mark.parametrize("kind", [UsageError, PermissionError, KeyboardInterrupt, ValueError])
+def test_what_ends_a_run_is_its_last_line_and_an_error_of_ours_with_its_traceback(tmp_path, kind):
+    with pytest.raises(kind) as e, logged():
         log_to(tmp_path)
-        raise ValueError("out of reach")
-    assert lines(tmp_path) == ["ValueError: out of reach"]
+        raise kind("out of reach")
+    said = (tmp_path / FILE).read_text(encoding="utf-8").splitlines()
+    assert said[-1].endswith(f"{kind.__name__}: out of reach") and e.value.log == tmp_path / FILE
+    assert ("Traceback" in said[0], len(said) > 1) == (kind is ValueError, kind is ValueError)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

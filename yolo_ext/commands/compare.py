@@ -34,7 +34,10 @@ def compare(
     from yolo_ext.checkpoint import atomic_write
     from yolo_ext.deployment.contract import judged, read_limits
     from yolo_ext.reporting.tables import TEXT
+    from yolo_ext.stock.accuracy import about
 
+    if Path(model).suffix != ".npz":  # before anything is measured
+        read_limits(contract, *about(model)[:2], confidence)
     base = _evidence(model, data, imgsz, device)
     limits = read_limits(contract, base.about["task"], base.about["names"], confidence)
     new = _evidence(other, data, imgsz, device)

@@ -50,11 +50,12 @@ def bench(
     from ultralytics.utils import TQDM
 
     from yolo_ext import runs, stock
+    from yolo_ext.deployment.contract import read_limits
     from yolo_ext.deployment.latency import operators, runtime_of
     from yolo_ext.deployment.runtime import describe
     from yolo_ext.reporting.figures import plot_tradeoff
     from yolo_ext.reporting.tables import TEXT, write_summary
-    from yolo_ext.stock.accuracy import validator_of
+    from yolo_ext.stock import accuracy
 
     files = comma_list(models)
     if missing := [f for f in files if not Path(f).exists()]:
@@ -62,7 +63,8 @@ def bench(
     for file in files:
         runtime_of(file)
         if data:
-            validator_of(file, data)
+            accuracy.validator_of(file, data)
+    limits = read_limits(contract, *(accuracy.about(files[0])[:2] if data else ("detect", {})), data=data)
     counts, batches = ([*dict.fromkeys(comma_list(given, int))] for given in (threads, batch))
     first, env = (counts[0], batches[0]), stock.cpu_info()
     about = {} if Path(files[0]).is_dir() else describe(files[0])
@@ -74,7 +76,7 @@ def bench(
     kept: list[Any] = []  # evidence of each model
     to = {"keep": kept.append, "device": device}
     about = {f: _about(f, image, size, first, data, memory, to) for f in TQDM(files, desc="Models")}
-    judged = _judged(files, kept, contract)
+    judged = _judged(files, kept, limits)
     rows = [row for t in counts for b in batches for row in _measure(files, size, t, b, rounds)]
     found: dict[str, Any] = {"env": env, "imgsz": size, "rounds": rounds, "image": name, "rows": rows, "models": about,
                              "metric": stock.metric(kept[0].about["task"] if kept else "detect"), **judged}  # fmt: skip
@@ -127,12 +129,10 @@ def _image(data: str | None, source: str | None, size: int, channels: int) -> tu
     raise UsageError(f"No image in '{source or data}' can be read. Give source=image.")
 
 
-def _judged(files: list[str], kept: list[Any], contract: Any) -> dict[str, Any]:
+def _judged(files: list[str], kept: list[Any], limits: dict[str, float]) -> dict[str, Any]:
     """Return what the evidence of each model says against that of the first one, and the checks of a contract."""
-    from yolo_ext.deployment.contract import judged, read_limits
+    from yolo_ext.deployment.contract import judged
 
-    about: Any = kept[0].about if kept else {"task": "detect", "names": {}}
-    limits = read_limits(contract, about["task"], about["names"], data=kept)
     found = {f: judged(kept[0], evidence, limits) for f, evidence in zip(files[1:], kept[1:])}
     checks = [{**c, "name": f"{f}: {c['name']}"} for f, judgement in found.items() for c in judgement["checks"]]
     return {"contract": found, "checks": checks}

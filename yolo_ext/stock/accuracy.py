@@ -70,8 +70,7 @@ def lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
 def validator_of(model: str | Path | nn.Module, data: str | Path | None, net: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return validator class and arguments for data and a model (`net`, if loaded); UsageError if they do not fit."""
     net = _net(model) if net is None else net
-    about = (net.task, net.names, type(net.model[-1]).__name__, 640) if net else _about(Path(str(model)))
-    task, names, head, size = about
+    task, names, head, size = about(model, net)
     one = names == ONE_CLASS  # as it was trained
     if task not in VALIDATORS:
         raise UsageError(f"Task '{task}' has no box mAP. Legal tasks: {', '.join(VALIDATORS)}.")
@@ -90,16 +89,19 @@ def _net(model: str | Path | nn.Module) -> Any:
     return float_model(model) if isinstance(model, nn.Module) or Path(model).suffix == ".pt" else None
 
 
-def _about(path: Path) -> tuple[str, dict[int, str], str, int]:
-    """Return task, class names, type of the head and longer side in pixels of an exported model."""
+def about(model: str | Path | nn.Module, net: Any = None) -> tuple[str, dict[int, str], str, int]:
+    """Return task, class names, type of the head and longer side in pixels of a model (`net`, if loaded)."""
     import onnx
 
+    if net := _net(model) if net is None else net:
+        return net.task, net.names, type(net.model[-1]).__name__, 640
+    path = Path(str(model))
     broken = f"The metadata of '{path}' cannot be read ({{e}}). Export the model again."
     if path.is_dir():
         with refused(broken):
             found = YAML.load(path / "metadata.yaml")
-            about = found["task"], dict(found["names"]), found.get("head", ""), max(found["imgsz"])
-        return about
+            told = found["task"], dict(found["names"]), found.get("head", ""), max(found["imgsz"])
+        return told
     if not path.is_file():
         raise UsageError(f"ONNX model '{path}' does not exist. Export one first.")
     with refused(f"'{path}' is not an ONNX model ({{e}})."):
