@@ -55,7 +55,7 @@ def release() -> None:
 
 def left_over(path: Path) -> bool:
     """Tell by its name whether a dead process began to write a file or a folder."""
-    return bool(writer := PART.fullmatch(path.name)) and not psutil.pid_exists(int(writer[1]))
+    return (writer := PART.fullmatch(path.name)) is not None and not psutil.pid_exists(int(writer[1]))
 
 
 def _take_over(lock: Path, mine: str) -> bool:
