@@ -190,7 +190,8 @@ def tested(items: list[Item]) -> Iterator[tuple[str, str, bool]]:
             f"{word.removesuffix('.py').replace('/', '.').replace('.py::', '::')}" for word in item.tests.split()
         )
         own = [case for case in cases if f"{case.get('classname')}::{case.get('name')}".startswith(starts)]
-        yield item.name, *outcome(own)
+        if own:  # or it was stopped before: what was found last time stays
+            yield item.name, *outcome(own)
 
 
 def outcome(cases: list[ElementTree.Element]) -> tuple[str, bool]:
@@ -199,7 +200,7 @@ def outcome(cases: list[ElementTree.Element]) -> tuple[str, bool]:
     skipped = [found.get("message", "") for case in cases if (found := case.find("skipped")) is not None]
     ran = len(cases) - len(skipped)
     if wrong or not ran:
-        return f"**failed**: {len(wrong)} of {ran} cases" if ran else f"not run: {skipped or 'no such test'}", not wrong
+        return f"**failed**: {len(wrong)} of {ran} cases" if ran else f"not run: {skipped[0]}", not wrong
     said = [p.get("value", "") for case in cases for p in case.iter("property") if p.get("name") == "reliability"]
     others = [f"{ran - len(said)} {'more ' if said else ''}cases hold"] if ran > len(said) else []
     return "; ".join([*dict.fromkeys(said), *others]), True
