@@ -200,7 +200,7 @@ def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     found = dict(inspect.signature(fn).parameters)
     more = [*{*CENTRAL} - {*PLACE}] if {"model", "models"} & {*found} else []
     more += PLACE if found.pop("native" if takes_native(fn) else "place", None) else []
-    how = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
+    how: dict[str, Any] = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
     return found | {k: inspect.Parameter(k, annotation=CENTRAL[k], **how) for k in more}
 
 

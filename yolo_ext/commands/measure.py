@@ -111,7 +111,7 @@ def _measure(files: list[str], size: int, threads: int, batch: int, rounds: int)
             for f, r in ratios.items()]  # fmt: skip
 
 
-def _image(data: str | None, source: str | None, size: int, channels: int) -> tuple[Any, str]:
+def _image(data: str | Path | None, source: str | Path | None, size: int, channels: int) -> tuple[Any, str]:
     """Return a picture (height, width, channels) for letterbox and NMS, and its name."""
     import numpy as np
 
