@@ -133,10 +133,8 @@ class Prune(Technique):
         if self.cfg.kind != "structured":
             self._mask(trainer, pruned_share(step=step, steps=len(self.epochs), kind=self.cfg.schedule))
             return
-        done = manifest(trainer.ema.ema).prune.get("steps", [])
-        if trainer.epoch in [s["epoch"] for s in done]:
-            return  # a run that resumes, or repeats this epoch
-        if self._cut(trainer, step) and trainer.epoch > 0 and RANK in {-1, 0}:
+        done = {s["epoch"] for s in manifest(trainer.ema.ema).prune.get("steps", [])}  # of a run that resumes
+        if trainer.epoch not in done and self._cut(trainer, step) and trainer.epoch > 0 and RANK in {-1, 0}:
             with replaced(trainer, save_period=-1, epoch=trainer.epoch - 1):  # the epoch before, no numbered copy
                 trainer.save_model()
 
