@@ -110,7 +110,7 @@ def _stock(command: str, words: list[str], options: dict[str, Any]) -> Any:
             yolo_entrypoint([*words, *outside])
     except YoloExtError:
         raise
-    except (SyntaxError, TypeError, ValueError, FileNotFoundError, ModuleNotFoundError) as e:
+    except (SyntaxError, TypeError, ValueError, OSError, ModuleNotFoundError) as e:
         raise UsageError(f"yolo {command}: {brief(e)}") from e
     except Exception as e:  # of Ultralytics and the runtimes, which have exceptions of their own for a wrong value
         if out_of_memory(e):

@@ -15,7 +15,7 @@ import ultralytics
 import yolo_ext
 from yolo_ext import cli
 from yolo_ext.commands import CENTRAL, COMMANDS, NATIVE, keys, read_values
-from yolo_ext.core.config import parse
+from yolo_ext.core.config import PruneConfig, given_options, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE
 
@@ -148,6 +148,15 @@ def test_files_hold_finite_numbers(tmp_path, capsys, name):
 
 def test_a_folder_may_be_called_by_a_number():
     assert read_values({"save_dir": 2026, "name": 1.5}, CENTRAL) == {"save_dir": "2026", "name": "1.5"}
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [(None, {}), (True, {}), (False, {}), ({"ratio": 0.3}, {"ratio": 0.3}), (PruneConfig(ratio=0.3), {"ratio": 0.3})],
+    ids=["not", "on", "off", "dict", "dataclass"],
+)
+def test_ways_to_give_the_options_of_a_technique(given, options):
+    assert given_options(given) == options
 
 
 # Doors ---------------------------------------------------------------------------------------------------------------

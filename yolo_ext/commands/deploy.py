@@ -10,7 +10,7 @@ from typing import Any
 from yolo_ext.commands import (  # isort: skip
     LOGGER, PLACE, Count, Device, Limits, Names, Natural, Share, Size, Technique, Weights, command, tell_idle,
 )  # fmt: skip
-from yolo_ext.core.config import changed, parse
+from yolo_ext.core.config import changed, given_options, parse
 from yolo_ext.core.errors import CheckFailed, UsageError
 from yolo_ext.core.registry import suggest
 
@@ -85,7 +85,7 @@ def export(
     if unused := sorted(set(native) - {*PLACE, "device", "mode"}):
         raise UsageError(f"Our export does not know {', '.join(unused)}. Legal: {', '.join(asked)}, out.")
     modelopt = ckpt if is_modelopt(ckpt) else None
-    job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, {} if quant is True else quant or {},
+    job = Job(net, _size(net, ckpt, imgsz), _precision(given), data, given_options(quant),
               _graph(given), modelopt, bool(modelopt or manifest(net).quant))  # fmt: skip
     int8 = job.precision == "int8" or (format == "onnx" and job.quantized and job.precision != "half")
     if job.quant and not int8:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from yolo_ext.commands import (  # isort: skip
     LOGGER, Count, Counts, Device, Limits, Names, Resume, Technique, Weights, command, each, tell_idle,
 )  # fmt: skip
-from yolo_ext.core.config import PruneConfig, changed, comma_list, parse
+from yolo_ext.core.config import PruneConfig, changed, comma_list, given_options, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import resumes
 
@@ -230,7 +230,7 @@ def sensitivity(
               "prune": {"quant": quant, "by": by != "layer", "images": images != 32, "map": map}}  # fmt: skip
     if strange := [k for k, v in others[kind].items() if v]:
         raise UsageError(f"'{strange[0]}' does not go with kind={kind}. See `yolo-ext help sensitivity`.")
-    cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **(prune or {})}})[kind]
+    cfg = parse({"quant": quant or {}} if kind == "quant" else {"prune": {"ratio": 0.5, **given_options(prune)}})[kind]
     tell_idle([f"{kind}.{k}" for k in changed(cfg) if k in UNUSED[kind]])
     shares = {*comma_list((0.25, 0.5, 0.75) if ratios is None else ratios, float)}
     net, ckpt = stock.load_model(model)

@@ -59,6 +59,11 @@ def changed(cfg: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(cfg) if (value := getattr(cfg, f.name)) != getattr(default, f.name)}
 
 
+def given_options(given: Any) -> dict[str, Any]:
+    """Return the options of a technique that the user gave as a dict, a dataclass, or not at all."""
+    return dict(given) if isinstance(given, Mapping) else changed(given) if given and given is not True else {}
+
+
 def changes(configs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the changed options of all techniques that are on, by dotted key."""
     return {f"{t}.{name}": value for t, cfg in configs.items() if cfg for name, value in changed(cfg).items()}
