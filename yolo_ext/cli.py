@@ -66,8 +66,7 @@ def _log_of(e: Exception) -> str:
     """Return the file with the traceback of an error: the log of its run, else one in the temporary folder."""
     if file := getattr(e, "log", None):
         return str(file)
-    how: Any = {"prefix": "yolo_ext_", "suffix": ".log", "errors": "backslashreplace", "delete": False}
-    with suppress(OSError), NamedTemporaryFile("w", encoding="utf-8", **how) as log:
+    with suppress(OSError), NamedTemporaryFile("w", -1, "utf-8", None, ".log", "yolo_ext_", delete=False) as log:
         traceback.print_exception(e, file=log)
         return log.name
     return "nowhere: the disk is full"
