@@ -80,9 +80,9 @@ ITEMS = (
     Item("faults", "Out of memory", "in the first epoch, with optimizers that are kept or made anew: batch halved, "
          "nothing made twice", "tests/integration/test_out_of_memory.py"),
     Item("faults", "Two processes on one run", "the second one new, with `exist_ok`, `overwrite` and `resume`, for "
-         "compress, train and label", f"{FAULTS}two_processes_on_one_run"),
-    Item("faults", "Inputs that change under a run", "other weights, images, labels, class names, then `resume`",
-         f"{FAULTS}inputs_that_change_under_a_run"),
+         "compress, train and label", f"{FAULTS}two_processes_on_one_run tests/core/test_lock.py"),
+    Item("faults", "Inputs that change under a run", "other weights, images, labels, class names, records",
+         f"{FAULTS}inputs_that_change_under_a_run tests/pipeline/test_inputs_and_damage.py"),
     Item("faults", "SIGTERM", "three times in one run of compress; then the bits of an unbroken run",
          f"{FAULTS}sigterm_is_ctrl_c {WRONG}a_command_that_is_terminated_stops_as_by_ctrl_c"),
     Item("faults", "A clock that jumps", "by days at each look, in a run that is killed and resumed",
