@@ -1,17 +1,17 @@
 # Copyright (C) yolo_ext authors. AGPL-3.0 licence.
 """One process at a time writes into a run folder: the lock file in it says which."""
 
-import hashlib
 import json
 import os
 import re
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from yolo_ext.core.errors import UsageError
 
@@ -24,8 +24,8 @@ def hold(folder: Path) -> None:
     """Take a run folder for this process and its children until `release`; UsageError where another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     me, host, lock = psutil.Process(), socket.gethostname(), folder / LOCK
-    mine = json.dumps({"pid": me.pid, "host": host, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "born": _born(me)})
-    while True:
+    # Of processes that start together, one looks and takes before the next one looks.
+    with FileLock(Path(gettempdir()) / f"yolo_ext_{getattr(os, 'getuid', int)()}.lock"):
         for path in (lock, *(p / LOCK for p in folder.parents if (p / RUN).is_file())):
             owner = _owner(path)
             if owner and owner["host"] == host and owner["pid"] in {p.pid for p in (me, *me.parents())}:
@@ -34,13 +34,9 @@ def hold(folder: Path) -> None:
                 who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
                 hint = f"Wait for it or stop it, or give another folder; if it is gone, remove '{path}'"
                 raise UsageError(f"'{path.parent}' is in use by {who}. {hint}.")
-        try:
-            with lock.open("x", encoding="utf-8") as f:
-                f.write(mine)
-            break
-        except FileExistsError:
-            if _take_over(lock, mine):
-                break
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        told = {"pid": me.pid, "host": host, "since": since, "born": _born(me)}
+        lock.write_text(json.dumps(told), encoding="utf-8")
     _held.add(lock)
     for file in filter(left_over, folder.rglob(".*.part")):
         file.unlink()
@@ -56,29 +52,6 @@ def release() -> None:
 def left_over(path: Path) -> bool:
     """Tell by its name whether a dead process began to write a file or a folder."""
     return (writer := PART.fullmatch(path.name)) is not None and not psutil.pid_exists(int(writer[1]))
-
-
-def _take_over(lock: Path, mine: str) -> bool:
-    """Put `mine` in the place of a dead process's lock; of several processes the one that claims it may."""
-    with suppress(FileNotFoundError):  # somebody else was here
-        before = lock.read_bytes()
-        claim = lock.with_name(f"{LOCK}.{hashlib.sha256(before).hexdigest()[:8]}")
-        try:
-            with claim.open("x", encoding="utf-8") as f:
-                f.write(mine)
-        except FileExistsError:
-            time.sleep(0.1)
-            if not _owner(claim):  # killed in the lines below
-                claim.unlink()
-            return False
-        try:
-            time.sleep(0.1)  # for whoever is just writing the lock
-            if not _owner(lock) and lock.read_bytes() == before:
-                claim.replace(lock)
-                return True
-        finally:
-            claim.unlink(missing_ok=True)
-    return False
 
 
 def _owner(lock: Path) -> dict[str, Any]:
