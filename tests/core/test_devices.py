@@ -19,7 +19,6 @@ from ultralytics.nn.modules import Conv
 
 from yolo_ext import stock
 from yolo_ext.core.registry import Need
-from yolo_ext.distillation.criterion import batch_boxes
 from yolo_ext.distillation.losses import (
     Align,
     HeadOutput,
@@ -188,18 +187,15 @@ def test_what_is_wrong_on_a_gpu_is_wrong_here(name):
 
 
 # Distillation --------------------------------------------------------------------------------------------------------
-BOXES = torch.tensor([[0, 0.1, 0.1, 0.5, 0.6], [0, 0.3, 0.3, 0.4, 0.4], [1, 0.0, 0.5, 1.0, 1.0]])
 
 
 @pytest.mark.parametrize("row", feature_losses, ids=lambda r: r.name)
 def test_feature_losses(row):
-    options: dict[str, Any] = {"boxes": BOXES} if Need.BOXES in row.needs else {}
-
-    def loss(student: Any, teacher: Any, options: Any, module: Any) -> Any:
-        return row.fn(student, teacher, **options, **({"module": module} if module else {}))
+    def loss(student: Any, teacher: Any, module: Any) -> Any:
+        return row.fn(student, teacher, **({"module": module} if module else {}))
 
     module = modules[row.name](4) if Need.MODULE in row.needs else None
-    assert same(loss, maps(), maps(2, 4, 5, 6), options, module)
+    assert same(loss, maps(), maps(2, 4, 5, 6), module)
 
 
 def head(seed: int) -> dict[str, Any]:
@@ -247,12 +243,6 @@ def test_an_adapter_shrinks_where_it_is():
 def test_balance_and_statistics():
     same(lambda m, a, b: (m(a.sum(), b.sum(), 0.5), m.means), Balance(), maps(3), maps(4))
     same(standardize, maps())
-
-
-@pytest.mark.parametrize("sides", [4, 5], ids=["upright", "rotated"])
-def test_boxes_of_a_batch(sides):
-    batch = {"bboxes": maps(3, sides).sigmoid(), "batch_idx": torch.tensor([0.0, 0.0, 1.0])}
-    same(torch.no_grad()(batch_boxes), batch)  # labels have no gradient
 
 
 # Quantization --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ultralytics.nn.tasks import ClassificationModel
 from yolo_ext.checkpoint import save_model
 from yolo_ext.core.config import parse
 from yolo_ext.core.errors import UsageError
-from yolo_ext.distillation.criterion import DistillationLoss, Distiller, batch_boxes
+from yolo_ext.distillation.criterion import DistillationLoss, Distiller
 from yolo_ext.distillation.losses import feature_losses, logit_losses
 from yolo_ext.distillation.teacher import sites
 from yolo_ext.distillation.terms import Balance
@@ -250,13 +250,6 @@ def test_taps_leave_nothing_in_a_saved_student(setup, batch):
     data = io.BytesIO()
     torch.save(deepcopy(model), data)
     assert b"yolo_ext." not in data.getvalue()
-
-
-def test_boxes_of_a_batch(batch):
-    assert torch.allclose(batch_boxes(batch)[0], torch.tensor([0.0, 0.3, 0.3, 0.7, 0.7]))
-    turned = {"bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.2, torch.pi / 2]]), "batch_idx": torch.tensor([1.0])}
-    assert torch.allclose(batch_boxes(turned)[0], torch.tensor([1.0, 0.4, 0.3, 0.6, 0.7]), atol=1e-6)
-    assert batch_boxes({"bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}).shape == (0, 5)
 
 
 # Classification ----------------------------------------------------------------------------------------------------

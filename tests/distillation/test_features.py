@@ -14,11 +14,9 @@ from yolo_ext.core.errors import UsageError
 from yolo_ext.core.registry import Need
 from yolo_ext.distillation.losses import (  # fmt: skip
     Align,
-    ContextBlock,
     at,
     cwd,
     feature_losses,
-    fgd,
     mgd,
     mimic,
     modules,
@@ -28,9 +26,8 @@ from yolo_ext.distillation.losses import (  # fmt: skip
 
 SCALE_FREE = {"at", "pkd"}  # cwd is so behind an adapter that normalises
 NAMES = [row.name for row in feature_losses]
-BOXES = torch.tensor([[0, 0.1, 0.1, 0.5, 0.6], [0, 0.3, 0.3, 0.4, 0.4], [1, 0.0, 0.5, 1.0, 1.0]])
 # Without a mask and with a generator that changes nothing, the only case in which MGD is 0 for equal maps.
-OPTIONS = {"mgd": {"module": nn.Identity(), "masked": 0.0, "alpha": 1.0, "norm": "mean"}, "fgd": {"boxes": BOXES}}
+OPTIONS = {"mgd": {"module": nn.Identity(), "masked": 0.0, "alpha": 1.0, "norm": "mean"}}
 ANY_WIDTH = [row.name for row in feature_losses if Need.EQUAL_WIDTH not in row.needs]
 
 
@@ -121,67 +118,11 @@ def test_mgd_can_be_learnt():
     assert values[-1] < 0.5 * values[0]
 
 
-# Focal and global distillation -------------------------------------------------------------------------------------
-def by_hand(s: np.ndarray, t: np.ndarray, objects: np.ndarray, ground: np.ndarray) -> float:
-    """Return FGD of one image with the paper's weights."""
-    c, h, w = s.shape
-    space = [h * w * softmax(np.abs(x).mean(0).ravel() / 0.5).reshape(h, w) for x in (s, t)]
-    channel = [c * softmax(np.abs(x).mean((1, 2)) / 0.5) for x in (s, t)]
-    error = ((s - t) ** 2 * channel[1][:, None, None] * space[1]).sum(0)
-    attention = np.abs(space[0] - space[1]).sum() + np.abs(channel[0] - channel[1]).sum()
-    return 1e-3 * (error * objects).sum() + 5e-4 * (error * ground).sum() + 1e-3 * attention
-
-
-def test_fgd_is_the_formula_of_the_paper():
-    """A box of 2 x 4 cells with one of 1 x 1 inside, on a map of 4 x 6; the second image has no object."""
-    s, t = maps(shape=(2, 3, 4, 6))
-    boxes = torch.tensor([[0, 1 / 6, 0.25, 5 / 6, 0.75], [0, 2 / 6, 0.25, 3 / 6, 0.5]])
-    objects = np.zeros((4, 6))
-    objects[1:3, 1:5] = 1 / 8
-    objects[1, 2] = 1.0
-    empty = np.zeros((4, 6))
-    pairs = [(objects, (objects == 0) / 16), (empty, (empty == 0) / 24)]
-    expected = np.mean([by_hand(a.numpy(), b.numpy(), *p) for a, b, p in zip(s.double(), t.double(), pairs)])
-    assert fgd(s, t, boxes=boxes).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("box", "cells"),
-    [((0.0, 0.0, 1.0, 1.0), 16), ((0.3, 0.3, 0.31, 0.31), 1), ((0.2, 0.2, 0.3, 0.3), 4), ((0.3, 0.3, 0.3, 0.3), 1),
-     ((0.5, 0.5, 0.5, 0.5), 0), ((-0.2, -0.2, 0.2, 0.2), 1), ((0.9, 0.9, 1.4, 1.4), 1), ((1.2, 1.2, 1.5, 1.5), 0)],
-    ids=["all", "inside a cell", "over a corner", "point", "point on a corner", "left of it", "right of it", "outside"],
-)  # fmt: skip
-def test_a_box_covers_the_cells_it_touches(box, cells):
-    from yolo_ext.distillation.losses import _object_scale
-
-    scale = _object_scale(torch.tensor([[0, *box]]), 1, 4, 4)
-    assert (scale > 0).sum() == cells and scale.sum().item() == pytest.approx(min(cells, 1))
-
-
-@pytest.mark.parametrize("boxes", [torch.zeros(0, 5), BOXES[:2], torch.tensor([[0, 0.0, 0.0, 1.0, 1.0]])])
-def test_images_without_objects_or_without_background_are_finite(boxes):
-    s, t = maps()
-    s.requires_grad_(True)
-    value = fgd(s, t, boxes=boxes)
-    value.backward()
-    assert value.isfinite() and value > 0 and s.grad.isfinite().all()
-
-
-def test_fgd_learns_its_context_blocks():
-    s, t = maps(shape=(2, 8, 4, 4))
-    net = modules["fgd"](8)
-    plain, value = fgd(s, t, boxes=BOXES), fgd(s, t, boxes=BOXES, module=net)
-    value.backward()
-    assert value.item() == pytest.approx(plain.item() + 5e-6 * ((s - t) ** 2).sum().item() / 2, rel=1e-4)
-    assert all(block.transform[-1].weight.grad.abs().max() > 0 for block in net)
-
-
 # What holds for all ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("row", [pytest.param(r, id=r.name) for r in feature_losses])
 def test_rows_say_what_they_need(row):
     options = inspect.signature(row.fn).parameters
     assert row.paper and row.summary and list(options)[:2] == ["student", "teacher"]
-    assert ("boxes" in options) == (Need.BOXES in row.needs)
     assert ("module" in options) == (Need.MODULE in row.needs) == (row.name in modules)
     assert ("scale-free" in row.summary) == (row.name in SCALE_FREE)
 
@@ -217,10 +158,8 @@ def test_any_other_student_has_a_loss_and_a_gradient_and_the_teacher_none(name):
 @settings(max_examples=25, deadline=None)
 def test_is_never_negative_and_the_same_for_a_batch_repeated(name, seed, spread, b, c, h):
     s, t = maps(seed, (b, c, h, 3), spread)
-    boxes = BOXES[BOXES[:, 0] < b]
-    twice = torch.cat([boxes, boxes + torch.tensor([b, 0, 0, 0, 0])])
-    value = run(name, s, t, **({"boxes": boxes} if name == "fgd" else {}))
-    again = run(name, torch.cat([s, s]), torch.cat([t, t]), **({"boxes": twice} if name == "fgd" else {}))
+    value = run(name, s, t)
+    again = run(name, torch.cat([s, s]), torch.cat([t, t]))
     assert value.isfinite() and value >= 0
     assert torch.allclose(again, value, rtol=1e-3, atol=1e-5)
 
@@ -305,27 +244,6 @@ def test_losses_without_adapters_ignore_the_order_of_channels_and_take_any_width
 @pytest.mark.parametrize("c", [1, 7])
 def test_the_generator_keeps_the_shape(c):
     assert modules["mgd"](c)(torch.rand(2, c, 5, 3)).shape == (2, c, 5, 3)
-
-
-@pytest.mark.parametrize("c", [1, 2, 9])
-def test_contexts_start_as_the_identity_and_learn(c):
-    ours, theirs = modules["fgd"](c)
-    x = torch.randn(2, c, 4, 3)
-    assert torch.equal(ours(x), x) and ours is not theirs
-    ours(x).square().sum().backward()
-    # One or two channels leave one hidden value, which LayerNorm turns into 0.
-    assert (ours.transform[-1].weight.grad.abs().max() > 0) == (c > 3)
-
-
-def test_the_context_is_the_same_everywhere_and_follows_the_attention():
-    torch.manual_seed(0)
-    block = ContextBlock(3)
-    torch.nn.init.normal_(block.transform[-1].weight)
-    x = torch.randn(2, 3, 4, 5)
-    added = block(x) - x
-    assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-5)
-    moved = x.flip(-1)  # the same features elsewhere give the same context
-    assert torch.allclose(block(moved) - moved, added, atol=1e-5)
 
 
 def test_kept_channels_are_gathered_and_left_as_they_are():

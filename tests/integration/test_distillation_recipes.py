@@ -80,7 +80,7 @@ def test_the_header_stays_when_distillation_stops(fit, tiny, wide, options, sile
 
 def test_a_distilled_student_is_saved_as_a_plain_one(fit, tiny, wide, tmp_path):
     fit(tiny, yolo_ext.DetectionTrainer, "plain", epochs=1)
-    stack = {"logits": "bckd", "features": ["fgd", {"name": "pkd", "layers": ["4"]}]}
+    stack = {"logits": "bckd", "features": ["mgd", {"name": "pkd", "layers": ["4"]}]}
     fit(tiny, yolo_ext.DetectionTrainer, "taught", epochs=1, distill={"teacher": str(wide), **stack})
     for file in ("best.pt", "last.pt"):
         (plain, one), (taught, two) = (load_model(tmp_path / n / "weights" / file) for n in ("plain", "taught"))

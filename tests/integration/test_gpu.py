@@ -41,7 +41,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "prune by labels": {"prune": {"speedup": 1.3, "method": "taylor", **FEW}},
     "prune while training": {"prune": {"speedup": 1.3, "at": [1], **FEW}},
     "2:4": {"prune": {"kind": "2:4"}},
-    "distill": {"distill": {"teacher": "self", "features": ["mgd", "fgd"], "logits": "bckd"}},
+    "distill": {"distill": {"teacher": "self", "features": ["mgd", "at"], "logits": "bckd"}},
     "prune and distill": {"prune": {"speedup": 1.3, "at": [1], **FEW}, "distill": {"teacher": "self"}},
     "QAT": {"quant": QUANT},
     "QAT by features": {"quant": {**QUANT, "supervision": "features"}},

@@ -12,7 +12,7 @@ from yolo_ext.core.errors import UsageError, refused
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Methods that are gone, and what the figures in benchmarks/RESULTS.md say for.
-GONE = {"entropy": "mse", "moving_average": "mse", "l2": "l1", "ast": "ld", "chsim": "cwd", "spkd": "cwd",
+GONE = {"entropy": "mse", "moving_average": "mse", "l2": "l1", "ast": "ld", "chsim": "cwd", "spkd": "cwd", "fgd": "cwd",
         "group_reg": "group_slim"}  # fmt: skip
 
 
@@ -32,7 +32,6 @@ class Need(Enum):
     SCALES = "BatchNorm scales"
     WEIGHTS = "all weights"
     EQUAL_WIDTH = "equal width"
-    BOXES = "boxes"
     MODULE = "module"
     SEVERAL_CLASSES = "several classes"
     EQUAL_BINS = "equal bins"

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from ultralytics.utils import LOGGER, RANK, colorstr
-from ultralytics.utils.ops import xywh2xyxy, xywhr2xyxyxyxy
 
 from yolo_ext import stock
 from yolo_ext.core.config import DistillConfig
@@ -148,7 +147,7 @@ class Distiller:
                 if not factor:
                     continue
                 if term.kind == "features":
-                    parts = {"kd_feat_loss": self._features(g, t, maps, batch)}
+                    parts = {"kd_feat_loss": self._features(g, t, maps)}
                 else:
                     parts = self._logits(term, pairs, classify=not guide.levels)
                 for key, part in parts.items():
@@ -177,10 +176,10 @@ class Distiller:
             cls, box = cls + gain * parts[0], box + gain * parts[1]
         return {"kd_cls_loss": cls, "kd_box_loss": box}
 
-    def _features(self, g: int, t: int, maps: list[Maps], batch: dict[str, Any]) -> torch.Tensor:
+    def _features(self, g: int, t: int, maps: list[Maps]) -> torch.Tensor:
         """Return a feature loss, added up over the maps that it compares."""
         term, parts = self.terms[t], []
-        options = {**term.options, **({"boxes": batch_boxes(batch)} if term.needs(Need.BOXES) else {})}
+        options = dict(term.options)
         for site in [s for i, j, s in self.sites if (i, j) == (g, t)]:
             ours, theirs = maps[0][site.student], maps[1][site.teacher]
             theirs = resized(theirs, ours.shape[2:])  # of a teacher that sees images of another size
@@ -211,14 +210,6 @@ def _processes() -> int:
 def _branches(raw: Any) -> Branches:
     """Return the raw outputs of a head by branch, also those of a classifier."""
     return {"": {"scores": raw}} if isinstance(raw, torch.Tensor) else stock.branches(raw)
-
-
-def batch_boxes(batch: dict[str, Any]) -> torch.Tensor:
-    """Return (N, 5) image index and x1, y1, x2, y2 from 0 to 1 of the objects; rotated ones with their upright box."""
-    boxes = batch["bboxes"].float()
-    turned = boxes.shape[1] == 5
-    corners = torch.cat(xywhr2xyxyxyxy(boxes).aminmax(dim=1), 1) if turned else xywh2xyxy(boxes)
-    return torch.cat((batch["batch_idx"].float().view(-1, 1).to(corners), corners.clamp(0.0, 1.0)), 1)
 
 
 class DistillationLoss(Proxy):

@@ -220,47 +220,6 @@ def pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(standardize(student), standardize(teacher))
 
 
-def _attention(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attention over positions (B, H, W) and over channels (B, C), each with mean 1."""
-    b, c, h, w = x.shape
-    size = x.abs()
-    space = h * w * (size.mean(1).flatten(1) / temperature).softmax(-1)
-    return space.view(b, h, w), c * (size.mean((2, 3)) / temperature).softmax(-1)
-
-
-def _object_scale(boxes: torch.Tensor, b: int, h: int, w: int) -> torch.Tensor:
-    """Return (B, H, W) 1 / area in cells of the smallest box over each cell, 0 where there is none."""
-    x, y = (torch.arange(n, device=boxes.device) for n in (w, h))
-    scale = boxes.new_zeros(b, h, w)
-    for i in range(b):  # image by image, because boxes x H x W of a whole batch may not fit into memory
-        own = boxes[boxes[:, 0] == i, 1:] * boxes.new_tensor([w, h, w, h])
-        x1, y1, x2, y2 = own.T.unsqueeze(-1)
-        inside = ((y + 1 > y1) & (y < y2))[:, :, None] & ((x + 1 > x1) & (x < x2))[:, None]
-        if len(own):
-            scale[i] = (inside / inside.sum((1, 2), keepdim=True).clamp(min=1)).amax(0)
-    return scale
-
-
-@_row("fgd", "Objects and background apart, weighted by the teacher's attention, and global relations",
-      "Yang et al., 2022, arXiv:2111.11837", Need.EQUAL_WIDTH, Need.BOXES, Need.MODULE)  # fmt: skip
-def fgd(student: torch.Tensor, teacher: torch.Tensor, *, boxes: torch.Tensor, module: nn.Module | None = None,
-        temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 1e-3,
-        lam: float = 5e-6) -> torch.Tensor:  # fmt: skip
-    """Weigh objects in `boxes` (N, 5: image, x1, y1, x2, y2 in 0..1), background, attentions, `module` of contexts."""
-    b, _, h, w = student.shape
-    (space_s, channel_s), (space_t, channel_t) = (_attention(x, temperature) for x in (student, teacher))
-    objects = _object_scale(boxes.to(student), b, h, w)
-    ground = (objects == 0).float()
-    ground = ground / ground.sum((1, 2), keepdim=True).clamp(min=1)
-    error = ((student - teacher).square() * channel_t[:, :, None, None]).sum(1) * space_t
-    loss = ((alpha * objects + beta * ground) * error).sum()
-    loss = loss + gamma * ((space_s - space_t).abs().sum() + (channel_s - channel_t).abs().sum())
-    if module is not None:
-        ours, theirs = module
-        loss = loss + lam * (ours(student) - theirs(teacher)).square().sum()
-    return loss / b
-
-
 class Align(nn.Module):
     """Bring maps to one width: as `kept` by a pruned student, or by 1x1 (RTMDet, Lyu et al., 2022, arXiv:2212.07784)"""
 
@@ -289,28 +248,7 @@ class Align(nn.Module):
         self.conv.weight, self.conv.in_channels = nn.Parameter(weight), len(index)
 
 
-class ContextBlock(nn.Module):
-    """Add a context pooled over all positions to each of them (GcBlock, Cao et al., 2019, arXiv:1904.11492)."""
-
-    def __init__(self, channels: int) -> None:
-        """Build it as the identity: the last layer starts at 0."""
-        super().__init__()
-        hidden = max(channels // 2, 1)
-        self.attend = nn.Conv2d(channels, 1, 1)
-        narrow, norm = nn.Conv2d(channels, hidden, 1), nn.LayerNorm([hidden, 1, 1])
-        self.transform = nn.Sequential(narrow, norm, nn.ReLU(), nn.Conv2d(hidden, channels, 1))
-        nn.init.zeros_(self.transform[-1].weight)
-        nn.init.zeros_(self.transform[-1].bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, C, H, W) features with their context."""
-        weights = self.attend(x).flatten(2).softmax(-1)
-        context = x.flatten(2) @ weights.transpose(1, 2)
-        return x + self.transform(context.unsqueeze(-1))
-
-
-# What a loss takes as `module`, by the number of channels; two context blocks are of student and teacher.
+# What a loss takes as `module`, by the number of channels.
 modules: dict[str, Callable[[int], nn.Module]] = {
     "mgd": lambda c: nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1)),
-    "fgd": lambda c: nn.ModuleList([ContextBlock(c), ContextBlock(c)]),
 }

@@ -21,7 +21,7 @@ from yolo_ext.distillation.teacher import Guide
 from yolo_ext.reporting.tables import align, cell
 
 TIMING = ("schedule", "final", "start", "end", "warmup")
-GIVEN = {"student", "teacher", "module", "boxes", "random"}  # not for the user to set
+GIVEN = {"student", "teacher", "module", "random"}  # not for the user to set
 AUTO = ["kl_binary", "ld"]  # logit losses for heads with equal bins; the best of benchmarks/distillation.py
 MEMORY = 0.95  # of the running means, so that they follow the last 20 batches or so
 TABLES: dict[str, Table] = {"logits": logit_losses, "features": feature_losses}
