@@ -146,7 +146,7 @@ def test_polygons(place, randomise):
         pytest.param("model=tiny.pt source=shots out=o conf=2", "'conf=2' is illegal", id="conf"),
         pytest.param("model=tiny.pt source=shots out=o iou=high", "'iou=high' is illegal", id="iou"),
         pytest.param("model=tiny.pt source=shots out=o imgsz=0", "'imgsz=0' is illegal", id="imgsz"),
-        pytest.param("model=tiny.pt source=shots out=o overwrite=no", "'overwrite=no' is illegal", id="flag"),
+        pytest.param("model=tiny.pt source=shots out=o overwrite=never", "'overwrite=never' is illegal", id="flag"),
         pytest.param("model=tiny.pt source=shots out=o files=move", "'files=move' is illegal", id="files"),
         pytest.param("model=tiny.pt source=shots out=o colour=1", "Unknown key 'colour'", id="key"),
         pytest.param("model=obb.pt source=shots out=o", "'obb' model. Labelling takes detect", id="task"),

@@ -42,7 +42,7 @@ LIMITS = {
     "no number": ("contract.map=low", ["contract.map=low", "-0.01"]),
     "true": ("contract.map=True", ["contract.map=True", "-0.01"]),
     "no number in a file": ("contract=nan.yaml", ["map", "nan"]),
-    "a number alone": ("contract=-0.01", ["contract=-0.01", "recall: {person: -0.02}"]),
+    "a number alone": ("contract=-0.01", ["contract=-0.01", "Give a YAML file, or contract.map=-0.01"]),
     "no file": ("contract=gone.yaml", ["gone.yaml", "does not exist"]),
     "a folder": ("contract=shapes", ["shapes"]),
     "no mapping": ("contract=list.yaml", ["list.yaml"]),

@@ -49,7 +49,9 @@ def test_a_key_of_another_command_is_refused_before_anything_is_done(command, ke
         return  # quantize and compress say themselves which of them their files cannot have
     monkeypatch.chdir(tmp_path)
     given = " ".join(f"{k}=x.pt" for k in needed(COMMANDS[command].fn))
-    assert cli.main([*f"{command} {given} data=d.yaml {key}=7".split()]) == 2
+    value = not default if isinstance(default := DEFAULT_CFG_DICT[key], bool) else 1
+    value = 2 if value == default else value
+    assert cli.main([*f"{command} {given} data=d.yaml {key}={value}".split()]) == 2
     err = capsys.readouterr().err
     assert f"does not read {key} of Ultralytics" in err
     assert not list(tmp_path.iterdir())

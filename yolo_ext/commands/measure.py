@@ -18,7 +18,7 @@ UNUSED = {  # options that an analysis of sensitivity does not look at
               "runtime"),
     "quant": ("mode", "max_drop", "mixed", "strict", "epochs", "lr0", "observe_epochs", "freeze_bn", "supervision"),
 }  # fmt: skip
-Shares = Annotated[Any, lambda v: each(v, float, lambda r: 0 < r < 1), "shares such as 0.25,0.5,0.75"]
+Shares = Annotated[Any, lambda v: each(v, float, lambda r: 0 < r < 1), "above 0 and below 1, such as 0.25,0.5,0.75"]
 RATIO = {"ratio": "speedup", "p10": "speedup_p10", "p90": "speedup_p90", "significant": "significant"}
 
 
