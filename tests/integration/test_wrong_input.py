@@ -208,7 +208,7 @@ def test_what_a_command_forks_ends_without_a_word_and_the_handler_goes(monkeypat
 
 
 # Fuzz --------------------------------------------------------------------------------------------------------------
-HARMLESS = {"version", "help", "cfg", "checks", "demo", "-h", "--help", "--version", "-v"}
+HARMLESS = {"version", "help", "cfg", "checks", "demo", "recipes", "-h", "--help", "--version", "-v"}
 WORDS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(

@@ -54,5 +54,5 @@ def test_weights(name, per_channel, bits, seed, spread):
     codes = layer.quantized_weight().reshape(rows.shape)
     limit = rows.abs().amax(1, keepdim=True) * layer.weight_ratio.reshape(-1, 1)
     clipped = rows.clamp(-limit, limit)
-    assert ((codes - clipped).abs() <= HALF * limit / qmax).all()
+    assert ((codes - clipped).abs() <= HALF * limit / qmax + 2e-7 * limit).all()  # the latter of float32
     assert (codes.abs() <= limit * (1 + 1e-6)).all()
