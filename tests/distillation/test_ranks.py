@@ -14,7 +14,7 @@ from yolo_ext.core.config import parse
 from yolo_ext.distillation.criterion import Distiller
 from yolo_ext.stock.load import load_model
 
-OPTIONS = {"logits": "bckd", "features": ["cwd", "mgd", {"name": "at", "start": 5}], "balance": "auto"}
+OPTIONS = {"logits": "bckd", "features": ["cwd", {"name": "mgd", "start": 5}], "balance": "auto"}
 
 
 def _rank(rank: int, student: str, teacher: str, folder: str) -> None:
