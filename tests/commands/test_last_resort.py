@@ -14,7 +14,7 @@ import ultralytics
 
 import yolo_ext
 from yolo_ext import cli
-from yolo_ext.commands import CENTRAL, COMMANDS, NATIVE, keys, read_values
+from yolo_ext.commands import CENTRAL, COMMANDS, NATIVE, PLACE, keys, read_values
 from yolo_ext.core.config import PruneConfig, given_options, parse
 from yolo_ext.core.errors import UsageError
 from yolo_ext.core.log import FILE
@@ -179,3 +179,10 @@ def test_a_contract_is_read_before_anything_is_measured(tiny, shapes, monkeypatc
     monkeypatch.setattr("yolo_ext.stock.accuracy.accuracy", lambda *_, **__: measured.append(1))
     assert cli.main([*words.format(tiny).split(), f"data={shapes}", "imgsz=64", limit]) == 2
     assert ("unicorn" in limit) == ("there is no 'recall.unicorn'" in capsys.readouterr().err) and not measured
+
+
+def test_keys_come_in_the_same_order_in_each_process():
+    more = [k for k in CENTRAL if k not in PLACE]
+    for row in COMMANDS:
+        found = [k for k in keys(row.fn) if k in more]
+        assert found in ([], more)

@@ -198,7 +198,7 @@ def check_keys(command: str, options: Mapping[str, Any]) -> None:
 def keys(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of a command by key, those of the run folder one by one."""
     found = dict(inspect.signature(fn).parameters)
-    more = [*{*CENTRAL} - {*PLACE}] if {"model", "models"} & {*found} else []
+    more = [k for k in CENTRAL if k not in PLACE] if {"model", "models"} & {*found} else []
     more += PLACE if found.pop("native" if takes_native(fn) else "place", None) else []
     how: dict[str, Any] = {"kind": inspect.Parameter.KEYWORD_ONLY, "default": None}
     return found | {k: inspect.Parameter(k, annotation=CENTRAL[k], **how) for k in more}
