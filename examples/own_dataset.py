@@ -4,7 +4,7 @@
 # %% [markdown]
 # # Your own data: photos and VOC files -> a trained YOLO -> an INT8 file and a report
 #
-# The page [Your own data in 15 minutes](../docs/tutorial.md), whose commands are functions here. Set the four values
+# The page [Your own data](../docs/tutorial.md), whose commands are functions here. Set the four values
 # below. `python examples/own_dataset.py` runs it as a script, `own_dataset.ipynb` has the same cells.
 
 # %%
